@@ -1,0 +1,349 @@
+"""Typed configuration of every command: the dataclasses, their defaults and `validate()`.
+
+An experiment is a file `configs/x.py` with `get_config(arg='') -> Config`; `--config.train.steps=100` overrides one
+field. This module imports nothing of the project and no accelerator library, so that a config is checked before
+anything heavy is loaded.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used. The message is one line: what, where, the value, the remedy."""
+
+
+@dataclasses.dataclass
+class TargetArchitecture:
+    """Shape of a target model, with the field names of its Hugging Face `config.json`."""
+
+    model_type: str = "qwen3"
+    vocab_size: int = 0
+    hidden_size: int = 0
+    num_hidden_layers: int = 0
+    num_attention_heads: int = 0
+    num_key_value_heads: int = 0
+    head_dim: int = 0
+    intermediate_size: int = 0
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1e6
+    tie_word_embeddings: bool = True
+    max_position_embeddings: int = 0
+
+    @classmethod
+    def from_hf(cls, source: str | os.PathLike[str] | Mapping[str, Any]) -> "TargetArchitecture":
+        """Reads a Hugging Face config: a directory, a `config.json`, or its decoded content.
+
+        Raises:
+          InputError: the file is missing or not JSON, a needed field is absent, or the model uses a feature that
+            has no implementation here (sliding window layers, biases, scaled RoPE).
+        """
+        where, raw = "config", source
+        if not isinstance(source, Mapping):
+            path = Path(source)
+            path = path / "config.json" if path.is_dir() else path
+            where = str(path)
+            try:
+                raw = json.loads(path.read_text())
+            except FileNotFoundError:
+                raise InputError(f"{where}: no such file; give a Hugging Face model directory") from None
+            except json.JSONDecodeError as error:
+                raise InputError(f"{where}:{error.lineno}: not valid JSON ({error.msg}); download it again") from None
+        assert isinstance(raw, Mapping)
+        values = dict(raw)
+        rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+        if rope.get("rope_theta") is not None:
+            values["rope_theta"] = rope["rope_theta"]
+        kind = rope.get("rope_type", "default")
+        if kind != "default":
+            raise InputError(f"{where}: rope_type {kind!r} is not supported; use a model with default RoPE")
+        if values.get("model_type") != "qwen3":
+            raise InputError(f"{where}: model_type {values.get('model_type')!r} is not supported; use one of: qwen3")
+        if values.get("attention_bias"):
+            raise InputError(f"{where}: attention_bias true is not supported; use a Qwen3 model without biases")
+        if values.get("use_sliding_window"):
+            raise InputError(f"{where}: use_sliding_window true is not supported; set it to false")
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        missing = [name for name in fields if name not in values and name not in ("tie_word_embeddings", "head_dim")]
+        if missing:
+            raise InputError(f"{where}: missing {', '.join(missing)}; this is not a complete Qwen3 config.json")
+        values.setdefault("head_dim", values["hidden_size"] // values["num_attention_heads"])
+        values.setdefault("tie_word_embeddings", False)
+        return cls(**{name: values[name] for name in fields})
+
+    def to_hf(self) -> dict[str, Any]:
+        """The fields as a Hugging Face `config.json` states them."""
+        rope = {"rope_theta": self.rope_theta, "rope_type": "default"}
+        extra = {"hidden_act": "silu", "attention_bias": False, "rope_parameters": rope}
+        return {"architectures": ["Qwen3ForCausalLM"], **dataclasses.asdict(self), **extra}
+
+
+@dataclasses.dataclass
+class TargetConfig:
+    """The frozen model that is drafted for."""
+
+    path: str = ""
+    """A Hugging Face model directory (config.json, *.safetensors, tokenizer)."""
+    dtype: str = "auto"
+    """Weights and compute: float32, bfloat16, or auto (bfloat16 on accelerators, float32 on CPU)."""
+    architecture: TargetArchitecture = dataclasses.field(default_factory=TargetArchitecture)
+    """Stated shape; filled from `path` when left empty, and compared with it when both are there."""
+
+
+@dataclasses.dataclass
+class DrafterConfig:
+    """The draft model. `kind='dflash'` is DSpark without the Markov and confidence heads."""
+
+    kind: str = "dspark"
+    num_layers: int = 5
+    block_size: int = 7
+    """Draft tokens per round (gamma); the anchor row is the first prediction."""
+    target_layer_ids: tuple[int, ...] = (1, 9, 17, 25, 33)
+    """Tapped target layers: i = raw output of layer i, -1 = the embeddings. Never the last layer."""
+    mask_token_id: int = 151669
+    markov_rank: int = 256
+    confidence_head: bool = True
+    confidence_with_markov: bool = True
+    dtype: str = "auto"
+    """Compute type; parameters are always float32."""
+    initializer_range: float = 0.02
+
+
+@dataclasses.dataclass
+class DataConfig:
+    """Prompts, the answers that the target gives to them, and how they become training batches."""
+
+    prompts: tuple[str, ...] = ()
+    """JSONL files with one `turns`, `prompt` or `messages` object per line."""
+    limit: int = 0
+    """Use at most so many prompts of each file; 0 = all."""
+    repeats: int = 1
+    """Sampled answers per prompt."""
+    system_prompt: str = ""
+    """System message put before conversations that have none; empty = none."""
+    max_prompt_length: int = 2048
+    """Tokens of the rendered prompt; longer prompts are set aside and counted."""
+    max_length: int = 4096
+    """Tokens of a whole sample; the answer is cut there."""
+    min_loss_tokens: int = 14
+    """Samples with fewer supervised tokens are dropped and counted."""
+    temperature: float = 1.0
+    decode_batch_size: int = 32
+    seed: int = 0
+    workers: int = 0
+    """Loader processes; 0 = in the training process."""
+
+
+@dataclasses.dataclass
+class LossConfig:
+    """Loss terms (paper section 3.3; the defaults are those of the released code)."""
+
+    decay: float = 4.0
+    """Position k of a block weighs exp(-k / decay), k = 0..gamma-1."""
+    ce: float = 0.1
+    l1: float = 0.9
+    """Weight of sum_v |p_draft - p_target|, without a half."""
+    confidence: float = 1.0
+
+
+@dataclasses.dataclass
+class OptimConfig:
+    """AdamW with linear warm-up and cosine decay to zero."""
+
+    learning_rate: float = 6e-4
+    warmup_ratio: float = 0.04
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+
+
+@dataclasses.dataclass
+class TrainConfig:
+    """The training run."""
+
+    steps: int = 1000
+    batch_size: int = 512
+    """Sequences per optimizer step, over all devices and accumulation steps."""
+    accumulate: int = 1
+    """Micro-steps per optimizer step; numerators and denominators are summed, so the result is exact."""
+    num_anchors: int = 512
+    """Blocks per sequence (A)."""
+    seed: int = 0
+    log_every: int = 10
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+    vocab_chunk: int = 1024
+    """Block positions whose logits are in memory at once, per sequence batch (see ops/vocab_loss)."""
+    evaluate: bool = True
+    """Run `evaluate` on the last checkpoint when training has ended."""
+
+
+@dataclasses.dataclass
+class MeshConfig:
+    """Device mesh. One of the axes may be -1: all devices that the others leave."""
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+
+@dataclasses.dataclass
+class EvalConfig:
+    """Accepted length, acceptance by position and speed on held-out prompts."""
+
+    prompts: tuple[str, ...] = ()
+    limit: int = 0
+    batch_size: int = 32
+    max_new_tokens: int = 256
+    temperatures: tuple[float, ...] = (1.0, 0.0)
+    """Decoding temperatures; the first one gives the headline tau."""
+    speed_prompts: int = 8
+    """Prompts per set that are decoded at batch 1, with and without the drafter, to measure speed."""
+    bootstrap: int = 2000
+    seed: int = 0
+
+
+@dataclasses.dataclass
+class Config:
+    """Everything one experiment states."""
+
+    name: str = ""
+    target: TargetConfig = dataclasses.field(default_factory=TargetConfig)
+    drafter: DrafterConfig = dataclasses.field(default_factory=DrafterConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    loss: LossConfig = dataclasses.field(default_factory=LossConfig)
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+
+
+def resolve(config: Config) -> Config:
+    """Fills the target's architecture from its directory, then validates; the argument is left unchanged.
+
+    Raises:
+      InputError: the first fact that does not hold, see `problems`.
+    """
+    architecture = config.target.architecture
+    if (Path(config.target.path) / "config.json").exists():
+        found = TargetArchitecture.from_hf(config.target.path)
+        if architecture.vocab_size and architecture != found:
+            pairs = ((f.name, getattr(architecture, f.name), getattr(found, f.name)) for f in dataclasses.fields(found))
+            name, stated, read = next(pair for pair in pairs if pair[1] != pair[2])
+            raise InputError(
+                f"target.architecture.{name}={stated} but {config.target.path}/config.json has {read}; "
+                "drop the stated architecture or point target.path at the right model"
+            )
+        architecture = found
+    config = dataclasses.replace(config, target=dataclasses.replace(config.target, architecture=architecture))
+    for problem in problems(config):
+        raise InputError(problem)
+    return config
+
+
+def problems(config: Config) -> Iterator[str]:
+    """Yields one line per fact about a config that does not hold: field, value, remedy."""
+    target, drafter, data, train = config.target.architecture, config.drafter, config.data, config.train
+    if not target.vocab_size:
+        yield (
+            f"target.path={config.target.path!r} has no config.json and target.architecture is not stated; "
+            "give the directory of a Hugging Face model"
+        )
+        return
+    last = target.num_hidden_layers - 1
+    ids = drafter.target_layer_ids
+    if not ids or list(ids) != sorted(set(ids)):
+        yield f"drafter.target_layer_ids={ids} must be ascending and without repeats, e.g. (1, 9, 17)"
+    for i in ids:
+        if i == last:
+            yield (
+                f"drafter.target_layer_ids={ids} contains {i}, the last layer, whose output servers do not expose "
+                f"before the final norm; use ids from -1 to {last - 1}"
+            )
+        elif not -1 <= i < last:
+            yield f"drafter.target_layer_ids={ids} contains {i}, outside -1..{last - 1} of this {last + 1}-layer target"
+    if not 0 <= drafter.mask_token_id < target.vocab_size:
+        yield (
+            f"drafter.mask_token_id={drafter.mask_token_id} is outside the vocabulary 0..{target.vocab_size - 1}; "
+            "use an id that no text produces, e.g. an unused row"
+        )
+    if drafter.kind not in ("dspark", "dflash"):
+        yield f"drafter.kind={drafter.kind!r} is unknown; use dspark or dflash"
+    if drafter.kind == "dflash" and (drafter.markov_rank or drafter.confidence_head):
+        yield "drafter.kind='dflash' has no heads; set drafter.markov_rank=0 and drafter.confidence_head=False"
+    if drafter.kind == "dspark" and drafter.markov_rank <= 0:
+        yield f"drafter.markov_rank={drafter.markov_rank} must be positive for dspark; use 256, or kind='dflash'"
+    if target.num_attention_heads % max(target.num_key_value_heads, 1):
+        yield (
+            f"target num_attention_heads={target.num_attention_heads} is no multiple of num_key_value_heads="
+            f"{target.num_key_value_heads}; check the model's config.json"
+        )
+    positive = {
+        "drafter.num_layers": drafter.num_layers,
+        "drafter.block_size": drafter.block_size,
+        "train.steps": train.steps,
+        "train.batch_size": train.batch_size,
+        "train.accumulate": train.accumulate,
+        "train.num_anchors": train.num_anchors,
+        "train.checkpoint_every": train.checkpoint_every,
+        "train.log_every": train.log_every,
+        "train.vocab_chunk": train.vocab_chunk,
+        "data.max_length": data.max_length,
+        "data.max_prompt_length": data.max_prompt_length,
+        "data.repeats": data.repeats,
+        "data.decode_batch_size": data.decode_batch_size,
+        "eval.batch_size": config.eval.batch_size,
+        "eval.max_new_tokens": config.eval.max_new_tokens,
+        "loss.decay": config.loss.decay,
+        "optim.learning_rate": config.optim.learning_rate,
+    }
+    yield from (f"{name}={value} must be positive" for name, value in positive.items() if value <= 0)
+    if train.accumulate > 0 and train.batch_size % train.accumulate:
+        yield f"train.batch_size={train.batch_size} is not divisible by train.accumulate={train.accumulate}"
+    if data.max_prompt_length >= data.max_length:
+        yield (
+            f"data.max_prompt_length={data.max_prompt_length} leaves no room for an answer in "
+            f"data.max_length={data.max_length}; lower the first or raise the second"
+        )
+    if target.max_position_embeddings and data.max_length > target.max_position_embeddings:
+        yield (
+            f"data.max_length={data.max_length} exceeds the target's max_position_embeddings="
+            f"{target.max_position_embeddings}; lower it"
+        )
+    temperatures = {"data.temperature": (data.temperature,), "eval.temperatures": config.eval.temperatures}
+    for name, values in temperatures.items():
+        yield from (f"{name} contains {value}; temperatures are 0 or above" for value in values if value < 0)
+    for name, value in {"target.dtype": config.target.dtype, "drafter.dtype": drafter.dtype}.items():
+        if value not in ("auto", "float32", "bfloat16"):
+            yield f"{name}={value!r} is unknown; use auto, float32 or bfloat16"
+    axes = dataclasses.astuple(config.mesh)
+    if any(size != -1 and size < 1 for size in axes) or axes.count(-1) > 1:
+        yield f"mesh={axes} (data, fsdp, tensor) must be positive sizes, at most one of them -1"
+
+
+def to_json(config: Config) -> str:
+    """The resolved config as JSON, as it is written beside every checkpoint."""
+    return json.dumps(dataclasses.asdict(config), indent=1) + "\n"
+
+
+def from_json(text: str) -> Config:
+    """Inverse of `to_json`."""
+
+    def build(cls: type, values: dict[str, Any]) -> Any:
+        default = cls()
+        kwargs = {}
+        for name, value in values.items():
+            field = getattr(default, name)
+            if dataclasses.is_dataclass(field):
+                kwargs[name] = build(type(field), value)
+            else:
+                kwargs[name] = tuple(value) if isinstance(value, list) else value
+        return cls(**kwargs)
+
+    return build(Config, json.loads(text))

@@ -1,0 +1,202 @@
+"""Pre-training of the embedded model: optimizer, jitted step, wall-clock schedule, checkpoints of its own."""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from optax.contrib import MuonDimensionNumbers, muon
+from tqdm import tqdm
+
+from dspark_jax.config import TargetArchitecture
+from dspark_jax.quickstart.packing import Rows
+from dspark_jax.quickstart.tokenizer import VOCAB_SIZE
+from dspark_jax.target.qwen3 import Qwen3
+
+ARCHITECTURE = TargetArchitecture(
+    model_type="qwen3", vocab_size=VOCAB_SIZE, hidden_size=256, num_hidden_layers=6, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=64, intermediate_size=768, rms_norm_eps=1e-6, rope_theta=1e6,
+    tie_word_embeddings=True, max_position_embeddings=2048,
+)  # fmt: skip
+Z_LOSS = 1e-4  # keeps the logits of the unused vocabulary rows and the partition function in bounds
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long to train: by wall clock or by steps, whichever is given. `peak` is the learning rate."""
+
+    minutes: float | None = None
+    steps: int | None = None
+    peak: float = 4e-3
+    warmup: float = 0.02
+    flat_until: float = 0.25
+    floor: float = 0.01
+
+    def done(self, step: int, seconds: float) -> float:
+        """The fraction of the budget that is used; 1 or more means finished."""
+        return step / self.steps if self.steps else seconds / (60 * (self.minutes or 1.0))
+
+    def rate(self, done: float) -> float:
+        """Warmup, flat, linear decay, as a function of the used fraction: a slow machine still finishes its decay."""
+        if done < self.warmup:
+            return self.peak * max(done / self.warmup, 0.02)
+        decay = (1 - done) / (1 - self.flat_until)
+        return self.peak * min(1.0, max(decay, self.floor))
+
+
+@dataclass
+class Progress:
+    """What has been done so far; saved with the weights."""
+
+    step: int = 0
+    seconds: float = 0.0
+    tokens: int = 0  # without padding
+    batch_rows: int = 0
+
+
+def new_model(seed: int = 0) -> Qwen3:
+    """A randomly initialised embedded model in float32."""
+    return Qwen3(ARCHITECTURE, rngs=nnx.Rngs(seed))
+
+
+def _muon_axes(params: Any) -> Any:
+    """Which leaves are stacked matrices, and which of their axes are inputs and outputs (axis 0 is the layer)."""
+
+    def axes(path: tuple[Any, ...], leaf: jax.Array) -> MuonDimensionNumbers | None:
+        name = jax.tree_util.keystr(path)
+        if leaf.ndim < 3:
+            return None
+        if "out" in name:
+            return MuonDimensionNumbers(reduction_axis=(1, 2), output_axis=3)
+        return MuonDimensionNumbers(reduction_axis=1, output_axis=tuple(range(2, leaf.ndim)))
+
+    return jax.tree_util.tree_map_with_path(axes, params)
+
+
+def optimizer() -> optax.GradientTransformation:
+    """Muon for the layers' matrices, Adam for embedding and norms, at rate 1: the step multiplies by the schedule."""
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        muon(1.0, beta=0.95, weight_decay=0.1, consistent_rms=0.2, adam_b1=0.9, adam_b2=0.98, adam_learning_rate=1.0,
+             muon_weight_dimension_numbers=_muon_axes),
+    )  # fmt: skip
+
+
+def token_losses(model: Qwen3, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(cross-entropy, log-partition), both [B, S-1], of predicting tokens[:, 1:]."""
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1] - 1), (tokens.shape[0], tokens.shape[1] - 1))
+    hidden = model.forward(tokens[:, :-1], positions, unroll=True).last_hidden
+    logits = model.unembed(hidden)  # [B, S-1, V]
+    partition = jax.nn.logsumexp(logits, axis=-1)
+    picked = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
+    return partition - picked, partition
+
+
+def make_step(graph: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """(train step, evaluation) for the model's graph definition; both jitted, the step donates its state."""
+    tx = optimizer()
+
+    def loss_of(params: Any, tokens: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+        losses, partition = token_losses(nnx.merge(graph, params), tokens)
+        weight = weights[:, 1:] / weights[:, 1:].sum()
+        loss = jnp.sum(losses * weight)
+        return loss + Z_LOSS * jnp.sum(jnp.square(partition) * weight), loss
+
+    def step(params: Any, state: Any, tokens: jax.Array, weights: jax.Array, rate: jax.Array) -> Any:
+        grads, loss = jax.grad(loss_of, has_aux=True)(params, tokens, weights)
+        updates, state = tx.update(grads, state, params)
+        params = jax.tree.map(lambda p, u: p + rate * u, params, updates)
+        return params, state, loss
+
+    def evaluate(params: Any, tokens: jax.Array, weights: jax.Array) -> jax.Array:
+        losses, _ = token_losses(nnx.merge(graph, params), tokens)
+        answers = weights[:, 1:] == 1.0
+        return jnp.stack([jnp.sum(losses * answers), jnp.sum(answers)])
+
+    return jax.jit(step, donate_argnums=(0, 1)), jax.jit(evaluate)
+
+
+def save(path: Path, params: Any, state: Any, progress: Progress) -> None:
+    """Writes the checkpoint beside its final name and renames it: a kill leaves the old one or the new one."""
+    leaves = {f"{i:04d}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves((params, state)))}
+    temporary = path.with_suffix(".tmp.npz")
+    with temporary.open("wb") as file:
+        np.savez(file, progress=np.array(json.dumps(asdict(progress))), **leaves)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def load(path: Path, params: Any, state: Any) -> tuple[Any, Any, Progress]:
+    """Reads a checkpoint into the structure of freshly initialised `params` and `state`."""
+    leaves, tree = jax.tree.flatten((params, state))
+    with np.load(path) as file:
+        progress = Progress(**json.loads(str(file["progress"])))
+        stored = [file[f"{i:04d}"] for i in range(len(leaves))]
+    if any(a.shape != b.shape for a, b in zip(leaves, stored, strict=True)):
+        raise ValueError(f"{path}: shapes differ from this architecture; start afresh in another folder")
+    params, state = jax.tree.unflatten(tree, [jnp.asarray(a) for a in stored])
+    return params, state, progress
+
+
+def fresh(seed: int) -> tuple[Any, Any, Any]:
+    """(graph definition, parameters, optimizer state) before the first step."""
+    graph, params = nnx.split(new_model(seed))
+    return graph, params, optimizer().init(params)
+
+
+def train(
+    batches: Callable[[int], Iterator[Rows]],
+    heldout: dict[str, list[Rows]],
+    checkpoint: Path,
+    budget: Budget,
+    *,
+    seed: int = 0,
+    resume: bool = False,
+    save_every: float = 180.0,
+) -> tuple[Any, Any, Progress]:
+    """Trains until the budget is used, from `batches(first step)`; returns graph, parameters and progress."""
+    graph, params, state = fresh(seed)
+    progress = Progress()
+    if resume and checkpoint.exists():
+        params, state, progress = load(checkpoint, params, state)
+    step, evaluate = make_step(graph)
+    source = batches(progress.step)
+    began, saved, smooth = time.monotonic() - progress.seconds, time.monotonic(), None
+    bar = tqdm(total=1.0, initial=min(budget.done(progress.step, progress.seconds), 1.0), unit="budget",
+               mininterval=10, bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}")  # fmt: skip
+    while (done := budget.done(progress.step, progress.seconds)) < 1:
+        batch = next(source)
+        rate = jnp.float32(budget.rate(done))
+        params, state, loss = step(params, state, batch.tokens, batch.weights, rate)
+        smooth = float(loss) if smooth is None else 0.98 * smooth + 0.02 * float(loss)
+        progress.step += 1
+        progress.tokens += int((batch.weights > 0).sum())
+        progress.batch_rows = len(batch.tokens)
+        progress.seconds = time.monotonic() - began
+        bar.set_postfix_str(f"step {progress.step} loss {smooth:.3f} {progress.tokens / progress.seconds:.0f} tok/s", False)
+        bar.update(min(budget.done(progress.step, progress.seconds), 1.0) - done)
+        if time.monotonic() - saved > save_every:
+            save(checkpoint, params, state, progress)
+            saved = time.monotonic()
+            nll = {domain: heldout_loss(evaluate, params, sets) for domain, sets in heldout.items()}
+            tqdm.write(f"step {progress.step} {progress.seconds / 60:.1f} min {progress.tokens / 1e6:.2f} M tokens "
+                       f"lr {float(rate):.5f} train {smooth:.3f} held-out "
+                       + " ".join(f"{d} {v:.3f}" for d, v in nll.items()))  # fmt: skip
+    bar.close()
+    save(checkpoint, params, state, progress)
+    return graph, params, progress
+
+
+def heldout_loss(evaluate: Callable[..., Any], params: Any, sets: list[Rows]) -> float:
+    """Mean cross-entropy of answer tokens, in nats."""
+    total = sum(np.asarray(evaluate(params, rows.tokens, rows.weights)) for rows in sets)
+    return float(total[0] / total[1])

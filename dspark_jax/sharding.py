@@ -1,0 +1,112 @@
+"""Device mesh and the one table from logical axis names to mesh axes.
+
+Models name the axes of their parameters and activations logically (`embed`, `heads`, `batch`, ...); only this module
+knows which mesh axis each of them is split over. Axes are Auto: the compiler propagates, `constrain` pins.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from dspark_jax.config import InputError, MeshConfig
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+RULES: dict[str, tuple[str, ...]] = {
+    # activations
+    "batch": ("data", "fsdp"),
+    # parameters
+    "layers": (),
+    "embed": ("fsdp",),
+    "features": (),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "head_width": (),
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
+    "rank": (),
+    "rank_rows": (),
+    "norm": (),
+}
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Builds the mesh (data, fsdp, tensor) over all devices.
+
+    Raises:
+      InputError: the axis sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = [config.data, config.fsdp, config.tensor]
+    known = math.prod(size for size in sizes if size != -1)
+    if -1 in sizes:
+        sizes[sizes.index(-1)] = max(len(devices) // known, 1)
+    if math.prod(sizes) != len(devices):
+        raise InputError(
+            f"mesh data={sizes[0]} fsdp={sizes[1]} tensor={sizes[2]} needs {math.prod(sizes)} devices, "
+            f"{len(devices)} are here; set one mesh axis to -1"
+        )
+    return Mesh(np.asarray(devices).reshape(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+    """PartitionSpec of an array with logical `axes`; an axis that the mesh does not divide stays whole.
+
+    Raises:
+      KeyError: an axis name is not in `RULES`.
+    """
+    entries: list[Any] = []
+    used: set[str] = set()
+    for name, size in zip(axes, shape, strict=True):
+        wanted = tuple(axis for axis in (RULES[name] if name else ()) if mesh.shape[axis] > 1)
+        if set(wanted) & used:
+            raise ValueError(f"axes {tuple(axes)} use a mesh axis twice")
+        if not wanted or size % math.prod(mesh.shape[axis] for axis in wanted):
+            entries.append(None)
+            continue
+        used.update(wanted)
+        entries.append(wanted if len(wanted) > 1 else wanted[0])
+    return PartitionSpec(*entries)
+
+
+def sharding(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> NamedSharding:
+    """NamedSharding of an array with logical `axes`."""
+    return NamedSharding(mesh, spec(axes, shape, mesh))
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Pins an intermediate to its logical axes under the mesh set by `jax.set_mesh`; without one, does nothing."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, mesh))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Sharding of a value that every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+class Param(nnx.Param):
+    """A parameter that knows the logical names of its axes (`axes`), from which its sharding is derived."""
+
+    def __init__(self, value: Any, axes: tuple[str | None, ...] = (), **metadata: Any):
+        super().__init__(value, axes=axes, **metadata)
+
+
+def state_shardings(tree: Any, mesh: Mesh) -> Any:
+    """Same tree with a NamedSharding for every parameter (abstract or concrete); other leaves are replicated."""
+
+    def one(leaf: Any) -> Any:
+        if isinstance(leaf, nnx.Variable):
+            value = leaf.get_value()
+            axes = getattr(leaf, "axes", ()) or (None,) * len(value.shape)
+            return leaf.replace(sharding(axes, value.shape, mesh))
+        return replicated(mesh)
+
+    return jax.tree.map(one, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))

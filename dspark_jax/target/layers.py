@@ -1,0 +1,212 @@
+"""Transformer pieces shared by every target and drafter: norm, RoPE, attention projections, MLP, layer stacks.
+
+Parameters of a stack of layers carry one leading axis L, so that one compiled body serves all of them.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dspark_jax.config import TargetArchitecture
+from dspark_jax.sharding import Param
+
+_MASKED = -1e30  # finite, so that a fully masked row gives a mean instead of NaN; such rows are zeroed or unused
+
+
+def normal(rngs: nnx.Rngs, stack: tuple[int, ...], shape: tuple[int, ...], axes: tuple[str, ...], scale: float) -> Param:
+    """A normally distributed float32 parameter [*stack, *shape]."""
+    value = scale * jax.random.normal(rngs.params(), stack + shape, jnp.float32)
+    return Param(value, axes=("layers",) * len(stack) + axes)
+
+
+def ones(stack: tuple[int, ...], size: int, axis: str = "norm") -> Param:
+    """A parameter of ones [*stack, size]: the weight of an RMS norm."""
+    return Param(jnp.ones((*stack, size), jnp.float32), axes=("layers",) * len(stack) + (axis,))
+
+
+def dense(x: jax.Array, weight: jax.Array, inputs: int = 1) -> jax.Array:
+    """Contracts the last `inputs` axes of x with the first ones of weight, as one 2-D product (CPU's fast path).
+
+    The weight is cast to x's type; the result has x's leading axes followed by the weight's remaining ones.
+    """
+    lead, width = x.shape[: x.ndim - inputs], math.prod(weight.shape[:inputs])
+    product = x.reshape(-1, width) @ weight.astype(x.dtype).reshape(width, -1)
+    return product.reshape(lead + weight.shape[inputs:])
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """x / rms(x) * weight over the last axis, computed in float32, returned in x's type."""
+    x32 = x.astype(jnp.float32)
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    return (x32 * weight.astype(jnp.float32)).astype(x.dtype)
+
+
+def rope(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
+    """Rotary embedding of x [..., T, N, H] at positions [..., T]; halves are rotated, phases are float32."""
+    half = x.shape[-1] // 2
+    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    phase = positions.astype(jnp.float32)[..., None, None] * frequency
+    sin, cos = jnp.sin(phase), jnp.cos(phase)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)
+
+
+def attend(query: jax.Array, key: jax.Array, value: jax.Array, limit: jax.Array, scale: float) -> jax.Array:
+    """Softmax attention in which row t of request b sees the keys 0..limit[b, t]-1.
+
+    Args:
+      query: [B, T, N, H].
+      key: [B, S, K, H], N a multiple of K.
+      value: [B, S, K, H].
+      limit: [B, T], at least 1.
+      scale: factor of the scores.
+
+    Returns:
+      [B, T, N, H] in the query's type; scores and softmax are float32.
+    """
+    b, t, n, h = query.shape
+    s, k = key.shape[1], key.shape[2]
+    grouped = query.reshape(b, t, k, n // k, h)
+    scores = jnp.einsum("btkgh,bskh->bkgts", grouped, key, preferred_element_type=jnp.float32) * scale
+    visible = jnp.arange(s) < limit[..., None]  # [B, T, S]
+    scores = jnp.where(visible[:, None, None], scores, _MASKED)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    return jnp.einsum("bkgts,bskh->btkgh", weights, value).reshape(b, t, n, h)
+
+
+def attend_in_chunks(
+    query: jax.Array, key: jax.Array, value: jax.Array, limit: jax.Array, scale: float, chunk: int = 512
+) -> jax.Array:
+    """`attend` over `chunk` query rows at a time, so that scores never take more than [B, N, chunk, S]."""
+    b, t, n, h = query.shape
+    if t <= chunk:
+        return attend(query, key, value, limit, scale)
+    pad = -t % chunk
+    rows = jnp.pad(query, ((0, 0), (0, pad), (0, 0), (0, 0)))
+    limits = jnp.pad(limit, ((0, 0), (0, pad)), constant_values=1)
+    rows = rows.reshape(b, -1, chunk, n, h).swapaxes(0, 1)
+    limits = limits.reshape(b, -1, chunk).swapaxes(0, 1)
+    out = jax.lax.map(lambda xs: attend(xs[0], key, value, xs[1], scale), (rows, limits))
+    return out.swapaxes(0, 1).reshape(b, t + pad, n, h)[:, :t]
+
+
+class Attention(nnx.Module):
+    """Projections of grouped-query attention with per-head RMS norms on queries and keys (Qwen3)."""
+
+    def __init__(self, arch: TargetArchitecture, *, stack: tuple[int, ...], scale: float, rngs: nnx.Rngs):
+        d, n, k, h = arch.hidden_size, arch.num_attention_heads, arch.num_key_value_heads, arch.head_dim
+        self.query = normal(rngs, stack, (d, n, h), ("embed", "heads", "head_width"), scale)
+        self.key = normal(rngs, stack, (d, k, h), ("embed", "kv_heads", "head_width"), scale)
+        self.value = normal(rngs, stack, (d, k, h), ("embed", "kv_heads", "head_width"), scale)
+        self.out = normal(rngs, stack, (n, h, d), ("heads", "head_width", "embed"), scale)
+        self.query_norm = ones(stack, h)
+        self.key_norm = ones(stack, h)
+        self.eps = arch.rms_norm_eps
+        self.theta = arch.rope_theta
+
+    def queries(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+        """x [B, T, D], positions [B, T] -> normed and rotated queries [B, T, N, H]."""
+        query = dense(x, self.query[...])
+        return rope(rms_norm(query, self.query_norm[...], self.eps), positions, self.theta)
+
+    def keys_values(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """x [B, T, D], positions [B, T] -> normed and rotated keys, and values, both [B, T, K, H]."""
+        key = dense(x, self.key[...])
+        value = dense(x, self.value[...])
+        return rope(rms_norm(key, self.key_norm[...], self.eps), positions, self.theta), value
+
+    def output(self, x: jax.Array) -> jax.Array:
+        """Heads [B, T, N, H] -> [B, T, D]."""
+        return dense(x, self.out[...], inputs=2)
+
+
+class MLP(nnx.Module):
+    """Gated SiLU feed-forward layer."""
+
+    def __init__(self, arch: TargetArchitecture, *, stack: tuple[int, ...], scale: float, rngs: nnx.Rngs):
+        d, f = arch.hidden_size, arch.intermediate_size
+        self.gate = normal(rngs, stack, (d, f), ("embed", "mlp"), scale)
+        self.up = normal(rngs, stack, (d, f), ("embed", "mlp"), scale)
+        self.down = normal(rngs, stack, (f, d), ("mlp", "embed"), scale)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., D] -> [..., D]."""
+        hidden = jax.nn.silu(dense(x, self.gate[...])) * dense(x, self.up[...])
+        return dense(hidden, self.down[...])
+
+
+class Layer(nnx.Module):
+    """Pre-norm transformer layer (or a stack of them, by a leading axis on every parameter)."""
+
+    def __init__(self, arch: TargetArchitecture, *, stack: tuple[int, ...] = (), scale: float = 0.02, rngs: nnx.Rngs):
+        self.attention_norm = ones(stack, arch.hidden_size)
+        self.attention = Attention(arch, stack=stack, scale=scale, rngs=rngs)
+        self.mlp_norm = ones(stack, arch.hidden_size)
+        self.mlp = MLP(arch, stack=stack, scale=scale, rngs=rngs)
+        self.eps = arch.rms_norm_eps
+
+    def __call__(self, x: jax.Array, attention: Callable[["Attention", jax.Array], jax.Array]) -> jax.Array:
+        """x [B, T, D] -> [B, T, D]; `attention(projections, normed x)` returns the heads [B, T, N, H]."""
+        heads = attention(self.attention, rms_norm(x, self.attention_norm[...], self.eps))
+        x = x + self.attention.output(heads)
+        return x + self.mlp(rms_norm(x, self.mlp_norm[...], self.eps))
+
+
+def layer_at(layers: Any, index: jax.Array | int) -> Any:
+    """Layer `index` of a stack (a pytree with leading axis L); inside a scan the stack itself is never copied."""
+    if isinstance(index, int):
+        return jax.tree.map(lambda leaf: leaf[index], layers)
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), layers)
+
+
+def run_layers(body: Callable[[Any, Any], Any], carry: Any, start: int, stop: int, *, unroll: bool) -> Any:
+    """Applies `body(carry, index) -> carry` for the layers start..stop-1, as one loop or unrolled."""
+    if unroll or stop - start == 1:
+        for index in range(start, stop):
+            carry = body(carry, index)
+        return carry
+    return jax.lax.fori_loop(start, stop, lambda index, state: body(state, index), carry)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Keys and values of a layer stack.
+
+    Row p of a request is written when position p is processed and read only by queries at positions >= p, so rolling
+    back needs no copy: stale rows are overwritten before any query can see them.
+
+    Attributes:
+      keys: [L, B, C, K, H].
+      values: [L, B, C, K, H].
+    """
+
+    keys: jax.Array
+    values: jax.Array
+
+    @classmethod
+    def zeros(cls, layers: int, batch: int, length: int, arch: TargetArchitecture, dtype: Any) -> "KVCache":
+        """An empty cache of `length` rows."""
+        shape = (layers, batch, length, arch.num_key_value_heads, arch.head_dim)
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+    def write(self, index: jax.Array | int, keys: jax.Array, values: jax.Array, starts: jax.Array) -> "KVCache":
+        """Puts rows [B, T, K, H] of layer `index` at starts[b]..starts[b]+T-1; the caller leaves room for T rows."""
+        def put(cache: jax.Array, rows: jax.Array) -> jax.Array:
+            for b in range(rows.shape[0]) if rows.shape[0] == 1 else ():
+                return jax.lax.dynamic_update_slice(cache, rows[None].astype(cache.dtype), (index, b, starts[b], 0, 0))
+            batch = jnp.arange(rows.shape[0])[:, None]
+            position = starts[:, None] + jnp.arange(rows.shape[1])
+            return cache.at[index, batch, position].set(rows.astype(cache.dtype), mode="drop")
+
+        return KVCache(put(self.keys, keys), put(self.values, values))
+
+    def layer(self, index: jax.Array | int) -> tuple[jax.Array, jax.Array]:
+        """Keys and values [B, C, K, H] of one layer."""
+        return layer_at((self.keys, self.values), index)

@@ -121,6 +121,8 @@ class DataConfig:
     """JSONL files with one `turns`, `prompt` or `messages` object per line."""
     limit: int = 0
     """Use at most so many prompts of each file; 0 = all."""
+    regenerate: bool = True
+    """Let the target answer every user turn; off: train on the answers that the prompt files bring along."""
     repeats: int = 1
     """Sampled answers per prompt."""
     system_prompt: str = ""
@@ -134,8 +136,8 @@ class DataConfig:
     temperature: float = 1.0
     decode_batch_size: int = 32
     seed: int = 0
-    workers: int = 0
-    """Loader processes; 0 = in the training process."""
+    workers: int = 1
+    """Threads that read batches ahead; their number does not change the order."""
 
 
 @dataclasses.dataclass

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dspark_jax.config import InputError, MeshConfig
 
@@ -35,7 +35,7 @@ RULES: dict[str, tuple[str, ...]] = {
 }
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """Builds the mesh (data, fsdp, tensor) over all devices.
 
     Raises:
@@ -54,7 +54,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return Mesh(np.asarray(devices).reshape(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
-def spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+def spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """PartitionSpec of an array with logical `axes`; an axis that the mesh does not divide stays whole.
 
     Raises:
@@ -70,7 +70,7 @@ def spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> Partit
             entries.append(None)
             continue
         used.update(wanted)
-        entries.append(wanted if len(wanted) > 1 else wanted[0])
+        entries.append(wanted[0] if len(wanted) == 1 else wanted)
     return PartitionSpec(*entries)
 
 
@@ -85,6 +85,11 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if mesh.empty or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, mesh))
+
+
+def gather(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Collects the `embed` shards of a weight where it is used (FSDP); its other axes stay split."""
+    return constrain(x, *(None if name == "embed" else name for name in axes))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -88,3 +88,4 @@ class Drafter(Protocol):
           uniforms: [B, G] in [0, 1), one per drafted token.
           sampling: applied to every draft position.
         """
+        ...

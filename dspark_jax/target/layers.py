@@ -13,12 +13,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dspark_jax.config import TargetArchitecture
-from dspark_jax.sharding import Param
+from dspark_jax.sharding import Param, gather
 
 _MASKED = -1e30  # finite, so that a fully masked row gives a mean instead of NaN; such rows are zeroed or unused
 
 
-def normal(rngs: nnx.Rngs, stack: tuple[int, ...], shape: tuple[int, ...], axes: tuple[str, ...], scale: float) -> Param:
+def normal(
+    rngs: nnx.Rngs, stack: tuple[int, ...], shape: tuple[int, ...], axes: tuple[str, ...], scale: float
+) -> Param:
     """A normally distributed float32 parameter [*stack, *shape]."""
     value = scale * jax.random.normal(rngs.params(), stack + shape, jnp.float32)
     return Param(value, axes=("layers",) * len(stack) + axes)
@@ -159,10 +161,14 @@ class Layer(nnx.Module):
 
 
 def layer_at(layers: Any, index: jax.Array | int) -> Any:
-    """Layer `index` of a stack (a pytree with leading axis L); inside a scan the stack itself is never copied."""
-    if isinstance(index, int):
-        return jax.tree.map(lambda leaf: leaf[index], layers)
-    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), layers)
+    """Layer `index` of a stack (leading axis L), its weights gathered; inside a loop the stack is never copied."""
+
+    def pick(leaf: Any) -> Any:
+        stack = leaf.get_value() if isinstance(leaf, Param) else leaf
+        value = stack[index] if isinstance(index, int) else jax.lax.dynamic_index_in_dim(stack, index, keepdims=False)
+        return leaf.replace(gather(value, *leaf.axes[1:])) if isinstance(leaf, Param) else value
+
+    return jax.tree.map(pick, layers, is_leaf=lambda leaf: isinstance(leaf, Param))
 
 
 def run_layers(body: Callable[[Any, Any], Any], carry: Any, start: int, stop: int, *, unroll: bool) -> Any:
@@ -198,6 +204,7 @@ class KVCache:
 
     def write(self, index: jax.Array | int, keys: jax.Array, values: jax.Array, starts: jax.Array) -> "KVCache":
         """Puts rows [B, T, K, H] of layer `index` at starts[b]..starts[b]+T-1; the caller leaves room for T rows."""
+
         def put(cache: jax.Array, rows: jax.Array) -> jax.Array:
             for b in range(rows.shape[0]) if rows.shape[0] == 1 else ():
                 return jax.lax.dynamic_update_slice(cache, rows[None].astype(cache.dtype), (index, b, starts[b], 0, 0))

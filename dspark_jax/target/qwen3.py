@@ -1,14 +1,16 @@
 """Qwen3 dense targets (0.6B to 32B): embeddings, stacked pre-norm layers with query/key norms, final norm, LM head."""
 
 import dataclasses
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from dspark_jax.config import TargetArchitecture
-from dspark_jax.sharding import constrain
+from dspark_jax.sharding import constrain, gather
 from dspark_jax.target.layers import KVCache, Layer, attend_in_chunks, layer_at, normal, ones, rms_norm, run_layers
 
 
@@ -28,6 +30,70 @@ class TargetOutput:
     cache: KVCache | None
 
 
+class Weight(NamedTuple):
+    """Where a parameter is in a checkpoint in the PyTorch layout.
+
+    Attributes:
+      name: tensor name; `{i}` runs over layers and makes the parameter a stack.
+      inputs: how many leading axes of the parameter are inputs of a linear layer, which is stored as [out, in];
+        0 = stored as it is, up to merged axes.
+      row: a vector that is stored as a linear layer with one output, [1, in].
+    """
+
+    name: str
+    inputs: int = 0
+    row: bool = False
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the parameter has a leading layer axis."""
+        return "{i}" in self.name
+
+    def names(self, layers: int) -> list[str]:
+        """Tensor names, one per layer for a stack."""
+        return [self.name.format(i=i) for i in range(layers)] if self.stacked else [self.name]
+
+    def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the stored tensor of one layer whose parameter has `shape`."""
+        if self.row:
+            return (1, *shape)
+        if self.inputs:
+            return math.prod(shape[self.inputs :]), math.prod(shape[: self.inputs])
+        return (shape[0], math.prod(shape[1:])) if len(shape) > 2 else shape
+
+    def load(self, stored: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        """Stored tensor -> parameter of one layer, as a view where possible."""
+        return (stored.T if self.inputs else stored).reshape(shape)
+
+    def store(self, value: np.ndarray) -> np.ndarray:
+        """Parameter of one layer -> tensor to store."""
+        shape = self.stored_shape(value.shape)
+        return np.ascontiguousarray(value.reshape(shape[::-1]).T if self.inputs else value.reshape(shape))
+
+
+LAYER_WEIGHTS = {
+    "attention_norm": Weight("layers.{i}.input_layernorm.weight"),
+    "attention.query": Weight("layers.{i}.self_attn.q_proj.weight", inputs=1),
+    "attention.key": Weight("layers.{i}.self_attn.k_proj.weight", inputs=1),
+    "attention.value": Weight("layers.{i}.self_attn.v_proj.weight", inputs=1),
+    "attention.out": Weight("layers.{i}.self_attn.o_proj.weight", inputs=2),
+    "attention.query_norm": Weight("layers.{i}.self_attn.q_norm.weight"),
+    "attention.key_norm": Weight("layers.{i}.self_attn.k_norm.weight"),
+    "mlp_norm": Weight("layers.{i}.post_attention_layernorm.weight"),
+    "mlp.gate": Weight("layers.{i}.mlp.gate_proj.weight", inputs=1),
+    "mlp.up": Weight("layers.{i}.mlp.up_proj.weight", inputs=1),
+    "mlp.down": Weight("layers.{i}.mlp.down_proj.weight", inputs=1),
+}
+"""Parameters of a `target.layers.Layer` stack, for targets (behind the prefix `model.`) and drafters (without)."""
+
+WEIGHTS = {
+    "embedding": Weight("model.embed_tokens.weight"),
+    "norm": Weight("model.norm.weight"),
+    "lm_head": Weight("lm_head.weight"),
+} | {f"layers.{path}": weight._replace(name="model." + weight.name) for path, weight in LAYER_WEIGHTS.items()}
+"""Every parameter of `Qwen3` and the tensor it is loaded from. A tied checkpoint may carry lm_head all the same."""
+
+
 class Qwen3(nnx.Module):
     """A Qwen3 language model. Parameters of the layers are stacked on a leading axis L."""
 
@@ -44,11 +110,11 @@ class Qwen3(nnx.Module):
     @property
     def head(self) -> jax.Array:
         """LM head [V, D]; the embedding itself when tied."""
-        return self.embedding[...] if self.arch.tie_word_embeddings else self.lm_head[...]
+        return gather(self.embedding[...] if self.arch.tie_word_embeddings else self.lm_head[...], "vocab", "embed")
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """tokens [...] -> [..., D] in the compute type."""
-        return self.embedding[...][tokens].astype(self.dtype)
+        return gather(self.embedding[...], "vocab", "embed")[tokens].astype(self.dtype)
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """hidden [..., D] -> float32 logits [..., V], padded vocabulary rows included."""

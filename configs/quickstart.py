@@ -1,0 +1,53 @@
+"""The embedded default: a DSpark (or `:dflash`) drafter for the small target that ships with the package, on a CPU.
+
+python -m dspark_jax.train --config configs/quickstart.py
+python -m dspark_jax.train --config configs/quickstart.py:dflash
+"""
+
+from pathlib import Path
+
+from dspark_jax.config import (
+    Config,
+    DataConfig,
+    DrafterConfig,
+    EvalConfig,
+    OptimConfig,
+    TargetConfig,
+    TrainConfig,
+)
+
+QUICKSTART = Path(__file__).resolve().parents[1] / "dspark_jax" / "quickstart"
+DOMAINS = ("math", "code", "chat")
+
+
+def get_config(arg: str = "dspark") -> Config:
+    """`arg`: dspark (the default) or dflash."""
+    kind = arg or "dspark"
+    heads = kind == "dspark"
+    return Config(
+        name=f"quickstart_{kind}",
+        target=TargetConfig(path=str(QUICKSTART / "target")),
+        drafter=DrafterConfig(
+            kind=kind,
+            num_layers=2,
+            block_size=7,
+            target_layer_ids=(0, 1, 2, 3, 4),
+            mask_token_id=4095,
+            markov_rank=64 if heads else 0,
+            confidence_head=heads,
+            confidence_with_markov=heads,
+        ),
+        data=DataConfig(
+            prompts=tuple(str(QUICKSTART / "prompts" / f"{name}.train.jsonl") for name in DOMAINS),
+            limit=512,
+            max_prompt_length=128,
+            max_length=256,
+        ),
+        optim=OptimConfig(learning_rate=3e-3),
+        train=TrainConfig(steps=600, batch_size=8, num_anchors=32, checkpoint_every=200, log_every=10),
+        eval=EvalConfig(
+            prompts=tuple(str(QUICKSTART / "prompts" / f"{name}.heldout.jsonl") for name in DOMAINS),
+            limit=64,
+            max_new_tokens=128,
+        ),
+    )

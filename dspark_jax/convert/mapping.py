@@ -1,0 +1,33 @@
+"""Names and shapes of drafter checkpoints in the layout of the PyTorch reference (DeepSpec `save_pretrained`)."""
+
+from dspark_jax.config import DrafterConfig
+from dspark_jax.target.qwen3 import LAYER_WEIGHTS, Weight
+
+_BACKBONE = {
+    "backbone.fc": Weight("fc.weight", inputs=1),
+    "backbone.hidden_norm": Weight("hidden_norm.weight"),
+    "backbone.norm": Weight("norm.weight"),
+} | {f"backbone.layers.{path}": weight for path, weight in LAYER_WEIGHTS.items()}
+
+_MARKOV = {
+    "markov.w1": Weight("markov_head.markov_w1.weight"),
+    "markov.w2": Weight("markov_head.markov_w2.weight"),
+}
+
+_CONFIDENCE = {
+    "confidence.weight": Weight("confidence_head.proj.weight", row=True),
+    "confidence.offset": Weight("confidence_head.proj.bias"),
+}
+
+FROZEN = ("embed_tokens.weight", "lm_head.weight")
+"""Copies of the target's tensors that the reference stores in every drafter."""
+
+
+def drafter_weights(config: DrafterConfig) -> dict[str, Weight]:
+    """Every parameter of a DSpark or DFlash drafter and the tensor that holds it."""
+    weights = dict(_BACKBONE)
+    if config.markov_rank:
+        weights |= _MARKOV
+    if config.confidence_head:
+        weights |= _CONFIDENCE
+    return weights

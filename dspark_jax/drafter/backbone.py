@@ -1,0 +1,112 @@
+"""The parallel backbone (paper 3.1; DFlash): one pass over a block of masks, reading the target's features."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dspark_jax.config import DrafterConfig, TargetArchitecture
+from dspark_jax.ops.block_attention import block_attention
+from dspark_jax.sharding import constrain
+from dspark_jax.target.layers import Attention, KVCache, Layer, dense, layer_at, normal, ones, rms_norm, run_layers
+
+
+class Backbone(nnx.Module):
+    """Draft layers whose keys and values are those of the context features followed by the block's own.
+
+    The context is projected and normed once, `hidden_norm(fc(features))`, and shared by all layers; it does not pass
+    the layers' input norm, the block's stream does (trap 12). Rows attend to the context strictly before their anchor
+    and, in both directions, to their own block (trap 3).
+    """
+
+    def __init__(self, arch: TargetArchitecture, config: DrafterConfig, *, rngs: nnx.Rngs):
+        d, scale = arch.hidden_size, config.initializer_range
+        self.arch = arch
+        self.num_layers = config.num_layers
+        width = len(config.target_layer_ids) * d
+        self.fc = normal(rngs, (), (width, d), ("features", "embed"), scale)
+        self.hidden_norm = ones((), d)
+        self.layers = Layer(arch, stack=(config.num_layers,), scale=scale, rngs=rngs)
+        self.norm = ones((), d)
+
+    def context(self, features: jax.Array) -> jax.Array:
+        """Target features [B, S, M*D] -> context states [B, S, D]."""
+        return rms_norm(dense(features, self.fc[...]), self.hidden_norm[...], self.arch.rms_norm_eps)
+
+    def __call__(self, embedded: jax.Array, features: jax.Array, anchors: jax.Array, keep: jax.Array) -> jax.Array:
+        """Training pass over A blocks per sequence.
+
+        Args:
+          embedded: [B, A, G, D] embedded block inputs (anchor token, then masks).
+          features: [B, S, M*D] target features; rows at and behind an anchor are invisible to its block.
+          anchors: [B, A] positions.
+          keep: [B, A] bool, False for dummy blocks.
+
+        Returns:
+          [B, A, G, D] after the final norm.
+        """
+        context = self.context(features.astype(embedded.dtype))
+        positions = jnp.broadcast_to(jnp.arange(features.shape[1]), features.shape[:2])
+
+        def layer(x: jax.Array, index: int) -> jax.Array:
+            at = layer_at(self.layers, index)
+            return self._layer(at, x, at.attention.keys_values(context, positions), anchors, keep)
+
+        x = embedded
+        # Few layers, and laid out one by one they save a loop's stacking of residuals; the backward recomputes each.
+        for index in range(self.num_layers):
+            x = jax.checkpoint(layer, static_argnums=1)(x, index)
+        return rms_norm(x, self.norm[...], self.arch.rms_norm_eps)
+
+    def _layer(
+        self, layer: Layer, x: jax.Array, context: tuple[jax.Array, jax.Array], anchors: jax.Array, keep: jax.Array
+    ) -> jax.Array:
+        """One layer over blocks x [B, A, G, D] with the context's keys and values [B, S, K, H]."""
+        b, a, g, d = x.shape
+        positions = (anchors[:, :, None] + jnp.arange(g)).reshape(b, a * g)
+
+        def split(rows: jax.Array) -> jax.Array:
+            return rows.reshape(b, a, g, *rows.shape[2:])
+
+        def attention(projections: Attention, normed: jax.Array) -> jax.Array:
+            query = projections.queries(normed, positions)
+            key, value = projections.keys_values(normed, positions)
+            out = block_attention(
+                split(query), *context, split(key), split(value), anchors, keep, scale=self.arch.head_dim**-0.5
+            )
+            return out.reshape(query.shape)
+
+        x = layer(x.reshape(b, a * g, d), attention)
+        return constrain(x, "batch", None, None).reshape(b, a, g, d)
+
+    def init_cache(self, batch: int, length: int, dtype: Any) -> KVCache:
+        """An empty cache of projected context keys and values."""
+        return KVCache.zeros(self.num_layers, batch, length, self.arch, dtype)
+
+    def extend(self, cache: KVCache, features: jax.Array, positions: jax.Array) -> KVCache:
+        """Writes the context rows of features [B, T, M*D] at positions [B, T] (consecutive) into every layer."""
+        context = self.context(features)
+
+        def body(cache: KVCache, index: jax.Array | int) -> KVCache:
+            key, value = layer_at(self.layers, index).attention.keys_values(context, positions)
+            return cache.write(index, key, value, positions[:, 0])
+
+        return run_layers(body, cache, 0, self.num_layers, unroll=True)
+
+    def decode(self, embedded: jax.Array, cache: KVCache, anchors: jax.Array) -> jax.Array:
+        """Decoding pass over one block per request: the training pass with A = 1 and the context from the cache.
+
+        Args:
+          embedded: [B, G, D].
+          cache: context rows 0..anchors[b]-1 are read; the block's own keys and values are not kept.
+          anchors: [B] absolute positions.
+
+        Returns:
+          [B, G, D] after the final norm.
+        """
+        x = embedded[:, None]
+        keep = jnp.ones((x.shape[0], 1), bool)
+        for index in range(self.num_layers):
+            x = self._layer(layer_at(self.layers, index), x, cache.layer(index), anchors[:, None], keep)
+        return rms_norm(x[:, 0], self.norm[...], self.arch.rms_norm_eps)

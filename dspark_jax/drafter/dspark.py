@@ -1,0 +1,94 @@
+"""DSpark (paper section 3): the parallel backbone, the Markov head and the confidence head.
+
+DFlash is the same drafter without the heads. The embedding and the LM head belong to the target, which every method
+that needs them takes as an argument.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dspark_jax.config import DrafterConfig, TargetArchitecture
+from dspark_jax.drafter.backbone import Backbone
+from dspark_jax.drafter.blocks import Anchors, block_targets, block_tokens
+from dspark_jax.drafter.confidence import ConfidenceHead
+from dspark_jax.drafter.interface import BlockOutputs, Proposal
+from dspark_jax.drafter.markov import MarkovHead
+from dspark_jax.ops.markov_sample import markov_sample
+from dspark_jax.ops.sampling import Sampling, sample
+from dspark_jax.target.layers import KVCache
+
+
+class DSpark(nnx.Module):
+    """A block drafter for one target. Parameters are float32; `dtype` is the compute type."""
+
+    def __init__(self, arch: TargetArchitecture, config: DrafterConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32):
+        scale, rank = config.initializer_range, config.markov_rank
+        self.block_size = config.block_size
+        self.taps = tuple(config.target_layer_ids)
+        self.mask_token = config.mask_token_id
+        self.dtype = dtype
+        self.backbone = Backbone(arch, config, rngs=rngs)
+        self.markov = MarkovHead(arch.vocab_size, rank, scale=scale, rngs=rngs) if rank else None
+        seen = rank if config.confidence_with_markov else 0
+        head = ConfidenceHead(arch.hidden_size, seen, scale=scale, rngs=rngs) if config.confidence_head else None
+        self.confidence = head
+
+    def __call__(
+        self, target: Any, features: jax.Array, tokens: jax.Array, loss_mask: jax.Array, anchors: Anchors
+    ) -> BlockOutputs:
+        """Training pass.
+
+        Args:
+          target: lends `embed`.
+          features: [B, S, M*D] target features of the tokens.
+          tokens: [B, S].
+          loss_mask: [B, S], 1 on supervised tokens.
+          anchors: A blocks per sequence.
+        """
+        targets = block_targets(tokens, loss_mask, anchors, self.block_size)
+        inputs = block_tokens(targets.prev_tokens[:, :, 0], self.mask_token, self.block_size)
+        embedded = target.embed(inputs).astype(self.dtype)
+        hidden = self.backbone(embedded, features, anchors.positions, anchors.keep)
+        return BlockOutputs(hidden, targets.prev_tokens, targets.labels, targets.teacher_rows, targets.mask)
+
+    def init_cache(self, batch: int, length: int) -> KVCache:
+        """An empty cache for `length` positions of `batch` requests."""
+        return self.backbone.init_cache(batch, length, self.dtype)
+
+    def extend(
+        self, cache: KVCache, features: jax.Array, tokens: jax.Array, positions: jax.Array, counts: jax.Array
+    ) -> KVCache:
+        """Absorbs committed tokens; see `drafter.interface.Drafter`.
+
+        Rows at and behind counts[b] are written too; the next call overwrites them before a block can see them.
+        """
+        del tokens, counts
+        return self.backbone.extend(cache, features.astype(self.dtype), positions)
+
+    def propose(
+        self,
+        target: Any,
+        cache: KVCache,
+        anchors: jax.Array,
+        positions: jax.Array,
+        uniforms: jax.Array,
+        sampling: Sampling,
+    ) -> Proposal:
+        """Drafts G tokens after each anchor; see `drafter.interface.Drafter`."""
+        embedded = target.embed(block_tokens(anchors, self.mask_token, self.block_size)).astype(self.dtype)
+        hidden = self.backbone.decode(embedded, cache, positions)
+        base = target.unembed(hidden)
+        if self.markov is None:
+            tokens = jax.vmap(sample, in_axes=(1, None, 1), out_axes=1)(base, sampling, uniforms)
+            logits, previous = base, None
+        else:
+            tokens, logits = markov_sample(
+                base.swapaxes(0, 1), self.markov.w1[...], self.markov.w2[...], anchors, uniforms.T, sampling
+            )
+            tokens, logits = tokens.T, logits.swapaxes(0, 1)
+            previous = self.markov.embed(jnp.concatenate([anchors[:, None], tokens[:, :-1]], axis=1))
+        confidence = None if self.confidence is None else self.confidence(hidden, previous)
+        return Proposal(tokens, logits, confidence)

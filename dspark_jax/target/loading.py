@@ -1,0 +1,202 @@
+"""Target weights from a Hugging Face directory, streamed tensor by tensor into their device shards."""
+
+import hashlib
+import json
+import struct
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from dspark_jax.config import InputError, TargetArchitecture, TargetConfig
+from dspark_jax.sharding import state_shardings
+from dspark_jax.target.qwen3 import WEIGHTS, Qwen3, Weight
+
+_DTYPES: dict[str, Any] = {
+    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
+    "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_,
+}  # fmt: skip
+
+
+def compute_dtype(name: str) -> Any:
+    """`float32`, `bfloat16`, or `auto`: bfloat16 on accelerators, float32 on CPU."""
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[name]
+
+
+_REMEDY = "download the file again"
+
+
+def read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    """Memory-mapped tensors of one file by name; nothing is read until an array is sliced.
+
+    The header is checked here, and not by the safetensors package, for errors that name the file and the cause.
+
+    Raises:
+      InputError: no such file, or it is truncated or otherwise not a safetensors file.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
+            if not 0 < length <= size - 8:
+                raise InputError(f"{path}: truncated safetensors file ({size} bytes, no whole header); {_REMEDY}")
+            header = json.loads(file.read(length))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; {_REMEDY}") from None
+    except (UnicodeDecodeError, json.JSONDecodeError):
+        raise InputError(f"{path}: the header is not JSON, so this is no safetensors file; {_REMEDY}") from None
+    header.pop("__metadata__", None)
+    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if size - 8 - length < end:
+        raise InputError(f"{path}: truncated safetensors file ({size} bytes, {8 + length + end} expected); {_REMEDY}")
+    tensors = {}
+    for name, entry in header.items():
+        if entry["dtype"] not in _DTYPES:
+            raise InputError(f"{path}: tensor {name} has dtype {entry['dtype']}; convert it to bfloat16 or float32")
+        start, stop = entry["data_offsets"]
+        dtype, shape = np.dtype(_DTYPES[entry["dtype"]]), tuple(entry["shape"])
+        if stop - start != dtype.itemsize * int(np.prod(shape)):
+            raise InputError(f"{path}: tensor {name} has {stop - start} bytes, shape {shape} needs others; {_REMEDY}")
+        if stop == start:
+            tensors[name] = np.zeros(shape, dtype)
+        else:
+            tensors[name] = np.memmap(path, dtype, mode="r", offset=8 + length + start, shape=shape)
+    return tensors
+
+
+def read_checkpoint(directory: Path) -> dict[str, np.ndarray]:
+    """Memory-mapped tensors of a model directory: `model.safetensors`, or the shards its index names.
+
+    Raises:
+      InputError: a file is missing or damaged, or the index names a tensor that its shard does not hold.
+    """
+    index_path = directory / "model.safetensors.index.json"
+    if not index_path.exists():
+        return read_safetensors(directory / "model.safetensors")
+    try:
+        weight_map = json.loads(index_path.read_text())["weight_map"]
+    except (json.JSONDecodeError, KeyError):
+        raise InputError(f"{index_path}: no valid weight_map; download the file again") from None
+    tensors: dict[str, np.ndarray] = {}
+    for shard in sorted(set(weight_map.values())):
+        tensors |= read_safetensors(directory / shard)
+    for name, shard in weight_map.items():
+        if name not in tensors:
+            raise InputError(f"{directory / shard}: tensor {name} is in the index but not in the file; {_REMEDY}")
+    return tensors
+
+
+def parameter_paths(module: nnx.Module) -> dict[str, Any]:
+    """Parameters of a module by dotted path, e.g. `layers.attention.query`."""
+    flat = nnx.to_flat_state(nnx.state(module, nnx.Param))
+    return {".".join(str(part) for part in path): variable for path, variable in flat}
+
+
+def fill_module(
+    module: nnx.Module,
+    tensors: Mapping[str, np.ndarray],
+    weights: Mapping[str, Weight],
+    where: str,
+    mesh: Mesh,
+    dtype: Any,
+) -> None:
+    """Puts checkpoint tensors into a module's (abstract) parameters, shard by shard.
+
+    Only the slices that a device holds are read and converted, so the host never holds a whole model.
+
+    Args:
+      module: its parameters are replaced in place.
+      tensors: by checkpoint name; `{i}` in a weight's name runs over the stacked layers.
+      weights: parameter path -> where its values are.
+      where: the directory, for messages.
+      mesh: gives each parameter's sharding.
+      dtype: type of the parameters in memory.
+
+    Raises:
+      InputError: a tensor is missing or has another shape.
+    """
+    for path, variable in parameter_paths(module).items():
+        weight, shape = weights[path], variable.get_value().shape
+        names = weight.names(shape[0] if weight.stacked else 1)
+        single = shape[1:] if weight.stacked else shape
+        for name in names:
+            if name not in tensors:
+                raise InputError(f"{where}: tensor {name} is missing; download the checkpoint again")
+            stored = weight.stored_shape(single)
+            if tensors[name].shape != stored:
+                raise InputError(
+                    f"{where}: tensor {name} has shape {tensors[name].shape}, the config gives {stored}; "
+                    "config.json and weights are not of the same model"
+                )
+        sharding = state_shardings(variable, mesh).get_value()
+        read = _reader(weight, [tensors[name] for name in names], single, dtype)
+        variable.set_value(jax.make_array_from_callback(shape, sharding, read))
+
+
+def _reader(weight: Weight, stored: list[np.ndarray], single: tuple[int, ...], dtype: Any) -> Callable[..., np.ndarray]:
+    """Callback that gives any slice of a (stacked) parameter from its memory-mapped tensors."""
+
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        if not weight.stacked:
+            return weight.load(stored[0], single)[index].astype(dtype)
+        layers = range(*index[0].indices(len(stored)))
+        return np.stack([weight.load(stored[i], single)[index[1:]].astype(dtype) for i in layers])
+
+    return read
+
+
+def abstract_target(arch: TargetArchitecture, dtype: Any) -> Qwen3:
+    """A target whose parameters are shapes only."""
+    return nnx.eval_shape(lambda: Qwen3(arch, rngs=nnx.Rngs(0), dtype=dtype))
+
+
+def load_target(config: TargetConfig, mesh: Mesh) -> Qwen3:
+    """Loads the target of a resolved config onto `mesh`, in its compute type.
+
+    Raises:
+      InputError: a file or tensor is missing, damaged or of another shape, or a tensor is unknown.
+    """
+    directory, arch, dtype = Path(config.path), config.architecture, compute_dtype(config.dtype)
+    target = abstract_target(arch, dtype)
+    tensors = read_checkpoint(directory)
+    known = {name for weight in WEIGHTS.values() for name in weight.names(arch.num_hidden_layers)}
+    for name in tensors:
+        if name not in known:
+            raise InputError(
+                f"{directory}: tensor {name} is unknown to {arch.model_type}; use a plain Qwen3 checkpoint"
+            )
+    fill_module(target, tensors, WEIGHTS, str(directory), mesh, dtype)
+    return target
+
+
+def fingerprint(directory: str | Path) -> str:
+    """Hash that tells one target from another: shape fields, tensor names, shapes, types and samples of their values.
+
+    Reads a few kilobytes per tensor, so it is quick for any size. The tokenizer has its own, `tokenizer_fingerprint`.
+    """
+    digest = hashlib.sha256(repr(TargetArchitecture.from_hf(directory)).encode())
+    tensors = read_checkpoint(Path(directory))
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
+        flat = tensor.reshape(-1)
+        digest.update(flat[:: max(flat.size // 1024, 1)].tobytes())
+    return digest.hexdigest()[:32]
+
+
+def tokenizer_fingerprint(directory: str | Path) -> str:
+    """Hash of the tokenizer files and the chat template of a model directory."""
+    digest = hashlib.sha256()
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        path = Path(directory) / name
+        digest.update(name.encode() + (path.read_bytes() if path.exists() else b""))
+    return digest.hexdigest()[:32]

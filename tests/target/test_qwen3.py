@@ -1,0 +1,128 @@
+"""The Qwen3 target against transformers in PyTorch on small random models."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dspark_jax.config import MeshConfig, TargetArchitecture, TargetConfig
+from dspark_jax.sharding import make_mesh
+from dspark_jax.target.layers import attend, attend_in_chunks
+from dspark_jax.target.loading import load_target
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+SHAPES = {
+    "tied": dict(tie_word_embeddings=True, num_attention_heads=4, num_key_value_heads=2, head_dim=16),
+    "untied": dict(tie_word_embeddings=False, num_attention_heads=4, num_key_value_heads=4, head_dim=8),
+    "one_kv_head_wide": dict(tie_word_embeddings=True, num_attention_heads=4, num_key_value_heads=1, head_dim=32),
+}
+TAPS = (-1, 0, 2, 4)
+
+
+def write_model(directory, shards: int = 1, **fields):
+    """A random Hugging Face Qwen3 (weights large enough that every part of the model matters), saved."""
+    torch.manual_seed(0)
+    config = transformers.Qwen3Config(
+        vocab_size=199, hidden_size=48, num_hidden_layers=6, intermediate_size=80, rope_theta=10000.0,
+        max_position_embeddings=256, initializer_range=0.12, **fields,
+    )  # fmt: skip
+    model = transformers.Qwen3ForCausalLM(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+    size = sum(p.numel() for p in model.parameters()) * 4
+    model.save_pretrained(directory, max_shard_size=-(-size // shards) if shards > 1 else "1GB")
+    return model
+
+
+def load(directory, mesh):
+    return load_target(TargetConfig(path=str(directory), architecture=TargetArchitecture.from_hf(directory)), mesh)
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def pair(request, tmp_path_factory):
+    directory = tmp_path_factory.mktemp(request.param)
+    model = write_model(directory, **SHAPES[request.param])
+    return model, load(directory, make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1]))
+
+
+def oracle(model, tokens):
+    """Hidden states at the taps, post-norm last hidden and logits, in float64."""
+    model = model.double()
+    with torch.no_grad():
+        out = model(torch.tensor(tokens), output_hidden_states=True)
+    features = np.concatenate([out.hidden_states[i + 1].numpy() for i in TAPS], axis=-1)
+    return features, out.hidden_states[-1].numpy(), out.logits.numpy()
+
+
+def assert_close(ours, theirs):
+    """float32 accuracy: a few hundred roundings of the largest value."""
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=4e-6 * np.abs(theirs).max())
+
+
+def test_forward_equals_transformers(pair):
+    model, target = pair
+    tokens = np.random.default_rng(0).integers(0, 199, (2, 37))
+    positions = jnp.broadcast_to(jnp.arange(37), tokens.shape)
+    for unroll in (False, True):
+        out = jax.jit(lambda t, unroll=unroll: target.forward(t, positions, taps=TAPS, unroll=unroll))(tokens)
+        features, last_hidden, logits = oracle(model, tokens)
+        assert_close(out.features, features)
+        assert_close(out.last_hidden, last_hidden)
+        assert_close(target.unembed(out.last_hidden), logits)
+
+
+def test_cached_decoding_equals_transformers(pair):
+    """Two requests of different lengths, fed in uneven pieces, with stale rows of a rolled-back draft in between."""
+    model, target = pair
+    tokens = np.random.default_rng(1).integers(0, 199, (2, 30))
+    expected = oracle(model, tokens)
+    cache = target.init_cache(2, 40)
+    starts = np.array([0, 0])
+    features = np.full((2, 30, expected[0].shape[-1]), np.nan)
+    step = jax.jit(lambda t, p, c: target.forward(t, p, c, taps=TAPS))
+    for lengths in ([9, 5], [1, 1], [4, 8], [3, 3], [13, 13]):
+        width = max(lengths)
+        positions = starts[:, None] + np.arange(width)
+        fed = np.full((2, width), 7)  # rows behind a request's own are drafts that get rejected
+        for b, length in enumerate(lengths):
+            fed[b, :length] = tokens[b, starts[b] : starts[b] + length]
+        out = step(fed, positions, cache)
+        cache = out.cache
+        for b, length in enumerate(lengths):
+            features[b, starts[b] : starts[b] + length] = out.features[b, :length]
+        starts = starts + np.array(lengths)
+    assert (starts == 30).all()
+    assert_close(features, expected[0])
+
+
+def test_sharded_checkpoint_on_a_mesh_equals_one_device(tmp_path):
+    write_model(tmp_path, shards=4, **SHAPES["untied"])
+    assert len(list(tmp_path.glob("*.safetensors"))) >= 4
+    tokens = jnp.asarray(np.random.default_rng(2).integers(0, 199, (4, 12)))
+    positions = jnp.broadcast_to(jnp.arange(12), tokens.shape)
+    results = []
+    for config, devices in ((MeshConfig(1, 1, 1), jax.devices()[:1]), (MeshConfig(2, 2, 2), jax.devices())):
+        mesh = make_mesh(config, devices)
+        with jax.set_mesh(mesh):
+            target = load(tmp_path, mesh)
+            forward = jax.jit(lambda model, t: model.unembed(model.forward(t, positions, taps=(0,)).last_hidden))
+            results.append(np.asarray(forward(target, tokens)))
+        sharding = target.layers.mlp.gate[...].sharding
+    assert sharding.spec == jax.P(None, "fsdp", "tensor")
+    assert_close(results[1], results[0])
+
+
+def test_attention_in_chunks_equals_attention():
+    rng = np.random.default_rng(3)
+    query, key, value = (jnp.asarray(rng.normal(size=(2, 11, n, 4)), jnp.float32) for n in (6, 2, 2))
+    limit = jnp.asarray(rng.integers(1, 12, (2, 11)))
+    whole = attend(query, key, value, limit, 0.5)
+    np.testing.assert_allclose(attend_in_chunks(query, key, value, limit, 0.5, chunk=4), whole, atol=1e-6)
+    # float64 loop over one row
+    scores = np.array([query[1, 5, 4] @ key[1, s, 1] for s in range(int(limit[1, 5]))], np.float64) * 0.5
+    weights = np.exp(scores - scores.max()) / np.exp(scores - scores.max()).sum()
+    np.testing.assert_allclose(whole[1, 5, 4], weights @ np.asarray(value[1, : len(weights), 1], np.float64), atol=1e-6)

@@ -1,0 +1,59 @@
+"""Imports point one way (DESIGN section 2): checked over the syntax tree, so nothing needs to be importable."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "dspark_jax"
+
+BASE = {"config", "sharding", "metrics", "progress"}
+ALLOWED = {
+    **{name: BASE for name in BASE},
+    "ops": BASE | {"ops"},
+    "data": BASE | {"data"},
+    "target": BASE | {"ops", "target"},
+    "drafter": BASE | {"ops", "target", "drafter"},
+    "training": BASE | {"ops", "data", "target", "drafter", "training"},
+    "engine": BASE | {"ops", "target", "drafter", "engine"},
+    "convert": BASE | {"ops", "target", "drafter", "convert"},
+    "evaluation": BASE | {"ops", "data", "target", "drafter", "training", "engine", "convert", "evaluation"},
+    "command": BASE,
+}
+COMMANDS = {"prepare", "train", "evaluate"}
+BUILDER = {"quickstart"}  # rebuilds the embedded target; nothing may import it
+CALLS = {"train": {"prepare", "evaluate"}}  # the data it needs, and the checkpoint it has just written
+
+
+def imported(path: Path) -> set[str]:
+    """Second components of the `dspark_jax.x` imports of a file."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        found |= {name.split(".")[1] for name in names if name.startswith("dspark_jax.")}
+    return found
+
+
+def test_imports_point_one_way():
+    wrong = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        if part in ("__init__", *BUILDER):
+            continue
+        allowed = ALLOWED.get(part)
+        if part in COMMANDS:
+            allowed = set(ALLOWED) | CALLS.get(part, set())
+        assert allowed is not None, f"{path}: say in this test what {part} may import"
+        wrong += [f"{path.relative_to(ROOT)} imports {name}" for name in imported(path) - allowed - {part}]
+    assert not wrong
+
+
+def test_configs_import_only_config():
+    wrong = [(path.name, imported(path)) for path in (ROOT / "configs").glob("*.py") if imported(path) - {"config"}]
+    assert not wrong
+    assert list((ROOT / "configs").glob("*.py"))

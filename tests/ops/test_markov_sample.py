@@ -1,0 +1,52 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dspark_jax.ops.markov_sample import markov_sample
+from dspark_jax.ops.sampling import Sampling
+
+G, B, V, R = 4, 3, 37, 6
+
+
+def problem(rank=R):
+    rng = np.random.default_rng(0)
+    base = rng.normal(size=(G, B, V)) * 2
+    w1, w2 = rng.normal(size=(V, rank)), rng.normal(size=(V, rank)) * rank**-0.5
+    return base, w1, w2, np.array([5, 36, 0]), rng.random((G, B))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+def test_against_a_float64_loop(temperature):
+    base, w1, w2, anchors, uniforms = problem()
+    f32 = [jnp.asarray(x, jnp.float32) for x in (base, w1, w2)]
+    sampling = Sampling.constant(temperature, B)
+    tokens, logits = markov_sample(*f32, jnp.asarray(anchors), jnp.asarray(uniforms, jnp.float32), sampling)
+    for b in range(B):
+        previous = anchors[b]
+        for k in range(G):
+            biased = base[k, b] + w2 @ w1[previous]
+            np.testing.assert_allclose(logits[k, b], biased, atol=1e-5)
+            if temperature == 0.0:
+                expected = biased.argmax()
+            else:
+                weights = np.exp((biased - biased.max()) / temperature)
+                cdf = np.cumsum(weights) / weights.sum()
+                expected = np.argmax(cdf > uniforms[k, b])
+            assert tokens[k, b] == expected
+            previous = expected
+
+
+def test_rows_stored_in_lanes_give_the_same():
+    base, w1, w2, anchors, uniforms = (jnp.asarray(x) for x in problem(rank=256))
+    flat = markov_sample(base, w1, w2, anchors, uniforms, Sampling.constant(1.0, B))
+    lanes = markov_sample(base, w1.reshape(V, 2, 128), w2, anchors, uniforms, Sampling.constant(1.0, B))
+    for ours, theirs in zip(lanes, flat, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_bad_shapes_and_names_are_refused():
+    base, w1, w2, anchors, uniforms = (jnp.asarray(x) for x in problem())
+    with pytest.raises(ValueError, match=r"w1 has shape \(36, 6\), expected \(37, 6\)"):
+        markov_sample(base, w1[1:], w2, anchors, uniforms, Sampling.constant(1.0, B))
+    with pytest.raises(ValueError, match=r"'cuda' is unknown"):
+        markov_sample(base, w1, w2, anchors, uniforms, Sampling.constant(1.0, B), implementation="cuda")

@@ -1,0 +1,134 @@
+"""Reading checkpoints: values, and one clear line for each way in which one can be broken."""
+
+import json
+import struct
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import save_file
+
+from dspark_jax.config import InputError, MeshConfig, TargetArchitecture, TargetConfig
+from dspark_jax.sharding import make_mesh
+from dspark_jax.target.loading import fingerprint, load_target, parameter_paths, read_safetensors, tokenizer_fingerprint
+from dspark_jax.target.qwen3 import WEIGHTS, Qwen3
+
+ARCH = TargetArchitecture("qwen3", 40, 16, 3, 4, 2, 8, 24, 1e-6, 1e4, False, 64)
+
+
+def tensors_of(target: Qwen3) -> dict[str, np.ndarray]:
+    """The parameters under their Hugging Face names, in bfloat16."""
+    tensors = {}
+    for path, variable in parameter_paths(target).items():
+        weight, value = WEIGHTS[path], np.asarray(variable.get_value()).astype(ml_dtypes.bfloat16)
+        layers = list(value) if weight.stacked else [value]
+        pairs = zip(weight.names(len(layers)), layers, strict=True)
+        tensors |= {name: weight.store(layer) for name, layer in pairs}
+    return tensors
+
+
+@pytest.fixture
+def directory(tmp_path):
+    """A checkpoint of two shards with an index."""
+    tensors = tensors_of(Qwen3(ARCH, rngs=nnx.Rngs(3)))
+    names = sorted(tensors)
+    shards = {"model-1.safetensors": names[::2], "model-2.safetensors": names[1::2]}
+    for shard, members in shards.items():
+        save_file({name: tensors[name] for name in members}, tmp_path / shard)
+    index = {"weight_map": {name: shard for shard, members in shards.items() for name in members}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (tmp_path / "config.json").write_text(json.dumps(ARCH.to_hf()))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    return tmp_path
+
+
+def load(directory):
+    arch = TargetArchitecture.from_hf(directory)
+    return load_target(TargetConfig(path=str(directory), architecture=arch), make_mesh(MeshConfig(2, 2, 2)))
+
+
+def test_every_value_arrives_on_its_shards(directory):
+    expected = parameter_paths(Qwen3(ARCH, rngs=nnx.Rngs(3)))
+    loaded = parameter_paths(load(directory))
+    assert set(loaded) == set(expected)
+    for path, variable in loaded.items():
+        want = np.asarray(expected[path].get_value()).astype(ml_dtypes.bfloat16).astype(np.float32)
+        np.testing.assert_array_equal(variable.get_value(), want)
+    query = loaded["layers.attention.query"].get_value()
+    assert query.dtype == jnp.float32
+    assert query.sharding.spec == jax.P(None, "fsdp", "tensor", None)
+
+
+def test_missing_shard(directory):
+    (directory / "model-2.safetensors").unlink()
+    with pytest.raises(InputError, match=r"model-2.safetensors: no such file"):
+        load(directory)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 300, -1])
+def test_truncated_shard(directory, keep):
+    path = directory / "model-1.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(InputError, match=r"model-1.safetensors: truncated safetensors file \(\d+ bytes"):
+        load(directory)
+
+
+def test_not_a_safetensors_file(directory):
+    (directory / "model-1.safetensors").write_bytes(struct.pack("<Q", 20) + b"x" * 40)
+    with pytest.raises(InputError, match="header is not JSON"):
+        load(directory)
+
+
+def rewrite(directory, change):
+    """Replaces the shards by one file with `change` applied to its tensors."""
+    tensors = tensors_of(Qwen3(ARCH, rngs=nnx.Rngs(3)))
+    change(tensors)
+    (directory / "model.safetensors.index.json").unlink()
+    save_file(tensors, directory / "model.safetensors")
+
+
+def test_missing_tensor(directory):
+    rewrite(directory, lambda t: t.pop("model.layers.2.mlp.up_proj.weight"))
+    with pytest.raises(InputError, match=r"model.layers.2.mlp.up_proj.weight is missing"):
+        load(directory)
+
+
+def test_wrong_shape(directory):
+    rewrite(directory, lambda t: t.update({"model.norm.weight": np.ones(17, np.float32)}))
+    with pytest.raises(InputError, match=r"model.norm.weight has shape \(17,\), the config gives \(16,\)"):
+        load(directory)
+
+
+def test_unknown_tensor(directory):
+    rewrite(directory, lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": np.ones(3, np.float32)}))
+    with pytest.raises(InputError, match=r"q_proj.bias is unknown"):
+        load(directory)
+
+
+def test_index_names_a_tensor_that_is_not_there(directory):
+    path = directory / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["model.ghost.weight"] = "model-1.safetensors"
+    path.write_text(json.dumps(index))
+    with pytest.raises(InputError, match=r"model.ghost.weight is in the index but not in the file"):
+        load(directory)
+
+
+def test_fingerprints_tell_models_and_tokenizers_apart(directory):
+    before = fingerprint(directory), tokenizer_fingerprint(directory)
+    assert before == (fingerprint(directory), tokenizer_fingerprint(directory))
+
+    def change(tensors):
+        tensors["model.layers.1.mlp.down_proj.weight"] = tensors["model.layers.1.mlp.down_proj.weight"] * 2
+
+    rewrite(directory, change)
+    (directory / "tokenizer.json").write_text('{"a": 1}')
+    assert fingerprint(directory) != before[0]
+    assert tokenizer_fingerprint(directory) != before[1]
+
+
+def test_reading_is_lazy(directory):
+    assert all(isinstance(t, np.memmap) for t in read_safetensors(directory / "model-1.safetensors").values())

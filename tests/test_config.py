@@ -1,0 +1,87 @@
+import dataclasses
+
+import pytest
+
+from dspark_jax.config import Config, InputError, TargetArchitecture, TargetConfig, from_json, problems, resolve, to_json
+
+ARCH = TargetArchitecture("qwen3", 512, 64, 6, 4, 2, 16, 128, 1e-6, 1e6, True, 4096)
+
+
+def valid(**parts) -> Config:
+    """A config without problems, with some fields of its parts replaced."""
+    config = Config(name="t", target=TargetConfig(architecture=ARCH))
+    config.drafter.target_layer_ids, config.drafter.mask_token_id = (0, 2, 4), 511
+    for part, fields in parts.items():
+        setattr(config, part, dataclasses.replace(getattr(config, part), **fields))
+    return config
+
+
+def test_a_valid_config_has_no_problems():
+    assert list(problems(valid())) == []
+
+
+@pytest.mark.parametrize(
+    ("parts", "expected"),
+    [
+        ({"drafter": {"target_layer_ids": (0, 5)}}, ["target_layer_ids=(0, 5) contains 5, the last layer", "-1 to 4"]),
+        ({"drafter": {"target_layer_ids": (0, 7)}}, ["contains 7, outside -1..4", "6-layer target"]),
+        ({"drafter": {"target_layer_ids": (-2, 1)}}, ["contains -2, outside"]),
+        ({"drafter": {"target_layer_ids": (2, 0)}}, ["ascending"]),
+        ({"drafter": {"target_layer_ids": ()}}, ["ascending"]),
+        ({"drafter": {"mask_token_id": 512}}, ["mask_token_id=512 is outside the vocabulary 0..511"]),
+        ({"drafter": {"mask_token_id": -1}}, ["mask_token_id=-1"]),
+        ({"drafter": {"kind": "dsprk"}}, ["drafter.kind='dsprk'", "dspark or dflash"]),
+        ({"drafter": {"kind": "dflash"}}, ["no heads", "markov_rank=0"]),
+        ({"drafter": {"markov_rank": 0}}, ["markov_rank=0 must be positive"]),
+        ({"train": {"steps": 0}}, ["train.steps=0 must be positive"]),
+        ({"train": {"accumulate": 3}}, ["batch_size=512 is not divisible by train.accumulate=3"]),
+        ({"data": {"max_prompt_length": 4096}}, ["max_prompt_length=4096 leaves no room"]),
+        ({"data": {"max_length": 5000}}, ["max_length=5000 exceeds", "4096"]),
+        ({"data": {"temperature": -1.0}}, ["data.temperature contains -1.0"]),
+        ({"eval": {"temperatures": (1.0, -0.5)}}, ["eval.temperatures contains -0.5"]),
+        ({"target": {"dtype": "fp8"}}, ["target.dtype='fp8'", "bfloat16"]),
+        ({"mesh": {"data": -1}}, ["mesh=(-1, -1, 1)"]),
+        ({"target": {"architecture": TargetArchitecture()}}, ["target.path=''", "Hugging Face"]),
+    ],
+)
+def test_each_wrong_fact_is_one_line_with_value_and_remedy(parts, expected):
+    found = list(problems(valid(**parts)))
+    assert len(found) == 1 and "\n" not in found[0]
+    for text in expected:
+        assert text in found[0]
+    with pytest.raises(InputError, match=r".+"):
+        resolve(valid(**parts))
+
+
+def test_json_round_trip():
+    config = valid(drafter={"num_layers": 3}, eval={"prompts": ("a.jsonl", "b.jsonl")})
+    assert from_json(to_json(config)) == config
+
+
+def test_resolve_reads_the_target_and_refuses_a_contradiction(tmp_path):
+    import json
+
+    (tmp_path / "config.json").write_text(json.dumps(ARCH.to_hf()))
+    config = valid(target={"path": str(tmp_path), "architecture": TargetArchitecture()})
+    assert resolve(config).target.architecture == ARCH
+    assert config.target.architecture == TargetArchitecture()
+    stated = dataclasses.replace(ARCH, num_hidden_layers=9)
+    with pytest.raises(InputError, match=r"num_hidden_layers=9 but .* has 6"):
+        resolve(valid(target={"path": str(tmp_path), "architecture": stated}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "llama"}, "model_type 'llama'"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, "rope_type 'yarn'"),
+        ({"hidden_size": None}, "missing hidden_size"),
+    ],
+)
+def test_unsupported_hugging_face_configs_are_refused(change, message):
+    raw = ARCH.to_hf() | change
+    raw = {name: value for name, value in raw.items() if value is not None}
+    with pytest.raises(InputError, match=message):
+        TargetArchitecture.from_hf(raw)

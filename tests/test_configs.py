@@ -1,0 +1,66 @@
+"""Every experiment file validates and its models can be built abstractly, whether or not weights are here."""
+
+import importlib.util
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from dspark_jax.config import MeshConfig, problems, resolve
+from dspark_jax.drafter import make_drafter
+from dspark_jax.sharding import make_mesh, state_shardings
+from dspark_jax.target.loading import abstract_target
+
+ROOT = Path(__file__).resolve().parents[1]
+EXPERIMENTS = [("quickstart", "dspark"), ("quickstart", "dflash"), ("dspark_qwen3_4b", "")]
+
+
+def load(name: str, arg: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(arg)
+
+
+def test_all_files_are_covered():
+    assert {path.stem for path in (ROOT / "configs").glob("*.py")} == {name for name, _ in EXPERIMENTS}
+
+
+@pytest.mark.parametrize(("name", "arg"), EXPERIMENTS)
+def test_validates_and_builds(name, arg):
+    config = resolve(load(name, arg))
+    assert not list(problems(config))
+    arch = config.target.architecture
+    target = abstract_target(arch, jnp.bfloat16)
+    drafter = nnx.eval_shape(lambda: make_drafter(arch, config.drafter, rngs=nnx.Rngs(0)))
+    assert (drafter.confidence is not None) == (drafter.markov is not None) == (config.drafter.kind == "dspark")
+    mesh = make_mesh(MeshConfig(2, 2, 2))
+    shardings = jax.tree.leaves(state_shardings(nnx.state(drafter), mesh))
+    assert any("tensor" in str(s.spec) for s in shardings) and any("fsdp" in str(s.spec) for s in shardings)
+    batch, length, g = 2, 8, config.drafter.block_size
+
+    def run(target, drafter, tokens):
+        positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
+        out = target.forward(tokens, positions, taps=drafter.taps)
+        from dspark_jax.drafter.blocks import sample_anchors
+
+        keys = jax.random.split(jax.random.key(0), batch)
+        anchors = sample_anchors(keys, jnp.ones_like(tokens), 3)
+        return drafter(target, out.features, tokens, jnp.ones_like(tokens), anchors).hidden
+
+    shape = jax.eval_shape(run, target, drafter, jax.ShapeDtypeStruct((batch, length), jnp.int32)).shape
+    assert shape == (batch, 3, g, arch.hidden_size)
+
+
+def test_qwen3_4b_has_the_size_of_the_released_drafter():
+    """615 M trainable parameters (measured on the reference's shapes), and W1 in rows that a TPU can fetch."""
+    config = resolve(load("dspark_qwen3_4b", ""))
+    drafter = nnx.eval_shape(lambda: make_drafter(config.target.architecture, config.drafter, rngs=nnx.Rngs(0)))
+    count = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(drafter)))
+    d, f, v, r, q, kv = 2560, 9728, 151936, 256, 4096, 1024
+    layer = 2 * d * q + 2 * d * kv + 3 * d * f + 2 * d + 2 * 128
+    assert count == 5 * layer + 5 * d * d + 2 * d + 2 * v * r + (d + r + 1)
+    assert 600e6 < count < 630e6
+    assert drafter.markov.w1.shape == (v, 2, 128)

@@ -1,0 +1,68 @@
+"""Contract and dispatch of `block_attention`."""
+
+import jax
+import jax.numpy as jnp
+
+from dspark_jax.ops.block_attention import reference, xla
+
+_IMPLEMENTATIONS = {"xla": xla.block_attention, "reference": reference.block_attention}
+
+
+def block_attention(
+    query: jax.Array,
+    context_key: jax.Array,
+    context_value: jax.Array,
+    block_key: jax.Array,
+    block_value: jax.Array,
+    anchors: jax.Array,
+    keep: jax.Array,
+    *,
+    scale: float,
+    implementation: str | None = None,
+) -> jax.Array:
+    """Grouped-query attention of A blocks of G rows over a shared context (paper 3.1; mask of trap 3).
+
+    Every row of block (b, a) attends to the context rows strictly before `anchors[b, a]` and to all G rows of its own
+    block, in both directions; other blocks are invisible. A block with keep False gives zeros and passes no gradient.
+    Context rows that no kept block can see, and the arrays of blocks that are not kept, may hold anything, even NaN.
+
+    Args:
+      query: [B, A, G, N, H], with positional rotation applied; N is a multiple of K, and query head n reads key head
+        n // (N / K).
+      context_key: [B, S, K, H].
+      context_value: [B, S, K, H].
+      block_key: [B, A, G, K, H].
+      block_value: [B, A, G, K, H].
+      anchors: [B, A] int32 in 0..S.
+      keep: [B, A] bool.
+      scale: factor of the scores.
+      implementation: None (the best one here), 'xla' (bounded memory) or 'reference' (the definition).
+
+    Returns:
+      [B, A, G, N, H] in the query's type; scores and softmax are float32. Differentiable in the first five arguments.
+
+    Raises:
+      ValueError: shapes or types do not fit together, or the implementation is unknown.
+    """
+    b, a, g, n, h = query.shape
+    s, k = context_key.shape[1:3]
+    expected = {
+        "context_key": (context_key, (b, s, k, h)),
+        "context_value": (context_value, (b, s, k, h)),
+        "block_key": (block_key, (b, a, g, k, h)),
+        "block_value": (block_value, (b, a, g, k, h)),
+        "anchors": (anchors, (b, a)),
+        "keep": (keep, (b, a)),
+    }
+    for name, (array, shape) in expected.items():
+        if array.shape != shape:
+            raise ValueError(f"block_attention: {name} is {array.shape}, with query {query.shape} it must be {shape}")
+    if n % k:
+        raise ValueError(f"block_attention: {n} query heads are no multiple of {k} key heads")
+    if keep.dtype != jnp.bool_ or not jnp.issubdtype(anchors.dtype, jnp.integer):
+        raise ValueError(f"block_attention: anchors {anchors.dtype} must be integers and keep {keep.dtype} bool")
+    if implementation not in (None, *_IMPLEMENTATIONS):
+        raise ValueError(f"block_attention: implementation {implementation!r} is not one of {list(_IMPLEMENTATIONS)}")
+    run = _IMPLEMENTATIONS[implementation or "xla"]
+    arrays = (query, context_key, context_value, block_key, block_value, anchors, keep)
+    return run(*map(jnp.asarray, arrays), scale=scale)

@@ -1,0 +1,33 @@
+"""The definition of `block_attention`: one dense mask, one softmax."""
+
+import jax
+import jax.numpy as jnp
+
+
+def block_attention(
+    query: jax.Array,
+    context_key: jax.Array,
+    context_value: jax.Array,
+    block_key: jax.Array,
+    block_value: jax.Array,
+    anchors: jax.Array,
+    keep: jax.Array,
+    *,
+    scale: float,
+) -> jax.Array:
+    """See `api.block_attention`. Holds all scores [B, N, A*G, S + A*G] at once, and no input may be NaN."""
+    b, a, g, n, h = query.shape
+    s, k = context_key.shape[1:3]
+    key = jnp.concatenate([context_key, block_key.reshape(b, a * g, k, h)], axis=1).repeat(n // k, axis=2)
+    value = jnp.concatenate([context_value, block_value.reshape(b, a * g, k, h)], axis=1).repeat(n // k, axis=2)
+    block = jnp.arange(a * g) // g
+    before_anchor = jnp.arange(s) < anchors[:, block, None]  # [B, A*G, S]
+    same_block = jnp.broadcast_to(block[:, None] == block, (b, a * g, a * g))
+    visible = jnp.concatenate([before_anchor, same_block], axis=-1)  # [B, A*G, S + A*G]
+    scores = jnp.einsum(
+        "btnh,bsnh->bnts", query.reshape(b, a * g, n, h), key, preferred_element_type=jnp.float32, precision="highest"
+    )
+    weights = jax.nn.softmax(jnp.where(visible[:, None], scores * scale, -jnp.inf), axis=-1)
+    out = jnp.einsum("bnts,bsnh->btnh", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
+    out = jnp.where(keep[..., None, None, None], out.reshape(query.shape), 0.0)
+    return out.astype(query.dtype)

@@ -1,0 +1,77 @@
+"""Contract and dispatch of `vocab_loss`."""
+
+import jax
+import jax.numpy as jnp
+
+from dspark_jax.ops.vocab_loss import reference, xla
+from dspark_jax.ops.vocab_loss.result import VocabLoss
+
+__all__ = ["VocabLoss", "vocab_loss"]
+
+_IMPLEMENTATIONS = {"xla": xla.vocab_loss, "reference": reference.vocab_loss}
+
+
+def vocab_loss(
+    hidden: jax.Array,
+    prev_embedding: jax.Array | None,
+    teacher: jax.Array,
+    head: jax.Array,
+    markov_w2: jax.Array | None,
+    labels: jax.Array,
+    weights: jax.Array,
+    *,
+    ce: float,
+    l1: float,
+    chunk: int,
+    implementation: str | None = None,
+) -> VocabLoss:
+    """Cross-entropy with the data and L1 distance to the target, over the whole vocabulary (paper 3.3).
+
+    Draft logits are hidden @ head.T + prev_embedding @ markov_w2.T, teacher logits teacher @ head.T; both softmaxes
+    are float32 at temperature 1. Only `loss` is differentiable, and only in hidden, prev_embedding and markov_w2: the
+    head and the teacher are frozen.
+
+    Args:
+      hidden: [B, T, D] rows of the drafter; their type is the type of all products (float32 accumulation).
+      prev_embedding: [B, T, R] Markov embedding of the token before each label, or None without a Markov head.
+      teacher: [B, T, D] rows of the target after its final norm.
+      head: [V, D] LM head of the target.
+      markov_w2: [V, R], None exactly when prev_embedding is.
+      labels: [B, T] integers in 0..V-1.
+      weights: [B, T] float32, 0 or above. A row of weight 0 adds nothing to loss and gradients, even if it is NaN; its
+        ce, l1 and accept are reported as they come out.
+      ce: coefficient of the cross-entropy.
+      l1: coefficient of the L1 distance (without the half of the total variation).
+      chunk: rows per device whose [rows, V] logits are in memory at once.
+      implementation: None (the best one here), 'xla' (bounded memory) or 'reference' (the definition).
+
+    Returns:
+      `VocabLoss`. With ce or l1 = 0 all its metrics are still computed.
+
+    Raises:
+      ValueError: shapes do not fit together, chunk is not positive, or the implementation is unknown.
+    """
+    b, t, d = hidden.shape
+    v = head.shape[0]
+    if (prev_embedding is None) != (markov_w2 is None):
+        raise ValueError("vocab_loss: prev_embedding and markov_w2 go together; give both or neither")
+    expected = {
+        "teacher": (teacher, (b, t, d)),
+        "head": (head, (v, d)),
+        "labels": (labels, (b, t)),
+        "weights": (weights, (b, t)),
+    }
+    if prev_embedding is not None and markov_w2 is not None:
+        r = markov_w2.shape[-1]
+        expected["prev_embedding"] = (prev_embedding, (b, t, r))
+        expected["markov_w2"] = (markov_w2, (v, r))
+    for name, (array, shape) in expected.items():
+        if array.shape != shape:
+            raise ValueError(f"vocab_loss: {name} is {array.shape}, with hidden {hidden.shape} it must be {shape}")
+    if chunk <= 0 or not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise ValueError(f"vocab_loss: chunk {chunk} must be positive and labels {labels.dtype} integers")
+    if implementation not in (None, *_IMPLEMENTATIONS):
+        raise ValueError(f"vocab_loss: implementation {implementation!r} is not one of {list(_IMPLEMENTATIONS)}")
+    run = _IMPLEMENTATIONS[implementation or "xla"]
+    arrays = jax.tree.map(jnp.asarray, (hidden, prev_embedding, teacher, head, markov_w2, labels, weights))
+    return run(*arrays, ce=ce, l1=l1, chunk=chunk)

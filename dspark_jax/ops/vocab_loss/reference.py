@@ -1,0 +1,38 @@
+"""The definition of `vocab_loss`: all logits at once, gradients by automatic differentiation."""
+
+import jax
+import jax.numpy as jnp
+
+from dspark_jax.ops.vocab_loss.result import VocabLoss
+
+
+def vocab_loss(
+    hidden: jax.Array,
+    prev_embedding: jax.Array | None,
+    teacher: jax.Array,
+    head: jax.Array,
+    markov_w2: jax.Array | None,
+    labels: jax.Array,
+    weights: jax.Array,
+    *,
+    ce: float,
+    l1: float,
+    chunk: int = 0,
+) -> VocabLoss:
+    """See `api.vocab_loss`; `chunk` is ignored, and rows of weight 0 must be finite."""
+    del chunk
+    head, teacher, weights = jax.lax.stop_gradient((head, teacher, weights))
+
+    def logits(rows: jax.Array, matrix: jax.Array) -> jax.Array:
+        rows, matrix = rows.astype(hidden.dtype), matrix.astype(hidden.dtype)
+        return jnp.einsum("btd,vd->btv", rows, matrix, preferred_element_type=jnp.float32)
+
+    draft = logits(hidden, head)
+    if prev_embedding is not None and markov_w2 is not None:
+        draft += logits(prev_embedding, markov_w2)
+    log_draft = jax.nn.log_softmax(draft, axis=-1)
+    ce_rows = -jnp.take_along_axis(log_draft, labels[..., None], axis=-1)[..., 0]
+    l1_rows = jnp.sum(jnp.abs(jnp.exp(log_draft) - jax.nn.softmax(logits(teacher, head), axis=-1)), axis=-1)
+    loss = jnp.sum(weights * (ce * ce_rows + l1 * l1_rows))
+    accept = jnp.clip(1.0 - 0.5 * l1_rows, 0.0, 1.0)
+    return VocabLoss(loss, *jax.lax.stop_gradient((ce_rows, l1_rows, accept)))

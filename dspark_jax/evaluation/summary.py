@@ -1,0 +1,221 @@
+"""From decoded answers to the numbers of `eval/metrics.json` and the table that is printed."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from dspark_jax.data.regenerate import Conversation
+from dspark_jax.engine.result import DecodeResult
+from dspark_jax.evaluation.acceptance import (
+    Acceptance,
+    Counts,
+    estimate,
+    interval,
+    macro_average,
+    ratio,
+    resample_weights,
+)
+from dspark_jax.evaluation.calibration import PositionCalibration, calibrate, weighted_mean
+from dspark_jax.evaluation.decoding import Difference, Requests, Speed
+
+MOST_DIFFERENCES = 20
+"""Differences between greedy answers that are listed; all of them are counted."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What was decoded at one temperature.
+
+    Attributes:
+      temperature: of drafter and target.
+      conversations: N held-out prompts.
+      requests: what was decoded, one per conversation and turn.
+      result: the answers to `requests`.
+      counts: round statistics per conversation.
+      speed: at batch 1, or None if it was not measured.
+    """
+
+    temperature: float
+    conversations: Sequence[Conversation]
+    requests: Requests
+    result: DecodeResult
+    counts: Counts
+    speed: Speed | None
+
+    def members(self) -> dict[str, np.ndarray]:
+        """Indices of the conversations of each prompt set."""
+        names = [one.prompt.prompt_set for one in self.conversations]
+        return {name: np.flatnonzero([other == name for other in names]) for name in dict.fromkeys(names)}
+
+    def acceptance(self, resamples: int, seed: int) -> dict[str, Acceptance]:
+        """Acceptance by prompt set; the resamples are the same at every call."""
+        sets = {}
+        for number, (name, members) in enumerate(self.members().items()):
+            fields = {f.name: getattr(self.counts, f.name)[members] for f in dataclasses.fields(self.counts)}
+            sets[name] = estimate(Counts(**fields), resamples, np.random.default_rng([seed, number]))
+        return sets
+
+    def calibration(self) -> list[PositionCalibration] | None:
+        """Scores of the confidence head over all rounds, or None where confidences were not traced."""
+        if self.result.confidence is None:
+            return None
+        rows = (self.result.confidence, self.result.accepted_lengths, self.result.proposal_lengths)
+        return calibrate(*(np.concatenate(parts) for parts in rows))
+
+
+def metrics_at(measured: Measured, resamples: int, seed: int) -> dict[str, Any]:
+    """The metrics of one temperature; NaN where something is not defined.
+
+    Keys: temperature, prompts, prompt_sets, tau (mean over the prompt sets), tau_ci95, rounds, tokens, and those of
+    `speed_metrics` and `calibration_metrics`.
+    """
+    sets = measured.acceptance(resamples, seed)
+    tau, bounds = macro_average(list(sets.values()))
+    owners = measured.requests.owners
+    lengths = np.asarray([len(ids) for ids in measured.result.tokens])
+    described = {}
+    for name, members in measured.members().items():
+        one, answers = sets[name], np.isin(owners, members)
+        described[name] = {
+            "tau": one.tau,
+            "tau_ci95": one.tau_interval,
+            "rounds": one.rounds,
+            "tokens": one.tokens,
+            "prompts": len(members),
+            "answers": int(answers.sum()),
+            "mean_answer_tokens": float(lengths[answers].mean()),
+            "stopped": float(measured.result.stopped[answers].mean()),
+            "conditional_acceptance": one.conditional,
+            "conditional_acceptance_ci95": one.conditional_interval.T,
+            "survival": one.survival,
+            "survival_ci95": one.survival_interval.T,
+        }
+    return {
+        "temperature": measured.temperature,
+        "prompts": len(measured.conversations),
+        "prompt_sets": described,
+        "tau": tau,
+        "tau_ci95": bounds,
+        "rounds": sum(one.rounds for one in sets.values()),
+        "tokens": sum(one.tokens for one in sets.values()),
+        **speed_metrics(measured.speed, resamples, seed),
+        "calibration": calibration_metrics(measured.calibration()),
+    }
+
+
+def speed_metrics(speed: Speed | None, resamples: int, seed: int) -> dict[str, Any]:
+    """Tokens per second at batch 1, and their ratio with its interval over prompts; None where it was not measured."""
+    if speed is None:
+        return dict.fromkeys(("tokens_per_second", "baseline_tokens_per_second", "speedup", "speedup_ci95"))
+    weights = resample_weights(len(speed.tokens), resamples, np.random.default_rng([seed, len(speed.tokens)]))
+    plain, fast = ratio(speed.tokens.sum(axis=0), speed.seconds.sum(axis=0))
+    draws = ratio(weights @ speed.tokens, weights @ speed.seconds)
+    return {
+        "tokens_per_second": float(fast),
+        "baseline_tokens_per_second": float(plain),
+        "speedup": float(fast / plain),
+        "speedup_ci95": interval(draws[:, 1] / draws[:, 0]),
+        "speed_prompts": len(speed.tokens),
+    }
+
+
+def calibration_metrics(scores: Sequence[PositionCalibration] | None) -> dict[str, Any] | None:
+    """Means over positions, weighted by their rounds, and the scores by position."""
+    if scores is None:
+        return None
+    names = ("ece", "auc", "brier", "predicted", "observed")
+    means: dict[str, Any] = {name: weighted_mean(scores, name) for name in names}
+    columns = {name: [getattr(one, name) for one in scores] for name in (*names, "weight")}
+    bins = [{name: getattr(one.reliability, name) for name in BINS} for one in scores]
+    return {**means, "by_position": columns, "reliability": bins}
+
+
+BINS = ("lower", "upper", "predicted", "observed", "weight")
+
+
+def greedy_metrics(
+    differences: Sequence[Difference], requests: Requests, conversations: Sequence[Conversation]
+) -> dict[str, Any]:
+    """Whether all greedy answers equal those of plain decoding, and where they first do not."""
+    listed = []
+    for one in differences[:MOST_DIFFERENCES]:
+        item = requests.items[one.request]
+        prompt = conversations[item.owner].prompt
+        listed.append(
+            {
+                "prompt": item.owner,
+                "turn": item.turn,
+                "position": one.position,
+                "plain_token": one.tokens[0],
+                "speculative_token": one.tokens[1],
+                "logit_gap": one.gap,
+                "file": prompt.file,
+                "line": prompt.line,
+            }
+        )
+    return {
+        "greedy_identical": not differences,
+        "greedy_compared": len(requests.items),
+        "greedy_different": len(differences),
+        "greedy_differences": listed,
+    }
+
+
+def table(metrics: Mapping[str, Any]) -> str:
+    """What `evaluate` prints, from the content of `eval/metrics.json`."""
+    lines = []
+    for one in (metrics, *metrics["temperatures"].values()):
+        lines += ["", *_temperature_lines(one, metrics)]
+    compared = metrics["greedy_compared"]
+    if metrics["greedy_identical"]:
+        lines += ["", f"greedy: all {compared} answers are token-identical to plain decoding"]
+    else:
+        first = metrics["greedy_differences"][0]
+        gap = f"{first['logit_gap']:.2g}" if first["logit_gap"] is not None else "-"
+        lines += [
+            "",
+            f"greedy: {metrics['greedy_different']} of {compared} answers differ from plain decoding, the first at "
+            f"prompt {first['prompt']} ({first['file']}:{first['line']}), token {first['position']}: "
+            f"{first['speculative_token']} instead of {first['plain_token']} (difference of their logits: {gap})",
+        ]
+    return "\n".join(lines[1:])
+
+
+def _temperature_lines(one: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[str]:
+    width = max(13, *(len(name) for name in one["prompt_sets"]))
+    lines = [
+        f"{metrics['name']}: temperature {one['temperature']}, up to {metrics['max_new_tokens']} new tokens",
+        f"{'prompt set':{width}}  prompts    tau  95 % interval   rounds  tokens/answer  "
+        f"conditional acceptance of draft 1..{metrics['block_size']}",
+    ]
+    for name, row in one["prompt_sets"].items():
+        rates = " ".join(_number(value, ".2f", 4) for value in row["conditional_acceptance"])
+        lines.append(
+            f"{name:{width}}  {row['prompts']:7d}  {_number(row['tau'], '.3f', 5)}  {_interval(row['tau_ci95'])}  "
+            f"{row['rounds']:7d}  {_number(row['mean_answer_tokens'], '.1f', 13)}  {rates}"
+        )
+    lines.append(
+        f"{'macro average':{width}}  {one['prompts']:7d}  {_number(one['tau'], '.3f', 5)}  "
+        f"{_interval(one['tau_ci95'])}  {one['rounds']:7d}"
+    )
+    if one["tokens_per_second"] is not None:
+        low, high = (_number(bound, ".2f", 0) for bound in one["speedup_ci95"])
+        lines.append(
+            f"speed at batch 1, prefill included: {one['tokens_per_second']:.0f} tokens/s speculative, "
+            f"{one['baseline_tokens_per_second']:.0f} plain, ratio {one['speedup']:.2f} ({low} to {high})"
+        )
+    if one["calibration"] is not None:
+        ece, auc, brier = (_number(one["calibration"][name], ".3f", 0) for name in ("ece", "auc", "brier"))
+        lines.append(f"confidence, mean over positions: ECE {ece}, AUC {auc}, Brier {brier}")
+    return lines
+
+
+def _number(value: float | None, form: str, width: int) -> str:
+    return f"{'-' if value is None else format(value, form):>{width}}"
+
+
+def _interval(bounds: Sequence[float | None]) -> str:
+    low, high = (_number(bound, ".3f", 5) for bound in bounds)
+    return f"{low} .. {high}"

@@ -1,0 +1,201 @@
+"""End to end: a random drafter for the tiny target is saved, loaded, decoded with and measured."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import pytest
+
+from dspark_jax import command
+from dspark_jax.config import (
+    Config,
+    DataConfig,
+    DrafterConfig,
+    EvalConfig,
+    InputError,
+    MeshConfig,
+    TargetConfig,
+    resolve,
+)
+from dspark_jax.data.chat import load_tokenizer, prompt_tokens, stop_tokens
+from dspark_jax.data.prompts import Prompt
+from dspark_jax.data.regenerate import Conversation
+from dspark_jax.evaluate import evaluate
+from dspark_jax.evaluation.decoding import Engine, Requests, answer, compare_greedy, first_difference, first_requests
+from dspark_jax.evaluation.summary import table
+from dspark_jax.sharding import make_mesh
+from dspark_jax.target.loading import load_target
+from dspark_jax.training.checkpoint import Checkpoints, load_drafter
+from dspark_jax.training.optim import make_optimizer
+from dspark_jax.training.state import init_state
+
+BLOCK, BUDGET = 3, 10
+WIDTH = 96  # the same in all tests, so that they share executables
+ONE_DEVICE = MeshConfig(1, 1, 1)
+
+
+class Run(NamedTuple):
+    config: Config
+    workdir: Path
+    mesh: Any
+    metrics: dict[str, Any]
+    printed: str
+
+
+def make_config(target: Path, folder: Path) -> Config:
+    """Two sets; in the first, a line is malformed and a prompt too long. All prompts fit into `WIDTH` tokens."""
+    math, chat = folder / "math.jsonl", folder / "chat.jsonl"
+    lines = [json.dumps({"turns": ["how much is " + "one and " * 2 * i + "one"]}) for i in range(5)]
+    math.write_text("\n".join([*lines, "{broken", json.dumps({"prompt": "x" * 300})]) + "\n")
+    chat.write_text("".join(json.dumps({"prompt": f"say {i}"}) + "\n" for i in range(4)))
+    drafter = DrafterConfig(num_layers=1, block_size=BLOCK, target_layer_ids=(0,), mask_token_id=319, markov_rank=8)
+    return resolve(
+        Config(
+            name="tiny",
+            target=TargetConfig(path=str(target)),
+            drafter=drafter,
+            data=DataConfig(max_prompt_length=100, max_length=140),
+            mesh=ONE_DEVICE,
+            eval=EvalConfig(
+                prompts=(str(math), str(chat)), batch_size=4, max_new_tokens=BUDGET, speed_prompts=1, bootstrap=50
+            ),
+        )
+    )
+
+
+@pytest.fixture(scope="module")
+def run(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("evaluate")
+    config, workdir = make_config(tiny_target, folder), folder / "run"
+    mesh = make_mesh(ONE_DEVICE, jax.devices()[:1])
+    state = init_state(config, make_optimizer(config.optim, 1), mesh)
+    with Checkpoints(workdir, config) as checkpoints:
+        checkpoints.save(1, state, {})
+    with pytest.MonkeyPatch.context() as patch:
+        printed: list[str] = []
+        patch.setattr("builtins.print", lambda *text, **_: printed.append(" ".join(map(str, text))))
+        metrics = evaluate(config, workdir, mesh=mesh)
+    return Run(config, workdir, mesh, metrics, "\n".join(printed))
+
+
+def test_metrics_have_the_documented_layout(run: Run):
+    written = json.loads((run.workdir / "eval/metrics.json").read_text())
+    assert written == run.metrics
+    assert written["temperature"] == 1.0 and list(written["temperatures"]) == ["0.0"]
+    for one in (written, written["temperatures"]["0.0"]):
+        assert list(one["prompt_sets"]) == ["math", "chat"]
+        for name, row in one["prompt_sets"].items():
+            assert (row["prompts"], row["answers"]) == {"math": (5, 5), "chat": (4, 4)}[name]
+            assert row["tau"] == pytest.approx(row["tokens"] / row["rounds"])
+            assert row["tau_ci95"][0] <= row["tau"] <= row["tau_ci95"][1]
+            assert 1 <= row["tau"] <= BLOCK + 1
+            assert 0 < row["mean_answer_tokens"] <= BUDGET and 0 <= row["stopped"] <= 1
+            for key in ("conditional_acceptance", "survival"):
+                assert len(row[key]) == len(row[key + "_ci95"]) == BLOCK
+        assert one["tau"] == pytest.approx(np.mean([row["tau"] for row in one["prompt_sets"].values()]))
+        assert one["rounds"] == sum(row["rounds"] for row in one["prompt_sets"].values())
+        assert one["tokens_per_second"] > 0 and one["baseline_tokens_per_second"] > 0
+        assert one["speedup"] == pytest.approx(one["tokens_per_second"] / one["baseline_tokens_per_second"])
+        assert one["speedup_ci95"][0] <= one["speedup"] <= one["speedup_ci95"][1]
+    assert written["calibration"]["by_position"]["weight"][0] == written["rounds"]
+    assert 0 <= written["calibration"]["ece"] <= 1 and 0 <= written["calibration"]["brier"] <= 1
+    assert written["temperatures"]["0.0"]["calibration"] is None
+
+
+def test_greedy_output_is_plain_decoding(run: Run):
+    assert run.metrics["greedy_identical"] is True
+    assert (run.metrics["greedy_compared"], run.metrics["greedy_different"]) == (9, 0)
+
+
+def test_unusable_prompts_are_set_aside_and_counted(run: Run):
+    assert run.metrics["rejected"] == {"malformed": 1, "prompt_too_long": 1}
+    lines = [json.loads(line) for line in (run.workdir / "eval/rejected.jsonl").read_text().splitlines()]
+    assert sorted(line["line"] for line in lines) == [6, 7]
+
+
+def test_figures_are_written(run: Run):
+    for name in ("conditional_acceptance", "survival", "reliability"):
+        assert (run.workdir / f"eval/{name}.png").stat().st_size > 5000
+
+
+def test_table(run: Run):
+    assert run.printed.endswith(table(run.metrics))
+    for temperature in ("1.0", "0.0"):
+        assert f"tiny: temperature {temperature}, up to {BUDGET} new tokens" in run.printed
+    assert f"{run.metrics['prompt_sets']['math']['tau']:.3f}" in run.printed
+    assert run.printed.count("ratio ") == 2 and run.printed.count("macro average") == 2
+    assert "all 9 answers are token-identical" in run.printed
+
+
+def engine_of(run: Run) -> Engine:
+    target, tokenizer = load_target(run.config.target, run.mesh), load_tokenizer(run.config.target.path)
+    drafter = load_drafter(run.workdir, run.mesh)[1]
+    stops = stop_tokens(run.config.target.path, tokenizer)
+    return Engine(target, drafter, tokenizer, stops, BUDGET, batch_size=4, seed=0)
+
+
+def test_a_later_turn_sees_the_answer_before_it_and_a_changed_token_is_found(run: Run):
+    engine = engine_of(run)
+    questions = tuple({"role": "user", "content": text} for text in ("how much is one", "and two"))
+    todo = [
+        Conversation(number, Prompt(questions, "set", "file", number), (), questions[:turns])
+        for number, turns in enumerate((1, 2))
+    ]
+    asked, first = first_requests(engine, todo, 100, lambda *_: pytest.fail("rejected"))
+    assert first.width < WIDTH
+    first = Requests(first.items, WIDTH)
+    with jax.set_mesh(run.mesh):
+        requests, result = answer(engine, asked, first, 0.0)
+        assert [(item.owner, item.turn) for item in requests.items] == [(0, 0), (1, 0), (1, 1)]
+        reply = {"role": "assistant", "content": engine.tokenizer.decode(result.tokens[1], skip_special_tokens=True)}
+        assert requests.width == WIDTH
+        assert requests.items[2].prompt == prompt_tokens(engine.tokenizer, (questions[0], reply, questions[1]))
+
+        assert compare_greedy(engine, requests, result.tokens) == []
+        tampered = [ids.copy() for ids in result.tokens]
+        tampered[2][4] = (tampered[2][4] + 1) % 290
+        (difference,) = compare_greedy(engine, requests, tampered)
+    assert (difference.request, difference.position) == (2, 4)
+    assert difference.tokens == (result.tokens[2][4], tampered[2][4])
+    assert difference.gap > 0  # the plain token is the one with the largest logit
+
+
+def test_first_difference():
+    a = np.array([5, 6, 7])
+    assert first_difference(a, a.copy()) is None
+    assert first_difference(a, np.array([5, 9, 9])) == 1
+    assert first_difference(a, a[:2]) == first_difference(a[:2], a) == 2
+    assert first_difference(a[:0], a[:0]) is None
+
+
+def refused(config: Config, workdir: Path, **fields: Any) -> str:
+    config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, **fields))
+    with pytest.raises(InputError) as error:
+        evaluate(config, workdir, mesh=make_mesh(ONE_DEVICE, jax.devices()[:1]))
+    return str(error.value)
+
+
+def test_bad_input_is_one_line(run: Run, tmp_path: Path):
+    config = run.config
+    assert "eval.prompts is empty" in refused(config, run.workdir, prompts=())
+    assert "eval.temperatures is empty" in refused(config, run.workdir, temperatures=())
+    twice = (config.eval.prompts[0], str(tmp_path / "math.jsonl"))
+    assert "two files named math" in refused(config, run.workdir, prompts=twice)
+    assert "missing.jsonl: cannot be read" in refused(config, run.workdir, prompts=(str(tmp_path / "missing.jsonl"),))
+    assert "no checkpoint here" in refused(config, tmp_path)
+    assert not (tmp_path / "eval").exists()
+    long = tmp_path / "long.jsonl"
+    long.write_text(json.dumps({"prompt": "x" * 300}))
+    assert "long.jsonl: none of its prompts can be asked (1 " in refused(config, run.workdir, prompts=(str(long),))
+
+
+def test_the_command_reports_bad_input_with_status_2(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    experiment = tmp_path / "x.py"
+    experiment.write_text("from dspark_jax.config import Config\ndef get_config(arg=''):\n    return Config()\n")
+    with pytest.raises(SystemExit) as status:
+        command.run(evaluate, argv=["--config", str(experiment), "--workdir", str(tmp_path / "run")])
+    assert status.value.code == 2
+    assert capsys.readouterr().err.startswith("error: ")

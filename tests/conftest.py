@@ -19,3 +19,60 @@ def golden() -> Path:
     if not path.exists():
         pytest.skip("golden vectors are not beside this checkout (../shared/golden)")
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny_target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face directory with a random two-layer Qwen3 and a byte-level BPE tokenizer with a ChatML template."""
+    import json
+
+    import numpy as np
+    from safetensors.numpy import save_file
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    folder = tmp_path_factory.mktemp("tiny_target")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
+    )
+    tokenizer.train_from_iterator(["user assistant system the answer is the sum of the numbers\n\n"] * 9, trainer)
+    specials = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in specials])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    template = (
+        "{%- for message in messages %}{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] }}"
+        "{{- '<|im_end|>\\n' }}{%- endfor %}"
+        "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
+    )
+    state = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "chat_template": template,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(state))
+
+    vocabulary, width, mlp = 320, 32, 64
+    config = {
+        "model_type": "qwen3", "vocab_size": vocabulary, "hidden_size": width, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "intermediate_size": mlp,
+        "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": True, "max_position_embeddings": 512,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    rng = np.random.default_rng(0)
+    shapes = {
+        "self_attn.q_proj": (32, width), "self_attn.k_proj": (16, width), "self_attn.v_proj": (16, width),
+        "self_attn.o_proj": (width, 32), "self_attn.q_norm": (16,), "self_attn.k_norm": (16,),
+        "mlp.gate_proj": (mlp, width), "mlp.up_proj": (mlp, width), "mlp.down_proj": (width, mlp),
+        "input_layernorm": (width,), "post_attention_layernorm": (width,),
+    }  # fmt: skip
+    tensors = {"model.embed_tokens.weight": rng.normal(0, 0.3, (vocabulary, width))}
+    tensors["model.norm.weight"] = np.ones(width)
+    for layer in range(2):
+        for name, shape in shapes.items():
+            values = np.ones(shape) if len(shape) == 1 else rng.normal(0, 0.3, shape)
+            tensors[f"model.layers.{layer}.{name}.weight"] = values
+    save_file({name: np.asarray(value, np.float32) for name, value in tensors.items()}, folder / "model.safetensors")
+    return folder

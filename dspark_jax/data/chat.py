@@ -1,0 +1,192 @@
+"""Chat template: messages -> text -> tokens and loss mask. Pure functions of a tokenizer and messages.
+
+Which characters of a rendered conversation an assistant wrote is found by rendering it a second time with that answer
+replaced by a probe: what is equal before and after the probe belongs to the template. Nothing is searched for in the
+token ids, and templates that treat the last turn differently from earlier ones (Qwen3 puts an empty thinking block
+before the last answer only) need no special case. Token offsets then carry the spans over to tokens.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dspark_jax.config import InputError
+from dspark_jax.data.prompts import Message
+
+PROBE = "\u2400answer\u2400"
+"""Stands in for an answer; no template rewrites it and it must not occur in a conversation."""
+
+TEMPLATE_OPTIONS = {"enable_thinking": False}
+"""Passed to every template; drafters are trained on non-thinking answers (paper, section 4). Others ignore it."""
+
+
+class ChatError(InputError):
+    """A conversation that this chat template cannot render so that its answers can be told from the rest."""
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> Any:
+    """The tokenizer of a Hugging Face model directory.
+
+    Raises:
+      InputError: none is there, it gives no token offsets, or it has no chat template.
+    """
+    from transformers import AutoTokenizer  # takes seconds to import
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        why = str(error).strip().split("\n")[0]
+        raise InputError(f"{path}: no usable tokenizer ({why}); put tokenizer.json and its config there") from None
+    if not tokenizer.is_fast:
+        raise InputError(f"{path}: the tokenizer gives no character offsets; add its tokenizer.json")
+    if not tokenizer.chat_template:
+        raise InputError(f"{path}: the tokenizer has no chat template; add `chat_template` to tokenizer_config.json")
+    return tokenizer
+
+
+def stop_tokens(path: str | os.PathLike[str], tokenizer: Any) -> tuple[int, ...]:
+    """Ids that end an answer: those of `generation_config.json`, and the tokenizer's end-of-sequence token.
+
+    Raises:
+      InputError: `generation_config.json` cannot be read, or no such id is known.
+    """
+    file = Path(path) / "generation_config.json"
+    ids: set[int] = set()
+    if file.exists():
+        try:
+            found = json.loads(file.read_text("utf-8")).get("eos_token_id")
+        except (OSError, ValueError, AttributeError) as error:
+            raise InputError(f"{file}: cannot be read ({error}); download it again") from None
+        ids.update(found if isinstance(found, list) else [] if found is None else [found])
+    if tokenizer.eos_token_id is not None:
+        ids.add(tokenizer.eos_token_id)
+    if not ids:
+        raise InputError(f"{path}: neither generation_config.json nor the tokenizer names an end-of-sequence token")
+    return tuple(sorted(ids))
+
+
+def with_system(messages: Sequence[Message], system_prompt: str) -> tuple[Message, ...]:
+    """`messages` with a system message in front, unless there is one or `system_prompt` is empty."""
+    if not system_prompt or messages[0]["role"] == "system":
+        return tuple(messages)
+    return ({"role": "system", "content": system_prompt}, *messages)
+
+
+def render(tokenizer: Any, messages: Sequence[Message], generation_prompt: bool = False) -> str:
+    """Text of a conversation as the target sees it; with `generation_prompt`, up to where its next answer begins.
+
+    Raises:
+      ChatError: the template refuses the conversation (roles that it does not know, for instance).
+    """
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            tokenize=False,
+            add_generation_prompt=generation_prompt,
+            **TEMPLATE_OPTIONS,
+        )
+    except TemplateError as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise ChatError(f"the chat template refuses the roles {roles} ({error}); change the conversation") from None
+
+
+def encode(tokenizer: Any, text: str, **options: Any) -> Any:
+    """The tokenizer's encoding of rendered text: its special tokens are those in the text, of any length."""
+    return tokenizer(text, add_special_tokens=False, verbose=False, **options)
+
+
+def prompt_tokens(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
+    """Ids after which the target writes its next answer. Special tokens come from the template only."""
+    return encode(tokenizer, render(tokenizer, messages, generation_prompt=True))["input_ids"]
+
+
+def answer_spans(
+    tokenizer: Any, messages: Sequence[Message], generation_prompt: bool = False
+) -> tuple[str, list[tuple[int, int]]]:
+    """The rendered text, and per assistant message its [start, end) in characters.
+
+    A span begins with the answer's first character (behind `<|im_start|>assistant\\n` and whatever else the template
+    writes there) and includes what closes the turn: `<|im_end|>` and the line break after it (trap 32).
+
+    Raises:
+      ChatError: the template does not keep what surrounds an answer (it rewrites or drops turns).
+    """
+    messages = list(messages)
+    text = render(tokenizer, messages, generation_prompt)
+    spans = []
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        probed = [*messages[:i], {**message, "content": PROBE}, *messages[i + 1 :]]
+        before, found, after = render(tokenizer, probed, generation_prompt).partition(PROBE)
+        closing = turn_end(tokenizer, messages[:i])
+        start, end = len(before), len(text) - len(after)
+        kept = text.startswith(before) and text.endswith(after) and after.startswith(closing)
+        if not found or PROBE in text or start > end or not kept:
+            raise ChatError(
+                f"message {i + 1}: the chat template does not show this assistant turn as it is in the conversation; "
+                "use data.regenerate=True, or a template that leaves earlier turns alone"
+            )
+        spans.append((start, end + len(closing)))
+    return text, spans
+
+
+def turn_end(tokenizer: Any, messages: Sequence[Message]) -> str:
+    """What the template writes behind an answer to `messages`, e.g. `<|im_end|>\\n`."""
+    return render(tokenizer, [*messages, {"role": "assistant", "content": PROBE}]).partition(PROBE)[2]
+
+
+def tokens_and_mask(
+    tokenizer: Any, messages: Sequence[Message], generation_prompt: bool = False
+) -> tuple[list[int], list[int]]:
+    """Ids of a rendered conversation, and 1 for every token that an assistant wrote, in all of its turns.
+
+    A token belongs to the text that its first character belongs to: one that spans the end of the template's text and
+    the beginning of an answer was not the assistant's to write, and is not supervised.
+
+    Returns:
+      (ids, mask), equally long; the mask has the spans of `answer_spans`.
+
+    Raises:
+      ChatError: see `answer_spans`.
+    """
+    text, spans = answer_spans(tokenizer, messages, generation_prompt)
+    encoded = encode(tokenizer, text, return_offsets_mapping=True)
+    mask, span = [], 0
+    for start, _ in encoded["offset_mapping"]:
+        while span < len(spans) and start >= spans[span][1]:
+            span += 1
+        mask.append(int(span < len(spans) and start >= spans[span][0]))
+    return encoded["input_ids"], mask
+
+
+def answered_tokens(tokenizer: Any, messages: Sequence[Message], answer: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Ids and loss mask of a conversation whose newest answer the target has just generated.
+
+    The newest answer keeps the very ids that were generated: prompt ids + answer ids + what the template writes behind
+    the end-of-turn token. Tokenising the answer's text again can split it differently; the target, asked for its
+    distribution at those ids, would then be taken to places where it never was while generating, and the drafter would
+    learn to follow it there. Earlier answers are in the prompt as text, tokenised as the target read them when it
+    wrote the newest one, so for them the offsets of the rendered prompt decide.
+
+    An answer that ran into its length limit (its last token is not the one that ends a turn) is left open.
+
+    Args:
+      tokenizer: of the target.
+      messages: up to and including the user message that is answered.
+      answer: generated ids, with the stop token if there is one.
+    """
+    ids, mask = tokens_and_mask(tokenizer, messages, generation_prompt=True)
+    closing = encode(tokenizer, turn_end(tokenizer, messages))["input_ids"]
+    tail = closing[1:] if answer and closing[:1] == [answer[-1]] else []
+    written = [*answer, *tail]
+    return [*ids, *written], [*mask, *([1] * len(written))]
+
+
+def answer_text(tokenizer: Any, answer: Sequence[int]) -> str:
+    """Text of generated ids, as it enters the history of the next turn: without special tokens."""
+    return tokenizer.decode(list(answer), skip_special_tokens=True, clean_up_tokenization_spaces=False)

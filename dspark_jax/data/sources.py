@@ -1,0 +1,146 @@
+"""Training samples on disk: a TFDS dataset in ArrayRecord files, written and read without TensorFlow.
+
+TFDS gives the layout (`features.json`, `dataset_info.json`, shards with their record counts), so that the data can also
+be opened with `tfds.data_source`, TFDS's own tools or any ArrayRecord reader.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import io
+import itertools
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from dspark_jax.config import InputError
+
+SPLIT = "train"
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """A conversation as the drafter is trained on it.
+
+    Attributes:
+      tokens: [length] int32.
+      loss_mask: [length] uint8, 1 on what an assistant wrote.
+      prompt_set: name of the prompt set it comes from.
+      sample_id: unique within its dataset; randomness per sample is folded from it.
+    """
+
+    tokens: np.ndarray
+    loss_mask: np.ndarray
+    prompt_set: str
+    sample_id: int
+
+
+class Samples(Protocol):
+    """Random access to samples: what `pipeline` needs of a source. A list will do."""
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        ...
+
+    def __getitem__(self, index: int, /) -> Sample:
+        """The sample at `index` in 0..len-1; the same one every time."""
+        ...
+
+
+class DsparkSamples(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """TFDS builder of a samples dataset; the records keep the order in which they are given."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES = {"1.0.0": "tokens, loss_mask, prompt_set, sample_id"}
+    # TFDS would look for download checksums beside this file, through a package that it does not install.
+    code_path = None
+
+    def __init__(self, *, samples: Iterable[Sample] = (), **kwargs: Any):
+        """`samples` is gone through once, while the dataset is written."""
+        self._samples = samples
+        super().__init__(file_format="array_record", **kwargs)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        features = {
+            "tokens": tfds.features.Tensor(shape=(None,), dtype=np.int32),
+            "loss_mask": tfds.features.Tensor(shape=(None,), dtype=np.uint8),
+            "prompt_set": tfds.features.Text(),
+            "sample_id": tfds.features.Scalar(dtype=np.int64),
+        }
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="Conversations with answers by the target, tokenised.",
+            features=tfds.features.FeaturesDict(features),
+            disable_shuffling=True,
+        )
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+        del dl_manager  # nothing is downloaded
+        return {SPLIT: self._generate_examples()}
+
+    def _generate_examples(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        for sample in self._samples:
+            yield sample.sample_id, dataclasses.asdict(sample)
+
+
+def write_samples(directory: str | os.PathLike[str], samples: Iterable[Sample]) -> int:
+    """Writes a dataset as `directory/dspark_samples/1.0.0/`, replacing what is there; returns its number of samples.
+
+    Args:
+      directory: is created if need be.
+      samples: with ascending ids; gone through once, one in memory at a time.
+
+    Raises:
+      InputError: there are no samples.
+      OSError: the disk is full or not writable.
+    """
+    iterator = iter(samples)
+    first = next(iterator, None)
+    if first is None:
+        raise InputError(f"{directory}: there is no sample to write; give prompts that leave some")
+    shutil.rmtree(Path(directory) / DsparkSamples.name, ignore_errors=True)
+    builder = DsparkSamples(samples=itertools.chain([first], iterator), data_dir=str(directory))
+    tfds.display_progress_bar(False)
+    # TFDS announces a download on stdout, and leaves a folder for it.
+    with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(io.StringIO()):
+        try:
+            builder.download_and_prepare(download_dir=scratch)
+        except RuntimeError as error:  # ArrayRecord knows no error numbers
+            full = os.strerror(errno.ENOSPC)
+            if full not in str(error):
+                raise
+            raise OSError(errno.ENOSPC, full, str(directory)) from error
+    return builder.info.splits[SPLIT].num_examples
+
+
+class SampleReader:
+    """Random access to the samples that `write_samples` has written below `directory`.
+
+    Raises:
+      InputError: there is no complete dataset.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str]):
+        self._path = Path(directory) / DsparkSamples.name / str(DsparkSamples.VERSION)
+        if not (self._path / "dataset_info.json").exists():
+            raise InputError(f"{directory}: no prepared samples; run python -m dspark_jax.prepare first")
+        self._records = tfds.builder_from_directory(str(self._path)).as_data_source(split=SPLIT)  # pyright: ignore[reportCallIssue]  (its decorator hides the signature)
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Sample:
+        """The sample at `index` in 0..len-1."""
+        record = self._records[index]
+        return Sample(record["tokens"], record["loss_mask"], record["prompt_set"].decode(), int(record["sample_id"]))
+
+    def __repr__(self) -> str:
+        """Names the data, and only that: grain prints it in its error messages."""
+        return f"SampleReader({str(self._path)!r})"

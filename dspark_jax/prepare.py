@@ -1,0 +1,311 @@
+"""Prepares training data: prompts -> answers by the target -> tokens and loss mask -> ArrayRecord.
+
+    python -m dspark_jax.prepare --config configs/quickstart.py
+
+writes `data/` in the working directory: the samples, `report.json` (what they were made of, counts) and
+`rejected.jsonl` (every line and conversation that gave no sample, with its file, line and reason). All of it is built
+in `data.partial/` and renamed at the end. A preparation that was killed continues with the answers it has; one whose
+inputs are unchanged is skipped. It runs in one process; several hosts share its result through their file system.
+"""
+
+import contextlib
+import errno
+import functools
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dspark_jax import command
+from dspark_jax.config import Config, InputError
+from dspark_jax.data.chat import load_tokenizer, stop_tokens
+from dspark_jax.data.prompts import Prompt, read_prompts
+from dspark_jax.data.regenerate import (
+    Answered,
+    AnswerLog,
+    Conversation,
+    Decode,
+    Limits,
+    Rejected,
+    conversations,
+    regenerate,
+)
+from dspark_jax.data.samples import Tally, answered_samples, describe, given_samples
+from dspark_jax.data.sources import SampleReader, write_samples
+from dspark_jax.engine.generate import generate
+from dspark_jax.engine.sampling import request_keys
+from dspark_jax.progress import Progress, log
+from dspark_jax.sharding import make_mesh
+from dspark_jax.target.loading import fingerprint, load_target, tokenizer_fingerprint
+
+FORMAT = 1
+"""Raised when the same inputs would give other samples."""
+
+FIELDS = (
+    "limit",
+    "regenerate",
+    "repeats",
+    "system_prompt",
+    "max_prompt_length",
+    "max_length",
+    "min_loss_tokens",
+    "temperature",
+    "seed",
+)
+"""Fields of `config.data` that the samples depend on, besides the prompts."""
+
+
+def prepare(config: Config, workdir: Path, decode: Decode | None = None) -> dict[str, Any]:
+    """Makes `workdir/data`, unless it is there and made of the same inputs.
+
+    Args:
+      config: resolved.
+      workdir: is created if need be.
+      decode: answers batches of prompts; the config's target does when there is none.
+
+    Returns:
+      The content of `data/report.json`.
+
+    Raises:
+      InputError: prompts, tokenizer or target cannot be used, no sample is left, or the disk is full.
+    """
+    workdir = Path(workdir)
+    final, partial = workdir / "data", workdir / "data.partial"
+    inputs = read_inputs(config)
+    digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:32]
+    found = _read_json(final / "report.json")
+    if found.get("fingerprint") == digest and _complete(final, found["samples"]):
+        shutil.rmtree(workdir / "data.old", ignore_errors=True)  # left behind by a kill during the last step
+        log(f"data: {found['samples']} samples in {final} are up to date")
+        return found
+    if jax.process_count() > 1:
+        raise InputError(
+            f"{final}: not prepared for this config; run python -m dspark_jax.prepare on one host first, "
+            "with a --workdir that all hosts see"
+        )
+    if found:
+        log(f"data: preparing again, {_difference(found.get('inputs', {}), inputs)}")
+    with _disk_errors(workdir):
+        if _read_json(partial / "report.json").get("fingerprint") != digest:
+            _open_partial(partial, digest)
+            report = _build(config, partial, decode)
+            _write_json(partial / "report.json", {"fingerprint": digest, "inputs": inputs, **report})
+        (partial / "answers.jsonl").unlink(missing_ok=True)
+        (partial / "inputs.json").unlink(missing_ok=True)
+        _publish(partial, final)
+    report = _read_json(final / "report.json")
+    _summarise(report, final)
+    return report
+
+
+def read_inputs(config: Config) -> dict[str, Any]:
+    """Everything that decides what the samples are, in hashes and plain values.
+
+    Raises:
+      InputError: a prompt file or the target cannot be read, or fields contradict each other.
+    """
+    data, path = config.data, config.target.path
+    if not data.prompts:
+        raise InputError("data.prompts is empty; name at least one JSONL file of prompts")
+    if not data.regenerate and data.repeats > 1:
+        raise InputError(f"data.repeats={data.repeats} needs data.regenerate=True; given answers exist once")
+    prompts = []
+    for file in data.prompts:
+        try:
+            prompts.append([Path(file).stem, hashlib.sha256(Path(file).read_bytes()).hexdigest()[:32]])
+        except OSError as error:
+            raise InputError(f"{file}: cannot be read ({error.strerror}); correct data.prompts") from None
+    return {
+        "format": FORMAT,
+        "target": {"weights": fingerprint(path), "dtype": config.target.dtype} if data.regenerate else {},
+        "tokenizer": tokenizer_fingerprint(path),
+        "stop_tokens": list(stop_tokens(path, load_tokenizer(path))),
+        "prompts": prompts,
+        "data": {name: getattr(data, name) for name in FIELDS},
+    }
+
+
+def target_decoder(config: Config) -> Decode:
+    """Plain batched decoding by the config's target, loaded here, with our own engine.
+
+    The stream number of a prompt decides its random draws, so its answer does not depend on the batch it is in (but for
+    rounding: other shapes sum in another order).
+    """
+    data = config.data
+    stops = stop_tokens(config.target.path, load_tokenizer(config.target.path))
+    mesh = make_mesh(config.mesh)
+    target = load_target(config.target, mesh)
+
+    def decode(prompts: Any, streams: Any, max_new_tokens: int) -> list[np.ndarray]:
+        with jax.set_mesh(mesh):
+            result = generate(
+                target,
+                None,
+                prompts,
+                max_new_tokens=max_new_tokens,
+                temperature=data.temperature,
+                stop_tokens=stops,
+                keys=request_keys(data.seed, jnp.asarray(streams, jnp.int32)),
+                batch_size=data.decode_batch_size,
+            )
+        return result.tokens
+
+    return decode
+
+
+def _complete(final: Path, samples: int) -> bool:
+    """Whether the samples that the report speaks of are there."""
+    try:
+        return len(SampleReader(final)) == samples
+    except InputError:
+        return False
+
+
+def _build(config: Config, partial: Path, decode: Decode | None) -> dict[str, Any]:
+    """Writes samples and rejected.jsonl into `partial`; returns the counts for the report."""
+    data, started = config.data, time.monotonic()
+    tokenizer, rows = load_tokenizer(config.target.path), config.target.architecture.vocab_size
+    if len(tokenizer) > rows:
+        raise InputError(
+            f"{config.target.path}: the tokenizer has {len(tokenizer)} ids, the model {rows} rows; "
+            "use the tokenizer of this very model"
+        )
+    with contextlib.closing(Tally(partial / "rejected.jsonl")) as tally:
+        prompts = read_prompts(data.prompts, data.limit, tally.malformed)
+        if data.regenerate:
+            answered = _answers(config, tokenizer, prompts, partial, decode, tally)
+            samples = answered_samples(tokenizer, answered, data, tally)
+        else:
+            samples = given_samples(tokenizer, prompts, data, tally)
+        first = next(samples, None)
+        if first is None:
+            why, where = describe(tally.rejected), partial / "rejected.jsonl"
+            raise InputError(
+                f"no sample is left of {len(prompts)} prompts: {why}; see {where} and the limits in data.*"
+            )
+        write_samples(partial, itertools.chain([first], samples))
+        return {"prompts": len(prompts), **tally.report(), "seconds": round(time.monotonic() - started, 1)}
+
+
+def _answers(
+    config: Config, tokenizer: Any, prompts: list[Prompt], partial: Path, decode: Decode | None, tally: Tally
+) -> list[Answered]:
+    """Conversations answered by the target; those that were before a kill are read back."""
+    data = config.data
+    todo = conversations(prompts, data.repeats, data.system_prompt)
+    turns = sum(len(conversation.questions) for conversation in todo)
+    limits = Limits(
+        max_prompt_length=data.max_prompt_length,
+        max_length=data.max_length,
+        max_positions=config.target.architecture.max_position_embeddings,
+        batch_size=data.decode_batch_size,
+    )
+
+    def reject(conversation: Conversation, error: Rejected) -> None:
+        tally.reject(conversation.sample_id, conversation.prompt, error)
+
+    @functools.cache
+    def decoder() -> Decode:
+        return decode or target_decoder(config)
+
+    def decode_lazily(prompts: Any, streams: Any, max_new_tokens: int) -> Any:
+        # With all answers there already, the target is not loaded.
+        return decoder()(prompts, streams, max_new_tokens)
+
+    with (
+        contextlib.closing(AnswerLog(partial / "answers.jsonl")) as answers,
+        Progress("prepare", turns, unit="answer") as progress,
+    ):
+        if len(answers):
+            log(f"data: continuing with {len(answers)} answers that are there already")
+        stops = stop_tokens(config.target.path, tokenizer)
+        return regenerate(tokenizer, todo, decode_lazily, stops, limits, answers, reject, progress.advance)
+
+
+def _open_partial(partial: Path, digest: str) -> None:
+    """An empty `data.partial`, or the one of a preparation with the same inputs that did not end."""
+    stated = _read_json(partial / "inputs.json").get("fingerprint")
+    if stated == digest:
+        return
+    if stated is not None:
+        log("data: the inputs have changed since the preparation that did not end; its answers are not used")
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    _write_json(partial / "inputs.json", {"fingerprint": digest})
+
+
+def _publish(partial: Path, final: Path) -> None:
+    """Makes a complete `data.partial` the new `data`; at every moment one of the two is complete."""
+    old = final.with_name("data.old")
+    if old.exists():
+        shutil.rmtree(old)
+    if final.exists():
+        final.rename(old)
+    partial.rename(final)
+    if old.exists():
+        shutil.rmtree(old)
+
+
+def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """What has changed between two sets of inputs, in one line."""
+    fields, new = before.get("data", {}), now["data"]
+    changed = [f"data.{name}={new[name]!r}, was {fields.get(name)!r}" for name in new if fields.get(name) != new[name]]
+    others = [name for name in now if name != "data" and before.get(name) != now[name]]
+    changed += [f"the {name.replace('_', ' ')} changed" for name in others]
+    return "; ".join(changed) or "the samples in it are not complete"
+
+
+def _summarise(report: dict[str, Any], final: Path) -> None:
+    """Says what was made and what was left out."""
+    sets = ", ".join(f"{name} {counts['samples']}" for name, counts in report["prompt_sets"].items())
+    log(
+        f"data: {report['samples']} samples ({sets}), {report['tokens']} tokens, {report['loss_tokens']} supervised, "
+        f"in {final} ({report['seconds']:.0f} s)"
+    )
+    if report["cut_answers"] or report["shortened"]:
+        log(
+            f"data: {report['cut_answers']} answers ran into data.max_length; "
+            f"{report['shortened']} conversations end before their last turn"
+        )
+    if report["rejected"]:
+        log(f"data: set aside in {final / 'rejected.jsonl'}: {describe(report['rejected'])}")
+
+
+@contextlib.contextmanager
+def _disk_errors(workdir: Path) -> Iterator[None]:
+    """Turns a full or read-only disk into an InputError; other errors are not the user's."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        raise InputError(
+            f"{error.filename or workdir}: {error.strerror}; make room or choose another --workdir, and run again: "
+            "answers that are decoded already are kept"
+        ) from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Content of a JSON file of ours; empty where there is none."""
+    return json.loads(path.read_text("utf-8")) if path.exists() else {}
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes a JSON file that is there whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    os.replace(temporary, path)
+
+
+if __name__ == "__main__":
+    command.run(prepare)

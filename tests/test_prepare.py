@@ -1,0 +1,256 @@
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from dspark_jax import prepare as command
+from dspark_jax.config import Config, DataConfig, DrafterConfig, InputError, TargetConfig, resolve
+from dspark_jax.data import chat, regenerate
+from dspark_jax.data.sources import SampleReader
+from dspark_jax.prepare import prepare, target_decoder
+from dspark_jax.sharding import make_mesh
+
+STOP = 294
+
+
+@pytest.fixture
+def config(tiny_target: Path, tmp_path: Path) -> Config:
+    prompts = tmp_path / "math.jsonl"
+    lines = [json.dumps({"turns": ["how much is " + "one and " * (i % 5) + "one"] * (1 + i % 2)}) for i in range(11)]
+    prompts.write_text("\n".join([*lines[:4], "{broken", *lines[4:], json.dumps({"prompt": "x" * 200})]) + "\n")
+    return resolve(
+        Config(
+            name="tiny",
+            target=TargetConfig(path=str(tiny_target)),
+            drafter=DrafterConfig(num_layers=1, target_layer_ids=(0,), mask_token_id=319),
+            data=DataConfig(
+                prompts=(str(prompts),), max_prompt_length=120, max_length=140, min_loss_tokens=4, decode_batch_size=4
+            ),
+        )
+    )
+
+
+class Decoder:
+    """Answers by stream number only; stream 3 stops at once. May be killed after some batches."""
+
+    def __init__(self, kill_after: int = 10**9):
+        self.kill_after, self.streams = kill_after, []
+
+    def __call__(self, prompts: Sequence[Sequence[int]], streams: Sequence[int], most: int) -> list[list[int]]:
+        if len(self.streams) == self.kill_after:
+            raise KeyboardInterrupt
+        self.streams.append(list(streams))
+        return [[STOP] if stream == 3 else [*range(65, 71 + stream), STOP] for stream in streams]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def changed(config: Config, **fields: Any) -> Config:
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, **fields))
+
+
+def test_prompts_become_samples_and_a_report(
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = prepare(config, tmp_path / "run", Decoder())
+    data = tmp_path / "run" / "data"
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["data"]
+    assert sorted(path.name for path in data.iterdir()) == ["dspark_samples", "rejected.jsonl", "report.json"]
+    assert json.loads((data / "report.json").read_text()) == report
+    assert report["rejected"] == {"malformed": 1, "prompt_too_long": 1, "empty_answer": 1}
+    assert (report["prompts"], report["samples"]) == (12, 10)
+    samples = SampleReader(data)
+    assert [samples[i].sample_id for i in range(len(samples))] == [0, 1, 2, 4, 5, 6, 7, 8, 9, 10]
+    assert sum(int(samples[i].loss_mask.sum()) for i in range(10)) == report["loss_tokens"]
+    tokenizer = chat.load_tokenizer(config.target.path)
+    question = "how much is one and one"
+    answer = tokenizer.decode(list(range(65, 72)))
+    text = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>\n"
+    assert tokenizer.decode(samples[1].tokens) == text + text
+    assert tokenizer.decode(samples[1].tokens[samples[1].loss_mask > 0]) == f"{answer}<|im_end|>\n" * 2
+    rejected = [json.loads(line) for line in (data / "rejected.jsonl").read_text().splitlines()]
+    assert {(entry["reason"], entry["line"]) for entry in rejected} == {
+        ("malformed", 5),
+        ("prompt_too_long", 13),
+        ("empty_answer", 4),
+    }
+    shown = capsys.readouterr().err
+    assert "10 samples (math 10)" in shown
+    assert "set aside in" in shown and "1 malformed line, 1 prompt too long, 1 empty answer" in shown
+
+
+def test_unchanged_inputs_are_skipped_and_changed_ones_are_named(
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    first = prepare(config, run, Decoder())
+    before = files(run)
+    capsys.readouterr()
+    idle = Decoder()
+    same = changed(config, decode_batch_size=9, workers=3)
+    assert prepare(same, run, idle) == first and not idle.streams and files(run) == before
+    assert capsys.readouterr().err == f"data: 10 samples in {run / 'data'} are up to date\n"
+
+    again = prepare(changed(config, temperature=0.5), run, Decoder())
+    assert again["fingerprint"] != first["fingerprint"]
+    assert "preparing again, data.temperature=0.5, was 1.0" in capsys.readouterr().err
+    with Path(config.data.prompts[0]).open("a") as file:
+        file.write('{"prompt": "more"}\n')
+    assert prepare(changed(config, temperature=0.5), run, Decoder())["samples"] == 11
+    assert "preparing again, the prompts changed" in capsys.readouterr().err
+    assert sorted(path.name for path in run.iterdir()) == ["data"]
+
+
+def test_a_killed_preparation_continues_and_ends_with_the_same_samples(config: Config, tmp_path: Path) -> None:
+    whole = Decoder()
+    prepare(config, tmp_path / "whole", whole)
+    streams = []
+    for kill_after in (1, 2, 0, 10**9):
+        decoder = Decoder(kill_after)
+        if kill_after < 10**9:
+            with pytest.raises(KeyboardInterrupt):
+                prepare(config, tmp_path / "killed", decoder)
+            assert not (tmp_path / "killed" / "data").exists()
+        else:
+            prepare(config, tmp_path / "killed", decoder)
+        streams += decoder.streams
+    assert streams == whole.streams
+    expected, found = tmp_path / "whole" / "data", tmp_path / "killed" / "data"
+    assert (found / "rejected.jsonl").read_text() == (expected / "rejected.jsonl").read_text()
+    reports = [json.loads((path / "report.json").read_text()) | {"seconds": 0} for path in (expected, found)]
+    assert reports[0] == reports[1]
+    # ArrayRecord files of equal records need not be equal byte for byte.
+    a, b = SampleReader(expected), SampleReader(found)
+    for i in range(len(a)):
+        assert (a[i].sample_id, a[i].tokens.tolist()) == (b[i].sample_id, b[i].tokens.tolist())
+        assert a[i].loss_mask.tolist() == b[i].loss_mask.tolist()
+
+
+def test_a_kill_before_or_between_the_last_renames_loses_nothing(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    prepare(config, run, Decoder())
+    config = changed(config, seed=1)
+
+    def killed(self: Path, target: Path) -> None:
+        if target.name == "data":
+            raise KeyboardInterrupt
+        rename(self, target)
+
+    rename = Path.rename
+    monkeypatch.setattr(Path, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(config, run, Decoder())
+    monkeypatch.undo()
+    assert sorted(path.name for path in run.iterdir()) == ["data.old", "data.partial"]
+    idle = Decoder()
+    assert prepare(config, run, idle)["inputs"]["data"]["seed"] == 1
+    assert not idle.streams and sorted(path.name for path in run.iterdir()) == ["data"]
+
+
+def test_answers_to_other_inputs_are_not_continued_with(
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        prepare(config, tmp_path, Decoder(kill_after=2))
+    decoder = Decoder()
+    prepare(changed(config, seed=1), tmp_path, decoder)
+    assert sum(map(len, decoder.streams)) == 15  # eleven first turns, four second ones
+    assert "the inputs have changed since the preparation that did not end" in capsys.readouterr().err
+
+
+def test_samples_that_have_gone_are_made_again(config: Config, tmp_path: Path) -> None:
+    prepare(config, tmp_path, Decoder())
+    next((tmp_path / "data").rglob("dataset_info.json")).unlink()
+    prepare(config, tmp_path, Decoder())
+    assert len(SampleReader(tmp_path / "data")) == 10
+
+
+def test_given_answers_are_used_as_they_are_without_the_target(config: Config, tmp_path: Path) -> None:
+    path = tmp_path / "chat.jsonl"
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "the answer is one"}]
+    path.write_text(json.dumps({"messages": messages}) + "\n" + json.dumps({"messages": messages[:1]}) + "\n")
+    decoder = Decoder()
+    report = prepare(changed(config, prompts=(str(path),), regenerate=False), tmp_path / "run", decoder)
+    assert not decoder.streams and report["samples"] == 1 and report["rejected"] == {"unanswered": 1}
+    sample = SampleReader(tmp_path / "run" / "data")[0]
+    tokenizer = chat.load_tokenizer(config.target.path)
+    assert (sample.tokens.tolist(), sample.loss_mask.tolist()) == chat.tokens_and_mask(tokenizer, messages)
+    with pytest.raises(InputError, match="data.repeats=2 needs data.regenerate=True"):
+        prepare(changed(config, regenerate=False, repeats=2), tmp_path / "run")
+
+
+def test_the_target_answers_each_prompt_by_its_own_key(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:1]))  # compiles faster
+    monkeypatch.setattr(regenerate, "FIRST_PART", 12)
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "one"}\n{"prompt": "two"}\n')
+    config = changed(config, prompts=(str(path),), max_prompt_length=39, max_length=40, min_loss_tokens=1)
+    prepare(config, tmp_path / "run")
+    samples = SampleReader(tmp_path / "run" / "data")
+    tokenizer = chat.load_tokenizer(config.target.path)
+    prompts = [chat.prompt_tokens(tokenizer, [{"role": "user", "content": text}]) for text in ("one", "two")]
+    most = 40 - min(map(len, prompts))
+    decode = target_decoder(config)
+    # In one piece, with other neighbours, in another order: the same answers, because the streams are the same.
+    two, one = decode([prompts[1], prompts[0]], [1, 0], most)
+    for i, answer in enumerate((one, two)):
+        end = len(prompts[i]) + len(answer)
+        assert samples[i].tokens[:end].tolist() == [*prompts[i], *np.asarray(answer)][:40]
+    again, other = decode([prompts[0], prompts[0]], [0, 2], most)
+    assert np.array_equal(again, one) and not np.array_equal(other, one)
+
+
+def test_bad_input_is_one_line_and_leaves_no_data(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(InputError, match=r"no sample is left of 12 prompts: .*11 too few supervised.*rejected\.jsonl"):
+        prepare(changed(config, min_loss_tokens=139), run, lambda p, s, n: [[65, STOP]] * len(s))
+    with pytest.raises(InputError, match=r"nothing\.jsonl: cannot be read"):
+        prepare(changed(config, prompts=(str(tmp_path / "nothing.jsonl"),)), run)
+    with pytest.raises(InputError, match=r"data\.prompts is empty"):
+        prepare(changed(config, prompts=()), run)
+    small = dataclasses.replace(config.target.architecture, vocab_size=290)
+    target = dataclasses.replace(config.target, architecture=small)
+    with pytest.raises(InputError, match="the tokenizer has 295 ids, the model 290 rows"):
+        prepare(dataclasses.replace(config, target=target), run, Decoder())
+    with pytest.raises(InputError, match="No space left on device; make room"):
+        monkeypatch.setattr(command, "write_samples", full_disk)
+        prepare(config, run, Decoder())
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(InputError, match="not prepared for this config; run python -m dspark_jax.prepare on one host"):
+        prepare(config, run, Decoder())
+    assert not (run / "data").exists()
+
+
+def full_disk(*_: object) -> int:
+    raise OSError(28, "No space left on device")
+
+
+def test_the_command_line(config: Config, tmp_path: Path) -> None:
+    path = tmp_path / "tiny.py"
+    path.write_text(
+        "from dspark_jax.config import *\n"
+        "def get_config(arg=''):\n"
+        f"    return Config(target=TargetConfig(path={config.target.path!r}),\n"
+        "        drafter=DrafterConfig(num_layers=1, target_layer_ids=(0,), mask_token_id=319),\n"
+        f"        data=DataConfig(prompts=({str(tmp_path / 'none.jsonl')!r},)))\n"
+    )
+    arguments = [sys.executable, "-m", "dspark_jax.prepare", "--config", str(path), "--workdir", str(tmp_path / "run")]
+    # 512 positions are too few for the default length of 4096.
+    run = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert run.returncode == 2 and run.stderr.startswith("error: data.max_length=4096 exceeds")
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,18 @@
+"""Decoding: `generate` runs draft, schedule, verify and commit in one jitted loop; `decode_round` is one turn of it."""
+
+from dspark_jax.engine.generate import decode_round, generate, prefill
+from dspark_jax.engine.result import DecodeResult
+from dspark_jax.engine.sampling import Uniforms, request_keys, round_uniforms
+from dspark_jax.engine.state import DecodeState, Round
+
+__all__ = [
+    "DecodeResult",
+    "DecodeState",
+    "Round",
+    "Uniforms",
+    "decode_round",
+    "generate",
+    "prefill",
+    "request_keys",
+    "round_uniforms",
+]

@@ -1,0 +1,94 @@
+"""Last step of a round: accepted tokens become part of the request, stop tokens and budgets end it."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from dspark_jax.drafter.interface import Drafter, Proposal
+from dspark_jax.engine.state import DecodeState, Round
+from dspark_jax.engine.verify import Verdict
+from dspark_jax.target.qwen3 import TargetOutput
+
+
+def is_stop(tokens: jax.Array, stop_tokens: jax.Array) -> jax.Array:
+    """Which of `tokens` [...] are in `stop_tokens` [K]; negative ids there match nothing."""
+    return jnp.any((tokens[..., None] == stop_tokens) & (stop_tokens >= 0), axis=-1)
+
+
+def settle(proposal: Proposal, lengths: jax.Array, verdict: Verdict, stop_tokens: jax.Array) -> tuple[Round, jax.Array]:
+    """Cuts the accepted drafts behind their first stop token, and counts (trap 25).
+
+    Returns:
+      The round, and whether a stop token ends each request [B].
+    """
+    block = jnp.arange(proposal.tokens.shape[1])
+    stops = is_stop(proposal.tokens, stop_tokens) & (block < verdict.accepted[:, None])
+    inside = jnp.any(stops, axis=1)
+    # Drafts up to and including the first stop; everything where there is none.
+    until = jnp.sum(jnp.cumsum(stops, axis=1) - stops == 0, axis=1, dtype=jnp.int32)
+    accepted = jnp.minimum(verdict.accepted, until)
+    proposed = jnp.where(inside, accepted, lengths)
+    emitted = accepted + jnp.where(inside, 0, 1)
+    ended = inside | is_stop(verdict.next_token, stop_tokens)
+    entry = Round(proposal.tokens, proposal.confidence, proposed, accepted, emitted, verdict.next_token)
+    return entry, ended
+
+
+def append(tokens: jax.Array, lengths: jax.Array, block: jax.Array) -> jax.Array:
+    """tokens [B, C] with block [B, T] written at lengths[b]..lengths[b] + T - 1; what exceeds C is dropped."""
+    offset = jnp.arange(tokens.shape[1]) - lengths[:, None]  # [B, C]
+    inside = (offset >= 0) & (offset < block.shape[1])
+    return jnp.where(inside, jnp.take_along_axis(block, jnp.clip(offset, 0, block.shape[1] - 1), axis=1), tokens)
+
+
+def commit(
+    drafter: Drafter | None,
+    state: DecodeState,
+    proposal: Proposal,
+    lengths: jax.Array,
+    verdict: Verdict,
+    output: TargetOutput,
+    stop_tokens: jax.Array,
+) -> tuple[DecodeState, Round]:
+    """Appends what a round produced; finished requests stay as they are.
+
+    Args:
+      drafter: absorbs the target's features of the verified tokens that were kept: the anchor and the accepted drafts.
+      state: before the round.
+      proposal: all drafts.
+      lengths: [B] how many of them were verified.
+      verdict: which of those hold, and the token that follows.
+      output: the target's pass over the anchor and the drafts, G + 1 rows.
+      stop_tokens: [K] ids that end a request; negative ids are padding.
+
+    Returns:
+      The state after the round, and the round. A request never grows beyond its limit: tokens past it are dropped
+      though the round's `emitted` counts them.
+    """
+    entry, ended = settle(proposal, lengths, verdict, stop_tokens)
+    active = ~state.finished
+    width = proposal.tokens.shape[1] + 1
+    drafted = jnp.pad(proposal.tokens, ((0, 0), (0, 1)))
+    block = jnp.where(jnp.arange(width) == entry.accepted[:, None], entry.next_token[:, None], drafted)
+    grown = jnp.minimum(state.lengths + entry.emitted, state.limits)
+
+    draft_cache = state.draft_cache
+    if drafter is not None:
+        verified = jnp.concatenate([state.anchors[:, None], proposal.tokens], axis=1)
+        positions = state.positions[:, None] + jnp.arange(width)
+        kept = jnp.where(active, entry.accepted + 1, 0)
+        draft_cache = drafter.extend(draft_cache, output.features, verified, positions, kept)
+    # A stop token that the budget cuts off was never emitted.
+    stopped = ended & (state.lengths + entry.emitted <= state.limits)
+    after = dataclasses.replace(
+        state,
+        tokens=jnp.where(active[:, None], append(state.tokens, state.lengths, block), state.tokens),
+        lengths=jnp.where(active, grown, state.lengths),
+        finished=state.finished | ended | (grown >= state.limits),
+        stopped=jnp.where(active, stopped, state.stopped),
+        rounds=state.rounds + active,
+        target_cache=output.cache,
+        draft_cache=draft_cache,
+    )
+    return after, entry

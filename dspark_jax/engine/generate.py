@@ -1,0 +1,308 @@
+"""Batched speculative decoding in one jitted loop: draft, schedule, verify, commit.
+
+`generate` is the front door for lists of prompts. Plain decoding is the same code without a drafter.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dspark_jax.config import InputError
+from dspark_jax.drafter.interface import Drafter
+from dspark_jax.engine.commit import commit, is_stop
+from dspark_jax.engine.draft import draft
+from dspark_jax.engine.result import DecodeResult, collect
+from dspark_jax.engine.sampling import Uniforms, request_keys, round_uniforms
+from dspark_jax.engine.schedule import schedule
+from dspark_jax.engine.state import DecodeState, Round, RoundLog
+from dspark_jax.engine.verify import verify
+from dspark_jax.ops.sampling import Sampling, sample
+from dspark_jax.sharding import constrain
+from dspark_jax.target.layers import unstack
+from dspark_jax.target.qwen3 import Qwen3
+
+
+def prefill(
+    target: Qwen3,
+    drafter: Drafter | None,
+    prompts: jax.Array,
+    prompt_lengths: jax.Array,
+    limits: jax.Array,
+    keys: jax.Array,
+    uniform: jax.Array,
+    sampling: Sampling,
+    stop_tokens: jax.Array,
+    *,
+    capacity: int,
+    unroll: bool = False,
+) -> DecodeState:
+    """Runs the prompts through the target, shows them to the drafter, and draws each request's first token.
+
+    Args:
+      target: the language model.
+      drafter: absorbs the features of the whole prompt, or None.
+      prompts: [B, P] int32, padded on the right.
+      prompt_lengths: [B], at least 1.
+      limits: [B] length at which a request ends; at its prompt's length it is finished before it starts.
+      keys: [B] request keys, kept in the state.
+      uniform: [B] draws the first token.
+      sampling: temperature of the requests.
+      stop_tokens: [K] ids that end a request.
+      capacity: C, at least limits + G: a round that starts below the limit writes G + 1 rows.
+      unroll: lay the target's layers out one by one.
+    """
+    batch, width = prompts.shape
+    positions = jnp.broadcast_to(jnp.arange(width), prompts.shape)
+    taps = () if drafter is None else drafter.taps
+    cache = target.init_cache(batch, capacity)
+    output = target.forward(prompts, positions, cache, taps=taps, unroll=unroll)
+    last = jnp.take_along_axis(output.last_hidden, (prompt_lengths - 1)[:, None, None], axis=1)[:, 0]
+    first = sample(target.unembed(last), sampling, uniform)
+    draft_cache = None
+    if drafter is not None:
+        draft_cache = drafter.init_cache(batch, capacity)
+        draft_cache = drafter.extend(draft_cache, output.features, prompts, positions, prompt_lengths)
+
+    tokens = jnp.pad(prompts, ((0, 0), (0, capacity - width)))
+    at = jnp.arange(capacity) == prompt_lengths[:, None]
+    lengths = jnp.minimum(prompt_lengths + 1, limits)
+    stopped = is_stop(first, stop_tokens) & (lengths > prompt_lengths)
+    return DecodeState(
+        tokens=constrain(jnp.where(at, first[:, None], tokens), "batch", None),
+        lengths=lengths,
+        prompt_lengths=prompt_lengths,
+        limits=limits,
+        finished=stopped | (lengths >= limits),
+        stopped=stopped,
+        rounds=jnp.zeros_like(lengths),
+        keys=keys,
+        target_cache=output.cache,
+        draft_cache=draft_cache,
+    )
+
+
+def decode_round(
+    target: Qwen3,
+    drafter: Drafter | None,
+    state: DecodeState,
+    uniforms: Uniforms,
+    sampling: Sampling,
+    stop_tokens: jax.Array,
+    *,
+    threshold: jax.Array | float | None = None,
+    unroll: bool = False,
+) -> tuple[DecodeState, Round]:
+    """One round: draft, schedule, verify, commit."""
+    taps = () if drafter is None else drafter.taps
+    proposal = draft(target, drafter, state, uniforms, sampling)
+    lengths = schedule(proposal, threshold)
+    verdict, output = verify(target, state, proposal, lengths, uniforms, sampling, taps=taps, unroll=unroll)
+    return commit(drafter, state, proposal, lengths, verdict, output, stop_tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What a compiled decoding run is specialised to, besides the shapes of its arguments.
+
+    Attributes:
+      capacity: C, rows of the caches.
+      rounds: R, rows of the log.
+      trace: log drafted tokens and confidences.
+      unroll: lay layers out one by one (CPU).
+    """
+
+    capacity: int
+    rounds: int
+    trace: bool
+    unroll: bool
+
+
+def decode_shape(width: int, max_new_tokens: int, drafter: Drafter | None, *, trace: bool) -> Shape:
+    """The shape for prompts padded to `width`: the last round starts below the budget and writes G + 1 rows.
+
+    Budgets are rounded up to a multiple of 16, so that similar ones share an executable.
+    """
+    block_size = 0 if drafter is None else drafter.block_size
+    budget = -(-max_new_tokens // 16) * 16
+    return Shape(width + budget + block_size, budget, trace, unroll=jax.default_backend() == "cpu")
+
+
+@functools.partial(jax.jit, static_argnames=("shape",))
+def decode(
+    target: Qwen3,
+    drafter: Any,
+    prompts: jax.Array,
+    prompt_lengths: jax.Array,
+    limits: jax.Array,
+    keys: jax.Array,
+    sampling: Sampling,
+    stop_tokens: jax.Array,
+    threshold: jax.Array | None,
+    *,
+    shape: Shape,
+) -> tuple[DecodeState, RoundLog]:
+    """Decodes a padded batch to its end on the device; see `generate`, which calls this."""
+    block_size = 0 if drafter is None else drafter.block_size
+    confident = getattr(drafter, "confidence", None) is not None
+    prompts = constrain(prompts, "batch", None)
+    uniform = round_uniforms(keys, prompt_lengths - 1, 0).next
+    if shape.unroll:
+        target, drafter = unstack(target), unstack(drafter)
+    state = prefill(
+        target,
+        drafter,
+        prompts,
+        prompt_lengths,
+        limits,
+        keys,
+        uniform,
+        sampling,
+        stop_tokens,
+        capacity=shape.capacity,
+        unroll=shape.unroll,
+    )
+    log = RoundLog.empty(shape.rounds, prompts.shape[0], block_size, trace=shape.trace, confidence=confident)
+
+    def step(carry: tuple[DecodeState, RoundLog, jax.Array]) -> tuple[DecodeState, RoundLog, jax.Array]:
+        state, log, row = carry
+        uniforms = round_uniforms(state.keys, state.positions, block_size)
+        active = ~state.finished
+        state, entry = decode_round(
+            target, drafter, state, uniforms, sampling, stop_tokens, threshold=threshold, unroll=shape.unroll
+        )
+        return state, log.put(row, entry, active), row + 1
+
+    def running(carry: tuple[DecodeState, RoundLog, jax.Array]) -> jax.Array:
+        return ~jnp.all(carry[0].finished)
+
+    state, log, _ = jax.lax.while_loop(running, step, (state, log, jnp.int32(0)))
+    # The caches end here; returning them would only cost their copies.
+    return dataclasses.replace(state, target_cache=None, draft_cache=None), log
+
+
+def generate(
+    target: Qwen3,
+    drafter: Drafter | None,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    stop_tokens: Sequence[int] = (),
+    seed: int = 0,
+    keys: jax.Array | None = None,
+    confidence_threshold: float = 0.0,
+    batch_size: int = 32,
+    prompt_width: int = 0,
+    trace: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> DecodeResult:
+    """Decodes prompts of any lengths; the distribution of the output is the target's, whatever the drafter.
+
+    Prompts are sorted by length and decoded `batch_size` at a time; shapes are padded to a small ladder of sizes, so
+    that few executables are compiled. A request's output does not depend on how requests are grouped.
+
+    Args:
+      target: the language model.
+      drafter: None decodes plainly, one token per round.
+      prompts: token ids, at least one per prompt.
+      max_new_tokens: budget of each request.
+      temperature: of drafter and target alike; below 1e-5 is greedy.
+      stop_tokens: ids that end a request; the stop token is the last one of the output.
+      seed: request i draws with `request_keys(seed, i)`.
+      keys: [N] keys, one per prompt, instead of a seed.
+      confidence_threshold: drafts from the first one whose confidence is below this are not verified; 0 verifies all.
+      batch_size: most requests at a time.
+      prompt_width: pads prompts to at least so many tokens and batches to `batch_size` rows, so that several calls
+        share one executable; 0 picks both from the ladder.
+      trace: keep drafted tokens and confidence logits of every round.
+      progress: called with the number of requests that have just been finished.
+
+    Raises:
+      InputError: an empty prompt, a token outside the vocabulary, a budget below 1, more positions than the target
+        has, or a threshold for a drafter without a confidence head.
+    """
+    prompts = [np.asarray(prompt, np.int32).reshape(-1) for prompt in prompts]
+    if batch_size < 1:
+        raise InputError(f"batch_size={batch_size} decodes nothing; use 1 or more")
+    _check(target, drafter, prompts, max_new_tokens, temperature, confidence_threshold)
+    if keys is None:
+        keys = request_keys(seed, jnp.arange(len(prompts)))
+    block_size = 0 if drafter is None else drafter.block_size
+    stops = [*stop_tokens] + [-1] * (4 - len(stop_tokens) % 4)  # padded, so that executables are shared
+    threshold = jnp.float32(confidence_threshold) if confidence_threshold > 0 else None
+    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
+    parts = []
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        width = ladder(max(prompt_width, *(len(prompts[i]) for i in chosen)))
+        rows = batch_size if prompt_width else min(ladder(len(chosen)), batch_size)
+        # Rows that fill up the batch are finished before they start.
+        tokens = np.zeros((rows, width), np.int32)
+        lengths, limits = np.ones(rows, np.int32), np.ones(rows, np.int32)
+        for row, i in enumerate(chosen):
+            lengths[row], limits[row] = len(prompts[i]), len(prompts[i]) + max_new_tokens
+            tokens[row, : lengths[row]] = prompts[i]
+        picked = np.asarray(chosen + chosen[:1] * (rows - len(chosen)))
+        state, log = decode(
+            target,
+            drafter,
+            jnp.asarray(tokens),
+            jnp.asarray(lengths),
+            jnp.asarray(limits),
+            keys[picked],
+            Sampling.constant(temperature, rows),
+            jnp.asarray(stops, jnp.int32),
+            threshold,
+            shape=decode_shape(width, max_new_tokens, drafter, trace=trace),
+        )
+        parts.append((chosen, jax.device_get((dataclasses.replace(state, keys=None), log))))
+        if progress is not None:
+            progress(len(chosen))
+    return collect(parts, len(prompts), block_size)
+
+
+def ladder(size: int) -> int:
+    """The next size of 1, 2, 3, 4, 6, 8, 12, 16, ...: padding to it wastes at most a third."""
+    power = 1 << max(size - 1, 0).bit_length()
+    return power * 3 // 4 if power >= 4 and size <= power * 3 // 4 else power
+
+
+def _check(
+    target: Qwen3,
+    drafter: Drafter | None,
+    prompts: list[np.ndarray],
+    max_new_tokens: int,
+    temperature: float,
+    confidence_threshold: float,
+) -> None:
+    """Refuses what cannot be decoded."""
+    arch = target.arch
+    if max_new_tokens < 1:
+        raise InputError(f"max_new_tokens={max_new_tokens} leaves nothing to generate; use 1 or more")
+    if temperature < 0:
+        raise InputError(f"temperature={temperature} is negative; use 0 for greedy decoding or a positive value")
+    if not 0 <= confidence_threshold <= 1:
+        raise InputError(f"confidence_threshold={confidence_threshold} is no probability; use a value from 0 to 1")
+    if confidence_threshold > 0 and getattr(drafter, "confidence", None) is None:
+        raise InputError(
+            f"confidence_threshold={confidence_threshold} needs a drafter with a confidence head; use 0 or such a drafter"
+        )
+    for number, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise InputError(f"prompt {number} is empty; give at least one token")
+        if prompt.min() < 0 or prompt.max() >= arch.vocab_size:
+            raise InputError(
+                f"prompt {number} has a token outside the vocabulary 0..{arch.vocab_size - 1}; "
+                "tokenise it with the target's own tokenizer"
+            )
+        longest = len(prompt) + max_new_tokens
+        if arch.max_position_embeddings and longest > arch.max_position_embeddings:
+            raise InputError(
+                f"prompt {number} of {len(prompt)} tokens and max_new_tokens={max_new_tokens} exceed the target's "
+                f"max_position_embeddings={arch.max_position_embeddings}; shorten one of them"
+            )

@@ -1,0 +1,120 @@
+"""What decoding carries from round to round, and what a round reports."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeState:
+    """A batch of requests in the middle of decoding. Rolling back is a shorter length, never a copy.
+
+    The newest committed token of a request, its anchor, stands at position lengths - 1; the target has not seen it
+    yet, so the caches hold the rows 0..lengths - 2 (what they hold beyond is stale and invisible).
+
+    Attributes:
+      tokens: [B, C] int32, prompt and committed tokens; undefined from `lengths` on.
+      lengths: [B] int32, committed tokens, the prompt's included.
+      prompt_lengths: [B] int32.
+      limits: [B] int32, the length at which a request ends: prompt plus token budget.
+      finished: [B] bool; a finished request changes no more.
+      stopped: [B] bool, ended by a stop token rather than by its budget.
+      rounds: [B] int32, decoding rounds that the request took part in.
+      keys: [B] request keys.
+      target_cache: the target's key/value cache.
+      draft_cache: whatever the drafter keeps, None without a drafter.
+    """
+
+    tokens: jax.Array
+    lengths: jax.Array
+    prompt_lengths: jax.Array
+    limits: jax.Array
+    finished: jax.Array
+    stopped: jax.Array
+    rounds: jax.Array
+    keys: jax.Array
+    target_cache: Any
+    draft_cache: Any
+
+    @property
+    def positions(self) -> jax.Array:
+        """[B] absolute position of each anchor."""
+        return self.lengths - 1
+
+    @property
+    def anchors(self) -> jax.Array:
+        """[B] newest committed token of each request."""
+        return jnp.take_along_axis(self.tokens, self.positions[:, None], axis=1)[:, 0]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Round:
+    """What one decoding round did to each request; undefined where the request had finished before.
+
+    Attributes:
+      drafted: [B, G] all drafted tokens, scheduled or not.
+      confidence: [B, G] confidence logits, or None.
+      proposed: [B] drafts that were verified; in a round ended by an accepted stop token, those up to it.
+      accepted: [B] drafts that were committed.
+      emitted: [B] accepted length: accepted + 1 for the bonus or correction, which a stop token among the accepted
+        drafts leaves out (trap 25). The token budget does not shorten it.
+      next_token: [B] bonus or correction, drawn in every round and dropped behind a stop token.
+    """
+
+    drafted: jax.Array
+    confidence: jax.Array | None
+    proposed: jax.Array
+    accepted: jax.Array
+    emitted: jax.Array
+    next_token: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RoundLog:
+    """Rounds of a whole decoding run. All requests start together, so round r is row r for each of them.
+
+    Attributes:
+      emitted: [R, B] int32; 0 where the request had finished.
+      accepted: [R, B] int32.
+      proposed: [R, B] int32.
+      drafted: [R, B, G] int32, or None when not traced.
+      confidence: [R, B, G] float32, or None when not traced or when the drafter has none.
+    """
+
+    emitted: jax.Array
+    accepted: jax.Array
+    proposed: jax.Array
+    drafted: jax.Array | None
+    confidence: jax.Array | None
+
+    @classmethod
+    def empty(cls, rounds: int, batch: int, block_size: int, *, trace: bool, confidence: bool) -> "RoundLog":
+        """A log of no rounds with room for `rounds`."""
+        counts = jnp.zeros((rounds, batch), jnp.int32)
+        wide = (rounds, batch, block_size)
+        drafted = jnp.zeros(wide, jnp.int32) if trace else None
+        return cls(counts, counts, counts, drafted, jnp.zeros(wide, jnp.float32) if trace and confidence else None)
+
+    def put(self, row: jax.Array, entry: Round, active: jax.Array) -> "RoundLog":
+        """The log with `entry` as its row, for the requests [B] that were active."""
+
+        def store(log: jax.Array, values: jax.Array) -> jax.Array:
+            mask = active.reshape(active.shape + (1,) * (values.ndim - 1))
+            return jax.lax.dynamic_update_index_in_dim(log, jnp.where(mask, values, 0).astype(log.dtype), row, 0)
+
+        drafted = None if self.drafted is None else store(self.drafted, entry.drafted)
+        confidence = self.confidence
+        if confidence is not None and entry.confidence is not None:
+            confidence = store(confidence, entry.confidence)
+        return RoundLog(
+            store(self.emitted, entry.emitted),
+            store(self.accepted, entry.accepted),
+            store(self.proposed, entry.proposed),
+            drafted,
+            confidence,
+        )

@@ -1,0 +1,144 @@
+"""Third step of a round: the target scores the drafts, accepts a prefix of them and draws the token that follows.
+
+Draft x, drawn from p, is accepted with probability min(1, q(x) / p(x)); at the first rejection the next token comes
+from the residual (q - p)+, and behind a fully accepted proposal from the target's last row. The output then has the
+target's distribution q whatever the drafter (paper section 2.1; trap 24).
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dspark_jax.drafter.interface import Proposal
+from dspark_jax.engine.sampling import Uniforms
+from dspark_jax.engine.state import DecodeState
+from dspark_jax.ops.sampling import GREEDY_BELOW, Sampling, draw, probabilities
+from dspark_jax.target.qwen3 import Qwen3, TargetOutput
+
+_FLOOR = 1e-8  # smallest draft probability and smallest residual mass that are divided by
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What verification says about a proposal, before stop tokens are looked for.
+
+    Attributes:
+      accepted: [B] length of the accepted prefix.
+      next_token: [B] the correction after a rejection, the bonus token after none.
+    """
+
+    accepted: jax.Array
+    next_token: jax.Array
+
+
+def token_probabilities(logits: jax.Array, tokens: jax.Array, temperature: jax.Array) -> jax.Array:
+    """`probabilities(logits, temperature)[tokens]` without the array of all probabilities.
+
+    Args:
+      logits: [B, T, V].
+      tokens: [B, T].
+      temperature: [B].
+
+    Returns:
+      [B, T] float32.
+    """
+    logits = logits.astype(jnp.float32)
+    greedy = (temperature < GREEDY_BELOW)[:, None]
+    scale = 1.0 / jnp.where(greedy, 1.0, temperature[:, None])
+    top = jnp.max(logits, axis=-1)
+    total = jnp.sum(jnp.exp((logits - top[..., None]) * scale[..., None]), axis=-1)
+    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+    soft = jnp.exp((chosen - top) * scale) / total
+    return jnp.where(greedy, (jnp.argmax(logits, axis=-1) == tokens).astype(jnp.float32), soft)
+
+
+def acceptance_probabilities(draft: jax.Array, target: jax.Array) -> jax.Array:
+    """min(1, q(x) / p(x)) of the drafted tokens, from their probabilities under drafter and target, of any shape."""
+    return jnp.minimum(1.0, target / jnp.maximum(draft, _FLOOR))
+
+
+def residual(target: jax.Array, draft: jax.Array) -> jax.Array:
+    """Distribution [..., V] of the correction after a rejection: (q - p)+ normalised, or q where nothing is left."""
+    surplus = jnp.maximum(target - draft, 0.0)
+    mass = jnp.sum(surplus, axis=-1, keepdims=True)
+    return jnp.where(mass <= _FLOOR, target, surplus / jnp.maximum(mass, _FLOOR))
+
+
+def next_distribution(
+    target_logits: jax.Array, draft_logits: jax.Array, accepted: jax.Array, lengths: jax.Array, temperature: jax.Array
+) -> jax.Array:
+    """Distribution [B, V] of the token that follows the accepted drafts.
+
+    Args:
+      target_logits: [B, G + 1, V]; row k is what the target expects after the anchor and k drafts.
+      draft_logits: [B, G, V].
+      accepted: [B] in 0..lengths.
+      lengths: [B] drafts that were verified.
+      temperature: [B].
+    """
+
+    def row(logits: jax.Array, index: jax.Array) -> jax.Array:
+        chosen = jnp.take_along_axis(logits, index[:, None, None], axis=1)[:, 0]
+        return probabilities(chosen, temperature)
+
+    expected = row(target_logits, accepted)
+    block_size = draft_logits.shape[1]
+    if block_size == 0:
+        return expected
+    corrected = residual(expected, row(draft_logits, jnp.minimum(accepted, block_size - 1)))
+    return jnp.where((accepted < lengths)[:, None], corrected, expected)
+
+
+def judge(
+    target_logits: jax.Array, proposal: Proposal, lengths: jax.Array, uniforms: Uniforms, sampling: Sampling
+) -> Verdict:
+    """The acceptance rule on logits.
+
+    Args:
+      target_logits: [B, G + 1, V].
+      proposal: G drafts per request.
+      lengths: [B] how many of them count.
+      uniforms: `accept` and `next` are used.
+      sampling: the drafter's and the target's alike.
+    """
+    block_size = proposal.tokens.shape[1]
+    if sampling.greedy:
+        best = jnp.argmax(target_logits, axis=-1).astype(jnp.int32)
+        agree = proposal.tokens == best[:, :block_size]
+    else:
+        draft = token_probabilities(proposal.logits, proposal.tokens, sampling.temperature)
+        target = token_probabilities(target_logits[:, :block_size], proposal.tokens, sampling.temperature)
+        agree = uniforms.accept < acceptance_probabilities(draft, target)
+    agree &= jnp.arange(block_size) < lengths[:, None]
+    accepted = jnp.sum(jnp.cumprod(agree.astype(jnp.int32), axis=1), axis=1)
+    if sampling.greedy:
+        return Verdict(accepted, jnp.take_along_axis(best, accepted[:, None], axis=1)[:, 0])
+    weights = next_distribution(target_logits, proposal.logits, accepted, lengths, sampling.temperature)
+    return Verdict(accepted, draw(weights, uniforms.next))
+
+
+def verify(
+    target: Qwen3,
+    state: DecodeState,
+    proposal: Proposal,
+    lengths: jax.Array,
+    uniforms: Uniforms,
+    sampling: Sampling,
+    *,
+    taps: tuple[int, ...],
+    unroll: bool = False,
+) -> tuple[Verdict, TargetOutput]:
+    """Runs the target over the anchor and the drafts, and judges them.
+
+    Returns:
+      The verdict, and the target's output for the G + 1 rows: features for the drafter, and the cache with all of
+      them written. Rows behind the accepted prefix are stale; the next round overwrites them.
+    """
+    tokens = jnp.concatenate([state.anchors[:, None], proposal.tokens], axis=1)  # [B, G + 1]
+    positions = state.positions[:, None] + jnp.arange(tokens.shape[1])
+    output = target.forward(tokens, positions, state.target_cache, taps=taps, unroll=unroll)
+    logits: Any = target.unembed(output.last_hidden)
+    return judge(logits, proposal, lengths, uniforms, sampling), output

@@ -1,0 +1,295 @@
+"""The whole loop: lossless at temperature 0 and above, stop tokens, budgets, batching, and what it refuses."""
+
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dspark_jax.config import DrafterConfig, InputError, MeshConfig
+from dspark_jax.drafter import make_drafter
+from dspark_jax.engine import generate, prefill
+from dspark_jax.engine.generate import decode, decode_round, decode_shape, ladder
+from dspark_jax.engine.sampling import request_keys, round_uniforms
+from dspark_jax.ops.sampling import Sampling, probabilities
+from dspark_jax.sharding import make_mesh, state_shardings
+
+VOCAB = 19
+
+
+def prompts_of(count: int, longest: int = 12, seed: int = 0) -> list[list[int]]:
+    """Random prompts; the first one has a single token."""
+    rng = np.random.default_rng(seed)
+    lengths = [1, *rng.integers(1, longest + 1, count - 1)]
+    return [rng.integers(0, VOCAB, length).tolist() for length in lengths]
+
+
+@pytest.fixture(scope="module")
+def target(models: Any) -> Any:
+    return models.qwen3(VOCAB)
+
+
+@pytest.fixture(scope="module")
+def bigram(models: Any, target: Any) -> Any:
+    return models.near(target, 3, noise=1.0, confidence=True)
+
+
+@pytest.fixture(scope="module")
+def dspark(target: Any) -> Any:
+    config = DrafterConfig("dspark", 1, 3, (-1, 1), VOCAB - 1, 4, True, True)
+    return make_drafter(target.arch, config, rngs=nnx.Rngs(3))
+
+
+def greedy_without_cache(target: Any, prompt: list[int], new: int) -> list[int]:
+    """Plain argmax decoding by whole forward passes: no cache, no engine."""
+    width = len(prompt) + new
+    tokens = np.zeros((1, width), np.int32)
+    tokens[0, : len(prompt)] = prompt
+    positions = jnp.arange(width)[None]
+    for end in range(len(prompt), width):
+        tokens[0, end] = forward_argmax(target, jnp.asarray(tokens), positions)[end - 1]
+    return tokens[0, len(prompt) :].tolist()
+
+
+@jax.jit
+def forward_argmax(target: Any, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+    return jnp.argmax(target.unembed(target.forward(tokens, positions).last_hidden)[0], axis=-1)
+
+
+def same(first: list[np.ndarray], second: list[np.ndarray]) -> bool:
+    return len(first) == len(second) and all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_greedy_speculation_equals_plain_decoding_on_100_prompts(target: Any, bigram: Any, dspark: Any) -> None:
+    prompts = prompts_of(100)
+    plain = generate(target, None, prompts, max_new_tokens=16, batch_size=20)
+    assert plain.tau == 1.0 and (plain.rounds == 15).all() and plain.block_size == 0
+    for i in (0, 1, 2, 57, 99):
+        assert plain.tokens[i].tolist() == greedy_without_cache(target, prompts[i], 16)
+    for drafter in (bigram, dspark):
+        batched = generate(target, drafter, prompts, max_new_tokens=16, batch_size=20)
+        assert same(batched.tokens, plain.tokens)
+        alone = generate(target, drafter, prompts, max_new_tokens=16, batch_size=1)
+        assert same(alone.tokens, plain.tokens)
+        assert same(alone.acceptance_lengths, batched.acceptance_lengths)
+        for emitted in batched.acceptance_lengths:
+            assert 1 + emitted[:-1].sum() < 16 <= 1 + emitted.sum()  # no round too many, none too few
+    lengths = np.concatenate(generate(target, bigram, prompts, max_new_tokens=16, batch_size=20).accepted_lengths)
+    assert set(lengths.tolist()) == {0, 1, 2, 3}
+
+
+def test_sampled_output_does_not_depend_on_neighbours(target: Any, bigram: Any) -> None:
+    prompts = prompts_of(8)
+    keys = request_keys(4, jnp.arange(8))
+    settings: dict[str, Any] = {"max_new_tokens": 16, "temperature": 0.8}
+    together = generate(target, bigram, prompts, keys=keys, **settings)
+    assert same(generate(target, bigram, prompts, seed=4, **settings).tokens, together.tokens)
+    assert same(generate(target, bigram, prompts, keys=keys, batch_size=4, **settings).tokens, together.tokens)
+    order = np.random.default_rng(1).permutation(8)
+    shuffled = generate(target, bigram, [prompts[i] for i in order], keys=keys[order], **settings)
+    assert same(shuffled.tokens, [together.tokens[i] for i in order])
+    for i in range(4):
+        alone = generate(target, bigram, prompts[i : i + 1], keys=keys[i : i + 1], **settings)
+        assert same(alone.tokens, together.tokens[i : i + 1])
+        assert same(alone.acceptance_lengths, together.acceptance_lengths[i : i + 1])
+    assert not same(generate(target, bigram, prompts, seed=5, **settings).tokens, together.tokens)
+
+
+def test_equal_prompts_with_other_keys_differ(target: Any, bigram: Any) -> None:
+    result = generate(target, bigram, [[3, 1]] * 8, max_new_tokens=16, temperature=1.0)
+    assert len({tuple(tokens.tolist()) for tokens in result.tokens}) > 1
+
+
+@pytest.mark.parametrize("threshold", (None, 0.5))
+def test_joint_distribution_of_the_first_tokens(models: Any, threshold: float | None) -> None:
+    """100,000 sampled continuations of one prompt by a real Qwen3 against its own conditionals."""
+    vocab, batch, new = 5, 33_400, 3
+    target = models.qwen3(vocab, seed=2, scale=0.25)
+    drafter = models.near(target, 2, noise=1.0, confidence=True)
+    prompt = jnp.asarray([1, 4, 0, 2])
+    lengths = jnp.full(batch, 4)
+    state, log = decode(
+        target,
+        drafter,
+        jnp.tile(prompt, (batch, 1)),
+        lengths,
+        lengths + new,
+        request_keys(8, jnp.arange(batch)),
+        Sampling.constant(0.9, batch),
+        jnp.asarray([-1]),
+        None if threshold is None else jnp.float32(threshold),
+        shape=decode_shape(4, new, drafter, trace=False),
+    )
+    assert len(np.unique(log.proposed[0])) == (1 if threshold is None else 3)
+    tokens = np.asarray(state.tokens)[:, 4 : 4 + new]
+    counts = np.bincount(np.ravel_multi_index(tuple(tokens.T), (vocab,) * new), minlength=vocab**new)
+    pairs = np.asarray(list(itertools.product(range(vocab), repeat=2)))
+    rows = np.concatenate([np.tile(prompt, (len(pairs), 1)), pairs], axis=1)
+    hidden = target.forward(jnp.asarray(rows), jnp.broadcast_to(jnp.arange(6), rows.shape)).last_hidden
+    steps = np.asarray(probabilities(target.unembed(hidden[:, 3:]), jnp.float32(0.9)), np.float64)
+    index = np.arange(len(pairs))
+    truth = (steps[index, 0, pairs[:, 0]] * steps[index, 1, pairs[:, 1]])[:, None] * steps[:, 2]
+    assert models.chi_square(counts, truth) > 1e-4
+    hotter = truth**0.9  # the same statistic refuses a target that is only slightly hotter
+    assert models.chi_square(counts, hotter / hotter.sum()) < 1e-6
+
+
+def test_a_confidence_threshold_leaves_greedy_output_alone(target: Any, bigram: Any) -> None:
+    prompts = prompts_of(20)
+    free = generate(target, bigram, prompts, max_new_tokens=16)
+    cut = generate(target, bigram, prompts, max_new_tokens=16, confidence_threshold=0.6)
+    assert same(free.tokens, cut.tokens)
+    assert {0, 1, 3} <= set(np.concatenate(cut.proposal_lengths).tolist())
+    assert all((a <= p).all() for a, p in zip(cut.accepted_lengths, cut.proposal_lengths, strict=True))
+
+
+def cut_at(whole: np.ndarray, stop: int) -> tuple[list[int], bool]:
+    hits = np.flatnonzero(whole == stop)
+    return whole[: hits[0] + 1 if len(hits) else None].tolist(), bool(len(hits))
+
+
+def test_stop_tokens_cut_where_they_first_appear(target: Any, bigram: Any, dspark: Any) -> None:
+    prompts = prompts_of(20, seed=5)
+    free = generate(target, None, prompts, max_new_tokens=16)
+    for drafter in (None, bigram, dspark):
+        for stop in range(0, VOCAB, 4):
+            result = generate(target, drafter, prompts, max_new_tokens=16, stop_tokens=(stop, VOCAB + 5))
+            for i, whole in enumerate(free.tokens):
+                assert (result.tokens[i].tolist(), bool(result.stopped[i])) == cut_at(whole, stop)
+
+
+def test_a_stop_token_at_every_place_of_a_round(models: Any) -> None:
+    """The target counts upwards for ever and the drafter now and then miscounts: all places of a round come up."""
+    count = jnp.arange(VOCAB)
+    table = 9.0 * jax.nn.one_hot((count + 1) % VOCAB, VOCAB)
+    wrong = jnp.where((count % 7 == 3)[:, None], jnp.roll(table, 1, axis=1), table)
+    target, drafter = models.bigram_target(table), models.bigram_drafter(wrong, 3)
+    places = set()
+    for stop in range(VOCAB):
+        result = generate(target, drafter, [[start] for start in range(VOCAB)], max_new_tokens=24, stop_tokens=(stop,))
+        for start, tokens in enumerate(result.tokens):
+            wanted = [(start + 1 + i) % VOCAB for i in range(VOCAB)]
+            assert tokens.tolist() == wanted[: wanted.index(stop) + 1] and result.stopped[start]
+            emitted, accepted = result.acceptance_lengths[start], result.accepted_lengths[start]
+            assert 1 + emitted.sum() == len(tokens)
+            assert (emitted[:-1] - accepted[:-1] == 1).all()
+            if len(emitted):
+                bonus = int(emitted[-1] - accepted[-1])
+                places.add((int(accepted[-1]), bonus))
+                assert result.proposal_lengths[start][-1] == (3 if bonus else accepted[-1])
+            else:
+                places.add((0, 0))  # the token of the prefill
+    assert places == {(0, 0), (1, 0), (2, 0), (3, 0), (0, 1), (1, 1), (2, 1), (3, 1)}
+
+
+@pytest.mark.parametrize("budget", (1, 2, 3, 4, 5, 7))
+def test_budgets(target: Any, bigram: Any, budget: int) -> None:
+    prompts = prompts_of(20)
+    whole = generate(target, None, prompts, max_new_tokens=16).tokens
+    result = generate(target, bigram, prompts, max_new_tokens=budget)
+    assert same(result.tokens, [tokens[:budget] for tokens in whole])
+    assert not result.stopped.any()
+    if budget == 1:
+        assert (result.rounds == 0).all() and np.isnan(result.tau)
+
+
+def test_the_drafter_is_shown_the_committed_tokens_and_their_features(target: Any, bigram: Any) -> None:
+    """After every round its cache holds, for all positions before the anchor, the features of a fresh forward pass."""
+    prompts = jnp.asarray([[3, 1, 4, 1, 5], [9, 2, 0, 0, 0], [6, 0, 0, 0, 0]])
+    lengths = jnp.asarray([5, 2, 1])
+    sampling, keys = Sampling.constant(1.0, 3), request_keys(0, jnp.arange(3))
+    none, start = jnp.asarray([-1]), round_uniforms(keys, lengths - 1, 0).next
+    state = jax.jit(prefill, static_argnames="capacity")(
+        target, bigram, prompts, lengths, lengths + 9, keys, start, sampling, none, capacity=24
+    )
+    turn = jax.jit(decode_round)
+    features = jax.jit(lambda t, tokens: t.forward(tokens, jnp.broadcast_to(jnp.arange(24), (3, 24)), taps=(0,)))
+    for _ in range(20):
+        shown, seen = state.draft_cache
+        fresh = features(target, state.tokens).features
+        for b in range(3):
+            end = int(state.lengths[b]) - 1
+            if state.finished[b]:
+                end = min(end, int(seen[b].max()))  # the last round's tokens may have been cut by the budget
+            np.testing.assert_array_equal(seen[b, :end], state.tokens[b, :end])
+            np.testing.assert_allclose(shown[b, :end], fresh[b, :end], atol=2e-5)
+        if state.finished.all():
+            break
+        uniforms = round_uniforms(state.keys, state.positions, 3)
+        state, _ = turn(target, bigram, state, uniforms, sampling, none)
+    assert state.finished.all() and state.rounds.min() < state.rounds.max()
+
+
+def test_trace_and_counts(target: Any, bigram: Any) -> None:
+    prompts = prompts_of(8)
+    result = generate(target, bigram, prompts, max_new_tokens=16, trace=True, confidence_threshold=0.4)
+    assert result.drafted is not None and result.confidence is not None
+    accepted, proposed = result.accepted_at(), result.proposed_at()
+    assert accepted.shape == proposed.shape == (8, 3)
+    for i, tokens in enumerate(result.tokens):
+        assert result.drafted[i].shape == result.confidence[i].shape == (result.rounds[i], 3)
+        position = 1
+        for r, emitted in enumerate(result.acceptance_lengths[i]):
+            row = result.drafted[i][r]
+            kept = tokens[position : position + result.accepted_lengths[i][r]]
+            np.testing.assert_array_equal(row[: len(kept)], kept)
+            before = np.concatenate([tokens[position - 1 : position], row[:-1]])
+            np.testing.assert_array_equal(result.confidence[i][r], bigram.confidence[...][before])
+            position += emitted
+        for k in range(3):
+            assert accepted[i, k] == sum(length > k for length in result.accepted_lengths[i])
+            assert proposed[i, k] == sum(length > k for length in result.proposal_lengths[i])
+    untraced = generate(target, bigram, prompts, max_new_tokens=16)
+    assert untraced.drafted is None and untraced.confidence is None
+    assert untraced.tau == pytest.approx(np.concatenate(untraced.acceptance_lengths).mean())
+
+
+def test_mesh_of_eight_devices_gives_the_same_tokens(target: Any, dspark: Any) -> None:
+    prompts = prompts_of(8)
+    alone = generate(target, dspark, prompts, max_new_tokens=16)
+    mesh = make_mesh(MeshConfig(2, 2, 2))
+    with jax.set_mesh(mesh):
+        spread = [jax.device_put(module, state_shardings(module, mesh)) for module in (target, dspark)]
+        meshed = generate(spread[0], spread[1], prompts, max_new_tokens=16)
+    assert same(alone.tokens, meshed.tokens)
+
+
+def test_no_prompts(target: Any) -> None:
+    result = generate(target, None, [], max_new_tokens=4)
+    assert result.tokens == [] and result.rounds.shape == (0,) and result.accepted_at().shape == (0, 0)
+
+
+def test_progress_counts_requests(target: Any) -> None:
+    seen: list[int] = []
+    generate(target, None, prompts_of(16), max_new_tokens=2, batch_size=8, progress=seen.append)
+    assert seen == [8, 8]
+
+
+@pytest.mark.parametrize("size", (1, 2, 3, 4, 5, 7, 9, 13, 17, 100))
+def test_ladder(size: int) -> None:
+    step = ladder(size)
+    assert size <= step <= max(1.5 * size, 2) and ladder(step) == step
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompts": [[1], []]}, "prompt 1 is empty"),
+        ({"prompts": [[1, VOCAB]]}, "outside the vocabulary 0..18"),
+        ({"prompts": [[-1]]}, "outside the vocabulary"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"max_new_tokens": 256}, "max_position_embeddings=256"),
+        ({"temperature": -1.0}, "temperature=-1.0"),
+        ({"confidence_threshold": 0.5}, "confidence head"),
+        ({"confidence_threshold": 1.5}, "confidence_threshold=1.5"),
+        ({"batch_size": 0}, "batch_size=0"),
+    ],
+)
+def test_bad_input(target: Any, change: dict[str, Any], message: str) -> None:
+    settings: dict[str, Any] = {"prompts": [[1]], "max_new_tokens": 4} | change
+    with pytest.raises(InputError, match=message) as error:
+        generate(target, None, settings.pop("prompts"), **settings)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,264 @@
+"""The acceptance rule: recorded vectors, exact enumeration of its output distribution, and sampling through `verify`."""
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from dspark_jax.drafter.interface import Proposal
+from dspark_jax.engine.commit import settle
+from dspark_jax.engine.generate import decode, decode_shape
+from dspark_jax.engine.sampling import Uniforms, request_keys
+from dspark_jax.engine.schedule import threshold
+from dspark_jax.engine.state import DecodeState
+from dspark_jax.engine.verify import (
+    Verdict,
+    acceptance_probabilities,
+    judge,
+    next_distribution,
+    residual,
+    token_probabilities,
+    verify,
+)
+from dspark_jax.ops.sampling import Sampling, draw, probabilities
+
+FLOAT32 = 2e-6  # a few roundings of numbers up to 1
+
+
+@pytest.mark.parametrize("temperature", (0.0, 0.7, 1.0))
+def test_golden_sampling(golden: Path, temperature: float) -> None:
+    io = load_file(golden / "unit" / "sampling.safetensors")
+    target_logits, draft_logits = jnp.asarray(io["target_logits"]), jnp.asarray(io["draft_logits"])
+    tokens = jnp.asarray(io["tokens"], jnp.int32)
+    target, draft = probabilities(target_logits, temperature), probabilities(draft_logits, temperature)
+
+    def expect(value: Any, name: str) -> None:
+        np.testing.assert_allclose(value, io[f"T{temperature}_{name}"], rtol=1e-5, atol=FLOAT32, err_msg=name)
+
+    expect(target, "target_probs")
+    expect(draft, "draft_probs")
+    expect(residual(target, draft), "residual")
+    expect(jnp.argmax(target_logits, axis=-1), "greedy_token")
+    chosen = [
+        token_probabilities(logits[:, None], tokens[:, None], jnp.full(len(tokens), temperature))[:, 0]
+        for logits in (draft_logits, target_logits)
+    ]
+    expect(acceptance_probabilities(*chosen), "accept_prob")
+
+
+@pytest.mark.parametrize("static_greedy", (False, True))
+def test_golden_verify(golden: Path, static_greedy: bool) -> None:
+    """All 60 recorded trials in one batch of mixed temperatures; greedy ones also through the greedy shortcut."""
+    io = load_file(golden / "unit" / "verify.safetensors")
+    trials = json.loads((golden / "unit" / "verify.json").read_text())["trials"]
+    trials = [trial for trial in trials if not static_greedy or trial["temperature"] == 0]
+    rows = np.asarray([trial["i"] for trial in trials])
+    tokens = np.maximum(io["tokens"][rows], 0).astype(np.int32)
+    proposal = Proposal(jnp.asarray(tokens), jnp.asarray(io["draft_logits"][rows]), None)
+    lengths = jnp.asarray([trial["draft_token_count"] for trial in trials])
+    uniforms = Uniforms(jnp.zeros(tokens.shape), jnp.abs(io["u_accept"][rows]), jnp.full(len(rows), 0.4))
+    temperature = jnp.asarray([trial["temperature"] for trial in trials], jnp.float32)
+    sampling = Sampling(temperature, greedy=static_greedy)
+    target_logits = jnp.asarray(io["target_logits"][rows])
+    verdict = jax.jit(judge)(target_logits, proposal, lengths, uniforms, sampling)
+    following = next_distribution(target_logits, proposal.logits, verdict.accepted, lengths, temperature)
+    assert sum(trial["terminated_by_stop_token"] for trial in trials) >= 1
+    for row, trial in enumerate(trials):
+        assert int(verdict.accepted[row]) == sum(trial["accept_prefix_mask"] or []), trial
+        stops = jnp.asarray(trial["stop_token_ids"] or [-1, -1], jnp.int32)
+        one = Proposal(proposal.tokens[row : row + 1], proposal.logits[row : row + 1], None)
+        verdict_row = Verdict(verdict.accepted[row : row + 1], verdict.next_token[row : row + 1])
+        entry, ended = jitted_settle(one, lengths[row : row + 1], verdict_row, stops)
+        assert int(entry.accepted[0]) == trial["accepted_draft_tokens"], trial
+        assert int(entry.proposed[0]) == trial["effective_proposal_length"], trial
+        if trial["terminated_by_stop_token"]:
+            assert ended[0] and int(entry.emitted[0]) == trial["accepted_draft_tokens"], trial
+            continue
+        np.testing.assert_allclose(following[row], io["next_dist"][trial["i"]], atol=FLOAT32, err_msg=str(trial))
+        assert int(verdict.next_token[row]) == int(draw(jnp.asarray(io["next_dist"][trial["i"]]), jnp.float32(0.4)))
+        assert int(entry.emitted[0]) == trial["accepted_draft_tokens"] + 1, trial
+
+
+class Tree:
+    """Logits of drafter and target after every prefix of up to G drafts, from a seed; and confidences."""
+
+    def __init__(self, vocab: int, block_size: int, seed: int, sharpness: float):
+        rng = np.random.default_rng(seed)
+        self.vocab, self.block_size = vocab, block_size
+        prefixes = [p for k in range(block_size + 1) for p in itertools.product(range(vocab), repeat=k)]
+        self.target = {p: sharpness * rng.normal(size=vocab).astype(np.float32) for p in prefixes}
+        self.draft = {p: sharpness * rng.normal(size=vocab).astype(np.float32) for p in prefixes}
+        # Some rows agree exactly, and some drafts are all but impossible for the target.
+        for i, p in enumerate(prefixes):
+            if i % 5 == 1:
+                self.draft[p] = self.target[p].copy()
+            if i % 5 == 2:
+                self.target[p][rng.integers(vocab)] = -60.0
+        self.confidence = {p: (-1.0) ** sum(p) * rng.uniform(0.5, 2.0) for p in prefixes}
+
+    def paths(self) -> list[tuple[int, ...]]:
+        return list(itertools.product(range(self.vocab), repeat=self.block_size))
+
+    def stack(self, table: dict[Any, Any], rows: int) -> jax.Array:
+        """[V^G, rows, ...]: the entry of every path's prefixes of length 0..rows-1."""
+        return jnp.asarray(np.asarray([[table[path[:k]] for k in range(rows)] for path in self.paths()], np.float32))
+
+
+@jax.jit
+def rule(target: jax.Array, draft: jax.Array, tokens: jax.Array, lengths: jax.Array, heat: jax.Array) -> Any:
+    """The engine's own probabilities: of drawing, of accepting, of the next token for every n, and the target's."""
+    batch, size = tokens.shape
+    drawn = token_probabilities(draft, tokens, heat)
+    accept = acceptance_probabilities(drawn, token_probabilities(target[:, :size], tokens, heat))
+    following = [next_distribution(target, draft, jnp.full(batch, n), lengths, heat) for n in range(size + 1)]
+    return drawn, accept, jnp.stack(following), probabilities(target, heat[:, None])
+
+
+jitted_settle = jax.jit(settle)
+
+
+def output_distribution(tree: Tree, temperature: float, lengths: jax.Array) -> tuple[np.ndarray, np.ndarray]:
+    """Exact distribution of the next G + 1 tokens: as the engine's rule makes it, and as the target has it.
+
+    Sums over every draft path and every number of accepted drafts; tokens behind the round's own are the target's.
+    `lengths` [V^G] may depend on the path.
+    """
+    size, paths = tree.block_size, tree.paths()
+    target_logits, draft_logits = tree.stack(tree.target, size + 1), tree.stack(tree.draft, size)
+    tokens, heat = jnp.asarray(paths, jnp.int32), jnp.full(len(paths), temperature, jnp.float32)
+    drawn, accept, following, rows = (
+        np.asarray(array, np.float64) for array in rule(target_logits, draft_logits, tokens, lengths, heat)
+    )
+    truth = {}
+    for index, path in enumerate(paths):
+        for k in range(size + 1):
+            truth[path[:k]] = rows[index, k]
+    # tail[prefix]: the target's distribution of the tokens that complete a prefix to G + 1 tokens.
+    tail = {path: truth[path] for path in paths}
+    for k in range(size - 1, -1, -1):
+        for prefix in itertools.product(range(tree.vocab), repeat=k):
+            tail[prefix] = np.stack([truth[prefix][v] * tail[(*prefix, v)] for v in range(tree.vocab)])
+    made = np.zeros((tree.vocab,) * (size + 1))
+    for index, path in enumerate(paths):
+        probability = np.prod(drawn[index])
+        length = int(lengths[index])
+        for n in range(length + 1):
+            reached = probability * np.prod(accept[index, :n]) * (1 - accept[index, n] if n < length else 1)
+            for v in range(tree.vocab):
+                made[(*path[:n], v)] += reached * following[n][index, v] * (tail[(*path[:n], v)] if n < size else 1.0)
+    return made, tail[()]
+
+
+SETTINGS = [(5, 1), (2, 3), (3, 3), (4, 2), (5, 3)]
+
+
+@pytest.mark.parametrize("temperature", (1.0, 0.6, 0.0))
+@pytest.mark.parametrize(("vocab", "block_size"), SETTINGS)
+def test_output_distribution_is_the_targets(vocab: int, block_size: int, temperature: float) -> None:
+    for seed in range(2):
+        tree = Tree(vocab, block_size, seed, sharpness=1.5)
+        fixed = jnp.full(vocab**block_size, block_size)
+        cut = threshold(tree.stack(tree.confidence, block_size), 0.45)
+        assert block_size == 1 or len(set(np.asarray(cut).tolist())) > 1
+        for lengths in (fixed, cut):
+            made, truth = output_distribution(tree, temperature, lengths)
+            np.testing.assert_allclose(made.sum(), 1.0, atol=1e-5)
+            np.testing.assert_allclose(made, truth, rtol=0, atol=1e-6)
+
+
+def test_enumeration_sees_a_scheduler_that_looks_at_the_draft() -> None:
+    """Verifying draft k only where x_k is the likely token biases the output (trap 29): the test above can fail."""
+    tree = Tree(3, 2, 0, sharpness=1.5)
+    peeking = jnp.asarray([1 if path[0] == 0 else 0 for path in tree.paths()])
+    made, truth = output_distribution(tree, 1.0, peeking)
+    assert np.abs(made - truth).max() > 1e-2
+
+
+PAIRS = [(0, 1), (2, 2), (3, 4)]  # seeds of the target's and the drafter's table; (2, 2) agree exactly
+
+
+@jax.jit
+def one_round(target: Any, drafter: Any, anchors: jax.Array, sampling: Sampling, key: jax.Array) -> Any:
+    """Drafted tokens and verdict for many requests with fresh uniforms."""
+    batch, size = len(anchors), drafter.block_size
+    draft, accept, following = jax.random.split(key, 3)
+    uniforms = Uniforms(
+        jax.random.uniform(draft, (batch, size)),
+        jax.random.uniform(accept, (batch, size)),
+        jax.random.uniform(following, (batch,)),
+    )
+    ones, none = jnp.ones(batch, jnp.int32), jnp.zeros(batch, bool)
+    state = DecodeState(anchors[:, None], ones, ones, ones, none, none, ones, ones, target.init_cache(batch, 1), None)
+    proposal = drafter.propose(target, None, anchors, ones, uniforms.draft, sampling)
+    lengths = jnp.full(batch, size)
+    return proposal.tokens, verify(target, state, proposal, lengths, uniforms, sampling, taps=())[0]
+
+
+@pytest.mark.parametrize("temperature", (1.0, 0.5))
+@pytest.mark.parametrize("pair", PAIRS)
+def test_first_token_of_a_jitted_round(models: Any, pair: tuple[int, int], temperature: float) -> None:
+    """100,000 requests of mixed anchors through `verify`; the first token of each is distributed as the target says."""
+    vocab, size, batch = 6, 3, 100_000
+    target = models.bigram_target(models.table(vocab, pair[0], 1.5))
+    drafter = models.bigram_drafter(models.table(vocab, pair[1], 1.5), size)
+    anchors = np.arange(batch) % vocab
+    sampling = Sampling.constant(temperature, batch)
+    tokens, verdict = jax.device_get(one_round(target, drafter, jnp.asarray(anchors), sampling, jax.random.key(5)))
+    if pair[0] == pair[1]:
+        assert (verdict.accepted == size).all()
+    else:
+        assert set(verdict.accepted.tolist()) == set(range(size + 1))
+    first = np.where(verdict.accepted > 0, tokens[:, 0], verdict.next_token)
+    truth = np.asarray(probabilities(target.table[...], temperature), np.float64)
+    for anchor in range(vocab):
+        counts = np.bincount(first[anchors == anchor], minlength=vocab)
+        assert models.chi_square(counts, truth[anchor]) > 1e-4, anchor
+        assert models.chi_square(counts, truth[(anchor + 1) % vocab]) < 1e-6  # it has the power to refuse
+
+
+@pytest.mark.parametrize("temperature", (1.0, 0.6))
+@pytest.mark.parametrize("pair", PAIRS)
+def test_joint_distribution_of_four_tokens(models: Any, pair: tuple[int, int], temperature: float) -> None:
+    """160,000 tokens through the whole loop against the product of the target's conditionals, 4^4 cells."""
+    vocab, batch, new = 4, 40_000, 4
+    target = models.bigram_target(models.table(vocab, pair[0], 1.2))
+    drafter = models.bigram_drafter(models.table(vocab, pair[1], 1.2), 3)
+    ones = jnp.ones(batch, jnp.int32)
+    state, _ = decode(
+        target,
+        drafter,
+        jnp.full((batch, 1), 2),
+        ones,
+        ones + new,
+        request_keys(11, jnp.arange(batch)),
+        Sampling.constant(temperature, batch),
+        jnp.asarray([-1]),
+        None,
+        shape=decode_shape(1, new, drafter, trace=False),
+    )
+    tokens = np.asarray(state.tokens)[:, 1 : 1 + new]
+    counts = np.bincount(np.ravel_multi_index(tuple(tokens.T), (vocab,) * new), minlength=vocab**new)
+    step = np.asarray(probabilities(target.table[...], temperature), np.float64)
+    truth = step[2][:, None, None, None] * step[:, :, None, None] * step[None, :, :, None] * step[None, None]
+    assert models.chi_square(counts, truth) > 1e-4
+    shuffled = np.roll(truth.reshape(-1), 1)
+    assert models.chi_square(counts, shuffled) < 1e-6  # the statistic has the power to refuse another distribution
+
+
+def test_accepting_needs_a_smaller_uniform_and_the_prefix() -> None:
+    """A uniform equal to the ratio rejects, and nothing behind a rejection is accepted."""
+    target_logits = jnp.log(jnp.asarray([[[0.25, 0.75], [0.5, 0.5], [0.5, 0.5]]]))
+    proposal = Proposal(jnp.asarray([[0, 1]]), jnp.log(jnp.asarray([[[0.5, 0.5], [0.5, 0.5]]])), None)
+    sampling = Sampling.constant(1.0, 1)
+    for first, expected in ((0.49, 2), (0.51, 0)):
+        uniforms = Uniforms(jnp.zeros((1, 2)), jnp.asarray([[first, 0.0]]), jnp.asarray([0.9]))
+        verdict = judge(target_logits, proposal, jnp.asarray([2]), uniforms, sampling)
+        assert int(verdict.accepted[0]) == expected
+    assert not bool(jnp.float32(1.0) < acceptance_probabilities(jnp.float32(0.5), jnp.float32(0.5)))
+    assert float(acceptance_probabilities(jnp.float32(0.0), jnp.float32(0.0))) == 0.0

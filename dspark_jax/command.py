@@ -1,0 +1,334 @@
+"""The shared entry of every command: flags -> validated `Config` and working directory, bad input -> one line.
+
+A command is a function `(config, workdir, **its own flags)`; its module ends in
+
+    if __name__ == "__main__":
+        command.run(train)
+
+Exit status: 0 done, 2 bad input (`error: ...` on stderr), 130 interrupted.
+"""
+
+import ast
+import contextlib
+import dataclasses
+import difflib
+import errno
+import importlib.util
+import inspect
+import re
+import sys
+import textwrap
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags
+from ml_collections import config_flags
+
+from dspark_jax import config as config_module
+from dspark_jax.config import Config, InputError, resolve
+
+_OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]*)")
+
+
+def run(
+    main: Callable[..., Any],
+    *,
+    define: Callable[[flags.FlagValues], None] | None = None,
+    argv: Sequence[str] | None = None,
+) -> None:
+    """Runs a command and ends the process with status 2 on bad input.
+
+    Args:
+      main: called as `main(config, workdir, **extra)` with the resolved config; `extra` are the flags of `define`.
+        The docstring of its module is the text of `--help`.
+      define: adds the command's own absl flags to the given `FlagValues`.
+      argv: the command line without the program's name; that of the process if None.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    text = sys.modules[main.__module__].__doc__ or ""
+    with reporting_errors():
+        if {"--help", "-help", "-h"} & set(argv):
+            argv = [argument for argument in argv if argument not in ("--help", "-help", "-h")]
+            print(_help(main.__name__, text, define, argv))
+            return
+        config, workdir, extra = parse(argv, define)
+        if extra.pop("distributed"):
+            jax.distributed.initialize()
+        main(resolve(config), workdir, **extra)
+
+
+@contextlib.contextmanager
+def reporting_errors() -> Iterator[None]:
+    """Turns `InputError` and a full disk into `error: ...` on stderr and status 2, Ctrl-C into one line and 130."""
+    try:
+        yield
+    except InputError as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        raise SystemExit(2) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        print(f"error: {error.filename or 'a file'}: {error.strerror}; free space and run again", file=sys.stderr)
+        raise SystemExit(2) from error
+    except KeyboardInterrupt as error:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from error
+
+
+def parse(
+    argv: Sequence[str], define: Callable[[flags.FlagValues], None] | None = None
+) -> tuple[Config, Path, dict[str, Any]]:
+    """Reads a command line.
+
+    Args:
+      argv: `--config FILE[:ARG]`, overrides such as `--config.train.steps=100`, `--workdir DIR`, and own flags.
+      define: as in `run`.
+
+    Returns:
+      The config with the overrides applied (types checked, facts not yet), the working directory, the other flags.
+
+    Raises:
+      InputError: an unknown flag or field, a value of the wrong type, a missing or broken config file.
+    """
+    argv = _config_first(argv)
+    for argument in argv:
+        if match := _OVERRIDE.match(argument):
+            _check_path(match[1])
+    values = _flags(define, argv)
+    try:
+        rest = values(["command", *argv])[1:]
+    except flags.IllegalFlagValueError as error:
+        if isinstance(error.__context__, InputError):  # absl catches every ValueError of a parser
+            raise error.__context__ from None
+        raise InputError(_wrong_value(str(error))) from None
+    except flags.Error as error:
+        raise InputError(f"{error}; --help lists the flags") from None
+    if rest:
+        raise InputError(f"unexpected argument {rest[0]!r}; flags look like --config FILE and --config.train.steps=100")
+    found: Any = values["config"].value
+    if not isinstance(found, Config):
+        raise InputError("--config is missing; name an experiment, e.g. --config configs/quickstart.py")
+    _check_types(found, Config, "config")
+    extra = {name: values[name].value for name in values if name not in ("config", "workdir")}
+    extra = {name: value for name, value in extra.items() if not name.startswith("config.")}
+    workdir = values["workdir"].value
+    return found, Path(workdir) if workdir else Path("runs") / found.name, extra
+
+
+def load_config(spec: str) -> Config:
+    """Calls `get_config` of a config file.
+
+    Args:
+      spec: FILE or FILE:ARG; ARG is handed to `get_config`.
+
+    Returns:
+      Its config; an empty name becomes the file's stem, with ARG behind it.
+
+    Raises:
+      InputError: no such file, no `get_config`, or an error in the file itself (named with its line).
+    """
+    file, _, argument = spec.partition(":")
+    path = Path(file)
+    if not path.is_file():
+        near = difflib.get_close_matches(str(path), [str(p) for p in path.parent.glob("*.py")], n=1, cutoff=0.5)
+        remedy = f"did you mean {near[0]}?" if near else "check the path"
+        raise InputError(f"--config {file}: no such file; {remedy}")
+    module_spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
+    assert module_spec and module_spec.loader
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise InputError(f"{file}: has no get_config(arg=''); add one that returns a dspark_jax.config.Config")
+        config = module.get_config(argument) if argument else module.get_config()
+    except SyntaxError as error:
+        raise InputError(f"{file}:{error.lineno}: {error.msg}; correct the file") from None
+    except (TypeError, AttributeError, NameError, ImportError) as error:
+        where, line = _innermost(error)
+        if Path(where).resolve() != path.resolve():
+            raise  # not the config file's own mistake: the traceback is the better answer
+        raise InputError(f"{file}:{line}: {error}{_nearest_keyword(str(error))}") from None
+    if not isinstance(config, Config):
+        raise InputError(f"{file}: get_config returned {type(config).__name__}; return a dspark_jax.config.Config")
+    config.name = config.name or path.stem + (f"-{argument}" if argument else "")
+    return config
+
+
+def field_paths() -> dict[str, dataclasses.Field[Any]]:
+    """Dotted path -> field of everything that can be overridden, in the order of the config."""
+
+    def walk(cls: Any, prefix: str) -> Iterator[tuple[str, dataclasses.Field[Any]]]:
+        for field in dataclasses.fields(cls):
+            if dataclasses.is_dataclass(field.type):
+                yield from walk(field.type, f"{prefix}{field.name}.")
+            else:
+                yield prefix + field.name, field
+
+    return dict(walk(Config, ""))
+
+
+def _innermost(error: BaseException) -> tuple[str, int]:
+    """(file, line) where an error was raised."""
+    trace = error.__traceback__
+    assert trace is not None
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace.tb_frame.f_code.co_filename, trace.tb_lineno
+
+
+def _flags(define: Callable[[flags.FlagValues], None] | None, argv: Sequence[str]) -> flags.FlagValues:
+    """The flags of a command: ours and its own, without those that libraries define globally."""
+    values = flags.FlagValues()
+    flags.DEFINE_string(
+        "workdir", None, "Where everything is written and found again. Default: runs/<config name>.", flag_values=values
+    )
+    flags.DEFINE_boolean(
+        "distributed",
+        False,
+        "Join the other hosts first (jax.distributed.initialize()): multi-host TPU, SLURM, GKE.",
+        flag_values=values,
+    )
+    if define:
+        define(values)
+    config_flags.DEFINE_config_dataclass(
+        "config",
+        Config(),
+        "The experiment: FILE or FILE:ARG.",
+        flag_values=values,
+        parse_fn=load_config,
+        sys_argv=["command", *argv],
+    )
+    if not any(re.match(r"--?config(=|$)", argument) for argument in argv):
+        values["config"].value = None
+    return values
+
+
+def _config_first(argv: Sequence[str]) -> list[str]:
+    """Moves `--config FILE` to the front: overrides apply wherever they stand."""
+    first, rest, waiting = [], [], False
+    for argument in argv:
+        if waiting or re.match(r"--?config(=|$)", argument):
+            first.append(argument)
+            waiting = not waiting and "=" not in argument
+        else:
+            rest.append(argument)
+    if waiting:
+        raise InputError("--config needs a file, e.g. --config configs/quickstart.py")
+    return first + rest
+
+
+def _check_path(path: str) -> None:
+    """Refuses an override of a field that does not exist, with the nearest one that does."""
+    paths = list(field_paths())
+    if path in paths:
+        return
+    inside = [name for name in paths if name.startswith(path + ".")]
+    if inside:
+        raise InputError(f"--config.{path} is a group of fields; set one of them, e.g. --config.{inside[0]}")
+    raise InputError(f"--config.{path}: no such field; did you mean --config.{_nearest(path, paths)}?")
+
+
+def _nearest(path: str, paths: Sequence[str]) -> str:
+    """The path most like the given one; the last part counts twice, so that a wrong group is forgiven."""
+
+    def likeness(candidate: str) -> float:
+        whole = difflib.SequenceMatcher(None, path, candidate).ratio()
+        last = difflib.SequenceMatcher(None, path.split(".")[-1], candidate.split(".")[-1]).ratio()
+        return whole + 2 * last
+
+    return max(paths, key=likeness)
+
+
+def _nearest_keyword(message: str) -> str:
+    """For 'X.__init__() got an unexpected keyword argument 'y'': the nearest field of X; else nothing."""
+    match = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", message)
+    cls = getattr(config_module, match[1], None) if match else None
+    if match is None or cls is None:
+        return ""
+    return f"; did you mean {_nearest(match[2], [field.name for field in dataclasses.fields(cls)])!r}?"
+
+
+def _wrong_value(message: str) -> str:
+    """absl's 'flag --config.x=v: ...' with the type that is needed and the default as an example."""
+    match = re.match(r"flag --config\.([\w.]+)=(.*?): ", message, re.DOTALL)
+    field = field_paths().get(match[1]) if match else None
+    if match is None or field is None:
+        return message
+    default = field.default if field.default is not dataclasses.MISSING else "..."
+    return f"--config.{match[1]}={match[2]}: {_type_name(field.type)} is needed, e.g. --config.{match[1]}={default}"
+
+
+def _type_name(kind: Any) -> str:
+    return kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)
+
+
+def _check_types(value: Any, cls: Any, where: str) -> None:
+    """Refuses fields of the wrong type or name (a config file is Python: nothing else checks it); int becomes float."""
+    if not isinstance(value, cls):
+        raise InputError(f"{where}={value!r}: {cls.__name__} is needed")
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for name in vars(value):
+        if name not in fields:
+            raise InputError(f"{where}.{name}: no such field; did you mean {where}.{_nearest(name, list(fields))}?")
+    for name, field in fields.items():
+        item, kind = getattr(value, name), field.type
+        if dataclasses.is_dataclass(kind):
+            _check_types(item, kind, f"{where}.{name}")
+        elif typing.get_origin(kind) is tuple:
+            element = typing.get_args(kind)[0]
+            if not isinstance(item, tuple | list):
+                raise InputError(f"{where}.{name}={item!r}: {_type_name(kind)} is needed")
+            setattr(value, name, tuple(_typed(entry, element, f"{where}.{name}", kind) for entry in item))
+        else:
+            setattr(value, name, _typed(item, kind, f"{where}.{name}", kind))
+
+
+def _typed(value: Any, kind: Any, where: str, wanted: Any) -> Any:
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise InputError(f"{where} has {value!r}: {_type_name(wanted)} is needed")
+    return value
+
+
+def _help(name: str, text: str, define: Callable[[flags.FlagValues], None] | None, argv: Sequence[str]) -> str:
+    """The text of `--help`: what the command does, its flags, and every config field with its value."""
+    with_config = any(re.match(r"--?config(=|$)", argument) for argument in argv)
+    config = parse(argv, define)[0] if with_config else Config()
+    values = _flags(define, [])
+    lines = [f"usage: python -m dspark_jax.{name} --config FILE[:ARG] [--config.FIELD=VALUE ...] [--workdir DIR]", ""]
+    lines += [text.strip(), "", "Flags:"]
+    for flag in ("config", *sorted(set(values) - {"config"})):
+        default = f" (default: {values[flag].value})" if values[flag].value not in (None, False) else ""
+        lines.append(_entry(f"--{flag}", (values[flag].help or "") + default))
+    lines += ["", "Fields, with the values of " + ("this config" if with_config else "an empty config") + ":"]
+    documentation = _field_documentation()
+    for path in field_paths():
+        value: Any = config
+        for part in path.split("."):
+            value = getattr(value, part)
+        lines.append(_entry(f"--config.{path}={value}", documentation.get(path, "")))
+    return "\n".join(lines)
+
+
+def _entry(head: str, text: str) -> str:
+    return "  " + head + ("\n" + textwrap.indent(textwrap.fill(text, 100), "      ") if text else "")
+
+
+def _field_documentation() -> dict[str, str]:
+    """Dotted path -> the string below the field in config.py (Python drops it, so it is read from the source)."""
+    classes = {node.name: node for node in ast.parse(inspect.getsource(config_module)).body if hasattr(node, "name")}
+
+    def walk(cls: Any, prefix: str) -> Iterator[tuple[str, str]]:
+        body = classes[cls.__name__].body
+        for node, after in zip(body, [*body[1:], None], strict=True):
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and isinstance(after, ast.Expr):
+                yield prefix + node.target.id, inspect.cleandoc(ast.literal_eval(after.value)).replace("\n", " ")
+        for field in dataclasses.fields(cls):
+            if dataclasses.is_dataclass(field.type):
+                yield from walk(field.type, f"{prefix}{field.name}.")
+
+    return dict(walk(Config, ""))

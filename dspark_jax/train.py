@@ -1,0 +1,181 @@
+"""Trains a drafter for a frozen target, then evaluates it.
+
+    python -m dspark_jax.train --config configs/quickstart.py
+
+prepares the data if it is missing, trains, and evaluates the last checkpoint. Started again, it continues from the
+newest checkpoint, with the losses it would have had. Writes in the working directory: `data/`, `checkpoints/`,
+`metrics.jsonl`, `tensorboard/`, `config.json` and `eval/`.
+"""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from dspark_jax import command
+from dspark_jax.config import Config, InputError, to_json
+from dspark_jax.data.pipeline import batches
+from dspark_jax.data.sources import SampleReader
+from dspark_jax.metrics import values
+from dspark_jax.prepare import prepare
+from dspark_jax.progress import MetricsWriter, Progress, log
+from dspark_jax.sharding import make_mesh
+from dspark_jax.target.loading import load_target
+from dspark_jax.training.checkpoint import Checkpoints
+from dspark_jax.training.optim import learning_rate, make_optimizer
+from dspark_jax.training.state import abstract_drafter, init_state, state_layout, to_params
+from dspark_jax.training.step import (
+    FINITE,
+    StepMetrics,
+    add_metrics,
+    batch_layout,
+    check_batch,
+    make_train_step,
+    place_batch,
+)
+
+
+def train(config: Config, workdir: Path) -> None:
+    """Trains from data to checkpoints and evaluation.
+
+    Args:
+      config: resolved.
+      workdir: of this run, new or to be continued.
+
+    Raises:
+      InputError: something given cannot be used, the disk is full, or the loss stopped being finite.
+    """
+    mesh = make_mesh(config.mesh)
+    check_batch(config, mesh)
+    prepare(config, workdir)
+    with Checkpoints(workdir, config) as checkpoints, jax.set_mesh(mesh):
+        fit(config, workdir, mesh, checkpoints)
+    if config.train.evaluate:
+        from dspark_jax.evaluate import evaluate  # only this one command runs after another
+
+        evaluate(config, workdir)
+
+
+def fit(config: Config, workdir: Path, mesh: Mesh, checkpoints: Checkpoints) -> None:
+    """Runs the optimizer steps that are still to do, under `jax.set_mesh(mesh)`."""
+    steps, every = config.train.steps, config.train.checkpoint_every
+    data = batches(
+        SampleReader(workdir / "data"),
+        batch_size=config.train.batch_size,
+        max_length=config.data.max_length,
+        seed=config.train.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        threads=config.data.workers,
+    )
+
+    # The state: fresh, or that of the newest checkpoint.
+    drafter = abstract_drafter(config)
+    optimizer = make_optimizer(config.optim, steps)
+    start = checkpoints.latest() or 0
+    if start:
+        state, position = checkpoints.restore(state_layout(drafter, optimizer, mesh))
+        data.set_state(position)
+        log(f"continuing from step {start}: {checkpoints.path(start)}")
+    else:
+        state = init_state(config, optimizer, mesh)
+    if jax.process_index() == 0:
+        (workdir / "config.json").write_text(to_json(config))
+    if start >= steps:
+        return
+
+    # The step, compiled before the clock starts.
+    target = load_target(config.target, mesh)
+    frozen = to_params(target)
+    began = time.monotonic()
+    step_function = make_train_step(config, drafter, target, optimizer, mesh)
+    run_step = step_function.lower(state, frozen, batch_layout(config, mesh)).compile()
+    trainable = sum(leaf.size for leaf in state.params.values())
+    log(
+        f"training {config.name}: steps {start + 1}..{steps}, {config.train.batch_size} sequences each, "
+        f"{trainable / 1e6:.2f} M parameters, {mesh.size} devices, compiled in {time.monotonic() - began:.0f} s"
+    )
+
+    with Progress("train", steps, done=start) as progress, MetricsWriter(workdir, start=start) as writer:
+        journal = Journal(config, checkpoints, progress, writer)
+        for step in range(start + 1, steps + 1):
+            batch = place_batch(next(data), config.train.accumulate, mesh)
+            state, metrics = run_step(state, frozen, batch)
+            journal.add(step, metrics)
+            # Rows also end at checkpoints: a continued run then starts its first row where this one would.
+            at_checkpoint = step % every == 0 or step == steps
+            if step % config.train.log_every == 0 or at_checkpoint:
+                journal.end_row()
+            if at_checkpoint:
+                journal.flush()  # a state that is not finite is never saved
+                checkpoints.save(step, state, data.get_state())
+            progress.update(step)
+
+
+class Journal:
+    """Sums the steps' metrics on the device, a row at a time, and fetches a row while the next one is running."""
+
+    def __init__(self, config: Config, checkpoints: Checkpoints, progress: Progress, writer: MetricsWriter):
+        """Rows go to `writer`, the main numbers to `progress`."""
+        self.config, self.checkpoints, self.progress, self.writer = config, checkpoints, progress, writer
+        self.rate = learning_rate(config.optim, config.train.steps)
+        self.sums: StepMetrics | None = None
+        self.step = self.steps = 0
+        self.waiting: tuple[int, int, StepMetrics] | None = None
+        self.since = time.monotonic()
+
+    def add(self, step: int, metrics: StepMetrics) -> None:
+        """Counts step `step` (from 1) into the current row."""
+        self.step, self.steps = step, self.steps + 1
+        self.sums = metrics if self.sums is None else add_metrics(self.sums, metrics)
+
+    def end_row(self) -> None:
+        """Ends the current row and writes the one before it, whose steps are done or nearly so."""
+        self.flush()
+        if self.sums is not None:
+            self.waiting = (self.step, self.steps, self.sums)
+            self.sums, self.steps = None, 0
+
+    def flush(self) -> None:
+        """Waits for the last ended row and writes it.
+
+        Raises:
+          InputError: a loss or gradient in it is not finite.
+        """
+        if self.waiting is None:
+            return
+        step, steps, sums = self.waiting
+        self.waiting = None
+        sums = jax.device_get(sums)
+        seconds, self.since = time.monotonic() - self.since, time.monotonic()
+        ratios = dict(sums.ratios)
+        tokens = float(ratios.pop("tokens").num)
+        row = values({"loss": ratios.pop("loss"), **ratios})
+        row["learning_rate"] = float(self.rate(step - 1))
+        row["tokens_per_second"] = tokens / seconds
+        row["seconds_per_step"] = seconds / steps
+        self.writer.write(step, row)
+        self.progress.update(self.progress.done, _headline(row))
+        if sums.not_finite != FINITE:
+            self._stop(int(sums.not_finite))
+
+    def _stop(self, step: int) -> None:
+        self.checkpoints.wait()
+        last = self.checkpoints.latest()
+        good = f"the last good checkpoint is {self.checkpoints.path(last)}" if last else "there is no checkpoint yet"
+        raise InputError(
+            f"loss or gradient is not finite at step {step}; {good}; "
+            f"lower optim.learning_rate={self.config.optim.learning_rate} or look at the data of that step"
+        )
+
+
+def _headline(row: Mapping[str, float]) -> dict[str, float | str]:
+    """What the bar shows of a row."""
+    shown = {"loss": ("loss", ".3f"), "tau": ("tau_expected", ".2f"), "tokens/s": ("tokens_per_second", ".0f")}
+    return {title: format(row[name], form) for title, (name, form) in shown.items() if name in row}
+
+
+if __name__ == "__main__":
+    command.run(train)

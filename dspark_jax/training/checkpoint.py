@@ -1,0 +1,184 @@
+"""Checkpoints: everything a run needs to go on, or a drafter needs to be used, in one atomic directory per step.
+
+    checkpoints/500/params      the drafter's parameters
+    checkpoints/500/optimizer   the optimizer's state and the step
+    checkpoints/500/data        the data iterator's state, the same for every process
+    checkpoints/500/about       the resolved config, fingerprints of target and tokenizer
+
+Saving copies the state off the device and returns; the files are written in the background and the directory appears
+under its name only when it is complete. The random numbers of a step are functions of seed, step and sample id, so the
+step and the config are all the state that randomness has.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh
+
+from dspark_jax.config import Config, InputError, TargetConfig, from_json, to_json
+from dspark_jax.drafter.dspark import DSpark
+from dspark_jax.target.loading import fingerprint, tokenizer_fingerprint
+from dspark_jax.training.full_disk import check_space, quiet, reported_in_one_line
+from dspark_jax.training.state import TrainState, abstract_drafter, param_shardings, to_module, to_params
+
+
+def checkpoint_directory(workdir: Path) -> Path:
+    """Where the checkpoints of a working directory lie."""
+    return workdir / "checkpoints"
+
+
+class Checkpoints:
+    """The checkpoints of one run. Use as a context manager: leaving it waits for the last save."""
+
+    def __init__(self, workdir: Path, config: Config):
+        """Opens (or creates) the directory; what a killed run left half-written in it is removed."""
+        self.directory = checkpoint_directory(workdir).absolute()
+        self.config = config
+        self.about = {"config": json.loads(to_json(config)), **_fingerprints(config.target.path)}
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=ocp.checkpoint_managers.LatestN(config.train.keep_checkpoints),
+            cleanup_tmp_directories=True,
+        )
+        with reported_in_one_line(self.directory):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self.manager = ocp.CheckpointManager(self.directory, options=options)
+
+    def latest(self) -> int | None:
+        """Step of the newest complete checkpoint."""
+        return self.manager.latest_step()
+
+    def path(self, step: int) -> Path:
+        """Directory of a step's checkpoint."""
+        return self.directory / str(step)
+
+    def save(self, step: int, state: TrainState, data: dict[str, Any]) -> None:
+        """Starts saving; `state` may be donated as soon as this returns.
+
+        Args:
+          step: optimizer steps done, the checkpoint's name.
+          state: the training state.
+          data: the data iterator's state, as JSON can hold it.
+
+        Raises:
+          InputError: the disk is full, now or during the save before this one.
+        """
+        items = {
+            "params": ocp.args.StandardSave(state.params),
+            "optimizer": ocp.args.StandardSave({"step": state.step, "state": state.optimizer}),
+            "data": ocp.args.JsonSave(data),
+            "about": ocp.args.JsonSave(self.about),
+        }
+        with reported_in_one_line(self.directory):
+            self.manager.wait_until_finished()
+        check_space(self.directory, state)
+        with reported_in_one_line(self.directory):
+            self.manager.save(step, args=ocp.args.Composite(**items))
+
+    def restore(self, layout: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """The newest checkpoint.
+
+        Args:
+          layout: shapes and shardings to restore onto; any mesh will do.
+
+        Returns:
+          The state, and the data iterator's state.
+
+        Raises:
+          InputError: the checkpoint belongs to another target or drafter, or the data order would change.
+        """
+        step = self.latest()
+        assert step is not None
+        about = self.manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
+        _check_target(self.path(step), about, self.about, self.config.target.path)
+        _check_config(self.path(step), about["config"], self.about["config"])
+        items = {
+            "params": ocp.args.StandardRestore(layout.params),
+            "optimizer": ocp.args.StandardRestore({"step": layout.step, "state": layout.optimizer}),
+            "data": ocp.args.JsonRestore(),
+        }
+        found = self.manager.restore(step, args=ocp.args.Composite(**items))
+        state = TrainState(found["optimizer"]["step"], found["params"], found["optimizer"]["state"])
+        return state, found["data"]
+
+    def wait(self) -> None:
+        """Returns when everything is on disk. Raises InputError if the disk is full."""
+        with reported_in_one_line(self.directory):
+            self.manager.wait_until_finished()
+
+    def __enter__(self) -> "Checkpoints":
+        self._quiet = quiet()
+        self._quiet.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: Any) -> None:
+        with reported_in_one_line(self.directory):
+            self.manager.close()
+        if error is None:
+            self._quiet.__exit__(None, None, None)
+
+
+def load_drafter(workdir: Path, mesh: Mesh, target: TargetConfig | None = None) -> tuple[Config, DSpark]:
+    """The drafter of the newest checkpoint, parameters only.
+
+    Args:
+      workdir: of the training run.
+      mesh: to put the parameters on.
+      target: the target it is going to draft for; the one in the checkpoint's config if None.
+
+    Returns:
+      The config it was trained with (with `target` in it) and the drafter.
+
+    Raises:
+      InputError: there is no checkpoint, or it was made for another target.
+    """
+    directory = checkpoint_directory(workdir).absolute()
+    missing = InputError(f"{directory}: no checkpoint here; train first, or point --workdir at a trained run")
+    if not directory.is_dir():
+        raise missing
+    with ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+        step = manager.latest_step()
+        if step is None:
+            raise missing
+        about = manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
+        config = from_json(json.dumps(about["config"]))
+        if target is not None:
+            config = dataclasses.replace(config, target=target)
+        _check_target(directory / str(step), about, _fingerprints(config.target.path), config.target.path)
+        abstract = abstract_drafter(config)
+        shapes, shardings = to_params(abstract), param_shardings(abstract, mesh)
+        layout = {
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings[name])
+            for name, leaf in shapes.items()
+        }
+        found = manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(layout)))
+    return config, to_module(abstract, found["params"])
+
+
+def _fingerprints(path: str) -> dict[str, str]:
+    return {"target": fingerprint(path), "tokenizer": tokenizer_fingerprint(path)}
+
+
+def _check_target(where: Path, saved: dict[str, Any], present: dict[str, Any], path: str) -> None:
+    """Refuses a checkpoint of another target: its drafter would run, and accept next to nothing."""
+    for what, part in {"target": "weights", "tokenizer": "tokenizer"}.items():
+        if saved[what] != present[what]:
+            raise InputError(
+                f"{where}: made for another target, {part} {saved[what][:12]} but {path} has {present[what][:12]}; "
+                "use its own target.path, or another --workdir"
+            )
+
+
+def _check_config(where: Path, saved: dict[str, Any], present: dict[str, Any]) -> None:
+    """Refuses what cannot be resumed: another drafter, or another order of the data and its random numbers."""
+    fixed = [("drafter", name) for name in present["drafter"] if name not in ("dtype", "initializer_range")]
+    fixed += [("train", "seed"), ("train", "batch_size")]
+    for group, name in fixed:
+        before, now = saved[group].get(name), present[group][name]
+        if before != now:
+            raise InputError(
+                f"{where}: {group}.{name} was {before}, now {now}; resume with the old value, or use another --workdir"
+            )

@@ -1,0 +1,95 @@
+"""One clear line when a checkpoint does not fit on the disk.
+
+Orbax writes in several threads and reports a failed write in each of them: as log records with tracebacks, as asyncio
+complaints, as unraisable exceptions of file callbacks, and at last as the exception that we handle. Only that one is of
+use, so the others are dropped here, and nothing but them.
+"""
+
+import contextlib
+import errno
+import logging
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from dspark_jax.config import InputError
+
+_NUMBERS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_TEXTS = ("No space left on device", "Disk quota exceeded", "File too large")
+
+
+def check_space(directory: Path, state: Any) -> None:
+    """Refuses to start a save for which there is no room.
+
+    Args:
+      directory: of the checkpoints.
+      state: pytree of arrays that are going to be written.
+
+    Raises:
+      InputError: less is free than the arrays take.
+    """
+    needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        cause = f"a checkpoint takes {needed / 1e6:.1f} MB and {free / 1e6:.1f} MB are free"
+        raise InputError(_line(directory, f"the disk is full, {cause}"))
+
+
+@contextlib.contextmanager
+def reported_in_one_line(directory: Path) -> Iterator[None]:
+    """Turns the failure of a save for lack of space, whenever it shows, into an InputError.
+
+    What the failed save has written is removed; earlier checkpoints are complete.
+    """
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:
+        # The writer reports operating system errors as text, in whichever of these types fits its status code.
+        if getattr(error, "errno", None) not in _NUMBERS and not any(text in str(error) for text in _TEXTS):
+            raise
+        _remove_partial(directory)
+        raise InputError(_line(directory, "the disk is full, a checkpoint could not be written")) from error
+
+
+def _remove_partial(directory: Path) -> None:
+    """Removes what is half-written, again while other threads still write into it: they fail when it is gone."""
+    for _ in range(50):
+        for partial in directory.glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(partial, ignore_errors=True)
+        time.sleep(0.2)
+        if not any(directory.glob("*.orbax-checkpoint-tmp*")):
+            return
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Drops Orbax's other reports of a failed save. After a failure they stay dropped: the last ones come late."""
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    hook = sys.unraisablehook
+
+    def without_closed_loops(unraisable: Any) -> None:
+        if not isinstance(unraisable.exc_value, RuntimeError) or str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    for logger in loggers:
+        logger.addFilter(_is_not_orbax_error)
+    sys.unraisablehook = without_closed_loops
+    yield
+    sys.unraisablehook = hook
+    for logger in loggers:
+        logger.removeFilter(_is_not_orbax_error)
+
+
+def _is_not_orbax_error(record: logging.LogRecord) -> bool:
+    return record.levelno < logging.ERROR or not ("orbax" in record.pathname or "orbax" in record.getMessage())
+
+
+def _line(directory: Path, cause: str) -> str:
+    complete = sorted(int(path.name) for path in directory.glob("*") if path.name.isdigit())
+    kept = f"the checkpoint of step {complete[-1]} is intact" if complete else "there is no earlier checkpoint"
+    return f"{directory}: {cause}; {kept}; free space and run again"

@@ -1,0 +1,214 @@
+"""The train step: target forward, anchors, drafter, loss, exact accumulation, clipping, AdamW. A pure function."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding
+
+from dspark_jax.config import Config, InputError
+from dspark_jax.drafter.blocks import sample_anchors
+from dspark_jax.drafter.dspark import DSpark
+from dspark_jax.metrics import Ratio
+from dspark_jax.sharding import constrain, replicated, sharding
+from dspark_jax.target.qwen3 import Qwen3
+from dspark_jax.training.loss import EPSILON, LossSums, drafter_loss
+from dspark_jax.training.state import Params, TrainState, state_layout, to_module
+
+Batch = dict[str, jax.Array]
+"""tokens, loss_mask [C, B, S]; lengths, sample_id [C, B]: C micro-batches of B sequences. Optionally features
+[C, B, S, M*D] and last_hidden [C, B, S, D], with which the target does not run."""
+
+FINITE = np.iinfo(np.int32).max
+"""`StepMetrics.not_finite` of steps without an accident."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StepMetrics:
+    """What steps report; those of several steps can be added.
+
+    Attributes:
+      ratios: numerators and denominators over the global batch, by name.
+      not_finite: int32, the first step (counted from 1) with a loss or gradient that is not finite; `FINITE` if none.
+    """
+
+    ratios: dict[str, Ratio]
+    not_finite: jax.Array
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def add_metrics(sums: StepMetrics, more: StepMetrics) -> StepMetrics:
+    """Metrics of the steps of both."""
+    return StepMetrics(_add(sums.ratios, more.ratios), jnp.minimum(sums.not_finite, more.not_finite))
+
+
+def _add(a: Any, b: Any) -> Any:
+    return jax.tree.map(jnp.add, a, b)
+
+
+def anchor_keys(seed: int, step: jax.Array, sample_id: jax.Array) -> jax.Array:
+    """[B] keys: of seed, step and sample only, so that neither micro-batches nor the mesh move an anchor (trap 34)."""
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    return jax.vmap(functools.partial(jax.random.fold_in, key))(sample_id)
+
+
+def loss_sums(
+    params: Params, drafter: DSpark, target: Qwen3, batch: Batch, step: jax.Array, config: Config
+) -> tuple[jax.Array, LossSums]:
+    """Un-normalised loss of one micro-batch (no leading C) and its terms; differentiable in `params`.
+
+    Args:
+      params: the drafter's parameters.
+      drafter: its structure.
+      target: frozen; runs here unless the batch brings its features.
+      batch: B sequences.
+      step: int32 scalar.
+      config: resolved.
+    """
+    batch = {name: constrain(x, "batch", *(None,) * (x.ndim - 1)) for name, x in batch.items()}
+    tokens, loss_mask = batch["tokens"], batch["loss_mask"]
+    if "features" in batch:
+        features, last_hidden = batch["features"], batch["last_hidden"]
+    else:
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        out = target.forward(tokens, positions, taps=drafter.taps)
+        features, last_hidden = out.features, out.last_hidden
+    keys = anchor_keys(config.train.seed, step, batch["sample_id"])
+    anchors = sample_anchors(keys, loss_mask, config.train.num_anchors)
+    model = to_module(drafter, params)
+    outputs = model(target, features, tokens, loss_mask, anchors)
+    sums = drafter_loss(model, target, outputs, last_hidden, config.loss, vocab_chunk=config.train.vocab_chunk)
+    return sums.total, sums
+
+
+def gradients(
+    params: Params, drafter: DSpark, target: Qwen3, batch: Batch, step: jax.Array, config: Config
+) -> tuple[Params, LossSums]:
+    """Gradient of the normalised loss over C micro-batches, and the summed terms.
+
+    Gradients and denominators are summed un-normalised and divided once, so C changes memory and nothing else
+    (trap 18).
+    """
+    grad = jax.grad(loss_sums, has_aux=True)
+
+    def one(micro: Batch) -> tuple[Params, LossSums]:
+        return grad(params, drafter, target, micro, step, config)
+
+    count = batch["tokens"].shape[0]
+    first = jax.tree.map(lambda x: x[0], batch)
+    if count == 1:
+        summed, sums = one(first)
+    else:
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, first))
+        (summed, sums), _ = jax.lax.scan(lambda carry, micro: (_add(carry, one(micro)), None), zeros, batch)
+    return jax.tree.map(lambda g: g / (sums.denominator + EPSILON), summed), sums
+
+
+def train_step(
+    state: TrainState,
+    target_params: Params,
+    batch: Batch,
+    *,
+    drafter: DSpark,
+    target: Qwen3,
+    optimizer: optax.GradientTransformation,
+    config: Config,
+    shardings: Mapping[str, NamedSharding] | None = None,
+) -> tuple[TrainState, StepMetrics]:
+    """One optimizer step.
+
+    Args:
+      state: the state before.
+      target_params: the frozen target's parameters; an argument, so that they are no constants of the program.
+      batch: C micro-batches.
+      drafter: the drafter's structure (an abstract module).
+      target: the target's structure.
+      optimizer: acts on the normalised gradient.
+      config: resolved.
+      shardings: of the parameters; Auto axes would otherwise drop them from the gradients.
+
+    Returns:
+      The state after, and the step's metrics.
+    """
+    grads, sums = gradients(state.params, drafter, to_module(target, target_params), batch, state.step, config)
+    if shardings is not None:
+        grads = jax.lax.with_sharding_constraint(grads, dict(shardings))
+    updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
+    params = optax.apply_updates(state.params, updates)
+    one = jnp.ones((), jnp.float32)
+    norm = optax.global_norm(grads)
+    ratios = {
+        "loss": Ratio(sums.total, sums.denominator),
+        **sums.metrics,
+        "grad_norm": Ratio(norm, one),
+        "tokens": Ratio(jnp.sum(batch["lengths"]).astype(jnp.float32), one),
+    }
+    finite = jnp.isfinite(sums.total) & jnp.isfinite(norm)
+    step = state.step + 1
+    return TrainState(step, params, optimizer_state), StepMetrics(ratios, jnp.where(finite, FINITE, step))
+
+
+def make_train_step(
+    config: Config, drafter: DSpark, target: Qwen3, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> Callable[[TrainState, Params, Batch], tuple[TrainState, StepMetrics]]:
+    """`train_step` jitted for a mesh: (state, target parameters, batch) -> (state, metrics); the state is donated.
+
+    Call (or lower) it inside `jax.set_mesh(mesh)`. `drafter` and `target` may be abstract.
+    """
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state_layout(drafter, optimizer, mesh))
+    step = functools.partial(
+        train_step, drafter=drafter, target=target, optimizer=optimizer, config=config, shardings=shardings.params
+    )
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
+
+
+def check_batch(config: Config, mesh: Mesh) -> None:
+    """Refuses a batch that this mesh cannot divide.
+
+    Raises:
+      InputError: sequences per micro-step are no multiple of data x fsdp, or `tensor` spans hosts.
+    """
+    train, ways = config.train, mesh.shape["data"] * mesh.shape["fsdp"]
+    if train.batch_size % (train.accumulate * ways):
+        raise InputError(
+            f"train.batch_size={train.batch_size} is not divisible by train.accumulate={train.accumulate} x "
+            f"{ways} ways of the mesh (data x fsdp); use a multiple of {train.accumulate * ways}"
+        )
+    if jax.local_device_count() % mesh.shape["tensor"]:
+        raise InputError(
+            f"mesh.tensor={mesh.shape['tensor']} spans hosts of {jax.local_device_count()} devices, which would need "
+            f"the same batch; use a divisor of {jax.local_device_count()}"
+        )
+
+
+def batch_layout(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and shardings of a global batch of this config, as `place_batch` makes it."""
+    lead = (config.train.accumulate, config.train.batch_size // config.train.accumulate)
+    rows = (*lead, config.data.max_length)
+    shapes = {"tokens": (rows, jnp.int32), "loss_mask": (rows, jnp.uint8)}
+    shapes |= {"lengths": (lead, jnp.int32), "sample_id": (lead, jnp.int32)}
+    return {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=_batch_sharding(shape, mesh))
+        for name, (shape, dtype) in shapes.items()
+    }
+
+
+def place_batch(batch: Mapping[str, np.ndarray], accumulate: int, mesh: Mesh) -> Batch:
+    """This process's rows [B_local, ...] -> global arrays [C, B, ...] split over the mesh's batch axes."""
+
+    def place(rows: np.ndarray) -> jax.Array:
+        rows = rows.reshape(accumulate, -1, *rows.shape[1:])
+        shape = (accumulate, rows.shape[1] * jax.process_count(), *rows.shape[2:])
+        return jax.make_array_from_process_local_data(_batch_sharding(shape, mesh), rows, shape)
+
+    return {name: place(rows) for name, rows in batch.items()}
+
+
+def _batch_sharding(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+    return sharding((None, "batch", *(None,) * (len(shape) - 2)), shape, mesh)

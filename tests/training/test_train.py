@@ -1,0 +1,166 @@
+"""The train command: killed and continued bit for bit, on another mesh, out of numbers, out of disk, finished.
+
+The runs that die do so in their own process (tiny_run.py), on one device; the others run here, on eight.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dspark_jax import train
+from dspark_jax.config import Config, InputError, MeshConfig, from_json, to_json
+from dspark_jax.sharding import make_mesh
+from dspark_jax.training.checkpoint import load_drafter
+from dspark_jax.training.state import to_params
+
+ROOT = Path(__file__).resolve().parents[2]
+CLOCK = ("tokens_per_second", "seconds_per_step")
+
+
+def rows(workdir: Path) -> list[dict]:
+    """metrics.jsonl without what a clock has measured."""
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [{name: value for name, value in json.loads(line).items() if name not in CLOCK} for line in lines]
+
+
+def steps_saved(workdir: Path) -> set[str]:
+    return {path.name for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()}
+
+
+@pytest.fixture(scope="module")
+def launch(tmp_path_factory, target_directory, make_tiny_config):
+    """(workdir, moment) -> finished process of a run that dies at that moment, or at none."""
+    folder = tmp_path_factory.mktemp("launch")
+    (folder / "tiny.json").write_text(to_json(make_tiny_config(target_directory)))
+    (folder / "tiny.py").write_text(
+        "from pathlib import Path\nfrom dspark_jax.config import from_json\n\n"
+        f"def get_config():\n    return from_json(Path({str(folder / 'tiny.json')!r}).read_text())\n"
+    )
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",  # one device, and little time for compiling
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+    def run(workdir: Path, *moment: str) -> subprocess.CompletedProcess:
+        script = [sys.executable, str(Path(__file__).with_name("tiny_run.py")), str(folder / "tiny.py"), str(workdir)]
+        return subprocess.run([*script, *moment], env=environment, capture_output=True, text=True, timeout=600)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(launch, tmp_path_factory):
+    """Working directory of a run from beginning to end."""
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    done = launch(workdir)
+    assert done.returncode == 0, done.stderr
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def killed_once(launch, tmp_path_factory):
+    """Working directory of a run that was killed at step 5, two steps behind its checkpoint."""
+    workdir = tmp_path_factory.mktemp("runs") / "killed"
+    assert launch(workdir, "between").returncode == -9
+    return workdir
+
+
+def test_what_a_run_leaves_behind(uninterrupted, config):
+    found = rows(uninterrupted)
+    assert [row["step"] for row in found] == [2, 3, 4, 6, 8]  # every second step, and at checkpoints
+    expected = {"loss", "ce", "l1", "tv", "confidence", "tau_expected", "learning_rate", "grad_norm", "supervised"}
+    assert expected | {f"accept@{k}" for k in (1, 2, 3, 4)} <= set(found[0])
+    assert np.isfinite([value for row in found for value in row.values()]).all()
+    assert found[1]["learning_rate"] == pytest.approx(6e-4 * np.cos(np.pi * 2 / 16) ** 2)  # step 3: two updates before
+    assert steps_saved(uninterrupted) == {"6", "8"}
+    assert from_json((uninterrupted / "config.json").read_text()) == config
+    assert list((uninterrupted / "tensorboard").iterdir())
+
+
+def test_a_run_killed_three_times_ends_like_one_that_was_not(launch, uninterrupted, killed_once, tmp_path):
+    workdir = shutil.copytree(killed_once, tmp_path / "run")
+    assert steps_saved(workdir) <= {"3"}
+    assert launch(workdir, "during").returncode == -9
+    assert steps_saved(workdir) == {"3"}  # step 6 was written and had not got its name
+    assert launch(workdir, "after").returncode == -9
+    assert steps_saved(workdir) == {"3", "6"}
+    done = launch(workdir)
+    assert done.returncode == 0, done.stderr
+    assert "continuing from step 6" in done.stderr
+    assert rows(workdir) == rows(uninterrupted)
+    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["6", "8"]  # nothing half-written
+    mesh = make_mesh(MeshConfig())
+    ours, theirs = (to_params(load_drafter(path, mesh)[1]) for path in (workdir, uninterrupted))
+    for name, value in theirs.items():
+        np.testing.assert_array_equal(ours[name], value)
+
+
+def test_a_full_disk_is_one_line_and_status_2(launch, uninterrupted, tmp_path):
+    workdir = shutil.copytree(uninterrupted, tmp_path / "run")
+    shutil.rmtree(workdir / "checkpoints" / "8")
+    before = rows(workdir)
+    done = launch(workdir, "full")
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if not line.startswith(("continuing", "training", "train "))]
+    assert len(errors) == 1 and errors[0].startswith("error: "), done.stderr
+    assert "the disk is full" in errors[0] and "the checkpoint of step 6 is intact" in errors[0]
+    assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["6"]
+    assert launch(workdir).returncode == 0
+    assert rows(workdir) == before
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Runs the train command in this process, on all eight devices, with what `tiny_run` has prepared."""
+    monkeypatch.setattr(train, "prepare", lambda config, workdir: None)
+
+    def run(config: Config, workdir: Path) -> None:
+        train.train(dataclasses.replace(config, mesh=MeshConfig(2, 2, 2)), workdir)
+
+    return run
+
+
+def test_a_checkpoint_continues_on_another_mesh(here, config, uninterrupted, tmp_path):
+    workdir = shutil.copytree(uninterrupted, tmp_path / "run")
+    shutil.rmtree(workdir / "checkpoints" / "8")
+    config.train.steps = 8
+    here(config, workdir)
+    for found, expected in zip(rows(workdir), rows(uninterrupted), strict=True):
+        assert set(found) == set(expected)
+        for name, value in expected.items():
+            np.testing.assert_allclose(found[name], value, rtol=2e-5, atol=1e-6, err_msg=name)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(here, config, uninterrupted, tmp_path, capsys):
+    """From step 6 on with a learning rate that step 7 survives and step 8 does not."""
+    workdir = shutil.copytree(uninterrupted, tmp_path / "run")
+    shutil.rmtree(workdir / "checkpoints" / "8")
+    config.optim.learning_rate = 1e38
+    with pytest.raises(InputError) as error:
+        here(config, workdir)
+    message = str(error.value)
+    assert "loss or gradient is not finite at step 8; the last good checkpoint is " in message
+    assert "/checkpoints/6; lower optim.learning_rate=1e+38" in message and "\n" not in message
+    assert steps_saved(workdir) == {"6"}
+    assert rows(workdir)[-1]["step"] == 8 and rows(workdir)[-1]["loss"] is None
+
+
+def test_a_finished_run_only_evaluates(here, config, uninterrupted, tmp_path, monkeypatch):
+    workdir = shutil.copytree(uninterrupted, tmp_path / "run")
+    evaluated = []
+    module = types.SimpleNamespace(evaluate=lambda config, workdir: evaluated.append(workdir))
+    monkeypatch.setitem(sys.modules, "dspark_jax.evaluate", module)
+    config.train.evaluate = True
+    before = rows(workdir)
+    here(config, workdir)
+    assert evaluated == [workdir] and rows(workdir) == before

@@ -154,7 +154,9 @@ def code_conversation(rng: random.Random, function: Function) -> Conversation:
         doc = " ".join(function.doc.split())
         first = rng.choice(["What does the {what} `{name}` of `{where}` do?", "What is `{name}` in `{where}` for?"])
         second = rng.choice(["Show me the code.", "How is it implemented?", "Write it for me."])
-        return Conversation("code", (first.format(what=what, name=short, where=where), doc, second, _fence(function.code)))
+        return Conversation(
+            "code", (first.format(what=what, name=short, where=where), doc, second, _fence(function.code))
+        )
     if rng.random() < 0.65:
         lead, answer = rng.choice(COMPLETE), function.code
     else:
@@ -183,6 +185,13 @@ OPENERS = {
     "module": ("", "", "", "", "{s} is a module of the standard library. ", "In short: "),
     "section": ("", "", "", "", "In Python, this works as follows. ", "In short: "),
 }
+OVERVIEWS = (
+    "What can I do with `{m}`?",
+    "Name a few things that `{m}` offers.",
+    "Which functions of `{m}` should I know?",
+    "Give me some examples of what `{m}` can do.",
+    "List a few functions or methods of `{m}`.",
+)
 MORE = ("Tell me more.", "And what else?", "Go on, please.", "Can you say more about it?", "Is there more to know?")
 
 
@@ -226,10 +235,11 @@ def overview(rng: random.Random, library: Library) -> Conversation:
     module = rng.choice(sorted(library.summaries))
     entries = library.summaries[module]
     chosen = rng.sample(entries, min(len(entries), rng.randrange(3, 6)))
-    ask = rng.choice(["What can I do with `{m}`?", "Name a few things that `{m}` offers.", "Which functions of `{m}` should I know?",
-                      "Give me some examples of what `{m}` can do.", "List a few functions or methods of `{m}`."])  # fmt: skip
+    ask = rng.choice(OVERVIEWS)
     lead = rng.choice(["Here are some of them:", "For example:", f"`{module}` has, among others:", "Some examples:"])
-    return Conversation("chat", (ask.format(m=module), "\n".join([lead, *(f"- `{name}`: {line}" for name, line in chosen)])))
+    return Conversation(
+        "chat", (ask.format(m=module), "\n".join([lead, *(f"- `{name}`: {line}" for name, line in chosen)]))
+    )
 
 
 def compare(rng: random.Random, library: Library) -> Conversation | None:
@@ -265,7 +275,8 @@ def conversations(domain: str, library: Library, seed: int) -> Iterator[Conversa
             form = rng.random()
             found = explain(rng, item)
             if form < 0.25:
-                yield overview(rng, library) if library.summaries else found
+                if library.summaries:
+                    yield overview(rng, library)
             elif form < 0.4:
                 found = compare(rng, library) or found
             if found is not None:
@@ -274,6 +285,6 @@ def conversations(domain: str, library: Library, seed: int) -> Iterator[Conversa
 
 
 def documented(library: Library) -> Library:
-    """Only the functions with a docstring, and none of the private ones: what the prompt sets ask for."""
+    """Only the functions with a docstring, and no private modules: what the prompt sets ask for."""
     kept = tuple(f for f in library.functions if f.doc and f.module[0] != "_")
     return Library(library.split, kept, library.explanations, library.summaries)

@@ -1,10 +1,12 @@
 """Pre-training of the embedded model: optimizer, jitted step, wall-clock schedule, checkpoints of its own."""
 
 import json
+import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from optax.contrib import MuonDimensionNumbers, muon
 from tqdm import tqdm
 
 from dspark_jax.config import TargetArchitecture
+from dspark_jax.quickstart.fast_forward import dot, last_hidden, product, transposed
 from dspark_jax.quickstart.packing import Rows
 from dspark_jax.quickstart.tokenizer import VOCAB_SIZE
 from dspark_jax.target.qwen3 import Qwen3
@@ -67,66 +69,104 @@ def new_model(seed: int = 0) -> Qwen3:
     return Qwen3(ARCHITECTURE, rngs=nnx.Rngs(seed))
 
 
-def _muon_axes(params: Any) -> Any:
-    """Which leaves are stacked matrices, and which of their axes are inputs and outputs (axis 0 is the layer)."""
+def model_of(params: Any) -> Qwen3:
+    """The model that has these parameters."""
+    return nnx.merge(nnx.graphdef(nnx.eval_shape(new_model)), params)
 
-    def axes(path: tuple[Any, ...], leaf: jax.Array) -> MuonDimensionNumbers | None:
-        name = jax.tree_util.keystr(path)
-        if leaf.ndim < 3:
-            return None
-        if "out" in name:
-            return MuonDimensionNumbers(reduction_axis=(1, 2), output_axis=3)
-        return MuonDimensionNumbers(reduction_axis=1, output_axis=tuple(range(2, leaf.ndim)))
 
-    return jax.tree_util.tree_map_with_path(axes, params)
+def _input_axes(path: tuple[Any, ...], leaf: jax.Array) -> int:
+    """How many axes after the layer axis are inputs of a stacked matrix; 0 for embedding and norms."""
+    if leaf.ndim < 3:
+        return 0
+    return 2 if "'out'" in jax.tree_util.keystr(path) or ".out" in jax.tree_util.keystr(path) else 1
+
+
+def orthogonalize(stack: jax.Array) -> jax.Array:
+    """Roughly the nearest semi-orthogonal matrices to stack [L, I, O]: five Newton-Schulz steps (Muon, Jordan 2024)."""
+    wide = stack if stack.shape[1] <= stack.shape[2] else transposed(stack)
+    x = wide / (jnp.linalg.norm(wide, axis=(1, 2), keepdims=True) + 1e-8)
+    for _ in range(5):
+        gram = dot(x, transposed(x))
+        x = 3.4445 * x + dot(-4.7750 * gram + 2.0315 * dot(gram, gram), x)
+    return x if wide is stack else x.swapaxes(1, 2)
+
+
+def scale_by_muon(momentum: float = 0.95) -> optax.GradientTransformation:
+    """Nesterov momentum, orthogonalised per layer, scaled to the step size of Adam (0.2 root mean square)."""
+
+    def init(params: Any) -> Any:
+        return jax.tree.map(jnp.zeros_like, params)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        del params
+        state = jax.tree.map(lambda m, g: momentum * m + (1 - momentum) * g, state, updates)
+
+        def direction(path: tuple[Any, ...], m: jax.Array, g: jax.Array) -> jax.Array:
+            inputs = math.prod(m.shape[1 : 1 + _input_axes(path, m)])
+            matrix = (momentum * m + (1 - momentum) * g).reshape(m.shape[0], inputs, -1)
+            return (0.2 * max(matrix.shape[1:]) ** 0.5 * orthogonalize(matrix)).reshape(m.shape)
+
+        return jax.tree_util.tree_map_with_path(direction, state, updates), state
+
+    return optax.GradientTransformation(init, update)
 
 
 def optimizer() -> optax.GradientTransformation:
     """Muon for the layers' matrices, Adam for embedding and norms, at rate 1: the step multiplies by the schedule."""
-    return optax.chain(
-        optax.clip_by_global_norm(1.0),
-        muon(1.0, beta=0.95, weight_decay=0.1, consistent_rms=0.2, adam_b1=0.9, adam_b2=0.98, adam_learning_rate=1.0,
-             muon_weight_dimension_numbers=_muon_axes),
-    )  # fmt: skip
+    chains: dict[Hashable, optax.GradientTransformation] = {
+        "muon": optax.chain(scale_by_muon(), optax.add_decayed_weights(0.1), optax.scale(-1.0)),
+        "adam": optax.chain(optax.scale_by_adam(b1=0.9, b2=0.98), optax.scale(-1.0)),
+    }
+
+    def labels(params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(lambda path, p: "muon" if _input_axes(path, p) else "adam", params)
+
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.partition(chains, labels))
 
 
 def token_losses(model: Qwen3, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(cross-entropy, log-partition), both [B, S-1], of predicting tokens[:, 1:]."""
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1] - 1), (tokens.shape[0], tokens.shape[1] - 1))
-    hidden = model.forward(tokens[:, :-1], positions, unroll=True).last_hidden
-    logits = model.unembed(hidden)  # [B, S-1, V]
+    hidden = last_hidden(model, tokens).reshape(tokens.size, -1)
+    logits = product(hidden, transposed(model.embedding[...])).reshape(*tokens.shape, -1)[:, :-1]  # [B, S-1, V]
     partition = jax.nn.logsumexp(logits, axis=-1)
     picked = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
     return partition - picked, partition
 
 
-def make_step(graph: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """(train step, evaluation) for the model's graph definition; both jitted, the step donates its state."""
-    tx = optimizer()
+@partial(jax.jit, donate_argnums=(0, 1))
+def train_step(
+    params: Any, state: Any, tokens: jax.Array, weights: jax.Array, rate: jax.Array
+) -> tuple[Any, Any, jax.Array]:
+    """One update at learning rate `rate` from tokens and weights [B, S]: parameters, optimizer state, mean loss."""
 
-    def loss_of(params: Any, tokens: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
-        losses, partition = token_losses(nnx.merge(graph, params), tokens)
+    def loss_of(params: Any) -> tuple[jax.Array, jax.Array]:
+        losses, partition = token_losses(model_of(params), tokens)
         weight = weights[:, 1:] / weights[:, 1:].sum()
         loss = jnp.sum(losses * weight)
         return loss + Z_LOSS * jnp.sum(jnp.square(partition) * weight), loss
 
-    def step(params: Any, state: Any, tokens: jax.Array, weights: jax.Array, rate: jax.Array) -> Any:
-        grads, loss = jax.grad(loss_of, has_aux=True)(params, tokens, weights)
-        updates, state = tx.update(grads, state, params)
-        params = jax.tree.map(lambda p, u: p + rate * u, params, updates)
-        return params, state, loss
+    grads, loss = jax.grad(loss_of, has_aux=True)(params)
+    updates, state = optimizer().update(grads, state, params)
+    return jax.tree.map(lambda p, u: p + rate * u, params, updates), state, loss
 
-    def evaluate(params: Any, tokens: jax.Array, weights: jax.Array) -> jax.Array:
-        losses, _ = token_losses(nnx.merge(graph, params), tokens)
-        answers = weights[:, 1:] == 1.0
-        return jnp.stack([jnp.sum(losses * answers), jnp.sum(answers)])
 
-    return jax.jit(step, donate_argnums=(0, 1)), jax.jit(evaluate)
+@jax.jit
+def answer_losses(params: Any, tokens: jax.Array, weights: jax.Array) -> jax.Array:
+    """[2]: the summed cross-entropy of answer tokens, and their number."""
+    losses, _ = token_losses(model_of(params), tokens)
+    answers = weights[:, 1:] == 1.0
+    return jnp.stack([jnp.sum(losses * answers), jnp.sum(answers)])
+
+
+def heldout_loss(params: Any, sets: list[Rows]) -> float:
+    """Mean cross-entropy of answer tokens, in nats."""
+    total, count = np.sum([answer_losses(params, rows.tokens, rows.weights) for rows in sets], axis=0)
+    return float(total / count)
 
 
 def save(path: Path, params: Any, state: Any, progress: Progress) -> None:
     """Writes the checkpoint beside its final name and renames it: a kill leaves the old one or the new one."""
-    leaves = {f"{i:04d}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves((params, state)))}
+    leaves: dict[str, Any] = {f"{i:04d}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves((params, state)))}
     temporary = path.with_suffix(".tmp.npz")
     with temporary.open("wb") as file:
         np.savez(file, progress=np.array(json.dumps(asdict(progress))), **leaves)
@@ -147,10 +187,10 @@ def load(path: Path, params: Any, state: Any) -> tuple[Any, Any, Progress]:
     return params, state, progress
 
 
-def fresh(seed: int) -> tuple[Any, Any, Any]:
-    """(graph definition, parameters, optimizer state) before the first step."""
-    graph, params = nnx.split(new_model(seed))
-    return graph, params, optimizer().init(params)
+def fresh(seed: int) -> tuple[Any, Any]:
+    """(parameters, optimizer state) before the first step."""
+    params = nnx.state(new_model(seed))
+    return params, optimizer().init(params)
 
 
 def train(
@@ -162,13 +202,12 @@ def train(
     seed: int = 0,
     resume: bool = False,
     save_every: float = 180.0,
-) -> tuple[Any, Any, Progress]:
-    """Trains until the budget is used, from `batches(first step)`; returns graph, parameters and progress."""
-    graph, params, state = fresh(seed)
+) -> tuple[Any, Progress]:
+    """Trains until the budget is used, from `batches(first step)`; returns parameters and progress."""
+    params, state = fresh(seed)
     progress = Progress()
     if resume and checkpoint.exists():
         params, state, progress = load(checkpoint, params, state)
-    step, evaluate = make_step(graph)
     source = batches(progress.step)
     began, saved, smooth = time.monotonic() - progress.seconds, time.monotonic(), None
     bar = tqdm(total=1.0, initial=min(budget.done(progress.step, progress.seconds), 1.0), unit="budget",
@@ -176,27 +215,23 @@ def train(
     while (done := budget.done(progress.step, progress.seconds)) < 1:
         batch = next(source)
         rate = jnp.float32(budget.rate(done))
-        params, state, loss = step(params, state, batch.tokens, batch.weights, rate)
+        params, state, loss = train_step(params, state, batch.tokens, batch.weights, rate)
         smooth = float(loss) if smooth is None else 0.98 * smooth + 0.02 * float(loss)
         progress.step += 1
         progress.tokens += int((batch.weights > 0).sum())
         progress.batch_rows = len(batch.tokens)
         progress.seconds = time.monotonic() - began
-        bar.set_postfix_str(f"step {progress.step} loss {smooth:.3f} {progress.tokens / progress.seconds:.0f} tok/s", False)
+        bar.set_postfix_str(
+            f"step {progress.step} loss {smooth:.3f} {progress.tokens / progress.seconds:.0f} tok/s", False
+        )
         bar.update(min(budget.done(progress.step, progress.seconds), 1.0) - done)
         if time.monotonic() - saved > save_every:
             save(checkpoint, params, state, progress)
             saved = time.monotonic()
-            nll = {domain: heldout_loss(evaluate, params, sets) for domain, sets in heldout.items()}
+            nll = {domain: heldout_loss(params, sets) for domain, sets in heldout.items()}
             tqdm.write(f"step {progress.step} {progress.seconds / 60:.1f} min {progress.tokens / 1e6:.2f} M tokens "
                        f"lr {float(rate):.5f} train {smooth:.3f} held-out "
                        + " ".join(f"{d} {v:.3f}" for d, v in nll.items()))  # fmt: skip
     bar.close()
     save(checkpoint, params, state, progress)
-    return graph, params, progress
-
-
-def heldout_loss(evaluate: Callable[..., Any], params: Any, sets: list[Rows]) -> float:
-    """Mean cross-entropy of answer tokens, in nats."""
-    total = sum(np.asarray(evaluate(params, rows.tokens, rows.weights)) for rows in sets)
-    return float(total[0] / total[1])
+    return params, progress

@@ -1,8 +1,8 @@
 """What a CPython installation says about itself: short functions with their docstrings, and paragraphs of explanation.
 
-Functions are read with `ast` from the standard library's sources; explanations come from docstrings (of the sources and,
-by import, of the C modules) and from `pydoc_data.topics`. Nothing is downloaded. Another CPython version gives another,
-equally usable set.
+Functions are read with `ast` from the standard library's sources; explanations come from docstrings (of the sources
+and, by import, of the C modules) and from `pydoc_data.topics`. Nothing is downloaded. Another CPython version gives
+another, equally usable set.
 """
 
 import ast
@@ -21,11 +21,55 @@ SKIPPED_PARTS = {
     "test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__", "idle_test", "turtledemo",
     "pydoc_data", "ensurepip", "encodings", "lib-dynload", "__phello__",
 }  # fmt: skip
-C_MODULES = (
-    "builtins math cmath itertools functools collections operator os time re sys gc array zlib binascii struct random "
-    "select socket signal mmap bisect heapq hashlib unicodedata datetime decimal json pickle csv io string threading "
-    "weakref types abc contextvars faulthandler errno marshal itertools sqlite3 ssl lzma bz2 resource"
-).split()
+C_MODULES = [
+    "builtins",
+    "math",
+    "cmath",
+    "itertools",
+    "functools",
+    "collections",
+    "operator",
+    "os",
+    "time",
+    "re",
+    "sys",
+    "gc",
+    "array",
+    "zlib",
+    "binascii",
+    "struct",
+    "random",
+    "select",
+    "socket",
+    "signal",
+    "mmap",
+    "bisect",
+    "heapq",
+    "hashlib",
+    "unicodedata",
+    "datetime",
+    "decimal",
+    "json",
+    "pickle",
+    "csv",
+    "io",
+    "string",
+    "threading",
+    "weakref",
+    "types",
+    "abc",
+    "contextvars",
+    "faulthandler",
+    "errno",
+    "marshal",
+    "itertools",
+    "sqlite3",
+    "ssl",
+    "lzma",
+    "bz2",
+    "resource",
+]
+_Callable = ast.FunctionDef | ast.AsyncFunctionDef
 MAX_LINES, MAX_CODE_CHARS = 25, 850
 MIN_PROSE, MAX_PROSE = 80, 560
 
@@ -81,9 +125,9 @@ def _sources() -> Iterator[tuple[str, str]]:
             yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), source
 
 
-def _definitions(tree: ast.Module) -> Iterator[tuple[str, ast.AST]]:
+def _definitions(tree: ast.Module) -> Iterator[tuple[str, ast.ClassDef | _Callable]]:
     """(qualified name, node) of the module's classes and functions, nested functions excluded."""
-    stack = [("", tree)]
+    stack: list[tuple[str, ast.AST]] = [("", tree)]
     while stack:
         prefix, parent = stack.pop()
         for node in ast.iter_child_nodes(parent):
@@ -100,9 +144,9 @@ def _dedent(lines: list[str], width: int) -> str:
     return "\n".join(line[width:] if not line[:width].strip() else line for line in lines).rstrip()
 
 
-def _function(module: str, name: str, node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> Function | None:
+def _function(module: str, name: str, node: _Callable, lines: list[str]) -> Function | None:
     """The function as an item, or None when it is long, trivial, or laid out so that it cannot be cut apart."""
-    if node.end_lineno - node.lineno + 1 > MAX_LINES or node.col_offset % 4 or node.end_lineno is None:
+    if node.end_lineno is None or node.end_lineno - node.lineno + 1 > MAX_LINES or node.col_offset % 4:
         return None
     docstring = ast.get_docstring(node)
     body = node.body[1:] if docstring is not None else node.body
@@ -149,10 +193,16 @@ def prose(text: str) -> tuple[str, ...]:
     kept = []
     for block in re.split(r"\n\s*\n", inspect.cleandoc(text.expandtabs())):
         lines = block.splitlines()
-        if not block.isascii() or any(line.startswith((" ", ">>>", "+-", "|", "==", "--", "@", "**", ":")) for line in lines):
+        if not block.isascii() or any(
+            line.startswith((" ", ">>>", "+-", "|", "==", "--", "@", "**", ":")) for line in lines
+        ):
             continue
         joined = " ".join(" ".join(lines).split())
-        if len(joined) < 30 or joined[-1] not in ".:!?)" or re.search(r"[=|*_-]{4}|::|\bPEP\b.*\bPEP\b|\[\d+\]", joined):
+        if (
+            len(joined) < 30
+            or joined[-1] not in ".:!?)"
+            or re.search(r"[=|*_-]{4}|::|\bPEP\b.*\bPEP\b|\[\d+\]", joined)
+        ):
             continue
         kept.append(joined if joined[-1] != ":" else joined[:-1] + ".")
     return tuple(kept)
@@ -190,16 +240,24 @@ def _compiled_explanations() -> Iterator[Explanation | None]:
             full = name if module_name == "builtins" else f"{module_name}.{name}"
             if inspect.isbuiltin(value) or inspect.isclass(value):
                 kind = "class" if inspect.isclass(value) else "function"
-                yield _explanation(kind, f"`{full}`", module_name, value.__doc__ if isinstance(value.__doc__, str) else "")
+                yield _explanation(
+                    kind, f"`{full}`", module_name, value.__doc__ if isinstance(value.__doc__, str) else ""
+                )
             if inspect.isclass(value) and value.__flags__ & (1 << 9) == 0:  # a static type, written in C
                 for attribute, member in sorted(vars(value).items()):
-                    if inspect.ismethoddescriptor(member) and not attribute.startswith("_") and isinstance(member.__doc__, str):
+                    if (
+                        inspect.ismethoddescriptor(member)
+                        and not attribute.startswith("_")
+                        and isinstance(member.__doc__, str)
+                    ):
                         yield _explanation("method", f"`{name}.{attribute}`", module_name, member.__doc__)
 
 
 def _code_quotes(text: str) -> str:
     """pydoc's plain-text topics write code as "x"; here it is `x`."""
-    return re.sub(r'"([^"\n]{1,40})"', r"`\1`", text.replace("’", "'").replace("“", "'").replace("”", "'").replace("—", "-"))
+    return re.sub(
+        r'"([^"\n]{1,40})"', r"`\1`", text.replace("’", "'").replace("“", "'").replace("”", "'").replace("—", "-")
+    )
 
 
 def _topic_explanations() -> Iterator[Explanation | None]:
@@ -211,7 +269,9 @@ def _topic_explanations() -> Iterator[Explanation | None]:
             piece: list[str] = []
             for paragraph in (*prose(_code_quotes(section)), ""):
                 if piece and (not paragraph or sum(map(len, piece)) + len(paragraph) > MAX_PROSE):
-                    yield _explanation("section", _code_quotes(heading).rstrip("."), title.rstrip("."), "\n\n".join(piece))
+                    yield _explanation(
+                        "section", _code_quotes(heading).rstrip("."), title.rstrip("."), "\n\n".join(piece)
+                    )
                     piece = []
                 piece.append(paragraph)
 

@@ -1,4 +1,4 @@
-"""The embedded model's tokenizer: byte-level BPE with single digits and ChatML, in the layout of a Hugging Face directory."""
+"""The embedded tokenizer: byte-level BPE with single digits and ChatML, as Hugging Face files."""
 
 import json
 from collections.abc import Iterable
@@ -61,7 +61,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def render(messages: Iterable[str], generation_prompt: bool = False) -> list[tuple[str, bool]]:
-    """ChatML in pieces, `(text, is_answer)`; an answer includes its `<|im_end|>`. Joined, it is what the template renders."""
+    """ChatML in pieces, `(text, is_answer)`; an answer includes its `<|im_end|>`; joined: the chat template."""
     pieces: list[tuple[str, bool]] = []
     for i, content in enumerate(messages):
         role = ("user", "assistant")[i % 2]

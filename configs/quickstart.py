@@ -39,12 +39,12 @@ def get_config(arg: str = "dspark") -> Config:
         ),
         data=DataConfig(
             prompts=tuple(str(QUICKSTART / "prompts" / f"{name}.train.jsonl") for name in DOMAINS),
-            limit=512,
+            limit=320,
             max_prompt_length=128,
             max_length=256,
         ),
         optim=OptimConfig(learning_rate=3e-3),
-        train=TrainConfig(steps=600, batch_size=8, num_anchors=32, checkpoint_every=200, log_every=10),
+        train=TrainConfig(steps=400, batch_size=8, num_anchors=32, checkpoint_every=200, log_every=10, vocab_chunk=256),
         eval=EvalConfig(
             prompts=tuple(str(QUICKSTART / "prompts" / f"{name}.heldout.jsonl") for name in DOMAINS),
             limit=64,

@@ -320,7 +320,8 @@ def _entry(head: str, text: str) -> str:
 
 def _field_documentation() -> dict[str, str]:
     """Dotted path -> the string below the field in config.py (Python drops it, so it is read from the source)."""
-    classes = {node.name: node for node in ast.parse(inspect.getsource(config_module)).body if hasattr(node, "name")}
+    tree = ast.parse(inspect.getsource(config_module))
+    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
 
     def walk(cls: Any, prefix: str) -> Iterator[tuple[str, str]]:
         body = classes[cls.__name__].body

@@ -68,9 +68,11 @@ class Progress:
         return f"{self.title} {self.done}/{self.total} {self.unit}s{values} left={tqdm.format_interval(left)}"
 
     def __enter__(self) -> Self:
+        """Itself."""
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """Closes."""
         self.close()
 
 
@@ -112,9 +114,11 @@ class MetricsWriter:
             self.board.close()
 
     def __enter__(self) -> Self:
+        """Itself."""
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """Closes."""
         self.close()
 
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from dspark_jax import command
@@ -24,6 +25,7 @@ from dspark_jax.progress import MetricsWriter, Progress, log
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target.loading import load_target
 from dspark_jax.training.checkpoint import Checkpoints
+from dspark_jax.training.host_memory import return_freed_memory
 from dspark_jax.training.optim import learning_rate, make_optimizer
 from dspark_jax.training.state import abstract_drafter, init_state, state_layout, to_params
 from dspark_jax.training.step import (
@@ -91,7 +93,9 @@ def fit(config: Config, workdir: Path, mesh: Mesh, checkpoints: Checkpoints) -> 
     frozen = to_params(target)
     began = time.monotonic()
     step_function = make_train_step(config, drafter, target, optimizer, mesh)
+    return_freed_memory()
     run_step = step_function.lower(state, frozen, batch_layout(config, mesh)).compile()
+    return_freed_memory()
     trainable = sum(leaf.size for leaf in state.params.values())
     log(
         f"training {config.name}: steps {start + 1}..{steps}, {config.train.batch_size} sequences each, "
@@ -152,8 +156,9 @@ class Journal:
         seconds, self.since = time.monotonic() - self.since, time.monotonic()
         ratios = dict(sums.ratios)
         tokens = float(ratios.pop("tokens").num)
-        row = values({"loss": ratios.pop("loss"), **ratios})
-        row["learning_rate"] = float(self.rate(step - 1))
+        found = values(ratios)
+        row = {name: found[name] for name in sorted(found, key=lambda name: (name not in _FIRST, name))}
+        row["learning_rate"] = float(np.asarray(self.rate(step - 1)))
         row["tokens_per_second"] = tokens / seconds
         row["seconds_per_step"] = seconds / steps
         self.writer.write(step, row)
@@ -169,6 +174,9 @@ class Journal:
             f"loss or gradient is not finite at step {step}; {good}; "
             f"lower optim.learning_rate={self.config.optim.learning_rate} or look at the data of that step"
         )
+
+
+_FIRST = ("loss", "ce", "tv", "confidence", "tau_expected")
 
 
 def _headline(row: Mapping[str, float]) -> dict[str, float | str]:

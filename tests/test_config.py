@@ -2,7 +2,16 @@ import dataclasses
 
 import pytest
 
-from dspark_jax.config import Config, InputError, TargetArchitecture, TargetConfig, from_json, problems, resolve, to_json
+from dspark_jax.config import (
+    Config,
+    InputError,
+    TargetArchitecture,
+    TargetConfig,
+    from_json,
+    problems,
+    resolve,
+    to_json,
+)
 
 ARCH = TargetArchitecture("qwen3", 512, 64, 6, 4, 2, 16, 128, 1e-6, 1e6, True, 4096)
 

@@ -226,27 +226,27 @@ def generate(
       InputError: an empty prompt, a token outside the vocabulary, a budget below 1, more positions than the target
         has, or a threshold for a drafter without a confidence head.
     """
-    prompts = [np.asarray(prompt, np.int32).reshape(-1) for prompt in prompts]
+    token_rows = [np.asarray(prompt, np.int32).reshape(-1) for prompt in prompts]
     if batch_size < 1:
         raise InputError(f"batch_size={batch_size} decodes nothing; use 1 or more")
-    _check(target, drafter, prompts, max_new_tokens, temperature, confidence_threshold)
+    _check(target, drafter, token_rows, max_new_tokens, temperature, confidence_threshold)
     if keys is None:
-        keys = request_keys(seed, jnp.arange(len(prompts)))
+        keys = request_keys(seed, jnp.arange(len(token_rows)))
     block_size = 0 if drafter is None else drafter.block_size
     stops = [*stop_tokens] + [-1] * (4 - len(stop_tokens) % 4)  # padded, so that executables are shared
     threshold = jnp.float32(confidence_threshold) if confidence_threshold > 0 else None
-    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
+    order = sorted(range(len(token_rows)), key=lambda i: (len(token_rows[i]), i))
     parts = []
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        width = ladder(max(prompt_width, *(len(prompts[i]) for i in chosen)))
+        width = ladder(max(prompt_width, *(len(token_rows[i]) for i in chosen)))
         rows = batch_size if prompt_width else min(ladder(len(chosen)), batch_size)
         # Rows that fill up the batch are finished before they start.
         tokens = np.zeros((rows, width), np.int32)
         lengths, limits = np.ones(rows, np.int32), np.ones(rows, np.int32)
         for row, i in enumerate(chosen):
-            lengths[row], limits[row] = len(prompts[i]), len(prompts[i]) + max_new_tokens
-            tokens[row, : lengths[row]] = prompts[i]
+            lengths[row], limits[row] = len(token_rows[i]), len(token_rows[i]) + max_new_tokens
+            tokens[row, : lengths[row]] = token_rows[i]
         picked = np.asarray(chosen + chosen[:1] * (rows - len(chosen)))
         state, log = decode(
             target,
@@ -263,7 +263,7 @@ def generate(
         parts.append((chosen, jax.device_get((dataclasses.replace(state, keys=None), log))))
         if progress is not None:
             progress(len(chosen))
-    return collect(parts, len(prompts), block_size)
+    return collect(parts, len(token_rows), block_size)
 
 
 def ladder(size: int) -> int:
@@ -289,9 +289,7 @@ def _check(
     if not 0 <= confidence_threshold <= 1:
         raise InputError(f"confidence_threshold={confidence_threshold} is no probability; use a value from 0 to 1")
     if confidence_threshold > 0 and getattr(drafter, "confidence", None) is None:
-        raise InputError(
-            f"confidence_threshold={confidence_threshold} needs a drafter with a confidence head; use 0 or such a drafter"
-        )
+        raise InputError(f"confidence_threshold={confidence_threshold} needs a drafter with a confidence head; use 0")
     for number, prompt in enumerate(prompts):
         if not len(prompt):
             raise InputError(f"prompt {number} is empty; give at least one token")

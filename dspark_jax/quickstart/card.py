@@ -22,7 +22,7 @@ decoding.
 ## What it is not
 
 It is not an assistant and knows nothing else. Its explanations sound like documentation and are often wrong; its code
-is often only plausible; its arithmetic fails regularly. Use it to exercise drafters, not to learn from. It has had no
+is often only plausible; its arithmetic is mostly wrong. Use it to exercise drafters, not to learn from. It has had no
 safety training. Figures of drafters on it say nothing about drafters on a large model.
 
 ## Training
@@ -36,7 +36,7 @@ safety training. Figures of drafters on it say nothing about drafters on a large
 | wall time | {minutes:.0f} minutes on two shared CPU cores |
 | optimizer | Muon for the matrices, Adam for embedding and norms; linear decay by wall clock |
 
-{note}Held-out items (functions, documentation sections and problems, chosen by a hash of their text) were never trained on.
+{note}Held-out items (functions, documentation sections, problems, chosen by a hash of their text) were not trained on.
 
 | domain | held-out loss, nats per answer token | entropy | on training prompts | ends in 256 tokens | mean answer |
 |---|---|---|---|---|---|

@@ -92,7 +92,7 @@ def measure(model: Qwen3, tokenizer: Tokenizer, prompts: Path, limit: int = 64) 
     for domain in DOMAINS:
         for split in SPLITS:
             turns = [prompt[0] for prompt in read_prompts(prompts / f"{domain}.{split}.jsonl")[:limit]]
-            answers = answer(model, tokenizer, turns)
+            answers = answer(model, tokenizer, turns, seed=len(found))  # the same noise would repeat its accidents
             found[f"{domain}.{split}"] = {
                 "entropy": answers.entropy,
                 "stop_rate": float(answers.stopped.mean()),
@@ -110,7 +110,7 @@ def math_accuracy(model: Qwen3, tokenizer: Tokenizer, library: Library, count: i
         if len(c.messages) == 2 and not c.messages[1].startswith("1. ")
     )
     problems = list(islice(singles, count))
-    answers = answer(model, tokenizer, [c.turns[0] for c in problems], seed=1)
+    answers = answer(model, tokenizer, [c.turns[0] for c in problems], seed=100)
     right = [
         text.removesuffix(EOS).rsplit("\n", 1)[-1] == c.messages[1].rsplit("\n", 1)[-1]
         for text, c in zip(answers.texts, problems, strict=True)

@@ -165,6 +165,7 @@ class Layer(nnx.Module):
 def layer_at(layers: Any, index: jax.Array | int) -> Any:
     """Layer `index` of a stack (leading axis L), its weights gathered; inside a loop the stack is never copied."""
     if isinstance(layers, nnx.List):  # see `unstack`
+        assert isinstance(index, int), "a laid-out stack is indexed at trace time"
         return layers[index]
 
     def pick(leaf: Any) -> Any:
@@ -186,7 +187,7 @@ def unstack(module: Any) -> Any:
         layers = getattr(part, "layers", None)
         if isinstance(layers, Layer):
             depth = layers.attention_norm[...].shape[0]
-            part.layers = nnx.List([layer_at(layers, index) for index in range(depth)])
+            setattr(part, "layers", nnx.List([layer_at(layers, index) for index in range(depth)]))  # noqa: B010 (any module with a stack)
     return copy
 
 

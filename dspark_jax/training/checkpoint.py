@@ -110,11 +110,13 @@ class Checkpoints:
             self.manager.wait_until_finished()
 
     def __enter__(self) -> "Checkpoints":
+        """Itself."""
         self._quiet = quiet()
         self._quiet.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: Any) -> None:
+        """Waits for the last save and closes; raises InputError if the disk is full."""
         with reported_in_one_line(self.directory):
             self.manager.close()
         if error is None:

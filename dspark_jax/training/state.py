@@ -21,8 +21,8 @@ from dspark_jax.drafter.dspark import DSpark
 from dspark_jax.sharding import replicated, state_shardings
 from dspark_jax.target.loading import compute_dtype
 
-Params = dict[str, jax.Array]
-"""Parameters of a module by dotted path, e.g. `backbone.layers.attention.query`."""
+Params = dict[str, Any]
+"""Arrays of a module by dotted path, e.g. `backbone.layers.attention.query`; or their shapes, or shardings."""
 
 Module = TypeVar("Module", bound=nnx.Module)
 
@@ -83,11 +83,11 @@ def state_layout(drafter: DSpark, optimizer: optax.GradientTransformation, mesh:
     shardings, shapes = param_shardings(drafter, mesh), to_params(drafter)
 
     def lay(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        name = getattr(path[-1], "key", None) if path else None
+        name = getattr(path[-1], "key", "") if path else ""
         like = name in shapes and shapes[name].shape == leaf.shape
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings[name] if like else replicated(mesh))
 
-    step = jax.ShapeDtypeStruct((), jnp.int32)
+    step: Any = jax.ShapeDtypeStruct((), jnp.int32)
     abstract = TrainState(step, shapes, jax.eval_shape(optimizer.init, shapes))
     return jax.tree_util.tree_map_with_path(lay, abstract)
 

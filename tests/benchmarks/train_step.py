@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 VARIANTS = ("features given", "online target")
 
 
-def bench_config():
-    """The problem; `name` is its title."""
+def bench_config(vocab_chunk: int):
+    """The problem, as the commands would state it."""
     from dspark_jax.config import (
         Config,
         DataConfig,
@@ -48,7 +48,7 @@ def bench_config():
             dtype="float32",
         ),
         data=DataConfig(max_length=256, max_prompt_length=56),
-        train=TrainConfig(steps=1000, batch_size=4, num_anchors=32),
+        train=TrainConfig(steps=1000, batch_size=4, num_anchors=32, vocab_chunk=vocab_chunk),
         mesh=MeshConfig(1, 1, 1),
     )
 
@@ -98,7 +98,13 @@ def _peak_megabytes() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
 
 
-def measure(variant: str, steps: int) -> dict:
+def _resident_megabytes() -> float:
+    """Resident memory of this process now (Linux)."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 1e6
+
+
+def measure(variant: str, steps: int, vocab_chunk: int) -> dict:
     """Runs one variant in this process."""
     import jax
     import numpy as np
@@ -106,11 +112,12 @@ def measure(variant: str, steps: int) -> dict:
 
     from dspark_jax.sharding import make_mesh
     from dspark_jax.target.qwen3 import Qwen3
+    from dspark_jax.training.host_memory import return_freed_memory
     from dspark_jax.training.optim import make_optimizer
     from dspark_jax.training.state import abstract_drafter, init_state, to_params
     from dspark_jax.training.step import make_train_step, place_batch
 
-    config, online = bench_config(), variant == "online target"
+    config, online = bench_config(vocab_chunk), variant == "online target"
     arch, length = config.target.architecture, config.data.max_length
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     before = _peak_megabytes()
@@ -132,18 +139,22 @@ def measure(variant: str, steps: int) -> dict:
         state, frozen = init_state(config, optimizer, mesh), to_params(target)
         placed = place_batch(batch, 1, mesh)
         step = make_train_step(config, abstract_drafter(config), target, optimizer, mesh)
+        return_freed_memory()
         start = time.perf_counter()
         compiled = step.lower(state, frozen, placed).compile()
         compiling = time.perf_counter() - start
-        times = []
+        return_freed_memory()
+        compiled_peak, resting = _peak_megabytes(), _resident_megabytes()
+        times, processor = [], []
         for _ in range(steps + 2):
-            start = time.perf_counter()
+            start, used = time.perf_counter(), time.process_time()
             state, metrics = compiled(state, frozen, placed)
             jax.block_until_ready(state)
             times.append(time.perf_counter() - start)
-        peak = _peak_megabytes()
+            processor.append(time.process_time() - used)
+        peak, training = _peak_megabytes(), _resident_megabytes()
         speed = matmul_speed()
-    times = times[2:]  # the first ones touch fresh memory
+    times, processor = times[2:], processor[2:]  # the first ones touch fresh memory
     parts = floor_flops(config, online)
     flops, median = sum(parts.values()), statistics.median(times)
     memory = compiled.memory_analysis()
@@ -152,9 +163,14 @@ def measure(variant: str, steps: int) -> dict:
         "seconds_per_step": median,
         "seconds_min": min(times),
         "seconds_max": max(times),
+        "cpu_seconds_per_step": statistics.median(processor),
         "steps": steps,
+        "vocab_chunk": vocab_chunk,
         "compile_seconds": compiling,
         "peak_rss_mb": peak,
+        "peak_rss_compiling_mb": compiled_peak,
+        "rss_compiled_mb": resting,
+        "rss_training_mb": training,
         "rss_before_models_mb": before,
         "temporary_mb": memory.temp_size_in_bytes / 1e6,
         "state_mb": sum(leaf.nbytes for leaf in jax.tree.leaves(state)) / 1e6,
@@ -173,17 +189,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variant", choices=VARIANTS, help="only this one")
     parser.add_argument("--steps", type=int, default=15, help="measured steps (default 15)")
+    parser.add_argument("--vocab-chunk", type=int, default=256, help="train.vocab_chunk (default 256)")
     parser.add_argument("--json", type=Path, help="write the numbers here too")
     arguments = parser.parse_args()
     results = []
     for variant in [arguments.variant] if arguments.variant else VARIANTS:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            results.append(pool.apply(measure, (variant, arguments.steps)))
+            results.append(pool.apply(measure, (variant, arguments.steps, arguments.vocab_chunk)))
         r = results[-1]
         print(
-            f"{variant}: {r['seconds_per_step']:.3f} s per step ({r['seconds_min']:.3f}-{r['seconds_max']:.3f}), "
+            f"{variant}: {r['seconds_per_step']:.3f} s per step ({r['seconds_min']:.3f}-{r['seconds_max']:.3f}; "
+            f"{r['cpu_seconds_per_step']:.3f} s of processor time), "
             f"{r['tokens_per_second']:.0f} tokens/s, compiled in {r['compile_seconds']:.1f} s, "
-            f"peak {r['peak_rss_mb']:.0f} MB ({r['rss_before_models_mb']:.0f} before the models exist)\n"
+            f"peak {r['peak_rss_mb']:.0f} MB ({r['rss_before_models_mb']:.0f} before the models exist, "
+            f"{r['peak_rss_compiling_mb']:.0f} while compiling, {r['rss_training_mb']:.0f} between steps)\n"
             f"  floor: {r['flops'] / 1e9:.1f} GFLOP ("
             + ", ".join(f"{name} {value / 1e9:.1f}" for name, value in r["flops_by_part"].items())
             + f") at {r['matmul_flops_per_second'] / 1e9:.0f} GFLOP/s = {r['floor_seconds']:.3f} s; "

@@ -54,7 +54,9 @@ class BigramDrafter(nnx.Module):
     def init_cache(self, batch: int, length: int) -> tuple[jax.Array, jax.Array]:
         return jnp.full((batch, length, WIDTH * len(self.taps)), jnp.nan), jnp.full((batch, length), -1)
 
-    def extend(self, cache: Any, features: Any, tokens: Any, positions: Any, counts: Any) -> tuple[jax.Array, jax.Array]:
+    def extend(
+        self, cache: Any, features: Any, tokens: Any, positions: Any, counts: Any
+    ) -> tuple[jax.Array, jax.Array]:
         shown, seen = cache
         rows = jnp.arange(tokens.shape[1])
         positions = jnp.where(rows < counts[:, None], positions, seen.shape[1])  # out of range: dropped

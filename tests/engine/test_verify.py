@@ -1,4 +1,4 @@
-"""The acceptance rule: recorded vectors, exact enumeration of its output distribution, and sampling through `verify`."""
+"""The acceptance rule: recorded vectors, exact enumeration of its output distribution, sampling through `verify`."""
 
 import itertools
 import json

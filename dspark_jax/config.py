@@ -154,9 +154,13 @@ class LossConfig:
 
 @dataclasses.dataclass
 class OptimConfig:
-    """AdamW with linear warm-up and cosine decay to zero."""
+    """AdamW, or Muon for the matrices, with linear warm-up and cosine decay to zero."""
 
+    kind: str = "adamw"
+    """adamw (the reference's), or muon: matrices of the backbone by Muon, everything else by AdamW."""
     learning_rate: float = 6e-4
+    muon_learning_rate: float = 2e-2
+    """Of the matrices when kind is muon; their updates are orthogonal, so its scale is another one."""
     warmup_ratio: float = 0.04
     b1: float = 0.9
     b2: float = 0.999
@@ -304,6 +308,7 @@ def problems(config: Config) -> Iterator[str]:
         "eval.max_new_tokens": config.eval.max_new_tokens,
         "loss.decay": config.loss.decay,
         "optim.learning_rate": config.optim.learning_rate,
+        "optim.muon_learning_rate": config.optim.muon_learning_rate,
     }
     yield from (f"{name}={value} must be positive" for name, value in positive.items() if value <= 0)
     if train.accumulate > 0 and train.batch_size % train.accumulate:
@@ -321,6 +326,8 @@ def problems(config: Config) -> Iterator[str]:
     temperatures = {"data.temperature": (data.temperature,), "eval.temperatures": config.eval.temperatures}
     for name, values in temperatures.items():
         yield from (f"{name} contains {value}; temperatures are 0 or above" for value in values if value < 0)
+    if config.optim.kind not in ("adamw", "muon"):
+        yield f"optim.kind={config.optim.kind!r} is unknown; use adamw or muon"
     for name, value in {"target.dtype": config.target.dtype, "drafter.dtype": drafter.dtype}.items():
         if value not in ("auto", "float32", "bfloat16"):
             yield f"{name}={value!r} is unknown; use auto, float32 or bfloat16"

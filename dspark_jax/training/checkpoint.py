@@ -177,7 +177,7 @@ def _check_target(where: Path, saved: dict[str, Any], present: dict[str, Any], p
 def _check_config(where: Path, saved: dict[str, Any], present: dict[str, Any]) -> None:
     """Refuses what cannot be resumed: another drafter, or another order of the data and its random numbers."""
     fixed = [("drafter", name) for name in present["drafter"] if name not in ("dtype", "initializer_range")]
-    fixed += [("train", "seed"), ("train", "batch_size")]
+    fixed += [("train", "seed"), ("train", "batch_size"), ("optim", "kind")]
     for group, name in fixed:
         before, now = saved[group].get(name), present[group][name]
         if before != now:

@@ -1,8 +1,12 @@
-"""AdamW with clipping, linear warm-up and cosine decay to zero (trap 17)."""
+"""AdamW or Muon with clipping, linear warm-up and cosine decay to zero (trap 17)."""
+
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from optax.contrib import MuonDimensionNumbers, muon
 
 from dspark_jax.config import OptimConfig
 
@@ -37,18 +41,51 @@ def learning_rate(config: OptimConfig, total_steps: int) -> optax.Schedule:
 def make_optimizer(
     config: OptimConfig, total_steps: int, *, schedule: optax.Schedule | None = None
 ) -> optax.GradientTransformation:
-    """Clips by global norm, then AdamW (decoupled weight decay on every parameter).
+    """Clips by global norm, then AdamW or Muon (decoupled weight decay on every parameter).
 
     Args:
-      config: learning rate, betas, epsilon, weight decay, largest gradient norm.
+      config: kind, learning rates, betas, epsilon, weight decay, largest gradient norm.
       total_steps: optimizer steps of the run.
       schedule: learning rate by step; `learning_rate(config, total_steps)` unless given.
 
     Returns:
       A transformation of the pytree of float32 gradients; its state has the parameters' shapes, so their shardings fit.
     """
-    schedule = learning_rate(config, total_steps) if schedule is None else schedule
-    return optax.chain(
-        optax.clip_by_global_norm(config.max_grad_norm),
-        optax.adamw(schedule, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay),
-    )
+    rate = learning_rate(config, total_steps) if schedule is None else schedule
+    if config.kind == "muon":
+        ratio = config.muon_learning_rate / config.learning_rate
+        rule = muon(
+            lambda count: ratio * rate(count),
+            adam_learning_rate=rate,
+            adam_b1=config.b1,
+            adam_b2=config.b2,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            adam_weight_decay=config.weight_decay,
+            muon_weight_dimension_numbers=matrix_axes,  # pyright: ignore[reportArgumentType]  (a function will do)
+        )
+    else:
+        rule = optax.adamw(rate, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay)
+    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), rule)
+
+
+def matrix_axes(params: Mapping[str, Any]) -> dict[str, MuonDimensionNumbers | None]:
+    """Which axes of each parameter are a matrix's inputs and outputs; None where Muon does not apply.
+
+    The matrices of the backbone are orthogonalised layer by layer. Norms, the Markov tables (embeddings) and the
+    confidence head are left to AdamW, which has Nesterov momentum here.
+    """
+    return {path: _MATRICES.get(path.removeprefix("backbone.")) for path in params}
+
+
+_MATRICES = {
+    "fc": MuonDimensionNumbers((0,), (1,)),
+    "layers.attention.query": MuonDimensionNumbers((1,), (2, 3)),
+    "layers.attention.key": MuonDimensionNumbers((1,), (2, 3)),
+    "layers.attention.value": MuonDimensionNumbers((1,), (2, 3)),
+    "layers.attention.out": MuonDimensionNumbers((1, 2), (3,)),
+    "layers.mlp.gate": MuonDimensionNumbers((1,), (2,)),
+    "layers.mlp.up": MuonDimensionNumbers((1,), (2,)),
+    "layers.mlp.down": MuonDimensionNumbers((1,), (2,)),
+}
+"""Stacks of layers have their layer axis in front."""

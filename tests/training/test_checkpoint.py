@@ -116,7 +116,9 @@ def test_another_tokenizer_is_another_target(config, meshes, saved, tmp_path, ne
         load_drafter(tmp_path, meshes["one"])
 
 
-@pytest.mark.parametrize("group, name, value", [("drafter", "markov_rank", 4), ("train", "seed", 9)])
+@pytest.mark.parametrize(
+    "group, name, value", [("drafter", "markov_rank", 4), ("train", "seed", 9), ("optim", "kind", "muon")]
+)
 def test_what_cannot_be_continued_is_refused(config, meshes, saved, tmp_path, group, name, value):
     with Checkpoints(tmp_path, config) as checkpoints:
         checkpoints.save(3, saved, {})

@@ -10,13 +10,15 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-from dspark_jax.config import LossConfig, MeshConfig, OptimConfig, TargetArchitecture, TargetConfig
+from dspark_jax.config import DrafterConfig, LossConfig, MeshConfig, OptimConfig, TargetArchitecture, TargetConfig
 from dspark_jax.convert.hf import drafter_tensors, import_drafter
+from dspark_jax.drafter import make_drafter
 from dspark_jax.drafter.blocks import Anchors
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target.loading import load_target
 from dspark_jax.training.loss import drafter_loss
-from dspark_jax.training.optim import learning_rate, make_optimizer
+from dspark_jax.training.optim import learning_rate, make_optimizer, matrix_axes
+from dspark_jax.training.state import to_params
 
 
 def series(config, total_steps):
@@ -111,3 +113,30 @@ def test_six_steps_equal_the_reference(golden):
 def test_learning_rate_never_leaves_its_bounds(total):
     rates = series(OptimConfig(), total)
     assert (rates > 0).all() and rates.max() <= OptimConfig().learning_rate * (1 + 1e-6)
+
+
+def test_muon_moves_every_matrix_of_a_drafter_by_an_orthogonal_update_of_its_own() -> None:
+    """After one step each layer's matrix has singular values near 1 (times optax's shape factor): layers do not mix."""
+    config = OptimConfig(kind="muon", learning_rate=1e-3, muon_learning_rate=0.5, warmup_ratio=0.0, max_grad_norm=1e9)
+    arch = TargetArchitecture("qwen3", 40, 16, 3, 4, 2, 8, 24, 1e-6, 1e4, False, 64)
+    drafter = make_drafter(arch, DrafterConfig("dspark", 2, 3, (0, 1), 39, 4, True, True), rngs=nnx.Rngs(0))
+    params = to_params(drafter)
+    axes = matrix_axes(params)
+    assert {path for path, axis in axes.items() if axis is None} == {
+        path for path in params if "norm" in path or path.startswith(("markov", "confidence"))
+    }
+    optimizer = make_optimizer(config, 10)
+    rng = np.random.default_rng(0)
+    grads = {path: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32) for path, leaf in params.items()}
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    for path, axis in axes.items():
+        if axis is None:
+            # The first step of Adam has the same size in every entry (1.47 learning rates with Nesterov momentum).
+            np.testing.assert_allclose(np.abs(updates[path]), 1.4737e-3, rtol=1e-3)
+            continue
+        update = np.asarray(updates[path])
+        inputs = int(np.prod([update.shape[i] for i in np.atleast_1d(axis.reduction_axis)]))
+        layers = update.reshape(-1, inputs, update.size // inputs // (1 if path.endswith("fc") else 2))
+        for layer in layers:
+            values = np.linalg.svd(layer, compute_uv=False) / 0.5
+            assert values.min() > 0.6 and values.max() < 1.3 * np.sqrt(max(1, layer.shape[1] / layer.shape[0]))

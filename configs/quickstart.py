@@ -43,7 +43,7 @@ def get_config(arg: str = "dspark") -> Config:
             max_prompt_length=128,
             max_length=256,
         ),
-        optim=OptimConfig(learning_rate=3e-3),
+        optim=OptimConfig(kind="muon", learning_rate=1e-2),
         train=TrainConfig(steps=400, batch_size=8, num_anchors=32, checkpoint_every=200, log_every=10, vocab_chunk=256),
         eval=EvalConfig(
             prompts=tuple(str(QUICKSTART / "prompts" / f"{name}.heldout.jsonl") for name in DOMAINS),

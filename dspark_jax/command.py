@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from absl import flags
+from absl import flags, logging
 from ml_collections import config_flags
 
 from dspark_jax import config as config_module
@@ -47,6 +47,7 @@ def run(
       define: adds the command's own absl flags to the given `FlagValues`.
       argv: the command line without the program's name; that of the process if None.
     """
+    logging.set_verbosity(logging.ERROR)  # Orbax and TFDS warn about their own defaults; what fails is raised
     argv = list(sys.argv[1:] if argv is None else argv)
     text = sys.modules[main.__module__].__doc__ or ""
     with reporting_errors():

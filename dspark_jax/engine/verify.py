@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from dspark_jax.drafter.interface import Proposal
 from dspark_jax.engine.sampling import Uniforms
 from dspark_jax.engine.state import DecodeState
-from dspark_jax.ops.sampling import GREEDY_BELOW, Sampling, draw, probabilities
+from dspark_jax.ops.sampling import GREEDY_BELOW, Sampling, draw, largest, probabilities
 from dspark_jax.target.qwen3 import Qwen3, TargetOutput
 
 _FLOOR = 1e-8  # smallest draft probability and smallest residual mass that are divided by
@@ -52,7 +52,7 @@ def token_probabilities(logits: jax.Array, tokens: jax.Array, temperature: jax.A
     total = jnp.sum(jnp.exp((logits - top[..., None]) * scale[..., None]), axis=-1)
     chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
     soft = jnp.exp((chosen - top) * scale) / total
-    return jnp.where(greedy, (jnp.argmax(logits, axis=-1) == tokens).astype(jnp.float32), soft)
+    return jnp.where(greedy, (largest(logits) == tokens).astype(jnp.float32), soft)
 
 
 def acceptance_probabilities(draft: jax.Array, target: jax.Array) -> jax.Array:
@@ -106,7 +106,7 @@ def judge(
     """
     block_size = proposal.tokens.shape[1]
     if sampling.greedy:
-        best = jnp.argmax(target_logits, axis=-1).astype(jnp.int32)
+        best = largest(target_logits)
         agree = proposal.tokens == best[:, :block_size]
     else:
         draft = token_probabilities(proposal.logits, proposal.tokens, sampling.temperature)

@@ -180,14 +180,15 @@ def unstack(module: Any) -> Any:
     """A copy of a target or drafter whose layer stacks are laid out layer by layer, for loops of unrolled layers.
 
     XLA CPU slices a stack anew in every turn of a loop (measured: five sixths of a decoding step at batch 1); sliced
-    here, before the loop, the layers are plain operands of it.
+    here, before the loop, the layers are plain operands of it. (Caches stay stacked: separate ones get copied.)
     """
     copy = jax.tree.map(lambda leaf: leaf, module)
     for _, part in nnx.iter_modules(copy) if isinstance(copy, nnx.Module) else ():
         layers = getattr(part, "layers", None)
         if isinstance(layers, Layer):
             depth = layers.attention_norm[...].shape[0]
-            setattr(part, "layers", nnx.List([layer_at(layers, index) for index in range(depth)]))  # noqa: B010 (any module with a stack)
+            holder: Any = part
+            holder.layers = nnx.List([layer_at(layers, index) for index in range(depth)])
     return copy
 
 

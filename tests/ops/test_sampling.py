@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dspark_jax.ops.sampling import Sampling, draw, probabilities, sample
+from dspark_jax.ops.sampling import Sampling, draw, first, largest, probabilities, sample
 
 
 def test_draw_inverts_the_cumulative_sum():
@@ -50,3 +50,26 @@ def test_greedy_ties_go_to_the_first():
     assert sample(logits, Sampling.constant(0.0, 1), jnp.array([0.99])).tolist() == [1]
     assert probabilities(logits, jnp.zeros(1)).tolist() == [[0.0, 1.0, 0.0, 0.0]]
     assert Sampling.constant(0.0, 2).greedy and not Sampling.constant(0.7, 2).greedy
+
+
+def test_draw_at_sizes_around_its_blocks():
+    """Every index of positive weight is drawn by the uniform in the middle of its share, at any vocabulary size."""
+    rng = np.random.default_rng(3)
+    for size in (1, 2, 3, 15, 16, 17, 63, 65, 257):
+        weights = rng.random(size) * (rng.random(size) < 0.6)
+        weights[rng.integers(size)] = 0.5
+        cdf = np.cumsum(weights) / weights.sum()
+        index = np.flatnonzero(weights)
+        middle = (cdf[index] + np.concatenate([[0], cdf])[index]) / 2
+        tokens = jax.jit(draw)(
+            jnp.asarray(np.tile(weights, (len(index), 1)), jnp.float32), jnp.asarray(middle, jnp.float32)
+        )
+        assert tokens.tolist() == index.tolist()
+
+
+def test_largest_is_the_first_argmax():
+    logits = np.random.default_rng(4).integers(0, 3, (50, 7)).astype(np.float32)
+    logits[0, 3] = np.nan
+    assert largest(jnp.asarray(logits))[1:].tolist() == logits[1:].argmax(axis=-1).tolist()
+    assert 0 <= int(largest(jnp.asarray(logits))[0]) < 7
+    assert first(jnp.zeros((2, 5), bool)).tolist() == [5, 5]

@@ -36,6 +36,7 @@ def get_config(arg: str = "dspark") -> Config:
             markov_rank=64 if heads else 0,
             confidence_head=heads,
             confidence_with_markov=heads,
+            dtype="bfloat16",
         ),
         data=DataConfig(
             prompts=tuple(str(QUICKSTART / "prompts" / f"{name}.train.jsonl") for name in DOMAINS),

@@ -30,6 +30,10 @@ class Backbone(nnx.Module):
         self.layers = Layer(arch, stack=(config.num_layers,), scale=scale, rngs=rngs)
         self.norm = ones((), d)
 
+    def lay_out(self, dtype: Any) -> None:
+        """See `target.layers.decode_layout`."""
+        self.fc[...] = self.fc[...].astype(dtype)
+
     def context(self, features: jax.Array) -> jax.Array:
         """Target features [B, S, M*D] -> context states [B, S, D]."""
         return rms_norm(dense(features, self.fc[...]), self.hidden_norm[...], self.arch.rms_norm_eps)
@@ -70,8 +74,7 @@ class Backbone(nnx.Module):
             return rows.reshape(b, a, g, *rows.shape[2:])
 
         def attention(projections: Attention, normed: jax.Array) -> jax.Array:
-            query = projections.queries(normed, positions)
-            key, value = projections.keys_values(normed, positions)
+            query, key, value = projections.all(normed, positions)
             out = block_attention(
                 split(query), *context, split(key), split(value), anchors, keep, scale=self.arch.head_dim**-0.5
             )

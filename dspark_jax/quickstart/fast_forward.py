@@ -8,46 +8,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.layout import Layout, with_layout_constraint
 
+from dspark_jax.ops.product import bfloat16_product, transposed
 from dspark_jax.target.layers import rms_norm, rope
 from dspark_jax.target.qwen3 import Qwen3
 
 _MASKED = -1e30
 _CHUNK = 128  # query rows per attention product; later keys are not computed at all
-
-
-def transposed(x: jax.Array) -> jax.Array:
-    """The last two axes swapped in memory, not only in name.
-
-    A transpose that XLA folds into a product takes the product off the matrix units, which costs four times as much.
-    """
-    return with_layout_constraint(x.swapaxes(-1, -2), Layout(major_to_minor=tuple(range(x.ndim))))
-
-
-def dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    """a [..., T, D] @ b [..., D, F] from bfloat16 operands, summed and returned in float32; not differentiable fast."""
-    return jnp.matmul(a.astype(jnp.bfloat16), b.astype(jnp.bfloat16), preferred_element_type=jnp.float32)
-
-
-@jax.custom_vjp
-def product(a: jax.Array, b: jax.Array) -> jax.Array:
-    """`dot` with gradients that are computed the same way."""
-    return dot(a, b)
-
-
-def _product_forward(a: jax.Array, b: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
-    return dot(a, b), (a, b)
-
-
-def _product_backward(kept: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
-    a, b = kept
-    gradient = jax.lax.optimization_barrier(gradient.astype(jnp.bfloat16))  # rounded once, for both products
-    return dot(gradient, transposed(b)), dot(transposed(a), gradient)
-
-
-product.defvjp(_product_forward, _product_backward)
 
 
 def _attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
@@ -61,9 +28,9 @@ def _attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
         stop = min(start + _CHUNK, s)
         rows = query[..., start:stop, :].reshape(b, k, -1, h)
         visible = jnp.tril(jnp.ones((stop - start, stop), bool), start)
-        scores = product(rows, key[..., :stop]).reshape(b, k, n // k, stop - start, stop)
+        scores = bfloat16_product(rows, key[..., :stop]).reshape(b, k, n // k, stop - start, stop)
         weights = jax.nn.softmax(jnp.where(visible, scores, _MASKED), axis=-1).reshape(b, k, -1, stop)
-        out.append(product(weights, value[..., :stop, :]).reshape(b, k, n // k, stop - start, h))
+        out.append(bfloat16_product(weights, value[..., :stop, :]).reshape(b, k, n // k, stop - start, h))
     return jnp.concatenate(out, axis=3).reshape(b, n, s, h).transpose(0, 2, 1, 3)
 
 
@@ -81,13 +48,15 @@ def last_hidden(model: Qwen3, tokens: jax.Array) -> jax.Array:
         at, mlp = layer.attention, layer.mlp
         normed = rms_norm(x, layer.attention_norm[...], arch.rms_norm_eps)
         query, key, value = (
-            product(normed, w[...].reshape(d, heads * h)).reshape(b, s, heads, h)
+            bfloat16_product(normed, w[...].reshape(d, heads * h)).reshape(b, s, heads, h)
             for w, heads in ((at.query, n), (at.key, k), (at.value, k))
         )
         query = rope(rms_norm(query, at.query_norm[...], arch.rms_norm_eps), positions, arch.rope_theta)
         key = rope(rms_norm(key, at.key_norm[...], arch.rms_norm_eps), positions, arch.rope_theta)
         heads = _attend(query, key, value).reshape(b * s, n * h)
-        x = x + product(heads, at.out[...].reshape(n * h, d))
+        x = x + bfloat16_product(heads, at.out[...].reshape(n * h, d))
         normed = rms_norm(x, layer.mlp_norm[...], arch.rms_norm_eps)
-        x = x + product(jax.nn.silu(product(normed, mlp.gate[...])) * product(normed, mlp.up[...]), mlp.down[...])
+        x = x + bfloat16_product(
+            jax.nn.silu(bfloat16_product(normed, mlp.gate[...])) * bfloat16_product(normed, mlp.up[...]), mlp.down[...]
+        )
     return rms_norm(x, model.norm[...], arch.rms_norm_eps).reshape(b, s, d)

@@ -18,7 +18,8 @@ from flax import nnx
 from tqdm import tqdm
 
 from dspark_jax.config import TargetArchitecture
-from dspark_jax.quickstart.fast_forward import dot, last_hidden, product, transposed
+from dspark_jax.ops.product import bfloat16_product, dot, transposed
+from dspark_jax.quickstart.fast_forward import last_hidden
 from dspark_jax.quickstart.packing import Rows
 from dspark_jax.quickstart.tokenizer import VOCAB_SIZE
 from dspark_jax.target.qwen3 import Qwen3
@@ -127,7 +128,9 @@ def optimizer() -> optax.GradientTransformation:
 def token_losses(model: Qwen3, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(cross-entropy, log-partition), both [B, S-1], of predicting tokens[:, 1:]."""
     hidden = last_hidden(model, tokens).reshape(tokens.size, -1)
-    logits = product(hidden, transposed(model.embedding[...])).reshape(*tokens.shape, -1)[:, :-1]  # [B, S-1, V]
+    logits = bfloat16_product(hidden, transposed(model.embedding[...])).reshape(*tokens.shape, -1)[
+        :, :-1
+    ]  # [B, S-1, V]
     partition = jax.nn.logsumexp(logits, axis=-1)
     picked = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
     return partition - picked, partition

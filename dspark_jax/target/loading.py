@@ -175,6 +175,7 @@ def load_target(config: TargetConfig, mesh: Mesh) -> Qwen3:
                 f"{directory}: tensor {name} is unknown to {arch.model_type}; use a plain Qwen3 checkpoint"
             )
     fill_module(target, tensors, WEIGHTS, str(directory), mesh, dtype)
+    target.narrow = all(tensor.dtype == ml_dtypes.bfloat16 for tensor in tensors.values())
     return target
 
 

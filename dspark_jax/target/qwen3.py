@@ -10,7 +10,8 @@ import numpy as np
 from flax import nnx
 
 from dspark_jax.config import TargetArchitecture
-from dspark_jax.sharding import constrain, gather
+from dspark_jax.ops.product import product
+from dspark_jax.sharding import Param, constrain, gather
 from dspark_jax.target.layers import KVCache, Layer, attend_in_chunks, layer_at, normal, ones, rms_norm, run_layers
 
 
@@ -101,6 +102,7 @@ class Qwen3(nnx.Module):
         """Random float32 parameters; `dtype` is the compute type."""
         self.arch = arch
         self.dtype = dtype
+        self.narrow = False  # whether every parameter is a bfloat16 number, as in most checkpoints
         self.embedding = normal(rngs, (), (arch.vocab_size, arch.hidden_size), ("vocab", "embed"), scale)
         self.layers = Layer(arch, stack=(arch.num_hidden_layers,), scale=scale, rngs=rngs)
         self.norm = ones((), arch.hidden_size)
@@ -118,8 +120,15 @@ class Qwen3(nnx.Module):
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """hidden [..., D] -> float32 logits [..., V], padded vocabulary rows included."""
+        if getattr(self, "columns", None) is not None:
+            logits = product(hidden.reshape(-1, hidden.shape[-1]), self.columns[...], jnp.float32)
+            return logits.reshape(*hidden.shape[:-1], -1)
         head = self.head.astype(hidden.dtype)
         return jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
+
+    def lay_out(self, dtype: Any) -> None:
+        """See `layers.decode_layout`."""
+        self.columns = Param(self.head.T.astype(dtype), axes=(None,) * 2)
 
     def init_cache(self, batch: int, length: int) -> KVCache:
         """An empty cache for `length` positions of `batch` requests."""
@@ -159,8 +168,7 @@ class Qwen3(nnx.Module):
 
             def attention(projections: Any, normed: jax.Array) -> jax.Array:
                 nonlocal written
-                query = projections.queries(normed, positions)
-                key, value = projections.keys_values(normed, positions)
+                query, key, value = projections.all(normed, positions)
                 if cache is not None:
                     written = cache.write(index, key, value, positions[:, 0])
                     key, value = written.layer(index)

@@ -3,7 +3,7 @@
     python tests/benchmarks/decode.py --json decode.json
 
 The problem is part B of the reference figures: a Qwen3 of 6 layers x 256 (5.8 M parameters), a drafter of 2 layers and
-block 7, random weights, float32, batch 1, a prompt of 64 tokens and 256 new ones. An untrained drafter is accepted
+block 7, random weights, batch 1, a prompt of 64 tokens and 256 new ones. An untrained drafter is accepted
 almost never under greedy decoding: what is measured there is the cost of a round, not the gain from drafting. Machines
 drift, so the methods take turns and every figure is the best of its runs; only ratios within one table mean anything.
 """
@@ -18,12 +18,14 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from dspark_jax.config import DrafterConfig, TargetArchitecture
 from dspark_jax.drafter import make_drafter
 from dspark_jax.engine import generate
+from dspark_jax.target.loading import compute_dtype
 from dspark_jax.target.qwen3 import Qwen3
 
 ARCHITECTURE = TargetArchitecture("qwen3", 4096, 256, 6, 4, 2, 64, 768, 1e-6, 1e6, True, 2048)
@@ -97,12 +99,15 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=256, help="new tokens (default 256)")
     parser.add_argument("--repeats", type=int, default=5, help="measured runs of each method (default 5)")
     parser.add_argument("--batch", type=int, default=1, help="requests at a time in our engine (default 1)")
+    parser.add_argument("--drafter-dtype", default="bfloat16", help="compute type of the drafter (default bfloat16)")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="PyTorch's threads")
     parser.add_argument("--json", metavar="FILE", help="also write the figures there")
     arguments = parser.parse_args()
 
-    target = Qwen3(ARCHITECTURE, rngs=nnx.Rngs(0))
-    drafter = make_drafter(ARCHITECTURE, DRAFTER, rngs=nnx.Rngs(1))
+    # Weights of checkpoints are bfloat16 numbers; the target computes in float32, for both libraries.
+    target = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(x.dtype), Qwen3(ARCHITECTURE, rngs=nnx.Rngs(0)))
+    target.narrow = True
+    drafter = make_drafter(ARCHITECTURE, DRAFTER, rngs=nnx.Rngs(1), dtype=compute_dtype(arguments.drafter_dtype))
     prompts = np.random.default_rng(0).integers(0, 4000, (arguments.batch, arguments.prompt)).tolist()
 
     def ours(drafter: Any, temperature: float) -> Callable[[], Any]:

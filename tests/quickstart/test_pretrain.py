@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from dspark_jax.config import TargetArchitecture
 from dspark_jax.quickstart import pretrain
 from dspark_jax.quickstart.corpus import DOMAINS
-from dspark_jax.quickstart.fast_forward import last_hidden, product
+from dspark_jax.quickstart.fast_forward import last_hidden
 from dspark_jax.quickstart.packing import MIXTURE, PROMPT_WEIGHT, ROW_LENGTH, rows
 from dspark_jax.quickstart.tokenizer import EOS, PAD
 from dspark_jax.target.qwen3 import Qwen3
@@ -41,15 +41,6 @@ def test_fast_forward_is_the_model():
     found = np.asarray(jax.jit(last_hidden)(model, tokens))
     # Operands carry 8 bits; about ten products in a row, each a sum of independently rounded terms.
     assert np.sqrt(np.mean((found - expected) ** 2)) < 10 * 2**-8 * np.sqrt(np.mean(expected**2))
-
-
-def test_product_gradients():
-    a, b = jax.random.normal(jax.random.key(0), (5, 7, 16)), jax.random.normal(jax.random.key(1), (5, 16, 3))
-    cotangent = jax.random.normal(jax.random.key(2), (5, 7, 3))
-    _, pull = jax.vjp(product, a, b)
-    _, pull_exact = jax.vjp(jnp.matmul, a, b)
-    for found, exact in zip(pull(cotangent), pull_exact(cotangent), strict=True):
-        np.testing.assert_allclose(found, exact, atol=16 * 2**-8, rtol=0)
 
 
 @pytest.mark.parametrize("shape", [(2, 24, 24), (3, 16, 48), (3, 48, 16)])

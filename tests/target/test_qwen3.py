@@ -7,7 +7,7 @@ import pytest
 
 from dspark_jax.config import MeshConfig, TargetArchitecture, TargetConfig
 from dspark_jax.sharding import make_mesh
-from dspark_jax.target.layers import attend, attend_in_chunks
+from dspark_jax.target.layers import attend, attend_in_chunks, decode_layout
 from dspark_jax.target.loading import load_target
 
 torch = pytest.importorskip("torch")
@@ -36,6 +36,12 @@ def write_model(directory, shards: int = 1, **fields):
     size = sum(p.numel() for p in model.parameters()) * 4
     model.save_pretrained(directory, max_shard_size=-(-size // shards) if shards > 1 else "1GB")
     return model
+
+
+def test_checkpoints_in_bfloat16_are_known_to_be(tmp_path):
+    for dtype, narrow in ((torch.float32, False), (torch.bfloat16, True)):
+        write_model(tmp_path / str(narrow), **SHAPES["tied"]).to(dtype).save_pretrained(tmp_path / str(narrow))
+        assert load(tmp_path / str(narrow), make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])).narrow is narrow
 
 
 def load(directory, mesh):
@@ -73,6 +79,25 @@ def test_forward_equals_transformers(pair):
         assert_close(out.features, features)
         assert_close(out.last_hidden, last_hidden)
         assert_close(target.unembed(out.last_hidden), logits)
+
+
+def test_decode_layout_changes_no_result(pair):
+    _, target = pair
+    # Rounded to bfloat16, the weights are the same in either type.
+    target = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(x.dtype), target)
+    tokens = jax.random.randint(jax.random.key(3), (2, 9), 0, 199)
+    positions = jnp.broadcast_to(jnp.arange(9), tokens.shape)
+
+    def run(model, unroll):
+        out = model.forward(tokens, positions, model.init_cache(2, 12), taps=TAPS, unroll=unroll)
+        return out.features, model.unembed(out.last_hidden), out.cache
+
+    expected = jax.jit(lambda model: run(model, False))(target)
+    for dtype in (jnp.float32, jnp.bfloat16):
+        found = jax.jit(lambda model, dtype=dtype: run(decode_layout(model, dtype), True))(target)
+        assert jax.tree.structure(found) == jax.tree.structure(expected)
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(a, b, atol=2e-5 * float(jnp.abs(b).max()))
 
 
 def test_cached_decoding_equals_transformers(pair):

@@ -74,10 +74,12 @@ def run(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     state = init_state(config, make_optimizer(config.optim, 1), mesh)
     with Checkpoints(workdir, config) as checkpoints:
         checkpoints.save(1, state, {})
+    costs = folder / "costs.json"  # room for two users
+    costs.write_text(json.dumps({"sample_batch_tokens": [1, 4], "sample_steps_per_sec": [9, 5], "max_batch_tokens": 8}))
     with pytest.MonkeyPatch.context() as patch:
         printed: list[str] = []
-        patch.setattr("builtins.print", lambda *text, **_: printed.append(" ".join(map(str, text))))
-        metrics = evaluate(config, workdir, mesh=mesh)
+        patch.setattr("builtins.print", lambda *text, sep=" ", **_: printed.append(sep.join(map(str, text))))
+        metrics = evaluate(config, workdir, mesh=mesh, cost_table=str(costs))
     return Run(config, workdir, mesh, metrics, "\n".join(printed))
 
 
@@ -116,13 +118,44 @@ def test_unusable_prompts_are_set_aside_and_counted(run: Run):
     assert sorted(line["line"] for line in lines) == [6, 7]
 
 
-def test_figures_are_written(run: Run):
-    for name in ("conditional_acceptance", "survival", "reliability"):
+def test_figures_are_written_with_their_numbers(run: Run):
+    names = {"conditional_acceptance", "survival", "threshold", "reliability", "throughput", "budget"}
+    names |= {"reliability_sts", "reliability_bias_sts"}
+    written = {path.stem for path in (run.workdir / "eval").glob("*.png")}
+    assert written == names
+    for name in names:
         assert (run.workdir / f"eval/{name}.png").stat().st_size > 5000
+    sweep = json.loads((run.workdir / "eval/threshold.json").read_text())
+    assert sweep["math"]["tau"][0] == pytest.approx(run.metrics["prompt_sets"]["math"]["tau"])
+
+
+def test_load_is_replayed_on_the_given_table(run: Run):
+    load = json.loads((run.workdir / "eval/load.json").read_text())
+    assert load["cost_table"] == "costs.json"
+    plain = load["curves"]["plain"]
+    assert plain["concurrency"] == [1, 2] and plain["tokens_per_second"] == pytest.approx([9, 18])
+    full = load["curves"]["fixed 3"]
+    assert full["budget"] == [4, 4]
+    assert full["tokens_per_second"][1] == pytest.approx(2 * 5 * full["accepted_length"][1])
+
+
+def test_calibration_halves_cover_all_rounds(run: Run):
+    data = json.loads((run.workdir / "eval/calibration.json").read_text())
+    assert data["fitted_rounds"] + data["scored_rounds"] == run.metrics["rounds"]
+    assert list(data["predictors"]) == ["head", "head+STS", "head+bias+STS", "online"]
+    assert len(data["temperatures"]) == BLOCK
+
+
+def test_report_shows_the_run(run: Run):
+    page = (run.workdir / "eval/report.html").read_text()
+    assert f"{run.metrics['prompt_sets']['math']['tau']:.3f}" in page
+    assert page.count("<img") == 8 and "costs.json" in page
 
 
 def test_table(run: Run):
-    assert run.printed.endswith(table(run.metrics))
+    assert table(run.metrics) in run.printed
+    assert "tiny, temperature 1: fitted on" in run.printed
+    assert "load, replayed on costs.json" in run.printed
     for temperature in ("1.0", "0.0"):
         assert f"tiny: temperature {temperature}, up to {BUDGET} new tokens" in run.printed
     assert f"{run.metrics['prompt_sets']['math']['tau']:.3f}" in run.printed
@@ -171,10 +204,10 @@ def test_first_difference():
     assert first_difference(a[:0], a[:0]) is None
 
 
-def refused(config: Config, workdir: Path, **fields: Any) -> str:
+def refused(config: Config, workdir: Path, cost_table: str | None = None, **fields: Any) -> str:
     config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, **fields))
     with pytest.raises(InputError) as error:
-        evaluate(config, workdir, mesh=make_mesh(ONE_DEVICE, jax.devices()[:1]))
+        evaluate(config, workdir, mesh=make_mesh(ONE_DEVICE, jax.devices()[:1]), cost_table=cost_table)
     return str(error.value)
 
 
@@ -185,6 +218,7 @@ def test_bad_input_is_one_line(run: Run, tmp_path: Path):
     twice = (config.eval.prompts[0], str(tmp_path / "math.jsonl"))
     assert "two files named math" in refused(config, run.workdir, prompts=twice)
     assert "missing.jsonl: cannot be read" in refused(config, run.workdir, prompts=(str(tmp_path / "missing.jsonl"),))
+    assert "nothing.json: cannot be read" in refused(config, tmp_path, cost_table=str(tmp_path / "nothing.json"))
     assert "no checkpoint here" in refused(config, tmp_path)
     assert not (tmp_path / "eval").exists()
     long = tmp_path / "long.jsonl"

@@ -1,7 +1,11 @@
 """From decoded answers to the numbers of `eval/metrics.json` and the table that is printed."""
 
 import dataclasses
+import json
+import math
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,8 +21,14 @@ from dspark_jax.evaluation.acceptance import (
     ratio,
     resample_weights,
 )
-from dspark_jax.evaluation.calibration import PositionCalibration, calibrate, weighted_mean
+from dspark_jax.evaluation.calibration import (
+    PositionCalibration,
+    score_survival,
+    survival_probabilities,
+    weighted_mean,
+)
 from dspark_jax.evaluation.decoding import Difference, Requests, Speed
+from dspark_jax.evaluation.traces import Traces
 
 MOST_DIFFERENCES = 20
 """Differences between greedy answers that are listed; all of them are counted."""
@@ -35,6 +45,7 @@ class Measured:
       result: the answers to `requests`.
       counts: round statistics per conversation.
       speed: at batch 1, or None if it was not measured.
+      traces: the rounds of `result`, or None if they were not traced.
     """
 
     temperature: float
@@ -43,6 +54,7 @@ class Measured:
     result: DecodeResult
     counts: Counts
     speed: Speed | None
+    traces: Traces | None
 
     def members(self) -> dict[str, np.ndarray]:
         """Indices of the conversations of each prompt set."""
@@ -58,11 +70,11 @@ class Measured:
         return sets
 
     def calibration(self) -> list[PositionCalibration] | None:
-        """Scores of the confidence head over all rounds, or None where confidences were not traced."""
-        if self.result.confidence is None:
+        """Scores of the confidence head as it is over all rounds, or None where confidences were not traced."""
+        traces = self.traces
+        if traces is None or traces.confidence is None:
             return None
-        rows = (self.result.confidence, self.result.accepted_lengths, self.result.proposal_lengths)
-        return calibrate(*(np.concatenate(parts) for parts in rows))
+        return score_survival(survival_probabilities(traces.confidence), traces.accepted, traces.usable)
 
 
 def metrics_at(measured: Measured, resamples: int, seed: int) -> dict[str, Any]:
@@ -219,3 +231,23 @@ def _number(value: float | None, form: str, width: int) -> str:
 def _interval(bounds: Sequence[float | None]) -> str:
     low, high = (_number(bound, ".3f", 5) for bound in bounds)
     return f"{low} .. {high}"
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
+    """Writes a JSON file that is there whole or not at all; returns what it holds: NaN is null, tuples are lists."""
+    text = json.dumps(_plain(content), indent=1, allow_nan=False) + "\n"
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, "utf-8")
+    os.replace(temporary, path)
+    return json.loads(text)
+
+
+def _plain(value: Any) -> Any:
+    """The value in types that JSON has."""
+    if isinstance(value, Mapping):
+        return {name: _plain(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple | np.ndarray):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, float | np.floating):
+        return float(value) if math.isfinite(value) else None
+    return int(value) if isinstance(value, np.integer) else value

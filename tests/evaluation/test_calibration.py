@@ -5,9 +5,16 @@ import numpy as np
 import pytest
 
 from dspark_jax.evaluation.calibration import (
+    GRID,
     PositionCalibration,
     calibrate,
+    chance_error,
+    expected_calibration_error,
+    fit_bias,
+    fit_temperatures,
     score,
+    score_conditional,
+    score_survival,
     survival_probabilities,
     weighted_mean,
 )
@@ -94,3 +101,102 @@ def test_extreme_logits_and_empty_positions():
     assert np.isnan(first.auc)  # nothing was rejected
     assert isinstance(second, PositionCalibration) and second.weight == 0 and np.isnan(second.ece)
     assert np.isnan(weighted_mean([second], "ece"))
+
+
+def simulated(rounds: int, rng: np.random.Generator, scale: np.ndarray, bias: float = 0.0) -> tuple[np.ndarray, ...]:
+    """Logits, accepted drafts and usable positions; draft k survives with probability sigmoid(logit / scale + bias)."""
+    size = len(scale)
+    logits = rng.normal(1.0, 2.0, (rounds, size))
+    survives = rng.random((rounds, size)) < 1 / (1 + np.exp(-(logits / scale + bias)))
+    usable = np.where(rng.random(rounds) < 0.2, rng.integers(1, size + 1, rounds), size)
+    return logits, np.minimum(survives.cumprod(axis=1).sum(axis=1), usable), usable
+
+
+def ece_loop(predicted: list[float], observed: list[bool], bins: int) -> float:
+    total = 0.0
+    for b in range(bins):
+        inside = [i for i, p in enumerate(predicted) if b / bins <= p < (b + 1) / bins]
+        if inside:
+            mean = sum(predicted[i] for i in inside) / len(inside)
+            share = sum(observed[i] for i in inside) / len(inside)
+            total += len(inside) / len(predicted) * abs(mean - share)
+    return total
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_temperatures_equal_a_loop(exact: bool):
+    """The paper's definition, spelled out: position after position, temperature after temperature, bin after bin."""
+    logits, accepted, usable = simulated(300, np.random.default_rng(2), np.array([1.0, 2.5, 0.5]))
+    found = fit_temperatures(logits, accepted, usable, bins=5, exact=exact)
+    chosen: list[float] = []
+    for k in range(3):
+        errors = {}
+        rows = [r for r in range(300) if usable[r] >= k + 1]
+        for t in 10 ** np.linspace(-1, 1, 41):
+            scales = [*chosen, t]
+            p = [float(np.prod([1 / (1 + np.exp(-logits[r, i] / scales[i])) for i in range(k + 1)])) for r in rows]
+            errors[t] = ece_loop(p, [bool(accepted[r] >= k + 1) for r in rows], 5)
+        least = min(errors.values())
+        allowed = least if exact else 1.1 * least + 0.0005
+        # One ulp of slack: sums of 300 numbers in another order.
+        good = [t for t, error in errors.items() if error <= allowed + 1e-12]
+        chosen.append(min(good, key=lambda t: abs(np.log(t))))
+    np.testing.assert_allclose(found, chosen, rtol=1e-9)
+    assert found.min() < 1 < found.max()
+
+
+def test_temperatures_are_found_again():
+    """With many rounds and a head whose logits are too large by known factors, STS finds those factors."""
+    truth = np.array([1.0, 2.5119, 0.6310])  # grid points
+    rng = np.random.default_rng(5)
+    fit, held_out = simulated(60_000, rng, truth), simulated(60_000, rng, truth)
+    temperatures = fit_temperatures(*fit, exact=True)
+    np.testing.assert_allclose(temperatures, truth, rtol=0.3)  # two grid steps
+    logits, accepted, usable = held_out
+    before = score_survival(survival_probabilities(logits), accepted, usable)
+    after = score_survival(survival_probabilities(logits, temperatures), accepted, usable)
+    assert before[1].ece > 0.06 and before[2].ece > 0.02
+    assert all(one.ece < 0.012 for one in after)  # about 0.004 by chance alone
+
+
+def test_a_position_without_rounds_keeps_its_temperature():
+    logits, accepted, usable = simulated(100, np.random.default_rng(0), np.array([3.0, 1.0]))
+    found = fit_temperatures(logits, np.minimum(accepted, 1), np.minimum(usable, 1), exact=True)
+    assert found[0] != 1.0 and found[1] == 1.0
+    assert fit_temperatures(np.zeros((0, 2)), np.zeros(0), np.zeros(0)).tolist() == [1.0, 1.0]
+
+
+def test_the_grid_is_that_of_the_servers_script():
+    assert len(GRID) == 41 and GRID[0] == pytest.approx(0.1) and GRID[-1] == pytest.approx(10)
+    assert GRID[20] == 1.0  # exactly: a head that needs nothing stays as it is
+
+
+def test_bias_is_found_again():
+    rng = np.random.default_rng(8)
+    logits, accepted, usable = simulated(20_000, rng, np.ones(3), bias=-0.4)
+    assert fit_bias(logits, accepted, usable) == pytest.approx(-0.4, abs=0.1)
+    assert fit_bias(*simulated(20_000, rng, np.ones(3))) == pytest.approx(0.0, abs=0.1)
+    assert fit_bias(np.zeros((0, 2)), np.zeros(0), np.zeros(0)) == 0.0
+
+
+def test_conditional_scores_against_a_loop():
+    logits, accepted, usable = simulated(400, np.random.default_rng(4), np.array([1.0, 2.0, 1.0]))
+    survival = survival_probabilities(logits)
+    for k, one in enumerate(score_conditional(survival, accepted, usable, bins=10)):
+        rows = [r for r in range(400) if usable[r] >= k + 1 and accepted[r] >= k]
+        p = [float(1 / (1 + np.exp(-logits[r, k]))) for r in rows]
+        t = [bool(accepted[r] >= k + 1) for r in rows]
+        assert one.weight == len(rows) > 50
+        assert one.ece == pytest.approx(ece_loop(p, t, 10), abs=1e-9)
+        assert one.brier == pytest.approx(np.mean(np.square(np.subtract(p, t))), abs=1e-9)
+        assert one.observed == pytest.approx(np.mean(t))
+
+
+def test_chance_error_is_what_exact_predictions_show():
+    """The mean ECE of predictions whose events are drawn from themselves, over many fresh draws."""
+    rng = np.random.default_rng(3)
+    predicted = rng.random(500) * 0.5
+    draws = [expected_calibration_error(predicted, rng.random(500) < predicted, 15) for _ in range(2000)]
+    found = chance_error(predicted, 15, np.random.default_rng(1), draws=500)
+    assert found == pytest.approx(np.mean(draws), abs=5 * np.std(draws) / np.sqrt(500))
+    assert found > 0.02

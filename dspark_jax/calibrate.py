@@ -1,0 +1,197 @@
+"""Fits the temperatures that make the drafter's confidences true (sequential temperature scaling, STS).
+
+    python -m dspark_jax.calibrate --config configs/quickstart.py --workdir runs/quickstart_dspark
+
+decodes held-out prompts with the newest checkpoint of the working directory, all drafts verified, at every sampling
+temperature; fits one temperature per block position on half of the prompts; and prints how well raw and calibrated
+confidences hold on the other half, by position: calibration error (ECE), AUC and Brier score. Beside them stand a
+shared bias that may be added to the head before, and the running estimate that needs no head.
+
+Writes `calibration.json` in the layout that SGLang reads (`--speculative-dspark-confidence-sts-path`) for sampling
+temperature 1, or the first one, and `calibration_t0.7.json` and so on for others; everything that was measured goes to
+`eval/calibration*.json`, and the reliability before and after to `eval/reliability*.png`. A calibration holds for the
+sampling temperature that it was fitted at.
+"""
+
+import contextlib
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags
+from jax.sharding import Mesh
+
+from dspark_jax import command
+from dspark_jax.config import Config, InputError
+from dspark_jax.data.samples import Tally, describe
+from dspark_jax.evaluation.decoding import Engine, answer
+from dspark_jax.evaluation.plots import reliability_plots
+from dspark_jax.evaluation.predictors import (
+    CALIBRATED,
+    HEAD,
+    Calibration,
+    calibration_data,
+    calibration_table,
+    compare_predictors,
+)
+from dspark_jax.evaluation.setup import ask, check_prompt_files, open_engine
+from dspark_jax.evaluation.summary import write_json
+from dspark_jax.evaluation.traces import Traces, record
+from dspark_jax.progress import Progress, log
+from dspark_jax.sharding import make_mesh
+
+PREFERRED = 1.0
+"""The sampling temperature whose calibration gets the plain file name."""
+
+
+def calibrate(
+    config: Config,
+    workdir: Path,
+    *,
+    mesh: Mesh | None = None,
+    target: Any = None,
+    drafter: Any = None,
+    tokenizer: Any = None,
+    temperatures: Sequence[str | float] = (),
+    fit_on: str = "heldout",
+) -> dict[float, dict[str, Any]]:
+    """Calibrates the newest checkpoint of `workdir`, or models that are loaded already.
+
+    Args:
+      config: resolved; `target`, `eval`, and of `data` the system prompt and the prompt limit are used.
+      workdir: of the training run.
+      mesh: of the models; that of the config if None.
+      target: the target, or None to load it.
+      drafter: the drafter, or None to load it.
+      tokenizer: the target's, or None to load it.
+      temperatures: sampling temperatures; none: those of `config.eval`.
+      fit_on: `heldout` fits on half of the held-out prompts and scores on the other half; `train` fits on training
+        prompts, as many per file as `eval.limit` says, and scores on all held-out prompts.
+
+    Returns:
+      Sampling temperature -> content of its calibration file.
+
+    Raises:
+      InputError: there is no checkpoint for this target, no confidence head, or prompts cannot be used.
+    """
+    sampled = _temperatures(temperatures or config.eval.temperatures)
+    check_prompt_files(config.eval.prompts, "eval.prompts")
+    if fit_on == "train":
+        check_prompt_files(config.data.prompts, "data.prompts")
+    mesh = make_mesh(config.mesh) if mesh is None else mesh
+    engine = open_engine(config, workdir, mesh, target=target, drafter=drafter, tokenizer=tokenizer)
+    if getattr(engine.drafter, "confidence", None) is None:
+        raise InputError(
+            f"{workdir}: its drafter (kind {config.drafter.kind!r}) has no confidence head to calibrate; "
+            "train one with drafter.confidence_head=True"
+        )
+    primary = jax.process_index() == 0
+    folder = Path(workdir) / "eval"
+    folder.mkdir(parents=True, exist_ok=True)
+    rejected = folder / "rejected.jsonl"
+    with contextlib.closing(Tally(rejected if primary else Path(os.devnull))) as tally, jax.set_mesh(mesh):
+        traces = decode(config, engine, tally, sampled, fit_on)
+    written = {}
+    if primary:
+        if tally.rejected:
+            log(f"calibrate: set aside in {rejected}: {describe(tally.rejected)}")
+        else:
+            rejected.unlink()
+        for number, (temperature, (fit, scored)) in enumerate(zip(sampled, traces, strict=True)):
+            calibration = compare_predictors(fit, scored, seed=config.eval.seed)
+            if number:
+                print()
+            suffix = "" if temperature == _main(sampled) else f"_t{temperature:g}"
+            names = ", ".join(fit.set_names)
+            written[temperature] = write_json(Path(workdir) / f"calibration{suffix}.json", sglang(calibration, names))
+            data = write_json(folder / f"calibration{suffix}.json", calibration_data(calibration))
+            title = f"{config.name}, temperature {temperature:g}"
+            for plot in reliability_plots(calibration, title, suffix):
+                plot.write(folder)
+            print(calibration_table(data, title), flush=True)
+    return written
+
+
+def decode(
+    config: Config, engine: Engine, tally: Tally, temperatures: Sequence[float], fit_on: str
+) -> list[tuple[Traces, Traces]]:
+    """Rounds to fit on and rounds of other prompts to score, for every sampling temperature.
+
+    Raises:
+      InputError: one of the two is empty.
+    """
+    settings = config.eval
+    groups = [ask(config, engine, tally, settings.prompts, settings.limit)]
+    if fit_on == "train":
+        limit = min((n for n in (settings.limit, config.data.limit) if n), default=0)
+        groups.append(ask(config, engine, tally, config.data.prompts, limit))
+    total = sum(len(one.questions) for asked, _ in groups for one in asked) * len(temperatures)
+    pairs = []
+    with Progress("calibrate", total, unit="answer") as progress:
+        for temperature in temperatures:
+            parts = []
+            for asked, first in groups:
+                requests, result = answer(engine, asked, first, temperature, trace=True, advance=progress.advance)
+                names = [one.prompt.prompt_set for one in asked]
+                parts.append(record(result, requests.owners, names, engine.stop_tokens))
+            pairs.append((parts[1], parts[0]) if fit_on == "train" else parts[0].halves())
+        progress.update(total)
+    for fit, scored in pairs:
+        if not len(fit.accepted) or not len(scored.accepted):
+            raise InputError(
+                f"{len(groups[0][0])} prompts gave {len(fit.accepted)} rounds to fit on and {len(scored.accepted)} to "
+                "score; name more prompts in eval.prompts or raise eval.limit"
+            )
+    return pairs
+
+
+def sglang(calibration: Calibration, dataset: str) -> dict[str, Any]:
+    """A calibration in the layout of SGLang's STS file."""
+    return {
+        "temperatures": calibration.temperatures,
+        "dataset": dataset,
+        "num_samples": calibration.fitted_rounds,
+        "ece_before": [one.ece for one in calibration.predictors[HEAD].prefix],
+        "ece_after": [one.ece for one in calibration.predictors[CALIBRATED].prefix],
+    }
+
+
+def _main(temperatures: Sequence[float]) -> float:
+    return PREFERRED if PREFERRED in temperatures else temperatures[0]
+
+
+def _temperatures(given: Sequence[str | float]) -> list[float]:
+    """Sampling temperatures as numbers, each once."""
+    found: dict[float, None] = {}
+    for one in given:
+        try:
+            value = float(one)
+        except ValueError:
+            raise InputError(f"--temperatures has {one!r}; give numbers, e.g. --temperatures=1.0,0.7,0.0") from None
+        if not (math.isfinite(value) and value >= 0):
+            raise InputError(f"--temperatures has {one}; temperatures are 0 or above")
+        found[value] = None
+    if not found:
+        raise InputError("eval.temperatures is empty; give at least one, e.g. --temperatures=1.0")
+    return list(found)
+
+
+def _define(values: flags.FlagValues) -> None:
+    flags.DEFINE_list(
+        "temperatures", [], "Sampling temperatures, e.g. 1.0,0.7,0.0. Default: eval.temperatures.", flag_values=values
+    )
+    flags.DEFINE_enum(
+        "fit_on",
+        "heldout",
+        ["heldout", "train"],
+        "Fit on half of the held-out prompts and score on the other half, or fit on training prompts and score on all "
+        "held-out ones.",
+        flag_values=values,
+    )
+
+
+if __name__ == "__main__":
+    command.run(calibrate, define=_define)

@@ -1,0 +1,93 @@
+"""What `evaluate` and `calibrate` begin with: the newest checkpoint as an engine, and prompts that can be asked."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from dspark_jax.config import Config, InputError
+from dspark_jax.data.chat import load_tokenizer, stop_tokens
+from dspark_jax.data.prompts import read_prompts
+from dspark_jax.data.regenerate import Conversation, Rejected, conversations
+from dspark_jax.data.samples import Tally, describe
+from dspark_jax.evaluation.decoding import Engine, Requests, first_requests
+from dspark_jax.target.loading import load_target
+from dspark_jax.training.checkpoint import load_drafter
+
+
+def open_engine(
+    config: Config, workdir: Path, mesh: Mesh, *, target: Any = None, drafter: Any = None, tokenizer: Any = None
+) -> Engine:
+    """The newest checkpoint of `workdir` with its target, or models that are loaded already.
+
+    Args:
+      config: resolved; `target` and `eval` are used.
+      workdir: of the training run.
+      mesh: where the models live.
+      target: the target, or None to load it.
+      drafter: the drafter, or None to load it.
+      tokenizer: the target's, or None to load it.
+
+    Raises:
+      InputError: there is no checkpoint for this target, or target or tokenizer cannot be used.
+    """
+    if drafter is None:
+        drafter = load_drafter(workdir, mesh, config.target)[1]
+    target = load_target(config.target, mesh) if target is None else target
+    tokenizer = load_tokenizer(config.target.path) if tokenizer is None else tokenizer
+    return Engine(
+        target=target,
+        drafter=drafter,
+        tokenizer=tokenizer,
+        stop_tokens=stop_tokens(config.target.path, tokenizer),
+        max_new_tokens=config.eval.max_new_tokens,
+        batch_size=config.eval.batch_size,
+        seed=config.eval.seed,
+    )
+
+
+def ask(
+    config: Config, engine: Engine, tally: Tally, files: Sequence[str], limit: int
+) -> tuple[list[Conversation], Requests]:
+    """Reads prompt files; returns the prompts that can be asked, and their first questions.
+
+    Args:
+      config: `data` has the system prompt and the longest prompt.
+      engine: its tokenizer and positions decide what can be asked.
+      tally: counts those that cannot.
+      files: JSONL files of prompts.
+      limit: prompts per file; 0 = all.
+
+    Raises:
+      InputError: a file cannot be read, or none of its prompts can be asked.
+    """
+    prompts = read_prompts(files, limit, tally.malformed)
+
+    def reject(conversation: Conversation, error: Rejected) -> None:
+        tally.reject(conversation.sample_id, conversation.prompt, error)
+
+    todo = conversations(prompts, 1, config.data.system_prompt)
+    asked, first = first_requests(engine, todo, config.data.max_prompt_length, reject)
+    left = {one.prompt.file for one in asked}
+    for file in files:
+        if str(file) not in left:
+            raise InputError(
+                f"{file}: none of its prompts can be asked ({describe(tally.rejected)}); "
+                f"raise data.max_prompt_length={config.data.max_prompt_length} or change the prompts"
+            )
+    return asked, first
+
+
+def check_prompt_files(files: Sequence[str], field: str) -> None:
+    """Refuses what cannot be decoded before anything is loaded.
+
+    Raises:
+      InputError: no file, or two of the same name: results are reported by it.
+    """
+    if not files:
+        raise InputError(f"{field} is empty; name at least one JSONL file of prompts")
+    names = [Path(file).stem for file in files]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"{field} has two files named {name}; results are reported by name, rename one")

@@ -51,5 +51,6 @@ def get_config(arg: str = "dspark") -> Config:
             limit=64,
             max_new_tokens=128,
             speed_prompts=4,
+            speed_threads=1,
         ),
     )

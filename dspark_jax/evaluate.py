@@ -4,7 +4,8 @@
 
 decodes the prompt sets of `config.eval` with the newest checkpoint of the working directory at every temperature of
 `config.eval.temperatures`, prints a table per temperature, and writes `eval/metrics.json`. The first temperature gives
-the headline numbers. Speed is measured at batch 1 in the same run, plain and speculative decoding taking turns.
+the headline numbers. Speed is measured at batch 1 in the same run, plain and speculative decoding taking turns (with
+`eval.speed_threads`, in a process with so many CPU threads).
 
 From the rounds at the first temperature it also draws, as PNG and as the JSON behind it: acceptance by position, the
 sweep of the confidence threshold, the reliability of the confidences before and after calibration, and, replayed on a
@@ -17,7 +18,7 @@ Prompts that cannot be used are set aside in `eval/rejected.jsonl`.
 import contextlib
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from dspark_jax import command
 from dspark_jax.config import Config, InputError
 from dspark_jax.data.samples import Tally, describe
 from dspark_jax.evaluation.acceptance import count_rounds
-from dspark_jax.evaluation.decoding import Engine, answer, compare_greedy, measure_speed
+from dspark_jax.evaluation.decoding import Engine, Requests, answer, compare_greedy
 from dspark_jax.evaluation.load import (
     CONCURRENCIES,
     CostTable,
@@ -55,6 +56,7 @@ from dspark_jax.evaluation.predictors import (
 )
 from dspark_jax.evaluation.report import report
 from dspark_jax.evaluation.setup import ask, check_prompt_files, open_engine
+from dspark_jax.evaluation.speed import Speed, measure_speed, measure_speed_apart
 from dspark_jax.evaluation.summary import Measured, greedy_metrics, metrics_at, table, write_json
 from dspark_jax.evaluation.threshold import sweep_thresholds
 from dspark_jax.evaluation.traces import record
@@ -103,7 +105,7 @@ def evaluate(
     folder.mkdir(parents=True, exist_ok=True)
     rejected = folder / "rejected.jsonl"
     with contextlib.closing(Tally(rejected if primary else Path(os.devnull))) as tally, jax.set_mesh(mesh):
-        metrics, measured = measure(config, engine, tally)
+        metrics, measured = measure(config, engine, tally, workdir)
     metrics["seconds"] = round(time.monotonic() - started, 1)
     if primary:
         if tally.rejected:
@@ -116,7 +118,7 @@ def evaluate(
     return metrics
 
 
-def measure(config: Config, engine: Engine, tally: Tally) -> tuple[dict[str, Any], list[Measured]]:
+def measure(config: Config, engine: Engine, tally: Tally, workdir: Path) -> tuple[dict[str, Any], list[Measured]]:
     """Decodes everything and computes the metrics, under `jax.set_mesh`; writes and prints nothing.
 
     Returns:
@@ -133,11 +135,11 @@ def measure(config: Config, engine: Engine, tally: Tally) -> tuple[dict[str, Any
     total = turns * runs + len(quick.items) * len(settings.temperatures)
     measured: list[Measured] = []
     with Progress("evaluate", total, unit="answer") as progress:
-        for temperature in settings.temperatures:
+        speeds = _speeds(config, engine, quick, workdir, progress.advance)
+        for temperature, speed in zip(settings.temperatures, speeds, strict=True):
             trace = not measured
             requests, result = answer(engine, asked, first, temperature, trace=trace, advance=progress.advance)
             traces = record(result, requests.owners, set_names, engine.stop_tokens) if trace else None
-            speed = measure_speed(engine, quick, temperature, progress.advance) if quick.items else None
             counts = count_rounds(result).grouped(requests.owners, len(asked))
             measured.append(Measured(temperature, asked, requests, result, counts, speed, traces))
         # Greedy decoding is compared whether or not it is among the temperatures.
@@ -159,6 +161,20 @@ def measure(config: Config, engine: Engine, tally: Tally) -> tuple[dict[str, Any
         "temperatures": {str(float(one["temperature"])): one for one in described[1:]},
     }
     return metrics, measured
+
+
+def _speeds(
+    config: Config, engine: Engine, requests: Requests, workdir: Path, advance: Callable[[int], None]
+) -> list[Speed | None]:
+    """Speed at every temperature; None for each where there are no requests to measure it on."""
+    settings = config.eval
+    if not requests.items:
+        return [None] * len(settings.temperatures)
+    if settings.speed_threads and jax.default_backend() == "cpu":
+        speeds = measure_speed_apart(config, workdir, requests, settings.temperatures, settings.speed_threads)
+        advance(len(requests.items) * len(speeds))
+        return [*speeds]
+    return [measure_speed(engine, requests, temperature, advance) for temperature in settings.temperatures]
 
 
 def write_analysis(

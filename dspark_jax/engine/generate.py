@@ -17,13 +17,14 @@ from dspark_jax.drafter.interface import Drafter
 from dspark_jax.engine.commit import commit, is_stop
 from dspark_jax.engine.draft import draft
 from dspark_jax.engine.result import DecodeResult, collect
-from dspark_jax.engine.sampling import Uniforms, request_keys, round_uniforms
-from dspark_jax.engine.schedule import schedule
+from dspark_jax.engine.sampling import Uniforms, request_keys, request_sampling, round_uniforms
+from dspark_jax.engine.schedule import Scheduler, check_scheduler, schedule
 from dspark_jax.engine.state import DecodeState, Round, RoundLog
 from dspark_jax.engine.verify import verify
+from dspark_jax.ops.product import has_matrix_units
 from dspark_jax.ops.sampling import Sampling, sample
 from dspark_jax.sharding import constrain
-from dspark_jax.target.layers import unstack
+from dspark_jax.target.layers import decode_layout
 from dspark_jax.target.qwen3 import Qwen3
 
 
@@ -51,7 +52,7 @@ def prefill(
       limits: [B] length at which a request ends; at its prompt's length it is finished before it starts.
       keys: [B] request keys, kept in the state.
       uniform: [B] draws the first token.
-      sampling: temperature of the requests.
+      sampling: temperatures and filters of the requests.
       stop_tokens: [K] ids that end a request.
       capacity: C, at least limits + G: a round that starts below the limit writes G + 1 rows.
       unroll: lay the target's layers out one by one.
@@ -94,13 +95,14 @@ def decode_round(
     sampling: Sampling,
     stop_tokens: jax.Array,
     *,
-    threshold: jax.Array | float | None = None,
+    scheduler: Scheduler | None = None,
     unroll: bool = False,
 ) -> tuple[DecodeState, Round]:
-    """One round: draft, schedule, verify, commit."""
+    """One round: draft, schedule (all drafts without a scheduler), verify, commit."""
     taps = () if drafter is None else drafter.taps
     proposal = draft(target, drafter, state, uniforms, sampling)
-    lengths = schedule(proposal, threshold)
+    lengths, history = schedule(scheduler or Scheduler.fixed(), proposal, ~state.finished, state.history)
+    state = dataclasses.replace(state, history=history)
     verdict, output = verify(target, state, proposal, lengths, uniforms, sampling, taps=taps, unroll=unroll)
     return commit(drafter, state, proposal, lengths, verdict, output, stop_tokens)
 
@@ -142,7 +144,7 @@ def decode(
     keys: jax.Array,
     sampling: Sampling,
     stop_tokens: jax.Array,
-    threshold: jax.Array | None,
+    scheduler: Scheduler,
     *,
     shape: Shape,
 ) -> tuple[DecodeState, RoundLog]:
@@ -152,7 +154,7 @@ def decode(
     prompts = constrain(prompts, "batch", None)
     uniform = round_uniforms(keys, prompt_lengths - 1, 0).next
     if shape.unroll:
-        target, drafter = unstack(target), unstack(drafter)
+        target, drafter = _lay_out(target, drafter, prompts.shape[0])
     state = prefill(
         target,
         drafter,
@@ -166,6 +168,7 @@ def decode(
         capacity=shape.capacity,
         unroll=shape.unroll,
     )
+    state = dataclasses.replace(state, history=scheduler.start(prompts.shape[0]))
     log = RoundLog.empty(shape.rounds, prompts.shape[0], block_size, trace=shape.trace, confidence=confident)
 
     def step(carry: tuple[DecodeState, RoundLog, jax.Array]) -> tuple[DecodeState, RoundLog, jax.Array]:
@@ -173,7 +176,7 @@ def decode(
         uniforms = round_uniforms(state.keys, state.positions, block_size)
         active = ~state.finished
         state, entry = decode_round(
-            target, drafter, state, uniforms, sampling, stop_tokens, threshold=threshold, unroll=shape.unroll
+            target, drafter, state, uniforms, sampling, stop_tokens, scheduler=scheduler, unroll=shape.unroll
         )
         return state, log.put(row, entry, active), row + 1
 
@@ -182,7 +185,32 @@ def decode(
 
     state, log, _ = jax.lax.while_loop(running, step, (state, log, jnp.int32(0)))
     # The caches end here; returning them would only cost their copies.
-    return dataclasses.replace(state, target_cache=None, draft_cache=None), log
+    return dataclasses.replace(state, target_cache=None, draft_cache=None, history=None), log
+
+
+@functools.partial(jax.jit, static_argnames=("batch_size",))
+def laid_out(target: Qwen3, drafter: Any, *, batch_size: int) -> tuple[Qwen3, Any]:
+    """Target and drafter with their weights as decoding `batch_size` requests wants them here; for repeated calls.
+
+    `generate` does this itself at every call, which on a CPU takes some milliseconds; elsewhere nothing is changed.
+    """
+    return _lay_out(target, drafter, batch_size) if jax.default_backend() == "cpu" else (target, drafter)
+
+
+def _lay_out(target: Qwen3, drafter: Any, batch_size: int) -> tuple[Qwen3, Any]:
+    rows = batch_size * (1 if drafter is None else drafter.block_size + 1)
+    target = decode_layout(target, _weight_type(target, rows))
+    return target, None if drafter is None else decode_layout(drafter, drafter.dtype)
+
+
+def _weight_type(target: Qwen3, rows: int) -> Any:
+    """Type in which a CPU keeps a target's matrices while it decodes `rows` tokens at a time.
+
+    Bfloat16 loses nothing where the checkpoint was bfloat16 (`ops.product.exact`) and is faster for several rows; one
+    row is fastest as a float32 product.
+    """
+    narrow = target.narrow and rows > 1 and has_matrix_units()
+    return jnp.bfloat16 if narrow or target.dtype == jnp.bfloat16 else jnp.float32
 
 
 def generate(
@@ -191,11 +219,15 @@ def generate(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    temperature: float = 0.0,
+    temperature: float | Sequence[float] = 0.0,
+    top_k: int | Sequence[int] = 0,
+    top_p: float | Sequence[float] = 1.0,
+    min_p: float | Sequence[float] = 0.0,
     stop_tokens: Sequence[int] = (),
     seed: int = 0,
     keys: jax.Array | None = None,
     confidence_threshold: float = 0.0,
+    scheduler: Scheduler | None = None,
     batch_size: int = 32,
     prompt_width: int = 0,
     trace: bool = False,
@@ -204,18 +236,27 @@ def generate(
     """Decodes prompts of any lengths; the distribution of the output is the target's, whatever the drafter.
 
     Prompts are sorted by length and decoded `batch_size` at a time; shapes are padded to a small ladder of sizes, so
-    that few executables are compiled. A request's output does not depend on how requests are grouped.
+    that few executables are compiled. How requests are grouped changes no greedy request's output, and no sampled one's
+    under a rule that looks at one request alone (`fixed`, `threshold`).
+
+    Temperature and filters are one value for all prompts or one per prompt, for drafter and target alike.
 
     Args:
       target: the language model.
       drafter: None decodes plainly, one token per round.
       prompts: token ids, at least one per prompt.
       max_new_tokens: budget of each request.
-      temperature: of drafter and target alike; below 1e-5 is greedy.
+      temperature: below 1e-5 is greedy.
+      top_k: only so many of the likeliest tokens; 0 is off.
+      top_p: only the smallest set of likeliest tokens with at least this probability; 1 is off.
+      min_p: only tokens of at least this share of the likeliest one's probability; 0 is off.
       stop_tokens: ids that end a request; the stop token is the last one of the output.
       seed: request i draws with `request_keys(seed, i)`.
       keys: [N] keys, one per prompt, instead of a seed.
       confidence_threshold: drafts from the first one whose confidence is below this are not verified; 0 verifies all.
+        Short for `Scheduler.threshold`.
+      scheduler: decides how many drafts are verified; None verifies all. What it holds per request is in the order of
+        the prompts. The batch that `early_stop` and `lagged` count tokens of is the `batch_size` requests at a time.
       batch_size: most requests at a time.
       prompt_width: pads prompts to at least so many tokens and batches to `batch_size` rows, so that several calls
         share one executable; 0 picks both from the ladder.
@@ -224,17 +265,19 @@ def generate(
 
     Raises:
       InputError: an empty prompt, a token outside the vocabulary, a budget below 1, more positions than the target
-        has, or a threshold for a drafter without a confidence head.
+        has, a setting out of range, or a scheduler for a drafter without a confidence head.
     """
     token_rows = [np.asarray(prompt, np.int32).reshape(-1) for prompt in prompts]
     if batch_size < 1:
         raise InputError(f"batch_size={batch_size} decodes nothing; use 1 or more")
-    _check(target, drafter, token_rows, max_new_tokens, temperature, confidence_threshold)
+    sampling = request_sampling(len(token_rows), temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    scheduler = _scheduler(scheduler, confidence_threshold)
+    check_scheduler(scheduler, drafter, len(token_rows))
+    _check(target, token_rows, max_new_tokens)
     if keys is None:
         keys = request_keys(seed, jnp.arange(len(token_rows)))
     block_size = 0 if drafter is None else drafter.block_size
     stops = [*stop_tokens] + [-1] * (4 - len(stop_tokens) % 4)  # padded, so that executables are shared
-    threshold = jnp.float32(confidence_threshold) if confidence_threshold > 0 else None
     order = sorted(range(len(token_rows)), key=lambda i: (len(token_rows[i]), i))
     parts = []
     for start in range(0, len(order), batch_size):
@@ -255,9 +298,9 @@ def generate(
             jnp.asarray(lengths),
             jnp.asarray(limits),
             keys[picked],
-            Sampling.constant(temperature, rows),
+            sampling.take(picked),
             jnp.asarray(stops, jnp.int32),
-            threshold,
+            scheduler.take(picked),
             shape=decode_shape(width, max_new_tokens, drafter, trace=trace),
         )
         parts.append((chosen, jax.device_get((dataclasses.replace(state, keys=None), log))))
@@ -272,24 +315,25 @@ def ladder(size: int) -> int:
     return power * 3 // 4 if power >= 4 and size <= power * 3 // 4 else power
 
 
-def _check(
-    target: Qwen3,
-    drafter: Drafter | None,
-    prompts: list[np.ndarray],
-    max_new_tokens: int,
-    temperature: float,
-    confidence_threshold: float,
-) -> None:
+def _scheduler(scheduler: Scheduler | None, confidence_threshold: float) -> Scheduler:
+    """The scheduler of a call, from either of its two arguments."""
+    if not 0 <= confidence_threshold <= 1:
+        raise InputError(f"confidence_threshold={confidence_threshold} is no probability; use a value from 0 to 1")
+    if not confidence_threshold:
+        return scheduler or Scheduler.fixed()
+    if scheduler is not None:
+        raise InputError(
+            f"confidence_threshold={confidence_threshold} and scheduler {scheduler.name!r} exclude each other; "
+            "give one of them"
+        )
+    return Scheduler.threshold(confidence_threshold)
+
+
+def _check(target: Qwen3, prompts: list[np.ndarray], max_new_tokens: int) -> None:
     """Refuses what cannot be decoded."""
     arch = target.arch
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens={max_new_tokens} leaves nothing to generate; use 1 or more")
-    if temperature < 0:
-        raise InputError(f"temperature={temperature} is negative; use 0 for greedy decoding or a positive value")
-    if not 0 <= confidence_threshold <= 1:
-        raise InputError(f"confidence_threshold={confidence_threshold} is no probability; use a value from 0 to 1")
-    if confidence_threshold > 0 and getattr(drafter, "confidence", None) is None:
-        raise InputError(f"confidence_threshold={confidence_threshold} needs a drafter with a confidence head; use 0")
     for number, prompt in enumerate(prompts):
         if not len(prompt):
             raise InputError(f"prompt {number} is empty; give at least one token")

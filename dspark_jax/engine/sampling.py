@@ -1,13 +1,25 @@
-"""Randomness of decoding: a key per request, folded with an absolute position.
+"""How requests are sampled: their settings, and a key per request that is folded with an absolute position.
 
 A request's draws depend on its key and on how far it has come, never on its neighbours in the batch, on padding or on
 how many requests are decoded together.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from dspark_jax.config import InputError
+from dspark_jax.ops.sampling import GREEDY_BELOW, Sampling
+
+_RANGES = {
+    "temperature": (lambda v: v >= 0, "use 0 for greedy decoding or a positive value"),
+    "top_k": (lambda v: (v >= 0) & (v == np.floor(v)), "use a positive integer, or 0 to keep every token"),
+    "top_p": (lambda v: (v > 0) & (v <= 1), "use a value above 0 and at most 1, which keeps every token"),
+    "min_p": (lambda v: (v >= 0) & (v <= 1), "use a value from 0, which keeps every token, to 1"),
+}
 
 
 @jax.tree_util.register_dataclass
@@ -44,3 +56,54 @@ def round_uniforms(keys: jax.Array, positions: jax.Array, block_size: int) -> Un
     folded = jax.vmap(jax.random.fold_in)(keys, positions)
     rows = jax.vmap(lambda key: jax.random.uniform(key, (2 * block_size + 1,), jnp.float32))(folded)
     return Uniforms(rows[:, :block_size], rows[:, block_size : 2 * block_size], rows[:, -1])
+
+
+def request_sampling(
+    count: int,
+    *,
+    temperature: float | Sequence[float] = 0.0,
+    top_k: int | Sequence[int] = 0,
+    top_p: float | Sequence[float] = 1.0,
+    min_p: float | Sequence[float] = 0.0,
+) -> Sampling:
+    """Settings of `count` requests; each is one value for all of them or one per request.
+
+    Args:
+      count: number of requests.
+      temperature: 0 (below 1e-5) is greedy.
+      top_k: 0 is off.
+      top_p: 1 is off.
+      min_p: 0 is off.
+
+    Raises:
+      InputError: a value outside its range, or not as many values as requests.
+    """
+    heat = _setting("temperature", temperature, count)
+    greedy = heat < GREEDY_BELOW
+
+    def used(name: str, given: float | Sequence[float], off: float) -> jax.Array | None:
+        # A greedy request takes the largest logit, which no filter removes.
+        rows = _setting(name, given, count)
+        return None if (greedy | (rows == off)).all() else jnp.asarray(rows)
+
+    filters = (used("top_k", top_k, 0), used("top_p", top_p, 1), used("min_p", min_p, 0))
+    return Sampling(jnp.asarray(heat), *filters, greedy=bool(greedy.all()))
+
+
+def _setting(name: str, given: float | Sequence[float], count: int) -> np.ndarray:
+    """A setting as an array of `count` rows, checked."""
+    holds, remedy = _RANGES[name]
+    try:
+        values = np.asarray(given, np.float64)
+    except (TypeError, ValueError):
+        raise InputError(f"{name}={given!r} is no number; {remedy}") from None
+    if values.ndim and values.shape != (count,):
+        raise InputError(f"{name} has shape {values.shape} for {count} requests; give one value, or one per request")
+    wrong = np.flatnonzero(~(holds(values) & np.isfinite(values)))
+    if len(wrong):
+        value = f"{name}={np.asarray(given).reshape(-1)[wrong[0]]}"
+        where = f" of request {wrong[0]}" if values.ndim else ""
+        raise InputError(f"{value}{where} is out of range; {remedy}")
+    limit = np.iinfo(np.int32).max
+    rows = np.broadcast_to(values, (count,))
+    return np.minimum(rows, limit).astype(np.int32) if name == "top_k" else rows.astype(np.float32)

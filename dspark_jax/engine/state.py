@@ -26,6 +26,8 @@ class DecodeState:
       keys: [B] request keys.
       target_cache: the target's key/value cache.
       draft_cache: whatever the drafter keeps, None without a drafter.
+      history: [2, B, G] float32 survivals of the last round and of the one before, where the scheduler needs them; a
+        new request in a slot starts from `Scheduler.start`.
     """
 
     tokens: jax.Array
@@ -38,6 +40,7 @@ class DecodeState:
     keys: jax.Array
     target_cache: Any
     draft_cache: Any
+    history: jax.Array | None = None
 
     @property
     def positions(self) -> jax.Array:

@@ -2,7 +2,8 @@
 
 Draft x, drawn from p, is accepted with probability min(1, q(x) / p(x)); at the first rejection the next token comes
 from the residual (q - p)+, and behind a fully accepted proposal from the target's last row. The output then has the
-target's distribution q whatever the drafter (paper section 2.1; trap 24).
+target's distribution q whatever the drafter (paper section 2.1; trap 24). Temperature, top-k, top-p and min-p are part
+of both p and q, so a filtered token is neither drafted nor accepted nor drawn (trap 30).
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 from dspark_jax.drafter.interface import Proposal
 from dspark_jax.engine.sampling import Uniforms
 from dspark_jax.engine.state import DecodeState
-from dspark_jax.ops.sampling import GREEDY_BELOW, Sampling, draw, largest, probabilities
+from dspark_jax.ops.sampling import GREEDY_BELOW, Sampling, allowed, distribution, draw, largest
 from dspark_jax.target.qwen3 import Qwen3, TargetOutput
 
 _FLOOR = 1e-8  # smallest draft probability and smallest residual mass that are divided by
@@ -34,20 +35,20 @@ class Verdict:
     next_token: jax.Array
 
 
-def token_probabilities(logits: jax.Array, tokens: jax.Array, temperature: jax.Array) -> jax.Array:
-    """`probabilities(logits, temperature)[tokens]` without the array of all probabilities.
+def token_probabilities(logits: jax.Array, tokens: jax.Array, sampling: Sampling) -> jax.Array:
+    """`distribution(logits, sampling)[tokens]` without the array of all probabilities.
 
     Args:
       logits: [B, T, V].
       tokens: [B, T].
-      temperature: [B].
+      sampling: of the B requests.
 
     Returns:
-      [B, T] float32.
+      [B, T] float32; 0 for a token that a filter removes.
     """
-    logits = logits.astype(jnp.float32)
-    greedy = (temperature < GREEDY_BELOW)[:, None]
-    scale = 1.0 / jnp.where(greedy, 1.0, temperature[:, None])
+    logits = allowed(logits, sampling)
+    greedy = (sampling.temperature < GREEDY_BELOW)[:, None]
+    scale = 1.0 / jnp.where(greedy, 1.0, sampling.temperature[:, None])
     top = jnp.max(logits, axis=-1)
     total = jnp.sum(jnp.exp((logits - top[..., None]) * scale[..., None]), axis=-1)
     chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
@@ -68,7 +69,7 @@ def residual(target: jax.Array, draft: jax.Array) -> jax.Array:
 
 
 def next_distribution(
-    target_logits: jax.Array, draft_logits: jax.Array, accepted: jax.Array, lengths: jax.Array, temperature: jax.Array
+    target_logits: jax.Array, draft_logits: jax.Array, accepted: jax.Array, lengths: jax.Array, sampling: Sampling
 ) -> jax.Array:
     """Distribution [B, V] of the token that follows the accepted drafts.
 
@@ -77,12 +78,11 @@ def next_distribution(
       draft_logits: [B, G, V].
       accepted: [B] in 0..lengths.
       lengths: [B] drafts that were verified.
-      temperature: [B].
+      sampling: of the B requests; it cuts both rows before the residual is taken.
     """
 
     def row(logits: jax.Array, index: jax.Array) -> jax.Array:
-        chosen = jnp.take_along_axis(logits, index[:, None, None], axis=1)[:, 0]
-        return probabilities(chosen, temperature)
+        return distribution(jnp.take_along_axis(logits, index[:, None, None], axis=1)[:, 0], sampling)
 
     expected = row(target_logits, accepted)
     block_size = draft_logits.shape[1]
@@ -109,14 +109,14 @@ def judge(
         best = largest(target_logits)
         agree = proposal.tokens == best[:, :block_size]
     else:
-        draft = token_probabilities(proposal.logits, proposal.tokens, sampling.temperature)
-        target = token_probabilities(target_logits[:, :block_size], proposal.tokens, sampling.temperature)
+        draft = token_probabilities(proposal.logits, proposal.tokens, sampling)
+        target = token_probabilities(target_logits[:, :block_size], proposal.tokens, sampling)
         agree = uniforms.accept < acceptance_probabilities(draft, target)
     agree &= jnp.arange(block_size) < lengths[:, None]
     accepted = jnp.sum(jnp.cumprod(agree.astype(jnp.int32), axis=1), axis=1)
     if sampling.greedy:
         return Verdict(accepted, jnp.take_along_axis(best, accepted[:, None], axis=1)[:, 0])
-    weights = next_distribution(target_logits, proposal.logits, accepted, lengths, sampling.temperature)
+    weights = next_distribution(target_logits, proposal.logits, accepted, lengths, sampling)
     return Verdict(accepted, draw(weights, uniforms.next))
 
 

@@ -4,7 +4,6 @@ Every call of the engine is padded to the same prompt width and batch size, so t
 """
 
 import dataclasses
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -190,39 +189,6 @@ def join(results: Sequence[DecodeResult]) -> DecodeResult:
         parts = [getattr(one, name) for one in results]
         joined[name] = None if parts[0] is None else [rows for part in parts for rows in part]
     return DecodeResult(**joined)
-
-
-@dataclasses.dataclass(frozen=True)
-class Speed:
-    """Decoding one request at a time, with and without the drafter; column 0 is plain, column 1 speculative.
-
-    Attributes:
-      tokens: [N, 2] new tokens.
-      seconds: [N, 2], prefill included.
-    """
-
-    tokens: np.ndarray
-    seconds: np.ndarray
-
-
-def measure_speed(engine: Engine, requests: Requests, temperature: float, advance: Advance | None = None) -> Speed:
-    """Decodes every request plainly and speculatively in turn, so that both see the same state of the machine.
-
-    Compilation happens in a first decoding of each kind that is not counted.
-    """
-    tokens, seconds = np.zeros((len(requests.items), 2)), np.zeros((len(requests.items), 2))
-    for column in (0, 1):
-        engine.decode(requests.take([0]), temperature, speculative=bool(column), batch_size=1)
-    for number in range(len(requests.items)):
-        one = requests.take([number])
-        for column in (0, 1):
-            started = time.perf_counter()
-            result = engine.decode(one, temperature, speculative=bool(column), batch_size=1)
-            seconds[number, column] = time.perf_counter() - started
-            tokens[number, column] = len(result.tokens[0])
-        if advance is not None:
-            advance(1)
-    return Speed(tokens, seconds)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,7 +27,8 @@ from dspark_jax.evaluation.calibration import (
     survival_probabilities,
     weighted_mean,
 )
-from dspark_jax.evaluation.decoding import Difference, Requests, Speed
+from dspark_jax.evaluation.decoding import Difference, Requests
+from dspark_jax.evaluation.speed import Speed
 from dspark_jax.evaluation.traces import Traces
 
 MOST_DIFFERENCES = 20

@@ -5,9 +5,12 @@ A draft token is drawn from the very float32 distribution that later scores it; 
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from dspark_jax.ops.filtering import kept
 
 GREEDY_BELOW = 1e-5
 """Temperatures below this mean greedy decoding: a one-hot distribution on the first largest logit."""
@@ -18,18 +21,37 @@ GREEDY_BELOW = 1e-5
 class Sampling:
     """How tokens are drawn, per request; applied alike to drafter and target.
 
+    Logits are divided by the temperature, then cut by top-k, top-p and min-p, each on what the one before has left and
+    renormalised (the order of Hugging Face's warpers). A filter that no request uses is None, which costs nothing;
+    greedy requests stand beside others as one-hot distributions.
+
     Attributes:
-      temperature: [B] float32.
+      temperature: [B] float32; below 1e-5 is greedy, whatever the filters.
+      top_k: [B] int32, 0 is off; or None.
+      top_p: [B] float32, 1 is off; or None.
+      min_p: [B] float32, 0 is off; or None.
       greedy: static promise that every temperature is 0, which saves all softmax work.
     """
 
     temperature: jax.Array
-    greedy: bool = dataclasses.field(default=False, metadata={"static": True})
+    top_k: jax.Array | None = None
+    top_p: jax.Array | None = None
+    min_p: jax.Array | None = None
+    greedy: bool = dataclasses.field(default=False, kw_only=True, metadata={"static": True})
 
     @classmethod
     def constant(cls, temperature: float, batch: int) -> "Sampling":
-        """The same temperature for a whole batch."""
+        """The same temperature for a whole batch, and no filters."""
         return cls(jnp.full((batch,), temperature, jnp.float32), greedy=temperature < GREEDY_BELOW)
+
+    @property
+    def filtered(self) -> bool:
+        """Whether any filter is in use; static."""
+        return not (self.top_k is None and self.top_p is None and self.min_p is None)
+
+    def take(self, rows: Any) -> "Sampling":
+        """The settings of some requests, in the order of the indices `rows`."""
+        return jax.tree.map(lambda values: values[jnp.asarray(rows)], self)
 
 
 def first(mask: jax.Array) -> jax.Array:
@@ -96,8 +118,30 @@ def _exceeding(weights: jax.Array, cumulative: jax.Array, threshold: jax.Array) 
     return jnp.where(index < size, index, jnp.max(jnp.where(positive, jnp.arange(size), 0), axis=-1))
 
 
+def allowed(logits: jax.Array, sampling: Sampling) -> jax.Array:
+    """Logits [B, ..., V] in float32, minus infinity where a filter of the request removes the token."""
+    logits = logits.astype(jnp.float32)
+    if not sampling.filtered:
+        return logits
+    temperature = jnp.where(sampling.temperature < GREEDY_BELOW, 1.0, sampling.temperature)
+    settings = [per_row(values, logits) for values in (temperature, sampling.top_k, sampling.top_p, sampling.min_p)]
+    return jnp.where(kept(logits, *settings), logits, -jnp.inf)
+
+
+def per_row(values: Any, logits: jax.Array) -> Any:
+    """Settings [B] (or None) laid out over the leading axes of logits [B, ..., V]."""
+    if values is None:
+        return None
+    return jnp.broadcast_to(values.reshape(-1, *[1] * (logits.ndim - 2)), logits.shape[:-1])
+
+
+def distribution(logits: jax.Array, sampling: Sampling) -> jax.Array:
+    """What tokens are drawn from and scored by: [B, ..., V] float32, temperature and filters applied."""
+    return probabilities(allowed(logits, sampling), per_row(sampling.temperature, logits))
+
+
 def sample(logits: jax.Array, sampling: Sampling, uniform: jax.Array) -> jax.Array:
     """Tokens [B] drawn from logits [B, V] with one uniform [B] each."""
     if sampling.greedy:
         return largest(logits)
-    return draw(probabilities(logits, sampling.temperature), uniform)
+    return draw(distribution(logits, sampling), uniform)

@@ -211,7 +211,11 @@ def decode_layout(module: Any, dtype: Any) -> Any:
       get copied.)
     - Modules with a method `lay_out(dtype)` join matrices that read the same rows, store the LM head the other way
       round, and hold matrices as `dtype`: fewer and larger products from fewer bytes.
+
+    A module that is laid out already is returned as it is.
     """
+    if is_laid_out(module):
+        return module
     copy = jax.tree.map(lambda leaf: leaf, module)
     for _, part in nnx.iter_modules(copy) if isinstance(copy, nnx.Module) else ():
         layers = getattr(part, "layers", None)
@@ -223,6 +227,12 @@ def decode_layout(module: Any, dtype: Any) -> Any:
         if hasattr(part, "lay_out"):
             part.lay_out(dtype)
     return copy
+
+
+def is_laid_out(module: Any) -> bool:
+    """Whether `decode_layout` made this module."""
+    parts = [part for _, part in nnx.iter_modules(module)] if isinstance(module, nnx.Module) else []
+    return any(isinstance(getattr(part, "layers", None), nnx.List) for part in parts)
 
 
 def run_layers(body: Callable[[Any, Any], Any], carry: Any, start: int, stop: int, *, unroll: bool) -> Any:

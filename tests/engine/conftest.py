@@ -25,6 +25,9 @@ def architecture(vocab: int) -> TargetArchitecture:
 class BigramTarget(nnx.Module):
     """A target whose next-token logits are a table [V, V] by the last token alone: every distribution is known."""
 
+    narrow = False
+    dtype = jnp.float32
+
     def __init__(self, table: jax.Array):
         self.table = Param(table)
         self.arch = architecture(table.shape[0])
@@ -44,6 +47,8 @@ class BigramDrafter(nnx.Module):
 
     Its cache keeps the features and tokens it was shown, by position, so that tests can check them.
     """
+
+    dtype = jnp.float32
 
     def __init__(self, table: jax.Array, block_size: int, taps: tuple[int, ...] = (), confidence: Any = None):
         self.table = Param(table)

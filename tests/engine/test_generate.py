@@ -1,6 +1,8 @@
-"""The whole loop: lossless at temperature 0 and above, stop tokens, budgets, batching, and what it refuses."""
+"""The whole loop: lossless at temperature 0, stop tokens, budgets, batching, and what it refuses.
 
-import itertools
+Sampled requests, alone and beside others, are in test_mixed_requests.py.
+"""
+
 from typing import Any
 
 import jax
@@ -12,9 +14,10 @@ from flax import nnx
 from dspark_jax.config import DrafterConfig, InputError, MeshConfig
 from dspark_jax.drafter import make_drafter
 from dspark_jax.engine import generate, prefill
-from dspark_jax.engine.generate import decode, decode_round, decode_shape, ladder
+from dspark_jax.engine.generate import decode_round, ladder
 from dspark_jax.engine.sampling import request_keys, round_uniforms
-from dspark_jax.ops.sampling import Sampling, probabilities
+from dspark_jax.engine.schedule import Scheduler
+from dspark_jax.ops.sampling import Sampling
 from dspark_jax.sharding import make_mesh, state_shardings
 
 VOCAB = 19
@@ -81,60 +84,9 @@ def test_greedy_speculation_equals_plain_decoding_on_100_prompts(target: Any, bi
     assert set(lengths.tolist()) == {0, 1, 2, 3}
 
 
-def test_sampled_output_does_not_depend_on_neighbours(target: Any, bigram: Any) -> None:
-    prompts = prompts_of(8)
-    keys = request_keys(4, jnp.arange(8))
-    settings: dict[str, Any] = {"max_new_tokens": 16, "temperature": 0.8}
-    together = generate(target, bigram, prompts, keys=keys, **settings)
-    assert same(generate(target, bigram, prompts, seed=4, **settings).tokens, together.tokens)
-    assert same(generate(target, bigram, prompts, keys=keys, batch_size=4, **settings).tokens, together.tokens)
-    order = np.random.default_rng(1).permutation(8)
-    shuffled = generate(target, bigram, [prompts[i] for i in order], keys=keys[order], **settings)
-    assert same(shuffled.tokens, [together.tokens[i] for i in order])
-    for i in range(4):
-        alone = generate(target, bigram, prompts[i : i + 1], keys=keys[i : i + 1], **settings)
-        assert same(alone.tokens, together.tokens[i : i + 1])
-        assert same(alone.acceptance_lengths, together.acceptance_lengths[i : i + 1])
-    assert not same(generate(target, bigram, prompts, seed=5, **settings).tokens, together.tokens)
-
-
 def test_equal_prompts_with_other_keys_differ(target: Any, bigram: Any) -> None:
     result = generate(target, bigram, [[3, 1]] * 8, max_new_tokens=16, temperature=1.0)
     assert len({tuple(tokens.tolist()) for tokens in result.tokens}) > 1
-
-
-@pytest.mark.parametrize("threshold", (None, 0.5))
-def test_joint_distribution_of_the_first_tokens(models: Any, threshold: float | None) -> None:
-    """100,000 sampled continuations of one prompt by a real Qwen3 against its own conditionals."""
-    vocab, batch, new = 5, 33_400, 3
-    target = models.qwen3(vocab, seed=2, scale=0.25)
-    drafter = models.near(target, 2, noise=1.0, confidence=True)
-    prompt = jnp.asarray([1, 4, 0, 2])
-    lengths = jnp.full(batch, 4)
-    state, log = decode(
-        target,
-        drafter,
-        jnp.tile(prompt, (batch, 1)),
-        lengths,
-        lengths + new,
-        request_keys(8, jnp.arange(batch)),
-        Sampling.constant(0.9, batch),
-        jnp.asarray([-1]),
-        None if threshold is None else jnp.float32(threshold),
-        shape=decode_shape(4, new, drafter, trace=False),
-    )
-    assert len(np.unique(log.proposed[0])) == (1 if threshold is None else 3)
-    tokens = np.asarray(state.tokens)[:, 4 : 4 + new]
-    counts = np.bincount(np.ravel_multi_index(tuple(tokens.T), (vocab,) * new), minlength=vocab**new)
-    pairs = np.asarray(list(itertools.product(range(vocab), repeat=2)))
-    rows = np.concatenate([np.tile(prompt, (len(pairs), 1)), pairs], axis=1)
-    hidden = target.forward(jnp.asarray(rows), jnp.broadcast_to(jnp.arange(6), rows.shape)).last_hidden
-    steps = np.asarray(probabilities(target.unembed(hidden[:, 3:]), jnp.float32(0.9)), np.float64)
-    index = np.arange(len(pairs))
-    truth = (steps[index, 0, pairs[:, 0]] * steps[index, 1, pairs[:, 1]])[:, None] * steps[:, 2]
-    assert models.chi_square(counts, truth) > 1e-4
-    hotter = truth**0.9  # the same statistic refuses a target that is only slightly hotter
-    assert models.chi_square(counts, hotter / hotter.sum()) < 1e-6
 
 
 def test_a_confidence_threshold_leaves_greedy_output_alone(target: Any, bigram: Any) -> None:
@@ -283,6 +235,16 @@ def test_ladder(size: int) -> None:
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
         ({"max_new_tokens": 256}, "max_position_embeddings=256"),
         ({"temperature": -1.0}, "temperature=-1.0"),
+        ({"temperature": [1.0, 1.0]}, r"temperature has shape \(2,\) for 1 requests"),
+        ({"temperature": float("nan")}, "temperature=nan"),
+        ({"temperature": "warm"}, "temperature='warm'"),
+        ({"top_k": -1}, "top_k=-1 is out of range"),
+        ({"top_k": [1.5]}, "top_k=1.5 of request 0"),
+        ({"top_p": 0.0}, "top_p=0.0"),
+        ({"top_p": [1.01]}, "top_p=1.01 of request 0"),
+        ({"min_p": 2}, "min_p=2"),
+        ({"scheduler": Scheduler.early_stop([1.0])}, "'early_stop' needs a drafter with a confidence head"),
+        ({"scheduler": Scheduler.fixed(), "confidence_threshold": 0.5}, "exclude each other"),
         ({"confidence_threshold": 0.5}, "confidence head"),
         ({"confidence_threshold": 1.5}, "confidence_threshold=1.5"),
         ({"batch_size": 0}, "batch_size=0"),

@@ -14,6 +14,7 @@ from dspark_jax.config import MeshConfig, TargetArchitecture, TargetConfig
 from dspark_jax.convert.hf import import_drafter
 from dspark_jax.engine import Uniforms, decode_round, generate, prefill
 from dspark_jax.engine.draft import draft
+from dspark_jax.engine.schedule import Scheduler
 from dspark_jax.ops.sampling import Sampling
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target.loading import load_target
@@ -80,13 +81,14 @@ def test_every_trace_round_by_round(golden: Path, case: str) -> None:
             target, drafter, prompt, length, length + budget, keys, first, sampling, stops, capacity=96
         )
         emitted, proposed = [], []
-        threshold = jnp.float32(run["confidence_threshold"]) if run["confidence_threshold"] else None
+        cut = run["confidence_threshold"]
+        scheduler = Scheduler.threshold(cut) if cut else Scheduler.fixed()
         for index, expected in enumerate(run["rounds"][: within_budget(run)]):
             where = f"{run['id']} round {index}"
             assert not state.finished[0], where
             assert int(state.lengths[0]) - 1 == expected["start"], where
             uniforms = uniforms_of(run, index, drafter.block_size)
-            state, entry = jitted_round(target, drafter, state, uniforms, sampling, stops, threshold=threshold)
+            state, entry = jitted_round(target, drafter, state, uniforms, sampling, stops, scheduler=scheduler)
             entry = jax.device_get(entry)
             np.testing.assert_array_equal(entry.drafted[0], expected["sampled_block"], where)
             assert int(entry.accepted[0]) == expected["accepted_draft_tokens"], where

@@ -1,12 +1,25 @@
-"""Schedulers against a loop, and the reference's strictness at the threshold."""
+"""Schedulers against plain loops in float64, on inputs full of ties, and what they promise whatever the input."""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dspark_jax.config import InputError
 from dspark_jax.drafter.interface import Proposal
-from dspark_jax.engine.schedule import fixed, schedule, threshold
+from dspark_jax.engine.schedule import (
+    Scheduler,
+    capacity,
+    check_scheduler,
+    early_stop,
+    fixed,
+    lagged,
+    schedule,
+    survival,
+    threshold,
+)
 
 
 def loop(confidence: np.ndarray, minimum: float) -> list[int]:
@@ -31,19 +44,245 @@ def test_confidence_at_the_threshold_is_kept() -> None:
     assert threshold(jnp.zeros((1, 3)), 0.5).tolist() == [3]
 
 
-def test_a_later_confidence_never_changes_an_earlier_decision() -> None:
-    """Trap 29: whether draft k is verified depends on c_1..c_k alone."""
-    confidence = jax.random.normal(jax.random.key(0), (40, 4))
-    for k in range(1, 5):
-        changed = confidence.at[:, k:].set(-confidence[:, k:])
-        before, after = (jnp.minimum(threshold(c, 0.5), k) for c in (confidence, changed))
-        np.testing.assert_array_equal(before, after)
+def test_survival_is_the_product_of_scaled_confidences() -> None:
+    rng = np.random.default_rng(1)
+    logits, heat = 3 * rng.normal(size=(20, 4)), np.asarray([0.5, 1.0, 1.7, 3.0])
+    wanted = np.cumprod(1 / (1 + np.exp(-logits / heat)), axis=1)
+    np.testing.assert_allclose(survival(jnp.asarray(logits), jnp.asarray(heat)), wanted, rtol=2e-6)
+    np.testing.assert_array_equal(survival(jnp.asarray(logits), jnp.ones(4)), survival(jnp.asarray(logits)))
+    assert (np.diff(survival(jnp.asarray(20 * logits)), axis=1) <= 0).all()
 
 
-def test_schedule_chooses_by_the_minimum() -> None:
-    tokens, logits = jnp.zeros((2, 3), jnp.int32), jnp.zeros((2, 3, 1))
-    confident = Proposal(tokens, logits, jnp.asarray([[5.0, -5.0, 5.0], [5.0, 5.0, 5.0]]))
-    assert schedule(confident, None).tolist() == fixed(tokens).tolist() == [3, 3]
-    assert schedule(confident, 0.5).tolist() == [1, 3]
-    with pytest.raises(ValueError, match="confidence head"):
-        schedule(Proposal(tokens, logits, None), 0.5)
+def bounds_of(case: dict[str, Any]) -> list[tuple[int, int]]:
+    """Unconditional drafts and last candidate of each request; none of an inactive one."""
+    size = case["live"].shape[1]
+    most = [min(int(m), size) if on else 0 for m, on in zip(case["maximum"], case["active"], strict=True)]
+    return [(min(int(low), top), top) for low, top in zip(case["minimum"], most, strict=True)]
+
+
+def start_of(values: np.ndarray, case: dict[str, Any]) -> tuple[int, float, list[tuple[float, int, int]]]:
+    """Tokens and expected tokens before any candidate, and the candidates in the order of admission."""
+    bounds = bounds_of(case)
+    tokens = sum(map(bool, case["active"])) + sum(low for low, _ in bounds)
+    tau = float(sum(case["active"])) + sum(float(values[r, :low].sum()) for r, (low, _) in enumerate(bounds))
+    slots = [(-float(values[r, k]), k, r) for r, (low, top) in enumerate(bounds) for k in range(low, top)]
+    return tokens, tau, sorted(slots)
+
+
+def rate(table: np.ndarray, tokens: int) -> float:
+    return float(table[min(tokens, len(table) - 1)])
+
+
+def algorithm_1(case: dict[str, Any]) -> list[int]:
+    """The paper's Algorithm 1, line by line."""
+    lengths = [low for low, _ in bounds_of(case)]
+    tokens, tau, slots = start_of(case["live"], case)
+    best = tau * rate(case["table"], tokens)
+    for minus, _, request in slots:
+        tokens, tau = tokens + 1, tau - minus
+        theta = tau * rate(case["table"], tokens)
+        if theta <= best:
+            break
+        best = theta
+        lengths[request] += 1
+    return lengths
+
+
+def best_capacity(case: dict[str, Any]) -> int:
+    """Global argmax over the old survivals, the first of equals, rounded up to a rung."""
+    tokens, tau, slots = start_of(case["old"], case)
+    best, chosen = tau * rate(case["table"], tokens), tokens
+    for minus, _, _ in slots:
+        tokens, tau = tokens + 1, tau - minus
+        if tau * rate(case["table"], tokens) > best:
+            best, chosen = tau * rate(case["table"], tokens), tokens
+    rungs = case["capacities"]
+    return chosen if rungs is None else next((rung for rung in rungs if rung >= chosen), rungs[-1])
+
+
+def production(case: dict[str, Any]) -> list[int]:
+    """The lagged rule: as many of the best live candidates as the capacity has room for."""
+    lengths = [low for low, _ in bounds_of(case)]
+    tokens, _, slots = start_of(case["live"], case)
+    for _, _, request in slots[: max(best_capacity(case) - tokens, 0)]:
+        lengths[request] += 1
+    return lengths
+
+
+def random_case(seed: int, batch: int, size: int) -> dict[str, Any]:
+    """Survivals 2^-n, so that ties abound and float32 is exact (14 bits of sum by 9 of rate), and a jagged table."""
+    rng = np.random.default_rng(seed)
+    factors = rng.choice([1.0, 1.0, 0.5], (2, batch, size))
+    rates = np.sort(rng.integers(1, 400, batch * size // 2 + batch + 2))[::-1] + rng.integers(0, 60)
+    rates[rng.integers(len(rates))] //= 2
+    return {
+        "live": np.cumprod(factors[0], axis=1),
+        "old": np.cumprod(factors[1], axis=1),
+        "table": rates.astype(np.float64),
+        "active": rng.random(batch) < (0.0 if seed % 10 == 9 else 0.8),
+        "minimum": rng.integers(0, 3, batch) * (seed % 2),
+        "maximum": np.full(batch, size) if seed % 3 else rng.integers(0, size + 1, batch),
+        "capacities": [None, (3, 7, 20)][seed % 4 == 3],
+    }
+
+
+def arguments(case: dict[str, Any]) -> list[jax.Array]:
+    """Table, active, minimum and maximum as the schedulers take them."""
+    return [jnp.asarray(case["table"], jnp.float32), *(jnp.asarray(case[n]) for n in ("active", "minimum", "maximum"))]
+
+
+jitted_early_stop = jax.jit(early_stop)
+jitted_lagged = jax.jit(lagged, static_argnames="capacities")
+SHAPES = [(1, 1), (1, 5), (6, 4), (13, 7)]
+
+
+@pytest.mark.parametrize(("batch", "size"), SHAPES)
+def test_schedulers_against_loops(batch: int, size: int) -> None:
+    """60 random cases each: ties, inactive requests, bounds, jagged tables that end early."""
+    seen: dict[str, set[int]] = {"early": set(), "lagged": set()}
+    for seed in range(60):
+        case = random_case(seed, batch, size)
+        live, old = (jnp.asarray(case[name], jnp.float32) for name in ("live", "old"))
+        early = jitted_early_stop(live, *arguments(case))
+        assert early.tolist() == algorithm_1(case), seed
+        late = jitted_lagged(live, old, *arguments(case), capacities=case["capacities"])
+        assert late.tolist() == production(case), seed
+        seen["early"] |= set(early.tolist())
+        seen["lagged"] |= set(late.tolist())
+    for lengths in seen.values():
+        assert len(lengths) > size // 2 + 1
+
+
+def test_ties_are_broken_by_position_then_request() -> None:
+    """All survivals are 1: room for seven drafts of three requests goes round by round."""
+    ones, table = jnp.ones((3, 4)), jnp.zeros(20).at[10].set(1.0)
+    assert lagged(ones, ones, table, jnp.ones(3, bool)).tolist() == [3, 2, 2]
+    assert lagged(ones, ones, table, jnp.asarray([True, False, True])).tolist() == [4, 0, 4]
+
+
+def test_the_table_ends_in_its_last_entry() -> None:
+    alive = jnp.full((2, 3), 0.5)
+    assert early_stop(alive, jnp.asarray([3.0]), jnp.ones(2, bool)).tolist() == [3, 3]
+    assert int(capacity(alive, jnp.asarray([3.0, 3.0, 3.0, 3.0, 0.0]), jnp.ones(2, bool))) == 3
+
+
+def test_capacities_round_up_and_cap() -> None:
+    alive, table, on = jnp.full((2, 4), 0.5), jnp.zeros(12).at[5].set(1.0), jnp.ones(2, bool)
+    for rungs, total in ((None, 5), ((4, 8), 8), ((2, 4), 4), ((1,), 1)):
+        assert int(capacity(alive, table, on, capacities=rungs)) == total
+        assert int(jnp.sum(lagged(alive, alive, table, on, capacities=rungs))) == max(total - 2, 0)
+
+
+def throughput(case: dict[str, Any], values: np.ndarray, lengths: np.ndarray) -> float:
+    """Expected tokens per second of verifying `lengths` drafts."""
+    tau = sum(case["active"]) + sum(float(row[:n].sum()) for row, n in zip(values, lengths, strict=True))
+    return tau * rate(case["table"], int(sum(case["active"]) + sum(lengths)))
+
+
+def test_never_below_plain_decoding_and_never_looking_ahead() -> None:
+    """Without minima both rules expect at least plain decoding's rate, the lagged one on the survivals it decides by.
+
+    And whether draft k is verified stays the same whatever the request's confidences behind k are (trap 29).
+    """
+    rng = np.random.default_rng(5)
+    for seed in range(40):
+        case = random_case(seed, 6, 4) | {"minimum": np.zeros(6, int), "capacities": None}
+        live, old = (jnp.asarray(case[name], jnp.float32) for name in ("live", "old"))
+        rules = {
+            "early": jitted_early_stop(live, *arguments(case)),
+            "lagged": jitted_lagged(live, old, *arguments(case), capacities=None),
+        }
+        plain = throughput(case, case["live"], np.zeros(6, int))
+        assert throughput(case, case["live"], np.asarray(rules["early"])) >= plain - 1e-9
+        same = jitted_lagged(old, old, *arguments(case), capacities=None)
+        assert throughput(case, case["old"], np.asarray(same)) >= plain - 1e-9
+        request, k = int(rng.integers(6)), int(rng.integers(1, 4))
+        changed = case["live"].copy()
+        changed[request, k:] = changed[request, k - 1] * np.cumprod(rng.choice([1.0, 0.5, 0.0], 4 - k))
+        other = jnp.asarray(changed, jnp.float32)
+        again = {
+            "early": jitted_early_stop(other, *arguments(case)),
+            "lagged": jitted_lagged(other, old, *arguments(case), capacities=None),
+        }
+        for name, lengths in rules.items():
+            assert min(int(lengths[request]), k) == min(int(again[name][request]), k), (seed, name)
+
+
+CONFIDENCE = jnp.asarray([[5.0, -5.0, 5.0], [5.0, 5.0, 5.0], [5.0, 5.0, -5.0]])
+PROPOSAL = Proposal(jnp.zeros((3, 3), jnp.int32), jnp.zeros((3, 3, 1)), CONFIDENCE)
+ACTIVE = jnp.asarray([True, True, False])
+
+
+def test_schedule_dispatches() -> None:
+    assert fixed(PROPOSAL.tokens).tolist() == [3, 3, 3]
+    table = jnp.full(10, 2.0)
+    expected = [
+        (Scheduler.fixed(), [3, 3, 0]),
+        (Scheduler.fixed(2), [2, 2, 0]),
+        (Scheduler.fixed([1, 9, 3]), [1, 3, 0]),
+        (Scheduler.threshold(0.5), [1, 3, 0]),
+        (Scheduler.threshold(0.5, minimum=2, maximum=[3, 2, 2]), [2, 2, 0]),
+        (Scheduler.threshold(0.4, temperatures=[1.0, 20.0, 1.0]), [3, 3, 0]),
+        (Scheduler.early_stop(table), [3, 3, 0]),
+        (Scheduler.early_stop(table, maximum=2), [2, 2, 0]),
+    ]
+    for scheduler, lengths in expected:
+        chosen, history = schedule(scheduler, PROPOSAL, ACTIVE)
+        assert chosen.tolist() == lengths and history is None
+
+
+def test_the_history_is_two_rounds_old_and_starts_from_the_prior() -> None:
+    """The capacity of a round follows the confidences of the one before the last; live ones only fill it."""
+    table = jnp.asarray([9.0, 9.0, 8.9, 7.0, 5.0])  # two drafts of one request only where both are likely
+    scheduler = Scheduler.lagged(table, [0.9, 0.1])
+    low, high = jnp.full((1, 2), -9.0), jnp.full((1, 2), 9.0)
+    history, lengths = scheduler.start(1), []
+    assert history is not None
+    for confidence in (low, high, low, high, low, high, high):
+        proposal = Proposal(jnp.zeros((1, 2), jnp.int32), jnp.zeros((1, 2, 1)), confidence)
+        chosen, history = schedule(scheduler, proposal, jnp.ones(1, bool), history)
+        lengths.append(int(chosen[0]))
+    assert lengths == [1, 1, 0, 2, 0, 2, 0]  # by the prior twice, then by the round before the last
+    np.testing.assert_allclose(history[0], survival(high))
+
+
+def test_take_follows_requests() -> None:
+    scheduler = Scheduler.early_stop([1.0], minimum=[0, 1, 2], maximum=3, temperatures=np.ones((3, 2))).take([2, 0, 0])
+    assert np.asarray(scheduler.minimum).tolist() == [2, 0, 0] and int(np.asarray(scheduler.maximum)) == 3
+    assert scheduler.temperatures is not None and scheduler.temperatures.shape == (3, 2)
+
+
+def test_schedule_refuses_what_is_missing() -> None:
+    bare = Proposal(PROPOSAL.tokens, PROPOSAL.logits, None)
+    for scheduler in (Scheduler.threshold(0.5), Scheduler.early_stop([1.0]), Scheduler.lagged([1.0], [1.0] * 3)):
+        with pytest.raises(ValueError, match="confidence head"):
+            schedule(scheduler, bare, ACTIVE)
+    with pytest.raises(ValueError, match="needs a history"):
+        schedule(Scheduler.lagged([1.0], [1.0] * 3), PROPOSAL, ACTIVE)
+    with pytest.raises(ValueError, match="'best' is unknown"):
+        schedule(Scheduler("best", steps_per_second=jnp.ones(1)), PROPOSAL, ACTIVE)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "message"),
+    [
+        (Scheduler("best"), "'best' is unknown"),
+        (Scheduler.early_stop([]), "steps_per_second"),
+        (Scheduler.early_stop([1.0, np.nan]), "impossible value"),
+        (Scheduler.early_stop([1.0, -1.0]), "impossible value"),
+        (Scheduler.lagged([1.0], [0.5]), r"prior .* has shape \(1,\)"),
+        (Scheduler.lagged([1.0], [0.5, 1.5, 0.5]), "prior .* outside 0..1"),
+        (Scheduler.early_stop([1.0], minimum=[1, 2]), r"minimum .* shape \(2,\) for 4 requests"),
+        (Scheduler.fixed([1, 2]), r"maximum .* shape \(2,\)"),
+        (Scheduler.threshold(0.5, temperatures=[1.0, 0.0, 1.0]), "temperatures"),
+        (Scheduler.lagged([1.0], [0.5] * 3, capacities=(8, 4)), "rising"),
+        (Scheduler.lagged([1.0], [0.5] * 3, capacities=()), "rising"),
+    ],
+)
+def test_bad_schedulers(models: Any, scheduler: Scheduler, message: str) -> None:
+    drafter = models.bigram_drafter(models.table(5, 0), 3, confidence=jnp.zeros(5))
+    with pytest.raises(InputError, match=message) as error:
+        check_scheduler(scheduler, drafter, 4)
+    assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match="confidence head"):
+        check_scheduler(Scheduler.threshold(0.5), models.bigram_drafter(models.table(5, 0), 3), 4)

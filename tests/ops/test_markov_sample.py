@@ -1,9 +1,10 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dspark_jax.ops.markov_sample import markov_sample
-from dspark_jax.ops.sampling import Sampling
+from dspark_jax.ops.sampling import Sampling, distribution, draw
 
 G, B, V, R = 4, 3, 37, 6
 
@@ -34,6 +35,18 @@ def test_against_a_float64_loop(temperature):
                 expected = np.argmax(cdf > uniforms[k, b])
             assert tokens[k, b] == expected
             previous = expected
+
+
+def test_filters_cut_the_biased_distribution():
+    base, w1, w2, anchors, uniforms = (jnp.asarray(x, jnp.float32) for x in problem())
+    heat = jnp.asarray([0.7, 1.0, 0.0])
+    sampling = Sampling(heat, jnp.asarray([3, 0, 0]), jnp.asarray([1.0, 0.6, 1.0]), jnp.asarray([0.0, 0.1, 0.5]))
+    tokens, logits = jax.jit(markov_sample)(base, w1, w2, anchors.astype(int), uniforms, sampling)
+    for k, weights in enumerate(jax.jit(jax.vmap(distribution, (0, None)))(logits, sampling)):
+        assert 1 <= (weights[0] > 0).sum() <= 3 and (weights[1] > 0).sum() < V and (weights[2] > 0).sum() == 1
+        assert tokens[k].tolist() == draw(weights, uniforms[k]).tolist()
+        previous = anchors.astype(int) if k == 0 else tokens[k - 1]
+        np.testing.assert_allclose(logits[k], base[k] + w1[previous] @ w2.T, atol=1e-5)
 
 
 def test_rows_stored_in_lanes_give_the_same():

@@ -20,7 +20,7 @@ def markov_sample(
 ) -> tuple[jax.Array, jax.Array]:
     """Samples x_k from softmax((base_logits[k] + W1[x_{k-1}] W2^T) / temperature) for k = 1..G, x_0 = the anchor.
 
-    Paper section 3.2.
+    Paper section 3.2. The request's top-k, top-p and min-p cut the biased distribution, as they cut the target's.
 
     Args:
       base_logits: [G, B, V] float32, positions first so that one step reads one contiguous slab.
@@ -28,11 +28,11 @@ def markov_sample(
       w2: [V, R].
       anchors: [B] tokens x_0.
       uniforms: [G, B] in [0, 1), one per draw.
-      sampling: temperature per request.
+      sampling: temperature and filters per request.
       implementation: `reference` (plain jnp), or None for the default of this platform.
 
     Returns:
-      tokens [G, B] int32 and biased logits [G, B, V] float32, before temperature.
+      tokens [G, B] int32 and biased logits [G, B, V] float32, before temperature and filters.
 
     Raises:
       ValueError: shapes do not fit, or the implementation is unknown.

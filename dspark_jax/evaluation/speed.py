@@ -1,0 +1,119 @@
+"""Speed of decoding at batch 1, with and without the drafter, in this process or in one with fewer CPU threads.
+
+XLA on a CPU splits every product over its threads, of which it starts as many as there are processors. For a model of
+a few million parameters handing work over costs more than it saves (measured on two cores, 5.8 M parameters: a round
+takes 3.4 ms with two threads and 2.3 ms with one), and the number is fixed when a process starts. Hence
+`eval.speed_threads`: this module is also a program that measures and writes what it found.
+"""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from dspark_jax.config import Config, from_json, to_json
+from dspark_jax.engine.generate import laid_out
+from dspark_jax.evaluation.decoding import Engine, Request, Requests
+from dspark_jax.evaluation.setup import open_engine
+from dspark_jax.sharding import make_mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class Speed:
+    """Decoding one request at a time, with and without the drafter; column 0 is plain, column 1 speculative.
+
+    Attributes:
+      tokens: [N, 2] new tokens.
+      seconds: [N, 2], prefill included.
+    """
+
+    tokens: np.ndarray
+    seconds: np.ndarray
+
+
+def measure_speed(
+    engine: Engine, requests: Requests, temperature: float, advance: Callable[[int], None] | None = None
+) -> Speed:
+    """Decodes every request plainly and speculatively in turn, so that both see the same state of the machine.
+
+    Compilation happens in a first decoding of each kind that is not counted, and the weights are laid out before.
+    """
+    engines = []
+    for drafter in (None, engine.drafter):
+        target, drafter = laid_out(engine.target, drafter, batch_size=1)
+        engines.append(dataclasses.replace(engine, target=target, drafter=drafter))
+    tokens, seconds = np.zeros((len(requests.items), 2)), np.zeros((len(requests.items), 2))
+    for column in (0, 1):
+        engines[column].decode(requests.take([0]), temperature, speculative=bool(column), batch_size=1)
+    for number in range(len(requests.items)):
+        one = requests.take([number])
+        for column in (0, 1):
+            started = time.perf_counter()
+            result = engines[column].decode(one, temperature, speculative=bool(column), batch_size=1)
+            seconds[number, column] = time.perf_counter() - started
+            tokens[number, column] = len(result.tokens[0])
+        if advance is not None:
+            advance(1)
+    return Speed(tokens, seconds)
+
+
+def measure_speed_apart(
+    config: Config, workdir: Path, requests: Requests, temperatures: Sequence[float], threads: int
+) -> list[Speed]:
+    """`measure_speed` at every temperature, in a process whose XLA has `threads` CPU threads.
+
+    Args:
+      config: resolved, of the run.
+      workdir: its newest checkpoint is measured.
+      requests: what to decode.
+      temperatures: one result for each.
+      threads: at least 1.
+
+    Raises:
+      RuntimeError: that process failed; its last words are in the message.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        job = {
+            "config": to_json(config),
+            "workdir": str(Path(workdir).resolve()),
+            "width": requests.width,
+            "requests": [dataclasses.asdict(item) for item in requests.items],
+            "temperatures": list(temperatures),
+        }
+        (Path(folder) / "job.json").write_text(json.dumps(job), "utf-8")
+        environment = os.environ | {"NPROC": str(threads), "JAX_PLATFORMS": "cpu"}
+        command = [sys.executable, "-m", "dspark_jax.evaluation.speed", folder]
+        run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if run.returncode:
+            raise RuntimeError(f"measuring speed in a process of its own failed: {run.stderr.strip()[-2000:]}")
+        with np.load(Path(folder) / "speed.npz") as file:
+            tokens, seconds = file["tokens"], file["seconds"]
+    return [Speed(*pair) for pair in zip(tokens, seconds, strict=True)]
+
+
+def main(folder: Path) -> None:
+    """Measures the job in `folder` and writes speed.npz beside it: tokens and seconds, [temperatures, N, 2]."""
+    job = json.loads((folder / "job.json").read_text("utf-8"))
+    config = from_json(job["config"])
+    requests = Requests([Request(**item) for item in job["requests"]], job["width"])
+    mesh = make_mesh(config.mesh)
+    engine = open_engine(config, Path(job["workdir"]), mesh)
+    with jax.set_mesh(mesh):
+        speeds = [measure_speed(engine, requests, temperature) for temperature in job["temperatures"]]
+    np.savez(
+        folder / "speed.npz",
+        tokens=np.stack([one.tokens for one in speeds]),
+        seconds=np.stack([one.seconds for one in speeds]),
+    )
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -19,7 +19,7 @@ ALLOWED = {
     "evaluation": BASE | {"ops", "data", "target", "drafter", "training", "engine", "convert", "evaluation"},
     "command": BASE,
 }
-COMMANDS = {"prepare", "train", "evaluate", "calibrate"}
+COMMANDS = {"prepare", "train", "evaluate", "calibrate", "generate"}
 BUILDER = {"quickstart"}  # rebuilds the embedded target; nothing may import it
 CALLS = {"train": {"prepare", "evaluate"}}  # the data it needs, and the checkpoint it has just written
 

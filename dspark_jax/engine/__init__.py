@@ -1,4 +1,7 @@
-"""Decoding: `generate` runs draft, schedule, verify and commit in one jitted loop; `decode_round` is one turn of it."""
+"""Decoding: `generate` runs draft, schedule, verify and commit in one jitted loop; `decode_round` is one turn of it.
+
+`serving.Engine` decodes requests as they come.
+"""
 
 from dspark_jax.engine.generate import decode_round, generate, prefill
 from dspark_jax.engine.result import DecodeResult

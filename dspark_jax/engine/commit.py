@@ -12,7 +12,9 @@ from dspark_jax.target.qwen3 import TargetOutput
 
 
 def is_stop(tokens: jax.Array, stop_tokens: jax.Array) -> jax.Array:
-    """Which of `tokens` [...] are in `stop_tokens` [K]; negative ids there match nothing."""
+    """Which of `tokens` [B, ...] are in `stop_tokens` [K], or [B, K] per request; negative ids there match nothing."""
+    if stop_tokens.ndim == 2:
+        stop_tokens = stop_tokens.reshape(-1, *[1] * (tokens.ndim - 1), stop_tokens.shape[1])
     return jnp.any((tokens[..., None] == stop_tokens) & (stop_tokens >= 0), axis=-1)
 
 
@@ -60,7 +62,7 @@ def commit(
       lengths: [B] how many of them were verified.
       verdict: which of those hold, and the token that follows.
       output: the target's pass over the anchor and the drafts, G + 1 rows.
-      stop_tokens: [K] ids that end a request; negative ids are padding.
+      stop_tokens: [K] ids that end a request, or [B, K]; negative ids are padding.
 
     Returns:
       The state after the round, and the round. A request never grows beyond its limit: tokens past it are dropped

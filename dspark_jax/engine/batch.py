@@ -1,0 +1,217 @@
+"""The host side of the slots: who is in which, what is launched next, and what launches have committed.
+
+One thread at a time. It is always one launch behind the device: what a step launches is read by the next one.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from dspark_jax.drafter.interface import Drafter
+from dspark_jax.engine.generate import laid_out
+from dspark_jax.engine.request import EngineMetrics, FinishReason, Request, Settings, TracedRound
+from dspark_jax.engine.schedule import Scheduler
+from dspark_jax.engine.slots import Chunk, Committed, Mode, open_slots, prefill_chunk, serve_round
+from dspark_jax.ops.sampling import GREEDY_BELOW
+from dspark_jax.target.qwen3 import Qwen3
+
+
+@dataclasses.dataclass(frozen=True)
+class _Launch:
+    """Something launched whose outcome has not been read: it belongs to the requests that were there at the time."""
+
+    owners: list[tuple[int, Request]]  # (row of the outcome, request)
+    outcome: Committed
+
+
+class Batch:
+    """Requests in slots."""
+
+    def __init__(
+        self,
+        target: Qwen3,
+        drafter: Drafter | None,
+        scheduler: Scheduler,
+        metrics: EngineMetrics,
+        *,
+        slots: int,
+        capacity: int,
+        width: int,
+        stops: int,
+    ):
+        """Empty slots.
+
+        Args:
+          target: the language model.
+          drafter: drafts for it, or None.
+          scheduler: decides how many drafts are verified.
+          metrics: what is launched and committed is counted there.
+          slots: B.
+          capacity: most tokens of a request.
+          width: tokens of a prompt chunk.
+          stops: stop tokens per request.
+        """
+        self.scheduler, self.metrics, self.width, self.stops = scheduler, metrics, width, stops
+        self.pending: collections.deque[_Launch] = collections.deque()
+        block_size = 0 if drafter is None else drafter.block_size
+        # Room for the last round, which begins below the limit, and for the padding of the last chunk.
+        rows = max(capacity + block_size, -(-capacity // width) * width)
+        self._models = laid_out(target, drafter, batch_size=slots)
+        self._unroll = jax.default_backend() == "cpu"
+        self._device = open_slots(*self._models, scheduler, count=slots, rows=rows, stops=stops)
+        self._requests: list[Request | None] = [None] * slots
+        self._read = [0] * slots  # prompt tokens of each slot's request that have been launched
+        self._filling: collections.deque[int] = collections.deque()  # slots with unread prompts, first come first
+        self._released = np.zeros(slots, bool)
+
+    @property
+    def free(self) -> int:
+        """Slots without a request."""
+        return self._requests.count(None)
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is a request, or a launch that has not been read."""
+        return self.free < len(self._requests) or bool(self.pending)
+
+    def release(self) -> None:
+        """Frees the slots of requests that have ended."""
+        for slot, request in enumerate(self._requests):
+            if request is not None and request.done:
+                self._requests[slot], self._released[slot] = None, True
+                if slot in self._filling:
+                    self._filling.remove(slot)
+
+    def place(self, request: Request) -> None:
+        """Gives a free slot to a request."""
+        slot = self._requests.index(None)
+        self._requests[slot], self._read[slot] = request, 0
+        self._filling.append(slot)
+        request.admitted()
+
+    def advance(self) -> None:
+        """Launches at most one chunk and one round, then reads what was launched before them."""
+        earlier = len(self.pending)
+        self._launch_chunk()
+        self._launch_round()
+        for _ in range(earlier):
+            self._collect(self.pending.popleft())
+
+    def _launch_chunk(self) -> None:
+        """Launches the next chunk of the prompt that has waited longest."""
+        if not self._filling:
+            return
+        slot = self._filling[0]
+        request = self._requests[slot]
+        assert request is not None
+        start = self._read[slot]
+        self._read[slot] = min(start + self.width, len(request.prompt))
+        owners: list[tuple[int, Request]] = []
+        if self._read[slot] == len(request.prompt):
+            owners.append((0, request))
+            self._filling.popleft()
+        self._released[slot] = False  # the chunk sets the slot's state whole
+        outcome = self._prefill(_chunk(request, slot, start, self.width, self.stops))
+        self.metrics.chunks += 1
+        self.pending.append(_Launch(owners, _fetching(outcome)))
+
+    def _launch_round(self) -> None:
+        """Launches a round if a slot is decoding, as far as the host knows."""
+        owners = [
+            (slot, request)
+            for slot, request in enumerate(self._requests)
+            if request is not None and slot not in self._filling
+        ]
+        if not owners:
+            return
+        outcome = self._round(_mode([request.settings for _, request in owners]))
+        self.metrics.rounds += 1
+        self.pending.append(_Launch(owners, _fetching(outcome)))
+
+    def _prefill(self, chunk: Chunk) -> Committed:
+        target, drafter = self._models
+        self._device, outcome = prefill_chunk(target, drafter, self._device, chunk, self.scheduler, unroll=self._unroll)
+        return outcome
+
+    def _round(self, mode: Mode) -> Committed:
+        target, drafter = self._models
+        released, self._released = self._released, np.zeros_like(self._released)
+        self._device, outcome = serve_round(
+            target, drafter, self._device, released, self.scheduler, mode=mode, unroll=self._unroll
+        )
+        return outcome
+
+    def _collect(self, launch: _Launch) -> None:
+        """Reads what a launch has committed and hands it out; those who have ended since get nothing."""
+        outcome: Committed = jax.device_get(launch.outcome)
+        for row, request in launch.owners:
+            if request.done:
+                continue
+            count = int(outcome.counts[row])
+            ended: FinishReason | None = None
+            if outcome.finished[row]:
+                ended = "stop" if outcome.stopped[row] else "length"
+            entry = outcome.round
+            traced = None if entry is None else _traced(entry, row)
+            emitted = 0 if entry is None else int(entry.emitted[row])
+            self.metrics.tokens += request.absorb(outcome.tokens[row, :count].tolist(), ended, traced, emitted)
+            if traced is not None:
+                self.metrics.accepted += traced.accepted
+                self.metrics.admitted += traced.admitted
+
+    def warm_up(self, modes: Sequence[Mode]) -> None:
+        """Compiles the chunk and a round of every mode, by running them on empty slots."""
+        # A chunk of a prompt that goes on leaves its slot finished; the next request sets it whole.
+        outcome = self._prefill(_chunk(None, 0, 0, self.width, self.stops))
+        for mode in modes:
+            outcome = self._round(mode)
+        jax.block_until_ready(outcome)
+
+
+def _chunk(request: Request | None, slot: int, start: int, width: int, stops: int) -> Chunk:
+    """The next tokens of a request's prompt; without a request, a chunk of zeros that asks for more."""
+    prompt = np.zeros(width + 1, np.int32) if request is None else request.prompt
+    settings = request.settings if request is not None else Settings(1, 0.0, 0, 1.0, 0.0, 0, (), (), trace=False)
+    tokens, stop_tokens = np.zeros(width, np.int32), np.full(stops, -1, np.int32)
+    part = prompt[start : start + width]
+    tokens[: len(part)] = part
+    stop_tokens[: len(settings.stop_tokens)] = settings.stop_tokens
+    return Chunk(
+        tokens,
+        np.int32(len(part)),
+        np.int32(start),
+        np.int32(slot),
+        np.int32(len(prompt)),
+        np.int32(len(prompt) + settings.max_new_tokens),
+        np.int32(settings.seed),
+        np.float32(settings.temperature),
+        np.int32(min(settings.top_k, np.iinfo(np.int32).max)),
+        np.float32(settings.top_p),
+        np.float32(settings.min_p),
+        stop_tokens,
+    )
+
+
+def _mode(settings: Sequence[Settings]) -> Mode:
+    """What the requests of a round have in common."""
+    sampled = [one for one in settings if one.temperature >= GREEDY_BELOW]
+    return Mode(not sampled, any(one.top_k > 0 or one.top_p < 1 or one.min_p > 0 for one in sampled))
+
+
+def _fetching(outcome: Committed) -> Committed:
+    """`outcome`, on its way to the host."""
+    for leaf in jax.tree.leaves(outcome):
+        leaf.copy_to_host_async()
+    return outcome
+
+
+def _traced(entry: Any, row: int) -> TracedRound:
+    """What a fetched round did to one request."""
+    confidence = None if entry.confidence is None else tuple(entry.confidence[row].tolist())
+    accepted = int(entry.accepted[row])
+    follows = int(entry.next_token[row]) if entry.emitted[row] > accepted else None
+    return TracedRound(tuple(entry.drafted[row].tolist()), confidence, int(entry.proposed[row]), accepted, follows)

@@ -1,0 +1,317 @@
+"""The device side of serving: slots that requests pass through, one chunk of a prompt, one round of all slots.
+
+A slot is a row of a `DecodeState`. While a prompt is being read, its slot is finished as far as decoding is concerned,
+and `lengths` - 1 is the number of prompt tokens read so far. A round writes the cache rows of finished slots too, from
+`lengths` - 1 on: rows that the next chunk overwrites before anything can see them.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dspark_jax.engine.commit import is_stop
+from dspark_jax.engine.generate import decode_round
+from dspark_jax.engine.sampling import request_keys, round_uniforms
+from dspark_jax.engine.schedule import Scheduler
+from dspark_jax.engine.state import DecodeState, Round
+from dspark_jax.ops.sampling import Sampling, sample
+from dspark_jax.sharding import constrain
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Slots:
+    """All requests that are being decoded, and how.
+
+    Attributes:
+      state: one row per slot.
+      sampling: settings per slot, every filter an array.
+      stop_tokens: [B, K] per slot; negative ids are padding.
+    """
+
+    state: DecodeState
+    sampling: Sampling
+    stop_tokens: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """A piece of a prompt for one slot, and the request's settings; numbers unless said otherwise.
+
+    Attributes:
+      tokens: [W] int32, padded.
+      count: how many of them are real.
+      start: position of the first one, a multiple of W.
+      slot: where the request lives.
+      prompt_length: of the whole prompt; the chunk that reaches it draws the first token.
+      limit: length at which the request ends.
+      seed: of the request's key.
+      temperature: see `Sampling`, as the filters that follow.
+      top_k: 0 is off.
+      top_p: 1 is off.
+      min_p: 0 is off.
+      stop_tokens: [K] int32, padded with negative ids.
+    """
+
+    tokens: Any
+    count: Any
+    start: Any
+    slot: Any
+    prompt_length: Any
+    limit: Any
+    seed: Any
+    temperature: Any
+    top_k: Any
+    top_p: Any
+    min_p: Any
+    stop_tokens: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Committed:
+    """What a launch has committed, small enough to be fetched every time.
+
+    Attributes:
+      tokens: [B, T] new tokens; T is G + 1 for a round and 1 for a chunk, where B is 1.
+      counts: [B] how many of them are real.
+      finished: [B] bool.
+      stopped: [B] bool, finished by a stop token.
+      round: what the round did, or None for a chunk.
+    """
+
+    tokens: jax.Array
+    counts: jax.Array
+    finished: jax.Array
+    stopped: jax.Array
+    round: Round | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Mode:
+    """What all requests of a round have in common; static, one executable each.
+
+    Attributes:
+      greedy: every temperature is 0.
+      filtered: a request uses top-k, top-p or min-p.
+    """
+
+    greedy: bool = True
+    filtered: bool = False
+
+    def sampling(self, settings: Sampling) -> Sampling:
+        """The settings without what nobody uses; the same tokens for less work."""
+        if self.greedy:
+            return Sampling(settings.temperature, greedy=True)
+        return settings if self.filtered else Sampling(settings.temperature)
+
+
+def batch_axes(init_cache: Callable[[int, int], Any]) -> Any:
+    """The axis of the requests in every leaf of a cache, found by asking for caches of two sizes.
+
+    Raises:
+      ValueError: a leaf has no such axis.
+    """
+    two, three = (jax.eval_shape(lambda size=size: init_cache(size, 8)) for size in (2, 3))
+
+    def axis(a: Any, b: Any) -> int:
+        differing = [i for i, (m, n) in enumerate(zip(a.shape, b.shape, strict=True)) if m != n]
+        if len(differing) != 1:
+            raise ValueError(f"a cache leaf of shape {a.shape} for 2 requests has no axis of its own for them")
+        return differing[0]
+
+    return jax.tree.map(axis, two, three)
+
+
+def take_row(values: jax.Array, slot: jax.Array, axis: int) -> jax.Array:
+    """Row `slot` along `axis`, which stays with size 1.
+
+    On a mesh that splits the axis a slice would collect the whole array first; a masked sum moves one row only.
+    """
+    if jax.sharding.get_abstract_mesh().size <= 1:
+        return jax.lax.dynamic_slice_in_dim(values, slot, 1, axis)
+    return jnp.sum(jnp.where(_row_mask(values, slot, axis), values, 0), axis, values.dtype, keepdims=True)
+
+
+def put_row(values: jax.Array, row: jax.Array, slot: jax.Array, axis: int) -> jax.Array:
+    """`values` with `row` (size 1 along `axis`) in place of row `slot`; see `take_row`."""
+    if jax.sharding.get_abstract_mesh().size <= 1:
+        return jax.lax.dynamic_update_slice_in_dim(values, row.astype(values.dtype), slot, axis)
+    return jnp.where(_row_mask(values, slot, axis), row.astype(values.dtype), values)
+
+
+def _row_mask(values: jax.Array, slot: jax.Array, axis: int) -> jax.Array:
+    shape = [1] * values.ndim
+    shape[axis] = values.shape[axis]
+    return (jnp.arange(values.shape[axis]) == slot).reshape(shape)
+
+
+def pin(target: Any, drafter: Any, slots: Slots) -> Slots:
+    """Keeps the slots split over the batch axes of the mesh, whatever the compiler would rather do."""
+
+    def split(values: jax.Array, axis: int) -> jax.Array:
+        return constrain(values, *("batch" if i == axis else None for i in range(values.ndim)))
+
+    state = slots.state
+    caches: dict[str, Any] = {
+        "target_cache": jax.tree.map(split, state.target_cache, batch_axes(target.init_cache)),
+        "history": None if state.history is None else split(state.history, 1),
+    }
+    if drafter is not None:
+        caches["draft_cache"] = jax.tree.map(split, state.draft_cache, batch_axes(drafter.init_cache))
+    fields = ("tokens", "lengths", "prompt_lengths", "limits", "finished", "stopped", "rounds")
+    state = dataclasses.replace(state, **{name: split(getattr(state, name), 0) for name in fields}, **caches)
+    sampling = jax.tree.map(lambda values: split(values, 0), slots.sampling)
+    return Slots(state, sampling, split(slots.stop_tokens, 0))
+
+
+@functools.partial(jax.jit, static_argnames=("count", "rows", "stops"))
+def open_slots(target: Any, drafter: Any, scheduler: Scheduler, *, count: int, rows: int, stops: int) -> Slots:
+    """Empty slots.
+
+    Args:
+      target: gives the shape of its cache.
+      drafter: likewise, or None.
+      scheduler: gives the history of a new request.
+      count: B.
+      rows: C, positions per slot, with room for what a round or a chunk writes beyond a request's last token.
+      stops: K, stop tokens per request.
+    """
+    numbers = jnp.zeros((count,), jnp.int32)
+    state = DecodeState(
+        tokens=jnp.zeros((count, rows), jnp.int32),
+        lengths=numbers + 1,
+        prompt_lengths=numbers + 1,
+        limits=numbers + 1,
+        finished=numbers == 0,
+        stopped=numbers > 0,
+        rounds=numbers,
+        keys=request_keys(0, numbers),
+        target_cache=target.init_cache(count, rows),
+        draft_cache=None if drafter is None else drafter.init_cache(count, rows),
+        history=scheduler.start(count),
+    )
+    zeros = jnp.zeros((count,), jnp.float32)
+    sampling = Sampling(zeros, numbers, zeros + 1, zeros)
+    return pin(target, drafter, Slots(state, sampling, jnp.full((count, stops), -1, jnp.int32)))
+
+
+@functools.partial(jax.jit, static_argnames=("unroll",), donate_argnames=("slots",))
+def prefill_chunk(
+    target: Any, drafter: Any, slots: Slots, chunk: Chunk, scheduler: Scheduler, *, unroll: bool
+) -> tuple[Slots, Committed]:
+    """Reads one chunk of a prompt into its slot; the last chunk draws the first token and lets the slot decode.
+
+    The slot's settings and history are written with every chunk, since the rounds in between move the history on.
+    What a drafter's cache remembers of the slot's last request is cleared with the first one; the target's cache and
+    the token buffer need no clearing, stale rows are never visible.
+    """
+    state, slot, width = slots.state, chunk.slot, chunk.tokens.shape[0]
+    tokens = chunk.tokens[None]
+    positions = chunk.start + jnp.arange(width)[None]
+    axes = batch_axes(target.init_cache)
+    taps = () if drafter is None else drafter.taps
+    row = jax.tree.map(lambda values, axis: take_row(values, slot, axis), state.target_cache, axes)
+    output = target.forward(tokens, positions, row, taps=taps, unroll=unroll)
+    target_cache = jax.tree.map(
+        lambda values, new, axis: put_row(values, new, slot, axis), state.target_cache, output.cache, axes
+    )
+    draft_cache = state.draft_cache
+    if drafter is not None:
+        rows = state.tokens.shape[1]
+        draft_cache = _extend_row(drafter, draft_cache, rows, output.features, tokens, positions, chunk)
+
+    def put(values: jax.Array, value: Any) -> jax.Array:
+        return values.at[slot].set(value)
+
+    sampling = Sampling(
+        put(slots.sampling.temperature, chunk.temperature),
+        put(_given(slots.sampling.top_k), chunk.top_k),
+        put(_given(slots.sampling.top_p), chunk.top_p),
+        put(_given(slots.sampling.min_p), chunk.min_p),
+    )
+    key = request_keys(chunk.seed, jnp.zeros((1,), jnp.int32))
+    uniform = round_uniforms(key, jnp.reshape(chunk.prompt_length - 1, (1,)), 0).next
+    last = jax.lax.dynamic_slice_in_dim(output.last_hidden, chunk.count - 1, 1, axis=1)[:, 0]
+    first = sample(target.unembed(last), sampling.take(jnp.reshape(slot, (1,))), uniform)
+
+    read = chunk.start + chunk.count
+    complete = read >= chunk.prompt_length
+    stopped = complete & is_stop(first, chunk.stop_tokens)[0]
+    finished = stopped | (chunk.prompt_length + 1 >= chunk.limit)
+    own = jax.lax.dynamic_update_slice_in_dim(take_row(state.tokens, slot, 0), tokens, chunk.start, axis=1)
+    written = put_row(state.tokens, own, slot, 0)
+    history = scheduler.start(1)
+    state = dataclasses.replace(
+        state,
+        tokens=written.at[slot, chunk.prompt_length].set(first[0]),
+        lengths=put(state.lengths, read + 1),
+        prompt_lengths=put(state.prompt_lengths, chunk.prompt_length),
+        limits=put(state.limits, chunk.limit),
+        finished=put(state.finished, finished | ~complete),
+        stopped=put(state.stopped, stopped),
+        rounds=put(state.rounds, 0),
+        keys=put(state.keys, key[0]),
+        target_cache=target_cache,
+        draft_cache=draft_cache,
+        history=None if history is None else put_row(_given(state.history), history, slot, 1),
+    )
+    slots = Slots(state, sampling, put(slots.stop_tokens, chunk.stop_tokens))
+    report = Committed(first[:, None], complete[None].astype(jnp.int32), finished[None], stopped[None], None)
+    return pin(target, drafter, slots), report
+
+
+def _extend_row(
+    drafter: Any, cache: Any, rows: int, features: jax.Array, tokens: jax.Array, positions: jax.Array, chunk: Chunk
+) -> Any:
+    """The drafter's cache (of `rows` positions per slot) after it has absorbed a chunk in one slot."""
+    axes = batch_axes(drafter.init_cache)
+    own = jax.tree.map(lambda values, axis: take_row(values, chunk.slot, axis), cache, axes)
+    begins = chunk.start == 0
+    own = jax.tree.map(lambda old, new: jnp.where(begins, new, old), own, drafter.init_cache(1, rows))
+    own = drafter.extend(own, features, tokens, positions, jnp.reshape(chunk.count, (1,)))
+    return jax.tree.map(lambda values, new, axis: put_row(values, new, chunk.slot, axis), cache, own, axes)
+
+
+def _given(values: jax.Array | None) -> jax.Array:
+    assert values is not None, "slots have every filter, and a history where the scheduler has a prior"
+    return values
+
+
+@functools.partial(jax.jit, static_argnames=("mode", "unroll"), donate_argnames=("slots",))
+def serve_round(
+    target: Any, drafter: Any, slots: Slots, released: jax.Array, scheduler: Scheduler, *, mode: Mode, unroll: bool
+) -> tuple[Slots, Committed]:
+    """One decoding round of all slots.
+
+    Args:
+      target: laid out for decoding where that applies.
+      drafter: likewise, or None.
+      slots: donated.
+      released: [B] bool, slots whose requests the host has ended (cancelled, or at a stop string).
+      scheduler: decides how many drafts are verified.
+      mode: must hold for all requests that are decoding.
+      unroll: lay the target's layers out one by one (CPU).
+    """
+    before = dataclasses.replace(slots.state, finished=slots.state.finished | released)
+    block_size = 0 if drafter is None else drafter.block_size
+    uniforms = round_uniforms(before.keys, before.positions, block_size)
+    after, entry = decode_round(
+        target,
+        drafter,
+        before,
+        uniforms,
+        mode.sampling(slots.sampling),
+        slots.stop_tokens,
+        scheduler=scheduler,
+        unroll=unroll,
+    )
+    at = before.lengths[:, None] + jnp.arange(block_size + 1)
+    tokens = jnp.take_along_axis(after.tokens, jnp.minimum(at, after.tokens.shape[1] - 1), axis=1)
+    report = Committed(tokens, after.lengths - before.lengths, after.finished, after.stopped, entry)
+    return pin(target, drafter, dataclasses.replace(slots, state=after)), report

@@ -1,0 +1,196 @@
+"""The generate command: a random drafter for the tiny target answers on the terminal."""
+
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import pytest
+
+from dspark_jax import command
+from dspark_jax.config import (
+    Config,
+    DataConfig,
+    DrafterConfig,
+    EvalConfig,
+    InputError,
+    MeshConfig,
+    TargetConfig,
+    resolve,
+)
+from dspark_jax.data.chat import answer_text, load_tokenizer, prompt_tokens, stop_tokens
+from dspark_jax.engine import generate as decode
+from dspark_jax.engine.request import Piece, TracedRound
+from dspark_jax.generate import _define, _explained, _mark, _marks, _scheduler, generate
+from dspark_jax.sharding import make_mesh
+from dspark_jax.target.loading import load_target
+from dspark_jax.training.checkpoint import Checkpoints
+from dspark_jax.training.optim import make_optimizer
+from dspark_jax.training.state import init_state
+
+BLOCK, BUDGET = 3, 24
+ONE_DEVICE = MeshConfig(1, 1, 1)
+PROMPT = "the sum of the numbers"
+MARK = re.compile(r'([-+.=])("(?:[^"\\]|\\.)*")(?: (\d?\.\d\d))?')
+
+
+class Run(NamedTuple):
+    config: Config
+    workdir: Path
+    mesh: Any
+    tokenizer: Any
+    tokens: list[int]  # the target's own greedy answer
+
+
+@pytest.fixture(scope="module")
+def run(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    drafter = DrafterConfig(num_layers=1, block_size=BLOCK, target_layer_ids=(0,), mask_token_id=319, markov_rank=8)
+    data = DataConfig(prompts=("unused.jsonl",), max_prompt_length=100, max_length=140)
+    target_config, settings = TargetConfig(path=str(tiny_target)), EvalConfig(max_new_tokens=BUDGET)
+    config = resolve(Config("tiny", target=target_config, drafter=drafter, data=data, mesh=ONE_DEVICE, eval=settings))
+    mesh, workdir = make_mesh(ONE_DEVICE, jax.devices()[:1]), tmp_path_factory.mktemp("generate")
+    with Checkpoints(workdir, config) as checkpoints:
+        checkpoints.save(1, init_state(config, make_optimizer(config.optim, 1), mesh), {})
+    tokenizer = load_tokenizer(tiny_target)
+    ids = prompt_tokens(tokenizer, [{"role": "user", "content": PROMPT}])
+    stops = stop_tokens(tiny_target, tokenizer)
+    plain = decode(load_target(config.target, mesh), None, [ids], max_new_tokens=BUDGET, stop_tokens=stops)
+    return Run(config, workdir, mesh, tokenizer, plain.tokens[0].tolist())
+
+
+def answer(run: Run, **options: Any) -> Any:
+    return generate(run.config, run.workdir, mesh=run.mesh, **options)
+
+
+def test_the_answer_is_the_targets(run: Run, capsys: Any, monkeypatch: Any) -> None:
+    """From --prompt with a drafter, and from standard input without one."""
+    request = answer(run, prompt=PROMPT)
+    shown = capsys.readouterr()
+    assert list(request.result().tokens) == run.tokens
+    text = answer_text(run.tokenizer, run.tokens)
+    assert shown.out == text + "\n"
+    counted = re.fullmatch(
+        rf"{len(run.tokens)} tokens, (\d+) rounds, tau (\d+\.\d\d), [\d.]+ tokens/s, first token after [\d.]+ s, "
+        r"ended by (stop|length)\n",
+        shown.err,
+    )
+    assert counted and int(counted[1]) == request.metrics.rounds > 0
+    assert float(counted[2]) == round(request.metrics.emitted / request.metrics.rounds, 2) >= 1
+
+    monkeypatch.setattr("sys.stdin", io.StringIO(PROMPT + "\n"))
+    request = answer(run, plain=True)
+    shown = capsys.readouterr()
+    assert shown.out == text + "\n" and request.metrics.accepted == 0
+    assert f"{len(run.tokens) - 1} rounds, tau 1.00" in shown.err
+
+
+def expit(values: Any) -> Any:
+    return 1 / (1 + np.exp(-values))
+
+
+def test_explain_shows_what_became_of_every_draft(run: Run, capsys: Any) -> None:
+    everything = [piece.round for piece in answer(run, prompt=PROMPT, explain=True).pieces if piece.round]
+    threshold = float(expit(np.median([one.confidence for one in everything])))
+    capsys.readouterr()
+    request = answer(run, prompt=PROMPT, explain=True, threshold=threshold)
+    lines, _, text = capsys.readouterr().out.partition("\n\n")
+    assert text == answer_text(run.tokenizer, run.tokens) + "\n"
+    first, *rounds = lines.split("\n")
+    assert first == f"prompt   ={json.dumps(run.tokenizer.decode(run.tokens[:1]), ensure_ascii=False)}"
+    assert len(rounds) == request.metrics.rounds
+    kept: list[str] = [run.tokenizer.decode(run.tokens[:1])]
+    signs = ""
+    for number, line in enumerate(rounds, 1):
+        assert line.startswith(f"round {number:<3}")
+        marks = MARK.findall(line)
+        assert len(marks) >= BLOCK and " ".join(m.group(0) for m in MARK.finditer(line)) == line[9:]
+        signs += "".join(sign for sign, _, _ in marks)
+        assert all(bool(confidence) == (sign != "=") for sign, _, confidence in marks)
+        entry = request.pieces[number].round
+        shown = [float(confidence) for _, _, confidence in marks[:BLOCK]]
+        assert shown == pytest.approx(expit(np.asarray(entry.confidence)), abs=0.0051)
+        kept += [json.loads(quoted) for sign, quoted, _ in marks if sign in "+="]
+    assert kept[: len(run.tokens)] == [run.tokenizer.decode([token]) for token in run.tokens]
+    assert signs.count("+") + signs.count("-") == request.metrics.admitted
+    assert "." in signs and "-" in signs and "=" in signs
+
+
+def test_marks_and_colours() -> None:
+    entry = TracedRound((1, 2, 3, 4), (9.0, 0.0, -1.0, 2.0), admitted=3, accepted=1, next_token=5)
+    plain = ['+"1" 1.00', '-"2" .50', '-"3" .27', '."4" .88', '="5"']
+    assert _marks(entry, str, False) == plain
+    coloured = [f"\x1b[{code}m{text}\x1b[0m" for code, text in zip((32, 31, 31, 90, 1), plain, strict=True)]
+    assert _marks(entry, str, True) == coloured
+    stopped = TracedRound((1, 2), None, admitted=2, accepted=2, next_token=None)
+    assert _explained(Piece((1, 2), "", stopped), 12, str, colours=False) == 'round 12 +"1" +"2"'
+    assert _mark("+", 'a"\n', None, False) == '+"a\\"\\n"'
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("no_color", "coloured"), [(None, True), ("", True), ("1", False)])
+def test_colours_are_for_terminals_that_want_them(run: Run, monkeypatch: Any, no_color: Any, coloured: bool) -> None:
+    if no_color is None:
+        monkeypatch.delenv("NO_COLOR", raising=False)
+    else:
+        monkeypatch.setenv("NO_COLOR", no_color)
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stdout", terminal)
+    answer(run, prompt=PROMPT, explain=True, max_new_tokens=2)
+    assert ("\x1b[" in terminal.getvalue()) == coloured
+
+
+def test_schedulers_read_what_the_working_directory_knows(tmp_path: Path) -> None:
+    assert _scheduler("threshold", None, BLOCK, tmp_path).confidence == 0.5
+    flat = _scheduler("early_stop", None, BLOCK, tmp_path)
+    assert len(set(flat.steps_per_second.tolist())) == 1 and flat.temperatures is None
+    (tmp_path / "calibration.json").write_text('{"temperatures": [1.5, 2.0, 0.5]}')
+    table = {"sample_batch_tokens": [1, 2, 4], "sample_steps_per_sec": [30, 20, 10], "max_batch_tokens": 4}
+    (tmp_path / "cost_table.json").write_text(json.dumps(table))
+    known = _scheduler("lagged", None, BLOCK, tmp_path)
+    assert known.temperatures.tolist() == [1.5, 2.0, 0.5]
+    assert known.steps_per_second.tolist()[1:] == [30, 20, 20, 10]
+    assert known.prior.shape == (BLOCK,)
+    for content, message in (("{}", "no calibration"), ('{"temperatures": [1]}', "has 1 temperatures; 3 positive")):
+        (tmp_path / "calibration.json").write_text(content)
+        with pytest.raises(InputError, match=message):
+            _scheduler("threshold", None, BLOCK, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompt": " \n"}, "the prompt is empty; give --prompt TEXT"),
+        ({"prompt": "a", "temperature": -1.0}, "temperature=-1.0 is out of range"),
+        ({"prompt": "a", "top_p": 0.0}, "top_p=0.0 is out of range"),
+        ({"prompt": "a", "seed": -4}, "seed=-4 is out of range"),
+        ({"prompt": "a", "max_new_tokens": 0}, "max_new_tokens=0 leaves nothing to generate"),
+        ({"prompt": "a", "max_new_tokens": 600}, "exceed the engine's capacity=512"),
+        ({"prompt": "a", "plain": True, "explain": True}, "--plain decodes without drafts, --explain needs them"),
+        ({"prompt": "a", "plain": True, "scheduler": "lagged"}, "--scheduler=lagged needs them"),
+        ({"prompt": "a", "threshold": 0.5, "scheduler": "fixed"}, "is of no use to --scheduler=fixed"),
+        ({"prompt": "a", "threshold": 1.5}, "--threshold=1.5 is no probability"),
+    ],
+)
+def test_bad_options_are_one_line(run: Run, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError) as error:
+        answer(run, **options)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_command(run: Run, capsys: Any, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no checkpoint here"):
+        generate(run.config, tmp_path, mesh=run.mesh, prompt="a")
+    with pytest.raises(SystemExit) as status:
+        command.run(generate, define=_define, argv=["--config", "missing.py", "--prompt=a"])
+    assert status.value.code == 2 and capsys.readouterr().err.startswith("error: ")
+    command.run(generate, define=_define, argv=["--help"])
+    shown = capsys.readouterr().out
+    flags = ("prompt", "temperature", "top_k", "top_p", "min_p", "max_new_tokens", "seed", "scheduler", "threshold")
+    assert all(f"--{name}\n" in shown for name in (*flags, "plain", "explain"))

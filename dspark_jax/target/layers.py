@@ -224,8 +224,9 @@ def decode_layout(module: Any, dtype: Any) -> Any:
             holder: Any = part
             holder.layers = nnx.List([layer_at(layers, index) for index in range(depth)])
     for _, part in nnx.iter_modules(copy) if isinstance(copy, nnx.Module) else ():
-        if hasattr(part, "lay_out"):
-            part.lay_out(dtype)
+        lay_out = getattr(part, "lay_out", None)
+        if lay_out is not None:
+            lay_out(dtype)
     return copy
 
 

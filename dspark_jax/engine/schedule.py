@@ -83,7 +83,8 @@ class _Candidates:
     def of(cls, survival: jax.Array, active: jax.Array, minimum: Any, maximum: Any) -> "_Candidates":
         """Of survivals [B, G]; see `early_stop` for the other arguments."""
         batch, size = survival.shape
-        ceiling = jnp.where(active, jnp.clip(maximum, 0, size), 0).astype(jnp.int32)
+        ceiling = jnp.clip(size if maximum is None else maximum, 0, size)
+        ceiling = jnp.where(active, ceiling, 0).astype(jnp.int32)
         floor = jnp.minimum(jnp.clip(minimum, 0, size), ceiling).astype(jnp.int32)
         position = jnp.arange(size)
         eligible = (position >= floor[:, None]) & (position < ceiling[:, None])
@@ -130,7 +131,6 @@ def early_stop(
     Returns:
       lengths [B] int32 in 0..G.
     """
-    maximum = survival.shape[1] if maximum is None else maximum
     candidates = _Candidates.of(survival, active, minimum, maximum)
     base, rates = candidates.throughput(steps_per_second)
     # Up to the stop every rate was a new best, so the best so far is the one before.
@@ -162,7 +162,6 @@ def capacity(
     Returns:
       [] int32.
     """
-    maximum = survival.shape[1] if maximum is None else maximum
     candidates = _Candidates.of(survival, active, minimum, maximum)
     base, rates = candidates.throughput(steps_per_second)
     rates = jnp.where(candidates.eligible, rates, -jnp.inf)
@@ -202,7 +201,6 @@ def lagged(
       lengths [B] int32 in 0..G. Their sum and the active requests never exceed the capacity, but for `minimum`.
     """
     room = capacity(old, steps_per_second, active, minimum, maximum, capacities)
-    maximum = live.shape[1] if maximum is None else maximum
     candidates = _Candidates.of(live, active, minimum, maximum)
     return candidates.admit(jnp.arange(live.size) < room - candidates.tokens)
 

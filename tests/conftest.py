@@ -1,7 +1,9 @@
 """Shared by all tests: eight host devices on CPU, and the golden vectors where they are present."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
@@ -19,6 +21,21 @@ def golden() -> Path:
     if not path.exists():
         pytest.skip("golden vectors are not beside this checkout (../shared/golden)")
     return path
+
+
+@pytest.fixture(scope="session")
+def save_untrained() -> Callable[..., None]:
+    """`save(config, workdir, mesh)` writes the checkpoint of a freshly initialised drafter, as a run would."""
+
+    def save(config: Any, workdir: Path, mesh: Any) -> None:
+        from dspark_jax.training.checkpoint import Checkpoints
+        from dspark_jax.training.optim import make_optimizer
+        from dspark_jax.training.state import init_state
+
+        with Checkpoints(workdir, config) as checkpoints:
+            checkpoints.save(1, init_state(config, make_optimizer(config.optim, 1), mesh), {})
+
+    return save
 
 
 @pytest.fixture(scope="session")

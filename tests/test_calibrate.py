@@ -23,9 +23,6 @@ from dspark_jax.config import (
 )
 from dspark_jax.evaluation.calibration import GRID
 from dspark_jax.sharding import make_mesh
-from dspark_jax.training.checkpoint import Checkpoints
-from dspark_jax.training.optim import make_optimizer
-from dspark_jax.training.state import init_state
 
 BLOCK = 3
 ONE_DEVICE = MeshConfig(1, 1, 1)
@@ -44,13 +41,8 @@ def prompts(path: Path, start: int, count: int) -> str:
     return str(path)
 
 
-def save_drafter(config: Config, workdir: Path, mesh: Any) -> None:
-    with Checkpoints(workdir, config) as checkpoints:
-        checkpoints.save(1, init_state(config, make_optimizer(config.optim, 1), mesh), {})
-
-
 @pytest.fixture(scope="module")
-def run(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+def run(save_untrained: Any, tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("calibrate")
     heldout, train = prompts(folder / "heldout.jsonl", 0, 6), prompts(folder / "train.jsonl", 20, 9)
     drafter = DrafterConfig(num_layers=1, block_size=BLOCK, target_layer_ids=(0,), mask_token_id=319, markov_rank=8)
@@ -65,7 +57,7 @@ def run(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
         )
     )
     mesh, workdir = make_mesh(ONE_DEVICE, jax.devices()[:1]), folder / "run"
-    save_drafter(config, workdir, mesh)
+    save_untrained(config, workdir, mesh)
     with pytest.MonkeyPatch.context() as patch:
         printed: list[str] = []
         patch.setattr("builtins.print", lambda *text, **_: printed.append(" ".join(map(str, text))))
@@ -100,9 +92,9 @@ def test_what_was_measured_is_written_and_printed(run: Run):
     assert not (run.workdir / "eval/rejected.jsonl").exists()
 
 
-def test_fitted_on_training_prompts(run: Run, tmp_path: Path):
+def test_fitted_on_training_prompts(save_untrained: Any, run: Run, tmp_path: Path):
     """Training prompts to fit on, as many as `eval.limit` says, and all held-out rounds to score."""
-    save_drafter(run.config, tmp_path, run.mesh)
+    save_untrained(run.config, tmp_path, run.mesh)
     written = calibrate(run.config, tmp_path, mesh=run.mesh, temperatures=[1.0], fit_on="train")
     both = json.loads((run.workdir / "eval/calibration.json").read_text())
     data = json.loads((tmp_path / "eval/calibration.json").read_text())
@@ -129,10 +121,10 @@ def test_bad_input_is_one_line(run: Run, tmp_path: Path):
     assert "data.prompts is empty" in refused(run, run.workdir, untrained, fit_on="train")
 
 
-def test_a_drafter_without_a_head_is_refused(run: Run, tmp_path: Path):
+def test_a_drafter_without_a_head_is_refused(save_untrained: Any, run: Run, tmp_path: Path):
     drafter = dataclasses.replace(run.config.drafter, kind="dflash", markov_rank=0, confidence_head=False)
     config = dataclasses.replace(run.config, drafter=drafter)
-    save_drafter(config, tmp_path, run.mesh)
+    save_untrained(config, tmp_path, run.mesh)
     assert "no confidence head" in refused(run, tmp_path, config)
     assert not (tmp_path / "calibration.json").exists()
 

@@ -28,9 +28,7 @@ from dspark_jax.evaluation.decoding import Engine, Requests, answer, compare_gre
 from dspark_jax.evaluation.summary import table
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target.loading import load_target
-from dspark_jax.training.checkpoint import Checkpoints, load_drafter
-from dspark_jax.training.optim import make_optimizer
-from dspark_jax.training.state import init_state
+from dspark_jax.training.checkpoint import load_drafter
 
 BLOCK, BUDGET = 3, 10
 WIDTH = 96  # the same in all tests, so that they share executables
@@ -67,13 +65,11 @@ def make_config(target: Path, folder: Path) -> Config:
 
 
 @pytest.fixture(scope="module")
-def run(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+def run(save_untrained: Any, tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("evaluate")
     config, workdir = make_config(tiny_target, folder), folder / "run"
     mesh = make_mesh(ONE_DEVICE, jax.devices()[:1])
-    state = init_state(config, make_optimizer(config.optim, 1), mesh)
-    with Checkpoints(workdir, config) as checkpoints:
-        checkpoints.save(1, state, {})
+    save_untrained(config, workdir, mesh)
     costs = folder / "costs.json"  # room for two users
     costs.write_text(json.dumps({"sample_batch_tokens": [1, 4], "sample_steps_per_sec": [9, 5], "max_batch_tokens": 8}))
     with pytest.MonkeyPatch.context() as patch:

@@ -27,9 +27,6 @@ from dspark_jax.engine.request import Piece, TracedRound
 from dspark_jax.generate import _define, _explained, _mark, _marks, _scheduler, generate
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target.loading import load_target
-from dspark_jax.training.checkpoint import Checkpoints
-from dspark_jax.training.optim import make_optimizer
-from dspark_jax.training.state import init_state
 
 BLOCK, BUDGET = 3, 24
 ONE_DEVICE = MeshConfig(1, 1, 1)
@@ -46,14 +43,13 @@ class Run(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def run(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+def run(save_untrained: Any, tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     drafter = DrafterConfig(num_layers=1, block_size=BLOCK, target_layer_ids=(0,), mask_token_id=319, markov_rank=8)
     data = DataConfig(prompts=("unused.jsonl",), max_prompt_length=100, max_length=140)
     target_config, settings = TargetConfig(path=str(tiny_target)), EvalConfig(max_new_tokens=BUDGET)
     config = resolve(Config("tiny", target=target_config, drafter=drafter, data=data, mesh=ONE_DEVICE, eval=settings))
     mesh, workdir = make_mesh(ONE_DEVICE, jax.devices()[:1]), tmp_path_factory.mktemp("generate")
-    with Checkpoints(workdir, config) as checkpoints:
-        checkpoints.save(1, init_state(config, make_optimizer(config.optim, 1), mesh), {})
+    save_untrained(config, workdir, mesh)
     tokenizer = load_tokenizer(tiny_target)
     ids = prompt_tokens(tokenizer, [{"role": "user", "content": PROMPT}])
     stops = stop_tokens(tiny_target, tokenizer)

@@ -133,6 +133,9 @@ class DataConfig:
     """Tokens of a whole sample; the answer is cut there."""
     min_loss_tokens: int = 14
     """Samples with fewer supervised tokens are dropped and counted."""
+    pack: bool = False
+    """Put several samples into one sequence of `max_length`; none sees another. `train.num_anchors` and
+    `train.batch_size` then count per packed sequence."""
     temperature: float = 1.0
     decode_batch_size: int = 32
     seed: int = 0

@@ -71,6 +71,7 @@ def fit(config: Config, workdir: Path, mesh: Mesh, checkpoints: Checkpoints) -> 
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         threads=config.data.workers,
+        pack=config.data.pack,
     )
 
     # The state: fresh, or that of the newest checkpoint.

@@ -38,7 +38,14 @@ class Backbone(nnx.Module):
         """Target features [B, S, M*D] -> context states [B, S, D]."""
         return rms_norm(dense(features, self.fc[...]), self.hidden_norm[...], self.arch.rms_norm_eps)
 
-    def __call__(self, embedded: jax.Array, features: jax.Array, anchors: jax.Array, keep: jax.Array) -> jax.Array:
+    def __call__(
+        self,
+        embedded: jax.Array,
+        features: jax.Array,
+        anchors: jax.Array,
+        keep: jax.Array,
+        starts: jax.Array | None = None,
+    ) -> jax.Array:
         """Training pass over A blocks per sequence.
 
         Args:
@@ -46,16 +53,19 @@ class Backbone(nnx.Module):
           features: [B, S, M*D] target features; rows at and behind an anchor are invisible to its block.
           anchors: [B, A] positions.
           keep: [B, A] bool, False for dummy blocks.
+          starts: [B, S] first row of each row's document, where several are packed into a row.
 
         Returns:
           [B, A, G, D] after the final norm.
         """
         context = self.context(features.astype(embedded.dtype))
-        positions = jnp.broadcast_to(jnp.arange(features.shape[1]), features.shape[:2])
+        starts = jnp.zeros(features.shape[:2], jnp.int32) if starts is None else starts
+        positions = jnp.arange(features.shape[1]) - starts
+        first = jnp.take_along_axis(starts, anchors, axis=1)  # [B, A]
 
         def layer(x: jax.Array, index: int) -> jax.Array:
             at = layer_at(self.layers, index)
-            return self._layer(at, x, at.attention.keys_values(context, positions), anchors, keep)
+            return self._layer(at, x, at.attention.keys_values(context, positions), anchors, keep, first)
 
         x = embedded
         # Few layers, and laid out one by one they save a loop's stacking of residuals; the backward recomputes each.
@@ -64,11 +74,17 @@ class Backbone(nnx.Module):
         return rms_norm(x, self.norm[...], self.arch.rms_norm_eps)
 
     def _layer(
-        self, layer: Layer, x: jax.Array, context: tuple[jax.Array, jax.Array], anchors: jax.Array, keep: jax.Array
+        self,
+        layer: Layer,
+        x: jax.Array,
+        context: tuple[jax.Array, jax.Array],
+        anchors: jax.Array,
+        keep: jax.Array,
+        starts: jax.Array,
     ) -> jax.Array:
-        """One layer over blocks x [B, A, G, D] with the context's keys and values [B, S, K, H]."""
+        """One layer over blocks x [B, A, G, D] with the context's keys and values [B, S, K, H]; starts is [B, A]."""
         b, a, g, d = x.shape
-        positions = (anchors[:, :, None] + jnp.arange(g)).reshape(b, a * g)
+        positions = ((anchors - starts)[:, :, None] + jnp.arange(g)).reshape(b, a * g)
 
         def split(rows: jax.Array) -> jax.Array:
             return rows.reshape(b, a, g, *rows.shape[2:])
@@ -76,7 +92,7 @@ class Backbone(nnx.Module):
         def attention(projections: Attention, normed: jax.Array) -> jax.Array:
             query, key, value = projections.all(normed, positions)
             out = block_attention(
-                split(query), *context, split(key), split(value), anchors, keep, scale=self.arch.head_dim**-0.5
+                split(query), *context, split(key), split(value), anchors, keep, starts, scale=self.arch.head_dim**-0.5
             )
             return out.reshape(query.shape)
 
@@ -109,7 +125,7 @@ class Backbone(nnx.Module):
           [B, G, D] after the final norm.
         """
         x = embedded[:, None]
-        keep = jnp.ones((x.shape[0], 1), bool)
+        keep, starts = jnp.ones((x.shape[0], 1), bool), jnp.zeros((x.shape[0], 1), jnp.int32)
         for index in range(self.num_layers):
-            x = self._layer(layer_at(self.layers, index), x, cache.layer(index), anchors[:, None], keep)
+            x = self._layer(layer_at(self.layers, index), x, cache.layer(index), anchors[:, None], keep, starts)
         return rms_norm(x[:, 0], self.norm[...], self.arch.rms_norm_eps)

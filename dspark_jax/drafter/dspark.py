@@ -37,7 +37,13 @@ class DSpark(nnx.Module):
         self.confidence = head
 
     def __call__(
-        self, target: Any, features: jax.Array, tokens: jax.Array, loss_mask: jax.Array, anchors: Anchors
+        self,
+        target: Any,
+        features: jax.Array,
+        tokens: jax.Array,
+        loss_mask: jax.Array,
+        anchors: Anchors,
+        starts: jax.Array | None = None,
     ) -> BlockOutputs:
         """Training pass.
 
@@ -47,11 +53,13 @@ class DSpark(nnx.Module):
           tokens: [B, S].
           loss_mask: [B, S], 1 on supervised tokens.
           anchors: A blocks per sequence.
+          starts: [B, S] first row of each row's document, where several are packed into a sequence; the first token of
+            a document is then never supervised.
         """
         targets = block_targets(tokens, loss_mask, anchors, self.block_size)
         inputs = block_tokens(targets.prev_tokens[:, :, 0], self.mask_token, self.block_size)
         embedded = target.embed(inputs).astype(self.dtype)
-        hidden = self.backbone(embedded, features, anchors.positions, anchors.keep)
+        hidden = self.backbone(embedded, features, anchors.positions, anchors.keep, starts)
         return BlockOutputs(hidden, targets.prev_tokens, targets.labels, targets.teacher_rows, targets.mask)
 
     def init_cache(self, batch: int, length: int) -> KVCache:

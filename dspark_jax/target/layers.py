@@ -59,15 +59,23 @@ def rope(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
     return rotated.astype(x.dtype)
 
 
-def attend(query: jax.Array, key: jax.Array, value: jax.Array, limit: jax.Array, scale: float) -> jax.Array:
-    """Softmax attention in which row t of request b sees the keys 0..limit[b, t]-1.
+def attend(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    limit: jax.Array,
+    scale: float,
+    starts: jax.Array | None = None,
+) -> jax.Array:
+    """Softmax attention in which row t of request b sees the keys starts[b, t]..limit[b, t]-1.
 
     Args:
       query: [B, T, N, H].
       key: [B, S, K, H], N a multiple of K.
       value: [B, S, K, H].
-      limit: [B, T], at least 1.
+      limit: [B, T], above `starts`.
       scale: factor of the scores.
+      starts: [B, T]; None is 0 everywhere.
 
     Returns:
       [B, T, N, H] in the query's type; scores and softmax are float32.
@@ -79,24 +87,35 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, limit: jax.Array,
     key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
     scores = jnp.einsum("bkrh,bksh->bkrs", rows, key, preferred_element_type=jnp.float32) * scale
     visible = jnp.arange(s) < limit[..., None]  # [B, T, S]
+    if starts is not None:
+        visible &= jnp.arange(s) >= starts[..., None]
     scores = jnp.where(visible[:, None, None], scores.reshape(b, k, n // k, t, s), _MASKED)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype).reshape(b, k, n // k * t, s)
     return (weights @ value).reshape(b, k, n // k, t, h).transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
 
 
 def attend_in_chunks(
-    query: jax.Array, key: jax.Array, value: jax.Array, limit: jax.Array, scale: float, chunk: int = 512
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    limit: jax.Array,
+    scale: float,
+    starts: jax.Array | None = None,
+    chunk: int = 512,
 ) -> jax.Array:
     """`attend` over `chunk` query rows at a time, so that scores never take more than [B, N, chunk, S]."""
     b, t, n, h = query.shape
     if t <= chunk:
-        return attend(query, key, value, limit, scale)
+        return attend(query, key, value, limit, scale, starts)
     pad = -t % chunk
-    rows = jnp.pad(query, ((0, 0), (0, pad), (0, 0), (0, 0)))
-    limits = jnp.pad(limit, ((0, 0), (0, pad)), constant_values=1)
-    rows = rows.reshape(b, -1, chunk, n, h).swapaxes(0, 1)
-    limits = limits.reshape(b, -1, chunk).swapaxes(0, 1)
-    out = jax.lax.map(lambda xs: attend(xs[0], key, value, xs[1], scale), (rows, limits))
+
+    def split(x: jax.Array, filler: int) -> jax.Array:
+        """[B, T, ...] -> [count, B, chunk, ...]."""
+        x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2), constant_values=filler)
+        return x.reshape(b, -1, chunk, *x.shape[2:]).swapaxes(0, 1)
+
+    parts = split(query, 0), split(limit, 1), None if starts is None else split(starts, 0)
+    out = jax.lax.map(lambda part: attend(part[0], key, value, part[1], scale, part[2]), parts)
     return out.swapaxes(0, 1).reshape(b, t + pad, n, h)[:, :t]
 
 

@@ -141,16 +141,19 @@ class Qwen3(nnx.Module):
         cache: KVCache | None = None,
         *,
         taps: tuple[int, ...] = (),
+        starts: jax.Array | None = None,
         unroll: bool = False,
     ) -> TargetOutput:
         """Runs the model.
 
         Args:
           tokens: [B, S] ids.
-          positions: [B, S] consecutive within each row. Without a cache row t attends to rows 0..t; with one, to the
-            cache rows 0..positions[b, t], this pass's own rows included.
+          positions: [B, S] consecutive within each row (or document). Without a cache row t attends to rows 0..t; with
+            one, to the cache rows 0..positions[b, t], this pass's own rows included.
           cache: a cache with room for positions[b, 0] + S rows, or None.
           taps: ascending layer ids whose raw outputs become `features`; -1 is the embeddings.
+          starts: [B, S] first row of each row's document, where several are packed into a sequence (without a cache):
+            a row attends to its own document only. Positions then begin anew in every document.
           unroll: lay the layers out one by one instead of in a loop (faster decoding on CPU, more to compile).
 
         Returns:
@@ -172,7 +175,7 @@ class Qwen3(nnx.Module):
                 if cache is not None:
                     written = cache.write(index, key, value, positions[:, 0])
                     key, value = written.layer(index)
-                return attend_in_chunks(query, key, value, limit, scale)
+                return attend_in_chunks(query, key, value, limit, scale, starts)
 
             x = constrain(layer(x, attention), "batch", None, None)
             return x, written

@@ -21,8 +21,9 @@ from dspark_jax.training.loss import EPSILON, LossSums, drafter_loss
 from dspark_jax.training.state import Params, TrainState, state_layout, to_module
 
 Batch = dict[str, jax.Array]
-"""tokens, loss_mask [C, B, S]; lengths, sample_id [C, B]: C micro-batches of B sequences. Optionally features
-[C, B, S, M*D] and last_hidden [C, B, S, D], with which the target does not run."""
+"""tokens, loss_mask [C, B, S]; lengths, sample_id [C, B]: C micro-batches of B sequences. Packed sequences have starts
+[C, B, S], the first row of every row's document. Optionally features [C, B, S, M*D] and last_hidden [C, B, S, D], with
+which the target does not run."""
 
 FINITE = np.iinfo(np.int32).max
 """`StepMetrics.not_finite` of steps without an accident."""
@@ -72,17 +73,18 @@ def loss_sums(
       config: resolved.
     """
     batch = {name: constrain(x, "batch", *(None,) * (x.ndim - 1)) for name, x in batch.items()}
-    tokens, loss_mask = batch["tokens"], batch["loss_mask"]
+    tokens, loss_mask, starts = batch["tokens"], batch["loss_mask"], batch.get("starts")
     if "features" in batch:
         features, last_hidden = batch["features"], batch["last_hidden"]
     else:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        out = target.forward(tokens, positions, taps=drafter.taps)
+        positions = positions if starts is None else positions - starts
+        out = target.forward(tokens, positions, taps=drafter.taps, starts=starts)
         features, last_hidden = out.features, out.last_hidden
     keys = anchor_keys(config.train.seed, step, batch["sample_id"])
     anchors = sample_anchors(keys, loss_mask, config.train.num_anchors)
     model = to_module(drafter, params)
-    outputs = model(target, features, tokens, loss_mask, anchors)
+    outputs = model(target, features, tokens, loss_mask, anchors, starts)
     sums = drafter_loss(model, target, outputs, last_hidden, config.loss, vocab_chunk=config.train.vocab_chunk)
     return sums.total, sums
 
@@ -198,6 +200,8 @@ def batch_layout(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     rows = (*lead, config.data.max_length)
     shapes = {"tokens": (rows, jnp.int32), "loss_mask": (rows, jnp.uint8)}
     shapes |= {"lengths": (lead, jnp.int32), "sample_id": (lead, jnp.int32)}
+    if config.data.pack:
+        shapes["starts"] = (rows, jnp.int32)
     return {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=_batch_sharding(shape, mesh))
         for name, (shape, dtype) in shapes.items()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dspark_jax.config import InputError
-from dspark_jax.data.pipeline import batches, pad_batch
+from dspark_jax.data.pipeline import batches
 from dspark_jax.data.sources import Sample
 
 LENGTH = 12
@@ -23,23 +23,6 @@ def samples(count: int) -> list[Sample]:
 
 def ids(iterator: Any, count: int) -> list[list[int]]:
     return [next(iterator)["sample_id"].tolist() for _ in range(count)]
-
-
-def test_a_batch_is_padded_with_zeros_behind_each_sample() -> None:
-    chosen = samples(30)[3:30:9]
-    batch = pad_batch(chosen, LENGTH)
-    assert {name: (array.shape, array.dtype.name) for name, array in batch.items()} == {
-        "tokens": ((3, LENGTH), "int32"),
-        "loss_mask": ((3, LENGTH), "uint8"),
-        "lengths": ((3,), "int32"),
-        "sample_id": ((3,), "int32"),
-    }
-    for row, sample in enumerate(chosen):
-        for s in range(LENGTH):
-            inside = s < len(sample.tokens)
-            assert batch["tokens"][row, s] == (sample.tokens[s] if inside else 0)
-            assert batch["loss_mask"][row, s] == (sample.loss_mask[s] if inside else 0)
-        assert batch["lengths"][row] == len(sample.tokens) and batch["sample_id"][row] == sample.sample_id
 
 
 @pytest.mark.parametrize("count", [1, 5, 24, 31])

@@ -27,8 +27,9 @@ def problem(b=2, a=4, g=3, s=11, n=4, k=2, h=8, dtype=np.float32, seed=0):
     return arrays, anchors.astype(np.int32), keep, rng.standard_normal(shapes[0])
 
 
-def loops(arrays, anchors, keep, cotangent, scale):
+def loops(arrays, anchors, keep, cotangent, scale, starts=None):
     """Output and gradients of sum(cotangent * output), one query row at a time."""
+    starts = np.zeros_like(anchors) if starts is None else starts
     query, key, value, block_key, block_value = (np.asarray(x, np.float64) for x in arrays)
     out = np.zeros(query.shape)
     grads = [np.zeros(x.shape) for x in (query, key, value, block_key, block_value)]
@@ -36,9 +37,10 @@ def loops(arrays, anchors, keep, cotangent, scale):
     for b, a, g, n in np.ndindex(query.shape[:4]):
         if not keep[b, a]:
             continue
-        k, end, q = n // repeat, anchors[b, a], query[b, a, g, n]
-        keys = np.concatenate([key[b, :end, k], block_key[b, a, :, k]])
-        values = np.concatenate([value[b, :end, k], block_value[b, a, :, k]])
+        k, q, seen = n // repeat, query[b, a, g, n], slice(starts[b, a], anchors[b, a])
+        end = anchors[b, a] - starts[b, a]
+        keys = np.concatenate([key[b, seen, k], block_key[b, a, :, k]])
+        values = np.concatenate([value[b, seen, k], block_value[b, a, :, k]])
         weights = np.exp(scale * keys @ q - np.max(scale * keys @ q))
         weights /= weights.sum()
         out[b, a, g, n] = weights @ values
@@ -46,19 +48,20 @@ def loops(arrays, anchors, keep, cotangent, scale):
         d_scores = scale * weights * (values @ d_out - out[b, a, g, n] @ d_out)
         grads[0][b, a, g, n] = d_scores @ keys
         d_keys, d_values = np.outer(d_scores, q), np.outer(weights, d_out)
-        grads[1][b, :end, k] += d_keys[:end]
-        grads[2][b, :end, k] += d_values[:end]
+        grads[1][b, seen, k] += d_keys[:end]
+        grads[2][b, seen, k] += d_values[:end]
         grads[3][b, a, :, k] += d_keys[end:]
         grads[4][b, a, :, k] += d_values[end:]
     return out, grads
 
 
-def run(arrays, anchors, keep, cotangent, scale, attention=block_attention):
+def run(arrays, anchors, keep, cotangent, scale, attention=block_attention, starts=None):
     """Output and gradients of sum(cotangent * output)."""
+    starts = jnp.zeros(anchors.shape, jnp.int32) if starts is None else starts
 
     @jax.jit
     def both(arrays):
-        out, pull = jax.vjp(lambda *x: attention(*x, anchors, keep, scale=scale), *arrays)
+        out, pull = jax.vjp(lambda *x: attention(*x, anchors, keep, starts, scale=scale), *arrays)
         return out, pull(jnp.asarray(cotangent, out.dtype))
 
     return both([jnp.asarray(x) for x in arrays])
@@ -77,6 +80,18 @@ def test_value_and_gradient_equal_loops(attention):
     data = problem(a=5)
     out, grads = run(*data, 0.3, attention)
     want, want_grads = loops(*data, 0.3)
+    np.testing.assert_allclose(out, want, atol=2e-6)
+    for name, got, grad in zip(NAMES, grads, want_grads, strict=True):
+        np.testing.assert_allclose(got, grad, atol=4e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("attention", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
+def test_blocks_of_a_packed_sequence_see_their_own_document_only(attention):
+    data = problem(a=5)
+    starts = np.minimum(np.random.default_rng(4).integers(0, 9, data[1].shape), data[1]).astype(np.int32)
+    assert (starts == data[1]).any() and (starts > 0).any()  # also a document that begins with the anchor
+    out, grads = run(*data, 0.3, attention, starts)
+    want, want_grads = loops(*data, 0.3, starts)
     np.testing.assert_allclose(out, want, atol=2e-6)
     for name, got, grad in zip(NAMES, grads, want_grads, strict=True):
         np.testing.assert_allclose(got, grad, atol=4e-6, err_msg=name)
@@ -145,7 +160,9 @@ def test_nothing_kept_gives_zeros():
 def test_memory_is_bounded_by_the_score_budget():
     def temporary(blocks, attention):
         arrays, anchors, keep, cotangent = problem(b=1, a=blocks, g=4, s=512, n=4, k=2, h=4)
-        step = jax.jit(jax.grad(lambda q: jnp.sum(attention(q, *arrays[1:], anchors, keep, scale=1.0) * cotangent)))
+        step = jax.jit(
+            jax.grad(lambda q: jnp.sum(attention(q, *arrays[1:], anchors, keep, 0 * anchors, scale=1.0) * cotangent))
+        )
         return step.lower(arrays[0]).compile().memory_analysis().temp_size_in_bytes
 
     chunked = functools.partial(xla.block_attention, max_scores=4 * 4 * 4 * 512)

@@ -16,15 +16,17 @@ def block_attention(
     block_value: jax.Array,
     anchors: jax.Array,
     keep: jax.Array,
+    starts: jax.Array | None = None,
     *,
     scale: float,
     implementation: str | None = None,
 ) -> jax.Array:
     """Grouped-query attention of A blocks of G rows over a shared context (paper 3.1; mask of trap 3).
 
-    Every row of block (b, a) attends to the context rows strictly before `anchors[b, a]` and to all G rows of its own
-    block, in both directions; other blocks are invisible. A block with keep False gives zeros and passes no gradient.
-    Context rows that no kept block can see, and the arrays of blocks that are not kept, may hold anything, even NaN.
+    Every row of block (b, a) attends to the context rows from `starts[b, a]` on that are strictly before
+    `anchors[b, a]`, and to all G rows of its own block, in both directions; other blocks are invisible. A block with
+    keep False gives zeros and passes no gradient. Context rows at and behind the last kept anchor, and the arrays of
+    blocks that are not kept, may hold anything, even NaN.
 
     Args:
       query: [B, A, G, N, H], with positional rotation applied; N is a multiple of K, and query head n reads key head
@@ -35,6 +37,7 @@ def block_attention(
       block_value: [B, A, G, K, H].
       anchors: [B, A] int32 in 0..S.
       keep: [B, A] bool.
+      starts: [B, A] int32, first row of the document that the anchor is in; None is 0 everywhere.
       scale: factor of the scores.
       implementation: None (the best one here), 'xla' (bounded memory) or 'reference' (the definition).
 
@@ -54,6 +57,8 @@ def block_attention(
         "anchors": (anchors, (b, a)),
         "keep": (keep, (b, a)),
     }
+    if starts is not None:
+        expected["starts"] = (starts, (b, a))
     for name, (array, shape) in expected.items():
         if array.shape != shape:
             raise ValueError(f"block_attention: {name} is {array.shape}, with query {query.shape} it must be {shape}")
@@ -64,5 +69,6 @@ def block_attention(
     if implementation not in (None, *_IMPLEMENTATIONS):
         raise ValueError(f"block_attention: implementation {implementation!r} is not one of {list(_IMPLEMENTATIONS)}")
     run = _IMPLEMENTATIONS[implementation or "xla"]
-    arrays = (query, context_key, context_value, block_key, block_value, anchors, keep)
+    starts = jnp.zeros_like(anchors) if starts is None else starts
+    arrays = (query, context_key, context_value, block_key, block_value, anchors, keep, starts)
     return run(*map(jnp.asarray, arrays), scale=scale)

@@ -12,6 +12,7 @@ def block_attention(
     block_value: jax.Array,
     anchors: jax.Array,
     keep: jax.Array,
+    starts: jax.Array,
     *,
     scale: float,
 ) -> jax.Array:
@@ -21,7 +22,8 @@ def block_attention(
     key = jnp.concatenate([context_key, block_key.reshape(b, a * g, k, h)], axis=1).repeat(n // k, axis=2)
     value = jnp.concatenate([context_value, block_value.reshape(b, a * g, k, h)], axis=1).repeat(n // k, axis=2)
     block = jnp.arange(a * g) // g
-    before_anchor = jnp.arange(s) < anchors[:, block, None]  # [B, A*G, S]
+    row = jnp.arange(s)
+    before_anchor = (row >= starts[:, block, None]) & (row < anchors[:, block, None])  # [B, A*G, S]
     same_block = jnp.broadcast_to(block[:, None] == block, (b, a * g, a * g))
     visible = jnp.concatenate([before_anchor, same_block], axis=-1)  # [B, A*G, S + A*G]
     scores = jnp.einsum(

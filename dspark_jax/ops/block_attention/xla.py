@@ -17,6 +17,7 @@ def block_attention(
     block_value: jax.Array,
     anchors: jax.Array,
     keep: jax.Array,
+    starts: jax.Array,
     *,
     scale: float,
     max_scores: int = _SCORES,
@@ -35,7 +36,7 @@ def block_attention(
     chunk = max(max_scores // (n * g * s), 1)
     count = -(-a // chunk)
     if count == 1:
-        return _attend(query, key, value, block_key, block_value, anchors, keep, scale)
+        return _attend(query, key, value, block_key, block_value, anchors, keep, starts, scale)
     chunk = -(-a // count)
 
     def split(x: jax.Array) -> jax.Array:
@@ -45,10 +46,10 @@ def block_attention(
 
     @jax.checkpoint
     def body(blocks: tuple[jax.Array, ...]) -> jax.Array:
-        rows, rows_key, rows_value, at, kept = blocks
-        return _attend(rows, key, value, rows_key, rows_value, at, kept, scale)
+        rows, rows_key, rows_value, at, kept, first = blocks
+        return _attend(rows, key, value, rows_key, rows_value, at, kept, first, scale)
 
-    out = jax.lax.map(body, tuple(map(split, (query, block_key, block_value, anchors, keep))))
+    out = jax.lax.map(body, tuple(map(split, (query, block_key, block_value, anchors, keep, starts))))
     return out.swapaxes(0, 1).reshape(b, count * chunk, *query.shape[2:])[:, :a]
 
 
@@ -60,6 +61,7 @@ def _attend(
     block_value: jax.Array,
     anchors: jax.Array,
     keep: jax.Array,
+    starts: jax.Array,
     scale: float,
 ) -> jax.Array:
     """All blocks at once. As the api, but with key and value [B, K, S, H]; nothing holds NaN."""
@@ -71,7 +73,8 @@ def _attend(
     own_value = block_value.transpose(0, 3, 1, 2, 4)
 
     scores = _scores("bkmh,bksh->bkms", rows.reshape(b, k, a * g * r, h), key).reshape(b, k, a, g * r, s) * scale
-    visible = jnp.arange(s) < anchors[..., None]  # [B, A, S]
+    row = jnp.arange(s)
+    visible = (row >= starts[..., None]) & (row < anchors[..., None])  # [B, A, S]
     scores = jnp.where(visible[:, None, :, None], scores, _MASKED)
     own_scores = _scores("bkamh,bkagh->bkamg", rows.reshape(b, k, a, g * r, h), own_key) * scale
 

@@ -111,6 +111,8 @@ class DrafterConfig:
     dtype: str = "auto"
     """Compute type; parameters are always float32."""
     initializer_range: float = 0.02
+    markov_head_type: str = "vanilla"
+    """Sequential head of dspark: vanilla (the token before), gated (by the hidden state), rnn (the whole prefix)."""
 
 
 @dataclasses.dataclass
@@ -290,6 +292,8 @@ def problems(config: Config) -> Iterator[str]:
         yield "drafter.kind='dflash' has no heads; set drafter.markov_rank=0 and drafter.confidence_head=False"
     if drafter.kind == "dspark" and drafter.markov_rank <= 0:
         yield f"drafter.markov_rank={drafter.markov_rank} must be positive for dspark; use 256, or kind='dflash'"
+    if drafter.markov_head_type not in ("vanilla", "gated", "rnn"):
+        yield f"drafter.markov_head_type={drafter.markov_head_type!r} is unknown; use vanilla, gated or rnn"
     if target.num_attention_heads % max(target.num_key_value_heads, 1):
         yield (
             f"target num_attention_heads={target.num_attention_heads} is no multiple of num_key_value_heads="

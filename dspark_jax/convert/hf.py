@@ -29,8 +29,9 @@ def read_drafter_config(directory: Path) -> tuple[TargetArchitecture, DrafterCon
     if raw.get("architectures", [None])[0] not in _ARCHITECTURES:
         raise InputError(f"{path}: architectures {raw.get('architectures')} is not one of {list(_ARCHITECTURES)}")
     rank = raw.get("markov_rank", 0)
-    if rank and raw.get("markov_head_type") != "vanilla":
-        raise InputError(f"{path}: markov_head_type {raw.get('markov_head_type')!r} is not supported; use vanilla")
+    head = raw.get("markov_head_type", "vanilla") if rank else "vanilla"
+    if head not in ("vanilla", "gated", "rnn"):
+        raise InputError(f"{path}: markov_head_type {head!r} is not supported; use vanilla, gated or rnn")
     missing = [key for key in ("block_size", "mask_token_id", "target_layer_ids") if key not in raw]
     if missing:
         raise InputError(f"{path}: missing {', '.join(missing)}; this is not a DSpark or DFlash config")
@@ -44,6 +45,7 @@ def read_drafter_config(directory: Path) -> tuple[TargetArchitecture, DrafterCon
         markov_rank=rank,
         confidence_head=confidence,
         confidence_with_markov=bool(raw.get("confidence_head_with_markov", False)),
+        markov_head_type=head,
     )
     return arch, config
 

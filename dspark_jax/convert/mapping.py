@@ -14,6 +14,18 @@ _MARKOV = {
     "markov.w2": Weight("markov_head.markov_w2.weight"),
 }
 
+_HEADS = {
+    "vanilla": {},
+    "gated": {
+        "markov.gate": Weight("markov_head.gate_proj.weight", inputs=1),
+        "markov.gate_bias": Weight("markov_head.gate_proj.bias"),
+    },
+    "rnn": {
+        "markov.joint": Weight("markov_head.joint_proj.weight", inputs=1),
+        "markov.joint_bias": Weight("markov_head.joint_proj.bias"),
+    },
+}
+
 _CONFIDENCE = {
     "confidence.weight": Weight("confidence_head.proj.weight", row=True),
     "confidence.offset": Weight("confidence_head.proj.bias"),
@@ -22,12 +34,15 @@ _CONFIDENCE = {
 FROZEN = ("embed_tokens.weight", "lm_head.weight")
 """Copies of the target's tensors that the reference stores in every drafter."""
 
+VOCABULARY_MAPS = ("t2d", "d2t")
+"""Tensors of drafters that draft from a part of the vocabulary only."""
+
 
 def drafter_weights(config: DrafterConfig) -> dict[str, Weight]:
     """Every parameter of a DSpark or DFlash drafter and the tensor that holds it."""
     weights = dict(_BACKBONE)
     if config.markov_rank:
-        weights |= _MARKOV
+        weights |= _MARKOV | _HEADS[config.markov_head_type]
     if config.confidence_head:
         weights |= _CONFIDENCE
     return weights

@@ -1,4 +1,4 @@
-"""DSpark (paper section 3): the parallel backbone, the Markov head and the confidence head.
+"""DSpark (paper section 3): the parallel backbone, a sequential head and the confidence head.
 
 DFlash is the same drafter without the heads. The embedding and the LM head belong to the target, which every method
 that needs them takes as an argument.
@@ -15,8 +15,7 @@ from dspark_jax.drafter.backbone import Backbone
 from dspark_jax.drafter.blocks import Anchors, block_targets, block_tokens
 from dspark_jax.drafter.confidence import ConfidenceHead
 from dspark_jax.drafter.interface import BlockOutputs, Proposal
-from dspark_jax.drafter.markov import MarkovHead
-from dspark_jax.ops.markov_sample import markov_sample
+from dspark_jax.drafter.markov import make_head
 from dspark_jax.ops.sampling import Sampling, sample
 from dspark_jax.target.layers import KVCache
 
@@ -31,7 +30,8 @@ class DSpark(nnx.Module):
         self.mask_token = config.mask_token_id
         self.dtype = dtype
         self.backbone = Backbone(arch, config, rngs=rngs)
-        self.markov = MarkovHead(arch.vocab_size, rank, scale=scale, rngs=rngs) if rank else None
+        shape = (arch.vocab_size, arch.hidden_size, rank)
+        self.markov = make_head(config.markov_head_type, *shape, scale=scale, rngs=rngs) if rank else None
         seen = rank if config.confidence_with_markov else 0
         head = ConfidenceHead(arch.hidden_size, seen, scale=scale, rngs=rngs) if config.confidence_head else None
         self.confidence = head
@@ -93,8 +93,8 @@ class DSpark(nnx.Module):
             tokens = jax.vmap(sample, in_axes=(1, None, 1), out_axes=1)(base, sampling, uniforms)
             logits, previous = base, None
         else:
-            tokens, logits = markov_sample(
-                base.swapaxes(0, 1), self.markov.w1[...], self.markov.w2[...], anchors, uniforms.T, sampling
+            tokens, logits = self.markov.sample(
+                base.swapaxes(0, 1), hidden.swapaxes(0, 1), anchors, uniforms.T, sampling
             )
             tokens, logits = tokens.T, logits.swapaxes(0, 1)
             previous = self.markov.embed(jnp.concatenate([anchors[:, None], tokens[:, :-1]], axis=1))

@@ -51,8 +51,8 @@ def drafter_loss(
     backbone.
 
     Args:
-      drafter: has `markov` (`embed(tokens) -> [.., R]`, `w2` [V, R]) or None, and `confidence`
-        (`(hidden [.., D], prev_embedding [.., R] | None) -> logits [..]`) or None.
+      drafter: has `markov` (`embed(tokens) -> [.., R]`, `latent(hidden [.., G, D], embedding) -> [.., G, R]`, `w2`
+        [V, R]) or None, and `confidence` (`(hidden [.., D], prev_embedding [.., R] | None) -> logits [..]`) or None.
       target: has `head` [V, D]; frozen.
       outputs: A blocks of G positions per sequence.
       last_hidden: [B, S, D] of the target, after its final norm; frozen.
@@ -73,12 +73,13 @@ def drafter_loss(
     weights = jnp.exp(-jnp.arange(g, dtype=jnp.float32) / config.decay) * mask
     denominator = jnp.sum(weights)
     previous = None if drafter.markov is None else drafter.markov.embed(outputs.prev_tokens)
+    latent = None if drafter.markov is None else drafter.markov.latent(outputs.hidden, previous)
     rows = outputs.teacher_rows.reshape(b, a * g)
     teacher = jax.vmap(lambda states, at: states[at])(jax.lax.stop_gradient(last_hidden), rows)
 
     out = vocab_loss(
         outputs.hidden.reshape(b, a * g, d),
-        None if previous is None else previous.reshape(b, a * g, -1),
+        None if latent is None else latent.reshape(b, a * g, -1),
         teacher,
         target.head,
         None if drafter.markov is None else drafter.markov.w2[...],

@@ -13,7 +13,12 @@ from dspark_jax.ops.sampling import Sampling
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target.loading import load_target
 
-CASES = {"case1_qwen3_dspark_vanilla": "qwen3_tied", "case4_qwen3_dflash": "qwen3_untied"}
+CASES = {
+    "case1_qwen3_dspark_vanilla": "qwen3_tied",
+    "case2_qwen3_dspark_gated": "qwen3_untied",
+    "case3_qwen3_dspark_rnn": "qwen3_tied",
+    "case4_qwen3_dflash": "qwen3_untied",
+}
 LOGITS = 4e-5  # float32 rounding of the reference against float64 is 1.6e-5 on logits
 
 
@@ -65,7 +70,7 @@ def test_training_pass(case):
     embedding = None
     if drafter.markov is not None:
         embedding = drafter.markov.embed(out.prev_tokens)
-        logits = logits + drafter.markov.bias(embedding)
+        logits = logits + drafter.markov.bias(drafter.markov.latent(out.hidden, embedding))
     np.testing.assert_allclose(np.asarray(logits)[keep], io["draft_logits"][keep], rtol=0, atol=LOGITS)
     assert (drafter.confidence is None) == ("confidence_pred" not in io)
     if drafter.confidence is not None:
@@ -99,7 +104,8 @@ def test_decoding_pass_equals_training_pass(case):
     out = drafter(target, features, forced, jnp.ones_like(tokens), anchors)
     logits = target.unembed(out.hidden)
     if drafter.markov is not None:
-        logits = logits + drafter.markov.bias(drafter.markov.embed(out.prev_tokens))
+        latent = drafter.markov.latent(out.hidden, drafter.markov.embed(out.prev_tokens))
+        logits = logits + drafter.markov.bias(latent)
     np.testing.assert_allclose(proposal.logits, logits[:, 0], rtol=0, atol=LOGITS)
     np.testing.assert_array_equal(proposal.tokens, jnp.argmax(logits[:, 0], axis=-1))
     if drafter.confidence is not None:

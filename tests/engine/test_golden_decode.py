@@ -1,4 +1,4 @@
-"""Every recorded decoding trace of the PyTorch reference, round by round (golden cases 1 and 4)."""
+"""Every recorded decoding trace of the PyTorch reference, round by round (golden cases 1 to 4)."""
 
 import functools
 import json
@@ -19,7 +19,12 @@ from dspark_jax.ops.sampling import Sampling
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target.loading import load_target
 
-CASES = ("case1_qwen3_dspark_vanilla", "case4_qwen3_dflash")
+CASES = (
+    "case1_qwen3_dspark_vanilla",
+    "case2_qwen3_dspark_gated",
+    "case3_qwen3_dspark_rnn",
+    "case4_qwen3_dflash",
+)
 
 
 @functools.cache

@@ -29,7 +29,9 @@ def problem(heads=True, seed=0):
         return rng.standard_normal(shape).astype(np.float32)
 
     embedding, confidence = normal(V, R), normal(D + R)
-    markov = SimpleNamespace(embed=lambda tokens: jnp.asarray(embedding)[tokens], w2=normal(V, R))
+    markov = SimpleNamespace(
+        embed=lambda tokens: jnp.asarray(embedding)[tokens], latent=lambda hidden, previous: previous, w2=normal(V, R)
+    )
 
     def predict(hidden, previous):
         return jnp.concatenate([hidden, previous], axis=-1) @ confidence - 0.5
@@ -165,7 +167,12 @@ def test_confidence_target_is_constant_but_its_features_are_not():
     assert np.abs(got[outputs.mask]).max() > 1e-2
 
 
-CASES = {"case1_qwen3_dspark_vanilla": "qwen3_tied", "case4_qwen3_dflash": "qwen3_untied"}
+CASES = {
+    "case1_qwen3_dspark_vanilla": "qwen3_tied",
+    "case2_qwen3_dspark_gated": "qwen3_untied",
+    "case3_qwen3_dspark_rnn": "qwen3_tied",
+    "case4_qwen3_dflash": "qwen3_untied",
+}
 RENAMED = {"confidence_cumprod_bias": "confidence_prefix_bias", "tau_probabilistic": "tau_expected"}
 
 

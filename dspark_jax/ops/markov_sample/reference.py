@@ -3,7 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from dspark_jax.ops.sampling import Sampling, sample
+from dspark_jax.ops.markov_sample.chain import sample_chain
+from dspark_jax.ops.sampling import Sampling
 
 
 def markov_sample(
@@ -14,13 +15,11 @@ def markov_sample(
     uniforms: jax.Array,
     sampling: Sampling,
 ) -> tuple[jax.Array, jax.Array]:
-    """See `api.markov_sample`. G is small and static, so the steps are laid out one by one."""
-    tokens, logits, previous = [], [], anchors
-    for base, uniform in zip(base_logits, uniforms, strict=True):
+    """See `api.markov_sample`."""
+
+    def step(k: int, state: None, previous: jax.Array) -> tuple[jax.Array, None]:
         rows = w1[previous].reshape(previous.shape[0], -1)
         bias = jnp.einsum("br,vr->bv", rows, w2, preferred_element_type=jnp.float32)
-        biased = base.astype(jnp.float32) + bias
-        previous = sample(biased, sampling, uniform)
-        tokens.append(previous)
-        logits.append(biased)
-    return jnp.stack(tokens), jnp.stack(logits)
+        return base_logits[k].astype(jnp.float32) + bias, state
+
+    return sample_chain(step, None, anchors, uniforms, sampling)

@@ -1,0 +1,39 @@
+"""Sampling left to right, whatever gives the next logits."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dspark_jax.ops.sampling import Sampling, sample
+
+Step = Callable[[int, Any, jax.Array], tuple[jax.Array, Any]]
+"""(k, state, previous tokens [B]) -> (logits [B, V] of draft k, state)."""
+
+
+def sample_chain(
+    step: Step, state: Any, anchors: jax.Array, uniforms: jax.Array, sampling: Sampling
+) -> tuple[jax.Array, jax.Array]:
+    """Samples x_k from the logits that `step` gives after x_{k-1}, k = 0..G-1.
+
+    G is small and static, so the steps are laid out one by one.
+
+    Args:
+      step: logits of the next token; carries what it likes from draft to draft.
+      state: what the first call gets.
+      anchors: [B] tokens before the first draft.
+      uniforms: [G, B] in [0, 1), one per draw.
+      sampling: temperature and filters per request.
+
+    Returns:
+      tokens [G, B] int32 and logits [G, B, V] float32, before temperature and filters.
+    """
+    tokens, rows, previous = [], [], anchors
+    for k, uniform in enumerate(uniforms):
+        logits, state = step(k, state, previous)
+        logits = logits.astype(jnp.float32)
+        previous = sample(logits, sampling, uniform)
+        tokens.append(previous)
+        rows.append(logits)
+    return jnp.stack(tokens), jnp.stack(rows)

@@ -92,7 +92,7 @@ class Backbone(nnx.Module):
         def attention(projections: Attention, normed: jax.Array) -> jax.Array:
             query, key, value = projections.all(normed, positions)
             out = block_attention(
-                split(query), *context, split(key), split(value), anchors, keep, starts, scale=self.arch.head_dim**-0.5
+                split(query), *context, split(key), split(value), anchors, keep, starts, scale=projections.shape.scale
             )
             return out.reshape(query.shape)
 

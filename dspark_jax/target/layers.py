@@ -1,11 +1,12 @@
 """Transformer pieces shared by every target and drafter: norm, RoPE, attention projections, MLP, layer stacks.
 
-Parameters of a stack of layers carry one leading axis L, so that one compiled body serves all of them.
+Parameters of a stack of layers carry one leading axis L, so that one compiled body serves all of them. What the
+families of models differ in is stated in `attention_shape`, `Layer` and `MLP`.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +16,9 @@ from flax import nnx
 from dspark_jax.config import TargetArchitecture
 from dspark_jax.ops.product import product
 from dspark_jax.sharding import Param, gather
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+"""Kinds of layers: all earlier rows are visible, or a window of them. Layers of drafters are full."""
 
 _MASKED = -1e30  # finite, so that a fully masked row gives a mean instead of NaN; such rows are zeroed or unused
 
@@ -41,17 +45,23 @@ def dense(x: jax.Array, weight: jax.Array, inputs: int = 1) -> jax.Array:
     return product(x.reshape(-1, width), weight.reshape(width, -1)).reshape(lead + weight.shape[inputs:])
 
 
-def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """x / rms(x) * weight over the last axis, computed in float32, returned in x's type."""
+def rms_norm(x: jax.Array, weight: jax.Array | None, eps: float) -> jax.Array:
+    """x / rms(x) * weight (if any) over the last axis, computed in float32, returned in x's type."""
     x32 = x.astype(jnp.float32)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    return (x32 * weight.astype(jnp.float32)).astype(x.dtype)
+    return (x32 if weight is None else x32 * weight.astype(jnp.float32)).astype(x.dtype)
 
 
-def rope(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
-    """Rotary embedding of x [..., T, N, H] at positions [..., T]; halves are rotated, phases are float32."""
+def rope(x: jax.Array, positions: jax.Array, theta: float, share: float = 1.0) -> jax.Array:
+    """Rotary embedding of x [..., T, N, H] at positions [..., T]; halves are rotated, phases are float32.
+
+    Where `share` is below 1, only that share of the pairs turns, at the frequencies that they have among all of them
+    (Gemma 4's "proportional" RoPE, trap 21).
+    """
     half = x.shape[-1] // 2
     frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    if share < 1.0:
+        frequency = jnp.where(jnp.arange(half) < int(share * half), frequency, 0.0)
     phase = positions.astype(jnp.float32)[..., None, None] * frequency
     sin, cos = jnp.sin(phase), jnp.cos(phase)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
@@ -119,49 +129,100 @@ def attend_in_chunks(
     return out.swapaxes(0, 1).reshape(b, t + pad, n, h)[:, :t]
 
 
-class Attention(nnx.Module):
-    """Projections of grouped-query attention with per-head RMS norms on queries and keys (Qwen3)."""
+@dataclasses.dataclass(frozen=True)
+class AttentionShape:
+    """What the attention of one kind of layer is like.
 
-    def __init__(self, arch: TargetArchitecture, *, stack: tuple[int, ...], scale: float, rngs: nnx.Rngs):
-        d, n, k, h = arch.hidden_size, arch.num_attention_heads, arch.num_key_value_heads, arch.head_dim
+    Attributes:
+      heads: N query heads.
+      kv_heads: K key and value heads.
+      width: H of each.
+      theta: base of the rotary frequencies.
+      rotated: share of the pairs that are rotated.
+      scale: factor of the scores.
+      window: rows that a query sees, its own included; 0 = all before it.
+      value_is_key: values are the raw key projections (before their norm and rotation).
+      value_norm: values pass an RMS norm without weight.
+    """
+
+    heads: int
+    kv_heads: int
+    width: int
+    theta: float
+    rotated: float
+    scale: float
+    window: int
+    value_is_key: bool
+    value_norm: bool
+
+
+def attention_shape(arch: TargetArchitecture, kind: str = FULL) -> AttentionShape:
+    """The attention of a model's layers of one kind (trap 21 for Gemma 4)."""
+    heads, kv_heads, width = arch.num_attention_heads, arch.num_key_value_heads, arch.head_dim
+    if arch.model_type != "gemma4":
+        return AttentionShape(heads, kv_heads, width, arch.rope_theta, 1.0, width**-0.5, 0, False, False)
+    if kind == SLIDING:
+        theta = arch.sliding_rope_theta
+        return AttentionShape(heads, kv_heads, width, theta, 1.0, 1.0, arch.sliding_window, False, True)
+    kv_heads, width = arch.num_global_key_value_heads, arch.global_head_dim
+    rotated, shared = arch.partial_rotary_factor, arch.attention_k_eq_v
+    return AttentionShape(heads, kv_heads, width, arch.rope_theta, rotated, 1.0, 0, shared, True)
+
+
+class Attention(nnx.Module):
+    """Projections of grouped-query attention with per-head RMS norms on queries and keys."""
+
+    def __init__(
+        self, arch: TargetArchitecture, *, stack: tuple[int, ...], scale: float, rngs: nnx.Rngs, kind: str = FULL
+    ):
+        self.shape = attention_shape(arch, kind)
+        d, n, k, h = arch.hidden_size, self.shape.heads, self.shape.kv_heads, self.shape.width
         self.query = normal(rngs, stack, (d, n, h), ("embed", "heads", "head_width"), scale)
         self.key = normal(rngs, stack, (d, k, h), ("embed", "kv_heads", "head_width"), scale)
-        self.value = normal(rngs, stack, (d, k, h), ("embed", "kv_heads", "head_width"), scale)
+        own = not self.shape.value_is_key
+        self.value = normal(rngs, stack, (d, k, h), ("embed", "kv_heads", "head_width"), scale) if own else None
         self.out = normal(rngs, stack, (n, h, d), ("heads", "head_width", "embed"), scale)
         self.query_norm = ones(stack, h)
         self.key_norm = ones(stack, h)
         self.eps = arch.rms_norm_eps
-        self.theta = arch.rope_theta
 
     def queries(self, x: jax.Array, positions: jax.Array) -> jax.Array:
         """x [B, T, D], positions [B, T] -> normed and rotated queries [B, T, N, H]."""
-        query = dense(x, self.query[...])
-        return rope(rms_norm(query, self.query_norm[...], self.eps), positions, self.theta)
+        return self._turn(dense(x, self.query[...]), self.query_norm[...], positions)
 
     def keys_values(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
         """x [B, T, D], positions [B, T] -> normed and rotated keys, and values, both [B, T, K, H]."""
         key = dense(x, self.key[...])
-        value = dense(x, self.value[...])
-        return rope(rms_norm(key, self.key_norm[...], self.eps), positions, self.theta), value
+        value = key if self.value is None else dense(x, self.value[...])
+        return self._turn(key, self.key_norm[...], positions), self._values(value)
 
     def all(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """`queries` and `keys_values` of the same rows; in one product after `lay_out`."""
         if getattr(self, "joint", None) is None:
             return self.queries(x, positions), *self.keys_values(x, positions)
+        n, k = self.shape.heads, self.shape.kv_heads
         heads = dense(x, self.joint[...])
-        kv_heads = self.key[...].shape[-2]
-        turned, value = heads[..., :-kv_heads, :], heads[..., -kv_heads:, :]
-        turned = rope(rms_norm(turned, self.joint_norm[...], self.eps), positions, self.theta)
-        return turned[..., :-kv_heads, :], turned[..., -kv_heads:, :], value
+        turned = self._turn(heads[..., : n + k, :], self.joint_norm[...], positions)
+        return turned[..., :n, :], turned[..., n:, :], self._values(heads[..., -k:, :])
+
+    def _turn(self, heads: jax.Array, norm: jax.Array, positions: jax.Array) -> jax.Array:
+        return rope(rms_norm(heads, norm, self.eps), positions, self.shape.theta, self.shape.rotated)
+
+    def _values(self, value: jax.Array) -> jax.Array:
+        return rms_norm(value, None, self.eps) if self.shape.value_norm else value
 
     def lay_out(self, dtype: Any) -> None:
         """See `decode_layout`; for a single layer."""
-        query, key, value = (part[...].astype(dtype) for part in (self.query, self.key, self.value))
-        self.joint = Param(jnp.concatenate([query, key, value], axis=1), axes=(None,) * 3)
+        query, key = self.query[...].astype(dtype), self.key[...].astype(dtype)
+        parts = [query, key]
+        if self.value is not None:
+            self.value[...] = self.value[...].astype(dtype)
+            parts.append(self.value[...])
+        self.joint = Param(jnp.concatenate(parts, axis=1), axes=(None,) * 3)
         norms = [jnp.broadcast_to(norm[...], (part.shape[1], part.shape[2])) for norm, part in
                  ((self.query_norm, query), (self.key_norm, key))]  # fmt: skip
         self.joint_norm = Param(jnp.concatenate(norms), axes=(None,) * 2)
-        self.key[...], self.value[...], self.out[...] = key, value, self.out[...].astype(dtype)
+        self.key[...], self.out[...] = key, self.out[...].astype(dtype)
 
     def output(self, x: jax.Array) -> jax.Array:
         """Heads [B, T, N, H] -> [B, T, D]."""
@@ -169,13 +230,14 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """Gated SiLU feed-forward layer."""
+    """Gated feed-forward layer: SiLU, or Gemma's GELU (the tanh approximation)."""
 
     def __init__(self, arch: TargetArchitecture, *, stack: tuple[int, ...], scale: float, rngs: nnx.Rngs):
         d, f = arch.hidden_size, arch.intermediate_size
         self.gate = normal(rngs, stack, (d, f), ("embed", "mlp"), scale)
         self.up = normal(rngs, stack, (d, f), ("embed", "mlp"), scale)
         self.down = normal(rngs, stack, (f, d), ("mlp", "embed"), scale)
+        self.gelu = arch.model_type == "gemma4"
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., D] -> [..., D]."""
@@ -183,7 +245,8 @@ class MLP(nnx.Module):
             gate, up = dense(x, self.gate[...]), dense(x, self.up[...])
         else:
             gate, up = jnp.split(dense(x, self.joint[...]), 2, axis=-1)
-        return dense(jax.nn.silu(gate) * up, self.down[...])
+        gate = jax.nn.gelu(gate, approximate=True) if self.gelu else jax.nn.silu(gate)
+        return dense(gate * up, self.down[...])
 
     def lay_out(self, dtype: Any) -> None:
         """See `decode_layout`; for a single layer."""
@@ -192,20 +255,41 @@ class MLP(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """Pre-norm transformer layer (or a stack of them, by a leading axis on every parameter)."""
+    """Pre-norm transformer layer (or a stack of them, by a leading axis on every parameter).
 
-    def __init__(self, arch: TargetArchitecture, *, stack: tuple[int, ...] = (), scale: float = 0.02, rngs: nnx.Rngs):
+    Gemma 4 norms what attention and MLP give once more before it is added, and multiplies the layer's output with a
+    stored scalar (trap 21), which is 1 in drafters and no parameter there.
+    """
+
+    def __init__(
+        self,
+        arch: TargetArchitecture,
+        *,
+        stack: tuple[int, ...] = (),
+        scale: float = 0.02,
+        rngs: nnx.Rngs,
+        kind: str = FULL,
+        scalar: bool = False,
+    ):
+        sandwich = arch.model_type == "gemma4"
         self.attention_norm = ones(stack, arch.hidden_size)
-        self.attention = Attention(arch, stack=stack, scale=scale, rngs=rngs)
+        self.attention = Attention(arch, stack=stack, scale=scale, rngs=rngs, kind=kind)
+        self.attention_out_norm = ones(stack, arch.hidden_size) if sandwich else None
         self.mlp_norm = ones(stack, arch.hidden_size)
         self.mlp = MLP(arch, stack=stack, scale=scale, rngs=rngs)
+        self.mlp_out_norm = ones(stack, arch.hidden_size) if sandwich else None
+        self.scalar = ones(stack, 1) if scalar else None
         self.eps = arch.rms_norm_eps
 
     def __call__(self, x: jax.Array, attention: Callable[["Attention", jax.Array], jax.Array]) -> jax.Array:
         """x [B, T, D] -> [B, T, D]; `attention(projections, normed x)` returns the heads [B, T, N, H]."""
         heads = attention(self.attention, rms_norm(x, self.attention_norm[...], self.eps))
-        x = x + self.attention.output(heads)
-        return x + self.mlp(rms_norm(x, self.mlp_norm[...], self.eps))
+        x = x + self._normed(self.attention.output(heads), self.attention_out_norm)
+        x = x + self._normed(self.mlp(rms_norm(x, self.mlp_norm[...], self.eps)), self.mlp_out_norm)
+        return x if self.scalar is None else x * self.scalar[...].astype(x.dtype)
+
+    def _normed(self, x: jax.Array, norm: Param | None) -> jax.Array:
+        return x if norm is None else rms_norm(x, norm[...], self.eps)
 
 
 def layer_at(layers: Any, index: jax.Array | int) -> Any:
@@ -237,11 +321,10 @@ def decode_layout(module: Any, dtype: Any) -> Any:
         return module
     copy = jax.tree.map(lambda leaf: leaf, module)
     for _, part in nnx.iter_modules(copy) if isinstance(copy, nnx.Module) else ():
-        layers = getattr(part, "layers", None)
-        if isinstance(layers, Layer):
-            depth = layers.attention_norm[...].shape[0]
-            holder: Any = part
-            holder.layers = nnx.List([layer_at(layers, index) for index in range(depth)])
+        for name, layers in list(vars(part).items()):
+            if isinstance(layers, Layer) and layers.attention_norm[...].ndim == 2:
+                depth = layers.attention_norm[...].shape[0]
+                setattr(part, name, nnx.List([layer_at(layers, index) for index in range(depth)]))
     for _, part in nnx.iter_modules(copy) if isinstance(copy, nnx.Module) else ():
         lay_out = getattr(part, "lay_out", None)
         if lay_out is not None:
@@ -264,6 +347,46 @@ def run_layers(body: Callable[[Any, Any], Any], carry: Any, start: int, stop: in
     return jax.lax.fori_loop(start, stop, lambda index, state: body(state, index), carry)
 
 
+def run_pattern(
+    pattern: Sequence[str], body: Callable[[Any, str, Any], Any], carry: Any, start: int, stop: int, *, unroll: bool
+) -> Any:
+    """Applies `body(carry, kind, index) -> carry` for the layers start..stop-1 of a model of several kinds of layers.
+
+    Layer i is of kind pattern[i % len(pattern)]; each kind has a stack of its own, in which `index` counts. Whole
+    periods become one loop around one body per kind, so what is compiled does not grow with the depth.
+    """
+    period = len(pattern)
+
+    def within(carry: Any, cycle: Any, first: int, last: int) -> Any:
+        """The layers first..last-1 of one period: a loop for each run of the same kind."""
+        while first < last:
+            kind, end = pattern[first], first + 1
+            while end < last and pattern[end] == kind:
+                end += 1
+            before = cycle * pattern.count(kind) + list(pattern[:first]).count(kind)
+
+            def step(carry: Any, offset: Any, kind: str = kind, before: Any = before) -> Any:
+                return body(carry, kind, before + offset)
+
+            carry = run_layers(step, carry, 0, end - first, unroll=unroll)
+            first = end
+        return carry
+
+    while start < stop:
+        cycle, place = divmod(start, period)
+        whole = stop // period - cycle
+        if place == 0 and whole > 0:
+            carry = run_layers(
+                lambda carry, at: within(carry, at, 0, period), carry, cycle, cycle + whole, unroll=unroll
+            )
+            start += whole * period
+        else:
+            last = min(period, place + stop - start)
+            carry = within(carry, cycle, place, last)
+            start += last - place
+    return carry
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
@@ -281,9 +404,12 @@ class KVCache:
     values: jax.Array
 
     @classmethod
-    def zeros(cls, layers: int, batch: int, length: int, arch: TargetArchitecture, dtype: Any) -> "KVCache":
-        """An empty cache of `length` rows."""
-        shape = (layers, batch, arch.num_key_value_heads, length, arch.head_dim)
+    def zeros(
+        cls, layers: int, batch: int, length: int, arch: TargetArchitecture, dtype: Any, kind: str = FULL
+    ) -> "KVCache":
+        """An empty cache of `length` rows for a stack of one kind of layers."""
+        attention = attention_shape(arch, kind)
+        shape = (layers, batch, attention.kv_heads, length, attention.width)
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
     def write(self, index: jax.Array | int, keys: jax.Array, values: jax.Array, starts: jax.Array) -> "KVCache":

@@ -1,5 +1,6 @@
 """Target weights from a Hugging Face directory, streamed tensor by tensor into their device shards."""
 
+import dataclasses
 import hashlib
 import json
 import struct
@@ -16,7 +17,9 @@ from jax.sharding import Mesh
 
 from dspark_jax.config import InputError, TargetArchitecture, TargetConfig
 from dspark_jax.sharding import state_shardings
-from dspark_jax.target.qwen3 import WEIGHTS, Qwen3, Weight
+from dspark_jax.target import gemma4, qwen3
+from dspark_jax.target.model import Target
+from dspark_jax.target.weights import Weight
 
 _DTYPES: dict[str, Any] = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
@@ -154,12 +157,13 @@ def _reader(weight: Weight, stored: list[np.ndarray], single: tuple[int, ...], d
     return read
 
 
-def abstract_target(arch: TargetArchitecture, dtype: Any) -> Qwen3:
+def abstract_target(arch: TargetArchitecture, dtype: Any) -> Target:
     """A target whose parameters are shapes only."""
-    return nnx.eval_shape(lambda: Qwen3(arch, rngs=nnx.Rngs(0), dtype=dtype))
+    family = {"qwen3": qwen3.Qwen3, "gemma4": gemma4.Gemma4}[arch.model_type]
+    return nnx.eval_shape(lambda: family(arch, rngs=nnx.Rngs(0), dtype=dtype))
 
 
-def load_target(config: TargetConfig, mesh: Mesh) -> Qwen3:
+def load_target(config: TargetConfig, mesh: Mesh) -> Target:
     """Loads the target of a resolved config onto `mesh`, in its compute type.
 
     Raises:
@@ -168,13 +172,17 @@ def load_target(config: TargetConfig, mesh: Mesh) -> Qwen3:
     directory, arch, dtype = Path(config.path), config.architecture, compute_dtype(config.dtype)
     target = abstract_target(arch, dtype)
     tensors = read_checkpoint(directory)
-    known = {name for weight in WEIGHTS.values() for name in weight.names(arch.num_hidden_layers)}
+    weights = qwen3.WEIGHTS
+    if arch.model_type == "gemma4":
+        tensors = {name: tensor for name, tensor in tensors.items() if not gemma4.of_another_tower(name)}
+        weights = gemma4.weights(arch, tensors)
+    known = {name for weight in weights.values() for name in weight.names(arch.num_hidden_layers)}
     for name in tensors:
         if name not in known:
             raise InputError(
-                f"{directory}: tensor {name} is unknown to {arch.model_type}; use a plain Qwen3 checkpoint"
+                f"{directory}: tensor {name} is unknown to {arch.model_type}; use a plain checkpoint of it"
             )
-    fill_module(target, tensors, WEIGHTS, str(directory), mesh, dtype)
+    fill_module(target, tensors, weights, str(directory), mesh, dtype)
     target.narrow = all(tensor.dtype == ml_dtypes.bfloat16 for tensor in tensors.values())
     return target
 
@@ -184,7 +192,10 @@ def fingerprint(directory: str | Path) -> str:
 
     Reads a few kilobytes per tensor, so it is quick for any size. The tokenizer has its own, `tokenizer_fingerprint`.
     """
-    digest = hashlib.sha256(repr(TargetArchitecture.from_hf(directory)).encode())
+    arch = TargetArchitecture.from_hf(directory)
+    digest = hashlib.sha256(repr(arch).encode())
+    if arch.model_type != "qwen3":  # the fields that its repr leaves out
+        digest.update(repr(dataclasses.astuple(arch)).encode())
     tensors = read_checkpoint(Path(directory))
     for name in sorted(tensors):
         tensor = tensors[name]

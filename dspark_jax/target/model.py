@@ -1,0 +1,189 @@
+"""A target: embeddings, stacked layers of one or two kinds, final norm, LM head. Families state their differences.
+
+`Qwen3` and `Gemma4` are `Target`s; training and the engine take either.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dspark_jax.config import TargetArchitecture
+from dspark_jax.ops.product import product
+from dspark_jax.sharding import Param, constrain, gather
+from dspark_jax.target.layers import (
+    FULL,
+    KVCache,
+    Layer,
+    attend_in_chunks,
+    layer_at,
+    normal,
+    ones,
+    rms_norm,
+    run_pattern,
+)
+
+Cache = KVCache | dict[str, KVCache]
+"""Keys and values of a target: one stack, or one for each kind of layers."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TargetOutput:
+    """What a forward pass of a target gives.
+
+    Attributes:
+      features: [B, S, M*D] raw outputs of the tapped layers, ascending ids (-1 = the embeddings).
+      last_hidden: [B, S, D] after the final norm; `unembed` of it gives the logits.
+      cache: the KV cache with the rows of this pass written, or None.
+    """
+
+    features: jax.Array
+    last_hidden: jax.Array
+    cache: Any
+
+
+class Target(nnx.Module):
+    """A frozen language model. Parameters of the layers are stacked, one stack per kind of layers.
+
+    Attributes:
+      pattern: kinds of the layers; layer i is of kind pattern[i % len(pattern)].
+      softcap: logits are softcap * tanh(logits / softcap); 0 leaves them as they are.
+      narrow: whether every parameter is a bfloat16 number, as in most checkpoints.
+    """
+
+    STACKS: ClassVar[Mapping[str, str]] = {FULL: "layers"}
+    """Kind of layers -> the attribute that holds their stack."""
+
+    def __init__(self, arch: TargetArchitecture, *, rngs: nnx.Rngs, dtype: Any = jnp.float32, scale: float = 0.02):
+        """Random float32 parameters; `dtype` is the compute type."""
+        self.arch = arch
+        self.dtype = dtype
+        self.narrow = False
+        self.pattern = layer_pattern(arch)
+        self.softcap = arch.final_logit_softcapping
+        self.embedding = normal(rngs, (), (arch.vocab_size, arch.hidden_size), ("vocab", "embed"), scale)
+        for kind, name in self.STACKS.items():
+            layers = stack_layers(arch, kind)
+            stack = Layer(
+                arch, stack=(len(layers),), scale=scale, rngs=rngs, kind=kind, scalar=arch.model_type == "gemma4"
+            )
+            setattr(self, name, stack)
+        self.norm = ones((), arch.hidden_size)
+        if not arch.tie_word_embeddings:
+            self.lm_head = normal(rngs, (), (arch.vocab_size, arch.hidden_size), ("vocab", "embed"), scale)
+
+    @property
+    def head(self) -> jax.Array:
+        """LM head [V, D]; the embedding itself when tied."""
+        return gather(self.embedding[...] if self.arch.tie_word_embeddings else self.lm_head[...], "vocab", "embed")
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        """tokens [...] -> [..., D] in the compute type."""
+        return gather(self.embedding[...], "vocab", "embed")[tokens].astype(self.dtype)
+
+    def unembed(self, hidden: jax.Array) -> jax.Array:
+        """hidden [..., D] -> float32 logits [..., V], soft-capped, padded vocabulary rows included."""
+        if getattr(self, "columns", None) is not None:
+            logits = product(hidden.reshape(-1, hidden.shape[-1]), self.columns[...], jnp.float32)
+            logits = logits.reshape(*hidden.shape[:-1], -1)
+        else:
+            head = self.head.astype(hidden.dtype)
+            logits = jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
+        return self.softcap * jnp.tanh(logits / self.softcap) if self.softcap else logits
+
+    def lay_out(self, dtype: Any) -> None:
+        """See `layers.decode_layout`."""
+        self.columns = Param(self.head.T.astype(dtype), axes=(None,) * 2)
+
+    def init_cache(self, batch: int, length: int) -> Cache:
+        """An empty cache for `length` positions of `batch` requests."""
+        caches = {
+            kind: KVCache.zeros(len(stack_layers(self.arch, kind)), batch, length, self.arch, self.dtype, kind)
+            for kind in self.STACKS
+        }
+        return caches if len(caches) > 1 else caches[FULL]
+
+    def forward(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        cache: Any = None,
+        *,
+        taps: tuple[int, ...] = (),
+        starts: jax.Array | None = None,
+        unroll: bool = False,
+    ) -> TargetOutput:
+        """Runs the model.
+
+        Args:
+          tokens: [B, S] ids.
+          positions: [B, S] consecutive within each row (or document). Without a cache row t attends to rows 0..t; with
+            one, to the cache rows 0..positions[b, t], this pass's own rows included. Sliding layers see the last
+            `sliding_window` of these.
+          cache: a cache with room for positions[b, 0] + S rows, or None.
+          taps: ascending layer ids whose raw outputs become `features`; -1 is the embeddings.
+          starts: [B, S] first row of each row's document, where several are packed into a sequence (without a cache):
+            a row attends to its own document only. Positions then begin anew in every document.
+          unroll: lay the layers out one by one instead of in a loop (faster decoding on CPU, more to compile).
+
+        Returns:
+          `TargetOutput`; M = len(taps), features are [B, S, 0] without taps.
+        """
+        row_limit = jnp.broadcast_to(jnp.arange(tokens.shape[1]) + 1, tokens.shape)
+        limit = row_limit if cache is None else positions + 1
+
+        def body(carry: tuple[jax.Array, Any], kind: str, index: jax.Array | int) -> tuple[jax.Array, Any]:
+            x, cache = carry
+            layer = layer_at(getattr(self, self.STACKS[kind]), index)
+            written = cache
+
+            def attention(projections: Any, normed: jax.Array) -> jax.Array:
+                nonlocal written
+                query, key, value = projections.all(normed, positions)
+                if cache is not None:
+                    part = cache[kind] if isinstance(cache, dict) else cache
+                    part = part.write(index, key, value, positions[:, 0])
+                    written = {**cache, kind: part} if isinstance(cache, dict) else part
+                    key, value = part.layer(index)
+                shape = projections.shape
+                return attend_in_chunks(query, key, value, limit, shape.scale, _first_rows(limit, shape.window, starts))
+
+            x = constrain(layer(x, attention), "batch", None, None)
+            return x, written
+
+        x = constrain(self.embed(tokens), "batch", None, None)
+        carry, tapped, done = (x, cache), [], 0
+        for tap in taps:
+            carry = run_pattern(self.pattern, body, carry, done, tap + 1, unroll=unroll)
+            done = tap + 1
+            tapped.append(carry[0])
+        x, cache = run_pattern(self.pattern, body, carry, done, self.arch.num_hidden_layers, unroll=unroll)
+        features = jnp.concatenate(tapped, axis=-1) if tapped else jnp.zeros((*x.shape[:2], 0), x.dtype)
+        return TargetOutput(features, rms_norm(x, self.norm[...], self.arch.rms_norm_eps), cache)
+
+
+def layer_pattern(arch: TargetArchitecture) -> tuple[str, ...]:
+    """The shortest sequence of kinds whose repetition gives the kinds of all layers."""
+    kinds = arch.layer_types or (FULL,) * arch.num_hidden_layers
+    for period in range(1, len(kinds) + 1):
+        if len(kinds) % period == 0 and kinds == kinds[:period] * (len(kinds) // period):
+            return kinds[:period]
+    raise AssertionError("a sequence repeats itself")
+
+
+def stack_layers(arch: TargetArchitecture, kind: str) -> tuple[int, ...]:
+    """The numbers of the layers of a kind: what its stack holds, in this order."""
+    kinds = arch.layer_types or (FULL,) * arch.num_hidden_layers
+    return tuple(i for i, k in enumerate(kinds) if k == kind)
+
+
+def _first_rows(limit: jax.Array, window: int, starts: jax.Array | None) -> jax.Array | None:
+    """The first row that each row may attend to, [B, S]: that of its window or its document; None = row 0 for all."""
+    if not window:
+        return starts
+    first = jnp.maximum(limit - window, 0)
+    return first if starts is None else jnp.maximum(first, starts)

@@ -1,0 +1,170 @@
+"""The Gemma 4 target against transformers in PyTorch on small random models, beyond the sliding window."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dspark_jax.config import MeshConfig, TargetArchitecture, TargetConfig
+from dspark_jax.sharding import make_mesh
+from dspark_jax.target.layers import FULL, SLIDING, decode_layout
+from dspark_jax.target.loading import load_target
+from dspark_jax.target.model import layer_pattern, stack_layers
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+LENGTH, WINDOW = 41, 8
+KINDS = {"s": SLIDING, "f": FULL}
+SHAPES = {  # kinds of the layers; heads; key/value heads of sliding and of full layers; values are keys; taps
+    "released": ("sssssfsssssf", 4, 2, 1, True, (-1, 1, 5, 10)),
+    "values_of_their_own": ("ssfssf", 4, 4, 4, False, (0, 2, 4)),
+    "irregular": ("sffsf", 8, 1, 2, True, (-1, 0, 3)),
+}
+
+
+def write_model(directory, kinds, heads, kv_heads, global_kv_heads, shared, **fields):
+    """A random Hugging Face Gemma 4 (weights large enough that every part of the model matters), saved."""
+    torch.manual_seed(0)
+    config = transformers.Gemma4TextConfig(
+        vocab_size=199, hidden_size=48, num_hidden_layers=len(kinds), intermediate_size=80, num_attention_heads=heads,
+        num_key_value_heads=kv_heads, head_dim=8, global_head_dim=16, num_global_key_value_heads=global_kv_heads,
+        attention_k_eq_v=shared, layer_types=[KINDS[kind] for kind in kinds], sliding_window=WINDOW,
+        max_position_embeddings=256, hidden_size_per_layer_input=0, final_logit_softcapping=5.0, initializer_range=0.12,
+        **fields,
+    )  # fmt: skip
+    model = transformers.Gemma4ForCausalLM(config).eval()
+    with torch.no_grad():
+        for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
+            if "norm" in name or "layer_scalar" in name:
+                parameter.uniform_(0.5, 1.5)
+    model.save_pretrained(directory)
+    return model
+
+
+def load(directory, mesh=None):
+    mesh = mesh or make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    return load_target(TargetConfig(path=str(directory), architecture=TargetArchitecture.from_hf(directory)), mesh)
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def pair(request, tmp_path_factory):
+    directory = tmp_path_factory.mktemp(request.param)
+    *shape, taps = SHAPES[request.param]
+    return write_model(directory, *shape), load(directory), taps
+
+
+def oracle(model, tokens, taps):
+    """Hidden states at the taps, post-norm last hidden and logits: in float64, and how far float32 is from them."""
+
+    def run():
+        with torch.no_grad():
+            out = model(torch.tensor(tokens), output_hidden_states=True)
+        features = np.concatenate([out.hidden_states[i + 1].numpy() for i in taps], axis=-1)
+        return features, out.hidden_states[-1].numpy(), out.logits.numpy()
+
+    rounded = [x.astype(np.float64) for x in (model.float(), run())[1]]
+    exact = (model.double(), run())[1]
+    return exact, [np.abs(a - b).max() for a, b in zip(rounded, exact, strict=True)]
+
+
+def assert_close(ours, theirs, error):
+    """As accurate as float32 in PyTorch is, twice for another order of sums."""
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=2 * error)
+
+
+def test_forward_equals_transformers(pair):
+    model, target, taps = pair
+    tokens = np.random.default_rng(0).integers(0, 199, (2, LENGTH))
+    positions = jnp.broadcast_to(jnp.arange(LENGTH), tokens.shape)
+    expected, errors = oracle(model, tokens, taps)
+    assert np.abs(expected[2]).max() > 3  # the soft-cap at 5 bends them
+    out = jax.jit(lambda t: target.forward(t, positions, taps=taps))(tokens)
+    found = out.features, out.last_hidden, target.unembed(out.last_hidden)
+    for ours, theirs, error in zip(found, expected, errors, strict=True):
+        assert_close(ours, theirs, error)
+
+
+def test_cached_decoding_equals_transformers(pair):
+    """Two requests in uneven pieces, with stale rows of rolled-back drafts in between, across the window."""
+    model, target, taps = pair
+    tokens = np.random.default_rng(1).integers(0, 199, (2, 30))
+    (expected, *_), (error, *_) = oracle(model, tokens, taps)
+    cache = target.init_cache(2, 40)
+    starts = np.array([0, 0])
+    features = np.full((2, 30, expected.shape[-1]), np.nan)
+    step = jax.jit(lambda t, p, c: target.forward(t, p, c, taps=taps))
+    for lengths in ([9, 5], [1, 1], [4, 8], [3, 3], [13, 13]):
+        width = max(lengths)
+        positions = starts[:, None] + np.arange(width)
+        fed = np.full((2, width), 7)  # rows behind a request's own are drafts that get rejected
+        for b, length in enumerate(lengths):
+            fed[b, :length] = tokens[b, starts[b] : starts[b] + length]
+        out = step(fed, positions, cache)
+        cache = out.cache
+        for b, length in enumerate(lengths):
+            features[b, starts[b] : starts[b] + length] = out.features[b, :length]
+        starts = starts + np.array(lengths)
+    assert (starts == 30).all()
+    assert_close(features, expected, error)
+
+
+def test_decode_layout_changes_no_result(tmp_path):
+    *shape, taps = SHAPES["irregular"]
+    write_model(tmp_path, *shape)
+    target = load(tmp_path)
+    tokens = jax.random.randint(jax.random.key(3), (2, 12), 0, 199)
+    positions = jnp.broadcast_to(jnp.arange(12), tokens.shape)
+
+    def run(model, unroll):
+        out = model.forward(tokens, positions, model.init_cache(2, 14), taps=taps, unroll=unroll)
+        return out.features, model.unembed(out.last_hidden), out.cache
+
+    expected = jax.jit(lambda model: run(model, False))(target)
+    found = jax.jit(lambda model: run(decode_layout(model, jnp.float32), True))(target)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5 * float(jnp.abs(b).max()))
+
+
+def test_on_a_mesh_equals_one_device(tmp_path):
+    *shape, taps = SHAPES["values_of_their_own"]
+    model = write_model(tmp_path, *shape)
+    tokens = np.random.default_rng(2).integers(0, 199, (4, 12))
+    positions = jnp.broadcast_to(jnp.arange(12), tokens.shape)
+    expected, errors = oracle(model, tokens, taps)
+    mesh = make_mesh(MeshConfig(2, 2, 2), jax.devices())
+    with jax.set_mesh(mesh):
+        target = load(tmp_path, mesh)
+        logits = jax.jit(lambda model, t: model.unembed(model.forward(t, positions).last_hidden))(target, tokens)
+    assert target.global_layers.mlp.gate[...].sharding.spec == jax.P(None, "fsdp", "tensor")
+    assert_close(logits, expected[2], errors[2])
+
+
+def test_layers_are_found_in_their_stacks():
+    kinds = tuple(KINDS[kind] for kind in "sssssf" * 8)
+    arch = TargetArchitecture("gemma4", num_hidden_layers=48, layer_types=kinds)
+    assert layer_pattern(arch) == kinds[:6]
+    assert stack_layers(arch, FULL) == (5, 11, 17, 23, 29, 35, 41, 47)
+    assert len(stack_layers(arch, SLIDING)) == 40
+    assert layer_pattern(TargetArchitecture("qwen3", num_hidden_layers=36)) == (FULL,)
+
+
+def test_bfloat16_scales_embeddings_as_the_checkpoint_does(tmp_path):
+    """sqrt(48) = 6.928 is 6.9375 in bfloat16."""
+    write_model(tmp_path, *SHAPES["values_of_their_own"][:-1])
+    arch = TargetArchitecture.from_hf(tmp_path)
+    mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    target = load_target(TargetConfig(path=str(tmp_path), architecture=arch, dtype="bfloat16"), mesh)
+    np.testing.assert_array_equal(target.embed(jnp.arange(5)), target.embedding[...][:5] * jnp.bfloat16(6.9375))
+
+
+def test_tensors_of_other_towers_are_left_out(tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    write_model(tmp_path, *SHAPES["values_of_their_own"][:-1])
+    tensors = load_file(tmp_path / "model.safetensors")
+    renamed = {name.replace("model.", "model.language_model.", 1): tensor for name, tensor in tensors.items()}
+    extra = {"model.vision_embedder.pos_norm.weight": np.ones(3, np.float32), "model.embed_audio.x": np.ones(2)}
+    save_file(renamed | extra, tmp_path / "model.safetensors")
+    assert load(tmp_path).norm[...].shape == (48,)

@@ -1,6 +1,6 @@
-"""Drafters from and to Hugging Face directories in the layout of the PyTorch reference."""
+"""Drafters from Hugging Face directories, and their tensors by checkpoint name."""
 
-import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,49 +9,103 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from dspark_jax.config import DrafterConfig, InputError, TargetArchitecture
-from dspark_jax.convert.mapping import FROZEN, drafter_weights
+from dspark_jax.convert.layouts import Layout, layers_config, read_config, read_layout
+from dspark_jax.convert.mapping import FROZEN, VOCABULARY_MAPS, drafter_weights
 from dspark_jax.drafter import make_drafter
 from dspark_jax.drafter.dspark import DSpark
 from dspark_jax.target.loading import fill_module, parameter_paths, read_checkpoint
 
-_ARCHITECTURES = ("Qwen3DSparkModel",)
-
 
 def read_drafter_config(directory: Path) -> tuple[TargetArchitecture, DrafterConfig]:
-    """The drafter's own shape and its settings from a reference `config.json` (all keys at the top level).
+    """The drafter's own shape and its settings, from the `config.json` of any dialect that is known.
 
     Raises:
       InputError: the file is missing, or describes a drafter that is not implemented.
     """
-    path = directory / "config.json"
-    arch = TargetArchitecture.from_hf(path)
-    raw: dict[str, Any] = json.loads(path.read_text())
-    if raw.get("architectures", [None])[0] not in _ARCHITECTURES:
-        raise InputError(f"{path}: architectures {raw.get('architectures')} is not one of {list(_ARCHITECTURES)}")
-    rank = raw.get("markov_rank", 0)
-    head = raw.get("markov_head_type", "vanilla") if rank else "vanilla"
+    path, raw = directory / "config.json", read_config(directory)
+    layout = read_layout(str(path), raw)
+    if not layout.anchor_first:
+        raise InputError(
+            f"{path}: blocks are filled in (row 0 is thrown away), drafters here predict from row 0; "
+            "if the file is wrong about itself, set sample_from_anchor to true (convert check tells)"
+        )
+    source = layers_config(raw)
+    arch = TargetArchitecture.from_hf(path if source is raw else source)
+    return arch, drafter_config(str(path), layout)
+
+
+def drafter_config(where: str, layout: Layout) -> DrafterConfig:
+    """The drafter that a layout describes; whether its blocks are anchor-first is not looked at.
+
+    Raises:
+      InputError: it is of a kind that is not implemented.
+    """
+    if layout.family == "eagle3":
+        raise InputError(f"{where}: EAGLE-3 drafters are not supported; use a DSpark or DFlash drafter")
+    head = layout.markov_head_type if layout.markov_rank else "vanilla"
     if head not in ("vanilla", "gated", "rnn"):
-        raise InputError(f"{path}: markov_head_type {head!r} is not supported; use vanilla, gated or rnn")
-    missing = [key for key in ("block_size", "mask_token_id", "target_layer_ids") if key not in raw]
-    if missing:
-        raise InputError(f"{path}: missing {', '.join(missing)}; this is not a DSpark or DFlash config")
-    confidence = bool(raw.get("enable_confidence_head", False))
-    config = DrafterConfig(
-        kind="dspark" if rank or confidence else "dflash",
-        num_layers=raw["num_hidden_layers"],
-        block_size=raw["block_size"],
-        target_layer_ids=tuple(raw["target_layer_ids"]),
-        mask_token_id=raw["mask_token_id"],
-        markov_rank=rank,
-        confidence_head=confidence,
-        confidence_with_markov=bool(raw.get("confidence_head_with_markov", False)),
+        raise InputError(f"{where}: markov_head_type {head!r} is not supported; use vanilla, gated or rnn")
+    return DrafterConfig(
+        kind="dspark" if layout.markov_rank or layout.confidence else "dflash",
+        num_layers=layout.num_layers,
+        block_size=layout.block_size,
+        target_layer_ids=layout.taps,
+        mask_token_id=layout.mask_token_id,
+        markov_rank=layout.markov_rank,
+        confidence_head=layout.confidence,
+        confidence_with_markov=layout.confidence_with_markov,
         markov_head_type=head,
     )
-    return arch, config
+
+
+def abstract_drafter(arch: TargetArchitecture, config: DrafterConfig, *, dtype: Any = np.float32) -> DSpark:
+    """A drafter whose parameters are shapes only."""
+    return nnx.eval_shape(lambda: make_drafter(arch, config, rngs=nnx.Rngs(0), dtype=dtype))
+
+
+def expected_tensors(arch: TargetArchitecture, config: DrafterConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor that a checkpoint of this drafter holds, frozen copies of the target's included, and its shape."""
+    weights, shapes = drafter_weights(config), dict[str, tuple[int, ...]]()
+    for path, variable in parameter_paths(abstract_drafter(arch, config)).items():
+        weight, shape = weights[path], variable.get_value().shape
+        single = shape[1:] if weight.stacked else shape
+        for name in weight.names(shape[0] if weight.stacked else 1):
+            shapes[name] = weight.stored_shape(single)
+    for name in FROZEN:
+        shapes[name] = (arch.vocab_size, arch.hidden_size)
+    return shapes
+
+
+def compare_tensors(
+    where: str, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], kind: str
+) -> None:
+    """Refuses any difference between the tensors that are there and those that should be.
+
+    The frozen copies of the target's embedding and LM head may be left out, both of them.
+
+    Raises:
+      InputError: an unknown, missing or misshaped tensor, or a checkpoint with a vocabulary of its own.
+    """
+    for name in found:
+        if name in VOCABULARY_MAPS:
+            raise InputError(f"{where}: tensor {name}: a drafter with a reduced vocabulary is not supported")
+        if name not in expected:
+            raise InputError(f"{where}: tensor {name} is unknown to a {kind} drafter; check config.json")
+    frozen_missing = [name for name in FROZEN if name not in found]
+    optional = FROZEN if len(frozen_missing) == len(FROZEN) else ()
+    for name, shape in expected.items():
+        if name not in found:
+            if name not in optional:
+                raise InputError(f"{where}: tensor {name} is missing; download the checkpoint again")
+        elif found[name] != shape:
+            raise InputError(
+                f"{where}: tensor {name} has shape {found[name]}, the config gives {shape}; "
+                "config.json and weights are not of the same model"
+            )
 
 
 def import_drafter(directory: str | Path, mesh: Mesh, *, dtype: Any = np.float32) -> tuple[DrafterConfig, DSpark]:
-    """Loads a drafter that the reference wrote; its copies of the target's embedding and LM head are left out.
+    """Loads a drafter that the reference, speculators or `convert export` wrote, without its copies of target tensors.
 
     Args:
       directory: holds config.json and safetensors.
@@ -63,23 +117,35 @@ def import_drafter(directory: str | Path, mesh: Mesh, *, dtype: Any = np.float32
     """
     directory = Path(directory)
     arch, config = read_drafter_config(directory)
+    return config, load_tensors(directory, arch, config, mesh, dtype=dtype)
+
+
+def load_tensors(
+    directory: Path, arch: TargetArchitecture, config: DrafterConfig, mesh: Mesh, *, dtype: Any = np.float32
+) -> DSpark:
+    """The drafter of a directory whose config has been read already; see `import_drafter`."""
     tensors = read_checkpoint(directory)
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    compare_tensors(str(directory), shapes, expected_tensors(arch, config), config.kind)
+    drafter = abstract_drafter(arch, config, dtype=dtype)
+    fill_module(drafter, tensors, drafter_weights(config), str(directory), mesh, np.float32)
+    return drafter
+
+
+def stored_tensors(drafter: DSpark, config: DrafterConfig) -> Iterable[tuple[str, np.ndarray]]:
+    """Parameters of a drafter (or gradients in its shape) under the reference's names, one stack on the host at a time.
+
+    Yields:
+      (name, float32 array in PyTorch layout).
+    """
     weights = drafter_weights(config)
-    known = {name for weight in weights.values() for name in weight.names(config.num_layers)} | set(FROZEN)
-    for name in tensors:
-        if name not in known:
-            raise InputError(f"{directory}: tensor {name} is unknown to a {config.kind} drafter; check config.json")
-    drafter = nnx.eval_shape(lambda: make_drafter(arch, config, rngs=nnx.Rngs(0), dtype=dtype))
-    fill_module(drafter, tensors, weights, str(directory), mesh, np.float32)
-    return config, drafter
+    for path, variable in parameter_paths(drafter).items():
+        weight, value = weights[path], np.asarray(variable.get_value(), np.float32)
+        layers = list(value) if weight.stacked else [value]
+        for name, layer in zip(weight.names(len(layers)), layers, strict=True):
+            yield name, weight.store(layer)
 
 
 def drafter_tensors(drafter: DSpark, config: DrafterConfig) -> dict[str, np.ndarray]:
-    """Parameters of a drafter (or gradients in its shape) as float32 arrays under the reference's names."""
-    tensors = {}
-    for path, variable in parameter_paths(drafter).items():
-        weight, value = drafter_weights(config)[path], np.asarray(variable.get_value(), np.float32)
-        layers = list(value) if weight.stacked else [value]
-        names = weight.names(len(layers))
-        tensors |= {name: weight.store(layer) for name, layer in zip(names, layers, strict=True)}
-    return tensors
+    """All `stored_tensors` at once."""
+    return dict(stored_tensors(drafter, config))

@@ -13,7 +13,7 @@ from dspark_jax.convert.hf import drafter_tensors, import_drafter
 from dspark_jax.convert.mapping import FROZEN
 from dspark_jax.sharding import make_mesh
 
-CASES = ("case1_qwen3_dspark_vanilla", "case4_qwen3_dflash")
+CASES = ("case1_qwen3_dspark_vanilla", "case2_qwen3_dspark_gated", "case3_qwen3_dspark_rnn", "case4_qwen3_dflash")
 
 
 def mesh():
@@ -66,8 +66,8 @@ def test_a_config_that_denies_a_head_does_not_drop_it_silently(copy):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"architectures": ["Qwen3Eagle3Model"]}, "Qwen3Eagle3Model"),
-        ({"markov_head_type": "rnn"}, "markov_head_type 'rnn'"),
+        ({"architectures": ["LlamaForCausalLM"]}, "LlamaForCausalLM"),
+        ({"speculators_model_type": "peagle", "transformer_layer_config": {}}, "speculators_model_type 'peagle'"),
     ],
 )
 def test_other_drafters_are_refused_by_name(copy, fields, message):

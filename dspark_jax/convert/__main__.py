@@ -1,0 +1,204 @@
+"""Drafters from and to the formats that others write and serve.
+
+    python -m dspark_jax.convert export --workdir runs/quickstart_dspark --output exports/drafter
+    python -m dspark_jax.convert export --drafter DIR --target DIR --output exports/drafter --format speculators
+    python -m dspark_jax.convert import --drafter DIR --target DIR --workdir runs/imported
+
+`export` writes the newest checkpoint of a run, or converts a directory, to one that vLLM, SGLang, llama.cpp and
+transformers load (`universal`), to the reference's own format (`deepspec`), or for the speculators package. What the
+run has of calibration, cost table and evaluation goes with it. `import` makes a working directory of a drafter that was
+trained elsewhere, so that `evaluate`, `calibrate` and `generate` can use it.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import logging
+
+from dspark_jax import command
+from dspark_jax.config import Config, InputError, MeshConfig, TargetArchitecture, TargetConfig, resolve, to_json
+from dspark_jax.convert.card import model_card
+from dspark_jax.convert.export import FORMATS, Source, check_output, frozen_tensors, write_export
+from dspark_jax.convert.hf import import_drafter, read_drafter_config, stored_tensors
+from dspark_jax.convert.hub import push
+from dspark_jax.convert.layouts import layers_config, read_config
+from dspark_jax.progress import log
+from dspark_jax.sharding import make_mesh
+from dspark_jax.target.loading import fingerprint
+from dspark_jax.training.checkpoint import Checkpoints, load_drafter
+from dspark_jax.training.optim import make_optimizer
+from dspark_jax.training.state import init_state, to_params
+
+SIDE_FILES = ("calibration.json", "cost_table.json")
+
+
+def export(options: argparse.Namespace) -> Path:
+    """Writes the export that the command line asks for, and pushes it if it says so.
+
+    Raises:
+      InputError: run, drafter, target or output cannot be used.
+    """
+    output = Path(options.output)
+    if options.workdir:
+        source, files = run_source(Path(options.workdir), options)
+    elif options.drafter and options.target:
+        source, files = directory_source(Path(options.drafter), options)
+    else:
+        raise InputError("export needs --workdir RUN, or --drafter DIR with --target DIR")
+    check_output(output, source.config, overwrite=options.overwrite)
+    name = options.name or output.name
+    card = functools.partial(model_card, name, source.config, source.target_name, form=options.format)
+    side = tuple(name for name in SIDE_FILES if name in files)
+    contents = {key: files[key] for key in side}
+    contents["README.md"] = card(
+        fingerprint=files["fingerprint"], data=files.get("data"), metrics=files.get("metrics"), side_files=side
+    )
+    write_export(output, source, form=options.format, dtype=options.dtype, files=contents, overwrite=options.overwrite)
+    size = sum(file.stat().st_size for file in output.iterdir())
+    log(f"export: {output} ({options.format}, {options.dtype}, {size / 1e6:.1f} MB)")
+    if options.push:
+        log(f"export: pushed to {push(output, options.push, private=options.private)}")
+    return output
+
+
+def run_source(workdir: Path, options: argparse.Namespace) -> tuple[Source, dict[str, Any]]:
+    """The newest checkpoint of a run, and what else the run has to give.
+
+    Returns:
+      The source, and side files by name with `fingerprint`, `data` and `metrics` for the card.
+    """
+    mesh = make_mesh(MeshConfig())
+    config, drafter = load_drafter(workdir, mesh, stated_target(options.target))
+    path = config.target.path
+    files: dict[str, Any] = {name: workdir / name for name in SIDE_FILES if (workdir / name).exists()}
+    files["fingerprint"] = fingerprint(path)
+    for key, file in {"data": workdir / "data" / "report.json", "metrics": workdir / "eval" / "metrics.json"}.items():
+        if file.exists():
+            files[key] = json.loads(file.read_text("utf-8"))
+    source = Source(
+        tensors=functools.partial(stored_tensors, drafter, config.drafter),
+        config=config.drafter,
+        arch=config.target.architecture,
+        target=read_config(Path(path)),
+        frozen={} if options.slim else frozen_tensors(path),
+        target_name=options.target_name or path,
+        num_anchors=config.train.num_anchors,
+    )
+    return source, files
+
+
+def directory_source(directory: Path, options: argparse.Namespace) -> tuple[Source, dict[str, Any]]:
+    """A drafter directory in any format that can be imported."""
+    arch, _ = read_drafter_config(directory)
+    config, drafter = import_drafter(directory, make_mesh(MeshConfig()))
+    files: dict[str, Any] = {name: directory / name for name in SIDE_FILES if (directory / name).exists()}
+    files["fingerprint"] = fingerprint(options.target)
+    source = Source(
+        tensors=functools.partial(stored_tensors, drafter, config),
+        config=config,
+        arch=arch,
+        target=read_config(Path(options.target)),
+        frozen={} if options.slim else frozen_tensors(options.target),
+        target_name=options.target_name or options.target,
+        num_anchors=layers_config(read_config(directory)).get("num_anchors", 512),
+    )
+    return source, files
+
+
+def stated_target(path: str | None) -> TargetConfig | None:
+    """The target of `--target`, or None: the one in the checkpoint."""
+    return TargetConfig(path=path, architecture=TargetArchitecture.from_hf(path)) if path else None
+
+
+def import_(options: argparse.Namespace) -> Path:
+    """Makes a working directory of a drafter directory: checkpoint 0 and config.json.
+
+    Raises:
+      InputError: drafter and target do not fit, or there are checkpoints already.
+    """
+    workdir, directory = Path(options.workdir), Path(options.drafter)
+    arch, drafter = read_drafter_config(directory)
+    if options.config:
+        config = command.load_config(options.config)
+    else:
+        config = Config(name=workdir.name)
+        config.data.max_length = min(config.data.max_length, arch.max_position_embeddings)
+        config.data.max_prompt_length = min(config.data.max_prompt_length, config.data.max_length // 2)
+    target = dataclasses.replace(config.target, path=options.target, architecture=TargetArchitecture())
+    config = resolve(dataclasses.replace(config, drafter=drafter, target=target))
+    fitting(directory, arch, config.target)
+    mesh = make_mesh(config.mesh)
+    imported = import_drafter(directory, mesh)[1]
+    with Checkpoints(workdir, config) as checkpoints:
+        if checkpoints.latest() is not None:
+            raise InputError(f"{checkpoints.directory}: has checkpoints already; import to another --workdir")
+        state = init_state(config, make_optimizer(config.optim, config.train.steps), mesh)
+        checkpoints.save(0, dataclasses.replace(state, params=to_params(imported)), {})
+    (workdir / "config.json").write_text(to_json(config))
+    log(f"import: {directory} is checkpoint 0 of {workdir}")
+    return workdir
+
+
+def fitting(directory: Path, arch: TargetArchitecture, target: TargetConfig) -> None:
+    """Refuses a drafter whose layers have another shape than its target's: they share embedding and LM head.
+
+    Raises:
+      InputError: the first field that differs.
+    """
+    for name in ("vocab_size", "hidden_size"):
+        here, there = getattr(arch, name), getattr(target.architecture, name)
+        if here != there:
+            raise InputError(
+                f"{directory}: {name} is {here}, that of {target.path} is {there}; this drafter is for another target"
+            )
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    whole = argparse.ArgumentParser(
+        "python -m dspark_jax.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = whole.add_subparsers(required=True, metavar="import|export")
+
+    def add(name: str, function: Any, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(function=function)
+        return sub
+
+    one = add("export", export, "Write a drafter in a format that others serve.")
+    one.add_argument("--workdir", help="a run; its newest checkpoint is exported")
+    one.add_argument("--drafter", help="a drafter directory to convert, instead of a run")
+    one.add_argument("--target", help="the target's directory; default: that of the run")
+    one.add_argument("--output", required=True, help="directory to write")
+    one.add_argument("--format", choices=FORMATS, default="universal")
+    one.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    one.add_argument("--slim", action="store_true", help="leave out the copies of the target's embedding and LM head")
+    one.add_argument("--name", help="of the drafter, on its card; default: the output's name")
+    one.add_argument("--target-name", help="the target's name where it is served, e.g. Qwen/Qwen3-4B")
+    one.add_argument("--push", metavar="REPO", help="upload to a repository of the Hugging Face hub")
+    one.add_argument("--private", action="store_true", help="make that repository private if it is created")
+    one.add_argument("--overwrite", action="store_true", help="replace an export that is there")
+
+    one = add("import", import_, "Make a working directory of a drafter that was trained elsewhere.")
+    one.add_argument("--drafter", required=True, help="its directory")
+    one.add_argument("--target", required=True, help="the target's directory")
+    one.add_argument("--workdir", required=True, help="working directory to make")
+    one.add_argument("--config", help="FILE[:ARG] with the other settings: data, evaluation, mesh")
+    return whole
+
+
+def main(argv: Sequence[str] | None = None) -> Any:
+    """Runs the command line; bad input ends the process with status 2."""
+    options = parser().parse_args(argv)
+    logging.set_verbosity(logging.ERROR)  # Orbax warns about its own defaults
+    with command.reporting_errors():
+        return options.function(options)
+
+
+if __name__ == "__main__":
+    main()

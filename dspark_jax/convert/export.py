@@ -1,0 +1,301 @@
+"""Drafters to Hugging Face directories that others serve.
+
+Three formats (DESIGN section 5; names, keys and their reasons in the comments):
+
+    universal    one directory that transformers, vLLM, SGLang and llama.cpp load: the reference's names and keys, and
+                 what each of the others wants besides. The default.
+    deepspec     exactly what the PyTorch reference writes
+    speculators  the speculators package, and vLLM through it
+
+The directory is built beside its place and renamed when it is whole.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dspark_jax.config import DrafterConfig, InputError, TargetArchitecture
+from dspark_jax.convert.hf import expected_tensors
+from dspark_jax.convert.mapping import FROZEN
+from dspark_jax.convert.safetensors_file import write_safetensors
+from dspark_jax.target.loading import read_checkpoint
+
+FORMATS = ("universal", "deepspec", "speculators")
+ZERO_RANK = 16
+"""Rank of the Markov head, all zeros, that makes servers take an anchor-first DFlash for what it is."""
+CERTAIN = 20.0
+"""Logit of the constant confidence of a drafter without a confidence head: nothing is ever cut."""
+
+
+Tensors = Callable[[], Iterable[tuple[str, np.ndarray]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What is exported.
+
+    Attributes:
+      tensors: gives its tensors by the reference's names, as float32 (`hf.stored_tensors`).
+      config: its settings.
+      arch: shape of its layers, which is the target's.
+      target: the decoded `config.json` of the target (or of the drafter directory that it comes from).
+      frozen: the target's embedding and LM head by the names of `mapping.FROZEN`; empty leaves them out.
+      target_name: how the target is called where it is served, e.g. Qwen/Qwen3-4B.
+      num_anchors: blocks per sequence in training; a note in the reference's config.
+    """
+
+    tensors: Tensors
+    config: DrafterConfig
+    arch: TargetArchitecture
+    target: Mapping[str, Any]
+    frozen: Mapping[str, np.ndarray]
+    target_name: str
+    num_anchors: int = 512
+
+
+def write_export(
+    output: Path,
+    source: Source,
+    *,
+    form: str = "universal",
+    dtype: str = "bfloat16",
+    files: Mapping[str, str | Path] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Writes a drafter as a directory, whole or not at all.
+
+    Args:
+      output: the directory; its name may not mislead servers, which guess the method from the path.
+      source: the drafter and its target.
+      form: one of `FORMATS`.
+      dtype: float32 or bfloat16.
+      files: name -> text, or file to copy, that are put beside config and weights.
+      overwrite: replace an existing export.
+
+    Returns:
+      `output`.
+
+    Raises:
+      InputError: the place is taken or badly named, or this drafter cannot be stated in this format.
+    """
+    check_output(output, source.config, overwrite=overwrite)
+    source = servable(source) if form != "deepspec" else source
+    config = CONFIGS[form](source, dtype)
+    shapes = expected_tensors(source.arch, source.config)
+    if not source.frozen:
+        shapes = {name: shape for name, shape in shapes.items() if name not in FROZEN}
+    with _built_beside(output) as folder:
+        tensors = itertools.chain(source.tensors(), source.frozen.items())
+        write_safetensors(folder / "model.safetensors", shapes, tensors, dtype)
+        _write(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+        for name, content in (files or {}).items():
+            if isinstance(content, Path):
+                shutil.copyfile(content, folder / name)
+            else:
+                _write(folder / name, content)
+    return output
+
+
+def frozen_tensors(directory: str | Path) -> dict[str, np.ndarray]:
+    """Embedding and LM head (the embedding again where they are tied) of a model directory, memory-mapped.
+
+    Raises:
+      InputError: there is no embedding in it, or more than one.
+    """
+    tensors = read_checkpoint(Path(directory))
+    found = [name for name in tensors if name.rpartition("embed_tokens")[2] == ".weight"]
+    text = [name for name in found if "vision" not in name and "audio" not in name]
+    if len(text) != 1:
+        raise InputError(f"{directory}: {len(text)} tensors are called embed_tokens.weight; one is needed")
+    heads = [name for name in tensors if name.rpartition("lm_head")[2] == ".weight"]
+    return {FROZEN[0]: tensors[text[0]], FROZEN[1]: tensors[heads[0] if heads else text[0]]}
+
+
+def servable(source: Source) -> Source:
+    """The same drafter with the heads that servers insist on, made so that they change nothing.
+
+    An anchor-first DFlash gets an all-zero Markov head: without one, vLLM and SGLang take it for a fill-in drafter. A
+    missing confidence head becomes a constant one, since SGLang builds it in any case and llama.cpp wants it beside a
+    Markov head; one that does not read the Markov embedding gets zeros to read it with, for llama.cpp.
+    """
+    config = source.config
+    if config.kind not in ("dspark", "dflash"):
+        return source
+    if config.markov_rank and config.confidence_head and config.confidence_with_markov:
+        return source
+    rank = config.markov_rank or ZERO_RANK
+    wanted = dataclasses.replace(
+        config, kind="dspark", markov_rank=rank, confidence_head=True, confidence_with_markov=True
+    )
+    return dataclasses.replace(source, config=wanted, tensors=functools.partial(_completed, source, rank))
+
+
+def _completed(source: Source, rank: int) -> Iterator[tuple[str, np.ndarray]]:
+    """Tensors of a drafter with heads added, or widened by zeros (see `servable`)."""
+    width, vocabulary = source.arch.hidden_size, source.arch.vocab_size
+    missing = {
+        "markov_head.markov_w1.weight": np.zeros((vocabulary, rank), np.float32),
+        "markov_head.markov_w2.weight": np.zeros((vocabulary, rank), np.float32),
+        "confidence_head.proj.weight": np.zeros((1, width + rank), np.float32),
+        "confidence_head.proj.bias": np.full((1,), CERTAIN, np.float32),
+    }
+    for name, value in source.tensors():
+        default = missing.pop(name, None)
+        if default is not None and value.shape != default.shape:
+            value = np.concatenate([value, default[:, value.shape[1] :]], axis=1)
+        yield name, value
+    yield from missing.items()
+
+
+def deepspec_config(source: Source, dtype: str) -> dict[str, Any]:
+    """`config.json` as the reference writes it: the target's (text) config with the drafter's keys at the top level."""
+    drafter, target = source.config, source.target
+    text = dict(target.get("text_config") or target)
+    gemma = str(text["model_type"]).startswith("gemma4")
+    for name in ("torch_dtype", "transformers_version", "auto_map", "quantization_config", "_name_or_path"):
+        text.pop(name, None)
+    config = text | {
+        "architectures": ["Gemma4DSparkModel" if gemma else "Qwen3DSparkModel"],
+        "dtype": dtype,
+        "num_target_layers": int(target.get("num_target_layers") or text["num_hidden_layers"]),
+        "num_hidden_layers": drafter.num_layers,
+        "layer_types": ["full_attention"] * drafter.num_layers,
+        "tie_word_embeddings": False,
+        "target_layer_ids": list(drafter.target_layer_ids),
+        "mask_token_id": drafter.mask_token_id,
+        "block_size": drafter.block_size,
+        "num_anchors": source.num_anchors,
+        "enable_confidence_head": drafter.confidence_head,
+        "markov_rank": drafter.markov_rank,
+    }
+    if drafter.confidence_head:
+        config["confidence_head_with_markov"] = drafter.confidence_with_markov
+    if drafter.markov_rank:
+        config["markov_head_type"] = drafter.markov_head_type
+    if gemma:
+        types = {"target_model_type": target["model_type"], "target_text_model_type": text["model_type"]}
+        config |= {name: target.get(name, value) for name, value in types.items()} | {"model_type": "gemma4_text"}
+    else:
+        config |= {"use_sliding_window": False, "sliding_window": None}
+    return config
+
+
+def universal_config(source: Source, dtype: str) -> dict[str, Any]:
+    """The reference's config, and the same settings wherever another reader looks for them first.
+
+    `sample_from_anchor` is stated because readers guess it differently; RoPE is written in the old and the new form.
+    There is no `eagle_aux_hidden_state_layer_ids`: servers prefer it and disagree about what it counts (trap 13).
+    """
+    config = deepspec_config(source, dtype)
+    config["sample_from_anchor"] = True
+    keys = ("block_size", "mask_token_id", "target_layer_ids", "markov_rank", "markov_head_type", "sample_from_anchor")
+    nested = {key: config[key] for key in keys}
+    config |= {"dflash_config": nested, "dspark_config": dict(nested)}
+    return config | ({} if config["model_type"] == "gemma4_text" else flat_rope(source.arch))
+
+
+def speculators_config(source: Source, dtype: str) -> dict[str, Any]:
+    """`config.json` of a DSpark drafter for the speculators package; layer ids count inputs, so they are one higher.
+
+    Raises:
+      InputError: a Gemma 4 drafter: speculators knows neither its embedding scale nor its soft-cap.
+    """
+    base = universal_config(source, dtype)
+    if base["model_type"] == "gemma4_text":
+        raise InputError(
+            "--format speculators: speculators scales no embeddings and caps no logits, so a Gemma 4 drafter would "
+            "draft other tokens there; use --format universal and serve it with vLLM"
+        )
+    own = {"block_size", "mask_token_id", "target_layer_ids", "num_anchors", "dflash_config", "dspark_config"}
+    own |= {"markov_rank", "markov_head_type", "sample_from_anchor", "enable_confidence_head"}
+    own |= {"confidence_head_with_markov", "num_target_layers", "architectures"}
+    layer = {name: value for name, value in base.items() if name not in own}
+    proposal = {"proposal_type": "greedy", "speculative_tokens": base["block_size"]}
+    return {
+        "architectures": ["DSparkSpeculator"],
+        "speculators_model_type": "dspark",
+        "speculators_version": "0.9.0",
+        "speculators_config": {
+            "algorithm": "dspark",
+            "proposal_methods": [proposal],
+            "default_proposal_method": "greedy",
+            "verifier": {
+                "name_or_path": source.target_name,
+                "architectures": list(source.target.get("architectures") or ["Qwen3ForCausalLM"]),
+            },
+        },
+        "transformer_layer_config": layer,
+        "draft_vocab_size": source.arch.vocab_size,
+        "target_hidden_size": source.arch.hidden_size,
+        "aux_hidden_state_layer_ids": [i + 1 for i in base["target_layer_ids"]],
+        "sliding_window_non_causal": True,
+        "dtype": dtype,
+        "tie_word_embeddings": False,
+        **{name: base[name] for name in ("block_size", "mask_token_id", "sample_from_anchor", "markov_rank")},
+        **{name: base[name] for name in ("markov_head_type", "enable_confidence_head", "confidence_head_with_markov")},
+    }
+
+
+CONFIGS = {"universal": universal_config, "deepspec": deepspec_config, "speculators": speculators_config}
+
+
+def flat_rope(arch: TargetArchitecture) -> dict[str, Any]:
+    """RoPE of a Qwen3 shape in the form of transformers 4 and in that of 5."""
+    rope = {"rope_theta": arch.rope_theta, "rope_type": "default"}
+    return {"rope_theta": arch.rope_theta, "rope_scaling": None, "rope_parameters": rope}
+
+
+def check_output(output: Path, config: DrafterConfig, *, overwrite: bool) -> None:
+    """Refuses a place that is taken, and a name by which vLLM would choose another method than the drafter's.
+
+    Raises:
+      InputError: see above; nothing has been written.
+    """
+    for word in {"dflash", "eagle3"} - {config.kind if config.kind == "eagle3" else ""}:
+        if word in output.name.lower():
+            raise InputError(
+                f"--output {output}: vLLM guesses the method from the path, and {word!r} in it is not how this "
+                f"{config.kind} drafter is served; choose another name"
+            )
+    if not output.name:
+        raise InputError(f"--output {output}: a directory name is needed, e.g. exports/drafter")
+    if output.exists() and not overwrite:
+        raise InputError(f"--output {output}: exists; choose another place, or --overwrite to replace it")
+    if output.exists() and not (output / "config.json").exists():
+        raise InputError(f"--output {output}: is no drafter directory, so it is not overwritten; choose another place")
+
+
+@contextlib.contextmanager
+def _built_beside(output: Path) -> Iterator[Path]:
+    """A fresh directory on the same disk that becomes `output` at the end; nothing is left of it after an error."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    try:
+        yield folder
+        folder.chmod(0o755)  # mkdtemp makes it private
+        if output.exists():
+            old = folder.with_name(folder.name + ".old")
+            output.rename(old)
+            folder.rename(output)
+            shutil.rmtree(old)
+        else:
+            folder.rename(output)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())

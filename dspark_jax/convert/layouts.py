@@ -1,0 +1,168 @@
+"""What a drafter directory says about itself: the config dialects in the field, each read by its own home's rules.
+
+    deepspec      all keys at the top level (the PyTorch reference; our universal export has copies in nested dicts)
+    specforge     `architectures: ["DSparkDraftModel"]`, keys in `dflash_config`
+    dflash        `architectures: ["DFlashDraftModel"]`, keys in `dflash_config`; fill-in blocks
+    speculators   `speculators_model_type`; layer ids are one higher (the layer whose input is tapped)
+
+How each server reads the same file is another matter: see `convert.servers`.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dspark_jax.config import InputError
+
+BLOCK_ARCHITECTURES = ("Qwen3DSparkModel", "Gemma4DSparkModel")
+EAGLE_ARCHITECTURES = ("Qwen3Eagle3Model", "Gemma4Eagle3Model", "Eagle3Qwen3ForCausalLM")
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A drafter's settings in our conventions, whatever dialect they were written in.
+
+    Attributes:
+      dialect: deepspec, specforge, dflash or speculators.
+      family: block (DSpark, DFlash) or eagle3.
+      block_size: rows of a block; 0 for eagle3, which has none.
+      taps: tapped layers, i = output of layer i, -1 = the embeddings.
+      mask_token_id: fills a block behind its anchor; -1 for eagle3.
+      anchor_first: row k predicts anchor + k + 1; else row 0 is thrown away and row k predicts anchor + k (trap 1).
+      num_layers: of the drafter.
+      markov_rank: 0 = no Markov head.
+      markov_head_type: vanilla, gated or rnn.
+      confidence: whether there is a confidence head.
+      confidence_with_markov: whether it reads the Markov embedding.
+    """
+
+    dialect: str
+    family: str
+    block_size: int
+    taps: tuple[int, ...]
+    mask_token_id: int
+    anchor_first: bool
+    num_layers: int
+    markov_rank: int = 0
+    markov_head_type: str = "vanilla"
+    confidence: bool = False
+    confidence_with_markov: bool = False
+
+    @property
+    def drafts(self) -> int:
+        """Draft tokens per round."""
+        return self.block_size if self.anchor_first else self.block_size - 1
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The content of a drafter directory's `config.json`.
+
+    Raises:
+      InputError: it is missing or not a JSON object.
+    """
+    path = directory / "config.json"
+    try:
+        raw = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; give the directory of a drafter") from None
+    except (UnicodeDecodeError, json.JSONDecodeError):
+        raise InputError(f"{path}: not valid JSON; download it again") from None
+    if not isinstance(raw, dict):
+        raise InputError(f"{path}: not a JSON object; download it again")
+    return raw
+
+
+def layers_config(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a drafter's config that gives the shape of its layers, with the fields of a Hugging Face model."""
+    return raw["transformer_layer_config"] if "speculators_model_type" in raw else raw
+
+
+def read_layout(where: str, raw: Mapping[str, Any]) -> Layout:
+    """Reads a config by the rules of the tool that wrote it.
+
+    Args:
+      where: the file, for messages.
+      raw: its content.
+
+    Raises:
+      InputError: the drafter is of a kind that has no implementation here, or a key is missing.
+    """
+    name = (raw.get("architectures") or [None])[0]
+    if "speculators_model_type" in raw:
+        return _speculators(where, raw)
+    if name in BLOCK_ARCHITECTURES:
+        return _block(where, raw, raw, "deepspec", anchor_first=bool(raw.get("sample_from_anchor", True)))
+    if name in EAGLE_ARCHITECTURES:
+        return _eagle(where, raw)
+    if name in ("DSparkDraftModel", "DFlashDraftModel"):
+        nested = raw.get("dflash_config") or raw.get("dspark_config") or {}
+        values = {**raw, **nested}
+        dspark = name == "DSparkDraftModel"
+        dialect = "specforge" if dspark else "dflash"
+        return _block(where, values, raw, dialect, anchor_first=bool(values.get("sample_from_anchor", dspark)))
+    raise InputError(
+        f"{where}: architectures {raw.get('architectures')} is not one of "
+        f"{[*BLOCK_ARCHITECTURES, *EAGLE_ARCHITECTURES, 'DSparkDraftModel', 'DFlashDraftModel']} and there is no "
+        "speculators_model_type; this is not a drafter that is known here"
+    )
+
+
+def _block(
+    where: str, values: Mapping[str, Any], raw: Mapping[str, Any], dialect: str, *, anchor_first: bool
+) -> Layout:
+    """DSpark and DFlash with keys at the top level of `values`."""
+    _require(where, values, "block_size", "mask_token_id", "target_layer_ids")
+    _require(where, raw, "num_hidden_layers")
+    rank, taps = int(values.get("markov_rank") or 0), tuple(values["target_layer_ids"])
+    return Layout(
+        dialect=dialect,
+        family="block",
+        block_size=int(values["block_size"]),
+        taps=taps,
+        mask_token_id=int(values["mask_token_id"]),
+        anchor_first=anchor_first,
+        num_layers=int(raw["num_hidden_layers"]),
+        markov_rank=rank,
+        markov_head_type=str(values.get("markov_head_type") or "vanilla"),
+        confidence=bool(values.get("enable_confidence_head", False)),
+        confidence_with_markov=bool(values.get("confidence_head_with_markov", False)),
+    )
+
+
+def _eagle(where: str, raw: Mapping[str, Any]) -> Layout:
+    """EAGLE-3: the reference's own config has ids of outputs, the one that vLLM serves has ids of inputs."""
+    inputs = raw.get("eagle_aux_hidden_state_layer_ids")
+    if inputs is None:
+        _require(where, raw, "target_layer_ids")
+    taps = tuple(i - 1 for i in inputs) if inputs is not None else tuple(raw["target_layer_ids"])
+    layers = int(raw.get("num_hidden_layers", 1))
+    return Layout("deepspec", "eagle3", 0, taps, -1, anchor_first=True, num_layers=layers)
+
+
+def _speculators(where: str, raw: Mapping[str, Any]) -> Layout:
+    """The speculators package. Missing keys have the defaults of its 0.9.0."""
+    kind = raw["speculators_model_type"]
+    _require(where, raw, "transformer_layer_config")
+    layers = int(raw["transformer_layer_config"].get("num_hidden_layers", 1))
+    if kind == "eagle3":
+        _require(where, raw, "eagle_aux_hidden_state_layer_ids")
+        taps = tuple(i - 1 for i in raw["eagle_aux_hidden_state_layer_ids"])
+        return Layout("speculators", "eagle3", 0, taps, -1, anchor_first=True, num_layers=layers)
+    if kind not in ("dspark", "dflash"):
+        raise InputError(
+            f"{where}: speculators_model_type {kind!r} is not supported; use one of: dspark, dflash, eagle3"
+        )
+    _require(where, raw, "block_size", "mask_token_id", "aux_hidden_state_layer_ids")
+    heads = {"markov_rank": 256, "enable_confidence_head": True, "confidence_head_with_markov": True}
+    values = {**(heads if kind == "dspark" else {}), **raw}
+    values["target_layer_ids"] = [i - 1 for i in raw["aux_hidden_state_layer_ids"]]
+    anchor_first = bool(raw.get("sample_from_anchor", kind == "dspark"))
+    return _block(where, values, raw["transformer_layer_config"], "speculators", anchor_first=anchor_first)
+
+
+def _require(where: str, raw: Mapping[str, Any], *keys: str) -> None:
+    missing = [key for key in keys if raw.get(key) is None]
+    if missing:
+        raise InputError(f"{where}: missing {', '.join(missing)}; this is not a complete drafter config")

@@ -1,0 +1,49 @@
+"""Writes safetensors files tensor by tensor, so that the host holds one of them at a time."""
+
+import json
+import os
+import struct
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+DTYPES = {"float32": ("F32", np.dtype(np.float32)), "bfloat16": ("BF16", np.dtype(ml_dtypes.bfloat16))}
+"""Our name of a type -> its name in a safetensors header, and the array type."""
+
+
+def write_safetensors(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], tensors: Iterable[tuple[str, np.ndarray]], dtype: str
+) -> None:
+    """Writes one file, flushed to disk.
+
+    Args:
+      path: is replaced.
+      shapes: every tensor of the file and its shape; the header is made of it.
+      tensors: each of them once, in any order; converted to `dtype`.
+      dtype: float32 or bfloat16, of all tensors.
+
+    Raises:
+      OSError: the disk is full.
+    """
+    code, numpy_type = DTYPES[dtype]
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers refuses files without it
+    offsets, end = {}, 0
+    for name in sorted(shapes):
+        size = numpy_type.itemsize * int(np.prod(shapes[name]))
+        header[name] = {"dtype": code, "shape": list(shapes[name]), "data_offsets": [end, end + size]}
+        offsets[name], end = end, end + size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    written = set()
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name, value in tensors:
+            assert value.shape == shapes[name] and name not in written, name
+            file.seek(8 + len(text) + offsets[name])
+            file.write(np.ascontiguousarray(value, numpy_type).reshape(-1).view(np.uint8).data)
+            written.add(name)
+        assert written == set(shapes), sorted(set(shapes) - written)
+        file.flush()
+        os.fsync(file.fileno())

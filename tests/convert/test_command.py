@@ -1,0 +1,158 @@
+"""The command line: a run becomes a directory with everything that is served with it, and back."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import huggingface_hub
+import jax
+import numpy as np
+import pytest
+
+from dspark_jax.config import Config, DrafterConfig, InputError, MeshConfig, TargetConfig, TrainConfig, resolve
+from dspark_jax.convert.__main__ import main, parser
+from dspark_jax.convert.hf import import_drafter
+from dspark_jax.convert.hub import push
+from dspark_jax.sharding import make_mesh
+from dspark_jax.training.checkpoint import load_drafter
+from dspark_jax.training.state import to_params
+
+
+def mesh():
+    return make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+
+
+@pytest.fixture(scope="module")
+def run(tiny_target, save_untrained, tmp_path_factory):
+    """A run of a drafter that was never trained, with a made-up evaluation and side files."""
+    workdir = tmp_path_factory.mktemp("run")
+    drafter = DrafterConfig(num_layers=1, block_size=3, target_layer_ids=(-1, 0), mask_token_id=319, markov_rank=8)
+    config = Config(
+        name="tiny", target=TargetConfig(path=str(tiny_target)), drafter=drafter, train=TrainConfig(num_anchors=9)
+    )
+    config.data.max_length, config.data.max_prompt_length, config.mesh = 64, 32, MeshConfig(1, -1, 1)
+    save_untrained(resolve(config), workdir, make_mesh(MeshConfig()))
+    (workdir / "calibration.json").write_text('{"temperatures": [1.0, 1.1, 1.2]}')
+    (workdir / "cost_table.json").write_text('{"sample_batch_tokens": [1]}')
+    report = {"samples": 3, "tokens": 500, "loss_tokens": 77, "inputs": {"data": {"regenerate": True}}}
+    report["prompt_sets"] = {"sums": {"samples": 3, "tokens": 500, "loss_tokens": 77}}
+    metrics = {"temperature": 1.0, "tau": 2.5, "tau_ci95": [2.25, 2.75]}
+    metrics["prompt_sets"] = {"sums": {"tau": 2.5, "tau_ci95": [2.25, 2.75], "survival": [0.9, 0.6, 0.25]}}
+    for file, content in {"data/report.json": report, "eval/metrics.json": metrics}.items():
+        (workdir / file).parent.mkdir(exist_ok=True)
+        (workdir / file).write_text(json.dumps(content))
+    return workdir
+
+
+def test_export_of_a_run_and_import_of_it(run, tiny_target, tmp_path):
+    output = tmp_path / "out"
+    main(["export", f"--workdir={run}", f"--output={output}", "--dtype=float32", "--target-name=org/base"])
+    names = {path.name for path in output.iterdir()}
+    assert names == {"config.json", "model.safetensors", "README.md", "calibration.json", "cost_table.json"}
+    assert json.loads((output / "config.json").read_text())["num_anchors"] == 9
+    assert (output / "calibration.json").read_bytes() == (run / "calibration.json").read_bytes()
+    card = (output / "README.md").read_text()
+    for fact in ("base_model: org/base", "| sums | 3 | 500 | 77 |", "| sums | 2.50 | 2.25-2.75 | 0.90 | 0.25 |"):
+        assert fact in card
+    assert "--speculative-dspark-confidence-sts-path DIR/calibration.json" in card
+    assert "vllm serve org/base --speculative-config" in card and "convert_hf_to_gguf.py DIR" in card
+
+    main(["import", f"--drafter={output}", f"--target={tiny_target}", f"--workdir={tmp_path / 'again'}"])
+    config, back = load_drafter(tmp_path / "again", mesh())
+    first_config, first = load_drafter(run, mesh())
+    assert dataclasses.replace(config.drafter, dtype="auto") == first_config.drafter
+    ours, theirs = to_params(first), to_params(back)
+    assert set(ours) == set(theirs)
+    for name, value in ours.items():
+        np.testing.assert_array_equal(value, theirs[name], err_msg=name)
+
+
+def test_a_directory_is_converted(run, tiny_target, tmp_path):
+    main(["export", f"--workdir={run}", f"--output={tmp_path / 'a'}"])
+    source = [f"--drafter={tmp_path / 'a'}", f"--target={tiny_target}"]
+    main(["export", *source, f"--output={tmp_path / 'b'}", "--format=speculators", "--slim"])
+    assert import_drafter(tmp_path / "b", mesh())[0] == import_drafter(tmp_path / "a", mesh())[0]
+    assert (tmp_path / "b" / "cost_table.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["export", "--output=x"], "export needs --workdir RUN, or --drafter DIR"),
+        (["export", "--workdir=nowhere", "--output=x"], "nowhere/checkpoints: no checkpoint here"),
+        (["export", "--workdir=RUN", "--output=my-dflash"], "vLLM guesses the method from the path"),
+        (["import", "--drafter=RUN", "--target=TARGET", "--workdir=x"], "config.json: no such file"),
+    ],
+)
+def test_bad_input_is_one_line(run, tiny_target, tmp_path, monkeypatch, capsys, argv, message):
+    monkeypatch.chdir(tmp_path)
+    argv = [part.replace("RUN", str(run)).replace("TARGET", str(tiny_target)) for part in argv]
+    with pytest.raises(SystemExit) as exit_:
+        main(argv)
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert exit_.value.code == 2
+    assert error.startswith("error: ") and message in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_import_refuses_a_drafter_of_another_width(run, golden, tmp_path, capsys):
+    main(["export", f"--workdir={run}", f"--output={tmp_path / 'a'}"])
+    target = golden / "targets" / "qwen3_tied"
+    with pytest.raises(SystemExit):
+        main(["import", f"--drafter={tmp_path / 'a'}", f"--target={target}", f"--workdir={tmp_path / 'w'}"])
+    assert "vocab_size is 320" in capsys.readouterr().err
+
+
+class FakeHub:
+    """Stands for `huggingface_hub.HfApi`."""
+
+    def __init__(self, error: Exception | None = None):
+        self.error = error
+        self.calls = []
+
+    def create_repo(self, repository, *, private, exist_ok):
+        assert exist_ok
+        self.calls.append(("create", repository, private))
+        return huggingface_hub.RepoUrl(f"https://huggingface.co/{repository}")
+
+    def upload_folder(self, *, repo_id, folder_path, commit_message):
+        if self.error:
+            raise self.error
+        self.calls.append(("upload", repo_id, sorted(path.name for path in Path(folder_path).iterdir())))
+
+
+def test_push_uploads_the_whole_directory(run, tmp_path, monkeypatch):
+    hub = FakeHub()
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hub)
+    main(["export", f"--workdir={run}", f"--output={tmp_path / 'out'}", "--push=me/drafter", "--private"])
+    files = ["README.md", "calibration.json", "config.json", "cost_table.json", "model.safetensors"]
+    assert hub.calls == [("create", "me/drafter", True), ("upload", "me/drafter", files)]
+
+
+def test_push_errors_say_what_to_do(tmp_path):
+    with pytest.raises(InputError, match="no connection to the hub.*the export is complete: hf upload"):
+        push(tmp_path, "me/drafter", api=FakeHub(ConnectionError("down")))
+    with pytest.raises(InputError, match="use OWNER/NAME"):
+        push(tmp_path, "a/b/c/d", api=huggingface_hub.HfApi(token="none"))
+
+
+def test_offline_push_fails_in_one_line_and_keeps_the_export(run, tmp_path):
+    command = [sys.executable, "-m", "dspark_jax.convert", "export", f"--workdir={run}", f"--output={tmp_path / 'out'}"]
+    done = subprocess.run(
+        [*command, "--push=me/drafter"],
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_TOKEN": "none"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "offline mode is on (HF_HUB_OFFLINE)" in done.stderr.splitlines()[-1]
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_help_shows_the_commands():
+    text = parser().format_help()
+    assert "python -m dspark_jax.convert export --workdir" in text and "import" in text

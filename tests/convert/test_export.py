@@ -1,0 +1,271 @@
+"""Exports: what is written is what was there, in every format; whole or not at all."""
+
+import functools
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file
+
+from dspark_jax.config import DrafterConfig, InputError, MeshConfig, TargetArchitecture
+from dspark_jax.convert.export import FORMATS, Source, frozen_tensors, write_export
+from dspark_jax.convert.hf import (
+    compare_tensors,
+    drafter_tensors,
+    expected_tensors,
+    import_drafter,
+    stored_tensors,
+)
+from dspark_jax.convert.mapping import FROZEN
+from dspark_jax.drafter import make_drafter
+from dspark_jax.drafter.blocks import Anchors
+from dspark_jax.sharding import make_mesh
+
+DSPARK = DrafterConfig(num_layers=2, block_size=5, target_layer_ids=(-1, 0), mask_token_id=319, markov_rank=8)
+VARIANTS = {
+    "dspark": DSPARK,
+    "plain confidence": replace(DSPARK, confidence_with_markov=False),
+    "gated": replace(DSPARK, markov_head_type="gated"),
+    "rnn": replace(DSPARK, markov_head_type="rnn"),
+    "no confidence": replace(DSPARK, confidence_head=False, confidence_with_markov=False),
+    "dflash": replace(DSPARK, kind="dflash", markov_rank=0, confidence_head=False, confidence_with_markov=False),
+}
+
+CASES = ("case1_qwen3_dspark_vanilla", "case2_qwen3_dspark_gated", "case3_qwen3_dspark_rnn", "case4_qwen3_dflash")
+
+
+def mesh():
+    return make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+
+
+def make_source(target: Path, config: DrafterConfig) -> tuple[Source, nnx.Module]:
+    arch = TargetArchitecture.from_hf(target)
+    drafter = make_drafter(arch, config, rngs=nnx.Rngs(3))
+    keys = iter(jax.random.split(jax.random.key(1), 64))
+    for leaf in jax.tree.leaves(nnx.state(drafter, nnx.Param), is_leaf=lambda x: isinstance(x, nnx.Variable)):
+        leaf.set_value(jax.random.normal(next(keys), leaf.get_value().shape))  # also what starts as ones and zeros
+    raw = json.loads((target / "config.json").read_text())
+    tensors = dict(stored_tensors(drafter, config))
+    return Source(lambda: tensors.items(), config, arch, raw, frozen_tensors(target), "org/target"), drafter
+
+
+def draft(drafter, target: Path):
+    """Logits with Markov bias, and confidences, of a drafter on some features."""
+    arch = TargetArchitecture.from_hf(target)
+    embedding = jnp.asarray(load_file(target / "model.safetensors")["model.embed_tokens.weight"])
+
+    class Lender:
+        def embed(self, tokens):
+            return embedding[tokens]
+
+    features = jax.random.normal(jax.random.key(5), (1, 12, 2 * arch.hidden_size))
+    tokens = jax.random.randint(jax.random.key(6), (1, 12), 0, arch.vocab_size)
+    anchors = Anchors(jnp.asarray([[2, 4]]), jnp.ones((1, 2), bool))
+    out = drafter(Lender(), features, tokens, jnp.ones_like(tokens), anchors)
+    logits = out.hidden @ embedding.T
+    previous = None
+    if drafter.markov is not None:
+        previous = drafter.markov.embed(out.prev_tokens)
+        logits = logits + drafter.markov.bias(drafter.markov.latent(out.hidden, previous))
+    return logits, None if drafter.confidence is None else drafter.confidence(out.hidden, previous)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("form", FORMATS)
+def test_what_comes_back_drafts_the_same(tiny_target, tmp_path, form, variant):
+    source, drafter = make_source(tiny_target, VARIANTS[variant])
+    directory = write_export(tmp_path / "drafter", source, form=form, dtype="float32")
+    config, back = import_drafter(directory, mesh())
+    assert (config.block_size, config.target_layer_ids, config.mask_token_id) == (5, (-1, 0), 319)
+    (logits, confidence), (logits_back, confidence_back) = draft(drafter, tiny_target), draft(back, tiny_target)
+    np.testing.assert_array_equal(logits_back, logits)
+    if confidence is not None:
+        np.testing.assert_allclose(confidence_back, confidence, atol=1e-5)
+    elif form != "deepspec":
+        np.testing.assert_array_equal(confidence_back, np.full(confidence_back.shape, 20.0))
+    if form == "deepspec" or variant == "dspark":
+        assert config == VARIANTS[variant]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("form", FORMATS)
+def test_round_trips_are_bit_exact(tiny_target, tmp_path, form, dtype):
+    source, drafter = make_source(tiny_target, DSPARK)
+    first = write_export(tmp_path / "first", source, form=form, dtype=dtype)
+    config, back = import_drafter(first, mesh())
+    again = replace(source, tensors=lambda: stored_tensors(back, config), config=config)
+    second = write_export(tmp_path / "second", again, form=form, dtype=dtype)
+    assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
+    assert (first / "config.json").read_bytes() == (second / "config.json").read_bytes()
+    numpy_type = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}[dtype]
+    stored = load_file(first / "model.safetensors")
+    ours = drafter_tensors(drafter, DSPARK)
+    assert set(stored) == set(ours) | set(FROZEN)
+    for name, value in ours.items():
+        assert stored[name].dtype == numpy_type
+        np.testing.assert_array_equal(stored[name], value.astype(numpy_type), err_msg=name)
+
+
+def test_golden_directory_comes_back_as_the_reference_wrote_it(golden, tmp_path):
+    """Import and deepspec export of every golden drafter: the same tensors, and the same value of every key."""
+    for case in CASES:
+        folder = golden / "cases" / case
+        target = golden / "targets" / Path(json.loads((folder / "case.json").read_text())["target"]).name
+        config, drafter = import_drafter(folder / "draft", mesh())
+        arch, raw = TargetArchitecture.from_hf(target), json.loads((target / "config.json").read_text())
+        tensors = functools.partial(stored_tensors, drafter, config)
+        source = Source(tensors, config, arch, raw, frozen_tensors(target), "", num_anchors=6)
+        out = write_export(tmp_path / case[:5], source, form="deepspec", dtype="float32")
+        theirs, ours = load_file(folder / "draft" / "model.safetensors"), load_file(out / "model.safetensors")
+        assert set(theirs) == set(ours)
+        for name, value in theirs.items():
+            np.testing.assert_array_equal(ours[name], value, err_msg=name)
+        stated = json.loads((folder / "draft" / "config.json").read_text())
+        stated.pop("transformers_version")
+        assert json.loads((out / "config.json").read_text()) == stated
+
+
+def test_transformers_reads_the_file(tiny_target, tmp_path):
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import load_file as load_torch
+    from transformers import AutoConfig
+
+    source, drafter = make_source(tiny_target, DSPARK)
+    directory = write_export(tmp_path / "drafter", source)
+    assert AutoConfig.from_pretrained(directory).block_size == 5
+    stored, ours = load_torch(directory / "model.safetensors"), drafter_tensors(drafter, DSPARK)
+    for name, value in ours.items():
+        assert torch.equal(stored[name], torch.tensor(value).bfloat16()), name
+
+
+def test_slim_leaves_the_frozen_copies_out(tiny_target, tmp_path):
+    source, drafter = make_source(tiny_target, DSPARK)
+    directory = write_export(tmp_path / "drafter", replace(source, frozen={}))
+    assert set(load_file(directory / "model.safetensors")) == set(drafter_tensors(drafter, DSPARK))
+    import_drafter(directory, mesh())
+
+
+def test_an_interrupted_export_leaves_nothing(tiny_target, tmp_path):
+    source, _ = make_source(tiny_target, DSPARK)
+
+    def failing():
+        yield from list(source.tensors())[:3]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_export(tmp_path / "drafter", replace(source, tensors=failing))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_is_replaced_only_on_request(tiny_target, tmp_path):
+    source, _ = make_source(tiny_target, DSPARK)
+    directory = write_export(tmp_path / "drafter", source, files={"README.md": "first"})
+    with pytest.raises(InputError, match="exists; choose another place, or --overwrite"):
+        write_export(directory, source, files={"README.md": "second"})
+    assert (directory / "README.md").read_text() == "first"
+    write_export(directory, source, files={"README.md": "second"}, overwrite=True)
+    assert (directory / "README.md").read_text() == "second"
+    assert [path.name for path in tmp_path.iterdir()] == ["drafter"]
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(InputError, match="is no drafter directory"):
+        write_export(tmp_path / "mine", source, overwrite=True)
+
+
+def test_names_that_mislead_vllm_are_refused(tiny_target, tmp_path):
+    source, _ = make_source(tiny_target, VARIANTS["dflash"])
+    for name in ("my_DFlash", "eagle3-ours"):
+        with pytest.raises(InputError, match="vLLM guesses the method from the path"):
+            write_export(tmp_path / name, source)
+
+
+def edit(directory: Path, change) -> Path:
+    path = directory / "config.json"
+    raw = json.loads(path.read_text())
+    change(raw)
+    path.write_text(json.dumps(raw))
+    return directory
+
+
+def test_dialects_are_read_by_their_own_rules(tiny_target, tmp_path):
+    """Layer ids of speculators count inputs; a fill-in drafter is refused by name, not drafted one token off."""
+    source, _ = make_source(tiny_target, DSPARK)
+    speculators = write_export(tmp_path / "s", source, form="speculators")
+    assert json.loads((speculators / "config.json").read_text())["aux_hidden_state_layer_ids"] == [0, 1]
+    assert import_drafter(speculators, mesh())[0].target_layer_ids == (-1, 0)
+    edit(speculators, lambda raw: raw.update(sample_from_anchor=False))
+    with pytest.raises(InputError, match="row 0 is thrown away"):
+        import_drafter(speculators, mesh())
+
+    def specforge(raw):
+        raw["architectures"] = ["DSparkDraftModel"]
+        for key in ("target_layer_ids", "mask_token_id", "markov_rank", "dspark_config", "sample_from_anchor"):
+            del raw[key]
+
+    nested = edit(write_export(tmp_path / "n", source), specforge)
+    assert import_drafter(nested, mesh())[0] == DSPARK
+    flash = edit(write_export(tmp_path / "f", source), lambda raw: raw.update(architectures=["DFlashDraftModel"]))
+    edit(flash, lambda raw: raw["dflash_config"].pop("sample_from_anchor") and raw.pop("sample_from_anchor"))
+    with pytest.raises(InputError, match="row 0 is thrown away"):
+        import_drafter(flash, mesh())
+
+
+def released(hidden, heads, mlp, taps):
+    """Names and shapes of a released DSpark checkpoint for Qwen3, written out from the format's description."""
+    vocabulary, rank, head = 151936, 256, 128
+    shapes = {
+        "embed_tokens.weight": (vocabulary, hidden),
+        "lm_head.weight": (vocabulary, hidden),
+        "fc.weight": (hidden, taps * hidden),
+        "hidden_norm.weight": (hidden,),
+        "norm.weight": (hidden,),
+        "markov_head.markov_w1.weight": (vocabulary, rank),
+        "markov_head.markov_w2.weight": (vocabulary, rank),
+        "confidence_head.proj.weight": (1, hidden + rank),
+        "confidence_head.proj.bias": (1,),
+    }
+    for i in range(5):
+        layer = f"layers.{i}."
+        shapes |= {layer + "input_layernorm.weight": (hidden,), layer + "post_attention_layernorm.weight": (hidden,)}
+        shapes |= {layer + "self_attn.q_proj.weight": (heads * head, hidden)}
+        shapes |= {layer + f"self_attn.{name}_proj.weight": (8 * head, hidden) for name in "kv"}
+        shapes |= {layer + "self_attn.o_proj.weight": (hidden, heads * head)}
+        shapes |= {layer + f"self_attn.{name}_norm.weight": (head,) for name in "qk"}
+        shapes |= {layer + f"mlp.{name}_proj.weight": (mlp, hidden) for name in ("gate", "up")}
+        shapes |= {layer + "mlp.down_proj.weight": (hidden, mlp)}
+    return shapes
+
+
+@pytest.mark.parametrize(("hidden", "heads", "mlp"), [(2560, 32, 9728), (4096, 32, 12288), (5120, 40, 17408)])
+@pytest.mark.parametrize("kind", ["dspark", "dflash"])
+def test_released_checkpoints_have_exactly_these_tensors(hidden, heads, mlp, kind):
+    arch = TargetArchitecture("qwen3", 151936, hidden, 36, heads, 8, 128, mlp, max_position_embeddings=40960)
+    config, shapes = DrafterConfig(), released(hidden, heads, mlp, 5)
+    if kind == "dflash":
+        config = DrafterConfig(kind=kind, markov_rank=0, confidence_head=False, confidence_with_markov=False)
+        shapes = {name: shape for name, shape in shapes.items() if not re.match("markov|confidence", name)}
+    assert expected_tensors(arch, config) == shapes
+    compare_tensors("x", shapes, expected_tensors(arch, config), kind)
+    with pytest.raises(InputError, match=r"^x: tensor lm_head.weight is missing"):
+        compare_tensors("x", {n: s for n, s in shapes.items() if n != "lm_head.weight"}, shapes, kind)
+    with pytest.raises(InputError, match=r"^x: tensor fc.weight has shape \(7,\), the config gives"):
+        compare_tensors("x", shapes | {"fc.weight": (7,)}, shapes, kind)
+    with pytest.raises(InputError, match="d2t: a drafter with a reduced vocabulary"):
+        compare_tensors("x", shapes | {"d2t": (32000,)}, shapes, kind)
+
+
+def test_a_half_exported_directory_is_not_mistaken_for_one(tiny_target, tmp_path):
+    source, _ = make_source(tiny_target, DSPARK)
+    directory = write_export(tmp_path / "drafter", source)
+    shutil.copytree(directory, tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(InputError, match="truncated"):
+        import_drafter(tmp_path / "cut", mesh())

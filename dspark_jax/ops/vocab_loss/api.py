@@ -22,6 +22,9 @@ def vocab_loss(
     *,
     ce: float,
     l1: float,
+    soft_ce: float = 0.0,
+    length: float = 0.0,
+    block: int = 1,
     chunk: int,
     implementation: str | None = None,
 ) -> VocabLoss:
@@ -42,14 +45,20 @@ def vocab_loss(
         ce, l1 and accept are reported as they come out.
       ce: coefficient of the cross-entropy.
       l1: coefficient of the L1 distance (without the half of the total variation).
-      chunk: rows per device whose [rows, V] logits are in memory at once.
+      soft_ce: coefficient of the cross-entropy with the target's distribution.
+      length: coefficient of sum over blocks and k of s_k - accept_1 ... accept_k, where s_k is 1 on a row of positive
+        weight and accept_k is 0 on the others: how far the expected accepted length is from the longest possible. The
+        weights' sizes do not matter to it.
+      block: G; rows form blocks of G consecutive ones. Only `length` asks for it.
+      chunk: rows per device whose [rows, V] logits are in memory at once; with `length` rounded up to whole blocks.
       implementation: None (the best one here), 'xla' (bounded memory) or 'reference' (the definition).
 
     Returns:
-      `VocabLoss`. With ce or l1 = 0 all its metrics are still computed.
+      `VocabLoss`. With ce or l1 = 0 their metrics are still computed.
 
     Raises:
-      ValueError: shapes do not fit together, chunk is not positive, or the implementation is unknown.
+      ValueError: shapes do not fit together, T is no multiple of the block, chunk is not positive, or the
+        implementation is unknown.
     """
     b, t, d = hidden.shape
     v = head.shape[0]
@@ -70,8 +79,10 @@ def vocab_loss(
             raise ValueError(f"vocab_loss: {name} is {array.shape}, with hidden {hidden.shape} it must be {shape}")
     if chunk <= 0 or not jnp.issubdtype(labels.dtype, jnp.integer):
         raise ValueError(f"vocab_loss: chunk {chunk} must be positive and labels {labels.dtype} integers")
+    if block < 1 or t % block:
+        raise ValueError(f"vocab_loss: {t} rows are no multiple of block {block}")
     if implementation not in (None, *_IMPLEMENTATIONS):
         raise ValueError(f"vocab_loss: implementation {implementation!r} is not one of {list(_IMPLEMENTATIONS)}")
     run = _IMPLEMENTATIONS[implementation or "xla"]
     arrays = jax.tree.map(jnp.asarray, (hidden, prev_embedding, teacher, head, markov_w2, labels, weights))
-    return run(*arrays, ce=ce, l1=l1, chunk=chunk)
+    return run(*arrays, ce=ce, l1=l1, soft_ce=soft_ce, length=length, block=block, chunk=chunk)

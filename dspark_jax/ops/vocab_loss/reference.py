@@ -17,6 +17,9 @@ def vocab_loss(
     *,
     ce: float,
     l1: float,
+    soft_ce: float = 0.0,
+    length: float = 0.0,
+    block: int = 1,
     chunk: int = 0,
 ) -> VocabLoss:
     """See `api.vocab_loss`; `chunk` is ignored, and rows of weight 0 must be finite."""
@@ -32,7 +35,12 @@ def vocab_loss(
         draft += logits(prev_embedding, markov_w2)
     log_draft = jax.nn.log_softmax(draft, axis=-1)
     ce_rows = -jnp.take_along_axis(log_draft, labels[..., None], axis=-1)[..., 0]
-    l1_rows = jnp.sum(jnp.abs(jnp.exp(log_draft) - jax.nn.softmax(logits(teacher, head), axis=-1)), axis=-1)
-    loss = jnp.sum(weights * (ce * ce_rows + l1 * l1_rows))
+    expected = jax.nn.softmax(logits(teacher, head), axis=-1)
+    l1_rows = jnp.sum(jnp.abs(jnp.exp(log_draft) - expected), axis=-1)
+    soft_rows = -jnp.sum(expected * log_draft, axis=-1)
+    loss = jnp.sum(weights * (ce * ce_rows + l1 * l1_rows + soft_ce * soft_rows))
+    supervised = (weights > 0).reshape(weights.shape[0], -1, block)
+    survival = jnp.cumprod(jnp.where(supervised, 1.0 - 0.5 * l1_rows.reshape(supervised.shape), 0.0), axis=-1)
+    loss += length * jnp.sum(supervised - survival)
     accept = jnp.clip(1.0 - 0.5 * l1_rows, 0.0, 1.0)
-    return VocabLoss(loss, *jax.lax.stop_gradient((ce_rows, l1_rows, accept)))
+    return VocabLoss(loss, *jax.lax.stop_gradient((ce_rows, l1_rows, accept, soft_rows if soft_ce else None)))

@@ -4,6 +4,9 @@ The head is frozen and the weights are known up front, so the gradient of the su
 that arrives in the backward pass, while a chunk's logits are still there: no [T, V] array outlives its chunk and
 nothing is computed twice. Per row this costs the products D, R (draft logits), D (teacher logits), D (hidden), R, R
 (Markov) times 2 V.
+
+The weights that the expected accepted length gives to the L1 distances of a block follow from those very distances, so
+a chunk then holds whole blocks.
 """
 
 import functools
@@ -15,6 +18,16 @@ import jax.numpy as jnp
 
 from dspark_jax import sharding
 from dspark_jax.ops.vocab_loss.result import VocabLoss
+
+
+class _Terms(NamedTuple):
+    """Coefficients of the loss, see `api.vocab_loss`."""
+
+    ce: float
+    l1: float
+    soft_ce: float
+    length: float
+    block: int
 
 
 class _Rows(NamedTuple):
@@ -46,29 +59,33 @@ def vocab_loss(
     *,
     ce: float,
     l1: float,
+    soft_ce: float = 0.0,
+    length: float = 0.0,
+    block: int = 1,
     chunk: int,
 ) -> VocabLoss:
     """See `api.vocab_loss`."""
     head, teacher, weights = jax.lax.stop_gradient((head, teacher, weights))
     rows = _Rows(hidden, prev_embedding, teacher, labels, weights.astype(jnp.float32))
-    out = cast(VocabLoss, _loss(rows, head, markov_w2, ce, l1, chunk))
-    return VocabLoss(out.loss, *jax.lax.stop_gradient((out.ce, out.l1, out.accept)))
+    terms = _Terms(ce, l1, soft_ce, length, block)
+    out = cast(VocabLoss, _loss(rows, head, markov_w2, terms, chunk))
+    return VocabLoss(out.loss, *jax.lax.stop_gradient((out.ce, out.l1, out.accept, out.soft_ce)))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _loss(rows: _Rows, head: jax.Array, w2: jax.Array | None, ce: float, l1: float, chunk: int) -> VocabLoss:
-    return _run(rows, head, w2, ce, l1, chunk, with_gradients=False)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _loss(rows: _Rows, head: jax.Array, w2: jax.Array | None, terms: _Terms, chunk: int) -> VocabLoss:
+    return _run(rows, head, w2, terms, chunk, with_gradients=False)[0]
 
 
 def _forward(
-    rows: _Rows, head: jax.Array, w2: jax.Array | None, ce: float, l1: float, chunk: int
+    rows: _Rows, head: jax.Array, w2: jax.Array | None, terms: _Terms, chunk: int
 ) -> tuple[VocabLoss, _Gradients]:
-    out, gradients = _run(rows, head, w2, ce, l1, chunk, with_gradients=True)
+    out, gradients = _run(rows, head, w2, terms, chunk, with_gradients=True)
     assert gradients is not None
     return out, gradients
 
 
-def _backward(ce: float, l1: float, chunk: int, gradients: _Gradients, cotangent: VocabLoss) -> tuple:
+def _backward(terms: _Terms, chunk: int, gradients: _Gradients, cotangent: VocabLoss) -> tuple:
     hidden, prev, w2 = jax.tree.map(lambda x: (cotangent.loss * x).astype(x.dtype), gradients)
     return _Rows._make((hidden, prev, None, None, None)), None, w2  # None: a zero gradient
 
@@ -77,7 +94,7 @@ _loss.defvjp(_forward, _backward)
 
 
 def _run(
-    rows: _Rows, head: jax.Array, w2: jax.Array | None, ce: float, l1: float, chunk: int, *, with_gradients: bool
+    rows: _Rows, head: jax.Array, w2: jax.Array | None, terms: _Terms, chunk: int, *, with_gradients: bool
 ) -> tuple[VocabLoss, _Gradients | None]:
     """Scans over the chunks; rows are [B, T, ..]. Gradients are those of `loss`."""
     b, t, _ = rows.hidden.shape
@@ -85,6 +102,9 @@ def _run(
     local = b // shards * t
     count = -(-local // chunk)
     size = -(-local // count)  # the fewest chunks, all of one size
+    if terms.length:
+        size = -(-size // terms.block) * terms.block
+        count = -(-local // size)
     dtype = rows.hidden.dtype
     w2_type = None if w2 is None else w2.dtype
     # Gathered here once, where they are split over more than the vocabulary, and not in every chunk.
@@ -103,7 +123,7 @@ def _run(
         return x.reshape(b, t, *x.shape[2:])
 
     def body(w2_sum: jax.Array | None, chunk_rows: _Rows) -> tuple[jax.Array | None, tuple]:
-        metrics, gradients = _chunk(chunk_rows, head, w2, ce, l1, with_gradients=with_gradients)
+        metrics, gradients = _chunk(chunk_rows, head, w2, terms, with_gradients=with_gradients)
         if gradients is not None and gradients.w2 is not None and w2_sum is not None:
             w2_sum = w2_sum + gradients.w2
             gradients = gradients._replace(w2=None)
@@ -116,25 +136,33 @@ def _run(
     w2_sum, (metrics, gradients) = jax.lax.scan(body, start, jax.tree.map(split, rows))
 
     metrics, gradients = jax.tree.map(join, (metrics, gradients))
-    ce_rows, l1_rows = metrics
+    ce_rows, l1_rows, soft_rows = metrics
+    summed = terms.ce * ce_rows + terms.l1 * l1_rows
+    if soft_rows is not None:
+        summed += terms.soft_ce * soft_rows
     # A row of weight 0 may be NaN, which the product would let through.
-    loss = jnp.sum(jnp.where(rows.weights > 0, rows.weights * (ce * ce_rows + l1 * l1_rows), 0.0))
-    out = VocabLoss(loss, ce_rows, l1_rows, jnp.clip(1.0 - 0.5 * l1_rows, 0.0, 1.0))
+    loss = jnp.sum(jnp.where(rows.weights > 0, rows.weights * summed, 0.0))
+    if terms.length:
+        accept = _block_accept(l1_rows, rows.weights, terms.block)
+        possible = jnp.sum(rows.weights > 0, dtype=jnp.float32)
+        loss += terms.length * (possible - jnp.sum(jnp.cumprod(accept, axis=-1)))
+    out = VocabLoss(loss, ce_rows, l1_rows, jnp.clip(1.0 - 0.5 * l1_rows, 0.0, 1.0), soft_rows)
     if w2_sum is not None:
         gradients = gradients._replace(w2=jnp.sum(w2_sum, axis=0).T.astype(w2_type))
     return out, gradients
 
 
 def _chunk(
-    rows: _Rows, head: jax.Array, w2: jax.Array | None, ce: float, l1: float, *, with_gradients: bool
-) -> tuple[tuple[jax.Array, jax.Array], _Gradients | None]:
-    """(ce [P, m], l1 [P, m]) and gradients of the rows of one chunk."""
+    rows: _Rows, head: jax.Array, w2: jax.Array | None, terms: _Terms, *, with_gradients: bool
+) -> tuple[tuple[jax.Array, jax.Array, jax.Array | None], _Gradients | None]:
+    """(ce, l1, soft ce or None, all [P, m]) and gradients of the rows of one chunk."""
     draft = _logits(rows.hidden, head)
     label_logit = _label_logit(rows.hidden, head, rows.labels)
     if rows.prev is not None and w2 is not None:
         draft += _logits(rows.prev, w2)
         label_logit += _label_logit(rows.prev, w2, rows.labels)
     # p = draft / draft_sum is never stored: passes over [rows, V] are what this costs besides the products.
+    draft_logits = draft
     draft, draft_top, draft_sum = _exponentials(draft)
     teacher, _, teacher_sum = _exponentials(_logits(rows.teacher, head))
     draft_scale, teacher_scale = 1.0 / draft_sum, 1.0 / teacher_sum
@@ -142,15 +170,25 @@ def _chunk(
     sign = jnp.sign(difference)  # 0 where both are equal, which then pull nowhere
     l1_rows = jnp.sum(jnp.abs(difference), axis=-1)
     ce_rows = (draft_top + jnp.log(draft_sum))[..., 0] - label_logit
+    soft_rows = None
+    if terms.soft_ce:
+        mean_logit = jnp.sum(teacher * (draft_logits - draft_top), axis=-1) * teacher_scale[..., 0]
+        soft_rows = jnp.log(draft_sum)[..., 0] - mean_logit
     if not with_gradients:
-        return (ce_rows, l1_rows), None
+        return (ce_rows, l1_rows, soft_rows), None
 
-    # d CE / d logit = p - [v = label]; d L1 / d logit = p (sign - sum_u p_u sign_u).
+    # d CE / d logit = p - [v = label]; d soft CE / d logit = p - q; d L1 / d logit = p (sign - sum_u p_u sign_u).
     mean_sign = jnp.sum(draft * sign, axis=-1, keepdims=True) * draft_scale
     weights = rows.weights[..., None]
+    pull = weights * terms.l1
+    if terms.length:
+        pull += terms.length * _length_slope(_block_accept(l1_rows, rows.weights, terms.block), rows.weights)[..., None]
     scaled = weights * draft_scale
-    label_slope = jnp.where(jnp.arange(head.shape[0]) == rows.labels[..., None], weights * ce, 0.0)
-    slope = draft * (scaled * (ce - l1 * mean_sign) + scaled * l1 * sign) - label_slope
+    label_slope = jnp.where(jnp.arange(head.shape[0]) == rows.labels[..., None], weights * terms.ce, 0.0)
+    pulled = pull * draft_scale
+    slope = draft * (scaled * terms.ce - pulled * mean_sign + pulled * sign) - label_slope
+    if terms.soft_ce:
+        slope += weights * terms.soft_ce * difference
     slope = jnp.where(weights > 0, slope, 0.0).astype(rows.hidden.dtype)
 
     gradients = _Gradients(_product("pmv,vd->pmd", slope, head).astype(rows.hidden.dtype), None, None)
@@ -160,7 +198,28 @@ def _chunk(
             prev=_product("pmv,vr->pmr", slope, w2).astype(rows.prev.dtype),
             w2=_product("pmr,pmv->prv", prev, slope),
         )
-    return (ce_rows, l1_rows), gradients
+    return (ce_rows, l1_rows, soft_rows), gradients
+
+
+def _block_accept(l1_rows: jax.Array, weights: jax.Array, block: int) -> jax.Array:
+    """Acceptance [.., m/G, G] of rows [.., m], 0 where the weight is."""
+    accept = jnp.where(weights > 0, jnp.clip(1.0 - 0.5 * l1_rows, 0.0, 1.0), 0.0)
+    return accept.reshape(*accept.shape[:-1], -1, block)
+
+
+def _length_slope(accept: jax.Array, weights: jax.Array) -> jax.Array:
+    """d(minus the expected length) / d L1 of every row: accept [.., n, G] -> [.., n G], 0 where the weight is.
+
+    d(sum_k a_1 .. a_k) / d a_j = a_1 .. a_{j-1} (1 + a_{j+1} + a_{j+1} a_{j+2} + ...), and d a / d L1 = -1/2; without
+    divisions, as an acceptance may be 0.
+    """
+    size = accept.shape[-1]
+    before, after = [jnp.ones_like(accept[..., 0])], [jnp.ones_like(accept[..., 0])]
+    for j in range(size - 1):
+        before.append(before[-1] * accept[..., j])
+        after.append(1.0 + accept[..., size - 1 - j] * after[-1])
+    slope = 0.5 * jnp.stack(before, axis=-1) * jnp.stack(after[::-1], axis=-1)
+    return jnp.where(weights > 0, slope.reshape(weights.shape), 0.0)
 
 
 def _logits(rows: jax.Array, matrix: jax.Array) -> jax.Array:

@@ -1,7 +1,9 @@
-"""The embedded default: a DSpark (or `:dflash`) drafter for the small target that ships with the package, on a CPU.
+"""The embedded default: a drafter for the small target that ships with the package, on a CPU.
 
-python -m dspark_jax.train --config configs/quickstart.py
-python -m dspark_jax.train --config configs/quickstart.py:dflash
+    python -m dspark_jax.train --config configs/quickstart.py
+    python -m dspark_jax.train --config configs/quickstart.py:dflash
+
+DSpark, or one of the other kinds of `dspark_jax.kinds`: dflash, eagle3, mtp, gated, rnn, length.
 """
 
 from pathlib import Path
@@ -15,27 +17,24 @@ from dspark_jax.config import (
     TargetConfig,
     TrainConfig,
 )
+from dspark_jax.kinds import as_kind
 
 QUICKSTART = Path(__file__).resolve().parents[1] / "dspark_jax" / "quickstart"
 DOMAINS = ("math", "code", "chat")
 
 
 def get_config(arg: str = "dspark") -> Config:
-    """`arg`: dspark (the default) or dflash."""
+    """`arg`: the kind of drafter, dspark if empty."""
     kind = arg or "dspark"
-    heads = kind == "dspark"
-    return Config(
+    config = Config(
         name=f"quickstart_{kind}",
         target=TargetConfig(path=str(QUICKSTART / "target")),
         drafter=DrafterConfig(
-            kind=kind,
             num_layers=2,
             block_size=7,
             target_layer_ids=(0, 1, 2, 3, 4),
             mask_token_id=4095,
-            markov_rank=64 if heads else 0,
-            confidence_head=heads,
-            confidence_with_markov=heads,
+            markov_rank=64,
             dtype="bfloat16",
         ),
         data=DataConfig(
@@ -54,3 +53,4 @@ def get_config(arg: str = "dspark") -> Config:
             speed_threads=1,
         ),
     )
+    return as_kind(config, kind)

@@ -192,14 +192,17 @@ class TargetConfig:
 
 @dataclasses.dataclass
 class DrafterConfig:
-    """The draft model. `kind='dflash'` is DSpark without the Markov and confidence heads."""
+    """The draft model."""
 
     kind: str = "dspark"
+    """dspark, dflash (dspark without its heads), eagle3, or mtp (one module in DeepSeek-V3's form)."""
     num_layers: int = 5
     block_size: int = 7
-    """Draft tokens per round (gamma); the anchor row is the first prediction."""
+    """Draft tokens per round (gamma); the anchor row is the first prediction. Of eagle3 also the steps of its
+    training-time test, of mtp 1."""
     target_layer_ids: tuple[int, ...] = (1, 9, 17, 25, 33)
-    """Tapped target layers: i = raw output of layer i, -1 = the embeddings. Never the last layer."""
+    """Tapped target layers: i = raw output of layer i, -1 = the embeddings. Never the last layer, but for mtp, which
+    reads one layer; empty is the last one there."""
     mask_token_id: int = 151669
     markov_rank: int = 256
     confidence_head: bool = True
@@ -251,6 +254,12 @@ class LossConfig:
     l1: float = 0.9
     """Weight of sum_v |p_draft - p_target|, without a half."""
     confidence: float = 1.0
+    soft_ce: float = 0.0
+    """Weight of the cross-entropy with the target's distribution (EAGLE-3's loss)."""
+    length: float = 0.0
+    """Weight of what is missing of a block's expected accepted length, 1 + sum_k a_1 .. a_k; beyond the paper."""
+    per_row: bool = False
+    """Divide by the number of blocks (or of EAGLE-3's rows), supervised or not, instead of by the summed weights."""
 
 
 @dataclasses.dataclass
@@ -351,6 +360,9 @@ def resolve(config: Config) -> Config:
             )
         architecture = found
     config = dataclasses.replace(config, target=dataclasses.replace(config.target, architecture=architecture))
+    if config.drafter.kind == "mtp" and not config.drafter.target_layer_ids and architecture.num_hidden_layers:
+        last = (architecture.num_hidden_layers - 1,)
+        config = dataclasses.replace(config, drafter=dataclasses.replace(config.drafter, target_layer_ids=last))
     for problem in problems(config):
         raise InputError(problem)
     return config
@@ -365,31 +377,7 @@ def problems(config: Config) -> Iterator[str]:
             "give the directory of a Hugging Face model"
         )
         return
-    last = target.num_hidden_layers - 1
-    ids = drafter.target_layer_ids
-    if not ids or list(ids) != sorted(set(ids)):
-        yield f"drafter.target_layer_ids={ids} must be ascending and without repeats, e.g. (1, 9, 17)"
-    for i in ids:
-        if i == last:
-            yield (
-                f"drafter.target_layer_ids={ids} contains {i}, the last layer, whose output servers do not expose "
-                f"before the final norm; use ids from -1 to {last - 1}"
-            )
-        elif not -1 <= i < last:
-            yield f"drafter.target_layer_ids={ids} contains {i}, outside -1..{last - 1} of this {last + 1}-layer target"
-    if not 0 <= drafter.mask_token_id < target.vocab_size:
-        yield (
-            f"drafter.mask_token_id={drafter.mask_token_id} is outside the vocabulary 0..{target.vocab_size - 1}; "
-            "use an id that no text produces, e.g. an unused row"
-        )
-    if drafter.kind not in ("dspark", "dflash"):
-        yield f"drafter.kind={drafter.kind!r} is unknown; use dspark or dflash"
-    if drafter.kind == "dflash" and (drafter.markov_rank or drafter.confidence_head):
-        yield "drafter.kind='dflash' has no heads; set drafter.markov_rank=0 and drafter.confidence_head=False"
-    if drafter.kind == "dspark" and drafter.markov_rank <= 0:
-        yield f"drafter.markov_rank={drafter.markov_rank} must be positive for dspark; use 256, or kind='dflash'"
-    if drafter.markov_head_type not in ("vanilla", "gated", "rnn"):
-        yield f"drafter.markov_head_type={drafter.markov_head_type!r} is unknown; use vanilla, gated or rnn"
+    yield from _drafter_problems(drafter, target)
     if target.num_attention_heads % max(target.num_key_value_heads, 1):
         yield (
             f"target num_attention_heads={target.num_attention_heads} is no multiple of num_key_value_heads="
@@ -439,6 +427,41 @@ def problems(config: Config) -> Iterator[str]:
     axes = dataclasses.astuple(config.mesh)
     if any(size != -1 and size < 1 for size in axes) or axes.count(-1) > 1:
         yield f"mesh={axes} (data, fsdp, tensor) must be positive sizes, at most one of them -1"
+
+
+def _drafter_problems(drafter: DrafterConfig, target: TargetArchitecture) -> Iterator[str]:
+    """What does not hold of a drafter for a target of this shape."""
+    last = target.num_hidden_layers - 1
+    ids, kind = drafter.target_layer_ids, drafter.kind
+    if kind not in ("dspark", "dflash", "eagle3", "mtp"):
+        yield f"drafter.kind={kind!r} is unknown; use dspark, dflash, eagle3 or mtp"
+    if not ids or list(ids) != sorted(set(ids)):
+        yield f"drafter.target_layer_ids={ids} must be ascending and without repeats, e.g. (1, 9, 17)"
+    if kind == "mtp" and len(ids) != 1:
+        yield f"drafter.target_layer_ids={ids}: mtp reads one layer; use ({last},), the last one"
+    for i in ids:
+        if i == last and kind != "mtp":
+            yield (
+                f"drafter.target_layer_ids={ids} contains {i}, the last layer, whose output servers do not expose "
+                f"before the final norm; use ids from -1 to {last - 1}"
+            )
+        elif not -1 <= i <= last:
+            yield f"drafter.target_layer_ids={ids} contains {i}, outside -1..{last - 1} of this {last + 1}-layer target"
+    if not 0 <= drafter.mask_token_id < target.vocab_size:
+        yield (
+            f"drafter.mask_token_id={drafter.mask_token_id} is outside the vocabulary 0..{target.vocab_size - 1}; "
+            "use an id that no text produces, e.g. an unused row"
+        )
+    if kind != "dspark" and (drafter.markov_rank or drafter.confidence_head):
+        yield f"drafter.kind={kind!r} has no heads; set drafter.markov_rank=0 and drafter.confidence_head=False"
+    if kind == "dspark" and drafter.markov_rank <= 0:
+        yield f"drafter.markov_rank={drafter.markov_rank} must be positive for dspark; use 256, or kind='dflash'"
+    if drafter.markov_head_type not in ("vanilla", "gated", "rnn"):
+        yield f"drafter.markov_head_type={drafter.markov_head_type!r} is unknown; use vanilla, gated or rnn"
+    if kind in ("eagle3", "mtp") and drafter.num_layers != 1:
+        yield f"drafter.num_layers={drafter.num_layers}: {kind} has one layer; set it to 1"
+    if kind == "mtp" and drafter.block_size != 1:
+        yield f"drafter.block_size={drafter.block_size}: mtp drafts one token per round; set it to 1"
 
 
 def to_json(config: Config) -> str:

@@ -10,11 +10,12 @@ from flax import nnx
 
 from dspark_jax.config import MeshConfig, problems, resolve
 from dspark_jax.drafter import make_drafter
+from dspark_jax.kinds import KINDS
 from dspark_jax.sharding import make_mesh, state_shardings
 from dspark_jax.target.loading import abstract_target
 
 ROOT = Path(__file__).resolve().parents[1]
-EXPERIMENTS = [("quickstart", "dspark"), ("quickstart", "dflash"), ("dspark_qwen3_4b", "")]
+EXPERIMENTS = [*(("quickstart", kind) for kind in KINDS), ("dspark_qwen3_4b", "")]
 
 
 def load(name: str, arg: str):
@@ -36,6 +37,7 @@ def test_validates_and_builds(name, arg):
     target = abstract_target(arch, jnp.bfloat16)
     drafter = nnx.eval_shape(lambda: make_drafter(arch, config.drafter, rngs=nnx.Rngs(0)))
     assert (drafter.confidence is not None) == (drafter.markov is not None) == (config.drafter.kind == "dspark")
+    assert arg not in ("dflash", "eagle3", "mtp") or config.drafter.kind == arg
     mesh = make_mesh(MeshConfig(2, 2, 2))
     shardings = jax.tree.leaves(state_shardings(nnx.state(drafter), mesh))
     assert any("tensor" in str(s.spec) for s in shardings) and any("fsdp" in str(s.spec) for s in shardings)

@@ -11,8 +11,7 @@ from jax.sharding import Mesh
 from dspark_jax.config import DrafterConfig, InputError, TargetArchitecture
 from dspark_jax.convert.layouts import Layout, layers_config, read_config, read_layout
 from dspark_jax.convert.mapping import FROZEN, VOCABULARY_MAPS, drafter_weights
-from dspark_jax.drafter import make_drafter
-from dspark_jax.drafter.dspark import DSpark
+from dspark_jax.drafter import AnyDrafter, make_drafter
 from dspark_jax.target.loading import fill_module, parameter_paths, read_checkpoint
 
 
@@ -41,7 +40,7 @@ def drafter_config(where: str, layout: Layout) -> DrafterConfig:
       InputError: it is of a kind that is not implemented.
     """
     if layout.family == "eagle3":
-        raise InputError(f"{where}: EAGLE-3 drafters are not supported; use a DSpark or DFlash drafter")
+        return eagle3_config(where, layout)
     head = layout.markov_head_type if layout.markov_rank else "vanilla"
     if head not in ("vanilla", "gated", "rnn"):
         raise InputError(f"{where}: markov_head_type {head!r} is not supported; use vanilla, gated or rnn")
@@ -58,7 +57,27 @@ def drafter_config(where: str, layout: Layout) -> DrafterConfig:
     )
 
 
-def abstract_drafter(arch: TargetArchitecture, config: DrafterConfig, *, dtype: Any = np.float32) -> DSpark:
+def eagle3_config(where: str, layout: Layout) -> DrafterConfig:
+    """The EAGLE-3 drafter that a layout describes; with the reference's seven steps where it does not say.
+
+    Raises:
+      InputError: it has more than one layer.
+    """
+    if layout.num_layers != 1:
+        raise InputError(f"{where}: an EAGLE-3 drafter of {layout.num_layers} layers is not supported; use one of 1")
+    return DrafterConfig(
+        kind="eagle3",
+        num_layers=1,
+        block_size=layout.block_size or 7,
+        target_layer_ids=layout.taps,
+        mask_token_id=0,
+        markov_rank=0,
+        confidence_head=False,
+        confidence_with_markov=False,
+    )
+
+
+def abstract_drafter(arch: TargetArchitecture, config: DrafterConfig, *, dtype: Any = np.float32) -> AnyDrafter:
     """A drafter whose parameters are shapes only."""
     return nnx.eval_shape(lambda: make_drafter(arch, config, rngs=nnx.Rngs(0), dtype=dtype))
 
@@ -104,7 +123,7 @@ def compare_tensors(
             )
 
 
-def import_drafter(directory: str | Path, mesh: Mesh, *, dtype: Any = np.float32) -> tuple[DrafterConfig, DSpark]:
+def import_drafter(directory: str | Path, mesh: Mesh, *, dtype: Any = np.float32) -> tuple[DrafterConfig, AnyDrafter]:
     """Loads a drafter that the reference, speculators or `convert export` wrote, without its copies of target tensors.
 
     Args:
@@ -122,7 +141,7 @@ def import_drafter(directory: str | Path, mesh: Mesh, *, dtype: Any = np.float32
 
 def load_tensors(
     directory: Path, arch: TargetArchitecture, config: DrafterConfig, mesh: Mesh, *, dtype: Any = np.float32
-) -> DSpark:
+) -> AnyDrafter:
     """The drafter of a directory whose config has been read already; see `import_drafter`."""
     tensors = read_checkpoint(directory)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
@@ -132,7 +151,7 @@ def load_tensors(
     return drafter
 
 
-def stored_tensors(drafter: DSpark, config: DrafterConfig) -> Iterable[tuple[str, np.ndarray]]:
+def stored_tensors(drafter: AnyDrafter, config: DrafterConfig) -> Iterable[tuple[str, np.ndarray]]:
     """Parameters of a drafter (or gradients in its shape) under the reference's names, one stack on the host at a time.
 
     Yields:
@@ -146,6 +165,6 @@ def stored_tensors(drafter: DSpark, config: DrafterConfig) -> Iterable[tuple[str
             yield name, weight.store(layer)
 
 
-def drafter_tensors(drafter: DSpark, config: DrafterConfig) -> dict[str, np.ndarray]:
+def drafter_tensors(drafter: AnyDrafter, config: DrafterConfig) -> dict[str, np.ndarray]:
     """All `stored_tensors` at once."""
     return dict(stored_tensors(drafter, config))

@@ -27,7 +27,7 @@ class Layout:
     Attributes:
       dialect: deepspec, specforge, dflash or speculators.
       family: block (DSpark, DFlash) or eagle3.
-      block_size: rows of a block; 0 for eagle3, which has none.
+      block_size: rows of a block; for eagle3 the steps it was trained for, 0 where that is not said.
       taps: tapped layers, i = output of layer i, -1 = the embeddings.
       mask_token_id: fills a block behind its anchor; -1 for eagle3.
       anchor_first: row k predicts anchor + k + 1; else row 0 is thrown away and row k predicts anchor + k (trap 1).
@@ -138,7 +138,8 @@ def _eagle(where: str, raw: Mapping[str, Any]) -> Layout:
         _require(where, raw, "target_layer_ids")
     taps = tuple(i - 1 for i in inputs) if inputs is not None else tuple(raw["target_layer_ids"])
     layers = int(raw.get("num_hidden_layers", 1))
-    return Layout("deepspec", "eagle3", 0, taps, -1, anchor_first=True, num_layers=layers)
+    steps = int(raw.get("ttt_length", 0))
+    return Layout("deepspec", "eagle3", steps, taps, -1, anchor_first=True, num_layers=layers)
 
 
 def _speculators(where: str, raw: Mapping[str, Any]) -> Layout:

@@ -31,6 +31,20 @@ _CONFIDENCE = {
     "confidence.offset": Weight("confidence_head.proj.bias"),
 }
 
+_EAGLE3 = {
+    "fc": Weight("fc.weight", inputs=1),
+    "norm": Weight("norm.weight"),
+    "layers.hidden_norm": Weight("layers.{i}.hidden_norm.weight"),
+} | {f"layers.{path}": weight for path, weight in LAYER_WEIGHTS.items()}
+
+_MTP = {
+    "projection": Weight("layers.0.eh_proj.weight", inputs=1),
+    "hidden_norm": Weight("layers.0.hnorm.weight"),
+    "embedding_norm": Weight("layers.0.enorm.weight"),
+    "norm": Weight("layers.0.shared_head.norm.weight"),
+} | {f"layers.{path}": weight for path, weight in LAYER_WEIGHTS.items()}
+"""Names of DeepSeek-V3's module, whose projection has the embedding first: it is stored the other way round there."""
+
 FROZEN = ("embed_tokens.weight", "lm_head.weight")
 """Copies of the target's tensors that the reference stores in every drafter."""
 
@@ -39,7 +53,9 @@ VOCABULARY_MAPS = ("t2d", "d2t")
 
 
 def drafter_weights(config: DrafterConfig) -> dict[str, Weight]:
-    """Every parameter of a DSpark or DFlash drafter and the tensor that holds it."""
+    """Every parameter of a drafter and the tensor that holds it."""
+    if config.kind in ("eagle3", "mtp"):
+        return _EAGLE3 if config.kind == "eagle3" else _MTP
     weights = dict(_BACKBONE)
     if config.markov_rank:
         weights |= _MARKOV | _HEADS[config.markov_head_type]

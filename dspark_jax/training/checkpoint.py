@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
 from dspark_jax.config import Config, InputError, TargetConfig, from_json, to_json
-from dspark_jax.drafter.dspark import DSpark
+from dspark_jax.drafter import AnyDrafter
 from dspark_jax.target.loading import fingerprint, tokenizer_fingerprint
 from dspark_jax.training.full_disk import check_space, quiet, reported_in_one_line
 from dspark_jax.training.state import TrainState, abstract_drafter, param_shardings, to_module, to_params
@@ -123,7 +123,7 @@ class Checkpoints:
             self._quiet.__exit__(None, None, None)
 
 
-def load_drafter(workdir: Path, mesh: Mesh, target: TargetConfig | None = None) -> tuple[Config, DSpark]:
+def load_drafter(workdir: Path, mesh: Mesh, target: TargetConfig | None = None) -> tuple[Config, AnyDrafter]:
     """The drafter of the newest checkpoint, parameters only.
 
     Args:

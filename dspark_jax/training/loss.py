@@ -22,7 +22,7 @@ class LossSums:
 
     Attributes:
       total: scalar, weighted sum of all terms, differentiable, not normalised.
-      denominator: scalar, sum of the weights, shared by all terms.
+      denominator: scalar, sum of the weights, or number of blocks (`loss.per_row`), shared by all terms.
       metrics: `Ratio`s by name, not differentiable; see `drafter_loss`.
     """
 
@@ -48,7 +48,7 @@ def drafter_loss(
 
     Position k = 0..G-1 of a block weighs exp(-k / decay) where it is supervised. The confidence head learns the
     acceptance rate that the draft distribution has there, which is constant to it; gradients of its term do reach the
-    backbone.
+    backbone. The expected accepted length weighs whole blocks, all the same.
 
     Args:
       drafter: has `markov` (`embed(tokens) -> [.., R]`, `latent(hidden [.., G, D], embedding) -> [.., G, R]`, `w2`
@@ -61,7 +61,7 @@ def drafter_loss(
 
     Returns:
       `LossSums` with the metrics
-        ce, l1, tv (= l1 / 2), confidence: weighted means of the terms,
+        ce, l1, tv (= l1 / 2), soft_ce, confidence: weighted means of the terms; soft_ce where it has a weight,
         accept@k: plain mean over supervised positions k = 1..G of 1 - tv, given that all before k were accepted,
         tau_expected: 1 + sum over k of the product of accept@1..k, mean over blocks with supervision,
         confidence_bias, confidence_abs_error: weighted means of sigmoid(confidence) - acceptance, and its size,
@@ -71,7 +71,8 @@ def drafter_loss(
     b, a, g, d = outputs.hidden.shape
     mask = outputs.mask
     weights = jnp.exp(-jnp.arange(g, dtype=jnp.float32) / config.decay) * mask
-    denominator = jnp.sum(weights)
+    weight_sum = jnp.sum(weights)
+    denominator = jnp.asarray(b * a, jnp.float32) if config.per_row else weight_sum
     previous = None if drafter.markov is None else drafter.markov.embed(outputs.prev_tokens)
     latent = None if drafter.markov is None else drafter.markov.latent(outputs.hidden, previous)
     rows = outputs.teacher_rows.reshape(b, a * g)
@@ -87,22 +88,28 @@ def drafter_loss(
         weights.reshape(b, a * g),
         ce=config.ce,
         l1=config.l1,
+        soft_ce=config.soft_ce,
+        length=config.length,
+        block=g,
         chunk=vocab_chunk,
     )
     # Rows without supervision hold whatever the padding gave: clear them before they are multiplied with weights of 0.
     ce, l1, accept = (jnp.where(mask, x.reshape(b, a, g), 0.0) for x in (out.ce, out.l1, out.accept))
     total = out.loss
     metrics = {
-        "ce": Ratio(jnp.sum(weights * ce), denominator),
-        "l1": Ratio(jnp.sum(weights * l1), denominator),
-        "tv": Ratio(0.5 * jnp.sum(weights * l1), denominator),
+        "ce": Ratio(jnp.sum(weights * ce), weight_sum),
+        "l1": Ratio(jnp.sum(weights * l1), weight_sum),
+        "tv": Ratio(0.5 * jnp.sum(weights * l1), weight_sum),
         **_acceptance(accept, mask),
     }
+    if out.soft_ce is not None:
+        soft_ce = jnp.where(mask, out.soft_ce.reshape(b, a, g), 0.0)
+        metrics["soft_ce"] = Ratio(jnp.sum(weights * soft_ce), weight_sum)
     if drafter.confidence is not None:
         logits = jnp.where(mask, drafter.confidence(outputs.hidden, previous).astype(jnp.float32), 0.0)
         confidence = jnp.sum(weights * _binary_cross_entropy(logits, accept))
         total += config.confidence * confidence
-        metrics["confidence"] = Ratio(confidence, denominator)
+        metrics["confidence"] = Ratio(confidence, weight_sum)
         metrics |= _calibration(jnp.where(mask, jax.nn.sigmoid(logits), 0.0), accept, weights)
     return LossSums(total, denominator, jax.lax.stop_gradient(metrics))
 

@@ -12,8 +12,8 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from dspark_jax.config import Config, InputError
+from dspark_jax.drafter import AnyDrafter
 from dspark_jax.drafter.blocks import sample_anchors
-from dspark_jax.drafter.dspark import DSpark
 from dspark_jax.metrics import Ratio
 from dspark_jax.sharding import constrain, replicated, sharding
 from dspark_jax.target.qwen3 import Qwen3
@@ -60,7 +60,7 @@ def anchor_keys(seed: int, step: jax.Array, sample_id: jax.Array) -> jax.Array:
 
 
 def loss_sums(
-    params: Params, drafter: DSpark, target: Qwen3, batch: Batch, step: jax.Array, config: Config
+    params: Params, drafter: AnyDrafter, target: Qwen3, batch: Batch, step: jax.Array, config: Config
 ) -> tuple[jax.Array, LossSums]:
     """Un-normalised loss of one micro-batch (no leading C) and its terms; differentiable in `params`.
 
@@ -90,7 +90,7 @@ def loss_sums(
 
 
 def gradients(
-    params: Params, drafter: DSpark, target: Qwen3, batch: Batch, step: jax.Array, config: Config
+    params: Params, drafter: AnyDrafter, target: Qwen3, batch: Batch, step: jax.Array, config: Config
 ) -> tuple[Params, LossSums]:
     """Gradient of the normalised loss over C micro-batches, and the summed terms.
 
@@ -117,7 +117,7 @@ def train_step(
     target_params: Params,
     batch: Batch,
     *,
-    drafter: DSpark,
+    drafter: AnyDrafter,
     target: Qwen3,
     optimizer: optax.GradientTransformation,
     config: Config,
@@ -157,7 +157,7 @@ def train_step(
 
 
 def make_train_step(
-    config: Config, drafter: DSpark, target: Qwen3, optimizer: optax.GradientTransformation, mesh: Mesh
+    config: Config, drafter: AnyDrafter, target: Qwen3, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> jax.stages.Wrapped:
     """`train_step` jitted for a mesh: (state, target parameters, batch) -> (state, metrics); the state is donated.
 

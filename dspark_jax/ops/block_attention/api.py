@@ -23,8 +23,10 @@ def block_attention(
 ) -> jax.Array:
     """Grouped-query attention of A blocks of G rows over a shared context (paper 3.1; mask of trap 3).
 
+    A block may have more (or fewer) keys than rows: E = G except in drafters that go row by row.
+
     Every row of block (b, a) attends to the context rows from `starts[b, a]` on that are strictly before
-    `anchors[b, a]`, and to all G rows of its own block, in both directions; other blocks are invisible. A block with
+    `anchors[b, a]`, and to all E keys of its own block, in both directions; other blocks are invisible. A block with
     keep False gives zeros and passes no gradient. Context rows at and behind the last kept anchor, and the arrays of
     blocks that are not kept, may hold anything, even NaN.
 
@@ -33,8 +35,8 @@ def block_attention(
         n // (N / K).
       context_key: [B, S, K, H].
       context_value: [B, S, K, H].
-      block_key: [B, A, G, K, H].
-      block_value: [B, A, G, K, H].
+      block_key: [B, A, E, K, H].
+      block_value: [B, A, E, K, H].
       anchors: [B, A] int32 in 0..S.
       keep: [B, A] bool.
       starts: [B, A] int32, first row of the document that the anchor is in; None is 0 everywhere.
@@ -47,13 +49,14 @@ def block_attention(
     Raises:
       ValueError: shapes or types do not fit together, or the implementation is unknown.
     """
-    b, a, g, n, h = query.shape
+    b, a, _, n, h = query.shape
     s, k = context_key.shape[1:3]
+    e = block_key.shape[2]
     expected = {
         "context_key": (context_key, (b, s, k, h)),
         "context_value": (context_value, (b, s, k, h)),
-        "block_key": (block_key, (b, a, g, k, h)),
-        "block_value": (block_value, (b, a, g, k, h)),
+        "block_key": (block_key, (b, a, e, k, h)),
+        "block_value": (block_value, (b, a, e, k, h)),
         "anchors": (anchors, (b, a)),
         "keep": (keep, (b, a)),
     }

@@ -16,16 +16,17 @@ def block_attention(
     *,
     scale: float,
 ) -> jax.Array:
-    """See `api.block_attention`. Holds all scores [B, N, A*G, S + A*G] at once, and no input may be NaN."""
+    """See `api.block_attention`. Holds all scores [B, N, A*G, S + A*E] at once, and no input may be NaN."""
     b, a, g, n, h = query.shape
     s, k = context_key.shape[1:3]
-    key = jnp.concatenate([context_key, block_key.reshape(b, a * g, k, h)], axis=1).repeat(n // k, axis=2)
-    value = jnp.concatenate([context_value, block_value.reshape(b, a * g, k, h)], axis=1).repeat(n // k, axis=2)
+    e = block_key.shape[2]
+    key = jnp.concatenate([context_key, block_key.reshape(b, a * e, k, h)], axis=1).repeat(n // k, axis=2)
+    value = jnp.concatenate([context_value, block_value.reshape(b, a * e, k, h)], axis=1).repeat(n // k, axis=2)
     block = jnp.arange(a * g) // g
     row = jnp.arange(s)
     before_anchor = (row >= starts[:, block, None]) & (row < anchors[:, block, None])  # [B, A*G, S]
-    same_block = jnp.broadcast_to(block[:, None] == block, (b, a * g, a * g))
-    visible = jnp.concatenate([before_anchor, same_block], axis=-1)  # [B, A*G, S + A*G]
+    same_block = jnp.broadcast_to(block[:, None] == jnp.arange(a * e) // e, (b, a * g, a * e))
+    visible = jnp.concatenate([before_anchor, same_block], axis=-1)  # [B, A*G, S + A*E]
     scores = jnp.einsum(
         "btnh,bsnh->bnts", query.reshape(b, a * g, n, h), key, preferred_element_type=jnp.float32, precision="highest"
     )

@@ -1,0 +1,59 @@
+"""EAGLE-3 as the reference trains it: several taps, one layer, its own outputs fed back (training-time test)."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dspark_jax.config import DrafterConfig, TargetArchitecture
+from dspark_jax.drafter.autoregressive import Autoregressive
+from dspark_jax.target.layers import Attention, Layer, dense, normal, ones, rms_norm
+
+
+class WideAttention(Attention):
+    """Attention projections that read 2 D inputs: embedding and feature side by side."""
+
+    def __init__(self, arch: TargetArchitecture, *, stack: tuple[int, ...], scale: float, rngs: nnx.Rngs):
+        """As `Attention`; the output is D wide."""
+        super().__init__(arch, stack=stack, scale=scale, rngs=rngs)
+        d, n, k, h = 2 * arch.hidden_size, self.shape.heads, self.shape.kv_heads, self.shape.width
+        self.query = normal(rngs, stack, (d, n, h), ("embed", "heads", "head_width"), scale)
+        self.key = normal(rngs, stack, (d, k, h), ("embed", "kv_heads", "head_width"), scale)
+        if self.value is not None:
+            self.value = normal(rngs, stack, (d, k, h), ("embed", "kv_heads", "head_width"), scale)
+
+
+class Eagle3Layer(Layer):
+    """A layer whose attention reads [norm(embedding); norm(feature)] and whose residual is the feature."""
+
+    def __init__(self, arch: TargetArchitecture, *, stack: tuple[int, ...], scale: float, rngs: nnx.Rngs):
+        """As `Layer`."""
+        super().__init__(arch, stack=stack, scale=scale, rngs=rngs)
+        self.attention = WideAttention(arch, stack=stack, scale=scale, rngs=rngs)
+        self.hidden_norm = ones(stack, arch.hidden_size)
+
+
+class Eagle3(Autoregressive):
+    """EAGLE-3: `block_size` steps of training-time test, and as many drafts per round."""
+
+    def __init__(self, arch: TargetArchitecture, config: DrafterConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32):
+        """A random drafter."""
+        super().__init__(arch, config, dtype=dtype)
+        d, scale = arch.hidden_size, config.initializer_range
+        self.fc = normal(rngs, (), (len(config.target_layer_ids) * d, d), ("features", "embed"), scale)
+        self.layers = Eagle3Layer(arch, stack=(1,), scale=scale, rngs=rngs)
+
+    def lay_out(self, dtype: Any) -> None:
+        """See `target.layers.decode_layout`."""
+        self.fc[...] = self.fc[...].astype(dtype)
+
+    def fuse(self, features: jax.Array) -> jax.Array:
+        """See `Autoregressive.fuse`; a linear map without norm or bias."""
+        return dense(features, self.fc[...])
+
+    def join(self, layer: Any, embedded: jax.Array, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """See `Autoregressive.join`; the attention input is 2 D wide."""
+        eps = self.arch.rms_norm_eps
+        normed = rms_norm(embedded, layer.attention_norm[...], eps), rms_norm(hidden, layer.hidden_norm[...], eps)
+        return jnp.concatenate(normed, axis=-1), hidden

@@ -1,0 +1,52 @@
+"""The drafters of the paper's comparison as settings: what a config changes to train one instead of another.
+
+    dspark   Markov head and confidence head           gated, rnn   dspark with another sequential head
+    dflash   dspark without heads                      length       dspark that maximises its expected accepted length
+    eagle3   one layer, fed with its own outputs       mtp          one token per round
+
+Everything else of a config (target, data, steps, optimizer) stays, so that drafters are compared on equal terms.
+"""
+
+import dataclasses
+import math
+
+from dspark_jax.config import Config, InputError, LossConfig
+
+KINDS = ("dspark", "dflash", "eagle3", "mtp", "gated", "rnn", "length")
+
+EAGLE3_LOSS = LossConfig(decay=-1.0 / math.log(0.8), ce=0.0, l1=0.0, confidence=0.0, soft_ce=1.0, per_row=True)
+"""The reference's: soft cross-entropy, step s weighs 0.8^s, divided by all rows, those of prompts and padding too."""
+
+MTP_LOSS = LossConfig(ce=1.0, l1=0.0, confidence=0.0)
+"""DeepSeek-V3's: cross-entropy with the data."""
+
+LENGTH_LOSS = LossConfig(ce=0.1, l1=0.0, confidence=1.0, length=1.0)
+"""The expected accepted length in the place of the total variation."""
+
+
+def as_kind(config: Config, kind: str) -> Config:
+    """The config with another drafter; depth, block size, taps, rank and compute type stay where they apply.
+
+    Args:
+      config: of a dspark drafter.
+      kind: one of `KINDS`.
+
+    Raises:
+      InputError: the kind is unknown.
+    """
+    if kind not in KINDS:
+        raise InputError(f"drafter kind {kind!r} is unknown; use one of: {', '.join(KINDS)}")
+    drafter, loss = config.drafter, config.loss
+    headless = {"markov_rank": 0, "confidence_head": False, "confidence_with_markov": False}
+    if kind in ("gated", "rnn"):
+        drafter = dataclasses.replace(drafter, markov_head_type=kind)
+    elif kind == "dflash":
+        drafter = dataclasses.replace(drafter, kind=kind, **headless)
+    elif kind == "eagle3":
+        drafter, loss = dataclasses.replace(drafter, kind=kind, num_layers=1, **headless), EAGLE3_LOSS
+    elif kind == "mtp":
+        drafter = dataclasses.replace(drafter, kind=kind, num_layers=1, block_size=1, target_layer_ids=(), **headless)
+        loss = MTP_LOSS
+    elif kind == "length":
+        loss = LENGTH_LOSS
+    return dataclasses.replace(config, drafter=drafter, loss=dataclasses.replace(loss))

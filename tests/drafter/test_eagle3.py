@@ -1,0 +1,159 @@
+"""EAGLE-3 against the PyTorch reference (golden case 5): every step's logits, the loss, all gradients."""
+
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from dspark_jax.config import MeshConfig, TargetArchitecture, TargetConfig
+from dspark_jax.convert.hf import drafter_tensors, import_drafter
+from dspark_jax.drafter.blocks import Anchors
+from dspark_jax.kinds import EAGLE3_LOSS
+from dspark_jax.metrics import values
+from dspark_jax.ops.sampling import Sampling
+from dspark_jax.sharding import make_mesh
+from dspark_jax.target.loading import load_target
+from dspark_jax.training.loss import drafter_loss
+
+CASE = "case5_qwen3_eagle3"
+LOGITS = 4e-5  # as in test_golden
+
+
+@pytest.fixture(scope="module")
+def case(golden):
+    """Target, drafter, its config, recorded arrays, and our features: embeddings first, then the recorded taps."""
+    directory, mesh = golden / "cases" / CASE, make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    path = golden / "targets" / "qwen3_tied"
+    arch = TargetArchitecture.from_hf(path)
+    target = load_target(TargetConfig(path=str(path), dtype="float32", architecture=arch), mesh)
+    config, drafter = import_drafter(directory / "draft", mesh)
+    io = load_file(directory / "io.safetensors")
+    tokens = jnp.asarray(io["input_ids"], jnp.int32)
+    features = jnp.concatenate([target.embed(tokens), io["target_hidden_states"]], axis=-1)
+    return target, config, drafter, io, tokens, features
+
+
+def everywhere(tokens):
+    return Anchors(jnp.zeros_like(tokens), jnp.zeros(tokens.shape, bool))
+
+
+@pytest.fixture(scope="module")
+def trained(case):
+    """(loss, (sums, outputs)) and gradients over all rows."""
+    target, _, drafter, io, tokens, features = case
+
+    @jax.jit
+    def step(drafter):
+        def loss(drafter):
+            outputs = drafter(target, features, tokens, jnp.asarray(io["loss_mask"]), everywhere(tokens))
+            states = jnp.asarray(io["target_last_hidden_states"])
+            sums = drafter_loss(drafter, target, outputs, states, EAGLE3_LOSS, vocab_chunk=100)
+            return sums.normalised(), (sums, outputs)
+
+        return jax.value_and_grad(loss, has_aux=True)(drafter)
+
+    return step(drafter)
+
+
+def test_every_step_of_the_training_time_test(case, trained):
+    target, config, drafter, io, _, _ = case
+    assert config.kind == "eagle3" and drafter.block_size == 7 and drafter.taps == (-1, 0, 1, 2, 3, 4)
+    outputs = trained[0][1][1]
+    logits = np.asarray(target.unembed(outputs.hidden))
+    masks = np.asarray(outputs.mask)
+    for step in range(7):
+        want = io["step_position_mask"][step].astype(bool)
+        np.testing.assert_array_equal(masks[:, :, step], want, f"step {step}")
+        real = want | (np.arange(32) < 20)  # rows whose tokens are all there, supervised or not
+        real[1, 25 - 2 - step :] = False
+        got, recorded = logits[:, :, step], io["step_draft_logits"][step]
+        np.testing.assert_allclose(got[real], recorded[real], atol=LOGITS, err_msg=f"step {step}")
+
+
+def test_loss_and_metrics(case, trained, golden):
+    expected = json.loads((golden / "cases" / CASE / "io.json").read_text())
+    loss, (sums, _) = trained[0]
+    np.testing.assert_allclose(loss, expected["loss"]["total"], rtol=1e-6)
+    assert sums.denominator == 64
+    got = values(sums.metrics)
+    for step in range(7):
+        want = expected["metrics"][f"train/accept_rate@{step}"]
+        np.testing.assert_allclose(got[f"accept@{step + 1}"], want, rtol=1e-5, err_msg=f"step {step}")
+
+
+def test_gradients(case, trained, golden):
+    expected = load_file(golden / "cases" / CASE / "grads.safetensors")
+    grads = drafter_tensors(trained[1], case[1])
+    assert set(grads) == set(expected)
+    for name, grad in expected.items():
+        np.testing.assert_allclose(grads[name], grad, atol=1e-5 * np.abs(grad).max(), err_msg=name)
+
+
+def test_some_rows_are_those_rows_of_all(case, trained):
+    target, _, drafter, io, tokens, features = case
+    anchors = Anchors(jnp.array([[12, 17, 30], [4, 18, 0]]), jnp.array([[1, 1, 1], [1, 1, 0]], bool))
+    some = jax.jit(lambda d: d(target, features, tokens, jnp.asarray(io["loss_mask"]), anchors))(drafter)
+    whole = trained[0][1][1]
+    assert not some.mask[1, 2].any() and some.mask[1, 1].any()
+    for b, a in ((0, 0), (0, 1), (0, 2), (1, 0), (1, 1)):
+        row = int(anchors.positions[b, a])
+        for name in ("labels", "prev_tokens", "teacher_rows", "mask"):
+            np.testing.assert_array_equal(getattr(some, name)[b, a], getattr(whole, name)[b, row], name)
+        kept = np.asarray(some.mask[b, a])
+        np.testing.assert_allclose(some.hidden[b, a][kept], whole.hidden[b, row][kept], atol=2e-5)
+
+
+def test_packed_documents_equal_separate_ones(case):
+    """Two halves as two documents of one sequence, or as two sequences: the same rows."""
+    target, _, drafter, io, _, _ = case
+    tokens = jnp.asarray(io["input_ids"][:1], jnp.int32)
+    mask = jnp.asarray(io["loss_mask"][:1]).at[:, 16].set(0)
+    starts = jnp.where(jnp.arange(32) < 16, 0, 16)[None]
+
+    def run(tokens, mask, starts):
+        positions = jnp.arange(tokens.shape[1]) - (0 if starts is None else starts)
+        positions = jnp.broadcast_to(positions, tokens.shape)
+        out = target.forward(tokens, positions, taps=drafter.taps, starts=starts)
+        return drafter(target, out.features, tokens, mask, everywhere(tokens), starts)
+
+    packed = jax.jit(run)(tokens, mask, starts)
+    apart = jax.jit(lambda t, m: run(t, m, None))(tokens.reshape(2, 16), mask.reshape(2, 16))
+    kept = np.asarray(packed.mask).reshape(2, 16, 7)
+    np.testing.assert_array_equal(kept, apart.mask)
+    assert kept[0].any() and kept[1].any()
+    hidden = np.asarray(packed.hidden).reshape(2, 16, 7, -1)
+    np.testing.assert_allclose(hidden[kept], np.asarray(apart.hidden)[kept], atol=2e-5)
+
+
+def test_decoding_equals_training(case):
+    """Rows come from the cache, absorbed in pieces with garbage behind them, instead of from the sequence."""
+    target, _, drafter, io, tokens, features = case
+    start, batch = 17, tokens.shape[0]
+    cache = drafter.init_cache(batch, 48)
+    extend = jax.jit(drafter.extend)
+    for begin, end in ((0, 9), (9, 10), (10, start)):
+        rows = jnp.full((batch, 12, features.shape[-1]), 1e6).at[:, : end - begin].set(features[:, begin:end])
+        positions = jnp.broadcast_to(begin + jnp.arange(12), (batch, 12))
+        counts = jnp.full((batch,), end - begin)
+        cache = extend(cache, rows, jnp.zeros((batch, 12), jnp.int32), positions, counts)
+        untouched = extend(cache, rows, jnp.zeros((batch, 12), jnp.int32), positions + end - begin, 0 * counts)
+        np.testing.assert_array_equal(untouched.newest, cache.newest)
+    propose = jax.jit(lambda *args: drafter.propose(target, *args, Sampling.constant(0.0, batch)))
+    proposal = propose(cache, tokens[:, start], jnp.full((batch,), start), jnp.zeros((batch, 7)))
+    forced = tokens.at[:, start + 1 : start + 8].set(proposal.tokens)
+    embedded = jnp.concatenate([target.embed(forced), features[..., target.arch.hidden_size :]], axis=-1)
+    anchors = Anchors(jnp.full((batch, 1), start - 1), jnp.ones((batch, 1), bool))
+    out = jax.jit(lambda d: d(target, embedded, forced, jnp.ones_like(tokens), anchors))(drafter)
+    logits = target.unembed(out.hidden)[:, 0]
+    np.testing.assert_allclose(proposal.logits, logits, atol=LOGITS)
+    np.testing.assert_array_equal(proposal.tokens, jnp.argmax(logits, axis=-1))
+
+
+def test_the_weights_of_the_steps():
+    steps = np.exp(-np.arange(7) / EAGLE3_LOSS.decay)
+    np.testing.assert_allclose(steps, 0.8 ** np.arange(7), rtol=1e-12)
+    assert math.isclose(EAGLE3_LOSS.soft_ce, 1.0)

@@ -53,7 +53,7 @@ def drafter_loss(
     Args:
       drafter: has `markov` (`embed(tokens) -> [.., R]`, `latent(hidden [.., G, D], embedding) -> [.., G, R]`, `w2`
         [V, R]) or None, and `confidence` (`(hidden [.., D], prev_embedding [.., R] | None) -> logits [..]`) or None.
-      target: has `head` [V, D]; frozen.
+      target: has `head` [V, D] and, where its logits are soft-capped, `softcap`; frozen.
       outputs: A blocks of G positions per sequence.
       last_hidden: [B, S, D] of the target, after its final norm; frozen.
       config: coefficients and decay.
@@ -91,6 +91,7 @@ def drafter_loss(
         soft_ce=config.soft_ce,
         length=config.length,
         block=g,
+        softcap=getattr(target, "softcap", 0.0),
         chunk=vocab_chunk,
     )
     # Rows without supervision hold whatever the padding gave: clear them before they are multiplied with weights of 0.

@@ -6,7 +6,6 @@ parameters are shapes (`abstract_drafter`).
 """
 
 import dataclasses
-import functools
 from typing import Any, TypeVar
 
 import jax
@@ -63,7 +62,7 @@ def build_drafter(config: Config, key: jax.Array) -> AnyDrafter:
 
 def abstract_drafter(config: Config) -> AnyDrafter:
     """The config's drafter with shapes for parameters."""
-    return jax.eval_shape(functools.partial(build_drafter, config), jax.random.key(0))
+    return jax.eval_shape(lambda: build_drafter(config, jax.random.key(0)))
 
 
 def param_shardings(module: nnx.Module, mesh: Mesh) -> dict[str, NamedSharding]:

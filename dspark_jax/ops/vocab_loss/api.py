@@ -25,14 +25,16 @@ def vocab_loss(
     soft_ce: float = 0.0,
     length: float = 0.0,
     block: int = 1,
+    softcap: float = 0.0,
     chunk: int,
     implementation: str | None = None,
 ) -> VocabLoss:
     """Cross-entropy with the data and L1 distance to the target, over the whole vocabulary (paper 3.3).
 
-    Draft logits are hidden @ head.T + prev_embedding @ markov_w2.T, teacher logits teacher @ head.T; both softmaxes
-    are float32 at temperature 1. Only `loss` is differentiable, and only in hidden, prev_embedding and markov_w2: the
-    head and the teacher are frozen.
+    Draft logits are hidden @ head.T + prev_embedding @ markov_w2.T, teacher logits teacher @ head.T, what the head
+    gives being soft-capped where the target does that (trap 22); both softmaxes are float32 at
+    temperature 1. Only `loss` is differentiable, and only in hidden, prev_embedding and markov_w2: the head and the
+    teacher are frozen.
 
     Args:
       hidden: [B, T, D] rows of the drafter; their type is the type of all products (float32 accumulation).
@@ -50,6 +52,7 @@ def vocab_loss(
         weight and accept_k is 0 on the others: how far the expected accepted length is from the longest possible. The
         weights' sizes do not matter to it.
       block: G; rows form blocks of G consecutive ones. Only `length` asks for it.
+      softcap: the head's logits are softcap * tanh(logits / softcap), the Markov bias is not capped; 0 = no cap.
       chunk: rows per device whose [rows, V] logits are in memory at once; with `length` rounded up to whole blocks.
       implementation: None (the best one here), 'xla' (bounded memory) or 'reference' (the definition).
 
@@ -85,4 +88,4 @@ def vocab_loss(
         raise ValueError(f"vocab_loss: implementation {implementation!r} is not one of {list(_IMPLEMENTATIONS)}")
     run = _IMPLEMENTATIONS[implementation or "xla"]
     arrays = jax.tree.map(jnp.asarray, (hidden, prev_embedding, teacher, head, markov_w2, labels, weights))
-    return run(*arrays, ce=ce, l1=l1, soft_ce=soft_ce, length=length, block=block, chunk=chunk)
+    return run(*arrays, ce=ce, l1=l1, soft_ce=soft_ce, length=length, block=block, softcap=softcap, chunk=chunk)

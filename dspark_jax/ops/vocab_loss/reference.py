@@ -20,6 +20,7 @@ def vocab_loss(
     soft_ce: float = 0.0,
     length: float = 0.0,
     block: int = 1,
+    softcap: float = 0.0,
     chunk: int = 0,
 ) -> VocabLoss:
     """See `api.vocab_loss`; `chunk` is ignored, and rows of weight 0 must be finite."""
@@ -30,12 +31,15 @@ def vocab_loss(
         rows, matrix = rows.astype(hidden.dtype), matrix.astype(hidden.dtype)
         return jnp.einsum("btd,vd->btv", rows, matrix, preferred_element_type=jnp.float32)
 
-    draft = logits(hidden, head)
+    def base(rows: jax.Array) -> jax.Array:
+        return softcap * jnp.tanh(logits(rows, head) / softcap) if softcap else logits(rows, head)
+
+    draft = base(hidden)
     if prev_embedding is not None and markov_w2 is not None:
         draft += logits(prev_embedding, markov_w2)
     log_draft = jax.nn.log_softmax(draft, axis=-1)
     ce_rows = -jnp.take_along_axis(log_draft, labels[..., None], axis=-1)[..., 0]
-    expected = jax.nn.softmax(logits(teacher, head), axis=-1)
+    expected = jax.nn.softmax(base(teacher), axis=-1)
     l1_rows = jnp.sum(jnp.abs(jnp.exp(log_draft) - expected), axis=-1)
     soft_rows = -jnp.sum(expected * log_draft, axis=-1)
     loss = jnp.sum(weights * (ce * ce_rows + l1 * l1_rows + soft_ce * soft_rows))

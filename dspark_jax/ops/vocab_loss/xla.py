@@ -28,6 +28,7 @@ class _Terms(NamedTuple):
     soft_ce: float
     length: float
     block: int
+    softcap: float
 
 
 class _Rows(NamedTuple):
@@ -62,12 +63,13 @@ def vocab_loss(
     soft_ce: float = 0.0,
     length: float = 0.0,
     block: int = 1,
+    softcap: float = 0.0,
     chunk: int,
 ) -> VocabLoss:
     """See `api.vocab_loss`."""
     head, teacher, weights = jax.lax.stop_gradient((head, teacher, weights))
     rows = _Rows(hidden, prev_embedding, teacher, labels, weights.astype(jnp.float32))
-    terms = _Terms(ce, l1, soft_ce, length, block)
+    terms = _Terms(ce, l1, soft_ce, length, block, softcap)
     out = cast(VocabLoss, _loss(rows, head, markov_w2, terms, chunk))
     return VocabLoss(out.loss, *jax.lax.stop_gradient((out.ce, out.l1, out.accept, out.soft_ce)))
 
@@ -156,15 +158,15 @@ def _chunk(
     rows: _Rows, head: jax.Array, w2: jax.Array | None, terms: _Terms, *, with_gradients: bool
 ) -> tuple[tuple[jax.Array, jax.Array, jax.Array | None], _Gradients | None]:
     """(ce, l1, soft ce or None, all [P, m]) and gradients of the rows of one chunk."""
-    draft = _logits(rows.hidden, head)
-    label_logit = _label_logit(rows.hidden, head, rows.labels)
+    base = draft = _capped(_logits(rows.hidden, head), terms.softcap)
+    label_logit = _capped(_label_logit(rows.hidden, head, rows.labels), terms.softcap)
     if rows.prev is not None and w2 is not None:
         draft += _logits(rows.prev, w2)
         label_logit += _label_logit(rows.prev, w2, rows.labels)
     # p = draft / draft_sum is never stored: passes over [rows, V] are what this costs besides the products.
     draft_logits = draft
     draft, draft_top, draft_sum = _exponentials(draft)
-    teacher, _, teacher_sum = _exponentials(_logits(rows.teacher, head))
+    teacher, _, teacher_sum = _exponentials(_capped(_logits(rows.teacher, head), terms.softcap))
     draft_scale, teacher_scale = 1.0 / draft_sum, 1.0 / teacher_sum
     difference = draft * draft_scale - teacher * teacher_scale
     sign = jnp.sign(difference)  # 0 where both are equal, which then pull nowhere
@@ -189,9 +191,12 @@ def _chunk(
     slope = draft * (scaled * terms.ce - pulled * mean_sign + pulled * sign) - label_slope
     if terms.soft_ce:
         slope += weights * terms.soft_ce * difference
-    slope = jnp.where(weights > 0, slope, 0.0).astype(rows.hidden.dtype)
+    slope = jnp.where(weights > 0, slope, 0.0)
+    # The cap lies between hidden states and logits, the Markov bias joins behind it.
+    bent = slope if not terms.softcap else slope * jnp.where(weights > 0, 1.0 - jnp.square(base / terms.softcap), 0.0)
+    slope, bent = slope.astype(rows.hidden.dtype), bent.astype(rows.hidden.dtype)
 
-    gradients = _Gradients(_product("pmv,vd->pmd", slope, head).astype(rows.hidden.dtype), None, None)
+    gradients = _Gradients(_product("pmv,vd->pmd", bent, head).astype(rows.hidden.dtype), None, None)
     if rows.prev is not None and w2 is not None:
         prev = jnp.where(weights > 0, rows.prev, 0).astype(slope.dtype)
         gradients = gradients._replace(
@@ -226,6 +231,10 @@ def _logits(rows: jax.Array, matrix: jax.Array) -> jax.Array:
     """Float32 logits [P, m, V], split over the devices that hold the vocabulary."""
     logits = _product("pmd,vd->pmv", rows.astype(matrix.dtype), matrix)
     return sharding.constrain(logits, "batch", None, "vocab")
+
+
+def _capped(logits: jax.Array, softcap: float) -> jax.Array:
+    return softcap * jnp.tanh(logits / softcap) if softcap else logits
 
 
 def _exponentials(logits: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

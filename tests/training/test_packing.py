@@ -13,7 +13,6 @@ from dspark_jax.training.state import abstract_drafter, init_state, to_module, t
 from dspark_jax.training.step import gradients, place_batch
 
 LENGTH, VOCAB = 24, 67
-QUICK = {"xla_backend_optimization_level": 0}
 
 
 @pytest.fixture
@@ -41,7 +40,7 @@ def compute(config, meshes):
             return gradients(params, drafter, to_module(target, frozen), batch, jnp.int32(0), config)
 
         with jax.set_mesh(mesh):
-            compiled = jax.jit(grads, compiler_options=QUICK)
+            compiled = jax.jit(grads)
             return jax.device_get(compiled(params, to_params(target), place_batch(batch, 1, mesh)))
 
     return run

@@ -47,6 +47,7 @@ class Autoregressive(nnx.Module):
     """
 
     layers: Any
+    stops_drafting = True  # behind a drafted stop token (trap 28)
     markov = None
     confidence = None
 

@@ -27,14 +27,17 @@ def settle(proposal: Proposal, lengths: jax.Array, verdict: Verdict, stop_tokens
     block = jnp.arange(proposal.tokens.shape[1])
     stops = is_stop(proposal.tokens, stop_tokens) & (block < verdict.accepted[:, None])
     inside = jnp.any(stops, axis=1)
-    # Drafts up to and including the first stop; everything where there is none.
-    until = jnp.sum(jnp.cumsum(stops, axis=1) - stops == 0, axis=1, dtype=jnp.int32)
-    accepted = jnp.minimum(verdict.accepted, until)
+    accepted = jnp.minimum(verdict.accepted, until_first(stops))
     proposed = jnp.where(inside, accepted, lengths)
     emitted = accepted + jnp.where(inside, 0, 1)
     ended = inside | is_stop(verdict.next_token, stop_tokens)
     entry = Round(proposal.tokens, proposal.confidence, proposed, accepted, emitted, verdict.next_token)
     return entry, ended
+
+
+def until_first(stops: jax.Array) -> jax.Array:
+    """How many of stops [B, G] there are up to and including the first True; G where there is none."""
+    return jnp.sum(jnp.cumsum(stops, axis=1) - stops == 0, axis=1, dtype=jnp.int32)
 
 
 def append(tokens: jax.Array, lengths: jax.Array, block: jax.Array) -> jax.Array:
@@ -69,6 +72,10 @@ def commit(
       though the round's `emitted` counts them.
     """
     entry, ended = settle(proposal, lengths, verdict, stop_tokens)
+    if getattr(drafter, "stops_drafting", False):
+        # What it would draft behind a stop token is never used: it follows from drafts alone, and is not counted.
+        drafted = until_first(is_stop(proposal.tokens, stop_tokens))
+        entry = dataclasses.replace(entry, proposed=jnp.minimum(entry.proposed, drafted))
     active = ~state.finished
     width = proposal.tokens.shape[1] + 1
     drafted = jnp.pad(proposal.tokens, ((0, 0), (0, 1)))

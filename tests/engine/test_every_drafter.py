@@ -1,0 +1,96 @@
+"""Every kind of drafter, random and real, behind the same engine: greedy output is plain decoding's, sampled output has
+the target's distribution."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dspark_jax.config import Config, DataConfig, DrafterConfig, TargetArchitecture, TargetConfig, resolve
+from dspark_jax.drafter import make_drafter
+from dspark_jax.engine import generate
+from dspark_jax.engine.serving import Engine
+from dspark_jax.kinds import KINDS, as_kind
+from dspark_jax.target.qwen3 import Qwen3
+
+VOCAB = 5
+ARCH = TargetArchitecture("qwen3", VOCAB, 16, 3, 2, 1, 8, 32, 1e-6, 1e4, True, 256)
+PROMPTS = [[int(t) for t in np.random.default_rng(i).integers(0, VOCAB, 1 + i % 7)] for i in range(12)]
+
+
+@functools.cache
+def target() -> Qwen3:
+    """With opinions: most rows have a clear favourite, and some have not."""
+    return Qwen3(ARCH, rngs=nnx.Rngs(0), scale=0.5)
+
+
+@functools.cache
+def drafter(kind: str) -> Any:
+    """A random drafter of a kind."""
+    base = DrafterConfig(
+        num_layers=2, block_size=3, target_layer_ids=(0, 1), mask_token_id=4, markov_rank=4, initializer_range=0.5
+    )
+    data = DataConfig(max_length=64, max_prompt_length=16)
+    config = resolve(as_kind(Config(target=TargetConfig(architecture=ARCH), drafter=base, data=data), kind))
+    return make_drafter(ARCH, config.drafter, rngs=nnx.Rngs(3))
+
+
+DRAFTERS = [kind for kind in KINDS if kind != "length"]  # which is dspark with another loss
+
+
+GREEDY, SAMPLES, BUDGET = len(PROMPTS), 4000, 8
+SAMPLED = PROMPTS[4]
+
+
+@functools.cache
+def plain() -> list[np.ndarray]:
+    """Greedy tokens of all prompts, without a drafter."""
+    return generate(target(), None, PROMPTS, max_new_tokens=BUDGET).tokens
+
+
+@pytest.mark.parametrize("kind", DRAFTERS)
+def test_output_is_the_targets(kind: str) -> None:
+    """Greedy requests and 4000 sampled ones in one batch. Of those, the first three tokens are compared with their
+    exact 125 probabilities (chi-square, 6 sigma)."""
+    prompts = PROMPTS + [SAMPLED] * SAMPLES
+    heat = [0.0] * GREEDY + [1.0] * SAMPLES
+    result = generate(
+        target(), drafter(kind), prompts, max_new_tokens=BUDGET, temperature=heat, batch_size=len(prompts), seed=7
+    )
+    for want, got in zip(plain(), result.tokens[:GREEDY], strict=True):
+        np.testing.assert_array_equal(got, want)
+    assert max(int(lengths.max()) for lengths in result.acceptance_lengths) > 1  # drafts are accepted
+
+    drawn = np.stack([tokens[:3] for tokens in result.tokens[GREEDY:]]) @ np.array([VOCAB**2, VOCAB, 1])
+    expected = SAMPLES * exact(tuple(SAMPLED))
+    observed = np.bincount(drawn, minlength=VOCAB**3)
+    rare = expected < 4
+    observed, expected = (np.append(x[~rare], x[rare].sum()) for x in (observed, expected))
+    statistic, freedom = np.sum((observed - expected) ** 2 / expected), len(expected) - 1
+    assert freedom > 10 and statistic < freedom + 6 * np.sqrt(2 * freedom), (statistic, freedom)
+
+
+def test_eagle3_is_served_in_chunks_and_slots() -> None:
+    """Prompts come in chunks of two tokens, slots are handed over, and caches are cropped and extended."""
+    with Engine(target(), drafter("eagle3"), slots=2, capacity=24, prefill_chunk=2, max_stop_tokens=4) as engine:
+        requests = [engine.submit(prompt, max_new_tokens=BUDGET, temperature=0.0) for prompt in PROMPTS[:5]]
+        while engine.step():
+            pass
+        results = [request.result() for request in requests]
+    for result, want in zip(results, plain(), strict=False):
+        assert list(result.tokens) == want.tolist()
+
+
+@functools.cache
+def exact(prompt: tuple[int, ...]) -> np.ndarray:
+    """[V^3] probabilities of the next three tokens, by running the target over every continuation."""
+    paths = np.stack(np.meshgrid(*[np.arange(VOCAB)] * 3, indexing="ij"), axis=-1).reshape(-1, 3)
+    tokens = np.concatenate([np.tile(prompt, (len(paths), 1)), paths], axis=1)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    out = target().forward(jnp.asarray(tokens, jnp.int32), positions)
+    rows = jax.nn.softmax(target().unembed(out.last_hidden), axis=-1)[:, len(prompt) - 1 : -1]
+    return np.prod(np.take_along_axis(np.asarray(rows, np.float64), paths[..., None], axis=-1)[..., 0], axis=1)

@@ -3,11 +3,14 @@
     python -m dspark_jax.convert export --workdir runs/quickstart_dspark --output exports/drafter
     python -m dspark_jax.convert export --drafter DIR --target DIR --output exports/drafter --format speculators
     python -m dspark_jax.convert import --drafter DIR --target DIR --workdir runs/imported
+    python -m dspark_jax.convert check --drafter DIR --target DIR
 
 `export` writes the newest checkpoint of a run, or converts a directory, to one that vLLM, SGLang, llama.cpp and
 transformers load (`universal`), to the reference's own format (`deepspec`), or for the speculators package. What the
 run has of calibration, cost table and evaluation goes with it. `import` makes a working directory of a drafter that was
-trained elsewhere, so that `evaluate`, `calibrate` and `generate` can use it.
+trained elsewhere, so that `evaluate`, `calibrate` and `generate` can use it. `check` tells what each server would make
+of a directory, and whether its config says how the drafter was trained: layer ids, block layout and mask token are
+scored on greedy answers of the target. Its exit status is 1 if something is wrong or no server can use it.
 """
 
 import argparse
@@ -18,18 +21,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 from absl import logging
 
 from dspark_jax import command
 from dspark_jax.config import Config, InputError, MeshConfig, TargetArchitecture, TargetConfig, resolve, to_json
 from dspark_jax.convert.card import model_card
+from dspark_jax.convert.check import Report, check_directory
+from dspark_jax.convert.dialect import MASK_TOKENS, Answer
 from dspark_jax.convert.export import FORMATS, Source, check_output, frozen_tensors, write_export
 from dspark_jax.convert.hf import import_drafter, read_drafter_config, stored_tensors
 from dspark_jax.convert.hub import push
-from dspark_jax.convert.layouts import layers_config, read_config
+from dspark_jax.convert.layouts import layers_config, read_config, read_layout
+from dspark_jax.data.chat import load_tokenizer, prompt_tokens
+from dspark_jax.data.prompts import read_prompts
+from dspark_jax.engine.generate import generate
 from dspark_jax.progress import log
 from dspark_jax.sharding import make_mesh
-from dspark_jax.target.loading import fingerprint
+from dspark_jax.target.loading import fingerprint, load_target
 from dspark_jax.training.checkpoint import Checkpoints, load_drafter
 from dspark_jax.training.optim import make_optimizer
 from dspark_jax.training.state import init_state, to_params
@@ -158,12 +168,73 @@ def fitting(directory: Path, arch: TargetArchitecture, target: TargetConfig) -> 
             )
 
 
+def check(options: argparse.Namespace) -> Report:
+    """Prints what is to be expected of a drafter directory; ends with status 1 if that is nothing good.
+
+    Raises:
+      InputError: drafter, target or prompts cannot be used.
+    """
+    read_layout(options.drafter, read_config(Path(options.drafter)))  # before anything large is loaded
+    mesh = make_mesh(MeshConfig())
+    config = TargetConfig(path=options.target, architecture=TargetArchitecture.from_hf(options.target))
+    with jax.set_mesh(mesh):
+        target: Any = load_target(config, mesh)
+        prompts, masks = check_prompts(options, target.arch.vocab_size)
+        written = generate(target, None, prompts, max_new_tokens=options.tokens, batch_size=len(prompts)).tokens
+        answers = [
+            Answer(np.asarray([*prompt, *tokens], np.int32), len(prompt))
+            for prompt, tokens in zip(prompts, written, strict=True)
+        ]
+        report = check_directory(Path(options.drafter), target, Path(options.target), answers, mesh, masks=masks)
+    if options.json:
+        Path(options.json).write_text(json.dumps(report.to_json(), indent=1) + "\n", "utf-8")
+    print("\n".join(report.lines()))
+    if not report.good:
+        raise SystemExit(1)
+    return report
+
+
+def check_prompts(options: argparse.Namespace, vocabulary: int) -> tuple[list[list[int]], list[int]]:
+    """Prompts in the target's template, and tokens that might be a mask; random prompts where it has no tokenizer."""
+    masks = [*MASK_TOKENS.values(), vocabulary - 1, 0]
+    if not (Path(options.target) / "tokenizer_config.json").exists():
+        log(f"check: {options.target} has no tokenizer; the prompts are random tokens")
+        rng = np.random.default_rng(0)
+        return rng.integers(0, vocabulary, (options.limit, 12)).tolist(), masks
+    tokenizer = load_tokenizer(options.target)
+    masks += [len(tokenizer), *tokenizer.all_special_ids]
+    if options.prompts:
+        read = read_prompts(options.prompts, options.limit, lambda _: None)
+        asked = [prompt.messages for prompt in read]
+    else:
+        asked = [({"role": "user", "content": text},) for text in PROMPTS[: options.limit]]
+    return [prompt_tokens(tokenizer, first_turn(messages)) for messages in asked], masks
+
+
+def first_turn(messages: Sequence[Any]) -> tuple[Any, ...]:
+    """A conversation up to its first question."""
+    last = next(i for i, message in enumerate(messages) if message["role"] == "user")
+    return tuple(messages[: last + 1])
+
+
+PROMPTS = (
+    "What is 17 + 25?",
+    "Write a function that adds two numbers.",
+    "Tell me about yourself.",
+    "Tom has 12 apples and gives 5 of them away. How many apples are left?",
+    "Write a function that returns the largest element of a list.",
+    "What is the capital of France, and why is it well known?",
+    "Explain in simple words how a bicycle works.",
+    "List the days of the week.",
+)
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     whole = argparse.ArgumentParser(
         "python -m dspark_jax.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = whole.add_subparsers(required=True, metavar="import|export")
+    commands = whole.add_subparsers(required=True, metavar="import|export|check")
 
     def add(name: str, function: Any, text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
@@ -189,6 +260,16 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--target", required=True, help="the target's directory")
     one.add_argument("--workdir", required=True, help="working directory to make")
     one.add_argument("--config", help="FILE[:ARG] with the other settings: data, evaluation, mesh")
+
+    one = add("check", check, "Tell whether a drafter directory will work where it is served.")
+    one.add_argument("--drafter", required=True, help="its directory")
+    one.add_argument("--target", required=True, help="the target's directory")
+    one.add_argument(
+        "--prompts", action="append", help="JSONL file of prompts; may be repeated. Default: a few of ours"
+    )
+    one.add_argument("--limit", type=int, default=8, help="prompts per file (default: 8)")
+    one.add_argument("--tokens", type=int, default=96, help="tokens of each answer (default: 96)")
+    one.add_argument("--json", help="file to write the report to")
     return whole
 
 

@@ -1,0 +1,157 @@
+"""Will a drafter directory work where it is going to be served? The report behind `convert check`."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from dspark_jax.config import InputError, TargetArchitecture
+from dspark_jax.convert.dialect import Answer, Dialect, find_dialect, same
+from dspark_jax.convert.export import frozen_tensors
+from dspark_jax.convert.hf import drafter_config, load_tensors
+from dspark_jax.convert.layouts import Layout, layers_config, read_config, read_layout
+from dspark_jax.convert.mapping import FROZEN
+from dspark_jax.convert.servers import Verdict, replay
+from dspark_jax.target.loading import read_checkpoint
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Everything that was found out about a directory.
+
+    Attributes:
+      stated: what its config says.
+      problems: what is wrong with it wherever it is served: tensors, frozen copies, dialect.
+      dialect: the scores, or None where the drafter could not be loaded here.
+      verdicts: one per server.
+    """
+
+    stated: Layout
+    problems: tuple[str, ...]
+    dialect: Dialect | None
+    verdicts: tuple[Verdict, ...]
+
+    @property
+    def good(self) -> bool:
+        """Nothing is wrong with the drafter, and at least one server drafts with it as it was trained."""
+        return not self.problems and any(self.served(verdict)[0] == "serves" for verdict in self.verdicts)
+
+    def served(self, verdict: Verdict) -> tuple[str, str]:
+        """(serves, differs or refuses; why) for one server."""
+        if verdict.refusals:
+            return "refuses", "; ".join(verdict.refusals)
+        assert verdict.reading is not None
+        reasons = [*verdict.wrong]
+        score = self.dialect.of(verdict.reading) if self.dialect else None
+        best = self.dialect.best if self.dialect else None
+        if best and not same(verdict.reading, best.layout) and (score is None or best.beats(score)):
+            shown = "" if score is None else f"; {score.tau:.2f} tokens per round instead of {best.tau:.2f}"
+            reasons.append(f"it reads {describe(verdict.reading)}{shown}")
+        if reasons:
+            return "differs", "; ".join(reasons)
+        return "serves", f"{score.tau:.2f} tokens per round" if score else ""
+
+    def lines(self) -> list[str]:
+        """The report as text."""
+        found = [f"{self.stated.dialect} dialect: {describe(self.stated)}"]
+        if self.dialect:
+            found.append(
+                f"accepts {self.dialect.stated.tau:.2f} tokens per round as stated (expected at temperature 1)"
+            )
+        found += [f"WRONG: {problem}" for problem in self.problems]
+        for verdict in self.verdicts:
+            word, why = self.served(verdict)
+            found.append(f"{verdict.server:<12} {word:<8} {why}".rstrip())
+            found += [f"{'':<21} {note}" for note in verdict.notes if word != "refuses"]
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain values."""
+        scores = [
+            {"taps": list(s.layout.taps), "mask_token_id": s.layout.mask_token_id}
+            | {"anchor_first": s.layout.anchor_first, "tau": s.tau}
+            for s in (self.dialect.scores if self.dialect else ())
+        ]
+        servers = {}
+        for verdict in self.verdicts:
+            word, why = self.served(verdict)
+            servers[verdict.server] = {"verdict": word, "why": why, "notes": list(verdict.notes)}
+        return {"good": self.good, "problems": list(self.problems), "scores": scores, "servers": servers}
+
+
+def describe(layout: Layout) -> str:
+    """A reading in one line."""
+    if layout.family == "eagle3":
+        return f"EAGLE-3, outputs of layers {list(layout.taps)}"
+    order = "anchor-first" if layout.anchor_first else "fill-in"
+    heads = f"{layout.markov_head_type} Markov head of rank {layout.markov_rank}" if layout.markov_rank else "no heads"
+    return (
+        f"{order} blocks of {layout.block_size}, outputs of layers {list(layout.taps)}, mask token "
+        f"{layout.mask_token_id}, {heads}"
+    )
+
+
+def check_directory(
+    directory: Path,
+    target: Any,
+    target_directory: Path,
+    answers: Sequence[Answer],
+    mesh: Mesh,
+    *,
+    masks: Sequence[int] = (),
+) -> Report:
+    """Replays the servers' rules on a directory and scores the dialects it may be in.
+
+    Args:
+      directory: of the drafter.
+      target: the loaded target.
+      target_directory: where its files are.
+      answers: greedy answers of the target.
+      mesh: to load the drafter on.
+      masks: tokens that might be the mask, besides the stated one.
+
+    Raises:
+      InputError: there is no drafter in the directory, or it is damaged.
+    """
+    raw = read_config(directory)
+    stated = read_layout(str(directory / "config.json"), raw)
+    tensors = read_checkpoint(directory)
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    verdicts = replay(str(directory), raw, shapes, target.arch)
+    problems = frozen_problems(tensors, target_directory)
+    dialect = None
+    try:
+        source = layers_config(raw)
+        arch = TargetArchitecture.from_hf(directory / "config.json" if source is raw else source)
+        config = drafter_config(str(directory / "config.json"), stated)
+        if stated.family == "block":  # scoring goes by readings; what the module knows of them only tells executables
+            config = dataclasses.replace(config, target_layer_ids=tuple(range(len(stated.taps))), mask_token_id=0)
+        drafter = load_tensors(directory, arch, config, mesh, dtype=target.dtype)
+    except InputError as error:
+        problems.append(str(error))
+    else:
+        dialect = find_dialect(drafter, target, stated, answers, masks)
+        problems += dialect.findings()
+    return Report(stated, tuple(problems), dialect, tuple(verdicts))
+
+
+def frozen_problems(tensors: Mapping[str, np.ndarray], target_directory: Path) -> list[str]:
+    """Compares the copies of embedding and LM head in a drafter with the target's (some thousand rows of each)."""
+    problems, theirs = [], frozen_tensors(target_directory)
+    for name in FROZEN:
+        if name not in tensors:
+            continue
+        mine, other = tensors[name], theirs[name]
+        if mine.shape != other.shape:
+            problems.append(f"{name} has shape {mine.shape}, the target's has {other.shape}: it is for another target")
+            continue
+        step = max(len(mine) // 2048, 1)
+        a, b = (np.asarray(x[::step], np.float32) for x in (mine, other))
+        if np.abs(a - b).max() > 2**-7 * max(float(np.abs(b).max()), 1e-30):  # as far as bfloat16 rounds
+            problems.append(
+                f"{name} is not the target's: the drafter is for other weights; servers would use this copy"
+            )
+    return problems

@@ -1,0 +1,328 @@
+"""In which dialect was a drafter trained? Scored on what the target itself would write.
+
+A drafter that is read with layer ids one off, in the other block layout or with another mask token loads without
+complaint and accepts less, or next to nothing. So each reading is tried along greedy answers of the target, from many
+anchors: the overlap (1 - total variation) of every draft distribution with the target's own is the chance that the
+draft is accepted, and from these follow the tokens per round. Readings are compared anchor by anchor, which tells them
+apart where the mean alone would not. The overlap of the first drafts is also taken with the target's distribution
+without its final norm, from which some trainers distil by mistake (trap 11).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dspark_jax.config import InputError
+from dspark_jax.convert.layouts import Layout
+from dspark_jax.drafter.blocks import block_tokens
+from dspark_jax.ops.sampling import Sampling
+
+MASK_TOKENS = {"Qwen3": 151669, "Qwen3.5": 248070, "Gemma 4": 4, "Kimi-K3": 163824, "DeepSeek-V4": 128799}
+"""Mask tokens of released drafters (trap 15)."""
+DEVIATIONS = 4.0
+"""A reading is better than another if its mean advantage over all anchors is so many standard errors."""
+TEACHER_MARGIN = 0.1
+"""Overlap with the wrong teacher above that with the right one that is no accident."""
+NOTHING = 1.2
+"""Tokens per round of a drafter that might as well draft at random."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """A prompt and the target's greedy answer to it.
+
+    Attributes:
+      tokens: [S] ids of both.
+      start: index of the answer's first token.
+    """
+
+    tokens: np.ndarray
+    start: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """How well a drafter drafts when it is read in one way.
+
+    Attributes:
+      layout: the reading.
+      rounds: [N] expected tokens of a round from each anchor, the bonus token included, at temperature 1.
+    """
+
+    layout: Layout
+    rounds: np.ndarray
+
+    @property
+    def tau(self) -> float:
+        """Mean tokens per round."""
+        return float(self.rounds.mean())
+
+    def beats(self, other: "Score") -> bool:
+        """Whether it is better by more than chance."""
+        gain = self.rounds - other.rounds
+        return float(gain.mean()) > DEVIATIONS * float(gain.std()) / len(gain) ** 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Dialect:
+    """What the scores say.
+
+    Attributes:
+      stated: the score of the reading that the file itself states.
+      best: that of the best one, which is `stated` unless another `beats` it.
+      scores: all of them, best first.
+      teacher: mean overlap (1 - total variation) of the drafter's first distribution with the target's, under `best`.
+      raw_teacher: the same with the target without its final norm.
+    """
+
+    stated: Score
+    best: Score
+    scores: tuple[Score, ...]
+    teacher: float
+    raw_teacher: float
+
+    def of(self, layout: Layout) -> Score | None:
+        """The score of a reading, if it was tried."""
+        return next((score for score in self.scores if same(score.layout, layout)), None)
+
+    def findings(self) -> list[str]:
+        """What is wrong with the file, in words; empty if nothing is."""
+        found = []
+        if self.best is not self.stated:
+            gain = f"{self.best.tau:.2f} tokens per round instead of {self.stated.tau:.2f}"
+            found += [f"{text} ({gain})" for text in differences(self.stated.layout, self.best.layout)]
+        if self.raw_teacher > self.teacher + TEACHER_MARGIN:
+            found.append(
+                "it was distilled from the target without its final norm: its drafts overlap "
+                f"{self.raw_teacher:.2f} with that and {self.teacher:.2f} with the target; train it again"
+            )
+        elif self.best.tau < NOTHING:
+            found.append(
+                f"it accepts next to nothing in any dialect ({self.best.tau:.2f} tokens per round): it is untrained, "
+                "or was trained for other weights than these"
+            )
+        return found
+
+
+def same(one: Layout, other: Layout) -> bool:
+    """Whether two readings draft the same."""
+    keys = ("taps", "mask_token_id", "anchor_first", "block_size")
+    return all(getattr(one, key) == getattr(other, key) for key in keys)
+
+
+def differences(stated: Layout, best: Layout) -> Iterator[str]:
+    """Names what a file states wrongly, with the remedy."""
+    if stated.anchor_first != best.anchor_first:
+        names = {True: "anchor-first (row k predicts anchor + k + 1)", False: "fill-in (row k predicts anchor + k)"}
+        yield (
+            f"its blocks are {names[best.anchor_first]}, the file says {names[stated.anchor_first].split(' (')[0]}: "
+            f"set sample_from_anchor to {str(best.anchor_first).lower()}"
+        )
+    if stated.taps != best.taps:
+        shift = best.taps[0] - stated.taps[0]
+        dialect = "one too high (they count layer inputs)" if shift < 0 else "one too low"
+        yield f"its layer ids {list(stated.taps)} are {dialect}: the outputs of layers {list(best.taps)} are meant"
+    if stated.mask_token_id != best.mask_token_id:
+        yield f"its mask token is {best.mask_token_id}, the file says {stated.mask_token_id}: set mask_token_id"
+
+
+def find_dialect(
+    drafter: Any, target: Any, stated: Layout, answers: Sequence[Answer], masks: Sequence[int] = (), anchors: int = 32
+) -> Dialect:
+    """Scores block layouts x layer ids (-1, 0, +1), then mask tokens with the best of them, and the teachers.
+
+    Args:
+      drafter: a block drafter (DSpark, DFlash), or any other, for which only layer ids are varied.
+      target: the language model.
+      stated: the file's own reading.
+      answers: along which drafts are made.
+      masks: further tokens that might be the mask.
+      anchors: at most so many per answer.
+
+    Raises:
+      InputError: no answer is long enough, or there are no such layers.
+    """
+    rounds = [trial for answer in answers if (trial := _trial(answer, stated, anchors))]
+    if not rounds:
+        raise InputError(f"no answer of the target has {stated.block_size + 2} tokens; give other prompts")
+    layers = target.arch.num_hidden_layers
+    taps = tuple(range(-1, layers))
+    if not set(stated.taps) <= set(taps):
+        raise InputError(f"layer ids {list(stated.taps)} are outside -1..{layers - 1} of this {layers}-layer target")
+    run = _target_pass(target, rounds, taps)
+
+    def score(layout: Layout) -> Score:
+        chosen = [taps.index(i) for i in layout.taps]
+        drawn = [
+            _overlaps(
+                drafter, target, features[:, chosen], last, trial, layout.mask_token_id,
+                anchor_first=layout.anchor_first, block=layout.family == "block",
+            )
+            for trial, (features, last) in zip(rounds, run, strict=True)
+        ]  # fmt: skip
+        survival = np.cumprod(np.concatenate(drawn), axis=1)
+        return Score(layout, 1 + survival.sum(axis=1))
+
+    scores = {layout: score(layout) for layout in readings(stated, layers)}
+    if stated.family == "block":
+        best = max(scores.values(), key=lambda one: one.tau).layout
+        for mask in dict.fromkeys(masks):
+            layout = dataclasses.replace(best, mask_token_id=mask)
+            if layout not in scores and 0 <= mask < target.arch.vocab_size:
+                scores[layout] = score(layout)
+        mask = max(scores.values(), key=lambda one: one.tau).layout.mask_token_id
+        for layout in readings(dataclasses.replace(stated, mask_token_id=mask), layers):
+            if layout not in scores:
+                scores[layout] = score(layout)
+    ordered = sorted(scores.values(), key=lambda one: -one.tau)
+    best = ordered[0] if ordered[0].beats(scores[stated]) else scores[stated]
+    chosen, layout = [taps.index(i) for i in best.layout.taps], best.layout
+    teachers = [
+        [
+            float(
+                _overlaps(
+                    drafter, target, features[:, chosen], hidden, trial, layout.mask_token_id,
+                    anchor_first=layout.anchor_first, block=layout.family == "block",
+                )[:, 0].mean()
+            )
+            for hidden in (last, features[:, -1])
+        ]
+        for trial, (features, last) in zip(rounds, run, strict=True)
+    ]  # fmt: skip
+    teacher, raw = np.mean(teachers, axis=0)
+    return Dialect(scores[stated], best, tuple(ordered), float(teacher), float(raw))
+
+
+def readings(stated: Layout, layers: int) -> list[Layout]:
+    """Both block layouts with the stated layer ids and those one lower and higher, as far as there are such layers."""
+    found = []
+    for first in (stated.anchor_first, not stated.anchor_first):
+        for shift in (0, -1, 1):
+            taps = tuple(i + shift for i in stated.taps)
+            if taps[0] >= -1 and taps[-1] < layers and (first == stated.anchor_first or stated.family == "block"):
+                found.append(dataclasses.replace(stated, taps=taps, anchor_first=first))
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class _Trial:
+    """An answer padded to a power of two, and the positions from which drafts are made."""
+
+    tokens: np.ndarray  # [S]
+    positions: np.ndarray  # [A]
+
+
+def _trial(answer: Answer, stated: Layout, anchors: int) -> _Trial | None:
+    """Anchors evenly spread over the answer, each with a whole block behind it."""
+    last = len(answer.tokens) - max(stated.block_size, 7) - 1
+    if last < answer.start:
+        return None
+    positions = np.unique(np.linspace(answer.start, last, anchors).astype(np.int32))
+    positions = np.resize(positions, anchors)  # repeated in short answers: one executable serves all
+    size = max(1 << int(len(answer.tokens) - 1).bit_length(), 64)
+    return _Trial(np.pad(answer.tokens, (0, size - len(answer.tokens))).astype(np.int32), positions)
+
+
+def _target_pass(target: Any, trials: Sequence[_Trial], taps: tuple[int, ...]) -> list[tuple[jax.Array, jax.Array]]:
+    """Per trial all features [S, M, D] and the last hidden states [S, D]."""
+
+    return [_features(target, jnp.asarray(trial.tokens), taps=taps) for trial in trials]
+
+
+@functools.partial(jax.jit, static_argnames=("taps",))
+def _features(target: Any, tokens: jax.Array, *, taps: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """One sequence [S] through the target: features [S, M, D] and last hidden states [S, D]."""
+    out = target.forward(tokens[None], jnp.arange(tokens.shape[0])[None], taps=taps)
+    return out.features[0].reshape(tokens.shape[0], len(taps), -1), out.last_hidden[0]
+
+
+def _overlaps(
+    drafter: Any,
+    target: Any,
+    features: jax.Array,
+    hidden: jax.Array,
+    trial: _Trial,
+    mask: int,
+    *,
+    anchor_first: bool,
+    block: bool,
+) -> np.ndarray:
+    """[A, G] chance that each draft is accepted if all before it are; one column fewer in the fill-in layout.
+
+    Args:
+      drafter: any.
+      target: lends embedding and LM head.
+      features: [S, M, D] of the tapped layers.
+      hidden: [S, D], of which the LM head makes the teacher.
+      trial: the answer and its anchors.
+      mask: mask token of a block drafter.
+      anchor_first: the block layout.
+      block: whether it is a block drafter, which is shown the answer; another one goes by its own drafts.
+    """
+    tokens, positions = jnp.asarray(trial.tokens), jnp.asarray(trial.positions)
+    if block:
+        return np.asarray(
+            _block_overlaps(
+                drafter, target, features, hidden, tokens, positions, jnp.int32(mask), anchor_first=anchor_first
+            )
+        )
+    return np.asarray(_chain_overlaps(drafter, target, features, hidden, tokens, positions))
+
+
+def _context(drafter: Any, features: jax.Array, tokens: jax.Array, positions: jax.Array) -> Any:
+    """A drafter's cache with one request per anchor, all over the same sequence."""
+    count, length = positions.shape[0], tokens.shape[0]
+    rows = jnp.broadcast_to(features.reshape(length, -1), (count, length, features.shape[1] * features.shape[2]))
+    every = jnp.broadcast_to(jnp.arange(length), (count, length))
+    cache = drafter.init_cache(count, length)
+    return drafter.extend(cache, rows, jnp.broadcast_to(tokens, (count, length)), every, positions)
+
+
+def _shared(logits: jax.Array, target: Any, hidden: jax.Array, rows: jax.Array) -> jax.Array:
+    """1 - total variation of draft logits [A, G, V] with the target's behind sequence rows [A, G]."""
+    draft, teacher = (jax.nn.softmax(x.astype(jnp.float32), axis=-1) for x in (logits, target.unembed(hidden[rows])))
+    return jnp.minimum(draft, teacher).sum(axis=-1)
+
+
+@functools.partial(jax.jit, static_argnames=("anchor_first",))
+def _block_overlaps(
+    drafter: Any,
+    target: Any,
+    features: jax.Array,
+    hidden: jax.Array,
+    tokens: jax.Array,
+    positions: jax.Array,
+    mask: jax.Array,
+    *,
+    anchor_first: bool,
+) -> jax.Array:
+    """`_overlaps` of a block drafter; its sequential head sees the answer's tokens."""
+    cache, size = _context(drafter, features, tokens, positions), drafter.block_size
+    inputs = block_tokens(tokens[positions], 0, size).at[:, 1:].set(mask)
+    states = drafter.backbone.decode(target.embed(inputs).astype(drafter.dtype), cache, positions)
+    states = states if anchor_first else states[:, 1:]
+    rows = positions[:, None] + jnp.arange(states.shape[1])  # the target's rows, whose tokens come before each draft
+    logits = target.unembed(states)
+    if drafter.markov is not None:
+        previous = drafter.markov.embed(tokens[rows])
+        logits = logits + drafter.markov.bias(drafter.markov.latent(states, previous))
+    return _shared(logits, target, hidden, rows)
+
+
+@jax.jit
+def _chain_overlaps(
+    drafter: Any, target: Any, features: jax.Array, hidden: jax.Array, tokens: jax.Array, positions: jax.Array
+) -> jax.Array:
+    """`_overlaps` of a drafter that goes by its own greedy drafts: nothing counts behind one that leaves the answer."""
+    count, size = positions.shape[0], drafter.block_size
+    cache = _context(drafter, features, tokens, positions)
+    uniforms = jnp.zeros((count, size))
+    proposal = drafter.propose(target, cache, tokens[positions], positions, uniforms, Sampling.constant(0.0, count))
+    rows = positions[:, None] + jnp.arange(size)
+    agree = jnp.cumprod(proposal.tokens[:, :-1] == tokens[rows[:, 1:]], axis=1)
+    return _shared(proposal.logits, target, hidden, rows) * jnp.pad(agree, ((0, 0), (1, 0)), constant_values=1)

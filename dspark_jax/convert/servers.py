@@ -1,0 +1,295 @@
+"""What each server makes of a drafter directory: its loading rules, replayed on config.json and the tensors' shapes.
+
+The rules are those of vLLM 0.33, SGLang 0.5.23, llama.cpp's converter and speculators 0.9.0. A server either refuses,
+or reads the file in some way (`Verdict.reading`), which need not be the way in which the drafter was trained: that is
+for `convert.dialect` to find out.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from dspark_jax.config import InputError, TargetArchitecture
+from dspark_jax.convert.layouts import Layout, read_layout
+
+
+@dataclasses.dataclass(frozen=True)
+class Files:
+    """A drafter directory without its numbers.
+
+    Attributes:
+      path: as it would be given to a server.
+      config: content of config.json.
+      shapes: of all tensors.
+      target: shape of the target.
+      stated: what the config says by its own dialect's rules.
+    """
+
+    path: str
+    config: Mapping[str, Any]
+    shapes: Mapping[str, tuple[int, ...]]
+    target: TargetArchitecture
+    stated: Layout
+
+    @property
+    def architecture(self) -> str:
+        """Class name that servers look up."""
+        return (self.config.get("architectures") or [""])[0]
+
+    @property
+    def speculators(self) -> bool:
+        """Whether it is in the speculators format."""
+        return "speculators_model_type" in self.config
+
+    @property
+    def gemma(self) -> bool:
+        """Whether it drafts for Gemma 4."""
+        layers = self.config.get("transformer_layer_config", self.config)
+        return self.architecture.startswith("Gemma4") or str(layers.get("model_type", "")).startswith("gemma4")
+
+    @property
+    def has_vocabulary_map(self) -> bool:
+        """Whether it drafts from a part of the vocabulary."""
+        return any(name.endswith(("d2t", "t2d")) for name in self.shapes)
+
+    def nested(self, *names: str) -> Mapping[str, Any]:
+        """A nested dict of the config, the first of `names` that is there; else an empty one."""
+        return next((self.config[name] for name in names if self.config.get(name)), {})
+
+    def head_tensors(self) -> set[str]:
+        """Which of markov, gate_proj, joint_proj, confidence the file has tensors of."""
+        marks = {"markov": "markov_w1", "gate_proj": "markov_head.gate_proj", "joint_proj": "markov_head.joint_proj"}
+        marks["confidence"] = "confidence_head.proj"
+        return {mark for mark, part in marks.items() if any(part in name for name in self.shapes)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What a server does with a directory.
+
+    Attributes:
+      server: its name.
+      refusals: why it does not load; empty if it does.
+      wrong: what it computes differently from training although it loads.
+      notes: how to start it, and what is lost.
+      reading: how it understands the file; None if it does not load.
+    """
+
+    server: str
+    refusals: tuple[str, ...]
+    wrong: tuple[str, ...]
+    notes: tuple[str, ...]
+    reading: Layout | None
+
+
+def vllm(files: Files) -> Verdict:
+    """vLLM: registry, method by path, precedence of layer ids and mask token, Qwen3 and Gemma 4 loaders."""
+    refusals, wrong, notes = list[str](), list[str](), list[str]()
+    if files.stated.family == "eagle3":
+        return _vllm_eagle3(files)
+    config, heads = files.config, files.head_tensors()
+    fill_in = files.architecture == "DFlashDraftModel" or config.get("speculators_model_type") == "dflash"
+    known = ("Qwen3DSparkModel", "Gemma4DSparkModel", "DFlashDraftModel", "DSparkDraftModel")
+    if not files.speculators and files.architecture not in known:
+        refusals.append(f"architecture {files.architecture} is not registered")
+    if files.architecture == "DSparkDraftModel" and config.get("model_type") != "qwen3":
+        refusals.append("DSparkDraftModel with another model_type than qwen3 is taken for DeepSeek-V4")
+    method = "dflash" if fill_in else "dspark"
+    for word in ("eagle3", "dflash"):
+        if word in files.path.lower() and word != method:
+            notes.append(f'the path has {word!r} in it: state "method": "{method}" in --speculative-config')
+            break
+    if fill_in:
+        if config.get("sample_from_anchor") or files.nested("dflash_config").get("sample_from_anchor"):
+            refusals.append("dflash refuses sample_from_anchor true: export with an all-zero Markov head, as dspark")
+    elif config.get("markov_rank") is None:
+        refusals.append("markov_rank is not at the top level of config.json")
+    elif not config["markov_rank"]:
+        refusals.append("markov_rank 0 has no path as dspark: export with an all-zero Markov head")
+    named = str(config.get("markov_head_type") or "vanilla")
+    other = [head for head in ("gate_proj", "joint_proj") if head in heads] or ([named] if named != "vanilla" else [])
+    if other and files.gemma:
+        wrong.append(f"the Gemma 4 loader ignores tensors it does not know: {other[0]} of the Markov head is dropped")
+    elif other:
+        refusals.append(f"only the vanilla Markov head is loaded, this is {named} ({other[0]})")
+    refusals += _vocabulary(files, "vLLM") + (_vllm_gemma(files) if files.gemma else [])
+    if files.gemma:
+        notes.append("the Markov bias passes the soft-cap there, in training it does not: slightly fewer are accepted")
+    if "confidence" not in heads and not fill_in:
+        notes.append("no confidence head: adaptive verification is off")
+    layers = config.get("transformer_layer_config", config)
+    causal = config.get("is_causal", files.nested("dflash_config").get("causal"))
+    if causal or (causal is None and "sliding_attention" in (layers.get("layer_types") or [])):
+        wrong.append("blocks are attended causally, in training in both directions")
+    reading = None if refusals else _vllm_reading(files, fill_in=fill_in)
+    return Verdict("vLLM", tuple(refusals), tuple(wrong), tuple(notes), reading)
+
+
+def _vllm_reading(files: Files, *, fill_in: bool) -> Layout:
+    """Layer ids and mask token by vLLM's order of precedence."""
+    config, nested = files.config, files.nested("dflash_config")
+    if files.speculators:
+        first = not fill_in and bool(config.get("sample_from_anchor", False))  # its own default is true for dspark
+        return dataclasses.replace(files.stated, anchor_first=first)
+    raw = config.get("eagle_aux_hidden_state_layer_ids")
+    outputs = [nested.get("target_layer_ids"), config.get("dspark_target_layer_ids"), config.get("target_layer_ids")]
+    taps = [i - 1 for i in raw] if raw else next((ids for ids in outputs if ids), [])
+    masks = [nested.get("mask_token_id"), config.get("mask_token_id"), config.get("dspark_noise_token_id")]
+    return dataclasses.replace(
+        files.stated,
+        taps=tuple(taps),
+        mask_token_id=next((mask for mask in masks if mask is not None), -1),
+        anchor_first=not fill_in and bool(config.get("sample_from_anchor", True)),
+    )
+
+
+def _vllm_gemma(files: Files) -> list[str]:
+    """What the Gemma 4 loader insists on."""
+    refusals = [
+        f"{name} must be in the file (export without --slim)"
+        for name in ("embed_tokens.weight", "lm_head.weight")
+        if name not in files.shapes
+    ]
+    if not files.config.get("attention_k_eq_v"):
+        refusals.append("Gemma 4 drafters must have attention_k_eq_v in all layers")
+    return refusals
+
+
+def _vllm_eagle3(files: Files) -> Verdict:
+    """EAGLE-3 classes; the layer ids are used as they stand, and count inputs."""
+    known = ("Eagle3Qwen3ForCausalLM", "Eagle3LlamaForCausalLM", "LlamaForCausalLMEagle3")
+    refusals, raw = [], files.config.get("eagle_aux_hidden_state_layer_ids")
+    if not files.speculators and files.architecture not in known:
+        refusals.append(f"architecture {files.architecture} is not registered: export for vLLM writes {known[0]}")
+    elif not raw:
+        refusals.append("eagle_aux_hidden_state_layer_ids is missing; its number gives the width of fc")
+    wrong = []
+    if files.config.get("norm_before_residual", files.speculators):
+        wrong.append("norm_before_residual is on (the default for speculators files), in training it is not")
+    reading = None if refusals else dataclasses.replace(files.stated, taps=tuple(i - 1 for i in raw or ()))
+    return Verdict("vLLM", tuple(refusals), tuple(wrong), (), reading)
+
+
+def sglang(files: Files) -> Verdict:
+    """SGLang: entry classes, prefixed over nested over top-level keys, exact names of the heads."""
+    refusals, wrong, notes, config = list[str](), list[str](), list[str](), files.config
+    if files.stated.family == "eagle3":
+        why = "its only EAGLE-3 class has no query and key norms: a Qwen3 or Gemma 4 EAGLE-3 drafter cannot be served"
+        return Verdict("SGLang", (why,), (), (), None)
+    if files.speculators:
+        return Verdict("SGLang", ("it does not read the speculators format: export as universal",), (), (), None)
+    if files.gemma:
+        return Verdict("SGLang", ("there is no Gemma4DSparkModel in it: serve Gemma 4 with vLLM",), (), (), None)
+    values = {**config, **files.nested("dflash_config"), **files.nested("dspark_config")}
+    values |= {name.removeprefix("dspark_"): value for name, value in config.items() if name.startswith("dspark_")}
+    fill_in = files.architecture == "DFlashDraftModel"
+    if files.architecture not in ("Qwen3DSparkModel", "LingDSparkModel", "DSparkDraftModel", "DFlashDraftModel"):
+        refusals.append(f"architecture {files.architecture} has no entry class")
+    refusals += _vocabulary(files, "SGLang")
+    if not fill_in:
+        refusals += _sglang_heads(files, values)
+    missing = [key for key in ("block_size", "mask_token_id", "target_layer_ids") if values.get(key) is None]
+    if missing:
+        refusals.append(f"{', '.join(missing)} is missing in config.json")
+        return Verdict("SGLang", tuple(refusals), (), (), None)
+    taps, layers, width = tuple(values["target_layer_ids"]), files.target.num_hidden_layers, files.target.hidden_size
+    if any(not 0 <= i < layers for i in taps):
+        refusals.append(f"layer ids {list(taps)} are outside 0..{layers - 1}; -1, the embeddings, is not known to it")
+    elif layers - 1 in taps:
+        wrong.append(f"layer {layers - 1}, the last one, is never captured by its Qwen3 loop")
+    if not 0 <= values["mask_token_id"] < files.target.vocab_size:
+        refusals.append(f"mask_token_id {values['mask_token_id']} is outside the target's vocabulary")
+    fc = next((shape for name, shape in files.shapes.items() if name.endswith("fc.weight")), None)
+    if fc is not None and fc[1] != len(taps) * width:
+        refusals.append(
+            f"fc.weight reads {fc[1]} features, {len(taps)} layers of width {width} give {len(taps) * width}"
+        )
+    reading = None
+    if not refusals:
+        first = not fill_in and bool(config.get("sample_from_anchor", True))
+        reading = dataclasses.replace(
+            files.stated, taps=taps, mask_token_id=values["mask_token_id"], anchor_first=first,
+            block_size=values["block_size"],
+        )  # fmt: skip
+    return Verdict("SGLang", tuple(refusals), tuple(wrong), tuple(notes), reading)
+
+
+def _sglang_heads(files: Files, values: Mapping[str, Any]) -> list[str]:
+    """Markov and confidence heads by their exact names."""
+    refusals = []
+    if not values.get("markov_rank"):
+        refusals.append("markov_rank must be positive: export with an all-zero Markov head")
+    elif not values.get("markov_head_type"):
+        refusals.append("markov_head_type is missing in config.json")
+    elif "markov_head.markov_w1.weight" not in files.shapes:
+        refusals.append("markov_head.markov_w1.weight is missing (its name may have no prefix)")
+    if any(f"confidence_head.proj.{part}" not in files.shapes for part in ("weight", "bias")):
+        refusals.append(
+            "the confidence head is missing: start it with SGLANG_RAGGED_VERIFY_MODE=static, or export as universal"
+        )
+    return refusals
+
+
+def llama_cpp(files: Files) -> Verdict:
+    """llama.cpp: what its converter takes and how it fills the GGUF."""
+    refusals, heads, config = list[str](), files.head_tensors(), files.config
+    if files.stated.family == "eagle3":
+        return Verdict("llama.cpp", ("its converter takes Llama's EAGLE-3 only",), (), (), None)
+    if files.gemma:
+        return Verdict("llama.cpp", ("Gemma 4 drafters are not merged there",), (), (), None)
+    layout = files.stated
+    if "gate_proj" in heads or "joint_proj" in heads or layout.markov_head_type != "vanilla":
+        refusals.append(f"only the vanilla Markov head is converted, this is {layout.markov_head_type}")
+    width = files.target.hidden_size
+    if "markov" in heads:
+        wanted = (1, width + next(s[1] for n, s in files.shapes.items() if n.endswith("markov_w1.weight")))
+        found = next((s for n, s in files.shapes.items() if n.endswith("confidence_head.proj.weight")), None)
+        if found != wanted:
+            have = "is missing" if found is None else f"is {list(found)}"
+            refusals.append(
+                f"confidence_head.proj.weight {have}, beside a Markov head it must be {list(wanted)}: "
+                "export as universal"
+            )
+    default = not files.speculators and layout.dialect != "dflash"
+    first = bool(config.get("sample_from_anchor", files.nested("dflash_config").get("sample_from_anchor", default)))
+    reading = None if refusals else dataclasses.replace(layout, anchor_first=first)
+    notes = ("its Markov chain is greedy",) if "markov" in heads else ()
+    return Verdict("llama.cpp", tuple(refusals), (), notes, reading)
+
+
+def speculators(files: Files) -> Verdict:
+    """The speculators package: its own format only; no embedding scale and no soft-cap."""
+    if not files.speculators:
+        return Verdict("speculators", ("not in its format: export with --format speculators",), (), (), None)
+    wrong = ("it scales no embeddings and caps no logits: Gemma 4 drafts are others there",) if files.gemma else ()
+    return Verdict("speculators", (), wrong, (), files.stated)
+
+
+SERVERS = (vllm, sglang, llama_cpp, speculators)
+
+
+def _vocabulary(files: Files, server: str) -> list[str]:
+    """Reduced draft vocabularies."""
+    config, refusals = files.config, []
+    if files.has_vocabulary_map and server == "SGLang":
+        refusals.append("a reduced draft vocabulary (d2t) is not known to it")
+    elif files.has_vocabulary_map and files.gemma:
+        refusals.append("a reduced draft vocabulary (d2t) is not known to its Gemma 4 class")
+    elif config.get("draft_vocab_size", files.target.vocab_size) < files.target.vocab_size:
+        missing = [name for name in ("lm_head.weight", "d2t") if name not in files.shapes]
+        refusals += [f"{name} is required with a reduced draft vocabulary" for name in missing]
+    return refusals
+
+
+def replay(
+    path: str, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], target: TargetArchitecture
+) -> list[Verdict]:
+    """The verdict of every server on a directory.
+
+    Raises:
+      InputError: config.json describes no drafter that is known here.
+    """
+    files = Files(path, config, shapes, target, read_layout(path, config))
+    if not shapes:
+        raise InputError(f"{path}: there are no tensors; download it again")
+    return [server(files) for server in SERVERS]

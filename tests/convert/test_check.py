@@ -1,0 +1,246 @@
+"""`convert check` names every wrong dialect that loads without complaint, and what each server refuses."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from dspark_jax.config import MeshConfig, TargetArchitecture
+from dspark_jax.convert import __main__ as convert
+from dspark_jax.convert.__main__ import main, parser
+from dspark_jax.convert.check import Report, check_directory
+from dspark_jax.convert.servers import replay
+from dspark_jax.sharding import make_mesh
+
+MASKS = (45, 47, 46, 0)
+
+
+@pytest.fixture
+def copy(world, tmp_path):
+    """Copies a drafter with other settings; a key that is given as None is removed."""
+
+    def make(drafter: str = "good", name: str = "drafter", **settings) -> Path:
+        directory = shutil.copytree(world.drafters[drafter], tmp_path / name)
+        raw = json.loads((directory / "config.json").read_text())
+        for key, value in settings.items():
+            for where in (raw, raw["dflash_config"], raw["dspark_config"]):
+                if where is raw or key in where:
+                    where[key] = value
+                if value is None:
+                    where.pop(key, None)
+        (directory / "config.json").write_text(json.dumps(raw))
+        return directory
+
+    return make
+
+
+def report(world, directory) -> Report:
+    mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        return check_directory(directory, world.target, world.path, world.answers, mesh, masks=MASKS)
+
+
+def verdicts(found: Report) -> dict[str, tuple[str, str]]:
+    return {verdict.server: found.served(verdict) for verdict in found.verdicts}
+
+
+def test_a_good_export_passes_everywhere(world, copy):
+    found = report(world, copy())
+    assert found.problems == () and found.good
+    assert found.dialect.stated.tau > 1.7 and found.dialect.teacher > 0.4
+    assert {server: word for server, (word, _) in verdicts(found).items()} == {
+        "vLLM": "serves", "SGLang": "serves", "llama.cpp": "serves", "speculators": "refuses",
+    }  # fmt: skip
+    assert "export with --format speculators" in verdicts(found)["speculators"][1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"target_layer_ids": [1, 2]}, r"layer ids \[1, 2\] are one too high .* outputs of layers \[0, 1\] are meant"),
+        ({"target_layer_ids": [-1, 0]}, r"layer ids \[-1, 0\] are one too low: the outputs of layers \[0, 1\]"),
+        ({"mask_token_id": 0}, "mask token is 45, the file says 0"),
+        ({"sample_from_anchor": False}, "blocks are anchor-first .* set sample_from_anchor to true"),
+    ],
+)
+def test_wrong_settings_are_named(world, copy, settings, problem):
+    found = report(world, copy(**settings))
+    assert not found.good
+    assert len(found.problems) == 1
+    assert re.search(problem, found.problems[0]), found.problems
+    assert "tokens per round instead of" in found.problems[0]
+    words = verdicts(found)
+    assert words["vLLM"][0] == "differs" and "it reads" in words["vLLM"][1]
+
+
+def test_a_fill_in_drafter_is_named(world, copy):
+    found = report(world, copy("fill-in"))
+    assert [problem.split(",")[0] for problem in found.problems] == [
+        "its blocks are fill-in (row k predicts anchor + k)"
+    ]
+    right = report(world, copy("fill-in", "right", sample_from_anchor=False))
+    assert right.problems == ()
+    assert verdicts(right)["vLLM"][0] == "serves"
+
+
+def test_a_pre_norm_teacher_is_named(world, copy):
+    found = report(world, copy("raw"))
+    assert ["distilled from the target without its final norm" in problem for problem in found.problems] == [True]
+    assert found.dialect.best is found.dialect.stated
+
+
+def test_frozen_copies_of_another_target_are_named(world, copy):
+    directory = copy()
+    tensors = load_file(directory / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["lm_head.weight"] + 0.1
+    save_file(tensors, directory / "model.safetensors")
+    assert ["lm_head.weight is not the target's" in problem for problem in report(world, directory).problems] == [True]
+
+
+def test_a_drafter_that_cannot_be_loaded_is_still_replayed(world, copy):
+    directory = copy()
+    tensors = load_file(directory / "model.safetensors")
+    del tensors["fc.weight"]
+    save_file(tensors, directory / "model.safetensors")
+    found = report(world, directory)
+    assert found.dialect is None and "fc.weight is missing" in found.problems[0]
+    assert len(found.lines()) >= 6
+
+
+ARCH = TargetArchitecture("qwen3", 48, 32, 4, 2, 1, 16, 64)
+
+
+def files(world) -> tuple[dict, dict]:
+    raw = json.loads((world.drafters["good"] / "config.json").read_text())
+    shapes = {name: value.shape for name, value in load_file(world.drafters["good"] / "model.safetensors").items()}
+    return raw, shapes
+
+
+def refusals(raw, shapes, path="drafter", target=ARCH) -> dict[str, tuple[str, ...]]:
+    return {verdict.server: verdict.refusals for verdict in replay(path, raw, shapes, target)}
+
+
+def without(values: dict, *names: str) -> dict:
+    return {name: value for name, value in values.items() if not any(part in name for part in names)}
+
+
+def test_gated_heads_are_refused_where_they_are(world):
+    raw, shapes = files(world)
+    found = refusals(raw | {"markov_head_type": "gated"}, shapes | {"markov_head.gate_proj.weight": (8, 40)})
+    assert found["vLLM"] == ("only the vanilla Markov head is loaded, this is gated (gate_proj)",)
+    assert found["llama.cpp"] == ("only the vanilla Markov head is converted, this is gated",)
+    assert found["SGLang"] == ()
+
+
+def test_gemma_is_for_vllm_only(world):
+    raw, shapes = files(world)
+    raw |= {"architectures": ["Gemma4DSparkModel"], "model_type": "gemma4_text", "attention_k_eq_v": True}
+    found = refusals(raw, shapes)
+    assert found["vLLM"] == ()
+    assert found["SGLang"] == ("there is no Gemma4DSparkModel in it: serve Gemma 4 with vLLM",)
+    assert "not merged" in found["llama.cpp"][0]
+    assert "must be in the file" in refusals(raw, without(shapes, "lm_head"))["vLLM"][0]
+    assert "attention_k_eq_v" in refusals(raw | {"attention_k_eq_v": False}, shapes)["vLLM"][0]
+    gated = replay("x", raw | {"markov_head_type": "rnn"}, shapes | {"markov_head.joint_proj.weight": (1, 1)}, ARCH)
+    assert gated[0].refusals == () and "ignores tensors it does not know: joint_proj" in gated[0].wrong[0]
+
+
+def test_dflash_needs_a_zero_markov_head(world):
+    raw, shapes = files(world)
+    raw |= {"markov_rank": 0, "enable_confidence_head": False, "dflash_config": {}, "dspark_config": {}}
+    found = refusals(raw, without(shapes, "markov", "confidence"))
+    assert "all-zero Markov head" in found["vLLM"][0] and "all-zero Markov head" in found["SGLang"][0]
+    assert any("SGLANG_RAGGED_VERIFY_MODE=static" in text for text in found["SGLang"])
+
+
+@pytest.mark.parametrize(
+    ("change", "server", "message"),
+    [
+        ({"markov_rank": None}, "vLLM", "markov_rank is not at the top level"),
+        ({"architectures": ["DSparkDraftModel"], "model_type": "llama"}, "vLLM", "taken for DeepSeek-V4"),
+        ({"architectures": ["Qwen3Eagle3Model"]}, "vLLM", "Qwen3Eagle3Model is not registered"),
+        ({"architectures": ["Qwen3Eagle3Model"]}, "SGLang", "no query and key norms"),
+        ({"architectures": ["Qwen3Eagle3Model"]}, "llama.cpp", "Llama's EAGLE-3 only"),
+        ({"draft_vocab_size": 20}, "vLLM", "d2t is required"),
+        ({"dspark_target_layer_ids": [-1, 0]}, "SGLang", "-1, the embeddings, is not known to it"),
+        ({"dspark_target_layer_ids": [0]}, "SGLang", "fc.weight reads 64 features, 1 layers of width 32 give 32"),
+        ({"dspark_mask_token_id": 48}, "SGLang", "mask_token_id 48 is outside"),
+    ],
+)
+def test_server_rules(world, change, server, message):
+    raw, shapes = files(world)
+    assert any(message in text for text in refusals(raw | change, shapes)[server])
+
+
+def test_shapes_that_llama_cpp_refuses(world):
+    raw, shapes = files(world)
+    found = refusals(raw, shapes | {"confidence_head.proj.weight": (1, 32)})
+    assert "is [1, 32], beside a Markov head it must be [1, 40]" in found["llama.cpp"][0]
+    assert "d2t" in refusals(raw, shapes | {"d2t": (20,)})["SGLang"][0]
+
+
+def test_precedence_of_layer_ids(world):
+    """vLLM uses eagle_aux ids as they stand, before all others; SGLang goes by dspark_ prefixes and nested dicts."""
+    raw, shapes = files(world)
+    raw |= {"eagle_aux_hidden_state_layer_ids": [3, 4], "dspark_target_layer_ids": [1, 2]}
+    found = {verdict.server: verdict.reading for verdict in replay("x", raw, shapes, ARCH)}
+    assert found["vLLM"].taps == (2, 3)
+    assert found["SGLang"].taps == (1, 2)
+    assert found["llama.cpp"].taps == (0, 1)
+    del raw["eagle_aux_hidden_state_layer_ids"]
+    raw["dflash_config"] = {"mask_token_id": 7}
+    found = {verdict.server: verdict.reading for verdict in replay("x", raw, shapes, ARCH)}
+    assert (found["vLLM"].taps, found["vLLM"].mask_token_id) == ((1, 2), 7)
+    assert found["SGLang"].mask_token_id == 45
+
+
+def test_speculators_files_without_a_layout_are_fill_in_for_vllm(world, tmp_path):
+    source = [f"--drafter={world.drafters['good']}", f"--target={world.path}"]
+    main(["export", *source, f"--output={tmp_path / 's'}", "--format=speculators", "--dtype=float32"])
+    raw = json.loads((tmp_path / "s" / "config.json").read_text())
+    _, shapes = files(world)
+    found = {verdict.server: verdict for verdict in replay("x", raw, shapes, ARCH)}
+    assert found["vLLM"].reading.anchor_first and found["vLLM"].reading.taps == (0, 1)
+    assert found["SGLang"].refusals
+    del raw["sample_from_anchor"]
+    found = {verdict.server: verdict for verdict in replay("x", raw, shapes, ARCH)}
+    assert not found["vLLM"].reading.anchor_first and not found["llama.cpp"].reading.anchor_first
+    assert found["speculators"].reading.anchor_first
+
+
+def test_paths_mislead_vllm(world):
+    raw, shapes = files(world)
+    notes = replay("models/my-dflash-drafter", raw, shapes, ARCH)[0].notes
+    assert notes == ('the path has \'dflash\' in it: state "method": "dspark" in --speculative-config',)
+
+
+def test_command_ends_with_status_1_on_a_wrong_dialect(world, copy, tmp_path, capsys, monkeypatch):
+    """The target's answers are replaced by those that the drafter knows."""
+    prompts = [one.tokens[:4].tolist() for one in world.answers]
+    written = SimpleNamespace(tokens=[one.tokens[4:] for one in world.answers])
+    monkeypatch.setattr(convert, "check_prompts", lambda *_: (prompts, list(MASKS)))
+    monkeypatch.setattr(convert, "generate", lambda *_, **__: written)
+    with pytest.raises(SystemExit) as exit_:
+        main(["check", f"--drafter={copy('fill-in')}", f"--target={world.path}", f"--json={tmp_path / 'r.json'}"])
+    assert exit_.value.code == 1
+    assert "WRONG: its blocks are fill-in" in capsys.readouterr().out
+    saved = json.loads((tmp_path / "r.json").read_text())
+    assert saved["servers"]["vLLM"]["verdict"] == "differs"
+    best = max(saved["scores"], key=lambda one: one["tau"])
+    assert not best["anchor_first"]
+
+
+def test_prompts_of_the_check(world, tiny_target, tmp_path):
+    options = parser().parse_args(["check", "--drafter=x", f"--target={tiny_target}", "--limit=2"])
+    prompts, masks = convert.check_prompts(options, 320)
+    assert len(prompts) == 2 and {319, 151669, 4} <= set(masks)
+    options.prompts = [str(tmp_path / "p.jsonl")]
+    (tmp_path / "p.jsonl").write_text('{"turns": ["the sum", "of"]}\n')
+    assert len(convert.check_prompts(options, 320)[0]) == 1
+    options.target = str(world.path)
+    assert [len(prompt) for prompt in convert.check_prompts(options, 48)[0]] == [12, 12]

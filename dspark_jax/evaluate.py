@@ -12,6 +12,9 @@ sweep of the confidence threshold, the reliability of the confidences before and
 cost table, throughput against per-user speed and verification budget against concurrency (`eval/load.json`). The table
 has the shape of a saturating accelerator, or is that of `--cost_table`. `eval/report.html` shows all of it on one page.
 
+`--traffic=2,4,8` also drives the serving engine of this machine with open-loop traffic at so many requests per second,
+with plain decoding, fixed lengths and schedulers in turn (`eval/traffic.json`).
+
 Prompts that cannot be used are set aside in `eval/rejected.jsonl`.
 """
 
@@ -48,6 +51,7 @@ from dspark_jax.evaluation.plots import (
     survival_plot,
     threshold_plot,
     throughput_plot,
+    traffic_plot,
 )
 from dspark_jax.evaluation.predictors import (
     calibration_data,
@@ -60,6 +64,7 @@ from dspark_jax.evaluation.speed import Speed, measure_speed, measure_speed_apar
 from dspark_jax.evaluation.summary import Measured, greedy_metrics, metrics_at, table, write_json
 from dspark_jax.evaluation.threshold import sweep_thresholds
 from dspark_jax.evaluation.traces import record
+from dspark_jax.evaluation.traffic import TrafficPoint, measure_traffic, parse_rates, traffic_table
 from dspark_jax.ops.sampling import GREEDY_BELOW
 from dspark_jax.progress import Progress, log
 from dspark_jax.sharding import make_mesh
@@ -74,6 +79,9 @@ def evaluate(
     drafter: Any = None,
     tokenizer: Any = None,
     cost_table: str | None = None,
+    traffic: str = "",
+    traffic_requests: int = 60,
+    traffic_slots: int = 8,
 ) -> dict[str, Any]:
     """Evaluates the newest checkpoint of `workdir`, or models that are loaded already.
 
@@ -85,6 +93,9 @@ def evaluate(
       drafter: the drafter, or None to load it.
       tokenizer: the target's, or None to load it.
       cost_table: file in SGLang's layout to replay load on, or None for a saturating accelerator.
+      traffic: rates in requests per second at which the serving engine is driven, e.g. "2,4,8"; empty for none.
+      traffic_requests: at every rate.
+      traffic_slots: requests decoded together.
 
     Returns:
       The content of `eval/metrics.json`.
@@ -97,6 +108,9 @@ def evaluate(
         raise InputError("eval.temperatures is empty; give at least one, e.g. (1.0, 0.0)")
     most = max(CONCURRENCIES) * (config.drafter.block_size + 1)
     costs = read_cost_table(Path(cost_table)) if cost_table else saturating(most)
+    rates = parse_rates(traffic) if traffic else ()
+    if rates and min(traffic_requests, traffic_slots) < 1:
+        raise InputError(f"--traffic_requests={traffic_requests} and --traffic_slots={traffic_slots} must be positive")
     started = time.monotonic()
     mesh = make_mesh(config.mesh) if mesh is None else mesh
     engine = open_engine(config, workdir, mesh, target=target, drafter=drafter, tokenizer=tokenizer)
@@ -106,6 +120,19 @@ def evaluate(
     rejected = folder / "rejected.jsonl"
     with contextlib.closing(Tally(rejected if primary else Path(os.devnull))) as tally, jax.set_mesh(mesh):
         metrics, measured = measure(config, engine, tally, workdir)
+        curves = {}
+        if rates:
+            items = measured[0].requests.items
+            curves = measure_traffic(
+                engine,
+                [item.prompt for item in items],
+                [measured[0].conversations[item.owner].prompt.prompt_set for item in items],
+                rates,
+                slots=traffic_slots,
+                count=traffic_requests,
+                temperature=measured[0].temperature,
+                steps_per_second=costs.speculative if cost_table else None,
+            )
     metrics["seconds"] = round(time.monotonic() - started, 1)
     if primary:
         if tally.rejected:
@@ -114,7 +141,10 @@ def evaluate(
             rejected.unlink()
         metrics = write_json(folder / "metrics.json", metrics)
         print(table(metrics), flush=True)
-        write_analysis(config, metrics, measured[0], costs, folder)
+        if curves:
+            print("", traffic_table(curves), sep="\n", flush=True)
+            write_json(folder / "traffic.json", {name: [vars(one) for one in row] for name, row in curves.items()})
+        write_analysis(config, metrics, measured[0], costs, folder, curves)
     return metrics
 
 
@@ -178,7 +208,12 @@ def _speeds(
 
 
 def write_analysis(
-    config: Config, metrics: Mapping[str, Any], headline: Measured, costs: CostTable, folder: Path
+    config: Config,
+    metrics: Mapping[str, Any],
+    headline: Measured,
+    costs: CostTable,
+    folder: Path,
+    traffic: Mapping[str, Sequence[TrafficPoint]],
 ) -> None:
     """Everything that follows from the rounds at the first temperature: figures, replays under load, the report.
 
@@ -205,6 +240,8 @@ def write_analysis(
         predicted = write_json(folder / "calibration.json", calibration_data(calibration))
         load = write_json(folder / "load.json", load_data(curves, costs, traces.block_size))
         print("", calibration_table(predicted, title), "", load_table(load), sep="\n", flush=True)
+    if traffic:
+        plots.append(traffic_plot(traffic, title))
     for name in _FIGURES - {plot.name for plot in plots}:  # of an earlier run, to which it applied
         for ending in ("png", "json"):
             (folder / f"{name}.{ending}").unlink(missing_ok=True)
@@ -213,7 +250,7 @@ def write_analysis(
     (folder / "report.html").write_text(report(metrics, predicted, load, plots), "utf-8")
 
 
-_FIGURES = {"conditional_acceptance", "survival", "threshold", "throughput", "budget"}
+_FIGURES = {"conditional_acceptance", "survival", "threshold", "throughput", "budget", "traffic"}
 _FIGURES |= {"reliability", "reliability_sts", "reliability_bias_sts"}
 _NOT_DRAWN = {"early stop, head", "early stop, head+STS"}  # in the tables; as lines they hide each other
 
@@ -237,6 +274,14 @@ def _define(values: flags.FlagValues) -> None:
         "Default: a saturating accelerator.",
         flag_values=values,
     )
+    flags.DEFINE_string(
+        "traffic",
+        "",
+        "Also drive the serving engine with open-loop (Poisson) traffic: requests per second, e.g. 2,4,8.",
+        flag_values=values,
+    )
+    flags.DEFINE_integer("traffic_requests", 60, "Requests at every rate of --traffic.", flag_values=values)
+    flags.DEFINE_integer("traffic_slots", 8, "Requests decoded together under --traffic.", flag_values=values)
 
 
 if __name__ == "__main__":

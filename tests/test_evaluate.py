@@ -75,7 +75,9 @@ def run(save_untrained: Any, tiny_target: Path, tmp_path_factory: pytest.TempPat
     with pytest.MonkeyPatch.context() as patch:
         printed: list[str] = []
         patch.setattr("builtins.print", lambda *text, sep=" ", **_: printed.append(sep.join(map(str, text))))
-        metrics = evaluate(config, workdir, mesh=mesh, cost_table=str(costs))
+        # One contender: the others would only compile longer.
+        patch.setattr("dspark_jax.evaluation.traffic.traffic_contenders", lambda *_: {"plain": (None, None)})
+        metrics = evaluate(config, workdir, mesh=mesh, cost_table=str(costs), traffic="50", traffic_requests=4)
     return Run(config, workdir, mesh, metrics, "\n".join(printed))
 
 
@@ -116,13 +118,20 @@ def test_unusable_prompts_are_set_aside_and_counted(run: Run):
 
 def test_figures_are_written_with_their_numbers(run: Run):
     names = {"conditional_acceptance", "survival", "threshold", "reliability", "throughput", "budget"}
-    names |= {"reliability_sts", "reliability_bias_sts"}
+    names |= {"reliability_sts", "reliability_bias_sts", "traffic"}
     written = {path.stem for path in (run.workdir / "eval").glob("*.png")}
     assert written == names
     for name in names:
         assert (run.workdir / f"eval/{name}.png").stat().st_size > 5000
     sweep = json.loads((run.workdir / "eval/threshold.json").read_text())
     assert sweep["math"]["tau"][0] == pytest.approx(run.metrics["prompt_sets"]["math"]["tau"])
+
+
+def test_the_serving_engine_was_driven_with_traffic(run: Run):
+    (point,) = json.loads((run.workdir / "eval/traffic.json").read_text())["plain"]
+    assert (point["served"], point["refused"], point["offered"]) == (4, 0, 50.0)
+    assert point["tokens_per_second"] > 0 and point["budget"] == 1.0
+    assert "open-loop traffic" in run.printed
 
 
 def test_load_is_replayed_on_the_given_table(run: Run):

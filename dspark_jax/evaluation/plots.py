@@ -23,6 +23,7 @@ from dspark_jax.evaluation.load import LoadPoint
 from dspark_jax.evaluation.predictors import CALIBRATED, DESCRIBED, HEAD, SHIFTED, Calibration
 from dspark_jax.evaluation.summary import write_json
 from dspark_jax.evaluation.threshold import ThresholdSweep
+from dspark_jax.evaluation.traffic import TrafficPoint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,6 +227,33 @@ def budget_plot(curves: Mapping[str, Sequence[LoadPoint]], title: str, table: st
         title="Verification budget against concurrency",
         caption=f"Tokens in the verification batch per request, the anchor included. Replayed on: {table}.",
         alt="Verified tokens per request and step: " + "; ".join(shown) + ".",
+        data={name: [vars(point) for point in points] for name, points in curves.items()},
+        draw=draw,
+    )
+
+
+def traffic_plot(curves: Mapping[str, Sequence[TrafficPoint]], title: str) -> Plot:
+    """Throughput against the speed of one user under open-loop traffic, one line per contender, on this machine."""
+
+    def draw(theme: Theme) -> Figure:
+        figure, axes = _figure(title, theme, 4.6)
+        for number, (name, points) in enumerate(curves.items()):
+            _line(axes, theme, number, [p.per_user for p in points], [p.tokens_per_second for p in points], name)
+        axes.set(xlabel="tokens per second of one user (median)", ylabel="tokens per second of all users")
+        figure.legend(loc="outside lower center", ncols=2)
+        return figure
+
+    rates = [point.offered for point in next(iter(curves.values()))]
+    shown = "; ".join(
+        f"{name}: {points[-1].tokens_per_second:.0f} tokens per second at {points[-1].offered:g} requests per second"
+        for name, points in curves.items()
+    )
+    return Plot(
+        name="traffic",
+        title="Open-loop traffic on this machine",
+        caption=f"The serving engine under Poisson arrivals of {', '.join(f'{rate:g}' for rate in rates)} requests per "
+        "second, one marker each. The same requests for every line.",
+        alt=f"Throughput of all users against the speed of one under open-loop traffic. {shown}.",
         data={name: [vars(point) for point in points] for name, points in curves.items()},
         draw=draw,
     )

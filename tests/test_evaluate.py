@@ -99,7 +99,11 @@ def test_metrics_have_the_documented_layout(run: Run):
         assert one["rounds"] == sum(row["rounds"] for row in one["prompt_sets"].values())
         assert one["tokens_per_second"] > 0 and one["baseline_tokens_per_second"] > 0
         assert one["speedup"] == pytest.approx(one["tokens_per_second"] / one["baseline_tokens_per_second"])
-        assert one["speedup_ci95"][0] <= one["speedup"] <= one["speedup_ci95"][1]
+        rate = one["adaptive_tokens_per_second"]
+        assert one["adaptive_speedup"] == pytest.approx(rate / one["baseline_tokens_per_second"])
+        for name in ("speedup", "adaptive_speedup"):
+            assert one[f"{name}_ci95"][0] <= one[name] <= one[f"{name}_ci95"][1]
+        assert one["round_cost"] > 0
     assert written["calibration"]["by_position"]["weight"][0] == written["rounds"]
     assert 0 <= written["calibration"]["ece"] <= 1 and 0 <= written["calibration"]["brier"] <= 1
     assert written["temperatures"]["0.0"]["calibration"] is None
@@ -154,7 +158,7 @@ def test_calibration_halves_cover_all_rounds(run: Run):
 def test_report_shows_the_run(run: Run):
     page = (run.workdir / "eval/report.html").read_text()
     assert f"{run.metrics['prompt_sets']['math']['tau']:.3f}" in page
-    assert page.count("<img") == 8 and "costs.json" in page
+    assert page.count("<img") == 9 and "costs.json" in page
 
 
 def test_table(run: Run):
@@ -164,7 +168,7 @@ def test_table(run: Run):
     for temperature in ("1.0", "0.0"):
         assert f"tiny: temperature {temperature}, up to {BUDGET} new tokens" in run.printed
     assert f"{run.metrics['prompt_sets']['math']['tau']:.3f}" in run.printed
-    assert run.printed.count("ratio ") == 2 and run.printed.count("macro average") == 2
+    assert run.printed.count("ratio ") == 4 and run.printed.count("macro average") == 2
     assert "all 9 answers are token-identical" in run.printed
 
 

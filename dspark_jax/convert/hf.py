@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from dspark_jax.config import DrafterConfig, InputError, TargetArchitecture
 from dspark_jax.convert.layouts import Layout, layers_config, read_config, read_layout
-from dspark_jax.convert.mapping import FROZEN, VOCABULARY_MAPS, drafter_weights
+from dspark_jax.convert.mapping import FROZEN, LAYER_SCALAR, VOCABULARY_MAPS, drafter_weights, is_gemma
 from dspark_jax.drafter import AnyDrafter, make_drafter
 from dspark_jax.target.loading import fill_module, parameter_paths, read_checkpoint
 
@@ -84,8 +84,11 @@ def abstract_drafter(arch: TargetArchitecture, config: DrafterConfig, *, dtype: 
 
 def expected_tensors(arch: TargetArchitecture, config: DrafterConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor that a checkpoint of this drafter holds, frozen copies of the target's included, and its shape."""
-    weights, shapes = drafter_weights(config), dict[str, tuple[int, ...]]()
-    for path, variable in parameter_paths(abstract_drafter(arch, config)).items():
+    parameters, shapes = parameter_paths(abstract_drafter(arch, config)), dict[str, tuple[int, ...]]()
+    weights = drafter_weights(config, parameters)
+    if is_gemma(parameters):
+        shapes = {LAYER_SCALAR.format(i=i): (1,) for i in range(config.num_layers)}
+    for path, variable in parameters.items():
         weight, shape = weights[path], variable.get_value().shape
         single = shape[1:] if weight.stacked else shape
         for name in weight.names(shape[0] if weight.stacked else 1):
@@ -146,18 +149,28 @@ def load_tensors(
     tensors = read_checkpoint(directory)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     compare_tensors(str(directory), shapes, expected_tensors(arch, config), config.kind)
+    for name, tensor in tensors.items():
+        if name.endswith("layer_scalar") and np.any(np.asarray(tensor, np.float32) != 1):
+            raise InputError(f"{directory}: tensor {name} is not 1, which is not supported; scale the layer's weights")
     drafter = abstract_drafter(arch, config, dtype=dtype)
-    fill_module(drafter, tensors, drafter_weights(config), str(directory), mesh, np.float32)
+    weights = drafter_weights(config, parameter_paths(drafter))
+    fill_module(drafter, tensors, weights, str(directory), mesh, np.float32)
     return drafter
 
 
 def stored_tensors(drafter: AnyDrafter, config: DrafterConfig) -> Iterable[tuple[str, np.ndarray]]:
-    """Parameters of a drafter (or gradients in its shape) under the reference's names, one stack on the host at a time.
+    """Parameters and constants of a drafter under the reference's names, one stack on the host at a time.
 
     Yields:
       (name, float32 array in PyTorch layout).
     """
-    weights = drafter_weights(config)
+    yield from _parameters(drafter, config)
+    if is_gemma(parameter_paths(drafter)):
+        yield from ((LAYER_SCALAR.format(i=i), np.ones(1, np.float32)) for i in range(config.num_layers))
+
+
+def _parameters(drafter: AnyDrafter, config: DrafterConfig) -> Iterable[tuple[str, np.ndarray]]:
+    weights = drafter_weights(config, parameter_paths(drafter))
     for path, variable in parameter_paths(drafter).items():
         weight, value = weights[path], np.asarray(variable.get_value(), np.float32)
         layers = list(value) if weight.stacked else [value]
@@ -166,5 +179,5 @@ def stored_tensors(drafter: AnyDrafter, config: DrafterConfig) -> Iterable[tuple
 
 
 def drafter_tensors(drafter: AnyDrafter, config: DrafterConfig) -> dict[str, np.ndarray]:
-    """All `stored_tensors` at once."""
-    return dict(stored_tensors(drafter, config))
+    """Parameters of a drafter (or gradients in its shape) as float32 arrays under the reference's names."""
+    return dict(_parameters(drafter, config))

@@ -1,7 +1,11 @@
 """Names and shapes of drafter checkpoints in the layout of the PyTorch reference (DeepSpec `save_pretrained`)."""
 
+from collections.abc import Iterable
+
 from dspark_jax.config import DrafterConfig
-from dspark_jax.target.qwen3 import LAYER_WEIGHTS, Weight
+from dspark_jax.target import gemma4
+from dspark_jax.target.qwen3 import LAYER_WEIGHTS
+from dspark_jax.target.weights import Weight
 
 _BACKBONE = {
     "backbone.fc": Weight("fc.weight", inputs=1),
@@ -52,10 +56,32 @@ VOCABULARY_MAPS = ("t2d", "d2t")
 """Tensors of drafters that draft from a part of the vocabulary only."""
 
 
-def drafter_weights(config: DrafterConfig) -> dict[str, Weight]:
-    """Every parameter of a drafter and the tensor that holds it."""
+LAYER_SCALAR = "layers.{i}.layer_scalar"
+"""A buffer of one number in every layer of a Gemma 4 drafter: always 1, never trained, and no parameter here."""
+
+
+def is_gemma(paths: Iterable[str]) -> bool:
+    """Whether a drafter with these parameters has Gemma 4's layers."""
+    return any(path.endswith("layers.mlp_out_norm") for path in paths)
+
+
+def drafter_weights(config: DrafterConfig, paths: Iterable[str] = ()) -> dict[str, Weight]:
+    """Every parameter of a drafter and the tensor that holds it.
+
+    Args:
+      config: says what kind of drafter it is.
+      paths: of its parameters; they tell Gemma 4's layers, of which some norms go by other names, from Qwen3's.
+    """
+    weights = _plain_weights(config)
+    if is_gemma(paths):
+        stack = "layers." if config.kind in ("eagle3", "mtp") else "backbone.layers."
+        weights |= {stack + path: weight for path, weight in gemma4.LAYER_WEIGHTS.items() if path != "scalar"}
+    return weights
+
+
+def _plain_weights(config: DrafterConfig) -> dict[str, Weight]:
     if config.kind in ("eagle3", "mtp"):
-        return _EAGLE3 if config.kind == "eagle3" else _MTP
+        return dict(_EAGLE3 if config.kind == "eagle3" else _MTP)
     weights = dict(_BACKBONE)
     if config.markov_rank:
         weights |= _MARKOV | _HEADS[config.markov_head_type]

@@ -18,8 +18,10 @@ CASES = {
     "case2_qwen3_dspark_gated": "qwen3_untied",
     "case3_qwen3_dspark_rnn": "qwen3_tied",
     "case4_qwen3_dflash": "qwen3_untied",
+    "case6_gemma4_dspark_vanilla": "gemma4_keqv",
 }
-LOGITS = 4e-5  # float32 rounding of the reference against float64 is 1.6e-5 on logits
+FLOAT32 = {"case6_gemma4_dspark_vanilla": 7e-5}
+"""Rounding of the reference's logits in float32 against float64, 1.6e-5 elsewhere."""
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -30,7 +32,7 @@ def case(request, golden):
     arch = TargetArchitecture.from_hf(target_directory)
     target = load_target(TargetConfig(path=str(target_directory), architecture=arch), mesh)
     config, drafter = import_drafter(directory / "draft", mesh)
-    io = load_file(directory / "io.safetensors")
+    io = load_file(directory / "io.safetensors") | {"tolerance": 2.5 * FLOAT32.get(request.param, 1.6e-5)}
     anchors = Anchors(jnp.asarray(io["anchor_positions"], jnp.int32), jnp.asarray(io["block_keep_mask"], bool))
     return target, config, drafter, io, anchors
 
@@ -65,21 +67,21 @@ def test_training_pass(case):
     tokens, loss_mask = jnp.asarray(io["input_ids"], jnp.int32), jnp.asarray(io["loss_mask"])
     out = jax.jit(lambda d, f: d(target, f, tokens, loss_mask, anchors))(drafter, io["target_hidden_states"])
     keep = io["block_keep_mask"].astype(bool)
-    np.testing.assert_allclose(np.asarray(out.hidden)[keep], io["output_hidden"][keep], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(np.asarray(out.hidden)[keep], io["output_hidden"][keep], rtol=0, atol=io["tolerance"] / 4)
     logits = target.unembed(out.hidden)
     embedding = None
     if drafter.markov is not None:
         embedding = drafter.markov.embed(out.prev_tokens)
         logits = logits + drafter.markov.bias(drafter.markov.latent(out.hidden, embedding))
-    np.testing.assert_allclose(np.asarray(logits)[keep], io["draft_logits"][keep], rtol=0, atol=LOGITS)
+    np.testing.assert_allclose(np.asarray(logits)[keep], io["draft_logits"][keep], rtol=0, atol=io["tolerance"])
     assert (drafter.confidence is None) == ("confidence_pred" not in io)
     if drafter.confidence is not None:
         confidence = drafter.confidence(out.hidden, embedding)
-        np.testing.assert_allclose(np.asarray(confidence)[keep], io["confidence_pred"][keep], rtol=0, atol=LOGITS)
+        np.testing.assert_allclose(np.asarray(confidence)[keep], io["confidence_pred"][keep], rtol=0, atol=io["tolerance"])
     rows = jax.vmap(lambda hidden, at: hidden[at])(jnp.asarray(io["target_last_hidden_states"]), out.teacher_rows)
     mask = io["eval_mask"].astype(bool)
     teacher = np.asarray(target.unembed(rows))
-    np.testing.assert_allclose(teacher[mask], io["aligned_target_logits"][mask], rtol=0, atol=LOGITS)
+    np.testing.assert_allclose(teacher[mask], io["aligned_target_logits"][mask], rtol=0, atol=io["tolerance"])
 
 
 def test_decoding_pass_equals_training_pass(case):
@@ -106,8 +108,8 @@ def test_decoding_pass_equals_training_pass(case):
     if drafter.markov is not None:
         latent = drafter.markov.latent(out.hidden, drafter.markov.embed(out.prev_tokens))
         logits = logits + drafter.markov.bias(latent)
-    np.testing.assert_allclose(proposal.logits, logits[:, 0], rtol=0, atol=LOGITS)
+    np.testing.assert_allclose(proposal.logits, logits[:, 0], rtol=0, atol=io["tolerance"])
     np.testing.assert_array_equal(proposal.tokens, jnp.argmax(logits[:, 0], axis=-1))
     if drafter.confidence is not None:
         expected = drafter.confidence(out.hidden, drafter.markov.embed(out.prev_tokens))[:, 0]
-        np.testing.assert_allclose(proposal.confidence, expected, rtol=0, atol=LOGITS)
+        np.testing.assert_allclose(proposal.confidence, expected, rtol=0, atol=io["tolerance"])

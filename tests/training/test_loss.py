@@ -172,6 +172,7 @@ CASES = {
     "case2_qwen3_dspark_gated": "qwen3_untied",
     "case3_qwen3_dspark_rnn": "qwen3_tied",
     "case4_qwen3_dflash": "qwen3_untied",
+    "case6_gemma4_dspark_vanilla": "gemma4_keqv",
 }
 RENAMED = {"confidence_cumprod_bias": "confidence_prefix_bias", "tau_probabilistic": "tau_expected"}
 

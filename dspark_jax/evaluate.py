@@ -4,8 +4,9 @@
 
 decodes the prompt sets of `config.eval` with the newest checkpoint of the working directory at every temperature of
 `config.eval.temperatures`, prints a table per temperature, and writes `eval/metrics.json`. The first temperature gives
-the headline numbers. Speed is measured at batch 1 in the same run, plain and speculative decoding taking turns (with
-`eval.speed_threads`, in a process with so many CPU threads).
+the headline numbers. Speed is measured at batch 1 in the same run: plain decoding, drafting in every round, and
+drafting where it pays (`Scheduler.adaptive`), taking turns (with `eval.speed_threads`, in a process with so many CPU
+threads).
 
 From the rounds at the first temperature it also draws, as PNG and as the JSON behind it: acceptance by position, the
 sweep of the confidence threshold, the reliability of the confidences before and after calibration, and, replayed on a

@@ -3,8 +3,9 @@
 `serving.Engine` decodes requests as they come.
 """
 
-from dspark_jax.engine.generate import decode_round, generate, prefill
+from dspark_jax.engine.generate import generate, prefill
 from dspark_jax.engine.result import DecodeResult
+from dspark_jax.engine.round import decode_round
 from dspark_jax.engine.sampling import Uniforms, request_keys, round_uniforms
 from dspark_jax.engine.state import DecodeState, Round
 

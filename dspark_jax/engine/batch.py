@@ -211,7 +211,10 @@ def _fetching(outcome: Committed) -> Committed:
 
 def _traced(entry: Any, row: int) -> TracedRound:
     """What a fetched round did to one request."""
-    confidence = None if entry.confidence is None else tuple(entry.confidence[row].tolist())
+    drafted = tuple(entry.drafted[row].tolist())
+    if drafted and drafted[0] < 0:  # a round without drafts
+        drafted = ()
+    confidence = None if entry.confidence is None else tuple(entry.confidence[row].tolist())[: len(drafted)]
     accepted = int(entry.accepted[row])
     follows = int(entry.next_token[row]) if entry.emitted[row] > accepted else None
-    return TracedRound(tuple(entry.drafted[row].tolist()), confidence, int(entry.proposed[row]), accepted, follows)
+    return TracedRound(drafted, confidence, int(entry.proposed[row]), accepted, follows)

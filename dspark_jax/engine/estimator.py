@@ -14,6 +14,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from dspark_jax.config import InputError
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +65,36 @@ def empty_estimate(
     assert strength > 0 and 0 < discount <= 1 and 0 < all_discount <= 1 and 0 < prior < 1
     rows, none = jnp.zeros((batch, block_size), jnp.float32), jnp.zeros(block_size, jnp.float32)
     return AcceptanceEstimate(rows, rows, none, none, strength, discount, all_discount, prior)
+
+
+@dataclasses.dataclass(frozen=True)
+class EstimateSettings:
+    """How an `AcceptanceEstimate` learns; see there for the fields. Hashable, so that it can be static under jit."""
+
+    strength: float = 4.0
+    discount: float = 0.98
+    all_discount: float = 0.995
+    prior: float = 0.5
+
+    def start(self, batch: int, block_size: int) -> AcceptanceEstimate:
+        """The estimate before any round."""
+        return empty_estimate(batch, block_size, **dataclasses.asdict(self))
+
+    def check(self) -> None:
+        """Refuses settings out of range.
+
+        Raises:
+          InputError: which one, and its range.
+        """
+        ranges = {
+            "strength": (0 < self.strength < float("inf"), "a positive number of rounds"),
+            "discount": (0 < self.discount <= 1, "above 0 and at most 1, which forgets nothing"),
+            "all_discount": (0 < self.all_discount <= 1, "above 0 and at most 1, which forgets nothing"),
+            "prior": (0 < self.prior < 1, "a probability between 0 and 1, both excluded"),
+        }
+        for name, (holds, remedy) in ranges.items():
+            if not holds:
+                raise InputError(f"{name}={getattr(self, name)} of the running estimate is out of range; use {remedy}")
 
 
 def update(

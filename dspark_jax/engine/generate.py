@@ -14,13 +14,12 @@ import numpy as np
 
 from dspark_jax.config import InputError
 from dspark_jax.drafter.interface import Drafter
-from dspark_jax.engine.commit import commit, is_stop
-from dspark_jax.engine.draft import draft
+from dspark_jax.engine.commit import is_stop
 from dspark_jax.engine.result import DecodeResult, collect
-from dspark_jax.engine.sampling import Uniforms, request_keys, request_sampling, round_uniforms
-from dspark_jax.engine.schedule import Scheduler, check_scheduler, schedule
-from dspark_jax.engine.state import DecodeState, Round, RoundLog
-from dspark_jax.engine.verify import verify
+from dspark_jax.engine.round import drafting_round, plain_round
+from dspark_jax.engine.sampling import request_keys, request_sampling, round_uniforms
+from dspark_jax.engine.schedule import Scheduler, check_scheduler, drafts_now
+from dspark_jax.engine.state import DecodeState, RoundLog
 from dspark_jax.ops.product import has_matrix_units
 from dspark_jax.ops.sampling import Sampling, sample
 from dspark_jax.sharding import constrain
@@ -87,26 +86,6 @@ def prefill(
     )
 
 
-def decode_round(
-    target: Qwen3,
-    drafter: Drafter | None,
-    state: DecodeState,
-    uniforms: Uniforms,
-    sampling: Sampling,
-    stop_tokens: jax.Array,
-    *,
-    scheduler: Scheduler | None = None,
-    unroll: bool = False,
-) -> tuple[DecodeState, Round]:
-    """One round: draft, schedule (all drafts without a scheduler), verify, commit."""
-    taps = () if drafter is None else drafter.taps
-    proposal = draft(target, drafter, state, uniforms, sampling)
-    lengths, history = schedule(scheduler or Scheduler.fixed(), proposal, ~state.finished, state.history)
-    state = dataclasses.replace(state, history=history)
-    verdict, output = verify(target, state, proposal, lengths, uniforms, sampling, taps=taps, unroll=unroll)
-    return commit(drafter, state, proposal, lengths, verdict, output, stop_tokens)
-
-
 @dataclasses.dataclass(frozen=True)
 class Shape:
     """What a compiled decoding run is specialised to, besides the shapes of its arguments.
@@ -132,6 +111,9 @@ def decode_shape(width: int, max_new_tokens: int, drafter: Drafter | None, *, tr
     block_size = 0 if drafter is None else drafter.block_size
     budget = -(-max_new_tokens // 16) * 16
     return Shape(width + budget + block_size, budget, trace, unroll=jax.default_backend() == "cpu")
+
+
+Carry = tuple[DecodeState, RoundLog, jax.Array]  # of the loop; last the number of rounds so far
 
 
 @functools.partial(jax.jit, static_argnames=("shape",))
@@ -168,22 +150,37 @@ def decode(
         capacity=shape.capacity,
         unroll=shape.unroll,
     )
-    state = dataclasses.replace(state, history=scheduler.start(prompts.shape[0]))
+    state = dataclasses.replace(state, history=scheduler.start(prompts.shape[0], block_size))
     log = RoundLog.empty(shape.rounds, prompts.shape[0], block_size, trace=shape.trace, confidence=confident)
 
-    def step(carry: tuple[DecodeState, RoundLog, jax.Array]) -> tuple[DecodeState, RoundLog, jax.Array]:
+    def step(carry: Carry, *, drafts: bool = True) -> Carry:
         state, log, row = carry
         uniforms = round_uniforms(state.keys, state.positions, block_size)
         active = ~state.finished
-        state, entry = decode_round(
-            target, drafter, state, uniforms, sampling, stop_tokens, scheduler=scheduler, unroll=shape.unroll
-        )
+        settings = (state, uniforms, sampling, stop_tokens)
+        if drafts:
+            state, entry = drafting_round(target, drafter, *settings, scheduler, unroll=shape.unroll)
+        else:
+            assert drafter is not None
+            state, entry = plain_round(target, drafter, *settings, unroll=shape.unroll)
         return state, log.put(row, entry, active), row + 1
 
-    def running(carry: tuple[DecodeState, RoundLog, jax.Array]) -> jax.Array:
+    def running(carry: Carry) -> jax.Array:
         return ~jnp.all(carry[0].finished)
 
-    state, log, _ = jax.lax.while_loop(running, step, (state, log, jnp.int32(0)))
+    def wants(carry: Carry, *, drafts: bool) -> jax.Array:
+        return running(carry) & (drafts_now(scheduler, carry[0].history, ~carry[0].finished) == drafts)
+
+    def alternate(carry: Carry) -> Carry:
+        # Rounds of a kind follow each other, in loops of their own: branches would copy the caches in every round.
+        for drafts in (True, False):
+            carry = jax.lax.while_loop(
+                functools.partial(wants, drafts=drafts), functools.partial(step, drafts=drafts), carry
+            )
+        return carry
+
+    body = alternate if scheduler.alternates else step
+    state, log, _ = jax.lax.while_loop(running, body, (state, log, jnp.int32(0)))
     # The caches end here; returning them would only cost their copies.
     return dataclasses.replace(state, target_cache=None, draft_cache=None, history=None), log
 

@@ -32,7 +32,7 @@ class TracedRound:
     """One round of one request.
 
     Attributes:
-      drafted: G drafted tokens.
+      drafted: G drafted tokens; none in a round without drafts.
       confidence: G confidence logits, or None.
       admitted: drafts that were verified; in a round ended by an accepted stop token, those up to it.
       accepted: drafts that were committed.

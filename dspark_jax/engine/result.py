@@ -24,7 +24,7 @@ class DecodeResult:
       acceptance_lengths: tokens that each round gave: accepted drafts and the bonus or correction.
       accepted_lengths: accepted drafts of each round.
       proposal_lengths: verified drafts of each round (those up to an accepted stop token).
-      drafted: [rounds, G] per request when traced.
+      drafted: [rounds, G] per request when traced; -1 in rounds without drafts, whose proposal length is 0.
       confidence: [rounds, G] confidence logits per request when traced and when the drafter has such a head.
     """
 

@@ -1,16 +1,12 @@
-"""Second step of a round: how many of the drafted tokens are verified.
+"""Second step of a round: how many of the drafted tokens are verified; and, before a round, whether it drafts at all.
 
-A scheduler may use the confidences c_1..c_k to decide about draft k, never the drafted token k itself; anything else
-biases the output (paper appendix A, trap 29). Since c_{k+1} depends on x_k, that also forbids weighing draft k by what
-would come after it. `fixed` and `threshold` are prefix rules. `early_stop` and `lagged` admit the candidates of all
-requests in one order, falling survival, then position, then request. Survival never rises along a request, so the next
-candidate in that order is known from the drafts already admitted, and both stop by rules that look no further: the
-admitted drafts of every request are a prefix of it, and no draft is judged before it is drawn in.
-
-Equal survivals are common (c = 1, requests without history), so the order among them must not come from anything else.
+A `Scheduler` names one of the rules of `engine.rules` and holds its parameters. The rules read survivals: of this
+round's drafts, from the drafter's confidence head, or from the running estimate of `engine.estimator`, which works for
+every drafter and is known before anything is drafted. What a rule remembers from round to round is a `History`.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,190 +15,41 @@ import numpy as np
 
 from dspark_jax.config import InputError
 from dspark_jax.drafter.interface import Proposal
+from dspark_jax.engine import estimator, rules
+from dspark_jax.engine.estimator import AcceptanceEstimate, EstimateSettings
+
+NAMES = ("fixed", "threshold", "early_stop", "lagged", "adaptive")
+"""The rules."""
 
 
-def scaled(confidence: jax.Array, temperatures: jax.Array | None) -> jax.Array:
-    """Confidence logits [B, G] over their temperatures [G] or [B, G] (paper: STS), float32; as they are without."""
-    confidence = confidence.astype(jnp.float32)
-    return confidence if temperatures is None else confidence / temperatures
-
-
-def survival(confidence: jax.Array, temperatures: jax.Array | None = None) -> jax.Array:
-    """Probability a_k = sigmoid(c_1 / T_1) ... sigmoid(c_k / T_k) that the first k drafts are all accepted.
-
-    Args:
-      confidence: [B, G] logits.
-      temperatures: [G] or [B, G] of sequential temperature scaling; None is 1.
-
-    Returns:
-      [B, G] float32, never rising along G.
-    """
-    return jnp.cumprod(jax.nn.sigmoid(scaled(confidence, temperatures)), axis=1)
-
-
-def fixed(tokens: jax.Array) -> jax.Array:
-    """Verifies every draft: tokens [B, G] -> lengths [B] = G."""
-    return jnp.full(tokens.shape[0], tokens.shape[1], jnp.int32)
-
-
-def threshold(confidence: jax.Array, minimum: jax.Array | float) -> jax.Array:
-    """Keeps the drafts before the first one whose confidence is below `minimum` (trap 28).
-
-    Args:
-      confidence: [B, G] logits; draft k is kept while sigmoid(c_1), ..., sigmoid(c_k) >= minimum.
-      minimum: in [0, 1]; 0 keeps everything.
-
-    Returns:
-      lengths [B] in 0..G; 0 verifies the anchor alone.
-    """
-    kept = jax.nn.sigmoid(confidence.astype(jnp.float32)) >= minimum
-    return jnp.sum(jnp.cumprod(kept.astype(jnp.int32), axis=1), axis=1)
-
-
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class _Candidates:
-    """Drafts that may be admitted, in the order of admission, and what is verified without any of them.
+class History:
+    """What a scheduler remembers of earlier rounds; each part is there only where the rule needs it.
 
     Attributes:
-      survival: [B * G], candidates first.
-      request: [B * G].
-      eligible: [B * G] bool, the candidates among them.
-      floor: [B] drafts that are admitted unconditionally.
-      tokens: [] int32, tokens verified at the floor: one per active request and the unconditional drafts.
-      expected: [] float32, tokens committed at the floor.
+      survival: [2, B, G] float32 survivals of the last round and of the one before.
+      estimate: running acceptance of every request and of all of them.
+      idle: [] int32, rounds since the last one with drafts.
     """
 
-    survival: jax.Array
-    request: jax.Array
-    eligible: jax.Array
-    floor: jax.Array
-    tokens: jax.Array
-    expected: jax.Array
+    survival: jax.Array | None = None
+    estimate: AcceptanceEstimate | None = None
+    idle: jax.Array | None = None
 
-    @classmethod
-    def of(cls, survival: jax.Array, active: jax.Array, minimum: Any, maximum: Any) -> "_Candidates":
-        """Of survivals [B, G]; see `early_stop` for the other arguments."""
-        batch, size = survival.shape
-        ceiling = jnp.clip(size if maximum is None else maximum, 0, size)
-        ceiling = jnp.where(active, ceiling, 0).astype(jnp.int32)
-        floor = jnp.minimum(jnp.clip(minimum, 0, size), ceiling).astype(jnp.int32)
-        position = jnp.arange(size)
-        eligible = (position >= floor[:, None]) & (position < ceiling[:, None])
-        # Positions first: the stable sort then leaves ties in the order (position, request).
-        flat = jnp.where(eligible, survival, -1.0).T.reshape(-1)
-        order = jnp.argsort(-flat, stable=True)
-        sure = jnp.sum(jnp.where(position < floor[:, None], survival, 0.0))
-        requests = jnp.sum(active, dtype=jnp.int32)
-        tokens = requests + jnp.sum(floor)
-        return cls(flat[order], order % batch, eligible.T.reshape(-1)[order], floor, tokens, requests + sure)
+    def per_request(self, change: Callable[..., jax.Array], *others: "History") -> "History":
+        """The history with `change(values, *other values, axis)` for everything with an axis of requests."""
 
-    def throughput(self, steps_per_second: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Expected tokens per second at the floor [], and with the first 1, 2, ... candidates [B * G]."""
-        expected = self.expected + jnp.cumsum(jnp.where(self.eligible, self.survival, 0.0))
-        tokens = self.tokens + 1 + jnp.arange(len(self.survival))
-        last = len(steps_per_second) - 1
-        rate = steps_per_second[jnp.minimum(tokens, last)]
-        return self.expected * steps_per_second[jnp.minimum(self.tokens, last)], expected * rate
+        def apply(axis: int, name: str, *holders: Any) -> Any:
+            values = [getattr(one, name) for one in holders]
+            return None if values[0] is None else change(*values, axis)
 
-    def admit(self, admitted: jax.Array) -> jax.Array:
-        """Lengths [B] from a mask [B * G] over the candidates."""
-        return self.floor.at[self.request].add((admitted & self.eligible).astype(jnp.int32))
-
-
-def early_stop(
-    survival: jax.Array,
-    steps_per_second: jax.Array,
-    active: jax.Array,
-    minimum: jax.Array | int = 0,
-    maximum: jax.Array | int | None = None,
-) -> jax.Array:
-    """The paper's Algorithm 1: admits drafts by falling survival while expected tokens per second rise.
-
-    It stops at the first draft that does not raise them, even if later ones would: that is what keeps it lossless.
-
-    Args:
-      survival: [B, G] float32 of this round's drafts.
-      steps_per_second: [N + 1], entry n = engine steps per second with n tokens in the verified batch, anchors
-        included; beyond N it is entry N.
-      active: [B] bool; other requests get 0 and cost nothing.
-      minimum: [] or [B] drafts that are admitted unconditionally, before all others; at most `maximum` of them.
-      maximum: [] or [B] drafts beyond which a request has no candidates; None is G.
-
-    Returns:
-      lengths [B] int32 in 0..G.
-    """
-    candidates = _Candidates.of(survival, active, minimum, maximum)
-    base, rates = candidates.throughput(steps_per_second)
-    # Up to the stop every rate was a new best, so the best so far is the one before.
-    improving = (rates > jnp.concatenate([base[None], rates[:-1]])) & candidates.eligible
-    return candidates.admit(jnp.cumprod(improving.astype(jnp.int32)).astype(bool))
-
-
-def capacity(
-    survival: jax.Array,
-    steps_per_second: jax.Array,
-    active: jax.Array,
-    minimum: jax.Array | int = 0,
-    maximum: jax.Array | int | None = None,
-    capacities: tuple[int, ...] | None = None,
-) -> jax.Array:
-    """Tokens to verify, anchors included, for the most expected tokens per second; the fewest of equally good ones.
-
-    This is a global argmax: lossless only over survivals that were known before this round's drafts were drawn.
-
-    Args:
-      survival: [B, G] of an earlier round.
-      steps_per_second: [N + 1], as in `early_stop`.
-      active: [B] bool.
-      minimum: [] or [B].
-      maximum: [] or [B] or None.
-      capacities: rising sizes; the result is rounded up to one of them, and never exceeds the last unless the anchors
-        and the unconditional drafts alone do.
-
-    Returns:
-      [] int32.
-    """
-    candidates = _Candidates.of(survival, active, minimum, maximum)
-    base, rates = candidates.throughput(steps_per_second)
-    rates = jnp.where(candidates.eligible, rates, -jnp.inf)
-    tokens = candidates.tokens + jnp.argmax(jnp.concatenate([base[None], rates])).astype(jnp.int32)
-    if capacities is None:
-        return tokens
-    rungs = jnp.asarray(capacities, jnp.int32)
-    return rungs[jnp.minimum(jnp.searchsorted(rungs, tokens), len(capacities) - 1)]
-
-
-def lagged(
-    live: jax.Array,
-    old: jax.Array,
-    steps_per_second: jax.Array,
-    active: jax.Array,
-    minimum: jax.Array | int = 0,
-    maximum: jax.Array | int | None = None,
-    capacities: tuple[int, ...] | None = None,
-) -> jax.Array:
-    """Production variant: the batch size from confidences two rounds old, filled with the best drafts of now.
-
-    Two rounds, because the size must be known before the round that precedes it has ended. The old survivals decide
-    one number, and they decide it before this round's drafts are drawn, so any values do no harm to the output
-    distribution: stale ones, those of a request that has been replaced, or a prior for a request without history. A
-    bad prior costs speed, never losslessness.
-
-    Args:
-      live: [B, G] survivals of this round's drafts.
-      old: [B, G] survivals two rounds old.
-      steps_per_second: [N + 1], as in `early_stop`.
-      active: [B] bool.
-      minimum: [] or [B] drafts that are admitted unconditionally.
-      maximum: [] or [B], or None for G.
-      capacities: sizes that the batch is rounded up to, as in `capacity`; the room is filled.
-
-    Returns:
-      lengths [B] int32 in 0..G. Their sum and the active requests never exceed the capacity, but for `minimum`.
-    """
-    room = capacity(old, steps_per_second, active, minimum, maximum, capacities)
-    candidates = _Candidates.of(live, active, minimum, maximum)
-    return candidates.admit(jnp.arange(live.size) < room - candidates.tokens)
+        every, estimate = (self, *others), self.estimate
+        if estimate is not None:
+            estimates = [one.estimate for one in every]
+            rows = {name: apply(0, name, *estimates) for name in ("accepted", "reached")}
+            estimate = dataclasses.replace(estimate, **rows)
+        return History(apply(1, "survival", *every), estimate, self.idle)
 
 
 @jax.tree_util.register_dataclass
@@ -211,24 +58,32 @@ class Scheduler:
     """Which rule is used, and its parameters. Make one with the constructors named after the rules.
 
     Attributes:
-      name: `fixed`, `threshold`, `early_stop` or `lagged`; static.
+      name: one of `NAMES`; static.
       confidence: [] least confidence of `threshold`.
-      steps_per_second: [N + 1] cost table of `early_stop` and `lagged`.
+      steps_per_second: [N + 1] cost table of `early_stop`, `lagged` and `adaptive`.
+      plain_steps_per_second: [N + 1] cost table of rounds without drafts, for `adaptive`.
       prior: [G] survivals assumed for a request's first two rounds under `lagged`.
       temperatures: [G] or [B, G] of sequential temperature scaling; None is 1.
+      bias: [] or [B] added to confidence logits before that; None is 0.
       minimum: [] or [B] drafts that are always verified.
       maximum: [] or [B] drafts that are verified at most; None is G.
+      probe: [] rounds without drafts after which `adaptive` tries one with them; 0 is never.
       capacities: batch sizes of `lagged`; static.
+      online: settings of the running estimate, which then stands in for the confidence head; static.
     """
 
     name: str = dataclasses.field(metadata={"static": True})
     confidence: jax.Array | None = None
     steps_per_second: jax.Array | None = None
+    plain_steps_per_second: jax.Array | None = None
     prior: jax.Array | None = None
     temperatures: jax.Array | None = None
+    bias: jax.Array | None = None
     minimum: jax.Array | int = 0
     maximum: jax.Array | int | None = None
+    probe: jax.Array | int = 0
     capacities: tuple[int, ...] | None = dataclasses.field(default=None, metadata={"static": True})
+    online: EstimateSettings | None = dataclasses.field(default=None, metadata={"static": True})
 
     @classmethod
     def fixed(cls, length: Any = None) -> "Scheduler":
@@ -251,9 +106,47 @@ class Scheduler:
         table, prior = (jnp.asarray(values, jnp.float32) for values in (steps_per_second, prior))
         return cls("lagged", steps_per_second=table, prior=prior, **_arrays(bounds))
 
-    def start(self, batch: int) -> jax.Array | None:
-        """History [2, B, G] of requests that are about to start; None where the rule remembers nothing."""
-        return None if self.prior is None else jnp.broadcast_to(self.prior, (2, batch, self.prior.shape[-1]))
+    @classmethod
+    def adaptive(
+        cls,
+        steps_per_second: Any,
+        plain_steps_per_second: Any = 1.0,
+        *,
+        probe: int = 32,
+        online: EstimateSettings | None = None,
+        **bounds: Any,
+    ) -> "Scheduler":
+        """Drafts only in rounds that are expected to gain by it; the others are plain decoding.
+
+        The running estimate decides, before anything is drafted, whether the batch drafts and how many drafts are
+        verified: as many as give the most expected tokens per second, a global argmax, which is lossless here. Only
+        rounds with drafts teach it. It drifts back to its prior in the others, and at the latest after `probe` of them
+        everything is drafted and verified once, so that requests that become predictable are found out.
+
+        Args:
+          steps_per_second: [N + 1] of rounds with drafts against verified tokens, or one number. `adaptive(1 / 2.1)`
+            is for rounds with drafts that last as long as 2.1 plain ones.
+          plain_steps_per_second: [N + 1] of rounds without drafts, or one number, in the same unit.
+          probe: see `Scheduler`.
+          online: of the estimate; by default it expects much of a new request and forgets within some thirty rounds.
+          **bounds: further attributes.
+        """
+        rates = [jnp.atleast_1d(jnp.asarray(v, jnp.float32)) for v in (steps_per_second, plain_steps_per_second)]
+        online = EstimateSettings(strength=1.0, discount=0.97, prior=0.8) if online is None else online
+        return cls("adaptive", None, *rates, probe=jnp.int32(probe), online=online, **_arrays(bounds))
+
+    @property
+    def alternates(self) -> bool:
+        """Whether rounds without drafts are possible; static."""
+        return self.name == "adaptive"
+
+    def start(self, batch: int, block_size: int) -> History | None:
+        """History of requests that are about to start; None where the rule remembers nothing."""
+        if self.prior is None and self.online is None:
+            return None
+        survival = None if self.prior is None else jnp.broadcast_to(self.prior, (2, batch, block_size))
+        estimate = None if self.online is None else self.online.start(batch, block_size)
+        return History(survival, estimate, jnp.int32(0) if self.alternates else None)
 
     def take(self, rows: Any) -> "Scheduler":
         """For some of the requests: what is given per request follows the indices `rows`."""
@@ -265,33 +158,50 @@ class Scheduler:
             self,
             minimum=pick(self.minimum, 1),
             maximum=pick(self.maximum, 1),
+            bias=pick(self.bias, 1),
             temperatures=pick(self.temperatures, 2),
         )
 
 
 def _arrays(bounds: dict[str, Any]) -> dict[str, Any]:
     """Attributes as arrays, so that numbers do not become constants of an executable."""
-    kinds = {"minimum": jnp.int32, "maximum": jnp.int32, "temperatures": jnp.float32}
+    kinds = {"minimum": jnp.int32, "maximum": jnp.int32, "temperatures": jnp.float32, "bias": jnp.float32}
     return {
         name: jnp.asarray(value, kinds[name]) if name in kinds and value is not None else value
         for name, value in bounds.items()
     }
 
 
+def drafts_now(scheduler: Scheduler, history: History | None, active: jax.Array) -> jax.Array:
+    """Whether the round that is about to begin drafts: [] bool, a function of earlier rounds alone."""
+    if not scheduler.alternates:
+        return jnp.bool_(True)
+    assert history is not None and history.idle is not None
+    return _pays(scheduler, history, active) | ((scheduler.probe > 0) & (history.idle >= scheduler.probe))
+
+
+def _pays(scheduler: Scheduler, history: History, active: jax.Array) -> jax.Array:
+    estimate, rates, plain = history.estimate, scheduler.steps_per_second, scheduler.plain_steps_per_second
+    assert estimate is not None and rates is not None and plain is not None
+    bounds = (active, scheduler.minimum, scheduler.maximum)
+    return rules.drafting_pays(estimator.survival(estimate), rates, plain, *bounds)
+
+
 def schedule(
-    scheduler: Scheduler, proposal: Proposal, active: jax.Array, history: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array | None]:
+    scheduler: Scheduler, proposal: Proposal, active: jax.Array, history: History | None = None
+) -> tuple[jax.Array, History | None]:
     """Lengths of this round, by the scheduler's rule.
 
     Args:
       scheduler: rule and parameters.
       proposal: this round's drafts; only their number and their confidences are looked at.
       active: [B] bool; other requests get 0.
-      history: [2, B, G] survivals of the last round and of the one before, for `lagged`; `Scheduler.start` is the
-        first one, and the rows of a slot are set to the prior when a new request takes it.
+      history: of the rounds before; `Scheduler.start` is the first one, and the rows of a slot are set to it when a
+        new request takes it.
 
     Returns:
-      Lengths [B] int32, and the history for the next round (None where there was none).
+      Lengths [B] int32, and the history with this round's survivals (None where there was none); `observe` adds what
+      came of them.
 
     Raises:
       ValueError: the rule needs confidences or a history that are not there.
@@ -299,23 +209,63 @@ def schedule(
     maximum = proposal.tokens.shape[1] if scheduler.maximum is None else scheduler.maximum
     bounds = (active, scheduler.minimum, maximum)
     if scheduler.name == "fixed":
-        return _within(fixed(proposal.tokens), *bounds), history
-    if proposal.confidence is None:
-        raise ValueError(f"scheduler {scheduler.name!r} needs a drafter with a confidence head")
+        return _within(rules.fixed(proposal.tokens), *bounds), history
+    if scheduler.name not in NAMES:
+        raise ValueError(f"scheduler {scheduler.name!r} is unknown; use one of {', '.join(NAMES)}")
+    remembers = scheduler.online is not None or scheduler.name in ("lagged", "adaptive")
+    if scheduler.online is None and proposal.confidence is None:
+        raise ValueError(f"scheduler {scheduler.name!r} needs a drafter with a confidence head, or `online`")
+    if remembers and history is None:
+        raise ValueError(f"scheduler {scheduler.name!r} needs a history; begin with Scheduler.start")
+    logits = _logits(scheduler, proposal, history)
     if scheduler.name == "threshold":
         assert scheduler.confidence is not None
-        logits = scaled(proposal.confidence, scheduler.temperatures)
-        return _within(threshold(logits, scheduler.confidence), *bounds), history
-    live = survival(proposal.confidence, scheduler.temperatures)
-    assert scheduler.steps_per_second is not None
+        return _within(rules.threshold(logits, scheduler.confidence), *bounds), history
+    live = rules.survival(logits)
+    rates = scheduler.steps_per_second
+    assert rates is not None
     if scheduler.name == "early_stop":
-        return early_stop(live, scheduler.steps_per_second, *bounds), history
-    if scheduler.name != "lagged":
-        raise ValueError(f"scheduler {scheduler.name!r} is unknown; use fixed, threshold, early_stop or lagged")
+        return rules.early_stop(live, rates, *bounds), history
+    assert history is not None
+    if scheduler.name == "adaptive":
+        # All survivals are older than this round's drafts, so the capacity may follow them at once.
+        chosen = rules.lagged(live, live, rates, *bounds, scheduler.capacities)
+        everything = _within(rules.fixed(proposal.tokens), *bounds)
+        return jnp.where(_pays(scheduler, history, active), chosen, everything), history
+    assert history.survival is not None
+    lengths = rules.lagged(live, history.survival[1], rates, *bounds, scheduler.capacities)
+    return lengths, dataclasses.replace(history, survival=jnp.stack([live, history.survival[0]]))
+
+
+def observe(
+    history: History | None, proposed: jax.Array, accepted: jax.Array, active: jax.Array, *, drafted: bool
+) -> History | None:
+    """The history after a round.
+
+    Args:
+      history: after `schedule`, or None.
+      proposed: [B] drafts that were verified; 0 in a round without drafts.
+      accepted: [B] drafts that were accepted.
+      active: [B] bool, requests that took part.
+      drafted: whether the round drafted.
+    """
     if history is None:
-        raise ValueError("scheduler 'lagged' needs a history; begin with Scheduler.start")
-    lengths = lagged(live, history[1], scheduler.steps_per_second, *bounds, scheduler.capacities)
-    return lengths, jnp.stack([live, history[0]])
+        return None
+    estimate, idle = history.estimate, history.idle
+    if estimate is not None:
+        estimate = estimator.update(estimate, proposed, accepted, active)
+    if idle is not None:
+        idle = jnp.int32(0) if drafted else idle + 1
+    return History(history.survival, estimate, idle)
+
+
+def _logits(scheduler: Scheduler, proposal: Proposal, history: History | None) -> jax.Array:
+    """[B, G] logits of the probability that draft k is accepted given that all before it are."""
+    if scheduler.online is None:
+        assert proposal.confidence is not None
+        return rules.scaled(proposal.confidence, scheduler.temperatures, scheduler.bias)
+    assert history is not None and history.estimate is not None
+    return jax.scipy.special.logit(estimator.conditional(history.estimate))
 
 
 def _within(lengths: jax.Array, active: jax.Array, minimum: Any, maximum: Any) -> jax.Array:
@@ -331,27 +281,34 @@ def check_scheduler(scheduler: Scheduler, drafter: Any, requests: int) -> None:
         request that are not as many as the requests.
     """
     size, name = 0 if drafter is None else drafter.block_size, scheduler.name
-    if name not in ("fixed", "threshold", "early_stop", "lagged"):
-        raise InputError(f"scheduler {name!r} is unknown; use fixed, threshold, early_stop or lagged")
-    if name != "fixed" and getattr(drafter, "confidence", None) is None:
-        raise InputError(f"scheduler {name!r} needs a drafter with a confidence head; use fixed")
-    table, prior = scheduler.steps_per_second, scheduler.prior
-    if table is not None:
-        rates = np.asarray(table)
+    if name not in NAMES:
+        raise InputError(f"scheduler {name!r} is unknown; use one of {', '.join(NAMES)}")
+    if scheduler.online is not None:
+        if drafter is None:
+            raise InputError(f"scheduler {name!r} estimates how drafts are accepted; give a drafter, or use fixed")
+        scheduler.online.check()
+    elif name != "fixed" and getattr(drafter, "confidence", None) is None:
+        raise InputError(f"scheduler {name!r} needs a drafter with a confidence head; use fixed, or give `online`")
+    for field in ("steps_per_second", "plain_steps_per_second"):
+        table = getattr(scheduler, field)
+        rates = np.ones(1) if table is None else np.asarray(table)
         if rates.ndim != 1 or not rates.size or not (np.isfinite(rates) & (rates >= 0)).all():
             raise InputError(
-                f"steps_per_second of scheduler {name!r} has shape {rates.shape} or an impossible value; give one "
-                "finite rate of 0 or more for each number of tokens from 0"
+                f"{field} of scheduler {name!r} has shape {rates.shape} or an impossible value; give one finite rate "
+                "of 0 or more for each number of tokens from 0"
             )
+    prior = scheduler.prior
     if prior is not None and (prior.shape != (size,) or not ((prior >= 0) & (prior <= 1)).all()):
         raise InputError(
             f"prior of scheduler {name!r} has shape {prior.shape} or a value outside 0..1; "
             f"give {size} survival probabilities"
         )
-    for field in ("minimum", "maximum"):
-        shape = np.shape(getattr(scheduler, field))
-        if shape not in ((), (requests,)):
-            raise InputError(f"{field} of scheduler {name!r} has shape {shape} for {requests} requests; give one each")
+    for field in ("minimum", "maximum", "bias"):
+        value = getattr(scheduler, field)
+        if np.shape(value) not in ((), (requests,)):
+            raise InputError(
+                f"{field} of scheduler {name!r} has shape {np.shape(value)} for {requests} requests; give one each"
+            )
     heat = scheduler.temperatures
     if heat is not None and (heat.shape not in ((size,), (requests, size)) or not (heat > 0).all()):
         raise InputError(

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from dspark_jax.engine.commit import is_stop
-from dspark_jax.engine.generate import decode_round
+from dspark_jax.engine.round import decode_round
 from dspark_jax.engine.sampling import request_keys, round_uniforms
 from dspark_jax.engine.schedule import Scheduler
 from dspark_jax.engine.state import DecodeState, Round
@@ -160,7 +160,7 @@ def pin(target: Any, drafter: Any, slots: Slots) -> Slots:
     state = slots.state
     caches: dict[str, Any] = {
         "target_cache": jax.tree.map(split, state.target_cache, batch_axes(target.init_cache)),
-        "history": None if state.history is None else split(state.history, 1),
+        "history": None if state.history is None else state.history.per_request(split),
     }
     if drafter is not None:
         caches["draft_cache"] = jax.tree.map(split, state.draft_cache, batch_axes(drafter.init_cache))
@@ -194,7 +194,7 @@ def open_slots(target: Any, drafter: Any, scheduler: Scheduler, *, count: int, r
         keys=request_keys(0, numbers),
         target_cache=target.init_cache(count, rows),
         draft_cache=None if drafter is None else drafter.init_cache(count, rows),
-        history=scheduler.start(count),
+        history=scheduler.start(count, 0 if drafter is None else drafter.block_size),
     )
     zeros = jnp.zeros((count,), jnp.float32)
     sampling = Sampling(zeros, numbers, zeros + 1, zeros)
@@ -246,7 +246,10 @@ def prefill_chunk(
     finished = stopped | (chunk.prompt_length + 1 >= chunk.limit)
     own = jax.lax.dynamic_update_slice_in_dim(take_row(state.tokens, slot, 0), tokens, chunk.start, axis=1)
     written = put_row(state.tokens, own, slot, 0)
-    history = scheduler.start(1)
+    history = state.history
+    if history is not None and drafter is not None:
+        fresh = scheduler.start(1, drafter.block_size)
+        history = history.per_request(lambda values, new, axis: put_row(values, new, slot, axis), fresh)
     state = dataclasses.replace(
         state,
         tokens=written.at[slot, chunk.prompt_length].set(first[0]),
@@ -259,7 +262,7 @@ def prefill_chunk(
         keys=put(state.keys, key[0]),
         target_cache=target_cache,
         draft_cache=draft_cache,
-        history=None if history is None else put_row(_given(state.history), history, slot, 1),
+        history=history,
     )
     slots = Slots(state, sampling, put(slots.stop_tokens, chunk.stop_tokens))
     report = Committed(first[:, None], complete[None].astype(jnp.int32), finished[None], stopped[None], None)
@@ -279,7 +282,7 @@ def _extend_row(
 
 
 def _given(values: jax.Array | None) -> jax.Array:
-    assert values is not None, "slots have every filter, and a history where the scheduler has a prior"
+    assert values is not None, "slots have every filter"
     return values
 
 

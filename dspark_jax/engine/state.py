@@ -26,8 +26,8 @@ class DecodeState:
       keys: [B] request keys.
       target_cache: the target's key/value cache.
       draft_cache: whatever the drafter keeps, None without a drafter.
-      history: [2, B, G] float32 survivals of the last round and of the one before, where the scheduler needs them; a
-        new request in a slot starts from `Scheduler.start`.
+      history: what the scheduler remembers of earlier rounds (`schedule.History`), None where it needs nothing; a new
+        request in a slot starts from `Scheduler.start`.
     """
 
     tokens: jax.Array
@@ -40,7 +40,7 @@ class DecodeState:
     keys: jax.Array
     target_cache: Any
     draft_cache: Any
-    history: jax.Array | None = None
+    history: Any = None
 
     @property
     def positions(self) -> jax.Array:
@@ -59,7 +59,7 @@ class Round:
     """What one decoding round did to each request; undefined where the request had finished before.
 
     Attributes:
-      drafted: [B, G] all drafted tokens, scheduled or not.
+      drafted: [B, G] all drafted tokens, scheduled or not; -1 in a round without drafts.
       confidence: [B, G] confidence logits, or None.
       proposed: [B] drafts that were verified; in a round ended by an accepted stop token, those up to it.
       accepted: [B] drafts that were committed.

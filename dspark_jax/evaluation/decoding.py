@@ -17,6 +17,7 @@ from dspark_jax.data.regenerate import Conversation, Rejected
 from dspark_jax.engine.generate import generate, ladder
 from dspark_jax.engine.result import DecodeResult
 from dspark_jax.engine.sampling import request_keys
+from dspark_jax.engine.schedule import Scheduler
 from dspark_jax.target.qwen3 import Qwen3
 
 OnRejected = Callable[[Conversation, Rejected], None]
@@ -54,6 +55,7 @@ class Engine:
         batch_size: int = 0,
         trace: bool = False,
         advance: Advance | None = None,
+        scheduler: Scheduler | None = None,
     ) -> DecodeResult:
         """Decodes requests, with or without the drafter.
 
@@ -73,6 +75,7 @@ class Engine:
             keys=keys,
             batch_size=batch_size or self.batch_size,
             prompt_width=requests.width,
+            scheduler=scheduler,
             trace=trace,
             progress=advance,
         )

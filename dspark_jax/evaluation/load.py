@@ -24,7 +24,7 @@ import numpy as np
 
 from dspark_jax.config import InputError
 from dspark_jax.engine.estimator import empty_estimate, restart, survival, update
-from dspark_jax.engine.schedule import early_stop, lagged
+from dspark_jax.engine.rules import early_stop, lagged
 from dspark_jax.evaluation.predictors import CALIBRATED, HEAD, ONLINE, SHIFTED, Calibration
 from dspark_jax.evaluation.traces import Traces
 
@@ -112,7 +112,7 @@ def read_cost_table(path: Path) -> CostTable:
 
 
 Policy = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], Any]
-"""(live [B, G], old [B, G], steps_per_second [N + 1], active [B]) -> lengths [B]; see `engine.schedule`."""
+"""(live [B, G], old [B, G], steps_per_second [N + 1], active [B]) -> lengths [B]; see `engine.rules`."""
 
 
 @dataclasses.dataclass(frozen=True)

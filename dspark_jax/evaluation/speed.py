@@ -1,4 +1,4 @@
-"""Speed of decoding at batch 1, with and without the drafter, in this process or in one with fewer CPU threads.
+"""Speed of decoding at batch 1: plain, drafting always, and drafting where it pays; here or with fewer CPU threads.
 
 XLA on a CPU splits every product over its threads, of which it starts as many as there are processors. For a model of
 a few million parameters handing work over costs more than it saves (measured on two cores, 5.8 M parameters: a round
@@ -21,6 +21,8 @@ import numpy as np
 
 from dspark_jax.config import Config, from_json, to_json
 from dspark_jax.engine.generate import laid_out
+from dspark_jax.engine.result import DecodeResult
+from dspark_jax.engine.schedule import Scheduler
 from dspark_jax.evaluation.decoding import Engine, Request, Requests
 from dspark_jax.evaluation.setup import open_engine
 from dspark_jax.sharding import make_mesh
@@ -28,41 +30,58 @@ from dspark_jax.sharding import make_mesh
 
 @dataclasses.dataclass(frozen=True)
 class Speed:
-    """Decoding one request at a time, with and without the drafter; column 0 is plain, column 1 speculative.
+    """Decoding one request at a time, in three ways, which are the columns.
+
+    0 is plain, 1 drafts in every round, and 2 in those that promise to gain by it (`Scheduler.adaptive`).
 
     Attributes:
-      tokens: [N, 2] new tokens.
-      seconds: [N, 2], prefill included.
+      tokens: [N, 3] new tokens.
+      seconds: [N, 3], prefill included.
+      round_cost: time of a round with drafts over that of a plain one, as column 2 was told.
     """
 
     tokens: np.ndarray
     seconds: np.ndarray
+    round_cost: float
 
 
 def measure_speed(
     engine: Engine, requests: Requests, temperature: float, advance: Callable[[int], None] | None = None
 ) -> Speed:
-    """Decodes every request plainly and speculatively in turn, so that both see the same state of the machine.
+    """Decodes every request in all ways in turn, so that they see the same state of the machine.
 
-    Compilation happens in a first decoding of each kind that is not counted, and the weights are laid out before.
+    Compilation happens in a first decoding of each kind that is not counted, and the weights are laid out before. What
+    a round with drafts costs is measured on the first request, which is decoded once more for it.
     """
     engines = []
     for drafter in (None, engine.drafter):
         target, drafter = laid_out(engine.target, drafter, batch_size=1)
         engines.append(dataclasses.replace(engine, target=target, drafter=drafter))
-    tokens, seconds = np.zeros((len(requests.items), 2)), np.zeros((len(requests.items), 2))
+
+    def run(number: int, column: int, round_cost: float = 2.0) -> tuple[float, DecodeResult]:
+        scheduler = Scheduler.adaptive(1 / round_cost) if column == 2 else None
+        one, started = requests.take([number]), time.perf_counter()
+        speculative = bool(column)
+        result = engines[column > 0].decode(
+            one, temperature, speculative=speculative, batch_size=1, scheduler=scheduler
+        )
+        return time.perf_counter() - started, result
+
+    for column in range(3):
+        run(0, column)
+    per_round = []
     for column in (0, 1):
-        engines[column].decode(requests.take([0]), temperature, speculative=bool(column), batch_size=1)
+        trials = [run(0, column) for _ in range(3)]
+        per_round.append(min(seconds / max(int(result.rounds[0]), 1) for seconds, result in trials))
+    cost = per_round[1] / per_round[0]
+    tokens, seconds = np.zeros((len(requests.items), 3)), np.zeros((len(requests.items), 3))
     for number in range(len(requests.items)):
-        one = requests.take([number])
-        for column in (0, 1):
-            started = time.perf_counter()
-            result = engines[column].decode(one, temperature, speculative=bool(column), batch_size=1)
-            seconds[number, column] = time.perf_counter() - started
+        for column in range(3):
+            seconds[number, column], result = run(number, column, cost)
             tokens[number, column] = len(result.tokens[0])
         if advance is not None:
             advance(1)
-    return Speed(tokens, seconds)
+    return Speed(tokens, seconds, cost)
 
 
 def measure_speed_apart(
@@ -95,12 +114,12 @@ def measure_speed_apart(
         if run.returncode:
             raise RuntimeError(f"measuring speed in a process of its own failed: {run.stderr.strip()[-2000:]}")
         with np.load(Path(folder) / "speed.npz") as file:
-            tokens, seconds = file["tokens"], file["seconds"]
-    return [Speed(*pair) for pair in zip(tokens, seconds, strict=True)]
+            columns = [file[name] for name in ("tokens", "seconds", "round_cost")]
+    return [Speed(tokens, seconds, float(cost)) for tokens, seconds, cost in zip(*columns, strict=True)]
 
 
 def main(folder: Path) -> None:
-    """Measures the job in `folder` and writes speed.npz beside it: tokens and seconds, [temperatures, N, 2]."""
+    """Measures the job in `folder` and writes speed.npz beside it: the fields of `Speed`, stacked over temperatures."""
     job = json.loads((folder / "job.json").read_text("utf-8"))
     config = from_json(job["config"])
     requests = Requests([Request(**item) for item in job["requests"]], job["width"])
@@ -112,6 +131,7 @@ def main(folder: Path) -> None:
         folder / "speed.npz",
         tokens=np.stack([one.tokens for one in speeds]),
         seconds=np.stack([one.seconds for one in speeds]),
+        round_cost=np.asarray([one.round_cost for one in speeds]),
     )
 
 

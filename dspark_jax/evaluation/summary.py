@@ -119,17 +119,25 @@ def metrics_at(measured: Measured, resamples: int, seed: int) -> dict[str, Any]:
 
 
 def speed_metrics(speed: Speed | None, resamples: int, seed: int) -> dict[str, Any]:
-    """Tokens per second at batch 1, and their ratio with its interval over prompts; None where it was not measured."""
+    """Tokens per second at batch 1, and ratios with their intervals over prompts; None where it was not measured.
+
+    `speedup` is that of drafting in every round, `adaptive_speedup` that of drafting where it pays, both over plain
+    decoding. `round_cost` is the time of a round with drafts over that of a plain one.
+    """
+    names = ("baseline_tokens_per_second", "tokens_per_second", "adaptive_tokens_per_second")
     if speed is None:
-        return dict.fromkeys(("tokens_per_second", "baseline_tokens_per_second", "speedup", "speedup_ci95"))
+        ratios = ("speedup", "speedup_ci95", "adaptive_speedup", "adaptive_speedup_ci95", "round_cost")
+        return dict.fromkeys((*names, *ratios))
     weights = resample_weights(len(speed.tokens), resamples, np.random.default_rng([seed, len(speed.tokens)]))
-    plain, fast = ratio(speed.tokens.sum(axis=0), speed.seconds.sum(axis=0))
+    rates = ratio(speed.tokens.sum(axis=0), speed.seconds.sum(axis=0))
     draws = ratio(weights @ speed.tokens, weights @ speed.seconds)
     return {
-        "tokens_per_second": float(fast),
-        "baseline_tokens_per_second": float(plain),
-        "speedup": float(fast / plain),
+        **{name: float(rate) for name, rate in zip(names, rates, strict=True)},
+        "speedup": float(rates[1] / rates[0]),
         "speedup_ci95": interval(draws[:, 1] / draws[:, 0]),
+        "adaptive_speedup": float(rates[2] / rates[0]),
+        "adaptive_speedup_ci95": interval(draws[:, 2] / draws[:, 0]),
+        "round_cost": speed.round_cost,
         "speed_prompts": len(speed.tokens),
     }
 
@@ -214,11 +222,12 @@ def _temperature_lines(one: Mapping[str, Any], metrics: Mapping[str, Any]) -> li
         f"{_interval(one['tau_ci95'])}  {one['rounds']:7d}"
     )
     if one["tokens_per_second"] is not None:
-        low, high = (_number(bound, ".2f", 0) for bound in one["speedup_ci95"])
-        lines.append(
-            f"speed at batch 1, prefill included: {one['tokens_per_second']:.0f} tokens/s speculative, "
-            f"{one['baseline_tokens_per_second']:.0f} plain, ratio {one['speedup']:.2f} ({low} to {high})"
-        )
+        plain = one["baseline_tokens_per_second"]
+        lines.append(f"speed at batch 1, prefill included, in tokens/s: {plain:.0f} plain")
+        for name, what in (("", "drafting in every round"), ("adaptive_", "drafting where it pays")):
+            low, high = (_number(bound, ".2f", 0) for bound in one[f"{name}speedup_ci95"])
+            rate, gain = one[f"{name}tokens_per_second"], one[f"{name}speedup"]
+            lines[-1] += f"; {rate:.0f} {what}, ratio {gain:.2f} ({low} to {high})"
     if one["calibration"] is not None:
         ece, auc, brier = (_number(one["calibration"][name], ".3f", 0) for name in ("ece", "auc", "brier"))
         lines.append(f"confidence, mean over positions: ECE {ece}, AUC {auc}, Brier {brier}")

@@ -3,6 +3,8 @@
 Sampled requests, alone and beside others, are in test_mixed_requests.py.
 """
 
+import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -14,7 +16,8 @@ from flax import nnx
 from dspark_jax.config import DrafterConfig, InputError, MeshConfig
 from dspark_jax.drafter import make_drafter
 from dspark_jax.engine import generate, prefill
-from dspark_jax.engine.generate import decode_round, ladder
+from dspark_jax.engine.generate import ladder
+from dspark_jax.engine.round import decode_round
 from dspark_jax.engine.sampling import request_keys, round_uniforms
 from dspark_jax.engine.schedule import Scheduler
 from dspark_jax.ops.sampling import Sampling
@@ -96,6 +99,42 @@ def test_a_confidence_threshold_leaves_greedy_output_alone(target: Any, bigram: 
     assert same(free.tokens, cut.tokens)
     assert {0, 1, 3} <= set(np.concatenate(cut.proposal_lengths).tolist())
     assert all((a <= p).all() for a, p in zip(cut.accepted_lengths, cut.proposal_lengths, strict=True))
+
+
+def test_rounds_without_drafts_leave_greedy_output_alone(target: Any, bigram: Any, dspark: Any) -> None:
+    """Which rounds draft is decided by the batch; all drafts of a round are verified or nothing is drafted."""
+    prompts = prompts_of(8)
+    run = functools.partial(generate, target, prompts=prompts, max_new_tokens=16, prompt_width=12)
+    plain = run(None, batch_size=8)
+    for drafter, size in ((bigram, 4), (dspark, 1)):
+        mixed = run(drafter, scheduler=Scheduler.adaptive(1 / 1.7, probe=4), batch_size=size, trace=True)
+        assert same(mixed.tokens, plain.tokens)
+        lengths = np.concatenate(mixed.proposal_lengths)
+        assert set(lengths.tolist()) == {0, 3} and mixed.drafted is not None
+        assert ((np.concatenate(mixed.drafted) >= 0) == (lengths > 0)[:, None]).all()
+        assert np.concatenate(mixed.accepted_lengths).max() > 0 or drafter is dspark
+
+
+def test_the_drafter_is_shown_what_rounds_without_drafts_commit(target: Any, bigram: Any) -> None:
+    """After any mix of rounds its cache holds the features and tokens of everything before the anchor."""
+    prompt = jnp.asarray([[3, 1, 4], [1, 5, 9]])
+    lengths, sampling, scheduler = jnp.full(2, 3), Sampling.constant(0.0, 2), Scheduler.adaptive(1 / 1.7, probe=2)
+    keys, stops = request_keys(0, jnp.arange(2)), jnp.asarray([-1])
+    settings = (lengths, lengths + 12, keys, jnp.zeros(2), sampling, stops)
+    state = prefill(target, bigram, prompt, *settings, capacity=24)
+    state = dataclasses.replace(state, history=scheduler.start(2, 3))
+    turn = jax.jit(functools.partial(decode_round, target, bigram, scheduler=scheduler))
+    kinds = set()
+    while not state.finished.all():
+        state, entry = turn(state, round_uniforms(state.keys, state.positions, 3), sampling, stops)
+        kinds.add(bool((entry.drafted >= 0).all()))
+    assert kinds == {True, False}
+    shown, seen = state.draft_cache
+    rows = state.tokens[:, :15]
+    positions = jnp.broadcast_to(jnp.arange(15), rows.shape)
+    features = target.forward(rows, positions, taps=bigram.taps).features
+    np.testing.assert_array_equal(seen[:, :14], rows[:, :14])
+    np.testing.assert_allclose(shown[:, :14], features[:, :14], atol=1e-5)
 
 
 def cut_at(whole: np.ndarray, stop: int) -> tuple[list[int], bool]:

@@ -5,6 +5,7 @@ the engine's acceptance and residual probabilities; tokens behind the round's ow
 wrong schedulers and wrong residuals must exceed the tolerance, or it would prove nothing.
 """
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable
@@ -16,8 +17,11 @@ import numpy as np
 import pytest
 
 from dspark_jax.drafter.interface import Proposal
+from dspark_jax.engine import estimator
+from dspark_jax.engine.estimator import EstimateSettings
+from dspark_jax.engine.rules import lagged, survival
 from dspark_jax.engine.sampling import Uniforms
-from dspark_jax.engine.schedule import Scheduler, lagged, schedule, survival
+from dspark_jax.engine.schedule import History, Scheduler, drafts_now, schedule
 from dspark_jax.engine.verify import acceptance_probabilities, judge, next_distribution, token_probabilities
 from dspark_jax.ops.sampling import Sampling, distribution
 
@@ -150,7 +154,8 @@ def scheduled_lengths(
 
     def one(tokens: jax.Array, confidence: jax.Array) -> jax.Array:
         proposal = Proposal(tokens, jnp.zeros((*tokens.shape, 0)), confidence)
-        return schedule(scheduler, proposal, active, history)[0]
+        lengths = schedule(scheduler, proposal, active, history)[0]
+        return jnp.where(drafts_now(scheduler, history, active), lengths, 0)  # without drafts none is verified
 
     return jax.vmap(one)(tokens, confidence)
 
@@ -192,7 +197,15 @@ def schedulers(size: int) -> dict[str, Lengths]:
     prior = np.linspace(0.9, 0.3, size)
     late = Scheduler.lagged(TABLE, prior, **free)
     bounded = Scheduler.lagged(TABLE, prior, **free | {"minimum": [1, 0], "maximum": [size, size - 1]})
-    old = jnp.asarray(np.cumprod(np.random.default_rng(3).uniform(0.5, 1, (2, 2, size)), axis=-1), jnp.float32)
+    alive = np.cumprod(np.random.default_rng(3).uniform(0.5, 1, (2, 2, size)), axis=-1)
+    old = History(jnp.asarray(alive, jnp.float32))
+    online = EstimateSettings(strength=1.5)
+    estimate = online.start(2, size)
+    for accepted in ([size, 0], [1, 1], [size - 1, 0]):
+        proposed = jnp.full(2, size)
+        estimate = estimator.update(estimate, proposed, jnp.asarray(accepted), jnp.ones(2, bool))
+    learnt = History(old.survival, estimate, jnp.int32(0))
+    adaptive = functools.partial(Scheduler.adaptive, online=online, **free)
     return {
         "fixed": by(Scheduler.fixed()),
         "fixed 1": by(Scheduler.fixed(1)),
@@ -201,7 +214,14 @@ def schedulers(size: int) -> dict[str, Lengths]:
         "early stop, steep": by(Scheduler.early_stop(STEEP, **free)),
         "early stop, bounded": by(Scheduler.early_stop(STEEP, **free | {"minimum": [0, 1]})),
         "early stop, scaled": by(Scheduler.early_stop(TABLE, **free | {"temperatures": heat})),
-        "lagged, prior": by(late, late.start(2)),
+        "online threshold": by(Scheduler.threshold(0.4, online=online, **free), learnt),
+        "online early stop": by(Scheduler.early_stop(STEEP, online=online, **free), learnt),
+        "online lagged": by(Scheduler.lagged(TABLE, prior, online=online, **free), learnt),
+        "adaptive": by(adaptive(TABLE, 4.0), learnt),
+        "adaptive, plain": by(adaptive(TABLE, 99.0), learnt),
+        "adaptive, trying": by(adaptive(TABLE, 99.0), dataclasses.replace(learnt, idle=jnp.int32(32))),
+        "early stop, shifted": by(Scheduler.early_stop(TABLE, bias=-0.6, **free | {"temperatures": heat})),
+        "lagged, prior": by(late, late.start(2, size)),
         "lagged": by(late, old),
         "lagged, capacities": by(Scheduler.lagged(TABLE, prior, capacities=(4, 6), **free), old),
         "lagged, bounded": by(bounded, old),
@@ -232,6 +252,11 @@ def test_the_schedulers_under_enumeration_do_schedule() -> None:
     for name, lengths in schedulers(3).items():
         chosen = lengths(tokens, confidence)
         assert ((chosen >= 0) & (chosen <= 3)).all()
+        if name.startswith(("online", "adaptive")):  # the same whatever was drafted in this round
+            assert (chosen == chosen[0]).all(), name
+            wanted = {"adaptive, plain": [0, 0], "adaptive, trying": [3, 3]}.get(name)
+            assert chosen[0].tolist() == wanted if wanted else 0 < chosen[0].sum() < 6, (name, chosen[0])
+            continue
         assert len(np.unique(chosen)) > 1 or name.startswith("fixed"), name
         first = [set(chosen[index[:, 0] == path, 0].tolist()) for path in range(27)]
         assert (max(map(len, first)) > 1) == name.startswith(("early", "lagged")), name
@@ -262,7 +287,7 @@ def naive(tokens: np.ndarray, confidence: np.ndarray) -> np.ndarray:
 def test_appendix_a(rule_name: str) -> None:
     requests, outcomes = appendix_a()
     alone = (True, False)
-    old = jnp.asarray(np.stack([[[0.8, 0.72], [1, 1]]] * 2), jnp.float32)
+    old = History(jnp.asarray(np.stack([[[0.8, 0.72], [1, 1]]] * 2), jnp.float32))
     rules = {
         "naive": (naive, 0.85),
         "early stop": (by(Scheduler.early_stop(A_TABLE), None, alone), 0.70),
@@ -293,7 +318,7 @@ def test_the_enumeration_sees_a_scheduler_that_peeks_or_breaks_ties_by_value(kin
     outcomes = [Outcomes(request, one) for request, one in zip(requests, SAMPLINGS["unfiltered"], strict=True)]
     assert variation(requests, outcomes, peeking) > 1e-2
     _, tokens, confidence = pairs(requests)
-    ours = by(ONE_DRAFT, ONE_DRAFT.start(2))
+    ours = by(ONE_DRAFT, ONE_DRAFT.start(2, 3))
     assert (ours(tokens, confidence) == [1, 0]).all()
     assert variation(requests, outcomes, ours) < TOLERANCE
     assert variation(requests, outcomes, smaller_token_first) > 1e-4

@@ -11,6 +11,7 @@ from flax import nnx
 
 from dspark_jax.config import TargetArchitecture
 from dspark_jax.engine import generate
+from dspark_jax.engine.estimator import EstimateSettings
 from dspark_jax.engine.generate import decode, decode_shape
 from dspark_jax.engine.sampling import request_keys, request_sampling
 from dspark_jax.engine.schedule import Scheduler
@@ -25,6 +26,8 @@ SCHEDULERS = {
     "threshold": Scheduler.threshold(0.5),
     "early stop": Scheduler.early_stop(JAGGED),
     "lagged": Scheduler.lagged(JAGGED, PRIOR, capacities=(4, 7, 9, 12)),
+    "online": Scheduler.early_stop(JAGGED, online=EstimateSettings(strength=1.0, discount=0.7, prior=0.8)),
+    "adaptive": Scheduler.adaptive([1.0] * 9 + [0.7], 1.5, probe=2, online=EstimateSettings(strength=0.5, prior=0.6)),
 }
 SETTINGS: dict[str, Any] = {
     "temperature": [0.0, 1.0, 0.7, 0.0, 1.2, 0.9, 1.0, 0.0],

@@ -1,5 +1,6 @@
 """Schedulers against plain loops in float64, on inputs full of ties, and what they promise whatever the input."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -9,17 +10,10 @@ import pytest
 
 from dspark_jax.config import InputError
 from dspark_jax.drafter.interface import Proposal
-from dspark_jax.engine.schedule import (
-    Scheduler,
-    capacity,
-    check_scheduler,
-    early_stop,
-    fixed,
-    lagged,
-    schedule,
-    survival,
-    threshold,
-)
+from dspark_jax.engine import estimator
+from dspark_jax.engine.estimator import EstimateSettings
+from dspark_jax.engine.rules import capacity, drafting_pays, early_stop, fixed, lagged, survival, threshold
+from dspark_jax.engine.schedule import History, Scheduler, check_scheduler, drafts_now, observe, schedule
 
 
 def loop(confidence: np.ndarray, minimum: float) -> list[int]:
@@ -50,6 +44,11 @@ def test_survival_is_the_product_of_scaled_confidences() -> None:
     wanted = np.cumprod(1 / (1 + np.exp(-logits / heat)), axis=1)
     np.testing.assert_allclose(survival(jnp.asarray(logits), jnp.asarray(heat)), wanted, rtol=2e-6)
     np.testing.assert_array_equal(survival(jnp.asarray(logits), jnp.ones(4)), survival(jnp.asarray(logits)))
+    shift = rng.normal(size=20)
+    wanted = np.cumprod(1 / (1 + np.exp(-(logits + shift[:, None]) / heat)), axis=1)
+    np.testing.assert_allclose(survival(*map(jnp.asarray, (logits, heat, shift))), wanted, rtol=2e-6)
+    wanted = np.cumprod(1 / (1 + np.exp(-(logits - 0.7))), axis=1)
+    np.testing.assert_allclose(survival(jnp.asarray(logits), None, jnp.asarray(-0.7)), wanted, rtol=2e-6)
     assert (np.diff(survival(jnp.asarray(20 * logits)), axis=1) <= 0).all()
 
 
@@ -236,14 +235,119 @@ def test_the_history_is_two_rounds_old_and_starts_from_the_prior() -> None:
     table = jnp.asarray([9.0, 9.0, 8.9, 7.0, 5.0])  # two drafts of one request only where both are likely
     scheduler = Scheduler.lagged(table, [0.9, 0.1])
     low, high = jnp.full((1, 2), -9.0), jnp.full((1, 2), 9.0)
-    history, lengths = scheduler.start(1), []
+    history, lengths = scheduler.start(1, 2), []
     assert history is not None
     for confidence in (low, high, low, high, low, high, high):
         proposal = Proposal(jnp.zeros((1, 2), jnp.int32), jnp.zeros((1, 2, 1)), confidence)
         chosen, history = schedule(scheduler, proposal, jnp.ones(1, bool), history)
         lengths.append(int(chosen[0]))
     assert lengths == [1, 1, 0, 2, 0, 2, 0]  # by the prior twice, then by the round before the last
-    np.testing.assert_allclose(history[0], survival(high))
+    assert history is not None and history.survival is not None
+    np.testing.assert_allclose(history.survival[0], survival(high))
+
+
+def observed(outcomes: list[tuple[list[int], list[int]]], settings: EstimateSettings, batch: int) -> Any:
+    """The estimate of `batch` requests with 3 drafts after rounds of (proposed, accepted)."""
+    estimate = settings.start(batch, 3)
+    for proposed, accepted in outcomes:
+        estimate = estimator.update(estimate, jnp.asarray(proposed), jnp.asarray(accepted), jnp.ones(batch, bool))
+    return estimate
+
+
+OUTCOMES = [([3, 3, 3], [3, 0, 2]), ([3, 3, 0], [2, 0, 0]), ([3, 2, 1], [3, 1, 1])]
+
+
+def test_every_rule_reads_the_running_estimate_where_it_is_told_to() -> None:
+    """The same lengths as from a head whose confidences are the estimate; a drafter needs none."""
+    online = EstimateSettings(strength=2.0)
+    estimate = observed(OUTCOMES, online, 3)
+    head = Proposal(PROPOSAL.tokens, PROPOSAL.logits, jax.scipy.special.logit(estimator.conditional(estimate)))
+    bare = Proposal(PROPOSAL.tokens, PROPOSAL.logits, None)
+    table = jnp.asarray([9.0, 9.0, 8.0, 7.0, 5.0, 4.9, 4.8, 3.0, 3.0, 2.0])
+    for make in (
+        lambda **more: Scheduler.threshold(0.55, **more),
+        lambda **more: Scheduler.early_stop(table, **more),
+        lambda **more: Scheduler.lagged(table, [0.9, 0.8, 0.7], **more),
+    ):
+        by_head, by_estimate = make(), make(online=online)
+        first, second = by_head.start(3, 3), by_estimate.start(3, 3)
+        assert second is not None
+        wanted, _ = schedule(by_head, head, ACTIVE, first)
+        got, after = schedule(by_estimate, bare, ACTIVE, dataclasses.replace(second, estimate=estimate))
+        assert got.tolist() == wanted.tolist() and sum(got.tolist()) > 0
+        if by_head.name == "lagged":
+            assert after is not None and after.survival is not None
+            np.testing.assert_allclose(after.survival[0], estimator.survival(estimate), rtol=1e-6)
+    with pytest.raises(ValueError, match="needs a history"):
+        schedule(Scheduler.threshold(0.5, online=online), PROPOSAL, ACTIVE)
+
+
+def test_drafting_pays_against_a_loop() -> None:
+    """The best rate with drafts, candidate by candidate in float64, against that of a round without any."""
+    seen = []
+    for seed in range(60):
+        case = random_case(seed, 6, 4)
+        plain = np.random.default_rng(seed).integers(200, 900, 9).astype(np.float64)
+        tokens, tau, slots = start_of(case["live"], case)
+        best = tau * rate(case["table"], tokens)
+        for minus, _, _ in slots:
+            tokens, tau = tokens + 1, tau - minus
+            best = max(best, tau * rate(case["table"], tokens))
+        requests = int(sum(case["active"]))
+        table, *bounds = arguments(case)
+        live = jnp.asarray(case["live"], jnp.float32)
+        pays = drafting_pays(live, table, jnp.asarray(plain, jnp.float32), *bounds)
+        assert bool(pays) == (best > requests * rate(plain, requests)), seed
+        seen.append(bool(pays))
+    assert 10 < sum(seen) < 50
+
+
+def test_adaptive_drafts_where_it_pays_and_tries_again() -> None:
+    """A round with drafts costs two plain ones: it pays for requests that accept much, until they stop doing so."""
+    now, everyone = jax.jit(drafts_now), jnp.ones(1, bool)
+    bare, none = Proposal(jnp.zeros((1, 3)), jnp.zeros((1, 3, 1)), None), jnp.zeros(1, jnp.int32)
+
+    @jax.jit
+    def turn(scheduler: Scheduler, history: Any, accepted: jax.Array) -> Any:
+        lengths, history = schedule(scheduler, bare, everyone, history)
+        return lengths, observe(history, lengths, accepted, everyone, drafted=True)
+
+    skip = jax.jit(lambda history: observe(history, none, none, everyone, drafted=False))
+    one = Scheduler.adaptive(1 / 2, probe=6)
+    history, drafted = one.start(1, 3), ""
+    for number in range(100):
+        drafts = bool(now(one, history, everyone))
+        drafted += "x" if drafts else "."
+        if drafts:
+            lengths, history = turn(one, history, none if 10 <= number < 60 else none + 3)
+            assert lengths.tolist() == [3]
+        else:
+            history = skip(history)
+    assert set(drafted[:10] + drafted[80:]) == {"x"} and drafted[30:60].count("x") < 8
+    assert max(map(len, drafted.split("x"))) == 6
+    quiet = Scheduler.adaptive(1 / 9, probe=0)
+    history = quiet.start(1, 3)
+    for _ in range(80):
+        assert not now(quiet, history, everyone)
+        history = skip(history)
+
+
+def test_adaptive_decides_for_the_batch_and_by_the_cost_of_tokens() -> None:
+    online = EstimateSettings(strength=0.5, prior=0.5)
+    estimate = observed([([3, 3], [3, 0])] * 8, online, 2)
+    flat = Scheduler.adaptive(1 / 2.2, online=online)
+    history = History(estimate=estimate, idle=jnp.int32(0))
+    both, bare = jnp.ones(2, bool), Proposal(jnp.zeros((2, 3)), jnp.zeros((2, 3, 1)), None)
+    assert bool(drafts_now(flat, history, jnp.asarray([True, False])))
+    assert not drafts_now(flat, history, jnp.asarray([False, True]))
+    assert bool(drafts_now(flat, history, both))  # (4 + 1) / 2 tokens per request
+    assert schedule(flat, bare, both, history)[0].tolist() == [3, 3]
+    steep = Scheduler.adaptive([1.0, 1.0, 0.9, 0.8, 0.7, 0.65, 0.2], 1.0, online=online)
+    assert schedule(steep, bare, both, history)[0].tolist() == [3, 0]  # tokens of the other one would only cost
+    probing = dataclasses.replace(history, idle=jnp.int32(32))
+    dear = Scheduler.adaptive(1 / 9, online=online)
+    assert not drafts_now(dear, history, both) and bool(drafts_now(dear, probing, both))
+    assert schedule(dear, bare, both, probing)[0].tolist() == [3, 3]  # a try verifies everything
 
 
 def test_take_follows_requests() -> None:
@@ -275,6 +379,10 @@ def test_schedule_refuses_what_is_missing() -> None:
         (Scheduler.early_stop([1.0], minimum=[1, 2]), r"minimum .* shape \(2,\) for 4 requests"),
         (Scheduler.fixed([1, 2]), r"maximum .* shape \(2,\)"),
         (Scheduler.threshold(0.5, temperatures=[1.0, 0.0, 1.0]), "temperatures"),
+        (Scheduler.threshold(0.5, bias=[1.0, 0.0, 1.0]), r"bias .* shape \(3,\)"),
+        (Scheduler.adaptive([1.0], [-1.0]), "plain_steps_per_second"),
+        (Scheduler.adaptive(0.5, online=EstimateSettings(prior=1.0)), "prior=1.0 of the running estimate"),
+        (Scheduler.early_stop([1.0], online=EstimateSettings(discount=0.0)), "discount=0.0"),
         (Scheduler.lagged([1.0], [0.5] * 3, capacities=(8, 4)), "rising"),
         (Scheduler.lagged([1.0], [0.5] * 3, capacities=()), "rising"),
     ],
@@ -286,3 +394,6 @@ def test_bad_schedulers(models: Any, scheduler: Scheduler, message: str) -> None
     assert "\n" not in str(error.value)
     with pytest.raises(InputError, match="confidence head"):
         check_scheduler(Scheduler.threshold(0.5), models.bigram_drafter(models.table(5, 0), 3), 4)
+    check_scheduler(Scheduler.adaptive(0.5), models.bigram_drafter(models.table(5, 0), 3), 4)
+    with pytest.raises(InputError, match="give a drafter"):
+        check_scheduler(Scheduler.adaptive(0.5), None, 4)

@@ -1,6 +1,7 @@
 """Serving: whatever else is running, a request's tokens are those of `generate`; nothing is lost; errors are clear."""
 
 import collections
+import dataclasses
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from dspark_jax.config import DrafterConfig, InputError, MeshConfig, TargetArchi
 from dspark_jax.drafter import make_drafter
 from dspark_jax.engine import batch as batch_module
 from dspark_jax.engine import generate
+from dspark_jax.engine.estimator import EstimateSettings
 from dspark_jax.engine.request import Request, TextStream
 from dspark_jax.engine.sampling import request_keys
 from dspark_jax.engine.schedule import Scheduler
@@ -147,6 +149,19 @@ def test_the_lagged_scheduler_changes_no_greedy_answer(serve: Any, reference: An
     assert sum(one.accepted for one in rounds) == engine.metrics.accepted
 
 
+def test_rounds_without_drafts_change_no_greedy_answer(serve: Any, reference: Any) -> None:
+    """Slots decide together; a drafter that is rarely right is asked rarely, and knows what happened meanwhile."""
+    requests = asks(9, seed=3, sampled=False)
+    engine = serve(scheduler=Scheduler.adaptive(1 / 1.8, probe=5))
+    handles = [engine.submit(**one, trace=True) for one in requests]
+    drive(engine)
+    assert [list(one.result().tokens) for one in handles] == reference(requests)
+    rounds = [piece.round for one in handles for piece in one.pieces if piece.round is not None]
+    assert {(len(one.drafted), one.admitted) for one in rounds} == {(0, 0), (SIZE, SIZE)}
+    assert all(one.confidence is not None and len(one.confidence) == len(one.drafted) for one in rounds)
+    assert sum(not one.drafted for one in rounds) > len(rounds) / 2
+
+
 def test_without_a_drafter(target: Qwen3, reference: Any) -> None:
     requests = asks(5, seed=4, sampled=False)
     engine = Engine(target, None, slots=2, capacity=CAPACITY, prefill_chunk=CHUNK)
@@ -159,14 +174,15 @@ def test_without_a_drafter(target: Qwen3, reference: Any) -> None:
 def test_a_slot_is_handed_over_clean(models: Any, target: Qwen3) -> None:
     """After rounds of another request, a drafter with a memory of its own and the history hold nothing of it."""
     drafter = models.near(target, 2, confidence=True)
-    scheduler = Scheduler.lagged(np.ones(9), [0.75, 0.5])
+    scheduler = Scheduler.lagged(np.ones(9), [0.75, 0.5], online=EstimateSettings())
     slots = open_slots(target, drafter, scheduler, count=2, rows=32, stops=1)
     state = slots.state
     shown, seen = state.draft_cache
     used = (jnp.full_like(shown, 7.0), jnp.full_like(seen, 3))
-    state = jax.tree.map(
-        jnp.copy, state.__class__(**(vars(state) | {"draft_cache": used, "history": state.history * 0}))
-    )
+    estimate = state.history.estimate
+    estimate = dataclasses.replace(estimate, accepted=estimate.accepted + 3, all_accepted=estimate.all_accepted + 5)
+    blank = dataclasses.replace(state.history, survival=state.history.survival * 0, estimate=estimate)
+    state = jax.tree.map(jnp.copy, state.__class__(**(vars(state) | {"draft_cache": used, "history": blank})))
     slots = slots.__class__(state, slots.sampling, slots.stop_tokens)
     prompt = np.arange(1, 7, dtype=np.int32)
     nobody = np.zeros(2, bool)
@@ -187,8 +203,11 @@ def test_a_slot_is_handed_over_clean(models: Any, target: Qwen3) -> None:
     assert seen[1].tolist() == [*prompt.tolist(), *[-1] * 26]
     assert np.isnan(shown[1, 6:]).all() and np.isfinite(shown[1, :6]).all()
     assert (seen[0] == 3).all() and (shown[0] == 7).all()
-    assert slots.state.history[:, 1].tolist() == [[0.75, 0.5]] * 2
-    assert not (slots.state.history[:, 0] == 0.75).any()
+    history = slots.state.history
+    assert history.survival[:, 1].tolist() == [[0.75, 0.5]] * 2
+    assert not (history.survival[:, 0] == 0.75).any()
+    assert history.estimate.accepted.tolist() == [[3, 3], [0, 0]]  # what all requests did stays known
+    assert history.estimate.all_accepted.tolist() == [5, 5]
 
 
 def test_a_long_prompt_does_not_stall_the_others(serve: Any) -> None:

@@ -58,7 +58,8 @@ def at_temperature(temperature: float) -> dict[str, Any]:
     return {
         "temperature": temperature, "prompts": 7, "prompt_sets": {"a<b": row}, "tau": 2.5, "tau_ci95": [None, None],
         "rounds": 40, "tokens_per_second": 300.0, "baseline_tokens_per_second": 100.0, "speedup": 3.0,
-        "speedup_ci95": [2.5, 3.5],
+        "speedup_ci95": [2.5, 3.5], "adaptive_tokens_per_second": 320.0, "adaptive_speedup": 3.2,
+        "adaptive_speedup_ci95": [2.6, 3.6],
     }  # fmt: skip
 
 
@@ -135,7 +136,7 @@ def test_tables_have_captions_and_headings_and_the_numbers(text: str):
     for shown in ("2.500", "2.250 to 2.750", "0.81", "0.42", "1.25", "-0.30", "3.5", "1.2", "51", "100", "2.50", "–"):
         assert shown in cells, shown
     everything = "".join(part for _, _, parts in page.elements[:1] for part in parts)
-    assert "2 of 9 greedy answers differ" in everything and "300 tokens per second speculative" in everything
+    assert "2 of 9 greedy answers differ" in everything and "320 drafting where it pays, ratio 3.20" in everything
     assert "table & co" in everything
 
 

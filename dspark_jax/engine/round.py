@@ -1,0 +1,111 @@
+"""One turn of decoding: draft, schedule, verify, commit; or, where drafts would not pay, the target alone."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dspark_jax.drafter.interface import Drafter
+from dspark_jax.engine.commit import commit
+from dspark_jax.engine.draft import draft
+from dspark_jax.engine.sampling import Uniforms
+from dspark_jax.engine.schedule import Scheduler, drafts_now, observe, schedule
+from dspark_jax.engine.state import DecodeState, Round
+from dspark_jax.engine.verify import verify
+from dspark_jax.ops.sampling import Sampling
+from dspark_jax.target.qwen3 import Qwen3
+
+
+def decode_round(
+    target: Qwen3,
+    drafter: Drafter | None,
+    state: DecodeState,
+    uniforms: Uniforms,
+    sampling: Sampling,
+    stop_tokens: jax.Array,
+    *,
+    scheduler: Scheduler | None = None,
+    unroll: bool = False,
+) -> tuple[DecodeState, Round]:
+    """One round: draft, schedule (all drafts without a scheduler), verify, commit.
+
+    A scheduler that alternates decides first whether this is a round with drafts.
+    """
+    scheduler = scheduler or Scheduler.fixed()
+    settings = (uniforms, sampling, stop_tokens)
+    if drafter is None or not scheduler.alternates:
+        return drafting_round(target, drafter, state, *settings, scheduler, unroll=unroll)
+    kinds = (
+        lambda state: drafting_round(target, drafter, state, *settings, scheduler, unroll=unroll),
+        lambda state: plain_round(target, drafter, state, *settings, unroll=unroll),
+    )
+    # Two loops of at most one turn: unlike the branches of a conditional, they update the caches in place.
+    entry = no_round(drafter, state.lengths.shape[0])
+    drafts = drafts_now(scheduler, state.history, ~state.finished)
+    state, entry = _when(drafts, kinds[0], state, entry)
+    return _when(~drafts, kinds[1], state, entry)
+
+
+def drafting_round(
+    target: Qwen3,
+    drafter: Drafter | None,
+    state: DecodeState,
+    uniforms: Uniforms,
+    sampling: Sampling,
+    stop_tokens: jax.Array,
+    scheduler: Scheduler,
+    *,
+    unroll: bool = False,
+) -> tuple[DecodeState, Round]:
+    """A round in which the drafter drafts, whatever the scheduler admits."""
+    taps = () if drafter is None else drafter.taps
+    active = ~state.finished
+    proposal = draft(target, drafter, state, uniforms, sampling)
+    lengths, history = schedule(scheduler, proposal, active, state.history)
+    verdict, output = verify(target, state, proposal, lengths, uniforms, sampling, taps=taps, unroll=unroll)
+    after, entry = commit(drafter, state, proposal, lengths, verdict, output, stop_tokens)
+    history = observe(history, entry.proposed, entry.accepted, active, drafted=True)
+    return dataclasses.replace(after, history=history), entry
+
+
+def plain_round(
+    target: Qwen3,
+    drafter: Drafter,
+    state: DecodeState,
+    uniforms: Uniforms,
+    sampling: Sampling,
+    stop_tokens: jax.Array,
+    *,
+    unroll: bool = False,
+) -> tuple[DecodeState, Round]:
+    """A round without drafts: one token per request. The drafter's cache learns it, for rounds to come."""
+    batch, active = state.lengths.shape[0], ~state.finished
+    nothing, none = draft(target, None, state, uniforms, sampling), jnp.zeros((batch,), jnp.int32)
+    own = Uniforms(uniforms.draft[:, :0], uniforms.accept[:, :0], uniforms.next)
+    verdict, output = verify(target, state, nothing, none, own, sampling, taps=drafter.taps, unroll=unroll)
+    after, entry = commit(drafter, state, nothing, none, verdict, output, stop_tokens)
+    history = observe(state.history, none, none, active, drafted=False)
+    blank = no_round(drafter, batch)
+    entry = dataclasses.replace(entry, drafted=blank.drafted, confidence=blank.confidence)
+    return dataclasses.replace(after, history=history), entry
+
+
+def no_round(drafter: Drafter, batch: int) -> Round:
+    """A round in which nothing was drafted and nothing committed."""
+    none = jnp.zeros((batch,), jnp.int32)
+    confident = getattr(drafter, "confidence", None) is not None
+    confidence = jnp.zeros((batch, drafter.block_size), jnp.float32) if confident else None
+    return Round(jnp.full((batch, drafter.block_size), -1, jnp.int32), confidence, none, none, none, none)
+
+
+def _when(
+    wanted: jax.Array, turn: Callable[[DecodeState], tuple[DecodeState, Round]], state: DecodeState, entry: Round
+) -> tuple[DecodeState, Round]:
+    """`turn(state)` if it is wanted, else what there is."""
+
+    def body(carry: Any) -> Any:
+        return (*turn(carry[0]), jnp.bool_(False))
+
+    return jax.lax.while_loop(lambda carry: carry[2], body, (state, entry, wanted))[:2]

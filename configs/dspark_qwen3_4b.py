@@ -1,7 +1,9 @@
-"""DSpark for Qwen3-4B with the hyperparameters of the released drafter (paper section 4; ten epochs of 1.3 M prompts).
+"""Drafters for Qwen3-4B with the hyperparameters of the released ones (paper section 4: ten epochs of 1.3 M).
 
-    python -m dspark_jax.train --config configs/dspark_qwen3_4b.py --config.target.path=/models/Qwen3-4B \
-        --config.data.prompts='("prompts.jsonl",)'
+    python -m dspark_jax.train --config configs/dspark_qwen3_4b.py \
+        --config.target.path=/models/Qwen3-4B --config.data.prompts='("prompts.jsonl",)'
+    python -m dspark_jax.train --config configs/dspark_qwen3_4b.py:dflash  # or eagle3, mtp (`dspark_jax.kinds`)
+    python -m dspark_jax.plan --config configs/dspark_qwen3_4b.py --topology v5e:4x4
 
 `target.architecture` states the shape of the model, so that the config can be checked and planned without its weights.
 """
@@ -16,16 +18,18 @@ from dspark_jax.config import (
     TargetConfig,
     TrainConfig,
 )
+from dspark_jax.kinds import as_kind
 
 BENCHMARKS = ("gsm8k", "math500", "aime25", "mbpp", "humaneval", "livecodebench", "mt-bench", "alpaca", "arena-hard-v2")
 
 
-def get_config(arg: str = "") -> Config:
-    """Takes no argument."""
-    if arg:
-        raise ValueError(f"dspark_qwen3_4b takes no argument, got {arg!r}")
-    return Config(
-        name="dspark_qwen3_4b",
+def get_config(arg: str = "dspark") -> Config:
+    """`arg`: the kind of drafter, dspark if empty."""
+    kind = arg or "dspark"
+    # What EAGLE-3 and MTP learn from is every row of a sequence, not 512 anchors: eight times as many for EAGLE-3.
+    everywhere, length = kind in ("eagle3", "mtp"), 4096
+    config = Config(
+        name=f"{kind}_qwen3_4b",
         target=TargetConfig(
             path="Qwen/Qwen3-4B",
             architecture=TargetArchitecture(
@@ -43,16 +47,21 @@ def get_config(arg: str = "") -> Config:
             ),
         ),
         drafter=DrafterConfig(
-            kind="dspark",
             num_layers=5,
             block_size=7,
             target_layer_ids=(1, 9, 17, 25, 33),
             mask_token_id=151669,
             markov_rank=256,
         ),
-        data=DataConfig(prompts=("prompts/open_perfectblend.jsonl",), max_prompt_length=2048, max_length=4096),
+        data=DataConfig(prompts=("prompts/open_perfectblend.jsonl",), max_prompt_length=2048, max_length=length),
         optim=OptimConfig(learning_rate=6e-4, warmup_ratio=0.04),
-        train=TrainConfig(steps=25390, batch_size=512, accumulate=1, num_anchors=512, checkpoint_every=1000),
+        train=TrainConfig(
+            steps=25390,
+            batch_size=512,
+            accumulate=32 if kind == "eagle3" else 8,
+            num_anchors=length if everywhere else 512,
+            checkpoint_every=1000,
+        ),
         eval=EvalConfig(
             prompts=tuple(f"eval_datasets/{name}.jsonl" for name in BENCHMARKS),
             batch_size=64,
@@ -60,3 +69,4 @@ def get_config(arg: str = "") -> Config:
             speed_prompts=4,
         ),
     )
+    return as_kind(config, kind)

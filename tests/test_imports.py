@@ -17,9 +17,10 @@ ALLOWED = {
     "engine": BASE | {"ops", "target", "drafter", "engine"},
     "convert": BASE | {"ops", "target", "drafter", "convert"},
     "evaluation": BASE | {"ops", "data", "target", "drafter", "training", "engine", "convert", "evaluation"},
+    "planning": BASE | {"ops", "target", "drafter", "training", "engine", "planning"},
     "command": BASE,
 }
-COMMANDS = {"prepare", "train", "evaluate", "calibrate", "generate"}
+COMMANDS = {"prepare", "train", "evaluate", "calibrate", "generate", "plan"}
 BUILDER = {"quickstart"}  # rebuilds the embedded target; nothing may import it
 FOLDERS = {"convert": "__main__"}  # commands that are a package
 CALLS = {"train": {"prepare", "evaluate"}}  # the data it needs, and the checkpoint it has just written

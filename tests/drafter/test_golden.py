@@ -66,8 +66,8 @@ def test_training_pass(case):
     target, config, drafter, io, anchors = case
     tokens, loss_mask = jnp.asarray(io["input_ids"], jnp.int32), jnp.asarray(io["loss_mask"])
     out = jax.jit(lambda d, f: d(target, f, tokens, loss_mask, anchors))(drafter, io["target_hidden_states"])
-    keep = io["block_keep_mask"].astype(bool)
-    np.testing.assert_allclose(np.asarray(out.hidden)[keep], io["output_hidden"][keep], rtol=0, atol=io["tolerance"] / 4)
+    keep, tolerance = io["block_keep_mask"].astype(bool), io["tolerance"]
+    np.testing.assert_allclose(np.asarray(out.hidden)[keep], io["output_hidden"][keep], rtol=0, atol=tolerance / 4)
     logits = target.unembed(out.hidden)
     embedding = None
     if drafter.markov is not None:
@@ -77,7 +77,7 @@ def test_training_pass(case):
     assert (drafter.confidence is None) == ("confidence_pred" not in io)
     if drafter.confidence is not None:
         confidence = drafter.confidence(out.hidden, embedding)
-        np.testing.assert_allclose(np.asarray(confidence)[keep], io["confidence_pred"][keep], rtol=0, atol=io["tolerance"])
+        np.testing.assert_allclose(np.asarray(confidence)[keep], io["confidence_pred"][keep], rtol=0, atol=tolerance)
     rows = jax.vmap(lambda hidden, at: hidden[at])(jnp.asarray(io["target_last_hidden_states"]), out.teacher_rows)
     mask = io["eval_mask"].astype(bool)
     teacher = np.asarray(target.unembed(rows))

@@ -1,0 +1,134 @@
+"""The programs that `plan` compiles: the train step as `train` runs it, and the decoding round as serving runs it.
+
+All arguments are shapes with shardings, so nothing is allocated and no weight is read.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from dspark_jax.config import Config, InputError
+from dspark_jax.engine.schedule import Scheduler
+from dspark_jax.engine.slots import Mode, batch_axes, open_slots, serve_round
+from dspark_jax.sharding import replicated, sharding, state_shardings
+from dspark_jax.target.loading import abstract_target, compute_dtype
+from dspark_jax.training.optim import make_optimizer
+from dspark_jax.training.state import abstract_drafter, param_shardings, state_layout, to_params
+from dspark_jax.training.step import batch_layout, make_train_step
+
+STOP_TOKENS = 4
+"""Room for stop tokens in every slot."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A traced program and what it is given.
+
+    Attributes:
+      name: for messages.
+      traced: not yet lowered.
+      parts: arguments by what they are for, e.g. `target_parameters`; trees of shapes with shardings.
+    """
+
+    name: str
+    traced: Any
+    parts: dict[str, Any]
+
+
+def with_dtypes(config: Config) -> Config:
+    """The config with the types that `auto` means on an accelerator."""
+
+    def fixed(part: Any) -> Any:
+        return dataclasses.replace(part, dtype="bfloat16") if part.dtype == "auto" else part
+
+    return dataclasses.replace(config, target=fixed(config.target), drafter=fixed(config.drafter))
+
+
+def train_program(config: Config, mesh: Mesh) -> Program:
+    """The train step of a config (types resolved) on a mesh of any devices.
+
+    Raises:
+      InputError: the batch cannot be divided over the mesh.
+    """
+    train, ways = config.train, mesh.shape["data"] * mesh.shape["fsdp"]
+    if train.batch_size % (train.accumulate * ways):
+        raise InputError(
+            f"train.batch_size={train.batch_size} is not divisible by train.accumulate={train.accumulate} x {ways} "
+            f"ways of the mesh (data x fsdp); use a multiple of {train.accumulate * ways}, or another mesh"
+        )
+    target = abstract_target(config.target.architecture, compute_dtype(config.target.dtype))
+    drafter = abstract_drafter(config)
+    optimizer = make_optimizer(config.optim, train.steps)
+    state, batch = state_layout(drafter, optimizer, mesh), batch_layout(config, mesh)
+    target_params = _laid(to_params(target), param_shardings(target, mesh), target.dtype)
+    with jax.set_mesh(mesh):
+        traced = make_train_step(config, drafter, target, optimizer, mesh).trace(state, target_params, batch)
+    parts = {
+        "target_parameters": target_params,
+        "drafter_parameters": state.params,
+        "optimizer": state.optimizer,
+        "batch": (state.step, batch),
+    }
+    return Program("train step", traced, parts)
+
+
+def decode_program(config: Config, mesh: Mesh) -> Program:
+    """One decoding round of `eval.batch_size` requests of the longest prompts and answers, sampling at temperature 1.
+
+    Weights lie as in training, requests are split over data x fsdp.
+    """
+    target = abstract_target(config.target.architecture, compute_dtype(config.target.dtype))
+    drafter = abstract_drafter(config)
+    rows = config.data.max_prompt_length + config.eval.max_new_tokens + config.drafter.block_size + 1
+    scheduler = jax.eval_shape(Scheduler.fixed)
+
+    def slots(count: int, rows: int = rows) -> Any:
+        opened = functools.partial(open_slots, count=count, rows=rows, stops=STOP_TOKENS)
+        return jax.eval_shape(opened, target, drafter, scheduler)
+
+    def lay(leaf: Any, axis: int) -> Any:
+        axes = ["batch" if i == axis else None for i in range(leaf.ndim)]
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding(axes, leaf.shape, mesh))
+
+    state = jax.tree.map(lay, slots(config.eval.batch_size), batch_axes(slots))
+    released = lay(jax.ShapeDtypeStruct((config.eval.batch_size,), jnp.bool_), 0)
+    models = [_laid(model, state_shardings(model, mesh), model.dtype) for model in (target, drafter)]
+    everywhere = jax.tree.map(lambda leaf: replicated(mesh), scheduler)
+    scheduler = jax.tree.map(
+        lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), scheduler, everywhere
+    )
+    with jax.set_mesh(mesh):
+        traced = serve_round.trace(*models, state, released, scheduler, mode=Mode(greedy=False), unroll=False)
+    parts = {
+        "target_parameters": models[0],
+        "drafter_parameters": models[1],
+        "caches": (state.state.target_cache, state.state.draft_cache),
+    }
+    return Program("decoding round", traced, parts)
+
+
+def _laid(shapes: Any, shardings: Any, dtype: Any) -> Any:
+    """Shapes (floating point ones as `dtype`) with their shardings."""
+
+    def one(leaf: Any, at: Any) -> Any:
+        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=at)
+
+    return jax.tree.map(one, shapes, shardings)
+
+
+def bytes_per_chip(tree: Any) -> int:
+    """Bytes that one device holds of a tree of shapes with shardings."""
+
+    def size(leaf: Any) -> int:
+        shape = leaf.sharding.shard_shape(leaf.shape)
+        item = 8 if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype.itemsize
+        count = 1
+        for length in shape:
+            count *= length
+        return count * item
+
+    return sum(size(leaf) for leaf in jax.tree.leaves(tree))

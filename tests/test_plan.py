@@ -1,0 +1,197 @@
+"""`plan`: what is counted, what is said, and, where the TPU compiler is installed, a whole small plan."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from dspark_jax import plan
+from dspark_jax.config import InputError, MeshConfig, TargetArchitecture, resolve
+from dspark_jax.planning.flops import matmul_flops
+from dspark_jax.planning.hlo import Traffic, program_cost
+from dspark_jax.planning.programs import bytes_per_chip, decode_program, train_program, with_dtypes
+from dspark_jax.planning.topology import CHIPS, GIB, devices_of, listing
+from dspark_jax.sharding import make_mesh, sharding
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = TargetArchitecture("qwen3", 256, 128, 3, 4, 2, 32, 256, 1e-6, 1e4, True, 256)
+
+
+@pytest.fixture
+def config():
+    """The Qwen3-4B config at a hundredth of every size."""
+    spec = importlib.util.spec_from_file_location("c", ROOT / "configs" / "quickstart.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found = module.get_config()
+    found.target = dataclasses.replace(found.target, path="", architecture=TINY)
+    found.drafter = dataclasses.replace(
+        found.drafter, target_layer_ids=(0, 1), num_layers=1, mask_token_id=255, markov_rank=8, block_size=4
+    )
+    found.data = dataclasses.replace(found.data, max_length=64, max_prompt_length=32)
+    found.train = dataclasses.replace(found.train, batch_size=16, accumulate=2, num_anchors=8, vocab_chunk=32, steps=90)
+    found.optim = dataclasses.replace(found.optim, kind="adamw", learning_rate=1e-3)
+    found.eval = dataclasses.replace(found.eval, batch_size=8, max_new_tokens=16)
+    return with_dtypes(resolve(found))
+
+
+def test_products_are_counted_as_often_as_their_loops_turn():
+    x, w = jnp.zeros((3, 5)), jnp.zeros((5, 5))
+
+    def nested(x):
+        x = jax.lax.fori_loop(0, 4, lambda _, y: y @ w, x)  # 4 x 150
+        return jax.lax.map(lambda row: jax.checkpoint(lambda r: w @ r)(row), x)  # 3 x 50
+
+    assert matmul_flops(jax.make_jaxpr(nested)(x)) == 4 * 150 + 3 * 50
+    batched = jax.make_jaxpr(lambda a, b: jnp.einsum("bij,bjk->bik", a, b))(jnp.zeros((2, 3, 4)), jnp.zeros((2, 4, 5)))
+    assert matmul_flops(batched) == 2 * 2 * 3 * 4 * 5
+    branches = jax.make_jaxpr(lambda p, x: jax.lax.cond(p, lambda x: x @ w @ w, lambda x: x @ w, x))(True, x)
+    assert matmul_flops(branches) == 300
+    gradient = jax.make_jaxpr(jax.grad(lambda w: jnp.sum(jnp.square(x @ w))))(w)
+    assert matmul_flops(gradient) == 2 * 150
+
+
+HLO = """HloModule jit_step, is_scheduled=true
+
+%fused (param_0: f32[8,100], param_1: s32[]) -> f32[100] {
+  %param_0 = f32[8,100]{1,0:T(8,128)} parameter(0)
+  %param_1 = s32[]{:T(128)S(6)} parameter(1)
+  %slice = f32[1,100]{1,0} dynamic-slice(%param_0, %param_1, %param_1), dynamic_slice_sizes={1,100}
+  ROOT %row = f32[100]{0} bitcast(%slice)
+}
+
+%body (arg: (s32[], f32[8,100], f32[100])) -> (s32[], f32[8,100], f32[100]) {
+  %arg = (s32[]{:T(128)}, f32[8,100]{1,0:T(8,128)}, f32[100]{0}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%arg), index=0
+  %stack = f32[8,100]{1,0:T(8,128)} get-tuple-element(%arg), index=1
+  %row.1 = f32[100]{0} fusion(%stack, %i), kind=kLoop, calls=%fused, backend_config={"estimated_cycles":"70"}
+  %all = f32[400]{0} all-gather(%row.1), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}
+  %kept = f32[100]{0:T(128)S(1)} copy(%row.1), backend_config={"estimated_cycles":"5"}
+  ROOT %out = (s32[]{:T(128)}, f32[8,100]{1,0:T(8,128)}, f32[100]{0}) tuple(%i, %stack, %row.1)
+}
+
+%condition (arg.1: (s32[], f32[8,100], f32[100])) -> pred[] {
+  %arg.1 = (s32[]{:T(128)}, f32[8,100]{1,0:T(8,128)}, f32[100]{0}) parameter(0)
+  %i.1 = s32[]{:T(128)} get-tuple-element(%arg.1), index=0
+  %bound = s32[]{:T(128)} constant(8)
+  ROOT %less = pred[]{:T(512)} compare(%i.1, %bound), direction=LT
+}
+
+ENTRY %main (p: f32[8,100], q: f32[100]) -> f32[100] {
+  %p = f32[8,100]{1,0:T(8,128)} parameter(0)
+  %q = f32[100]{0} parameter(1)
+  %zero = s32[]{:T(128)} constant(0)
+  %start = (s32[]{:T(128)}, f32[8,100]{1,0:T(8,128)}, /*index=2*/f32[100]{0}) tuple(%zero, %p, %q)
+  %loop = (s32[]{:T(128)}, f32[8,100]{1,0:T(8,128)}, f32[100]{0}) while(%start), condition=%condition, body=%body
+  %last = f32[100]{0} get-tuple-element(%loop), index=2
+  ROOT %sum = f32[100]{0} all-reduce(%last), channel_id=2, replica_groups={{0,1,2,3}}, to_apply=%add
+}
+"""
+
+
+def test_a_compiled_program_is_added_up_over_its_loops():
+    """Eight turns: of a stack only the row is read, what stays on the chip (S(1)) is no traffic."""
+    cost = program_cost(HLO)
+    assert cost.cycles == 8 * 75
+    assert cost.collectives == {"all-gather": Traffic(8, 8 * 1600.0), "all-reduce": Traffic(1, 400.0)}
+    assert cost.sent_bytes == 8 * 1600 + 2 * 400
+    per_turn = (400 + 400) + (400 + 1600) + 400  # fusion, all-gather, copy to the chip
+    index = 4  # the loop's counter, which the copy in the entry's layout keeps in memory
+    assert cost.hbm_bytes in (8 * per_turn + 800, 8 * (per_turn + index) + 800)
+    assert cost.unknown_loops == 0
+    assert program_cost(HLO.replace("constant(8)", "parameter(1)")).unknown_loops == 1
+
+
+def test_the_programs_are_traced_without_weights(config):
+    """Operations of the train step as they follow from the shapes; bytes of the state as it is split."""
+    mesh = make_mesh(MeshConfig(2, 2, 2))
+    program = train_program(config, mesh)
+    d, f, v, q, kv, g, r = 128, 256, 256, 128, 64, 4, 8
+    rows, blocks = 16 * 64, 16 * 8 * g
+    layer = d * (q + 2 * kv) + q * d + 3 * d * f
+    target = 2 * rows * 3 * (layer + 2 * 64 * q)
+    # Drafter: forward and two products backward, some recomputed; the context's fc and keys over all rows.
+    least = target + 2 * 3 * (rows * (2 * d * d + 2 * d * kv) + blocks * layer) + 2 * blocks * v * (3 * d + 3 * r)
+    assert least < matmul_flops(program.traced.jaxpr) < 1.6 * least
+    assert bytes_per_chip(program.parts["optimizer"]) == pytest.approx(
+        2 * bytes_per_chip(program.parts["drafter_parameters"]), rel=0.01
+    )
+    whole = sum(leaf.size * 2 for leaf in jax.tree.leaves(program.parts["target_parameters"]))
+    assert whole / 4 <= bytes_per_chip(program.parts["target_parameters"]) < 0.3 * whole
+    spread = jax.ShapeDtypeStruct((8, 6), jnp.bfloat16, sharding=sharding(("batch", None), (8, 6), mesh))
+    assert bytes_per_chip(spread) == 8 * 6 * 2 / 4
+    decode = decode_program(config, mesh)
+    assert matmul_flops(decode.traced.jaxpr) > 2 * 8 * (g + 1) * (3 * layer + d * v)
+
+
+def test_a_batch_that_the_mesh_cannot_divide_is_refused(config):
+    config.train = dataclasses.replace(config.train, batch_size=6)
+    with pytest.raises(InputError, match=r"batch_size=6 is not divisible by train.accumulate=2 x 8 ways"):
+        train_program(config, make_mesh(MeshConfig(2, 4, 1)))
+
+
+def found(activations, fits, held=4.0):
+    memory = {"optimizer_bytes": held * GIB, "activations_bytes": activations * GIB, "rest_bytes": 0.0}
+    total = (held + activations) * GIB
+    return {"memory": memory, "hbm_per_chip_bytes": total, "hbm_available_bytes": 15.75 * GIB, "fits": fits}
+
+
+def test_the_verdict_says_what_to_change(config):
+    mesh = make_mesh(MeshConfig(1, 2, 1), jax.devices()[:2])  # 16 / (2 x 2) = 4 sequences per chip at a time
+    assert plan.verdict(found(6.0, True), config, mesh, "train") == "fits: 10.00 of 15.75 GiB per chip"
+    assert "set train.accumulate=4" in plan.verdict(found(20.0, False), config, mesh, "train")
+    assert "set train.accumulate=8" in plan.verdict(found(40.0, False), config, mesh, "train")
+    assert "even with one sequence per chip" in plan.verdict(found(90.0, False), config, mesh, "train")
+    assert "use a larger slice" in plan.verdict(found(1.0, False, held=15.0), config, mesh, "train")
+    assert "lower eval.batch_size" in plan.verdict(found(20.0, False), config, mesh, "decode")
+
+
+def test_topologies_are_listed_and_others_refused():
+    text = listing()
+    assert all(f"{chip.name}:{shape}" in text for chip in CHIPS.values() for shape in chip.shapes)
+    for name in ("v5e", "v9:2x2", "v5e:four"):
+        with pytest.raises(InputError, match="list"):
+            devices_of(name)
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    everything = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **environment}
+    command = [sys.executable, "-m", "dspark_jax.plan", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=everything, capture_output=True, text=True, timeout=600)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="the TPU compiler is installed")
+def test_without_the_compiler_one_line_says_what_to_install(tmp_path):
+    done = run("--config", "configs/dspark_qwen3_4b.py", "--topology", "v5e:4x4", "--workdir", str(tmp_path))
+    assert done.returncode == 2
+    assert "pip install 'dspark-jax[tpu]'" in done.stderr.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+def test_a_small_plan(config, tmp_path):
+    from dspark_jax.config import to_json
+
+    (tmp_path / "c.json").write_text(to_json(config))
+    (tmp_path / "c.py").write_text(
+        "from pathlib import Path\nfrom dspark_jax.config import from_json\n\n\n"
+        "def get_config():\n    return from_json((Path(__file__).parent / 'c.json').read_text())\n"
+    )
+    done = run("--config", str(tmp_path / "c.py"), "--topology", "v5e:2x2", "--workdir", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "plan.json").read_text())
+    train, decode = report["train"], report["decode"]
+    assert report["chips"] == 4 and train["fits"] and decode["fits"]
+    assert train["hbm_per_chip_bytes"] == pytest.approx(sum(train["memory"].values()))
+    assert train["estimated_step_seconds"] >= train["roofline_seconds"] > 0
+    assert train["hours"] == pytest.approx(90 * train["estimated_step_seconds"] / 3600)
+    assert train["collectives"]["all-gather"]["count"] > 3 and train["flops_per_step"] > 0
+    assert decode["estimated_round_seconds"] > 0
+    assert "train step: fits" in done.stdout and "decoding round: fits" in done.stdout

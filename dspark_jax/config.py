@@ -298,6 +298,9 @@ class TrainConfig:
     """Block positions whose logits are in memory at once, per sequence batch (see ops/vocab_loss)."""
     evaluate: bool = True
     """Run `evaluate` on the last checkpoint when training has ended."""
+    init_from: str = ""
+    """Start from the parameters of this drafter (a run's working directory, or a drafter in a Hugging Face directory)
+    instead of from random ones. The optimizer starts anew."""
 
 
 @dataclasses.dataclass
@@ -328,6 +331,18 @@ class EvalConfig:
 
 
 @dataclasses.dataclass
+class CompareConfig:
+    """What `compare` trains side by side. Drafters are named as in `dspark_jax.kinds`."""
+
+    drafters: tuple[str, ...] = ("dspark", "dflash", "eagle3", "mtp", "rnn")
+    """Of the main table."""
+    depths: tuple[int, ...] = (1, 2, 3, 4, 5)
+    depth_drafters: tuple[str, ...] = ("dspark", "dflash")
+    lengths: tuple[int, ...] = (4, 8, 12, 16)
+    length_drafters: tuple[str, ...] = ("dspark", "rnn", "dflash")
+
+
+@dataclasses.dataclass
 class Config:
     """Everything one experiment states."""
 
@@ -340,6 +355,7 @@ class Config:
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+    compare: CompareConfig = dataclasses.field(default_factory=CompareConfig)
 
 
 def resolve(config: Config) -> Config:

@@ -13,10 +13,12 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from dspark_jax import command
 from dspark_jax.config import Config, InputError, to_json
+from dspark_jax.convert.hf import import_drafter
 from dspark_jax.data.pipeline import batches
 from dspark_jax.data.sources import SampleReader
 from dspark_jax.metrics import values
@@ -24,10 +26,10 @@ from dspark_jax.prepare import prepare
 from dspark_jax.progress import MetricsWriter, Progress, log
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target.loading import load_target
-from dspark_jax.training.checkpoint import Checkpoints
+from dspark_jax.training.checkpoint import Checkpoints, checkpoint_directory, load_drafter
 from dspark_jax.training.host_memory import return_freed_memory
 from dspark_jax.training.optim import learning_rate, make_optimizer
-from dspark_jax.training.state import abstract_drafter, init_state, state_layout, to_params
+from dspark_jax.training.state import TrainState, abstract_drafter, init_state, state_layout, to_params
 from dspark_jax.training.step import (
     FINITE,
     StepMetrics,
@@ -37,6 +39,7 @@ from dspark_jax.training.step import (
     make_train_step,
     place_batch,
 )
+from dspark_jax.training.warm_start import warm_start
 
 
 def train(config: Config, workdir: Path) -> None:
@@ -83,7 +86,7 @@ def fit(config: Config, workdir: Path, mesh: Mesh, checkpoints: Checkpoints) -> 
         data.set_state(position)
         log(f"continuing from step {start}: {checkpoints.path(start)}")
     else:
-        state = init_state(config, optimizer, mesh)
+        state = _fresh_state(config, optimizer, mesh)
     if jax.process_index() == 0:
         (workdir / "config.json").write_text(to_json(config))
     if start >= steps:
@@ -117,6 +120,20 @@ def fit(config: Config, workdir: Path, mesh: Mesh, checkpoints: Checkpoints) -> 
                 journal.flush()  # a state that is not finite is never saved
                 checkpoints.save(step, state, data.get_state())
             progress.update(step)
+
+
+def _fresh_state(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """The state of step 0, with the parameters of `train.init_from` if there is one."""
+    state, source = init_state(config, optimizer, mesh), config.train.init_from
+    if not source:
+        return state
+    folder = Path(source)
+    if not checkpoint_directory(folder).is_dir() and (folder / "config.json").exists():
+        drafter = import_drafter(folder, mesh)[1]
+    else:
+        drafter = load_drafter(folder, mesh, any_target=True)[1]
+    log(f"starting from the parameters of {source}")
+    return warm_start(state, drafter, source)
 
 
 class Journal:

@@ -47,8 +47,8 @@ class BlockOutputs:
 class Drafter(Protocol):
     """The decoding side, the same for every drafter. `target` lends its embedding and LM head.
 
-    A drafter with an attribute `stops_drafting = True` ends a proposal at a drafted stop token: what it drafts behind it
-    is not counted as proposed.
+    A drafter with an attribute `stops_drafting = True` ends a proposal at a drafted stop token: what it drafts behind
+    it is not counted as proposed.
     """
 
     block_size: int

@@ -94,7 +94,8 @@ class Checkpoints:
         assert step is not None
         about = self.manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
         _check_target(self.path(step), about, self.about, self.config.target.path)
-        _check_config(self.path(step), about["config"], self.about["config"])
+        saved = json.loads(to_json(from_json(json.dumps(about["config"]))))  # fields that are newer have their defaults
+        _check_config(self.path(step), saved, self.about["config"])
         items = {
             "params": ocp.args.StandardRestore(layout.params),
             "optimizer": ocp.args.StandardRestore({"step": layout.step, "state": layout.optimizer}),
@@ -123,13 +124,16 @@ class Checkpoints:
             self._quiet.__exit__(None, None, None)
 
 
-def load_drafter(workdir: Path, mesh: Mesh, target: TargetConfig | None = None) -> tuple[Config, AnyDrafter]:
+def load_drafter(
+    workdir: Path, mesh: Mesh, target: TargetConfig | None = None, *, any_target: bool = False
+) -> tuple[Config, AnyDrafter]:
     """The drafter of the newest checkpoint, parameters only.
 
     Args:
       workdir: of the training run.
       mesh: to put the parameters on.
       target: the target it is going to draft for; the one in the checkpoint's config if None.
+      any_target: do not ask whether the checkpoint was made for this target, nor for its files.
 
     Returns:
       The config it was trained with (with `target` in it) and the drafter.
@@ -149,7 +153,8 @@ def load_drafter(workdir: Path, mesh: Mesh, target: TargetConfig | None = None) 
         config = from_json(json.dumps(about["config"]))
         if target is not None:
             config = dataclasses.replace(config, target=target)
-        _check_target(directory / str(step), about, _fingerprints(config.target.path), config.target.path)
+        if not any_target:
+            _check_target(directory / str(step), about, _fingerprints(config.target.path), config.target.path)
         abstract = abstract_drafter(config)
         shapes, shardings = to_params(abstract), param_shardings(abstract, mesh)
         layout = {
@@ -179,7 +184,7 @@ def _check_config(where: Path, saved: dict[str, Any], present: dict[str, Any]) -
     fixed = [("drafter", name) for name in present["drafter"] if name not in ("dtype", "initializer_range")]
     fixed += [("train", "seed"), ("train", "batch_size"), ("optim", "kind")]
     for group, name in fixed:
-        before, now = saved[group].get(name), present[group][name]
+        before, now = saved[group][name], present[group][name]
         if before != now:
             raise InputError(
                 f"{where}: {group}.{name} was {before}, now {now}; resume with the old value, or use another --workdir"

@@ -15,6 +15,7 @@ import difflib
 import errno
 import importlib.util
 import inspect
+import json
 import re
 import sys
 import textwrap
@@ -123,7 +124,7 @@ def load_config(spec: str) -> Config:
     """Calls `get_config` of a config file.
 
     Args:
-      spec: FILE or FILE:ARG; ARG is handed to `get_config`.
+      spec: FILE or FILE:ARG; ARG is handed to `get_config`. FILE may also be a `config.json` that a run has written.
 
     Returns:
       Its config; an empty name becomes the file's stem, with ARG behind it.
@@ -137,6 +138,11 @@ def load_config(spec: str) -> Config:
         near = difflib.get_close_matches(str(path), [str(p) for p in path.parent.glob("*.py")], n=1, cutoff=0.5)
         remedy = f"did you mean {near[0]}?" if near else "check the path"
         raise InputError(f"--config {file}: no such file; {remedy}")
+    if path.suffix == ".json":
+        try:
+            return config_module.from_json(path.read_text("utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError, KeyError) as error:
+            raise InputError(f"--config {file}: not a config that a run has written ({error})") from None
     module_spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
     assert module_spec and module_spec.loader
     module = importlib.util.module_from_spec(module_spec)

@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RELEASED = ("dspark_qwen3_4b", "dspark_qwen3_8b", "dspark_qwen3_14b", "dspark_gemma4_12b")
 EXPERIMENTS = [
     *(("quickstart", kind) for kind in KINDS),
+    ("compare_quickstart", ""),
     *((name, kind) for name in RELEASED for kind in ("dspark", "dflash", "eagle3")),
     ("dspark_qwen3_4b", "mtp"),
 ]

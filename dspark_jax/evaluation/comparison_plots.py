@@ -1,0 +1,81 @@
+"""The figures of `compare`: acceptance by position, depth, draft length and time per round, of all drafters."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from dspark_jax.evaluation.comparison import Standing
+from dspark_jax.evaluation.plots import Plot, Theme, _figure, _line, conditional_plot
+
+
+def conditional_plots(standings: Mapping[str, Standing]) -> list[Plot]:
+    """Conditional acceptance by position, a line per drafter and a figure per prompt set (paper, figure 2)."""
+    names = list(dict.fromkeys(name for one in standings.values() for name in one.sets))
+    plots = []
+    for name in names:
+        plot = conditional_plot({kind: one.sets[name] for kind, one in standings.items() if name in one.sets}, name)
+        plots.append(dataclasses.replace(plot, name=f"conditional_acceptance_{name}"))
+    return plots
+
+
+def study_plot(points: Sequence[Mapping[str, Any]], label: str, title: str) -> Plot:
+    """Tau against depth or draft length, one line with its 95 % interval per drafter (paper, figures 3 and 4).
+
+    Args:
+      points: drafter, the value of `label`, tau, tau_ci95.
+      label: depth or length.
+      title: what the study is about.
+    """
+    kinds = list(dict.fromkeys(point["drafter"] for point in points))
+    lines = {kind: sorted((p for p in points if p["drafter"] == kind), key=lambda p: p[label]) for kind in kinds}
+
+    def draw(theme: Theme) -> Figure:
+        figure, axes = _figure(title, theme)
+        for number, (kind, found) in enumerate(lines.items()):
+            band = np.asarray([_floats(point["tau_ci95"]) for point in found]).T
+            _line(axes, theme, number, [p[label] for p in found], [p["tau"] for p in found], kind, band)
+        axes.set(xlabel={"depth": "draft layers", "length": "draft length"}[label], ylabel="accepted length (tau)")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.legend()
+        return figure
+
+    shown = [f"{kind} from {found[0]['tau']:.2f} to {found[-1]['tau']:.2f}" for kind, found in lines.items()]
+    return Plot(
+        name=label,
+        title=title,
+        caption="Mean over the prompt sets. Bands: 95 % intervals over prompts.",
+        alt=f"{title}: " + "; ".join(shown) + ".",
+        data={kind: list(found) for kind, found in lines.items()},
+        draw=draw,
+    )
+
+
+def time_plot(times: Mapping[str, Mapping[str, float]], title: str) -> Plot:
+    """Milliseconds per decoding round at batch 1, a bar per drafter."""
+    names = list(times)
+    values = [times[name]["round_ms"] for name in names]
+
+    def draw(theme: Theme) -> Figure:
+        figure, axes = _figure(title, theme, 1.6 + 0.3 * len(names))
+        axes.barh(names, values, color=theme.lines[0])
+        axes.invert_yaxis()
+        axes.set(xlabel="milliseconds per round, prefill included")
+        return figure
+
+    shown = ", ".join(f"{name} {value:.2f}" for name, value in zip(names, values, strict=True))
+    return Plot(
+        name="round_time",
+        title=title,
+        caption="Draft, verification by the target and acceptance; a round of plain decoding is one token.",
+        alt=f"Milliseconds per round: {shown}.",
+        data={name: dict(one) for name, one in times.items()},
+        draw=draw,
+    )
+
+
+def _floats(bounds: Sequence[float | None]) -> list[float]:
+    return [float("nan") if bound is None else bound for bound in bounds]

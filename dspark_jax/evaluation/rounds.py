@@ -1,0 +1,124 @@
+"""What `compare` measures of a trained drafter: its rounds on the held-out prompts, and what a round takes.
+
+Every drafter is measured in a process of its own, so that one that fails takes nothing with it, and the time of a round
+in one more, where all drafters take turns and see the same state of the machine. Hence this module is also a program:
+
+    python -m dspark_jax.evaluation.rounds JOB.json
+"""
+
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from dspark_jax.config import Config, from_json
+from dspark_jax.data.samples import Tally
+from dspark_jax.engine.generate import laid_out
+from dspark_jax.evaluation.acceptance import Counts, count_rounds
+from dspark_jax.evaluation.decoding import answer
+from dspark_jax.evaluation.setup import ask, open_engine
+from dspark_jax.evaluation.summary import write_json
+from dspark_jax.progress import Progress
+from dspark_jax.sharding import make_mesh
+
+PLAIN = "plain"
+"""Name of decoding without a drafter among the times."""
+
+
+def measure_rounds(config: Config, workdir: Path, out: Path) -> None:
+    """Answers all held-out prompts at the first temperature of `config.eval`, and writes the counts.
+
+    Args:
+      config: resolved, of the run.
+      workdir: its newest checkpoint is measured.
+      out: NPZ file to write: `prompt_sets` [N] names, and the fields of `Counts` by prompt.
+
+    Raises:
+      InputError: there is no checkpoint for this target, or a prompt file cannot be used.
+    """
+    mesh = make_mesh(config.mesh)
+    engine = open_engine(config, workdir, mesh)
+    settings = config.eval
+    with contextlib.closing(Tally(Path(os.devnull))) as tally, jax.set_mesh(mesh):
+        asked, first = ask(config, engine, tally, settings.prompts, settings.limit)
+        turns = sum(len(one.questions) for one in asked)
+        with Progress("measure", turns, unit="answer") as progress:
+            requests, result = answer(engine, asked, first, settings.temperatures[0], advance=progress.advance)
+    counts = count_rounds(result).grouped(requests.owners, len(asked))
+    temporary = out.with_suffix(".tmp.npz")
+    np.savez(temporary, prompt_sets=np.asarray([one.prompt.prompt_set for one in asked]), **vars(counts))
+    os.replace(temporary, out)
+
+
+def read_rounds(path: Path) -> tuple[list[str], Counts]:
+    """What `measure_rounds` has written: prompt set of every prompt, and its counts."""
+    with np.load(path) as file:
+        names = [str(name) for name in file["prompt_sets"]]
+        return names, Counts(**{name: file[name] for name in file.files if name != "prompt_sets"})
+
+
+def measure_times(runs: Mapping[str, tuple[Config, Path]]) -> dict[str, dict[str, list[float]]]:
+    """Decodes some prompts at batch 1 with every drafter in turn, and without one.
+
+    Args:
+      runs: by name, resolved config and working directory. All have the same target, prompts and settings.
+
+    Returns:
+      By name, and for `PLAIN`: seconds (prefill included), rounds and new tokens of every prompt. Compilation happens
+      in a decoding that is not counted.
+    """
+    base = next(iter(runs.values()))[0]
+    settings, mesh = base.eval, make_mesh(base.mesh)
+    engines: dict[str, Any] = {}
+    found: dict[str, dict[str, list[float]]] = {}
+    with contextlib.closing(Tally(Path(os.devnull))) as tally, jax.set_mesh(mesh):
+        loaded: Any = None
+        for name, (config, workdir) in runs.items():
+            loaded = open_engine(config, workdir, mesh, target=None if loaded is None else loaded.target)
+            engines[name] = loaded
+        asked, first = ask(base, loaded, tally, settings.prompts, settings.limit)
+        quick = first.take(_first_of_each([one.prompt.prompt_set for one in asked], settings.speed_prompts))
+        engines[PLAIN] = loaded
+        with Progress("time", len(quick.items) * len(engines), unit="answer") as progress:
+            for name, engine in engines.items():
+                target, drafter = laid_out(engine.target, None if name == PLAIN else engine.drafter, batch_size=1)
+                engines[name] = type(engine)(**{**vars(engine), "target": target, "drafter": drafter})
+                engines[name].decode(quick.take([0]), settings.temperatures[0], speculative=name != PLAIN, batch_size=1)
+                found[name] = {"seconds": [], "rounds": [], "tokens": []}
+            for number in range(len(quick.items)):
+                one = quick.take([number])
+                for name, engine in engines.items():
+                    started = time.perf_counter()
+                    result = engine.decode(one, settings.temperatures[0], speculative=name != PLAIN, batch_size=1)
+                    found[name]["seconds"].append(time.perf_counter() - started)
+                    found[name]["rounds"].append(len(result.acceptance_lengths[0]))
+                    found[name]["tokens"].append(len(result.tokens[0]))
+                    progress.advance()
+    return found
+
+
+def _first_of_each(sets: Sequence[str], most: int) -> list[int]:
+    """Indices of the first `most` prompts of every set."""
+    return [i for i, name in enumerate(sets) if list(sets[:i]).count(name) < most]
+
+
+def main(job: Path) -> None:
+    """Does what a job file says: {"task": "rounds" or "times", "out": file, "runs": {name: {"config", "workdir"}}}."""
+    asked = json.loads(job.read_text("utf-8"))
+    runs = {name: (from_json(run["config"]), Path(run["workdir"])) for name, run in asked["runs"].items()}
+    if asked["task"] == "rounds":
+        for config, workdir in runs.values():
+            measure_rounds(config, workdir, Path(asked["out"]))
+    else:
+        write_json(Path(asked["out"]), measure_times(runs))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

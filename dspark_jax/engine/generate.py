@@ -274,7 +274,7 @@ def generate(
     if keys is None:
         keys = request_keys(seed, jnp.arange(len(token_rows)))
     block_size = 0 if drafter is None else drafter.block_size
-    stops = [*stop_tokens] + [-1] * (4 - len(stop_tokens) % 4)  # padded, so that executables are shared
+    stops = padded_stops(stop_tokens)
     order = sorted(range(len(token_rows)), key=lambda i: (len(token_rows[i]), i))
     parts = []
     for start in range(0, len(order), batch_size):
@@ -296,7 +296,7 @@ def generate(
             jnp.asarray(limits),
             keys[picked],
             sampling.take(picked),
-            jnp.asarray(stops, jnp.int32),
+            stops,
             scheduler.take(picked),
             shape=decode_shape(width, max_new_tokens, drafter, trace=trace),
         )
@@ -304,6 +304,11 @@ def generate(
         if progress is not None:
             progress(len(chosen))
     return collect(parts, len(token_rows), block_size)
+
+
+def padded_stops(stop_tokens: Sequence[int]) -> jax.Array:
+    """Stop tokens [K] int32 as `decode` takes them, padded with -1 so that executables are shared."""
+    return jnp.asarray([*stop_tokens] + [-1] * (4 - len(stop_tokens) % 4), jnp.int32)
 
 
 def ladder(size: int) -> int:

@@ -30,7 +30,7 @@ class Engine:
 
     Attributes:
       target: the language model.
-      drafter: drafts for it.
+      drafter: drafts for it; None where only plain decoding is asked for.
       tokenizer: the target's.
       stop_tokens: ids that end an answer.
       max_new_tokens: budget of an answer.

@@ -17,11 +17,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dspark_jax.config import Config, from_json, to_json
-from dspark_jax.engine.generate import laid_out
+from dspark_jax.engine.generate import decode, decode_shape, laid_out, padded_stops
 from dspark_jax.engine.result import DecodeResult
+from dspark_jax.engine.sampling import request_keys, request_sampling
 from dspark_jax.engine.schedule import Scheduler
 from dspark_jax.evaluation.decoding import Engine, Request, Requests
 from dspark_jax.evaluation.setup import open_engine
@@ -53,7 +55,7 @@ def measure_speed(
     Compilation happens in a first decoding of each kind that is not counted, and the weights are laid out before. What
     a round with drafts costs is measured on the first request, which is decoded once more for it.
     """
-    engines = []
+    engines: list[Engine] = []
     for drafter in (None, engine.drafter):
         target, drafter = laid_out(engine.target, drafter, batch_size=1)
         engines.append(dataclasses.replace(engine, target=target, drafter=drafter))
@@ -69,11 +71,8 @@ def measure_speed(
 
     for column in range(3):
         run(0, column)
-    per_round = []
-    for column in (0, 1):
-        trials = [run(0, column) for _ in range(3)]
-        per_round.append(min(seconds / max(int(result.rounds[0]), 1) for seconds, result in trials))
-    cost = per_round[1] / per_round[0]
+    plain, drafting = (_seconds_per_round(one, requests, temperature) for one in engines)
+    cost = drafting / plain
     tokens, seconds = np.zeros((len(requests.items), 3)), np.zeros((len(requests.items), 3))
     for number in range(len(requests.items)):
         for column in range(3):
@@ -82,6 +81,31 @@ def measure_speed(
         if advance is not None:
             advance(1)
     return Speed(tokens, seconds, cost)
+
+
+def _seconds_per_round(engine: Engine, requests: Requests, temperature: float, repeats: int = 3) -> float:
+    """Seconds of a round at batch 1, by decoding the first request to its end and, for comparison, not at all.
+
+    With the drafter where the engine has one; the executable is that of `Engine.decode`.
+    """
+    prompt, width = requests.items[0].prompt, requests.width
+    tokens = np.zeros((1, width), np.int32)
+    tokens[0, : len(prompt)] = prompt
+    length = jnp.asarray([len(prompt)], jnp.int32)
+    keys, sampling = request_keys(0, jnp.arange(1)), request_sampling(1, temperature=temperature)
+    stops = padded_stops([-1] * len(engine.stop_tokens))  # nothing ends it early
+    shape = decode_shape(width, engine.max_new_tokens, engine.drafter, trace=False)
+    models = (engine.target, engine.drafter)
+
+    def run(new_tokens: int) -> tuple[float, int]:
+        prompts, limits, started = jnp.asarray(tokens), length + new_tokens, time.perf_counter()
+        state, _ = decode(*models, prompts, length, limits, keys, sampling, stops, Scheduler.fixed(), shape=shape)
+        rounds = int(jax.device_get(state.rounds)[0])
+        return time.perf_counter() - started, rounds
+
+    start, _ = min(run(1) for _ in range(repeats))
+    whole, rounds = min(run(engine.max_new_tokens) for _ in range(repeats))
+    return max(whole - start, 1e-9) / max(rounds, 1)
 
 
 def measure_speed_apart(

@@ -7,10 +7,11 @@ temperature; fits one temperature per block position on half of the prompts; and
 confidences hold on the other half, by position: calibration error (ECE), AUC and Brier score. Beside them stand a
 shared bias that may be added to the head before, and the running estimate that needs no head.
 
-Writes `calibration.json` in the layout that SGLang reads (`--speculative-dspark-confidence-sts-path`) for sampling
-temperature 1, or the first one, and `calibration_t0.7.json` and so on for others; everything that was measured goes to
-`eval/calibration*.json`, and the reliability before and after to `eval/reliability*.png`. A calibration holds for the
-sampling temperature that it was fitted at.
+Writes `calibration.json` in the layout that SGLang reads (`--speculative-dspark-confidence-sts-path`), with the bias
+and its temperatures beside it, which `generate` uses; for sampling temperature 1, or the first one, and
+`calibration_t0.7.json` and so on for others. Everything that was measured goes to `eval/calibration*.json`, and the
+reliability before and after to `eval/reliability*.png`. A calibration holds for the sampling temperature that it was
+fitted at.
 """
 
 import contextlib
@@ -149,9 +150,11 @@ def decode(
 
 
 def sglang(calibration: Calibration, dataset: str) -> dict[str, Any]:
-    """A calibration in the layout of SGLang's STS file."""
+    """A calibration in the layout of SGLang's STS file, and the bias and its temperatures, which ours read instead."""
     return {
         "temperatures": calibration.temperatures,
+        "bias": calibration.bias,
+        "temperatures_with_bias": calibration.shifted_temperatures,
         "dataset": dataset,
         "num_samples": calibration.fitted_rounds,
         "ece_before": [one.ece for one in calibration.predictors[HEAD].prefix],

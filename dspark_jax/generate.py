@@ -156,7 +156,7 @@ def _scheduler(name: str, threshold: float | None, block_size: int, workdir: Pat
     """The rule of that name with what the working directory knows about costs and calibration."""
     if name == "fixed":
         return Scheduler.fixed()
-    bounds: dict[str, Any] = {"temperatures": _temperatures(workdir / "calibration.json", block_size)}
+    bounds = _calibration(workdir / "calibration.json", block_size)
     if name == "threshold":
         return Scheduler.threshold(0.5 if threshold is None else threshold, **bounds)
     file = workdir / "cost_table.json"
@@ -166,19 +166,22 @@ def _scheduler(name: str, threshold: float | None, block_size: int, workdir: Pat
     return Scheduler.lagged(costs, 0.8 ** np.arange(1, block_size + 1), **bounds)
 
 
-def _temperatures(file: Path, block_size: int) -> list[float] | None:
-    """Temperatures of sequential temperature scaling as `calibrate` wrote them, if it did."""
+def _calibration(file: Path, block_size: int) -> dict[str, Any]:
+    """Bias and temperatures as `calibrate` wrote them, if it did; temperatures alone from SGLang's own files."""
     if not file.exists():
-        return None
+        return {}
     try:
-        found = [float(value) for value in json.loads(file.read_text("utf-8"))["temperatures"]]
-    except (ValueError, TypeError, KeyError) as error:
+        content = json.loads(file.read_text("utf-8"))
+        biased = content.get("temperatures_with_bias") is not None
+        found = [float(v) for v in content["temperatures_with_bias" if biased else "temperatures"]]
+        bias = float(content["bias"]) if biased else None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{file}: no calibration ({type(error).__name__}: {error}); run calibrate again") from None
-    if len(found) != block_size or min(found) <= 0:
+    if len(found) != block_size or min(found) <= 0 or not np.isfinite([*found, bias or 0.0]).all():
         raise InputError(
             f"{file}: has {len(found)} temperatures; {block_size} positive ones are needed, calibrate again"
         )
-    return found
+    return {"temperatures": found, "bias": bias}
 
 
 def _show(request: Request, tokenizer: Any) -> None:

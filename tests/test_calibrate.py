@@ -70,8 +70,9 @@ def test_the_files_have_the_layout_that_sglang_reads(run: Run):
     for temperature, name in ((1.0, "calibration.json"), (0.5, "calibration_t0.5.json")):
         content = json.loads((run.workdir / name).read_text())
         assert content == run.written[temperature]
-        assert list(content) == ["temperatures", "dataset", "num_samples", "ece_before", "ece_after"]
-        assert len(content["temperatures"]) == BLOCK
+        sglang = {"temperatures", "dataset", "num_samples", "ece_before", "ece_after"}
+        assert set(content) == sglang | {"bias", "temperatures_with_bias"} and np.isfinite(content["bias"])
+        assert len(content["temperatures"]) == len(content["temperatures_with_bias"]) == BLOCK
         assert all(np.isclose(GRID, value).any() for value in content["temperatures"])
         assert content["dataset"] == "heldout" and content["num_samples"] > 0
         for key in ("ece_before", "ece_after"):

@@ -150,7 +150,11 @@ def test_schedulers_read_what_the_working_directory_knows(tmp_path: Path) -> Non
     table = {"sample_batch_tokens": [1, 2, 4], "sample_steps_per_sec": [30, 20, 10], "max_batch_tokens": 4}
     (tmp_path / "cost_table.json").write_text(json.dumps(table))
     known = _scheduler("lagged", None, BLOCK, tmp_path)
-    assert known.temperatures.tolist() == [1.5, 2.0, 0.5]
+    assert known.temperatures.tolist() == [1.5, 2.0, 0.5] and known.bias is None
+    both = {"temperatures": [1.5, 2.0, 0.5], "bias": -0.25, "temperatures_with_bias": [1.0, 1.25, 0.75]}
+    (tmp_path / "calibration.json").write_text(json.dumps(both))
+    shifted = _scheduler("threshold", 0.3, 3, tmp_path)
+    assert shifted.temperatures.tolist() == [1.0, 1.25, 0.75] and float(shifted.bias) == -0.25
     assert known.steps_per_second.tolist()[1:] == [30, 20, 20, 10]
     assert known.prior.shape == (BLOCK,)
     for content, message in (("{}", "no calibration"), ('{"temperatures": [1]}', "has 1 temperatures; 3 positive")):

@@ -87,7 +87,7 @@ def expected_tensors(arch: TargetArchitecture, config: DrafterConfig) -> dict[st
     parameters, shapes = parameter_paths(abstract_drafter(arch, config)), dict[str, tuple[int, ...]]()
     weights = drafter_weights(config, parameters)
     if is_gemma(parameters):
-        shapes = {LAYER_SCALAR.format(i=i): (1,) for i in range(config.num_layers)}
+        shapes |= {LAYER_SCALAR.format(i=i): (1,) for i in range(config.num_layers)}
     for path, variable in parameters.items():
         weight, shape = weights[path], variable.get_value().shape
         single = shape[1:] if weight.stacked else shape

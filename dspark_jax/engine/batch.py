@@ -17,7 +17,7 @@ from dspark_jax.engine.request import EngineMetrics, FinishReason, Request, Sett
 from dspark_jax.engine.schedule import Scheduler
 from dspark_jax.engine.slots import Chunk, Committed, Mode, open_slots, prefill_chunk, serve_round
 from dspark_jax.ops.sampling import GREEDY_BELOW
-from dspark_jax.target.qwen3 import Qwen3
+from dspark_jax.target.model import Target
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Batch:
 
     def __init__(
         self,
-        target: Qwen3,
+        target: Target,
         drafter: Drafter | None,
         scheduler: Scheduler,
         metrics: EngineMetrics,

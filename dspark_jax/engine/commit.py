@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from dspark_jax.drafter.interface import Drafter, Proposal
 from dspark_jax.engine.state import DecodeState, Round
 from dspark_jax.engine.verify import Verdict
-from dspark_jax.target.qwen3 import TargetOutput
+from dspark_jax.target.model import TargetOutput
 
 
 def is_stop(tokens: jax.Array, stop_tokens: jax.Array) -> jax.Array:

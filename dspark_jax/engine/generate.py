@@ -24,11 +24,11 @@ from dspark_jax.ops.product import has_matrix_units
 from dspark_jax.ops.sampling import Sampling, sample
 from dspark_jax.sharding import constrain
 from dspark_jax.target.layers import decode_layout
-from dspark_jax.target.qwen3 import Qwen3
+from dspark_jax.target.model import Target
 
 
 def prefill(
-    target: Qwen3,
+    target: Target,
     drafter: Drafter | None,
     prompts: jax.Array,
     prompt_lengths: jax.Array,
@@ -118,7 +118,7 @@ Carry = tuple[DecodeState, RoundLog, jax.Array]  # of the loop; last the number 
 
 @functools.partial(jax.jit, static_argnames=("shape",))
 def decode(
-    target: Qwen3,
+    target: Target,
     drafter: Any,
     prompts: jax.Array,
     prompt_lengths: jax.Array,
@@ -186,7 +186,7 @@ def decode(
 
 
 @functools.partial(jax.jit, static_argnames=("batch_size",))
-def laid_out(target: Qwen3, drafter: Any, *, batch_size: int) -> tuple[Qwen3, Any]:
+def laid_out(target: Target, drafter: Any, *, batch_size: int) -> tuple[Target, Any]:
     """Target and drafter with their weights as decoding `batch_size` requests wants them here; for repeated calls.
 
     `generate` does this itself at every call, which on a CPU takes some milliseconds; elsewhere nothing is changed.
@@ -194,13 +194,13 @@ def laid_out(target: Qwen3, drafter: Any, *, batch_size: int) -> tuple[Qwen3, An
     return _lay_out(target, drafter, batch_size) if jax.default_backend() == "cpu" else (target, drafter)
 
 
-def _lay_out(target: Qwen3, drafter: Any, batch_size: int) -> tuple[Qwen3, Any]:
+def _lay_out(target: Target, drafter: Any, batch_size: int) -> tuple[Target, Any]:
     rows = batch_size * (1 if drafter is None else drafter.block_size + 1)
     target = decode_layout(target, _weight_type(target, rows))
     return target, None if drafter is None else decode_layout(drafter, drafter.dtype)
 
 
-def _weight_type(target: Qwen3, rows: int) -> Any:
+def _weight_type(target: Target, rows: int) -> Any:
     """Type in which a CPU keeps a target's matrices while it decodes `rows` tokens at a time.
 
     Bfloat16 loses nothing where the checkpoint was bfloat16 (`ops.product.exact`) and is faster for several rows; one
@@ -211,7 +211,7 @@ def _weight_type(target: Qwen3, rows: int) -> Any:
 
 
 def generate(
-    target: Qwen3,
+    target: Target,
     drafter: Drafter | None,
     prompts: Sequence[Sequence[int]],
     *,
@@ -331,7 +331,7 @@ def _scheduler(scheduler: Scheduler | None, confidence_threshold: float) -> Sche
     return Scheduler.threshold(confidence_threshold)
 
 
-def _check(target: Qwen3, prompts: list[np.ndarray], max_new_tokens: int) -> None:
+def _check(target: Target, prompts: list[np.ndarray], max_new_tokens: int) -> None:
     """Refuses what cannot be decoded."""
     arch = target.arch
     if max_new_tokens < 1:

@@ -15,11 +15,11 @@ from dspark_jax.engine.schedule import Scheduler, drafts_now, observe, schedule
 from dspark_jax.engine.state import DecodeState, Round
 from dspark_jax.engine.verify import verify
 from dspark_jax.ops.sampling import Sampling
-from dspark_jax.target.qwen3 import Qwen3
+from dspark_jax.target.model import Target
 
 
 def decode_round(
-    target: Qwen3,
+    target: Target,
     drafter: Drafter | None,
     state: DecodeState,
     uniforms: Uniforms,
@@ -49,7 +49,7 @@ def decode_round(
 
 
 def drafting_round(
-    target: Qwen3,
+    target: Target,
     drafter: Drafter | None,
     state: DecodeState,
     uniforms: Uniforms,
@@ -71,7 +71,7 @@ def drafting_round(
 
 
 def plain_round(
-    target: Qwen3,
+    target: Target,
     drafter: Drafter,
     state: DecodeState,
     uniforms: Uniforms,

@@ -27,7 +27,7 @@ from dspark_jax.engine.batch import Batch
 from dspark_jax.engine.request import EngineMetrics, Request, Settings, TextStream
 from dspark_jax.engine.schedule import Scheduler, check_scheduler
 from dspark_jax.engine.slots import Mode
-from dspark_jax.target.qwen3 import Qwen3
+from dspark_jax.target.model import Target
 
 
 class QueueFull(RuntimeError):
@@ -51,7 +51,7 @@ class Engine:
 
     def __init__(
         self,
-        target: Qwen3,
+        target: Target,
         drafter: Drafter | None,
         *,
         slots: int = 8,

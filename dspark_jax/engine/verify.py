@@ -16,7 +16,7 @@ from dspark_jax.drafter.interface import Proposal
 from dspark_jax.engine.sampling import Uniforms
 from dspark_jax.engine.state import DecodeState
 from dspark_jax.ops.sampling import GREEDY_BELOW, Sampling, allowed, distribution, draw, largest
-from dspark_jax.target.qwen3 import Qwen3, TargetOutput
+from dspark_jax.target.model import Target, TargetOutput
 
 _FLOOR = 1e-8  # smallest draft probability and smallest residual mass that are divided by
 
@@ -121,7 +121,7 @@ def judge(
 
 
 def verify(
-    target: Qwen3,
+    target: Target,
     state: DecodeState,
     proposal: Proposal,
     lengths: jax.Array,

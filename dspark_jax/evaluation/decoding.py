@@ -18,7 +18,7 @@ from dspark_jax.engine.generate import generate, ladder
 from dspark_jax.engine.result import DecodeResult
 from dspark_jax.engine.sampling import request_keys
 from dspark_jax.engine.schedule import Scheduler
-from dspark_jax.target.qwen3 import Qwen3
+from dspark_jax.target.model import Target
 
 OnRejected = Callable[[Conversation, Rejected], None]
 Advance = Callable[[int], None]
@@ -38,7 +38,7 @@ class Engine:
       seed: of the request keys.
     """
 
-    target: Qwen3
+    target: Target
     drafter: Any
     tokenizer: Any
     stop_tokens: tuple[int, ...]
@@ -247,7 +247,7 @@ def _logit_gap(engine: Engine, prefix: list[int], pair: tuple[int, ...]) -> floa
 
 
 @jax.jit
-def _logits_at(target: Qwen3, tokens: jax.Array, row: jax.Array) -> jax.Array:
+def _logits_at(target: Target, tokens: jax.Array, row: jax.Array) -> jax.Array:
     """Logits [V] behind tokens[0, row], without a cache."""
     positions = jnp.arange(tokens.shape[1])[None]
     return target.unembed(target.forward(tokens, positions).last_hidden[:, row])[0]

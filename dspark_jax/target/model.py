@@ -58,6 +58,8 @@ class Target(nnx.Module):
     STACKS: ClassVar[Mapping[str, str]] = {FULL: "layers"}
     """Kind of layers -> the attribute that holds their stack."""
 
+    layers: Layer
+
     def __init__(self, arch: TargetArchitecture, *, rngs: nnx.Rngs, dtype: Any = jnp.float32, scale: float = 0.02):
         """Random float32 parameters; `dtype` is the compute type."""
         self.arch = arch

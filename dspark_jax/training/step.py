@@ -16,7 +16,7 @@ from dspark_jax.drafter import AnyDrafter
 from dspark_jax.drafter.blocks import sample_anchors
 from dspark_jax.metrics import Ratio
 from dspark_jax.sharding import constrain, replicated, sharding
-from dspark_jax.target.qwen3 import Qwen3
+from dspark_jax.target.model import Target
 from dspark_jax.training.loss import EPSILON, LossSums, drafter_loss
 from dspark_jax.training.state import Params, TrainState, state_layout, to_module
 
@@ -60,7 +60,7 @@ def anchor_keys(seed: int, step: jax.Array, sample_id: jax.Array) -> jax.Array:
 
 
 def loss_sums(
-    params: Params, drafter: AnyDrafter, target: Qwen3, batch: Batch, step: jax.Array, config: Config
+    params: Params, drafter: AnyDrafter, target: Target, batch: Batch, step: jax.Array, config: Config
 ) -> tuple[jax.Array, LossSums]:
     """Un-normalised loss of one micro-batch (no leading C) and its terms; differentiable in `params`.
 
@@ -90,7 +90,7 @@ def loss_sums(
 
 
 def gradients(
-    params: Params, drafter: AnyDrafter, target: Qwen3, batch: Batch, step: jax.Array, config: Config
+    params: Params, drafter: AnyDrafter, target: Target, batch: Batch, step: jax.Array, config: Config
 ) -> tuple[Params, LossSums]:
     """Gradient of the normalised loss over C micro-batches, and the summed terms.
 
@@ -118,7 +118,7 @@ def train_step(
     batch: Batch,
     *,
     drafter: AnyDrafter,
-    target: Qwen3,
+    target: Target,
     optimizer: optax.GradientTransformation,
     config: Config,
     shardings: Mapping[str, NamedSharding] | None = None,
@@ -157,7 +157,7 @@ def train_step(
 
 
 def make_train_step(
-    config: Config, drafter: AnyDrafter, target: Qwen3, optimizer: optax.GradientTransformation, mesh: Mesh
+    config: Config, drafter: AnyDrafter, target: Target, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> jax.stages.Wrapped:
     """`train_step` jitted for a mesh: (state, target parameters, batch) -> (state, metrics); the state is donated.
 

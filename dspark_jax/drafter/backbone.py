@@ -101,7 +101,8 @@ class Backbone(nnx.Module):
 
     def init_cache(self, batch: int, length: int, dtype: Any) -> KVCache:
         """An empty cache of projected context keys and values."""
-        return KVCache.zeros(self.num_layers, batch, length, self.arch, dtype)
+        separate = getattr(self, "separate_caches", False)
+        return KVCache.zeros(self.num_layers, batch, length, self.arch, dtype, separate=separate)
 
     def extend(self, cache: KVCache, features: jax.Array, positions: jax.Array) -> KVCache:
         """Writes the context rows of features [B, T, M*D] at positions [B, T] (consecutive) into every layer."""

@@ -196,8 +196,9 @@ def laid_out(target: Target, drafter: Any, *, batch_size: int) -> tuple[Target, 
 
 def _lay_out(target: Target, drafter: Any, batch_size: int) -> tuple[Target, Any]:
     rows = batch_size * (1 if drafter is None else drafter.block_size + 1)
-    target = decode_layout(target, _weight_type(target, rows))
-    return target, None if drafter is None else decode_layout(drafter, drafter.dtype)
+    separate = batch_size > 1
+    target = decode_layout(target, _weight_type(target, rows), separate_caches=separate)
+    return target, None if drafter is None else decode_layout(drafter, drafter.dtype, separate_caches=separate)
 
 
 def _weight_type(target: Target, rows: int) -> Any:

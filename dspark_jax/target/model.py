@@ -103,10 +103,13 @@ class Target(nnx.Module):
 
     def init_cache(self, batch: int, length: int) -> Cache:
         """An empty cache for `length` positions of `batch` requests."""
-        caches = {
-            kind: KVCache.zeros(len(stack_layers(self.arch, kind)), batch, length, self.arch, self.dtype, kind)
-            for kind in self.STACKS
-        }
+        separate = getattr(self, "separate_caches", False)
+
+        def empty(kind: str) -> KVCache:
+            layers = len(stack_layers(self.arch, kind))
+            return KVCache.zeros(layers, batch, length, self.arch, self.dtype, kind, separate=separate)
+
+        caches = {kind: empty(kind) for kind in self.STACKS}
         return caches if len(caches) > 1 else caches[FULL]
 
     def forward(

@@ -98,6 +98,11 @@ def test_decode_layout_changes_no_result(pair):
         assert jax.tree.structure(found) == jax.tree.structure(expected)
         for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(a, b, atol=2e-5 * float(jnp.abs(b).max()))
+    apart = jax.jit(lambda model: run(decode_layout(model, jnp.float32, separate_caches=True), True))(target)
+    assert len(apart[2].keys) == len(apart[2].values) == target.arch.num_hidden_layers
+    stacked = (*apart[:2], jnp.stack(apart[2].keys), jnp.stack(apart[2].values))
+    for a, b in zip(stacked, (*expected[:2], expected[2].keys, expected[2].values), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5 * float(jnp.abs(b).max()))
 
 
 def test_cached_decoding_equals_transformers(pair):

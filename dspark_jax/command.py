@@ -30,6 +30,7 @@ from ml_collections import config_flags
 
 from dspark_jax import config as config_module
 from dspark_jax.config import Config, InputError, resolve
+from dspark_jax.hub import with_architecture
 
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]*)")
 
@@ -59,7 +60,7 @@ def run(
         config, workdir, extra = parse(argv, define)
         if extra.pop("distributed"):
             jax.distributed.initialize()
-        main(resolve(config), workdir, **extra)
+        main(resolve(with_architecture(config)), workdir, **extra)
 
 
 @contextlib.contextmanager

@@ -9,11 +9,11 @@ before the last answer only) need no special case. Token offsets then carry the 
 import json
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from dspark_jax.config import InputError
 from dspark_jax.data.prompts import Message
+from dspark_jax.hub import local_directory
 
 PROBE = "\u2400answer\u2400"
 """Stands in for an answer; no template rewrites it and it must not occur in a conversation."""
@@ -52,7 +52,7 @@ def stop_tokens(path: str | os.PathLike[str], tokenizer: Any) -> tuple[int, ...]
     Raises:
       InputError: `generation_config.json` cannot be read, or no such id is known.
     """
-    file = Path(path) / "generation_config.json"
+    file = local_directory(path) / "generation_config.json"
     ids: set[int] = set()
     if file.exists():
         try:

@@ -12,6 +12,10 @@ from collections.abc import Iterator
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota", "while", "conditional"}
+_VIEWS = ("bitcast", "reshape")
+_UPDATES = {"dynamic-update-slice": 1, "scatter": -1}
+"""Operations that change their first operand in place -> which operand holds the new values."""
+
 _WIDTHS = {"pred": 1, "s4": 0.5, "u4": 0.5, "f8e4m3fn": 1, "f8e5m2": 1, "bf16": 2, "f16": 2, "c64": 8}
 _SHAPE = re.compile(r"([a-z]+\d*[a-z\d]*)\[([\d,]*)\](\{[^}]*\})?")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
@@ -176,23 +180,41 @@ def _bytes(program: _Program, computation: str, instruction: _Instruction) -> fl
     written = _size(_shapes(instruction.type), hbm=True)
     if operation == "dynamic-slice":
         return 2 * written
-    if operation in ("dynamic-update-slice", "scatter"):
-        return 2 * _size(_shapes(types[-1] if operation == "scatter" else types[1]), hbm=True)
+    if operation in _UPDATES:
+        return 2 * _size(_shapes(types[_UPDATES[operation]]), hbm=True)
     if operation != "fusion":
         return written + sum(_size(_shapes(kind), hbm=True) for kind in types)
     inner = program[instruction.called("calls")[0]]
-    parameters = [i for i in inner.values() if i.operation == "parameter"]
-    read = 0.0
-    for parameter in parameters:
-        size = _size(_shapes(parameter.type), hbm=True)
-        users = [user for user in inner.values() if parameter.name in user.operands]
-        if users and all(user.operation in ("dynamic-slice", "gather") for user in users):
-            size = min(size, sum(_size(_shapes(user.type)) for user in users))
-        elif users and all(u.operation == "dynamic-update-slice" and u.operands[0] == parameter.name for u in users):
-            size = 0.0  # updated in place: only the update is written
-            written = sum(_size(_shapes(inner[user.operands[1]].type)) for user in users)
-        read += size
-    return read + written
+    return sum(_read(inner, i) for i in inner.values() if i.operation == "parameter") + _written(inner, written)
+
+
+def _users(inner: dict[str, _Instruction], name: str) -> list[tuple[_Instruction, str]]:
+    """(user, name that it uses) of a value of a fusion, looking through changes of shape."""
+    found = []
+    for user in inner.values():
+        if name in user.operands:
+            found += _users(inner, user.name) if user.operation in _VIEWS else [(user, name)]
+    return found
+
+
+def _read(inner: dict[str, _Instruction], parameter: _Instruction) -> float:
+    """HBM bytes that a fusion reads of a parameter: the slices, where it reads slices only; 0 where it updates it."""
+    size, total = _size(_shapes(parameter.type), hbm=True), 0.0
+    for user, name in _users(inner, parameter.name):
+        if user.operation in ("dynamic-slice", "gather") and user.operands[0] == name:
+            total += _size(_shapes(user.type))
+        elif not (user.operation in _UPDATES and user.operands[0] == name):
+            total += size
+    return min(size, total)
+
+
+def _written(inner: dict[str, _Instruction], whole: float) -> float:
+    """HBM bytes that a fusion with results of `whole` bytes writes: of arrays updated in place only the updates."""
+    for instruction in inner.values():
+        if instruction.operation in _UPDATES:
+            update = instruction.operands[_UPDATES[instruction.operation]]
+            whole -= _size(_shapes(instruction.type)) - _size(_shapes(inner[update].type))
+    return max(whole, 0.0)
 
 
 def _shapes(text: str) -> Iterator[tuple[float, bool]]:

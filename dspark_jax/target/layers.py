@@ -180,7 +180,8 @@ class Attention(nnx.Module):
         self.query = normal(rngs, stack, (d, n, h), ("embed", "heads", "head_width"), scale)
         self.key = normal(rngs, stack, (d, k, h), ("embed", "kv_heads", "head_width"), scale)
         own = not self.shape.value_is_key
-        self.value = normal(rngs, stack, (d, k, h), ("embed", "kv_heads", "head_width"), scale) if own else None
+        value = normal(rngs, stack, (d, k, h), ("embed", "kv_heads", "head_width"), scale) if own else None
+        self.value: Any = value
         self.out = normal(rngs, stack, (n, h, d), ("heads", "head_width", "embed"), scale)
         self.query_norm = ones(stack, h)
         self.key_norm = ones(stack, h)

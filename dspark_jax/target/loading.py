@@ -1,8 +1,14 @@
-"""Target weights from a Hugging Face directory, streamed tensor by tensor into their device shards."""
+"""Target weights from a Hugging Face directory, streamed tensor by tensor into their device shards.
+
+On the host there is never more than one tensor (of one layer) beyond what the devices hold: files are mapped, a tensor
+is cut into the shards of the devices here, and its pages are given back when it is on them.
+"""
 
 import dataclasses
+import functools
 import hashlib
 import json
+import mmap
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,9 +19,11 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dspark_jax.config import InputError, TargetArchitecture, TargetConfig
+from dspark_jax.hub import local_directory
+from dspark_jax.progress import Progress
 from dspark_jax.sharding import state_shardings
 from dspark_jax.target import gemma4, qwen3
 from dspark_jax.target.model import Target
@@ -35,6 +43,9 @@ def compute_dtype(name: str) -> Any:
 
 
 _REMEDY = "download the file again"
+
+_AT_ONCE = 64 << 20
+"""Stacks of layers up to so many bytes are put together on the host, which spares compiling programs for them."""
 
 
 def read_safetensors(path: Path) -> dict[str, np.ndarray]:
@@ -86,11 +97,15 @@ def read_checkpoint(directory: Path) -> dict[str, np.ndarray]:
     if not index_path.exists():
         return read_safetensors(directory / "model.safetensors")
     try:
-        weight_map = json.loads(index_path.read_text())["weight_map"]
-    except (json.JSONDecodeError, KeyError):
-        raise InputError(f"{index_path}: no valid weight_map; download the file again") from None
+        weight_map = json.loads(index_path.read_text("utf-8"))["weight_map"]
+        shards = sorted(set(weight_map.values()))
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError):
+        raise InputError(f"{index_path}: no valid weight_map (tensor name -> file name); {_REMEDY}") from None
+    for shard in shards:
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise InputError(f"{index_path}: {shard!r} is no name of a file beside it; {_REMEDY}")
     tensors: dict[str, np.ndarray] = {}
-    for shard in sorted(set(weight_map.values())):
+    for shard in shards:
         tensors |= read_safetensors(directory / shard)
     for name, shard in weight_map.items():
         if name not in tensors:
@@ -111,10 +126,12 @@ def fill_module(
     where: str,
     mesh: Mesh,
     dtype: Any,
+    *,
+    title: str = "",
 ) -> None:
-    """Puts checkpoint tensors into a module's (abstract) parameters, shard by shard.
+    """Puts checkpoint tensors into a module's (abstract) parameters, tensor by tensor and shard by shard.
 
-    Only the slices that a device holds are read and converted, so the host never holds a whole model.
+    Only the slices that a device here holds are read and converted. All tensors are checked before any is read.
 
     Args:
       module: its parameters are replaced in place.
@@ -123,38 +140,110 @@ def fill_module(
       where: the directory, for messages.
       mesh: gives each parameter's sharding.
       dtype: type of the parameters in memory.
+      title: shows progress under this name, in megabytes of the files; empty = silently.
 
     Raises:
-      InputError: a tensor is missing or has another shape.
+      InputError: a tensor is missing, has another shape, or holds no floating point numbers.
     """
-    for path, variable in parameter_paths(module).items():
-        weight, shape = weights[path], variable.get_value().shape
-        names = weight.names(shape[0] if weight.stacked else 1)
-        single = shape[1:] if weight.stacked else shape
-        for name in names:
-            if name not in tensors:
-                raise InputError(f"{where}: tensor {name} is missing; download the checkpoint again")
-            stored = weight.stored_shape(single)
-            if tensors[name].shape != stored:
-                raise InputError(
-                    f"{where}: tensor {name} has shape {tensors[name].shape}, the config gives {stored}; "
-                    "config.json and weights are not of the same model"
-                )
-        sharding = state_shardings(variable, mesh).get_value()
-        read = _reader(weight, [tensors[name] for name in names], single, dtype)
-        variable.set_value(jax.make_array_from_callback(shape, sharding, read))
+    parameters = parameter_paths(module)
+    for path, variable in parameters.items():
+        _check_tensors(tensors, weights[path], variable.get_value().shape, where)
+    needed = {path: weights[path].names(variable.get_value().shape[0]) for path, variable in parameters.items()}
+    total = sum(tensors[name].nbytes for names in needed.values() for name in names)
+    progress = Progress(title, -(-total >> 20), unit="MB") if title else None
+    done = 0
+    for path, variable in parameters.items():
+        stored = [tensors[name] for name in needed[path]]
+        shape, sharding = variable.get_value().shape, state_shardings(variable, mesh).get_value()
+
+        def read(count: int) -> None:
+            nonlocal done
+            done += count
+            if progress is not None:
+                progress.update(done >> 20)
+
+        variable.set_value(_load(weights[path], stored, shape, sharding, dtype, read))
+    if progress is not None:
+        progress.update(progress.total)
+        progress.close()
 
 
-def _reader(weight: Weight, stored: list[np.ndarray], single: tuple[int, ...], dtype: Any) -> Callable[..., np.ndarray]:
-    """Callback that gives any slice of a (stacked) parameter from its memory-mapped tensors."""
+def _check_tensors(tensors: Mapping[str, np.ndarray], weight: Weight, shape: tuple[int, ...], where: str) -> None:
+    """Refuses a checkpoint in which a parameter of this shape is not as it should be."""
+    expected = weight.stored_shape(shape[1:] if weight.stacked else shape)
+    for name in weight.names(shape[0] if weight.stacked else 1):
+        if name not in tensors:
+            raise InputError(f"{where}: tensor {name} is missing; download the checkpoint again")
+        found = tensors[name]
+        if found.shape != expected:
+            raise InputError(
+                f"{where}: tensor {name} has shape {found.shape}, the config gives {expected}; "
+                "config.json and weights are not of the same model"
+            )
+        if not jnp.issubdtype(found.dtype, jnp.floating):
+            raise InputError(
+                f"{where}: tensor {name} has dtype {found.dtype}, so it is quantised or damaged; "
+                "use a checkpoint in bfloat16 or float32"
+            )
 
-    def read(index: tuple[slice, ...]) -> np.ndarray:
-        if not weight.stacked:
-            return weight.load(stored[0], single)[index].astype(dtype)
-        layers = range(*index[0].indices(len(stored)))
-        return np.stack([weight.load(stored[i], single)[index[1:]].astype(dtype) for i in layers])
 
-    return read
+def _load(
+    weight: Weight,
+    stored: list[np.ndarray],
+    shape: tuple[int, ...],
+    sharding: NamedSharding,
+    dtype: Any,
+    read: Callable[[int], None],
+) -> jax.Array:
+    """A parameter on its devices; `read` is told the bytes of every tensor that is done."""
+
+    def cut(tensor: np.ndarray, single: tuple[int, ...], index: Any) -> np.ndarray:
+        return np.array(weight.load(tensor, single)[index], dtype, order="C")
+
+    def finished(tensor: np.ndarray) -> None:
+        read(tensor.nbytes)
+        _give_back(tensor)
+
+    if not weight.stacked:
+        value = jax.make_array_from_callback(shape, sharding, lambda index: cut(stored[0], shape, index))
+        finished(stored[0])
+        return value
+    single = shape[1:]
+    if np.prod(shape) * np.dtype(dtype).itemsize <= _AT_ONCE:
+
+        def stack(index: Any) -> np.ndarray:
+            return np.stack([cut(stored[i], single, index[1:]) for i in range(*index[0].indices(len(stored)))])
+
+        value = jax.make_array_from_callback(shape, sharding, stack)
+        for tensor in stored:
+            finished(tensor)
+        return value
+    of_layer = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    value = _empty(shape, np.dtype(dtype), sharding)
+    for i, tensor in enumerate(stored):
+        layer = jax.make_array_from_callback(single, of_layer, lambda index, tensor=tensor: cut(tensor, single, index))
+        value = _placer(sharding)(value, layer, i)
+        jax.block_until_ready(value)  # or the layers would queue up
+        finished(tensor)
+    return value
+
+
+def _empty(shape: tuple[int, ...], dtype: np.dtype, sharding: NamedSharding) -> jax.Array:
+    return jax.jit(functools.partial(jnp.zeros, shape, dtype), out_shardings=sharding)()
+
+
+@functools.cache
+def _placer(sharding: NamedSharding) -> Callable[[jax.Array, jax.Array, int], jax.Array]:
+    """(stack, layer, index) -> the stack with this layer, in place."""
+    place = functools.partial(jax.lax.dynamic_update_index_in_dim, axis=0)
+    return jax.jit(place, donate_argnums=0, out_shardings=sharding)
+
+
+def _give_back(tensor: np.ndarray) -> None:
+    """Lets the system take back the pages of a mapped tensor, which otherwise count as this process's memory."""
+    mapped = getattr(tensor, "_mmap", None)
+    if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+        mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def abstract_target(arch: TargetArchitecture, dtype: Any) -> Target:
@@ -164,12 +253,12 @@ def abstract_target(arch: TargetArchitecture, dtype: Any) -> Target:
 
 
 def load_target(config: TargetConfig, mesh: Mesh) -> Target:
-    """Loads the target of a resolved config onto `mesh`, in its compute type.
+    """Loads the target of a resolved config onto `mesh`, in its compute type; from the hub where its path is an id.
 
     Raises:
       InputError: a file or tensor is missing, damaged or of another shape, or a tensor is unknown.
     """
-    directory, arch, dtype = Path(config.path), config.architecture, compute_dtype(config.dtype)
+    directory, arch, dtype = local_directory(config.path), config.architecture, compute_dtype(config.dtype)
     target = abstract_target(arch, dtype)
     tensors = read_checkpoint(directory)
     weights = qwen3.WEIGHTS
@@ -182,7 +271,8 @@ def load_target(config: TargetConfig, mesh: Mesh) -> Target:
             raise InputError(
                 f"{directory}: tensor {name} is unknown to {arch.model_type}; use a plain checkpoint of it"
             )
-    fill_module(target, tensors, weights, str(directory), mesh, dtype)
+    large = sum(tensor.nbytes for tensor in tensors.values()) > _AT_ONCE
+    fill_module(target, tensors, weights, str(directory), mesh, dtype, title="loading" if large else "")
     target.narrow = all(tensor.dtype == ml_dtypes.bfloat16 for tensor in tensors.values())
     return target
 
@@ -192,11 +282,12 @@ def fingerprint(directory: str | Path) -> str:
 
     Reads a few kilobytes per tensor, so it is quick for any size. The tokenizer has its own, `tokenizer_fingerprint`.
     """
+    directory = local_directory(directory)
     arch = TargetArchitecture.from_hf(directory)
     digest = hashlib.sha256(repr(arch).encode())
     if arch.model_type != "qwen3":  # the fields that its repr leaves out
         digest.update(repr(dataclasses.astuple(arch)).encode())
-    tensors = read_checkpoint(Path(directory))
+    tensors = read_checkpoint(directory)
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
@@ -207,8 +298,8 @@ def fingerprint(directory: str | Path) -> str:
 
 def tokenizer_fingerprint(directory: str | Path) -> str:
     """Hash of the tokenizer files and the chat template of a model directory."""
-    digest = hashlib.sha256()
+    digest, directory = hashlib.sha256(), local_directory(directory)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        path = Path(directory) / name
+        path = directory / name
         digest.update(name.encode() + (path.read_bytes() if path.exists() else b""))
     return digest.hexdigest()[:32]

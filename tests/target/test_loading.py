@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 
 from dspark_jax.config import InputError, MeshConfig, TargetArchitecture, TargetConfig
 from dspark_jax.sharding import make_mesh
+from dspark_jax.target import loading
 from dspark_jax.target.loading import fingerprint, load_target, parameter_paths, read_safetensors, tokenizer_fingerprint
 from dspark_jax.target.qwen3 import WEIGHTS, Qwen3
 
@@ -114,6 +115,45 @@ def test_index_names_a_tensor_that_is_not_there(directory):
     index["weight_map"]["model.ghost.weight"] = "model-1.safetensors"
     path.write_text(json.dumps(index))
     with pytest.raises(InputError, match=r"model.ghost.weight is in the index but not in the file"):
+        load(directory)
+
+
+def test_stacks_that_are_built_on_the_devices_hold_the_same(directory, monkeypatch):
+    expected = parameter_paths(load(directory))
+    monkeypatch.setattr(loading, "_AT_ONCE", 0)
+    for path, variable in parameter_paths(load(directory)).items():
+        value, other = variable.get_value(), expected[path].get_value()
+        np.testing.assert_array_equal(value, other)
+        assert value.sharding == other.sharding, path
+
+
+def test_integers_are_no_weights(directory):
+    rewrite(directory, lambda t: t.update({"model.norm.weight": np.ones(16, np.int8)}))
+    with pytest.raises(InputError, match=r"model.norm.weight has dtype int8, so it is quantised"):
+        load(directory)
+
+
+def test_an_unknown_type_is_named(directory):
+    path = directory / "model-1.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b'"dtype":"BF16"', b'"dtype":"F8_Z"', 1))
+    with pytest.raises(InputError, match=r"has dtype F8_Z; convert it to bfloat16"):
+        load(directory)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "no valid weight_map"),
+        ('{"metadata": {}}', "no valid weight_map"),
+        ('{"weight_map": [1]}', "no valid weight_map"),
+        ('{"weight_map": {"a": 3}}', "3 is no name of a file"),
+        ('{"weight_map": {"a": "../x.safetensors"}}', "is no name of a file"),
+    ],
+)
+def test_a_damaged_index(directory, text, message):
+    (directory / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(InputError, match=message):
         load(directory)
 
 

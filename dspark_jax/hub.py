@@ -1,0 +1,66 @@
+"""Models by path: a local directory, or an id on the Hugging Face hub, downloaded once into the hub's own cache.
+
+`HF_HUB_OFFLINE=1` keeps to what is in the cache; an interrupted download goes on where it stopped.
+"""
+
+import dataclasses
+import os
+import re
+from pathlib import Path
+
+from dspark_jax.config import Config, InputError, TargetArchitecture
+
+FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
+"""What is needed of a model: configs, weights, tokenizer and chat template."""
+
+_ID = re.compile(r"[A-Za-z0-9][\w.\-]*/[\w.\-]+")
+
+
+def is_hub_id(path: str | os.PathLike[str]) -> bool:
+    """Whether a path names a model on the hub: `owner/name`, and nothing of that name is here."""
+    return bool(_ID.fullmatch(str(path))) and not Path(path).exists()
+
+
+def local_directory(path: str | os.PathLike[str], files: tuple[str, ...] = FILES) -> Path:
+    """The directory that holds a model; one of the hub is downloaded first, as far as it is not in the cache.
+
+    Args:
+      path: a directory, or the id of a model.
+      files: patterns of the files that are needed.
+
+    Raises:
+      InputError: the hub cannot be reached and the cache does not hold it, there is no such model, or no access to it.
+    """
+    if not is_hub_id(path):
+        return Path(path)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=list(files)))
+    except GatedRepoError:
+        remedy = "accept its licence on its page and log in with `hf auth login`"
+        raise InputError(f"{path}: access to this model must be asked for; {remedy}") from None
+    except RepositoryNotFoundError:
+        raise InputError(f"{path}: neither a directory here nor a model on the hub; check the name") from None
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+        if getattr(error, "errno", None) is not None:  # a full disk, say: `command` has a line for that
+            raise
+        reason = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else "the hub cannot be reached"
+        remedy = "download it where there is a network, or give a local directory"
+        raise InputError(f"{path}: not in the hub's cache, and {reason}; {remedy}") from None
+
+
+def with_architecture(config: Config) -> Config:
+    """The config with the shape of a target that is on the hub, unless it states one itself."""
+    target = config.target
+    if target.architecture.vocab_size or not is_hub_id(target.path):
+        return config
+    found = TargetArchitecture.from_hf(local_directory(target.path, ("config.json",)))
+    return dataclasses.replace(config, target=dataclasses.replace(target, architecture=found))

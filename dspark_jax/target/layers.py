@@ -327,7 +327,8 @@ def decode_layout(module: Any, dtype: Any, *, separate_caches: bool = False) -> 
             if isinstance(layers, Layer) and layers.attention_norm[...].ndim == 2:
                 depth = layers.attention_norm[...].shape[0]
                 setattr(part, name, nnx.List([layer_at(layers, index) for index in range(depth)]))
-                part.separate_caches = separate_caches
+                holder: Any = part
+                holder.separate_caches = separate_caches
     for _, part in nnx.iter_modules(copy) if isinstance(copy, nnx.Module) else ():
         lay_out = getattr(part, "lay_out", None)
         if lay_out is not None:

@@ -1,0 +1,63 @@
+"""Contract and dispatch of `cached_attention`."""
+
+import jax
+
+from dspark_jax.ops.cached_attention import reference, xla
+from dspark_jax.ops.cached_attention.rows import Rows
+
+_IMPLEMENTATIONS = {"xla": xla.cached_attention, "reference": reference.cached_attention}
+
+
+def cached_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    rows: Rows,
+    *,
+    scale: float,
+    window: int = 0,
+    causal: bool = True,
+    finite: bool = False,
+    implementation: str | None = None,
+) -> jax.Array:
+    """Grouped-query attention of a ragged block of flat query rows per request against its cache.
+
+    Row i of request b stands at p = rows.positions[b] + i. It sees the cache rows 0..p of its request (verification),
+    or, without `causal`, all rows up to its request's last one (a drafter's block). Its own keys and values must be in
+    the cache already. Cache rows that nobody sees may hold anything, even NaN.
+
+    Args:
+      query: [T, N, H], with positional rotation applied; N is a multiple of K, and query head n reads key head
+        n // (N / K).
+      key: [B, K, C, H], heads before rows.
+      value: [B, K, C, H].
+      rows: which flat rows belong to which request, and where they stand; positions + counts <= C.
+      scale: factor of the scores.
+      window: cache rows that a row sees at most, the last ones, its own included; 0 is all.
+      causal: whether a row sees no later row of its own block.
+      finite: promise that the whole cache is finite, which saves clearing what nobody sees.
+      implementation: None (the best one here), 'xla' or 'reference' (the definition).
+
+    Returns:
+      [T, N, H] in the query's type; zeros in rows that belong to nobody. Scores and softmax are float32.
+
+    Raises:
+      ValueError: shapes do not fit together, or the implementation is unknown.
+    """
+    t, n, h = query.shape
+    b, k, c = key.shape[:3]
+    if key.shape != (b, k, c, h) or value.shape != key.shape:
+        raise ValueError(f"cached_attention: key {key.shape} and value {value.shape} do not fit query {query.shape}")
+    if n % k:
+        raise ValueError(f"cached_attention: {n} query heads are no multiple of {k} key heads")
+    if rows.owner.shape != (t,) or rows.counts.shape != (b,):
+        raise ValueError(
+            f"cached_attention: rows are for {rows.owner.shape} queries of {rows.counts.shape} requests, here are "
+            f"{(t,)} of {(b,)}"
+        )
+    if window < 0 or (window and not causal):
+        raise ValueError(f"cached_attention: window={window} must be 0 or more, and needs causal=True")
+    if implementation not in (None, *_IMPLEMENTATIONS):
+        raise ValueError(f"cached_attention: implementation {implementation!r} is not one of {list(_IMPLEMENTATIONS)}")
+    run = _IMPLEMENTATIONS[implementation or "xla"]
+    return run(query, key, value, rows, scale=scale, window=window, causal=causal, finite=finite)

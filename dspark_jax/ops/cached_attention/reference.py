@@ -1,0 +1,34 @@
+"""The definition of `cached_attention`: every flat row has a cache of its own."""
+
+import jax
+import jax.numpy as jnp
+
+from dspark_jax.ops.cached_attention.rows import Rows
+
+
+def cached_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    rows: Rows,
+    *,
+    scale: float,
+    window: int,
+    causal: bool,
+    finite: bool,
+) -> jax.Array:
+    """See `api.cached_attention`. Holds a copy of the cache for every row, [T, C, N, H]."""
+    del finite
+    b, k, c, _ = key.shape
+    owner = jnp.minimum(rows.owner, b - 1)
+    groups = query.shape[1] // k
+    last = rows.at if causal else rows.positions[owner] + rows.counts[owner] - 1
+    row = jnp.arange(c)
+    seen = (row <= last[:, None]) & (row > (last - window if window else jnp.full_like(last, -1))[:, None])
+    seen &= rows.real[:, None]  # [T, C]
+    keys, values = (x[owner].swapaxes(1, 2).repeat(groups, axis=2) for x in (key, value))  # [T, C, N, H]
+    scores = jnp.einsum("tnh,tcnh->tcn", query, keys, preferred_element_type=jnp.float32, precision="highest") * scale
+    weights = jax.nn.softmax(jnp.where(seen[..., None], scores, -1e30), axis=1)
+    values = jnp.where(seen[..., None, None], values, 0)
+    out = jnp.einsum("tcn,tcnh->tnh", weights, values.astype(jnp.float32), precision="highest")
+    return jnp.where(rows.real[:, None, None], out, 0).astype(query.dtype)

@@ -1,0 +1,62 @@
+"""Which flat rows belong to which request."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """T flat rows of B requests, one request's rows after the other's; what is left over belongs to nobody.
+
+    Attributes:
+      offsets: [B] int32, first flat row of each request.
+      counts: [B] int32, rows of each request, 0..most.
+      positions: [B] int32, absolute position of each request's first row; the others follow it.
+      owner: [T] int32, request of each flat row; B where there is none.
+      index: [T] int32, number of each row among its request's.
+      most: W, static: most rows of a request.
+    """
+
+    offsets: jax.Array
+    counts: jax.Array
+    positions: jax.Array
+    owner: jax.Array
+    index: jax.Array
+    most: int = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def of(cls, counts: jax.Array, positions: jax.Array, *, size: int, most: int) -> "Rows":
+        """Rows of `counts` [B] (each at most `most`, together at most `size` = T) from `positions` [B] on."""
+        ends = jnp.cumsum(counts)
+        offsets = (ends - counts).astype(jnp.int32)
+        row = jnp.arange(size)
+        owner = jnp.sum(row[:, None] >= ends, axis=1, dtype=jnp.int32)
+        padded = jnp.append(offsets, 0)
+        return cls(offsets, counts.astype(jnp.int32), positions, owner, (row - padded[owner]).astype(jnp.int32), most)
+
+    @property
+    def at(self) -> jax.Array:
+        """[T] absolute position of each flat row; 0 for nobody's."""
+        return jnp.where(self.real, jnp.append(self.positions, 0)[self.owner] + self.index, 0)
+
+    @property
+    def real(self) -> jax.Array:
+        """[T] bool, rows that belong to a request."""
+        return self.owner < len(self.counts)
+
+    @property
+    def padded(self) -> jax.Array:
+        """[B, W] flat row of each request's rows; any row of the array behind its count."""
+        return jnp.minimum(self.offsets[:, None] + jnp.arange(self.most), len(self.owner) - 1)
+
+    def flatten(self, values: jax.Array) -> jax.Array:
+        """values [B, W, ...] -> [T, ...]; nobody's rows hold anything finite that `values` holds."""
+        owner = jnp.minimum(self.owner, len(self.counts) - 1)
+        return values[owner, jnp.minimum(self.index, self.most - 1)]
+
+    def pad(self, values: jax.Array) -> jax.Array:
+        """values [T, ...] -> [B, W, ...]; behind a request's count stand rows of others."""
+        return values[self.padded]

@@ -1,0 +1,43 @@
+"""`cached_attention` in plain XLA: the flat rows are padded to W per request around the attention alone."""
+
+import jax
+import jax.numpy as jnp
+
+from dspark_jax.ops.cached_attention.rows import Rows
+
+_MASKED = -1e30  # finite: a row without anything to see stays free of NaN
+
+
+def cached_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    rows: Rows,
+    *,
+    scale: float,
+    window: int,
+    causal: bool,
+    finite: bool,
+) -> jax.Array:
+    """See `api.cached_attention`. Scores [B, N, W, C] at once."""
+    _, n, h = query.shape
+    b, k, c, _ = key.shape
+    w, groups = rows.most, n // k
+    padded = rows.pad(query)  # [B, W, N, H]
+    own = jnp.arange(w) < rows.counts[:, None]
+    ends = rows.positions + rows.counts
+    last = rows.positions[:, None] + jnp.arange(w) if causal else jnp.broadcast_to(ends[:, None] - 1, (b, w))
+    row = jnp.arange(c)
+    visible = (row <= last[..., None]) & own[..., None]  # [B, W, C]
+    if window:
+        visible &= row > last[..., None] - window
+    if not finite:
+        # A weight of exactly 0 times NaN is NaN. Masked scores are replaced whatever they are, so keys may stay.
+        value = jnp.where(jnp.any(visible, axis=1)[:, None, :, None], value, 0)
+    # One product per key head over its whole group of query rows: the layout that CPU matmuls take uncopied.
+    grouped = padded.reshape(b, w, k, groups, h).transpose(0, 2, 3, 1, 4).reshape(b, k, groups * w, h)
+    scores = jnp.einsum("bkrh,bkch->bkrc", grouped, key, preferred_element_type=jnp.float32) * scale
+    scores = jnp.where(visible[:, None, None], scores.reshape(b, k, groups, w, c), _MASKED)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype).reshape(b, k, groups * w, c)
+    mixed = (weights @ value).reshape(b, k, groups, w, h).transpose(0, 3, 1, 2, 4).reshape(b, w, n, h)
+    return jnp.where(rows.real[:, None, None], rows.flatten(mixed), 0).astype(query.dtype)

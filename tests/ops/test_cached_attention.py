@@ -1,0 +1,104 @@
+"""`cached_attention` against a float64 loop over rows, heads and cache rows, at hostile shapes."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dspark_jax.ops.cached_attention import Rows, cached_attention
+
+
+def loop(
+    query: np.ndarray, key: np.ndarray, value: np.ndarray, counts: list[int], positions: list[int], **how: int
+) -> np.ndarray:
+    """Row by row in float64; only visible cache rows are ever read."""
+    out = np.zeros(query.shape)
+    groups, flat = query.shape[1] // key.shape[1], 0
+    for b, (count, start) in enumerate(zip(counts, positions, strict=True)):
+        for i in range(count):
+            last = start + i if how["causal"] else start + count - 1
+            first = max(0, last + 1 - how["window"]) if how["window"] else 0
+            for n in range(query.shape[1]):
+                keys, values = key[b, n // groups, first : last + 1], value[b, n // groups, first : last + 1]
+                scores = [math.fsum(x * y for x, y in zip(query[flat, n], k, strict=True)) * 0.37 for k in keys]
+                weights = np.exp(np.asarray(scores) - max(scores))
+                out[flat, n] = weights @ values / weights.sum()
+            flat += 1
+    return out
+
+
+CASES = [
+    # counts, positions, rows T, W, query heads, key heads, width, cache rows
+    ([1], [0], 1, 1, 1, 1, 3, 1),
+    ([3, 0, 1, 4], [5, 2, 0, 7], 9, 4, 4, 2, 8, 13),
+    ([0, 0], [0, 3], 4, 2, 2, 1, 5, 6),
+    ([2, 2, 2], [0, 1, 8], 6, 3, 6, 2, 4, 10),
+    ([1, 5], [11, 0], 8, 5, 3, 3, 7, 12),
+]
+
+
+@pytest.mark.parametrize("implementation", ("xla", "reference"))
+@pytest.mark.parametrize(("window", "causal"), [(0, True), (1, True), (3, True), (0, False)])
+def test_against_a_loop(implementation: str, window: int, causal: bool) -> None:
+    """Lengths 0 and 1, grouped heads, windows; everything that nobody may see is NaN."""
+    for seed, (counts, positions, size, most, n, k, h, c) in enumerate(CASES):
+        rng = np.random.default_rng(seed)
+        query = rng.normal(size=(size, n, h)).astype(np.float32)
+        key, value = rng.normal(size=(2, len(counts), k, c, h)).astype(np.float32)
+        for b, (count, start) in enumerate(zip(counts, positions, strict=True)):
+            key[b, :, start + count if count else 0 :] = value[b, :, start + count if count else 0 :] = np.nan
+            if window and count:  # in front of the first row's window
+                key[b, :, : max(0, start + 1 - window)] = value[b, :, : max(0, start + 1 - window)] = np.nan
+        rows = Rows.of(jnp.asarray(counts), jnp.asarray(positions), size=size, most=most)
+
+        @jax.jit
+        def run(query: jax.Array, key: jax.Array, value: jax.Array, rows: Rows) -> jax.Array:
+            how = {"scale": 0.37, "window": window, "causal": causal, "implementation": implementation}
+            return cached_attention(query, key, value, rows, **how)
+
+        got = run(*map(jnp.asarray, (query, key, value)), rows)
+        wanted = loop(query.astype(np.float64), key, value, counts, positions, window=window, causal=causal)
+        np.testing.assert_allclose(got, wanted, rtol=0, atol=3e-6 * h)
+        assert not np.asarray(got)[sum(counts) :].any()
+
+
+def test_a_finite_cache_needs_no_clearing_and_bfloat16_stays() -> None:
+    counts, positions, size, most, n, k, h, c = CASES[1]
+    rng = np.random.default_rng(3)
+    query, (key, value) = rng.normal(size=(size, n, h)), rng.normal(size=(2, len(counts), k, c, h))
+    rows = Rows.of(jnp.asarray(counts), jnp.asarray(positions), size=size, most=most)
+    arrays = [jnp.asarray(x, jnp.float32) for x in (query, key, value)]
+    np.testing.assert_array_equal(
+        cached_attention(*arrays, rows, scale=0.37, finite=True), cached_attention(*arrays, rows, scale=0.37)
+    )
+    narrow = [x.astype(jnp.bfloat16) for x in arrays]
+    got = cached_attention(*narrow, rows, scale=0.37)
+    assert got.dtype == jnp.bfloat16
+    wanted = loop(*(np.asarray(x, np.float64) for x in narrow), counts, positions, window=0, causal=True)
+    np.testing.assert_allclose(np.asarray(got, np.float64), wanted, atol=2**-8 * 4 * np.abs(wanted).max())
+
+
+def test_rows_of_requests() -> None:
+    rows = Rows.of(jnp.asarray([2, 0, 3]), jnp.asarray([4, 9, 0]), size=7, most=3)
+    assert rows.owner.tolist() == [0, 0, 2, 2, 2, 3, 3]
+    assert rows.index.tolist()[:5] == [0, 1, 0, 1, 2] and rows.at.tolist() == [4, 5, 0, 1, 2, 0, 0]
+    values = jnp.arange(9).reshape(3, 3)
+    assert rows.flatten(values).tolist()[:5] == [0, 1, 6, 7, 8]
+    back = rows.pad(rows.flatten(values))
+    assert back[0, :2].tolist() == [0, 1] and back[2].tolist() == [6, 7, 8]
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    query, key = jnp.zeros((4, 4, 8)), jnp.zeros((2, 2, 6, 8))
+    rows = Rows.of(jnp.asarray([1, 2]), jnp.asarray([0, 0]), size=4, most=2)
+    for arguments, more, message in (
+        ((query, key, key[:, :, :5], rows), {}, "do not fit"),
+        ((query[:, :3], key, key, rows), {}, "3 query heads"),
+        ((query[:3], key, key, rows), {}, "rows are for"),
+        ((query, key, key, rows), {"window": 2, "causal": False}, "needs causal"),
+        ((query, key, key, rows), {"implementation": "cuda"}, "'cuda' is not one of"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            cached_attention(*arguments, scale=1.0, **more)

@@ -4,7 +4,8 @@
     dflash   dspark without heads                      length       dspark that maximises its expected accepted length
     eagle3   one layer, fed with its own outputs       mtp          one token per round
 
-Everything else of a config (target, data, steps, optimizer) stays, so that drafters are compared on equal terms.
+Everything else of a config (target, data, steps, optimizer) stays, so that drafters are compared on equal terms. Those
+that go token by token are trained on every row of a sequence, as the reference trains EAGLE-3, and not at anchors only.
 """
 
 import dataclasses
@@ -49,4 +50,7 @@ def as_kind(config: Config, kind: str) -> Config:
         loss = MTP_LOSS
     elif kind == "length":
         loss = LENGTH_LOSS
-    return dataclasses.replace(config, drafter=drafter, loss=dataclasses.replace(loss))
+    train = config.train
+    if kind in ("eagle3", "mtp"):
+        train = dataclasses.replace(train, num_anchors=config.data.max_length)
+    return dataclasses.replace(config, drafter=drafter, loss=dataclasses.replace(loss), train=train)

@@ -108,3 +108,18 @@ def test_impossible_drafts_leave_the_gradient_finite():
 def test_refuses_rows_that_are_no_blocks():
     with pytest.raises(ValueError, match="12 rows are no multiple of block 5"):
         vocab_loss(**problem(), ce=0.0, l1=0.0, length=1.0, block=5, chunk=4)
+
+
+def test_chunks_without_supervision_are_left_out():
+    """A conditional in the compiled program, and the same numbers as with one chunk of everything."""
+    args = problem()
+    args["weights"][:, :8] = 0.0  # whole chunks of two
+
+    def loss(hidden, chunk):
+        return vocab_loss(**{**args, "hidden": hidden}, ce=0.5, l1=0.5, chunk=chunk).loss
+
+    step = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+    assert "conditional" in step.lower(args["hidden"], 2).compile().as_text()
+    (value, grad), (want, want_grad) = step(args["hidden"], 2), step(args["hidden"], 100)
+    np.testing.assert_allclose(value, want, rtol=1e-6)
+    np.testing.assert_allclose(grad, want_grad, atol=1e-6)

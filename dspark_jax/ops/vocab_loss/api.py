@@ -44,7 +44,7 @@ def vocab_loss(
       markov_w2: [V, R], None exactly when prev_embedding is.
       labels: [B, T] integers in 0..V-1.
       weights: [B, T] float32, 0 or above. A row of weight 0 adds nothing to loss and gradients, even if it is NaN; its
-        ce, l1 and accept are reported as they come out.
+        ce, l1 and accept are undefined.
       ce: coefficient of the cross-entropy.
       l1: coefficient of the L1 distance (without the half of the total variation).
       soft_ce: coefficient of the cross-entropy with the target's distribution.

@@ -7,6 +7,9 @@ nothing is computed twice. Per row this costs the products D, R (draft logits), 
 
 The weights that the expected accepted length gives to the L1 distances of a block follow from those very distances, so
 a chunk then holds whole blocks.
+
+A chunk without any supervised row, such as those of prompts and padding in a loss over all rows, is not computed where
+one device has the whole batch.
 """
 
 import functools
@@ -124,12 +127,20 @@ def _run(
         x = x.swapaxes(0, 1).reshape(shards, count * size, *x.shape[3:])[:, :local]
         return x.reshape(b, t, *x.shape[2:])
 
-    def body(w2_sum: jax.Array | None, chunk_rows: _Rows) -> tuple[jax.Array | None, tuple]:
+    def compute(w2_sum: jax.Array | None, chunk_rows: _Rows) -> tuple[jax.Array | None, tuple]:
         metrics, gradients = _chunk(chunk_rows, head, w2, terms, with_gradients=with_gradients)
         if gradients is not None and gradients.w2 is not None and w2_sum is not None:
             w2_sum = w2_sum + gradients.w2
             gradients = gradients._replace(w2=None)
         return w2_sum, (metrics, gradients)
+
+    def body(w2_sum: jax.Array | None, chunk_rows: _Rows) -> tuple[jax.Array | None, tuple]:
+        if shards > 1 or count == 1:  # several devices would have to agree about every chunk
+            return compute(w2_sum, chunk_rows)
+        _, outputs = jax.eval_shape(compute, w2_sum, chunk_rows)
+        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), outputs)
+        supervised = jnp.any(chunk_rows.weights > 0)
+        return jax.lax.cond(supervised, compute, lambda w2_sum, _: (w2_sum, nothing), w2_sum, chunk_rows)
 
     # One sum [P, R, V] per batch shard: a single one would be reduced over the devices after every chunk.
     start = None

@@ -54,6 +54,9 @@ class TargetArchitecture:
     final_logit_softcapping: float = dataclasses.field(default=0.0, repr=False)
     """Logits are this times tanh(logits / this); 0 = not capped."""
 
+    foreign: str = dataclasses.field(default="", repr=False)
+    """The model_type of a target that has no definition here and only lends its features; empty for all others."""
+
     @classmethod
     def from_hf(cls, source: str | os.PathLike[str] | Mapping[str, Any]) -> "TargetArchitecture":
         """Reads a Hugging Face config: a directory, a `config.json`, or its decoded content.
@@ -89,6 +92,36 @@ class TargetArchitecture:
         values.setdefault("head_dim", values["hidden_size"] // values["num_attention_heads"])
         return cls(**{name: values[name] for name in fields if values.get(name) is not None})
 
+    @classmethod
+    def of_any_model(cls, directory: str | os.PathLike[str]) -> "TargetArchitecture":
+        """As `from_hf`; of a model that has no definition here, the shape that a drafter for it has (a Qwen3's).
+
+        Raises:
+          InputError: as `from_hf`, or a size that the drafter needs is not in the config.
+        """
+        path = Path(directory) / "config.json"
+        raw = json.loads(path.read_text("utf-8"))
+        text = {**raw, **raw.get("text_config", {})}
+        kind = str(text.get("model_type"))
+        if kind in (*_GEMMA, "qwen3"):
+            return cls.from_hf(directory)
+        for name, other in _OTHER_NAMES.items():
+            if text.get(name) is None and text.get(other) is not None:
+                text[name] = text[other]
+        heads = text.get("num_attention_heads")
+        text.setdefault("num_key_value_heads", heads)
+        if heads and not text.get("head_dim"):
+            text["head_dim"] = text["hidden_size"] // heads
+        if not text.get("intermediate_size"):
+            text["intermediate_size"] = 4 * text.get("hidden_size", 0)
+        sizes = [name for name in _PLAIN_FIELDS if name.startswith(("num_", "vocab", "hidden", "max_"))]
+        missing = [name for name in sizes if not text.get(name)]
+        if missing:
+            raise InputError(f"{path}: missing {', '.join(missing)}; state them in target.architecture")
+        names = [*sizes, "head_dim", "intermediate_size", "rope_theta", "rms_norm_eps"]
+        values = {name: text[name] for name in names if text.get(name) is not None}
+        return cls(**values, tie_word_embeddings=bool(text.get("tie_word_embeddings", True)), foreign=kind)
+
     def to_hf(self) -> dict[str, Any]:
         """The fields as a Hugging Face `config.json` states them."""
         fields = {name: value for name, value in dataclasses.asdict(self).items() if name in _PLAIN_FIELDS}
@@ -116,6 +149,12 @@ class TargetArchitecture:
         }
         return {"architectures": ["Gemma4ForCausalLM"], **fields, **extra}
 
+
+_OTHER_NAMES = {
+    "hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
+    "max_position_embeddings": "n_positions",
+}  # fmt: skip
+"""Our name of a size -> that of GPT-2's descendants."""
 
 _PLAIN_FIELDS = [field.name for field in dataclasses.fields(TargetArchitecture) if field.repr]
 
@@ -237,6 +276,11 @@ class DataConfig:
     pack: bool = False
     """Put several samples into one sequence of `max_length`; none sees another. `train.num_anchors` and
     `train.batch_size` then count per packed sequence."""
+    features: str = "online"
+    """Where the target's features come from: online (the target runs inside the train step), cache (`prepare` writes
+    them to disk once), or torch (the same, computed by transformers in PyTorch: any causal LM can be the target)."""
+    feature_dtype: str = "int8"
+    """How features are stored: int8 with a scale per token and group of 128 values, or bfloat16."""
     temperature: float = 1.0
     decode_batch_size: int = 32
     seed: int = 0
@@ -366,12 +410,14 @@ def resolve(config: Config) -> Config:
     """
     architecture = config.target.architecture
     if (Path(config.target.path) / "config.json").exists():
-        found = TargetArchitecture.from_hf(config.target.path)
+        foreign = config.data.features == "torch"
+        read = TargetArchitecture.of_any_model if foreign else TargetArchitecture.from_hf
+        found = read(config.target.path)
         if architecture.vocab_size and architecture != found:
             pairs = ((f.name, getattr(architecture, f.name), getattr(found, f.name)) for f in dataclasses.fields(found))
-            name, stated, read = next(pair for pair in pairs if pair[1] != pair[2])
+            name, stated, there = next(pair for pair in pairs if pair[1] != pair[2])
             raise InputError(
-                f"target.architecture.{name}={stated} but {config.target.path}/config.json has {read}; "
+                f"target.architecture.{name}={stated} but {config.target.path}/config.json has {there}; "
                 "drop the stated architecture or point target.path at the right model"
             )
         architecture = found
@@ -384,6 +430,20 @@ def resolve(config: Config) -> Config:
     return config
 
 
+def _feature_problems(config: Config) -> Iterator[str]:
+    """What does not go with features from disk."""
+    target, data = config.target.architecture, config.data
+    if data.features not in ("online", "cache", "torch"):
+        yield f"data.features={data.features!r} is unknown; use online, cache or torch"
+    if data.feature_dtype not in ("int8", "bfloat16"):
+        yield f"data.feature_dtype={data.feature_dtype!r} is unknown; use int8 or bfloat16"
+    if target.foreign and (data.regenerate or config.train.evaluate):
+        field = "data.regenerate" if data.regenerate else "train.evaluate"
+        yield f"{field}=True needs a target that runs here, {target.foreign} does not; set {field}=False"
+    if data.features == "torch" and target.num_hidden_layers - 1 in config.drafter.target_layer_ids:
+        yield "data.features='torch' cannot tap the last layer, whose output transformers gives normed; use 'cache'"
+
+
 def problems(config: Config) -> Iterator[str]:
     """Yields one line per fact about a config that does not hold: field, value, remedy."""
     target, drafter, data, train = config.target.architecture, config.drafter, config.data, config.train
@@ -394,6 +454,7 @@ def problems(config: Config) -> Iterator[str]:
         )
         return
     yield from _drafter_problems(drafter, target)
+    yield from _feature_problems(config)
     if target.num_attention_heads % max(target.num_key_value_heads, 1):
         yield (
             f"target num_attention_heads={target.num_attention_heads} is no multiple of num_key_value_heads="

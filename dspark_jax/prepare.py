@@ -6,6 +6,9 @@ writes `data/` in the working directory: the samples, `report.json` (what they w
 `rejected.jsonl` (every line and conversation that gave no sample, with its file, line and reason). All of it is built
 in `data.partial/` and renamed at the end. A preparation that was killed continues with the answers it has; one whose
 inputs are unchanged is skipped. It runs in one process; several hosts share its result through their file system.
+
+With `data.features=cache` or `torch` the target's features of all samples are written to `features/` as well, so that
+training does not run the target. That, too, says beforehand how much it takes, and continues where it was killed.
 """
 
 import contextlib
@@ -46,6 +49,7 @@ from dspark_jax.engine.sampling import request_keys
 from dspark_jax.progress import Progress, log
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target.loading import fingerprint, load_target, tokenizer_fingerprint
+from dspark_jax.training.feature_cache import prepare_features
 
 FORMAT = 1
 """Raised when the same inputs would give other samples."""
@@ -65,6 +69,19 @@ FIELDS = (
 
 
 def prepare(config: Config, workdir: Path, decode: Decode | None = None) -> dict[str, Any]:
+    """Makes `workdir/data`, and `workdir/features` if the config wants a cache, unless they are there; see the parts.
+
+    Returns:
+      The content of `data/report.json`.
+    """
+    report = prepare_samples(config, Path(workdir), decode)
+    if config.data.features != "online":
+        with _disk_errors(workdir):
+            prepare_features(config, Path(workdir))
+    return report
+
+
+def prepare_samples(config: Config, workdir: Path, decode: Decode | None = None) -> dict[str, Any]:
     """Makes `workdir/data`, unless it is there and made of the same inputs.
 
     Args:
@@ -78,7 +95,6 @@ def prepare(config: Config, workdir: Path, decode: Decode | None = None) -> dict
     Raises:
       InputError: prompts, tokenizer or target cannot be used, no sample is left, or the disk is full.
     """
-    workdir = Path(workdir)
     final, partial = workdir / "data", workdir / "data.partial"
     inputs = read_inputs(config)
     digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:32]

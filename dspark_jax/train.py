@@ -10,6 +10,7 @@ newest checkpoint, with the losses it would have had. Writes in the working dire
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,14 +20,17 @@ from jax.sharding import Mesh
 from dspark_jax import command
 from dspark_jax.config import Config, InputError, to_json
 from dspark_jax.convert.hf import import_drafter
+from dspark_jax.data.features import LENDER
 from dspark_jax.data.pipeline import batches
 from dspark_jax.data.sources import SampleReader
 from dspark_jax.metrics import values
 from dspark_jax.prepare import prepare
 from dspark_jax.progress import MetricsWriter, Progress, log
 from dspark_jax.sharding import make_mesh
-from dspark_jax.target.loading import load_target
+from dspark_jax.target.lender import load_lender
+from dspark_jax.target.loading import compute_dtype, load_target
 from dspark_jax.training.checkpoint import Checkpoints, checkpoint_directory, load_drafter
+from dspark_jax.training.feature_cache import feature_directory, open_features
 from dspark_jax.training.host_memory import return_freed_memory
 from dspark_jax.training.optim import learning_rate, make_optimizer
 from dspark_jax.training.state import TrainState, abstract_drafter, init_state, state_layout, to_params
@@ -66,8 +70,9 @@ def train(config: Config, workdir: Path) -> None:
 def fit(config: Config, workdir: Path, mesh: Mesh, checkpoints: Checkpoints) -> None:
     """Runs the optimizer steps that are still to do, under `jax.set_mesh(mesh)`."""
     steps, every = config.train.steps, config.train.checkpoint_every
+    cached = config.data.features != "online"
     data = batches(
-        SampleReader(workdir / "data"),
+        open_features(config, workdir) if cached else SampleReader(workdir / "data"),
         batch_size=config.train.batch_size,
         max_length=config.data.max_length,
         seed=config.train.seed,
@@ -93,7 +98,11 @@ def fit(config: Config, workdir: Path, mesh: Mesh, checkpoints: Checkpoints) -> 
         return
 
     # The step, compiled before the clock starts.
-    target = load_target(config.target, mesh)
+    if cached:
+        where, dtype = feature_directory(workdir) / LENDER, compute_dtype(config.target.dtype)
+        target: Any = load_lender(where, config.target.architecture, mesh, dtype)
+    else:
+        target = load_target(config.target, mesh)
     frozen = to_params(target)
     began = time.monotonic()
     step_function = make_train_step(config, drafter, target, optimizer, mesh)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from dspark_jax.config import InputError
+from dspark_jax.data.feature_codec import FeatureSample
 from dspark_jax.data.sources import Sample, Samples
 
 
@@ -58,11 +59,13 @@ class PackedSamples:
 
     def __init__(self, samples: Samples, max_length: int):
         self._samples = samples
-        lengths = []
-        for index in range(len(samples)):
-            sample = samples[index]
-            _check_length(sample, max_length)
-            lengths.append(len(sample.tokens))
+        lengths = getattr(samples, "lengths", None)  # a feature cache knows them without reading the features
+        if lengths is None or max(lengths) > max_length:
+            lengths = []
+            for index in range(len(samples)):
+                sample = samples[index]
+                _check_length(sample, max_length)
+                lengths.append(len(sample.tokens))
         self._sequences = plan_sequences(lengths, max_length)
 
     def __len__(self) -> int:
@@ -117,7 +120,24 @@ def _fill(sequences: Sequence[Sequence[Sample]], max_length: int) -> dict[str, A
             tokens[row, rows], loss_mask[row, rows] = sample.tokens, sample.loss_mask
             lengths[row] = rows.stop
     ids = np.array([members[0].sample_id for members in sequences], np.int32)
-    return {"tokens": tokens, "loss_mask": loss_mask, "lengths": lengths, "sample_id": ids}
+    batch = {"tokens": tokens, "loss_mask": loss_mask, "lengths": lengths, "sample_id": ids}
+    first = sequences[0][0]
+    return batch | (_fill_features(sequences, first, max_length) if isinstance(first, FeatureSample) else {})
+
+
+def _fill_features(
+    sequences: Sequence[Sequence[Sample]], first: FeatureSample, max_length: int
+) -> dict[str, np.ndarray]:
+    """feature_values [B, S, (M+1) D] and feature_scales [B, S, groups], zeros behind the samples."""
+    found = {}
+    for name in ("values", "scales"):
+        like = getattr(first, name)
+        rows = np.zeros((len(sequences), max_length, like.shape[1]), like.dtype)
+        for row, members in enumerate(sequences):
+            parts = np.concatenate([getattr(sample, name) for sample in members])
+            rows[row, : len(parts)] = parts
+        found[f"feature_{name}"] = rows
+    return found
 
 
 def _check_length(sample: Sample, room: int) -> None:

@@ -45,7 +45,8 @@ def batches(
 
     Returns:
       Iterator over dicts: tokens [B, S] int32, loss_mask [B, S] uint8, lengths [B] int32, sample_id [B] int32, where B
-      is batch_size / process_count; packed ones have starts [B, S] int32 besides.
+      is batch_size / process_count; packed ones have starts [B, S] int32 besides, and those with features
+      feature_values [B, S, (M+1) D] and feature_scales [B, S, groups] (see `data.feature_codec`).
 
     Raises:
       InputError: there are no samples, or the batch cannot be divided; while iterating: a sample exceeds max_length.

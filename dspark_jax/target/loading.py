@@ -259,6 +259,10 @@ def load_target(config: TargetConfig, mesh: Mesh) -> Target:
       InputError: a file or tensor is missing, damaged or of another shape, or a tensor is unknown.
     """
     directory, arch, dtype = local_directory(config.path), config.architecture, compute_dtype(config.dtype)
+    if arch.foreign:
+        raise InputError(
+            f"{directory}: model_type {arch.foreign} has no definition here; it can only lend its features"
+        )
     target = abstract_target(arch, dtype)
     tensors = read_checkpoint(directory)
     weights = qwen3.WEIGHTS
@@ -283,7 +287,7 @@ def fingerprint(directory: str | Path) -> str:
     Reads a few kilobytes per tensor, so it is quick for any size. The tokenizer has its own, `tokenizer_fingerprint`.
     """
     directory = local_directory(directory)
-    arch = TargetArchitecture.from_hf(directory)
+    arch = TargetArchitecture.of_any_model(directory)
     digest = hashlib.sha256(repr(arch).encode())
     if arch.model_type != "qwen3":  # the fields that its repr leaves out
         digest.update(repr(dataclasses.astuple(arch)).encode())

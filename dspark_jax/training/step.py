@@ -12,6 +12,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from dspark_jax.config import Config, InputError
+from dspark_jax.data.feature_codec import dequantise, group_size
 from dspark_jax.drafter import AnyDrafter
 from dspark_jax.drafter.blocks import sample_anchors
 from dspark_jax.metrics import Ratio
@@ -22,8 +23,8 @@ from dspark_jax.training.state import Params, TrainState, state_layout, to_modul
 
 Batch = dict[str, jax.Array]
 """tokens, loss_mask [C, B, S]; lengths, sample_id [C, B]: C micro-batches of B sequences. Packed sequences have starts
-[C, B, S], the first row of every row's document. Optionally features [C, B, S, M*D] and last_hidden [C, B, S, D], with
-which the target does not run."""
+[C, B, S], the first row of every row's document. Optionally features [C, B, S, M*D] and last_hidden [C, B, S, D], or
+feature_values and feature_scales as a feature cache has them, with which the target does not run."""
 
 FINITE = np.iinfo(np.int32).max
 """`StepMetrics.not_finite` of steps without an accident."""
@@ -74,7 +75,10 @@ def loss_sums(
     """
     batch = {name: constrain(x, "batch", *(None,) * (x.ndim - 1)) for name, x in batch.items()}
     tokens, loss_mask, starts = batch["tokens"], batch["loss_mask"], batch.get("starts")
-    if "features" in batch:
+    if "feature_values" in batch:
+        rows = dequantise(batch["feature_values"], batch["feature_scales"], target.dtype)
+        features, last_hidden = rows[..., : -target.arch.hidden_size], rows[..., -target.arch.hidden_size :]
+    elif "features" in batch:
         features, last_hidden = batch["features"], batch["last_hidden"]
     else:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
@@ -202,6 +206,11 @@ def batch_layout(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     shapes |= {"lengths": (lead, jnp.int32), "sample_id": (lead, jnp.int32)}
     if config.data.pack:
         shapes["starts"] = (rows, jnp.int32)
+    if config.data.features != "online":
+        taps, width, dtype = len(config.drafter.target_layer_ids), config.target.architecture.hidden_size, jnp.bfloat16
+        groups = (taps + 1) * width // group_size(width) if config.data.feature_dtype == "int8" else 0
+        values = jnp.int8 if groups else dtype
+        shapes |= {"feature_values": ((*rows, (taps + 1) * width), values), "feature_scales": ((*rows, groups), dtype)}
     return {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=_batch_sharding(shape, mesh))
         for name, (shape, dtype) in shapes.items()
@@ -212,7 +221,7 @@ def place_batch(batch: Mapping[str, np.ndarray], accumulate: int, mesh: Mesh) ->
     """This process's rows [B_local, ...] -> global arrays [C, B, ...] split over the mesh's batch axes."""
 
     def place(rows: np.ndarray) -> jax.Array:
-        rows = rows.reshape(accumulate, -1, *rows.shape[1:])
+        rows = rows.reshape(accumulate, len(rows) // accumulate, *rows.shape[1:])
         shape = (accumulate, rows.shape[1] * jax.process_count(), *rows.shape[2:])
         return jax.make_array_from_process_local_data(_batch_sharding(shape, mesh), rows, shape)
 

@@ -1,0 +1,260 @@
+"""The feature cache: what the target gives for every token of the samples, on disk, so that it runs once.
+
+    features/manifest.json       what they are of (target, tokenizer, samples, taps), how they are stored, the shards
+    features/shard-00000.array_record   one record per sample, in the samples' order
+    features/lender.safetensors  the target's embedding and LM head, which training needs besides
+
+A record holds the rows [length, (M+1) D] of a sample, the M tapped layers and the last hidden states, as in
+`data.feature_codec`.
+
+Shards are written under another name and renamed; the manifest lists those that are whole. After a kill the writer goes
+on behind the last one. ArrayRecord keeps a hash of every record, the manifest one of every shard.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]  (no type stubs)
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+from dspark_jax.config import InputError
+from dspark_jax.data.feature_codec import REMEDY, FeatureSample, Identity, decode, encode
+from dspark_jax.data.sources import Sample, Samples
+
+FORMAT = 1
+SHARD_BYTES = 256 << 20
+LENDER = "lender.safetensors"
+
+Pass = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+"""(tokens [B, S], lengths [B]) -> features [B, S, M*D], last hidden states [B, S, D]; what is behind a length may be
+anything."""
+
+
+def write_features(
+    directory: Path,
+    identity: Identity,
+    samples: Samples,
+    lengths: Sequence[int],
+    compute: Callable[[], Pass],
+    *,
+    batch_size: int,
+    shard_bytes: int = SHARD_BYTES,
+    progress: Callable[[int], None] = lambda count: None,
+) -> None:
+    """Writes the features of all samples, or of those that are missing yet.
+
+    Args:
+      directory: of the cache; a cache of another identity in it is removed.
+      identity: what they are of.
+      samples: in the order of the records.
+      lengths: their numbers of tokens.
+      compute: makes the pass; only called if something is missing.
+      batch_size: samples at a time.
+      shard_bytes: a shard is closed when it is so large; a kill loses at most one.
+      progress: called with the numbers of samples done.
+
+    Raises:
+      InputError: there is not enough room on the disk.
+    """
+    shards = _open_partial(directory, identity)
+    done = sum(len(shard["lengths"]) for shard in shards)
+    left = sum(lengths[done:])
+    check_room(directory, identity, left)
+    progress(done)
+    run = compute() if done < len(lengths) else None
+    while done < len(lengths):
+        assert run is not None
+        name = f"shard-{len(shards):05d}.array_record"
+        temporary = directory / (name + ".tmp")
+        writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
+        written, size = list[int](), 0
+        while done < len(lengths) and size < shard_bytes:
+            batch = [samples[i] for i in range(done, min(done + batch_size, len(lengths)))]
+            for record in _records(batch, run, identity):
+                writer.write(record)
+                size += len(record)
+            written += [len(sample.tokens) for sample in batch]
+            done += len(batch)
+            progress(len(batch))
+        writer.close()
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        shards.append({"file": name, "bytes": temporary.stat().st_size, "sha256": digest, "lengths": written})
+        temporary.rename(directory / name)
+        _write_manifest(directory, identity, shards, complete=done == len(lengths))
+    _write_manifest(directory, identity, shards, complete=True)
+
+
+def estimate(identity: Identity, tokens: int) -> tuple[int, int]:
+    """Bytes of a cache of so many tokens, as configured and as bfloat16."""
+    return identity.bytes_per_token * tokens, 2 * identity.width * tokens
+
+
+def check_room(directory: Path, identity: Identity, tokens: int) -> None:
+    """Refuses to begin what the disk cannot hold.
+
+    Raises:
+      InputError: less than the estimate and a twentieth is free.
+    """
+    needed, free = estimate(identity, tokens)[0], shutil.disk_usage(directory).free
+    if needed * 1.05 > free:
+        raise InputError(
+            f"{directory}: features of {tokens} tokens take {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; "
+            "make room, use fewer samples, or train with data.features=online"
+        )
+
+
+def _records(batch: Sequence[Sample], run: Pass, identity: Identity) -> Iterator[bytes]:
+    """The records of some samples, computed together."""
+    longest = max(len(sample.tokens) for sample in batch)
+    size = max(1 << (longest - 1).bit_length(), 32)  # few shapes, so few executables
+    size = min(size, -(-longest // 256) * 256) if size > 256 else size
+    tokens = np.zeros((len(batch), size), np.int32)
+    for row, sample in enumerate(batch):
+        tokens[row, : len(sample.tokens)] = sample.tokens
+    features, last = run(tokens, np.asarray([len(sample.tokens) for sample in batch], np.int32))
+    assert features.shape[-1] + last.shape[-1] == identity.width, (features.shape, last.shape, identity)
+    for row, sample in enumerate(batch):
+        count = len(sample.tokens)
+        rows = np.concatenate([features[row, :count], last[row, :count]], axis=-1)
+        yield encode(sample, rows, identity)
+
+
+class CachedSamples:
+    """Samples with their features: random access, safe to use from several threads.
+
+    Attributes:
+      lengths: tokens of every sample.
+      identity: what the features are of.
+    """
+
+    def __init__(self, samples: Samples, directory: Path, identity: Identity):
+        """Opens a complete cache.
+
+        Raises:
+          InputError: there is none, or it is of something else.
+        """
+        manifest = read_manifest(directory)
+        remedy = "run python -m dspark_jax.prepare with this config"
+        if not manifest.get("complete"):
+            raise InputError(f"{directory}: no complete feature cache; {remedy}")
+        for name, wanted in _plain(identity).items():
+            if manifest["identity"].get(name) != wanted:
+                raise InputError(
+                    f"{directory}: made with {name} {manifest['identity'].get(name)}, needed is {wanted}; {remedy}"
+                )
+        self.identity = identity
+        self.lengths = [length for shard in manifest["shards"] for length in shard["lengths"]]
+        if len(self.lengths) != len(samples):
+            raise InputError(f"{directory}: {len(self.lengths)} records for {len(samples)} samples; {REMEDY}")
+        self._samples, self._directory = samples, directory
+        self._files = [shard["file"] for shard in manifest["shards"]]
+        self._firsts = np.cumsum([0, *(len(shard["lengths"]) for shard in manifest["shards"])])
+        for shard in manifest["shards"]:
+            path = directory / shard["file"]
+            if not path.exists() or path.stat().st_size != shard["bytes"]:
+                raise InputError(f"{path}: missing or not of {shard['bytes']} bytes; {REMEDY}")
+        try:
+            self._records = ArrayRecordDataSource([str(directory / file) for file in self._files])
+        except RuntimeError as error:  # ArrayRecord's own kind for damaged files
+            raise InputError(f"{directory}: damaged ({error}); {REMEDY}") from None
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> FeatureSample:
+        """The sample at `index` in 0..len-1 with its features.
+
+        Raises:
+          InputError: its record is damaged; names shard and record.
+        """
+        shard = int(np.searchsorted(self._firsts, index, side="right")) - 1
+        where = f"{self._directory / self._files[shard]}: record {index - self._firsts[shard]}"
+        try:
+            record = self._records[index]
+        except RuntimeError as error:
+            raise InputError(f"{where} is damaged ({error}); {REMEDY}") from None
+        return decode(record, self._samples[index], self.identity, where)
+
+    def __repr__(self) -> str:
+        """Names the data, and only that: grain prints it in its error messages."""
+        return f"CachedSamples({str(self._directory)!r})"
+
+
+def damaged_shards(directory: Path) -> list[str]:
+    """Names of shards that are not as they were written (reads all of them)."""
+    found = []
+    for shard in read_manifest(directory).get("shards", []):
+        path = directory / shard["file"]
+        if not path.exists():
+            found.append(shard["file"])
+            continue
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != shard["sha256"]:
+                found.append(shard["file"])
+    return found
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """Content of a cache's manifest; empty where there is none.
+
+    Raises:
+      InputError: it is damaged.
+    """
+    path = directory / "manifest.json"
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (UnicodeDecodeError, json.JSONDecodeError):
+        raise InputError(f"{path}: not valid JSON; {REMEDY}") from None
+
+
+def is_complete(directory: Path, identity: Identity) -> bool:
+    """Whether the whole cache of this identity is there."""
+    manifest = read_manifest(directory)
+    return bool(manifest.get("complete")) and manifest["identity"] == _plain(identity)
+
+
+def _open_partial(directory: Path, identity: Identity) -> list[dict[str, Any]]:
+    """The shards of this identity that are whole; everything else in the directory is removed."""
+    manifest = read_manifest(directory)
+    shards = manifest.get("shards", []) if manifest.get("identity") == _plain(identity) else []
+    if not shards and directory.exists():
+        shutil.rmtree(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    for count, shard in enumerate(shards):
+        path = directory / shard["file"]
+        if not path.exists() or path.stat().st_size != shard["bytes"]:
+            shards = shards[:count]
+            break
+    kept = {shard["file"] for shard in shards}
+    for path in directory.glob("shard-*"):
+        if path.name not in kept:
+            path.unlink()
+    return shards
+
+
+def _write_manifest(directory: Path, identity: Identity, shards: list[dict[str, Any]], *, complete: bool) -> None:
+    """Replaces the manifest in one step."""
+    content = {"format": FORMAT, "identity": _plain(identity), "complete": complete, "shards": shards}
+    temporary = directory / "manifest.tmp"
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(directory / "manifest.json")
+
+
+def _plain(identity: Identity) -> dict[str, Any]:
+    """As JSON holds it."""
+    return {"format": FORMAT} | json.loads(json.dumps(dataclasses.asdict(identity)))

@@ -1,0 +1,81 @@
+"""What training from a feature cache needs of a target: its embedding and its LM head, nothing else.
+
+They are stored beside the cache, so that they can also be those of a model that has no definition here.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from safetensors.numpy import save_file
+
+from dspark_jax.config import InputError, TargetArchitecture
+from dspark_jax.sharding import Param, gather, state_shardings
+from dspark_jax.target.loading import read_safetensors
+
+
+class Lender(nnx.Module):
+    """A target without layers: it lends `embed`, `unembed` and `head`, and cannot run."""
+
+    def __init__(self, arch: TargetArchitecture, embedding: Any, head: Any, softcap: float, *, dtype: Any):
+        """`embedding` and `head` are [V, D]; the embedding's scale is in it. Logits are soft-capped unless it is 0."""
+        self.arch = arch
+        self.dtype = dtype
+        self.softcap = softcap
+        self.embedding = Param(embedding, axes=("vocab", "embed"))
+        self.lm_head = Param(head, axes=("vocab", "embed"))
+
+    @property
+    def head(self) -> jax.Array:
+        """LM head [V, D]."""
+        return gather(self.lm_head[...], "vocab", "embed")
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        """tokens [...] -> [..., D] in the compute type."""
+        return gather(self.embedding[...], "vocab", "embed")[tokens].astype(self.dtype)
+
+    def unembed(self, hidden: jax.Array) -> jax.Array:
+        """hidden [..., D] -> float32 logits [..., V]."""
+        head = self.head.astype(hidden.dtype)
+        logits = jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
+        return self.softcap * jnp.tanh(logits / self.softcap) if self.softcap else logits
+
+
+def save_lender(path: Path, embedding: np.ndarray, head: np.ndarray, softcap: float) -> None:
+    """Writes the file that `load_lender` reads; bfloat16 where that loses nothing."""
+    tensors: dict[str, np.ndarray] = {"softcap": np.asarray([softcap], np.float32)}
+    for name, value in {"embedding": embedding, "head": head}.items():
+        value = np.ascontiguousarray(value, np.float32)
+        narrow = value.astype(ml_dtypes.bfloat16)
+        tensors[name] = narrow if np.array_equal(narrow.astype(np.float32), value) else value
+    temporary = path.with_suffix(".tmp")
+    save_file(tensors, temporary)
+    temporary.replace(path)
+
+
+def load_lender(path: Path, arch: TargetArchitecture, mesh: Mesh, dtype: Any) -> Lender:
+    """The embedding and LM head beside a feature cache, on `mesh`, in the compute type.
+
+    Raises:
+      InputError: the file is missing, damaged or of another shape.
+    """
+    tensors, shape = read_safetensors(path), (arch.vocab_size, arch.hidden_size)
+    for name in ("embedding", "head", "softcap"):
+        if name not in tensors or (name != "softcap" and tensors[name].shape != shape):
+            raise InputError(
+                f"{path}: {name} is missing or not {list(shape)}; remove its directory and prepare the features again"
+            )
+    abstract: Any = jax.ShapeDtypeStruct(shape, dtype)
+    lender = Lender(arch, abstract, abstract, float(tensors["softcap"][0]), dtype=dtype)
+    for name, variable in {"embedding": lender.embedding, "head": lender.lm_head}.items():
+        where = state_shardings(variable, mesh).get_value()
+        value = tensors[name]
+        variable.set_value(
+            jax.make_array_from_callback(shape, where, lambda index, value=value: np.asarray(value[index], dtype))
+        )
+    return lender

@@ -1,0 +1,106 @@
+"""The feature cache of a working directory: what it has to be of, writing it with the target, opening it to train."""
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dspark_jax.config import Config, InputError
+from dspark_jax.data.feature_codec import Identity
+from dspark_jax.data.features import LENDER, CachedSamples, Pass, estimate, is_complete, write_features
+from dspark_jax.data.sources import SampleReader
+from dspark_jax.data.torch_features import load_torch_target
+from dspark_jax.progress import Progress, log
+from dspark_jax.sharding import make_mesh
+from dspark_jax.target.lender import save_lender
+from dspark_jax.target.loading import fingerprint, load_target, tokenizer_fingerprint
+
+
+def feature_directory(workdir: Path) -> Path:
+    """Where the feature cache of a working directory lies."""
+    return workdir / "features"
+
+
+def feature_identity(config: Config, workdir: Path) -> Identity:
+    """What a cache for this config and the samples in `workdir` has to be of."""
+    return Identity(
+        target=fingerprint(config.target.path),
+        tokenizer=tokenizer_fingerprint(config.target.path),
+        data=json.loads((workdir / "data" / "report.json").read_text("utf-8"))["fingerprint"],
+        source="torch" if config.data.features == "torch" else "jax",
+        taps=tuple(config.drafter.target_layer_ids),
+        hidden_size=config.target.architecture.hidden_size,
+        dtype=config.data.feature_dtype,
+    )
+
+
+def open_features(config: Config, workdir: Path) -> CachedSamples:
+    """The samples of `workdir` with their features.
+
+    Raises:
+      InputError: there is no complete cache for this config.
+    """
+    samples = SampleReader(workdir / "data")
+    return CachedSamples(samples, feature_directory(workdir), feature_identity(config, workdir))
+
+
+def prepare_features(config: Config, workdir: Path) -> None:
+    """Makes `workdir/features`, or what is missing of it.
+
+    Raises:
+      InputError: the target cannot be used, or the disk has no room.
+    """
+    directory, identity = feature_directory(workdir), feature_identity(config, workdir)
+    if is_complete(directory, identity):
+        log(f"features: {directory} is up to date")
+        return
+    if jax.process_count() > 1:
+        raise InputError(f"{directory}: not complete; run python -m dspark_jax.prepare on one host first")
+    samples = SampleReader(workdir / "data")
+    lengths = [len(samples[i].tokens) for i in range(len(samples))]
+    size, plain = estimate(identity, sum(lengths))
+    log(
+        f"features: {len(lengths)} samples, {sum(lengths)} tokens x {identity.bytes_per_token} bytes = "
+        f"{size / 1e9:.2f} GB in {directory} ({plain / 1e9:.2f} GB as bfloat16)"
+    )
+    with Progress("features", len(lengths), unit="sample") as progress:
+        write_features(
+            directory,
+            identity,
+            samples,
+            lengths,
+            functools.partial(feature_pass, config, directory),
+            batch_size=config.data.decode_batch_size,
+            progress=progress.advance,
+        )
+
+
+def feature_pass(config: Config, directory: Path) -> Pass:
+    """The target, loaded, as the function that gives features; its embedding and LM head are put beside the cache."""
+    taps = tuple(config.drafter.target_layer_ids)
+    if config.data.features == "torch":
+        model = load_torch_target(config.target.path, taps, config.target.dtype)
+        save_lender(directory / LENDER, *model.lent())
+        return model
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        target = load_target(config.target, mesh)
+        embedding = jax.jit(target.embed)(jnp.arange(config.target.architecture.vocab_size))
+        save_lender(directory / LENDER, np.asarray(embedding), np.asarray(target.head), target.softcap)
+
+    @jax.jit
+    def forward(target: Any, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+        out = target.forward(tokens, jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape), taps=taps)
+        return out.features, out.last_hidden
+
+    def run(tokens: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        del lengths  # rows behind them are not seen from before
+        with jax.set_mesh(mesh):
+            features, last = forward(target, jnp.asarray(tokens))
+        return np.asarray(features), np.asarray(last)
+
+    return run

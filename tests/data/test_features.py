@@ -1,0 +1,275 @@
+"""The feature cache: what comes out is what went in, whatever happens to writer, samples or disk in between."""
+
+import dataclasses
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from dspark_jax.config import InputError
+from dspark_jax.data.feature_codec import Identity, dequantise, group_size, quantise
+from dspark_jax.data.features import CachedSamples, damaged_shards, estimate, is_complete, read_manifest, write_features
+from dspark_jax.data.packing import PackedSamples, pack_batch, pad_batch
+from dspark_jax.data.sources import Sample
+
+WIDTH, TAPS = 6, (-1, 2)
+IDENTITY = Identity("target", "tokenizer", "data", "jax", TAPS, WIDTH, "int8")
+
+
+def make_samples(count: int = 11) -> list[Sample]:
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(3, 20, count)
+    return [
+        Sample(rng.integers(0, 99, n).astype(np.int32), np.ones(n, np.uint8), "x", 7 * i) for i, n in enumerate(lengths)
+    ]
+
+
+def rows_of(tokens: np.ndarray) -> np.ndarray:
+    """Made-up features [..., (M+1) D] of tokens and their positions."""
+    columns = np.arange(WIDTH * (len(TAPS) + 1))
+    return np.sin(tokens[..., None] * 0.37 + columns) * 3 ** (columns % 5) + np.arange(tokens.shape[-1])[:, None] / 7
+
+
+def run(tokens, lengths):
+    """A pass whose rows behind the lengths are not finite: they must not get into any record."""
+    rows = rows_of(tokens).astype(np.float32)
+    rows[np.arange(tokens.shape[1]) >= lengths[:, None]] = np.nan
+    return rows[..., :-WIDTH], rows[..., -WIDTH:]
+
+
+def write(
+    directory: Path, identity: Identity = IDENTITY, compute=lambda: run, count: int = 11, **settings
+) -> list[Sample]:
+    samples = make_samples(count)
+    settings = {"batch_size": 3, "shard_bytes": 900} | settings
+    write_features(directory, identity, samples, [len(one.tokens) for one in samples], compute, **settings)
+    return samples
+
+
+@pytest.mark.parametrize("dtype", ["int8", "bfloat16"])
+def test_records_hold_what_the_target_gave(tmp_path, dtype):
+    identity = dataclasses.replace(IDENTITY, dtype=dtype)
+    samples = write(tmp_path / "f", identity)
+    cached = CachedSamples(samples, tmp_path / "f", identity)
+    assert len(cached) == 11 and cached.lengths == [len(one.tokens) for one in samples]
+    assert len(read_manifest(tmp_path / "f")["shards"]) >= 2
+    for index in (10, 0, 5, 6, 1):
+        sample, found = samples[index], cached[index]
+        np.testing.assert_array_equal(found.tokens, sample.tokens)
+        assert (found.sample_id, found.prompt_set) == (sample.sample_id, "x")
+        wanted, back = rows_of(sample.tokens), np.asarray(dequantise(found.values, found.scales, np.float32))
+        if dtype == "bfloat16":
+            np.testing.assert_array_equal(back, wanted.astype(ml_dtypes.bfloat16).astype(np.float32))
+        else:
+            scales = found.scales.astype(np.float32).repeat(group_size(WIDTH), axis=1)
+            assert (np.abs(back - wanted) <= 0.5 * scales * (1 + 1e-5)).all()
+    assert damaged_shards(tmp_path / "f") == []
+
+
+@pytest.mark.parametrize("hidden", [6, 64, 128, 256, 2560, 96, 131])
+def test_quantisation_against_the_definition(hidden):
+    """Float64 loops: each group's scale is its largest size / 127, rounded up to bfloat16; nothing is ever cut."""
+    rng, group = np.random.default_rng(hidden), group_size(hidden)
+    assert (
+        group <= 128
+        and hidden % group == 0
+        and not any(hidden % n == 0 for n in range(group + 1, min(hidden, 128) + 1))
+    )
+    rows = (rng.normal(size=(5, hidden)) * 10.0 ** rng.integers(-6, 5, (5, 1))).astype(np.float32)
+    rows[0, :] = 0
+    rows[1, 3] = 30000  # a massive activation
+    values, scales = quantise(rows, group)
+    assert values.dtype == np.int8 and scales.shape == (5, hidden // group)
+    back = np.asarray(dequantise(values, scales, np.float32))
+    for t in range(5):
+        for g in range(hidden // group):
+            part = slice(g * group, (g + 1) * group)
+            largest, scale = np.abs(rows[t, part]).max().astype(np.float64), float(scales[t, g])
+            assert largest / 127 <= scale * (1 + 1e-6) and scale <= largest / 127 * (1 + 2**-7)
+            for column in range(*part.indices(hidden)):
+                assert abs(float(back[t, column]) - float(rows[t, column])) <= 0.5 * scale * (1 + 1e-6)
+    assert (back[0] == 0).all()
+    if hidden > 128 and group > 3:  # its neighbours in other groups are as fine as without it
+        other, _ = quantise(np.where(rows == 30000, 0, rows), group)
+        np.testing.assert_array_equal(values[:, group:], other[:, group:])
+
+
+def test_sizes(tmp_path):
+    assert Identity("t", "t", "d", "jax", (1, 9, 17, 25, 33), 2560, "int8").bytes_per_token == 6 * 2560 + 6 * 20 * 2
+    assert estimate(IDENTITY, 100) == ((18 + 2 * 3) * 100, 2 * 18 * 100)
+    samples = write(tmp_path / "f")
+    size = sum(path.stat().st_size for path in (tmp_path / "f").glob("shard-*"))
+    assert size > sum(len(one.tokens) for one in samples) * IDENTITY.bytes_per_token
+
+
+WRITER = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[2])
+import test_features as t
+calls = 0
+def dying(tokens, lengths):
+    global calls
+    calls += 1
+    if calls == int(sys.argv[3]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return t.run(tokens, lengths)
+from pathlib import Path
+t.write(Path(sys.argv[1]), compute=lambda: dying, count=30)
+"""
+
+
+def test_a_killed_writer_goes_on(tmp_path):
+    """Killed in the middle of a shard, twice; what was whole is not computed again, and the files end up the same."""
+    write(tmp_path / "whole", count=30)
+    for call in ("6", "3"):
+        command = [sys.executable, "-c", WRITER, str(tmp_path / "f"), str(Path(__file__).parent), call]
+        assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+        assert not is_complete(tmp_path / "f", IDENTITY)
+        with pytest.raises(InputError, match="no complete feature cache"):
+            CachedSamples(make_samples(30), tmp_path / "f", IDENTITY)
+    before = len(read_manifest(tmp_path / "f")["shards"])
+    assert before >= 2
+    done, counted = [], []
+    write(
+        tmp_path / "f", compute=lambda: lambda t, n: done.append(len(t)) or run(t, n), count=30, progress=counted.append
+    )
+    kept = sum(len(shard["lengths"]) for shard in read_manifest(tmp_path / "f")["shards"][:before])
+    assert sum(done) == 30 - kept and sum(counted) == 30
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "f" / path.name).read_bytes(), path.name
+    assert {path.name for path in (tmp_path / "whole").iterdir()} == {path.name for path in (tmp_path / "f").iterdir()}
+
+
+def test_a_complete_cache_is_left_alone(tmp_path):
+    write(tmp_path / "f")
+
+    def never():
+        raise AssertionError("the target was loaded")
+
+    write(tmp_path / "f", compute=never)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("target", "other"), ("tokenizer", "other"), ("data", "other"), ("taps", (0, 2)), ("dtype", "bfloat16")],
+)
+def test_another_identity_is_refused(tmp_path, field, value):
+    samples = write(tmp_path / "f")
+    other = dataclasses.replace(IDENTITY, **{field: value})
+    with pytest.raises(InputError, match=f"made with {field} .* needed is"):
+        CachedSamples(samples, tmp_path / "f", other)
+    write(tmp_path / "f", other)  # and replaced when it is written
+    CachedSamples(samples, tmp_path / "f", other)
+
+
+def test_a_corrupted_record_is_named(tmp_path):
+    samples = write(tmp_path / "f")
+    shard = read_manifest(tmp_path / "f")["shards"][1]
+    path = tmp_path / "f" / shard["file"]
+    content = bytearray(path.read_bytes())
+    record = CachedSamples(samples, tmp_path / "f", IDENTITY)[
+        len(read_manifest(tmp_path / "f")["shards"][0]["lengths"])
+    ]
+    at = bytes(content).index(record.values.tobytes())
+    content[at + 5] ^= 4
+    path.write_bytes(content)
+    cached = CachedSamples(samples, tmp_path / "f", IDENTITY)
+    cached[0]
+    first = len(read_manifest(tmp_path / "f")["shards"][0]["lengths"])
+    with pytest.raises(InputError, match=r"shard-00001.array_record: record 0 is damaged"):
+        cached[first]
+    cached[first + 1]
+    assert damaged_shards(tmp_path / "f") == ["shard-00001.array_record"]
+    path.write_bytes(content[:-10])
+    with pytest.raises(InputError, match="shard-00001.array_record: missing or not of"):
+        CachedSamples(samples, tmp_path / "f", IDENTITY)
+
+
+def test_other_samples_are_noticed(tmp_path):
+    samples = write(tmp_path / "f")
+    changed = list(samples)
+    changed[4] = dataclasses.replace(samples[4], tokens=samples[4].tokens + 1)
+    with pytest.raises(InputError, match="record .* is not of sample 28, the samples have changed"):
+        CachedSamples(changed, tmp_path / "f", IDENTITY)[4]
+    with pytest.raises(InputError, match="11 records for 10 samples"):
+        CachedSamples(samples[:10], tmp_path / "f", IDENTITY)
+
+
+def test_a_full_disk_is_refused_beforehand(tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(9, 9, 1000))
+    with pytest.raises(InputError, match=r"take 0.00 GB, 0.00 GB are free; make room"):
+        write(tmp_path / "f")
+
+
+def test_features_that_are_not_finite_are_refused(tmp_path):
+    def broken(tokens, lengths):
+        features, last = run(tokens, lengths)
+        features[1, 0, 0] = np.inf
+        return features, last
+
+    with pytest.raises(InputError, match="sample 7: its features are not finite"):
+        write(tmp_path / "f", compute=lambda: broken)
+
+
+def test_batches_carry_them(tmp_path):
+    samples = write(tmp_path / "f")
+    cached = CachedSamples(samples, tmp_path / "f", IDENTITY)
+    batch = pad_batch([cached[3], cached[4]], 24)
+    assert batch["feature_values"].shape == (2, 24, 18) and batch["feature_scales"].shape == (2, 24, 3)
+    np.testing.assert_array_equal(batch["feature_values"][1, : cached.lengths[4]], cached[4].values)
+    assert not batch["feature_values"][1, cached.lengths[4] :].any()
+    packed = PackedSamples(cached, 48)
+    sequence = packed[0]
+    assert len(sequence) > 1
+    batch = pack_batch([sequence], 48)
+    end = len(sequence[0].tokens) + len(sequence[1].tokens)
+    np.testing.assert_array_equal(batch["feature_values"][0, len(sequence[0].tokens) : end], sequence[1].values)
+
+
+def test_golden_cache(golden, tmp_path):
+    """Our target's features of the samples of a cache that the reference wrote are its features, up to bfloat16."""
+    import jax
+    import jax.numpy as jnp
+
+    from dspark_jax.config import MeshConfig, TargetArchitecture, TargetConfig
+    from dspark_jax.sharding import make_mesh
+    from dspark_jax.target.loading import load_target
+
+    path, expected = golden / "targets" / "qwen3_tied", load_file(golden / "target_cache_expected.safetensors")
+    manifest = json.loads((golden / "target_cache" / "manifest.json").read_text())
+    target = load_target(
+        TargetConfig(str(path), "float32", TargetArchitecture.from_hf(path)),
+        make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1]),
+    )
+    taps = tuple(manifest["target_layer_ids"])
+
+    @jax.jit
+    def forward(target, tokens):
+        out = target.forward(tokens, jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape), taps=taps)
+        return out.features, out.last_hidden
+
+    samples = [
+        Sample(expected[f"sample{i}.input_ids"], expected[f"sample{i}.loss_mask"], "golden", i)
+        for i in range(manifest["num_samples"])
+    ]
+    identity = Identity("t", "t", "d", "jax", taps, manifest["hidden_size"], "bfloat16")
+    lengths = [len(one.tokens) for one in samples]
+    write_features(
+        tmp_path / "f", identity, samples, lengths, lambda: lambda t, n: forward(target, jnp.asarray(t)), batch_size=5
+    )
+    cached = CachedSamples(samples, tmp_path / "f", identity)
+    for i in range(len(samples)):
+        parts = [expected[f"sample{i}.{name}"] for name in ("target_hidden_states", "target_last_hidden_states")]
+        theirs = np.concatenate(parts, axis=-1).astype(np.float32)
+        ours = cached[i].values.astype(np.float32)
+        assert (np.abs(ours - theirs) <= 2**-7 * np.abs(theirs) + 2e-4).all()  # one step of bfloat16
+        assert (ours == theirs).mean() > 0.99

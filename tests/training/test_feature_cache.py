@@ -1,0 +1,169 @@
+"""Training from the feature cache: the losses of online training, up to how the features are stored."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from dspark_jax import train as train_module
+from dspark_jax.config import Config, InputError, TargetArchitecture, TargetConfig, problems, resolve
+from dspark_jax.data.sources import Sample, write_samples
+from dspark_jax.sharding import make_mesh
+from dspark_jax.training.checkpoint import Checkpoints
+from dspark_jax.training.feature_cache import feature_pass, open_features, prepare_features
+
+LENGTH, VOCAB = 24, 67
+
+
+def make_data(workdir):
+    rng, samples = np.random.default_rng(0), []
+    for index in range(21):
+        length = int(rng.integers(LENGTH // 2, LENGTH + 1))
+        mask = (np.arange(length) >= 3).astype(np.uint8)
+        samples.append(Sample(rng.integers(0, VOCAB - 1, length).astype(np.int32), mask, "random", index))
+    write_samples(workdir / "data", samples)
+    (workdir / "data" / "report.json").write_text('{"fingerprint": "made up"}')
+
+
+def fit(config: Config, workdir) -> list[dict]:
+    make_data(workdir)
+    if config.data.features != "online":
+        prepare_features(config, workdir)
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    with Checkpoints(workdir, config) as checkpoints, jax.set_mesh(mesh):
+        train_module.fit(config, workdir, mesh, checkpoints)
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def single_device(monkeypatch):
+    """`make_mesh` over one of the eight host devices, as the tiny configs ask for."""
+    original = make_mesh
+    one = lambda config, devices=None: original(config, devices or jax.devices()[:1])  # noqa: E731
+    monkeypatch.setattr("dspark_jax.training.feature_cache.make_mesh", one)
+
+
+def test_losses_are_those_of_online_training(config, tmp_path, single_device):
+    config.train.steps, config.train.checkpoint_every = 4, 4
+    config.train.log_every = 1
+    losses = {}
+    for name, dtype in {"online": "int8", "bfloat16": "bfloat16", "int8": "int8"}.items():
+        source = "online" if name == "online" else "cache"
+        changed = dataclasses.replace(
+            config, data=dataclasses.replace(config.data, features=source, feature_dtype=dtype)
+        )
+        losses[name] = [row["loss"] for row in fit(changed, tmp_path / name)]
+    assert len(losses["online"]) == 4
+    for name, tolerance in {"bfloat16": 2e-3, "int8": 5e-3}.items():
+        np.testing.assert_allclose(losses[name], losses["online"], rtol=tolerance, err_msg=name)
+        assert losses[name] != losses["online"]  # it did train from what is stored
+
+
+def test_packed_sequences_have_the_features_of_their_samples(config, tmp_path, single_device):
+    config.train.steps = config.train.log_every = config.train.checkpoint_every = 1
+    config.data.pack, config.data.max_length = True, 2 * LENGTH
+    losses = []
+    for name in ("online", "cache"):
+        changed = dataclasses.replace(config, data=dataclasses.replace(config.data, features=name))
+        losses.append(fit(changed, tmp_path / name)[0]["loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=5e-3)
+
+
+def test_another_target_is_refused(config, tmp_path, single_device, new_target):
+    make_data(tmp_path)
+    config.data.features = "cache"
+    prepare_features(config, tmp_path)
+    open_features(config, tmp_path)
+    other = new_target(tmp_path / "other", 5)
+    config = dataclasses.replace(config, target=dataclasses.replace(config.target, path=str(other)))
+    with pytest.raises(InputError, match="made with target .* needed is"):
+        open_features(config, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """A random Llama, of which there is no definition here."""
+    torch = pytest.importorskip("torch")
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=VOCAB, num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.3, **shape)
+    )
+    path = tmp_path_factory.mktemp("llama")
+    model.save_pretrained(path)
+    return path, model.eval()
+
+
+def foreign(config: Config, path) -> Config:
+    config = dataclasses.replace(config, target=TargetConfig(path=str(path)))
+    config.data.features, config.data.regenerate = "torch", False
+    return resolve(config)
+
+
+def test_a_model_without_a_definition_gives_its_features(config, llama, tmp_path):
+    """Against hooks in the model itself: raw outputs of layers, and the input of its LM head."""
+    import torch
+
+    path, model = llama
+    config = foreign(config, path)
+    assert (config.target.architecture.foreign, config.target.architecture.head_dim) == ("llama", 8)
+    run = feature_pass(config, tmp_path)
+    tokens = np.random.default_rng(0).integers(0, VOCAB, (2, 9)).astype(np.int32)
+    features, last = run(tokens, np.asarray([9, 6], np.int32))
+    seen = {}
+    hooks = [model.model.layers[0].register_forward_hook(lambda _, __, out: seen.update(layer=out))]
+    hooks.append(model.lm_head.register_forward_pre_hook(lambda _, inputs: seen.update(last=inputs[0])))
+    with torch.inference_mode():
+        logits = model(torch.as_tensor(tokens, dtype=torch.long)).logits
+        embedded = model.get_input_embeddings()(torch.as_tensor(tokens, dtype=torch.long))
+    for hook in hooks:
+        hook.remove()
+    layer = seen["layer"][0] if isinstance(seen["layer"], tuple) else seen["layer"]
+    np.testing.assert_allclose(features, torch.cat([embedded, layer], -1), atol=1e-6)
+    np.testing.assert_allclose(last, seen["last"], atol=1e-6)
+    from dspark_jax.target.lender import load_lender
+
+    lender = load_lender(
+        tmp_path / "lender.safetensors",
+        config.target.architecture,
+        make_mesh(config.mesh, jax.devices()[:1]),
+        np.float32,
+    )
+    np.testing.assert_allclose(lender.unembed(last), logits, atol=1e-5)
+    np.testing.assert_allclose(lender.embed(tokens), embedded, atol=1e-6)
+
+
+def test_a_drafter_is_trained_for_it(config, llama, tmp_path):
+    config.train.steps, config.train.log_every, config.train.checkpoint_every = 2, 1, 2
+    rows = fit(foreign(config, llama[0]), tmp_path)
+    assert [np.isfinite(row["loss"]) for row in rows] == [True, True]
+
+
+def test_what_a_foreign_target_cannot_do_is_said(config, llama):
+    path, _ = llama
+    config = foreign(config, path)
+    wrong = dataclasses.replace(config, train=dataclasses.replace(config.train, evaluate=True))
+    assert any("train.evaluate=True needs a target that runs here, llama does not" in line for line in problems(wrong))
+    wrong = dataclasses.replace(
+        config, drafter=dataclasses.replace(config.drafter, target_layer_ids=(0, 2), kind="mtp")
+    )
+    assert any("cannot tap the last layer" in line for line in problems(wrong))
+    from dspark_jax.target.loading import load_target
+
+    with pytest.raises(InputError, match="model_type llama has no definition here"):
+        load_target(config.target, make_mesh(config.mesh, jax.devices()[:1]))
+
+
+def test_shapes_of_other_families(tmp_path):
+    names = {"model_type": "gpt2", "vocab_size": 50, "n_embd": 24, "n_layer": 2, "n_head": 3, "n_positions": 99}
+    (tmp_path / "config.json").write_text(json.dumps(names))
+    found = TargetArchitecture.of_any_model(tmp_path)
+    assert (found.hidden_size, found.head_dim, found.num_key_value_heads, found.intermediate_size) == (24, 8, 3, 96)
+    del names["n_layer"]
+    (tmp_path / "config.json").write_text(json.dumps(names))
+    with pytest.raises(InputError, match="missing num_hidden_layers; state them"):
+        TargetArchitecture.of_any_model(tmp_path)

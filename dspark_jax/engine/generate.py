@@ -95,12 +95,14 @@ class Shape:
       rounds: R, rows of the log.
       trace: log drafted tokens and confidences.
       unroll: lay layers out one by one (CPU).
+      sizes: of flat verification, see `round.drafting_round`.
     """
 
     capacity: int
     rounds: int
     trace: bool
     unroll: bool
+    sizes: tuple[int, ...] = ()
 
 
 def decode_shape(width: int, max_new_tokens: int, drafter: Drafter | None, *, trace: bool) -> Shape:
@@ -159,7 +161,7 @@ def decode(
         active = ~state.finished
         settings = (state, uniforms, sampling, stop_tokens)
         if drafts:
-            state, entry = drafting_round(target, drafter, *settings, scheduler, unroll=shape.unroll)
+            state, entry = drafting_round(target, drafter, *settings, scheduler, sizes=shape.sizes, unroll=shape.unroll)
         else:
             assert drafter is not None
             state, entry = plain_round(target, drafter, *settings, unroll=shape.unroll)
@@ -228,6 +230,7 @@ def generate(
     scheduler: Scheduler | None = None,
     batch_size: int = 32,
     prompt_width: int = 0,
+    verify_sizes: Sequence[int] = (),
     trace: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> DecodeResult:
@@ -258,6 +261,8 @@ def generate(
       batch_size: most requests at a time.
       prompt_width: pads prompts to at least so many tokens and batches to `batch_size` rows, so that several calls
         share one executable; 0 picks both from the ladder.
+      verify_sizes: verify the scheduled tokens of all requests as one flat batch of the smallest of these sizes that
+        holds them, or of all there can be; for schedulers that admit few drafts. None: G + 1 tokens of every request.
       trace: keep drafted tokens and confidence logits of every round.
       progress: called with the number of requests that have just been finished.
 
@@ -299,12 +304,26 @@ def generate(
             sampling.take(picked),
             stops,
             scheduler.take(picked),
-            shape=decode_shape(width, max_new_tokens, drafter, trace=trace),
+            shape=dataclasses.replace(
+                decode_shape(width, max_new_tokens, drafter, trace=trace),
+                sizes=flat_sizes(verify_sizes, rows * (block_size + 1)),
+            ),
         )
         parts.append((chosen, jax.device_get((dataclasses.replace(state, keys=None), log))))
         if progress is not None:
             progress(len(chosen))
     return collect(parts, len(token_rows), block_size)
+
+
+def flat_sizes(wanted: Sequence[int], most: int) -> tuple[int, ...]:
+    """Sizes of flat verification, rising, the last one `most`; none where none are wanted.
+
+    Raises:
+      InputError: a size below 1.
+    """
+    if any(size < 1 for size in wanted):
+        raise InputError(f"verify_sizes={tuple(wanted)} must be numbers of tokens from 1; drop what is below")
+    return (*sorted({int(size) for size in wanted if size < most}), most) if wanted else ()
 
 
 def padded_stops(stop_tokens: Sequence[int]) -> jax.Array:

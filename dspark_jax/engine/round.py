@@ -7,15 +7,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dspark_jax.drafter.interface import Drafter
+from dspark_jax.drafter.interface import Drafter, Proposal
 from dspark_jax.engine.commit import commit
 from dspark_jax.engine.draft import draft
 from dspark_jax.engine.sampling import Uniforms
 from dspark_jax.engine.schedule import Scheduler, drafts_now, observe, schedule
 from dspark_jax.engine.state import DecodeState, Round
-from dspark_jax.engine.verify import verify
+from dspark_jax.engine.verify import Verdict, verify, verify_flat
 from dspark_jax.ops.sampling import Sampling
-from dspark_jax.target.model import Target
+from dspark_jax.target.model import Target, TargetOutput
 
 
 def decode_round(
@@ -27,18 +27,19 @@ def decode_round(
     stop_tokens: jax.Array,
     *,
     scheduler: Scheduler | None = None,
+    sizes: tuple[int, ...] = (),
     unroll: bool = False,
 ) -> tuple[DecodeState, Round]:
     """One round: draft, schedule (all drafts without a scheduler), verify, commit.
 
-    A scheduler that alternates decides first whether this is a round with drafts.
+    A scheduler that alternates decides first whether this is a round with drafts. See `drafting_round` for `sizes`.
     """
     scheduler = scheduler or Scheduler.fixed()
     settings = (uniforms, sampling, stop_tokens)
     if drafter is None or not scheduler.alternates:
-        return drafting_round(target, drafter, state, *settings, scheduler, unroll=unroll)
+        return drafting_round(target, drafter, state, *settings, scheduler, sizes=sizes, unroll=unroll)
     kinds = (
-        lambda state: drafting_round(target, drafter, state, *settings, scheduler, unroll=unroll),
+        lambda state: drafting_round(target, drafter, state, *settings, scheduler, sizes=sizes, unroll=unroll),
         lambda state: plain_round(target, drafter, state, *settings, unroll=unroll),
     )
     # Two loops of at most one turn: unlike the branches of a conditional, they update the caches in place.
@@ -57,17 +58,68 @@ def drafting_round(
     stop_tokens: jax.Array,
     scheduler: Scheduler,
     *,
+    sizes: tuple[int, ...] = (),
     unroll: bool = False,
 ) -> tuple[DecodeState, Round]:
-    """A round in which the drafter drafts, whatever the scheduler admits."""
+    """A round in which the drafter drafts, whatever the scheduler admits.
+
+    With `sizes` (rising, static) the scheduled tokens of all requests are verified as one flat batch of the smallest
+    size that holds them; the last size must hold whatever the scheduler may admit. Without, all requests have G + 1
+    rows each. The tokens are the same.
+    """
     taps = () if drafter is None else drafter.taps
     active = ~state.finished
     proposal = draft(target, drafter, state, uniforms, sampling)
     lengths, history = schedule(scheduler, proposal, active, state.history)
-    verdict, output = verify(target, state, proposal, lengths, uniforms, sampling, taps=taps, unroll=unroll)
+    scheduled = (proposal, lengths, uniforms, sampling)
+    if sizes:
+        verdict, output = _verify_flat(target, state, *scheduled, sizes=sizes, taps=taps, unroll=unroll)
+    else:
+        verdict, output = verify(target, state, *scheduled, taps=taps, unroll=unroll)
     after, entry = commit(drafter, state, proposal, lengths, verdict, output, stop_tokens)
     history = observe(history, entry.proposed, entry.accepted, active, drafted=True)
     return dataclasses.replace(after, history=history), entry
+
+
+def _verify_flat(
+    target: Target,
+    state: DecodeState,
+    proposal: Proposal,
+    lengths: jax.Array,
+    uniforms: Uniforms,
+    sampling: Sampling,
+    *,
+    sizes: tuple[int, ...],
+    taps: tuple[int, ...],
+    unroll: bool,
+) -> tuple[Verdict, TargetOutput]:
+    """`verify_flat` at the smallest of `sizes` that holds the scheduled tokens; the last one holds any."""
+
+    def run(cache: Any, size: int) -> tuple[Verdict, jax.Array, Any]:
+        """Verdict, features and cache: what a round goes on with."""
+        before = dataclasses.replace(state, target_cache=cache)
+        verdict, output = verify_flat(
+            target, before, proposal, lengths, uniforms, sampling, size=size, taps=taps, unroll=unroll
+        )
+        return verdict, output.features, output.cache
+
+    def output_of(features: jax.Array, cache: Any) -> TargetOutput:
+        return TargetOutput(features, jnp.zeros((*features.shape[:2], 0), features.dtype), cache)
+
+    if len(sizes) == 1:
+        verdict, *rest = run(state.target_cache, sizes[0])
+        return verdict, output_of(*rest)
+    tokens = jnp.sum(jnp.where(state.finished, 0, lengths + 1))
+    chosen = jnp.sum(tokens > jnp.asarray(sizes[:-1]))
+    shapes = jax.eval_shape(lambda: run(state.target_cache, sizes[-1])[:2])
+    carry = (*jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes), state.target_cache)
+    for number, size in enumerate(sizes):  # loops of one turn, which update the cache in place (see `_when`)
+
+        def body(carry: Any, size: int = size) -> Any:
+            return (*run(carry[2], size), jnp.bool_(False))
+
+        carry = jax.lax.while_loop(lambda carry: carry[3], body, (*carry, chosen == number))[:3]
+    return carry[0], output_of(carry[1], carry[2])
 
 
 def plain_round(

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from dspark_jax.drafter.interface import Proposal
 from dspark_jax.engine.sampling import Uniforms
 from dspark_jax.engine.state import DecodeState
+from dspark_jax.ops.cached_attention import Rows
 from dspark_jax.ops.sampling import GREEDY_BELOW, Sampling, allowed, distribution, draw, largest
 from dspark_jax.target.model import Target, TargetOutput
 
@@ -104,20 +105,26 @@ def judge(
       uniforms: `accept` and `next` are used.
       sampling: the drafter's and the target's alike.
     """
-    block_size = proposal.tokens.shape[1]
     if sampling.greedy:
-        best = largest(target_logits)
-        agree = proposal.tokens == best[:, :block_size]
-    else:
-        draft = token_probabilities(proposal.logits, proposal.tokens, sampling)
-        target = token_probabilities(target_logits[:, :block_size], proposal.tokens, sampling)
-        agree = uniforms.accept < acceptance_probabilities(draft, target)
-    agree &= jnp.arange(block_size) < lengths[:, None]
-    accepted = jnp.sum(jnp.cumprod(agree.astype(jnp.int32), axis=1), axis=1)
-    if sampling.greedy:
-        return Verdict(accepted, jnp.take_along_axis(best, accepted[:, None], axis=1)[:, 0])
+        return _judge_greedy(largest(target_logits), proposal, lengths)
+    draft = token_probabilities(proposal.logits, proposal.tokens, sampling)
+    target = token_probabilities(target_logits[:, : proposal.tokens.shape[1]], proposal.tokens, sampling)
+    agree = uniforms.accept < acceptance_probabilities(draft, target)
+    accepted = _prefix(agree, lengths)
     weights = next_distribution(target_logits, proposal.logits, accepted, lengths, sampling)
     return Verdict(accepted, draw(weights, uniforms.next))
+
+
+def _judge_greedy(best: jax.Array, proposal: Proposal, lengths: jax.Array) -> Verdict:
+    """The acceptance rule at temperature 0; `best` [B, G + 1] are the target's likeliest tokens."""
+    accepted = _prefix(proposal.tokens == best[:, : proposal.tokens.shape[1]], lengths)
+    return Verdict(accepted, jnp.take_along_axis(best, accepted[:, None], axis=1)[:, 0])
+
+
+def _prefix(agree: jax.Array, lengths: jax.Array) -> jax.Array:
+    """Length [B] of the agreeing prefix of agree [B, G], at most `lengths`."""
+    agree &= jnp.arange(agree.shape[1]) < lengths[:, None]
+    return jnp.sum(jnp.cumprod(agree.astype(jnp.int32), axis=1), axis=1)
 
 
 def verify(
@@ -142,3 +149,46 @@ def verify(
     output = target.forward(tokens, positions, state.target_cache, taps=taps, unroll=unroll)
     logits: Any = target.unembed(output.last_hidden)
     return judge(logits, proposal, lengths, uniforms, sampling), output
+
+
+def verify_flat(
+    target: Target,
+    state: DecodeState,
+    proposal: Proposal,
+    lengths: jax.Array,
+    uniforms: Uniforms,
+    sampling: Sampling,
+    *,
+    size: int,
+    taps: tuple[int, ...],
+    unroll: bool = False,
+) -> tuple[Verdict, TargetOutput]:
+    """`verify` over the scheduled tokens alone: the target computes `size` rows, whatever B and G are.
+
+    Args:
+      target: as for `verify`, like what is not named here.
+      state: before the round; finished requests have no rows.
+      proposal: all drafts.
+      lengths: [B]; those of the active requests and one more for each are at most `size` together.
+      uniforms: of the round.
+      sampling: of the requests.
+      size: T, static.
+      taps: layers whose outputs the drafter wants.
+      unroll: lay the target's layers out one by one.
+
+    Returns:
+      What `verify` returns. Rows of `features` behind a request's scheduled tokens are those of other requests, and
+      the verdicts of finished requests mean nothing.
+    """
+    tokens = jnp.concatenate([state.anchors[:, None], proposal.tokens], axis=1)  # [B, G + 1]
+    counts = jnp.where(state.finished, 0, lengths + 1)
+    rows = Rows.of(counts, state.positions, size=size, most=tokens.shape[1])
+    flat = rows.flatten(tokens)[None]  # [1, T]
+    output = target.forward(flat, rows.at[None], state.target_cache, taps=taps, rows=rows, unroll=unroll)
+    logits = target.unembed(output.last_hidden[0])  # [T, V]
+    padded = dataclasses.replace(
+        output, features=rows.pad(output.features[0]), last_hidden=rows.pad(output.last_hidden[0])
+    )
+    if sampling.greedy:
+        return _judge_greedy(rows.pad(largest(logits)), proposal, lengths), padded
+    return judge(rows.pad(logits), proposal, lengths, uniforms, sampling), padded

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dspark_jax.config import TargetArchitecture
+from dspark_jax.ops.cached_attention import Rows
 from dspark_jax.ops.product import product
 from dspark_jax.sharding import Param, gather
 
@@ -447,11 +448,32 @@ class KVCache:
 
         return KVCache(put(self.keys, keys), put(self.values, values))
 
-    def layer(self, index: jax.Array | int) -> tuple[jax.Array, jax.Array]:
-        """Keys and values [B, C, K, H] of one layer."""
+    def write_rows(self, index: jax.Array | int, keys: jax.Array, values: jax.Array, rows: Rows) -> "KVCache":
+        """Puts flat rows [T, K, H] of layer `index` where `rows` says; those that belong to nobody are dropped."""
+
+        def put(cache: Any, flat: jax.Array) -> Any:
+            flat = flat.astype(self.dtype)
+            if isinstance(cache, tuple):
+                assert isinstance(index, int), "separate caches are for layers laid out one by one"
+                one = cache[index].at[rows.owner, :, rows.at].set(flat, mode="drop")
+                return (*cache[:index], one, *cache[index + 1 :])
+            return cache.at[index, rows.owner, :, rows.at].set(flat, mode="drop")
+
+        return KVCache(put(self.keys, keys), put(self.values, values))
+
+    @property
+    def dtype(self) -> Any:
+        """Type of its rows."""
+        return jax.tree.leaves(self.keys)[0].dtype
+
+    def stored(self, index: jax.Array | int) -> tuple[jax.Array, jax.Array]:
+        """Keys and values of one layer as they are stored, [B, K, C, H]."""
         if isinstance(self.keys, tuple):
             assert isinstance(index, int), "separate caches are for layers laid out one by one"
-            keys, values = self.keys[index], self.values[index]
-        else:
-            keys, values = layer_at((self.keys, self.values), index)
+            return self.keys[index], self.values[index]
+        return layer_at((self.keys, self.values), index)
+
+    def layer(self, index: jax.Array | int) -> tuple[jax.Array, jax.Array]:
+        """Keys and values [B, C, K, H] of one layer."""
+        keys, values = self.stored(index)
         return keys.swapaxes(1, 2), values.swapaxes(1, 2)

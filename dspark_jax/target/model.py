@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dspark_jax.config import TargetArchitecture
+from dspark_jax.ops.cached_attention import Rows, cached_attention
 from dspark_jax.ops.product import product
 from dspark_jax.sharding import Param, constrain, gather
 from dspark_jax.target.layers import (
@@ -120,6 +121,7 @@ class Target(nnx.Module):
         *,
         taps: tuple[int, ...] = (),
         starts: jax.Array | None = None,
+        rows: Rows | None = None,
         unroll: bool = False,
     ) -> TargetOutput:
         """Runs the model.
@@ -133,6 +135,8 @@ class Target(nnx.Module):
           taps: ascending layer ids whose raw outputs become `features`; -1 is the embeddings.
           starts: [B, S] first row of each row's document, where several are packed into a sequence (without a cache):
             a row attends to its own document only. Positions then begin anew in every document.
+          rows: the rows of all requests stand one behind the other: tokens and positions are [1, T], of which `rows`
+            says what belongs to whom. Only attention and the cache, which must be there, see the requests.
           unroll: lay the layers out one by one instead of in a loop (faster decoding on CPU, more to compile).
 
         Returns:
@@ -148,13 +152,21 @@ class Target(nnx.Module):
 
             def attention(projections: Any, normed: jax.Array) -> jax.Array:
                 nonlocal written
+                shape = projections.shape
                 query, key, value = projections.all(normed, positions)
                 if cache is not None:
                     part = cache[kind] if isinstance(cache, dict) else cache
-                    part = part.write(index, key, value, positions[:, 0])
+                    if rows is None:
+                        part = part.write(index, key, value, positions[:, 0])
+                    else:
+                        part = part.write_rows(index, key[0], value[0], rows)
                     written = {**cache, kind: part} if isinstance(cache, dict) else part
+                    if rows is not None:
+                        keys, values = part.stored(index)
+                        return cached_attention(
+                            query[0], keys, values, rows, scale=shape.scale, window=shape.window, finite=True
+                        )[None]
                     key, value = part.layer(index)
-                shape = projections.shape
                 return attend_in_chunks(query, key, value, limit, shape.scale, _first_rows(limit, shape.window, starts))
 
             x = constrain(layer(x, attention), "batch", None, None)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dspark_jax.config import TargetArchitecture
+from dspark_jax.config import InputError, TargetArchitecture
 from dspark_jax.engine import generate
 from dspark_jax.engine.estimator import EstimateSettings
 from dspark_jax.engine.generate import decode, decode_shape
@@ -83,6 +83,27 @@ def test_what_is_given_per_request_follows_the_request(target: Any, drafter: Any
     result = generate(target, drafter, prompts, max_new_tokens=12, scheduler=Scheduler.fixed(most))
     for lengths, limit in zip(result.proposal_lengths, most, strict=True):
         assert set(lengths.tolist()) == {limit}
+
+
+@pytest.mark.parametrize("name", ("fixed", "early stop", "adaptive"))
+def test_flat_verification_changes_nothing(target: Any, drafter: Any, name: str) -> None:
+    """The target computes the scheduled tokens alone, in one of several sizes; tokens and counts are those of rows of
+    G + 1 for everybody, greedy and sampled, filtered or not."""
+    prompts, most = prompts_of(8), [0, 3, 1, 2, 3, 0, 1, 0]
+    scheduler = Scheduler.fixed(most) if name == "fixed" else SCHEDULERS[name]
+    run = functools.partial(
+        generate, target, drafter, prompts, max_new_tokens=16, prompt_width=8, scheduler=scheduler, seed=4
+    )
+    dense = run(batch_size=8, **SETTINGS)
+    flat = run(batch_size=8, verify_sizes=(3, 10, 18), **SETTINGS)
+    for field in ("tokens", "acceptance_lengths", "proposal_lengths"):
+        for a, b in zip(getattr(dense, field), getattr(flat, field), strict=True):
+            assert a.tolist() == b.tolist()
+    if name == "fixed":  # and for any batch
+        alone = run(batch_size=3, verify_sizes=(5,), **SETTINGS)
+        assert [one.tolist() for one in alone.tokens] == [one.tolist() for one in dense.tokens]
+        with pytest.raises(InputError, match="verify_sizes"):
+            run(batch_size=8, verify_sizes=(0,))
 
 
 def deviation(tokens: np.ndarray, expected: np.ndarray, context: np.ndarray) -> float:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dspark_jax.config import MeshConfig, TargetArchitecture, TargetConfig
+from dspark_jax.ops.cached_attention import Rows
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target.layers import attend, attend_in_chunks, decode_layout
 from dspark_jax.target.loading import load_target
@@ -156,3 +157,26 @@ def test_attention_in_chunks_equals_attention():
     scores = np.array([query[1, 5, 4] @ key[1, s, 1] for s in range(int(limit[1, 5]))], np.float64) * 0.5
     weights = np.exp(scores - scores.max()) / np.exp(scores - scores.max()).sum()
     np.testing.assert_allclose(whole[1, 5, 4], weights @ np.asarray(value[1, : len(weights), 1], np.float64), atol=1e-6)
+
+
+def test_rows_of_requests_one_behind_the_other(pair):
+    """A ragged pass over flat rows gives what each request's own rows give, with either layout of the cache."""
+    _, target = pair
+    tokens = jax.random.randint(jax.random.key(5), (3, 12), 0, 199)
+    counts, starts = jnp.asarray([4, 0, 1]), jnp.asarray([3, 6, 8])
+    positions = jnp.broadcast_to(jnp.arange(12), tokens.shape)
+    whole = jax.jit(lambda model: model.forward(tokens, positions, model.init_cache(3, 12), taps=TAPS))(target)
+    rows = Rows.of(counts, starts, size=7, most=4)
+
+    def ragged(model, separate, unroll):
+        model = decode_layout(model, jnp.float32, separate_caches=separate) if unroll else model
+        cache = model.forward(tokens[:, :8], positions[:, :8], model.init_cache(3, 12), unroll=unroll).cache
+        flat = tokens[jnp.minimum(rows.owner, 2), rows.at]
+        out = model.forward(flat[None], rows.at[None], cache, taps=TAPS, rows=rows, unroll=unroll)
+        return out.features[0], out.last_hidden[0]
+
+    for separate, unroll in ((False, False), (False, True), (True, True)):
+        found = jax.jit(lambda model, how=(separate, unroll): ragged(model, *how))(target)
+        for got, wanted in zip(found, (whole.features, whole.last_hidden), strict=True):
+            wanted = np.concatenate([wanted[0, 3:7], wanted[2, 8:9]])
+            np.testing.assert_allclose(got[:5], wanted, atol=2e-5 * np.abs(wanted).max())

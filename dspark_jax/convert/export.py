@@ -33,6 +33,8 @@ from dspark_jax.target.loading import read_checkpoint
 FORMATS = ("universal", "deepspec", "speculators")
 ZERO_RANK = 16
 """Rank of the Markov head, all zeros, that makes servers take an anchor-first DFlash for what it is."""
+STEP_DECAY = 0.8
+"""Of EAGLE-3's training-time-test steps (trap 33); a note in the reference's config."""
 CERTAIN = 20.0
 """Logit of the constant confidence of a drafter without a confidence head: nothing is ever cut."""
 
@@ -89,6 +91,10 @@ def write_export(
       InputError: the place is taken or badly named, or this drafter cannot be stated in this format.
     """
     check_output(output, source.config, overwrite=overwrite)
+    if source.config.kind == "mtp":
+        raise InputError(
+            "an MTP drafter has no format that a server loads; only DSpark, DFlash and EAGLE-3 are exported"
+        )
     source = servable(source) if form != "deepspec" else source
     config = CONFIGS[form](source, dtype)
     shapes = expected_tensors(source.arch, source.config)
@@ -164,14 +170,29 @@ def deepspec_config(source: Source, dtype: str) -> dict[str, Any]:
     gemma = str(text["model_type"]).startswith("gemma4")
     for name in ("torch_dtype", "transformers_version", "auto_map", "quantization_config", "_name_or_path"):
         text.pop(name, None)
+    family = "Gemma4" if gemma else "Qwen3"
     config = text | {
-        "architectures": ["Gemma4DSparkModel" if gemma else "Qwen3DSparkModel"],
         "dtype": dtype,
         "num_target_layers": int(target.get("num_target_layers") or text["num_hidden_layers"]),
         "num_hidden_layers": drafter.num_layers,
         "layer_types": ["full_attention"] * drafter.num_layers,
         "tie_word_embeddings": False,
         "target_layer_ids": list(drafter.target_layer_ids),
+    }
+    config |= _eagle3_keys(source, family) if drafter.kind == "eagle3" else _block_keys(source, family)
+    if gemma:
+        types = {"target_model_type": target["model_type"], "target_text_model_type": text["model_type"]}
+        config |= {name: target.get(name, value) for name, value in types.items()} | {"model_type": "gemma4_text"}
+    else:
+        config |= {"use_sliding_window": False, "sliding_window": None}
+    return config
+
+
+def _block_keys(source: Source, family: str) -> dict[str, Any]:
+    """Keys of DSpark and DFlash."""
+    drafter = source.config
+    keys = {
+        "architectures": [f"{family}DSparkModel"],
         "mask_token_id": drafter.mask_token_id,
         "block_size": drafter.block_size,
         "num_anchors": source.num_anchors,
@@ -179,15 +200,21 @@ def deepspec_config(source: Source, dtype: str) -> dict[str, Any]:
         "markov_rank": drafter.markov_rank,
     }
     if drafter.confidence_head:
-        config["confidence_head_with_markov"] = drafter.confidence_with_markov
+        keys["confidence_head_with_markov"] = drafter.confidence_with_markov
     if drafter.markov_rank:
-        config["markov_head_type"] = drafter.markov_head_type
-    if gemma:
-        types = {"target_model_type": target["model_type"], "target_text_model_type": text["model_type"]}
-        config |= {name: target.get(name, value) for name, value in types.items()} | {"model_type": "gemma4_text"}
-    else:
-        config |= {"use_sliding_window": False, "sliding_window": None}
-    return config
+        keys["markov_head_type"] = drafter.markov_head_type
+    return keys
+
+
+def _eagle3_keys(source: Source, family: str) -> dict[str, Any]:
+    """Keys of EAGLE-3."""
+    return {
+        "architectures": [f"{family}Eagle3Model"],
+        "draft_num_hidden_layers": source.config.num_layers,
+        "target_model_name_or_path": source.target_name,
+        "ttt_length": source.config.block_size,
+        "step_loss_decay": STEP_DECAY,
+    }
 
 
 def universal_config(source: Source, dtype: str) -> dict[str, Any]:
@@ -197,6 +224,8 @@ def universal_config(source: Source, dtype: str) -> dict[str, Any]:
     There is no `eagle_aux_hidden_state_layer_ids`: servers prefer it and disagree about what it counts (trap 13).
     """
     config = deepspec_config(source, dtype)
+    if source.config.kind == "eagle3":
+        return _vllm_eagle3(source, config)
     config["sample_from_anchor"] = True
     keys = ("block_size", "mask_token_id", "target_layer_ids", "markov_rank", "markov_head_type", "sample_from_anchor")
     nested = {key: config[key] for key in keys}
@@ -204,29 +233,51 @@ def universal_config(source: Source, dtype: str) -> dict[str, Any]:
     return config | ({} if config["model_type"] == "gemma4_text" else flat_rope(source.arch))
 
 
+def _vllm_eagle3(source: Source, config: dict[str, Any]) -> dict[str, Any]:
+    """What vLLM, the one server of Qwen3's EAGLE-3, wants besides: its class, and ids of layer inputs."""
+    if config["model_type"] == "gemma4_text":
+        raise InputError("--format universal: no server has an EAGLE-3 for Gemma 4; use --format deepspec")
+    return config | flat_rope(source.arch) | _eagle3_serving(source, "Eagle3Qwen3ForCausalLM")
+
+
+def _eagle3_serving(source: Source, architecture: str) -> dict[str, Any]:
+    return {
+        "architectures": [architecture],
+        "eagle_aux_hidden_state_layer_ids": [i + 1 for i in source.config.target_layer_ids],
+        "norm_before_residual": False,
+        "draft_vocab_size": source.arch.vocab_size,
+    }
+
+
 def speculators_config(source: Source, dtype: str) -> dict[str, Any]:
-    """`config.json` of a DSpark drafter for the speculators package; layer ids count inputs, so they are one higher.
+    """`config.json` for the speculators package; layer ids count inputs, so they are one higher.
 
     Raises:
       InputError: a Gemma 4 drafter: speculators knows neither its embedding scale nor its soft-cap.
     """
-    base = universal_config(source, dtype)
-    if base["model_type"] == "gemma4_text":
+    if deepspec_config(source, dtype)["model_type"] == "gemma4_text":
         raise InputError(
             "--format speculators: speculators scales no embeddings and caps no logits, so a Gemma 4 drafter would "
             "draft other tokens there; use --format universal and serve it with vLLM"
         )
-    own = {"block_size", "mask_token_id", "target_layer_ids", "num_anchors", "dflash_config", "dspark_config"}
-    own |= {"markov_rank", "markov_head_type", "sample_from_anchor", "enable_confidence_head"}
-    own |= {"confidence_head_with_markov", "num_target_layers", "architectures"}
-    layer = {name: value for name, value in base.items() if name not in own}
-    proposal = {"proposal_type": "greedy", "speculative_tokens": base["block_size"]}
-    return {
-        "architectures": ["DSparkSpeculator"],
-        "speculators_model_type": "dspark",
+    base, kind = universal_config(source, dtype), "eagle3" if source.config.kind == "eagle3" else "dspark"
+    own = {"dflash_config", "dspark_config", "sample_from_anchor", "num_target_layers", "target_layer_ids"}
+    own |= {"eagle_aux_hidden_state_layer_ids", "norm_before_residual", "draft_vocab_size"}
+    own |= set(_block_keys(source, "")) | set(_eagle3_keys(source, ""))
+    if kind == "dspark":
+        names = ("block_size", "mask_token_id", "sample_from_anchor", "markov_rank", "markov_head_type")
+        keys = {name: base[name] for name in (*names, "enable_confidence_head", "confidence_head_with_markov")}
+        keys |= {"architectures": ["DSparkSpeculator"], "sliding_window_non_causal": True}
+        keys |= {"aux_hidden_state_layer_ids": [i + 1 for i in base["target_layer_ids"]]}
+    else:
+        off = ("norm_before_fc", "fc_norm", "norm_output", "embed_requires_grad")
+        keys = _eagle3_serving(source, "Eagle3Speculator") | dict.fromkeys(off, False)
+    proposal = {"proposal_type": "greedy", "speculative_tokens": source.config.block_size}
+    return keys | {
+        "speculators_model_type": kind,
         "speculators_version": "0.9.0",
         "speculators_config": {
-            "algorithm": "dspark",
+            "algorithm": kind,
             "proposal_methods": [proposal],
             "default_proposal_method": "greedy",
             "verifier": {
@@ -234,15 +285,11 @@ def speculators_config(source: Source, dtype: str) -> dict[str, Any]:
                 "architectures": list(source.target.get("architectures") or ["Qwen3ForCausalLM"]),
             },
         },
-        "transformer_layer_config": layer,
+        "transformer_layer_config": {name: value for name, value in base.items() if name not in own},
         "draft_vocab_size": source.arch.vocab_size,
         "target_hidden_size": source.arch.hidden_size,
-        "aux_hidden_state_layer_ids": [i + 1 for i in base["target_layer_ids"]],
-        "sliding_window_non_causal": True,
         "dtype": dtype,
         "tie_word_embeddings": False,
-        **{name: base[name] for name in ("block_size", "mask_token_id", "sample_from_anchor", "markov_rank")},
-        **{name: base[name] for name in ("markov_head_type", "enable_confidence_head", "confidence_head_with_markov")},
     }
 
 

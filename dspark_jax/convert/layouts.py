@@ -150,7 +150,9 @@ def _speculators(where: str, raw: Mapping[str, Any]) -> Layout:
     if kind == "eagle3":
         _require(where, raw, "eagle_aux_hidden_state_layer_ids")
         taps = tuple(i - 1 for i in raw["eagle_aux_hidden_state_layer_ids"])
-        return Layout("speculators", "eagle3", 0, taps, -1, anchor_first=True, num_layers=layers)
+        methods = raw.get("speculators_config", {}).get("proposal_methods") or [{}]
+        steps = int(methods[0].get("speculative_tokens", 0))
+        return Layout("speculators", "eagle3", steps, taps, -1, anchor_first=True, num_layers=layers)
     if kind not in ("dspark", "dflash"):
         raise InputError(
             f"{where}: speculators_model_type {kind!r} is not supported; use one of: dspark, dflash, eagle3"

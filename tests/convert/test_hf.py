@@ -9,11 +9,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from dspark_jax.config import InputError, MeshConfig
-from dspark_jax.convert.hf import drafter_tensors, import_drafter
+from dspark_jax.convert.hf import import_drafter, stored_tensors
 from dspark_jax.convert.mapping import FROZEN
 from dspark_jax.sharding import make_mesh
 
 CASES = ("case1_qwen3_dspark_vanilla", "case2_qwen3_dspark_gated", "case3_qwen3_dspark_rnn", "case4_qwen3_dflash")
+CASES += ("case5_qwen3_eagle3", "case6_gemma4_dspark_vanilla", "case7_gemma4_eagle3")
 
 
 def mesh():
@@ -24,7 +25,7 @@ def mesh():
 def test_round_trip_is_exact(golden, case):
     directory = golden / "cases" / case / "draft"
     config, drafter = import_drafter(directory, mesh())
-    stored, ours = load_file(directory / "model.safetensors"), drafter_tensors(drafter, config)
+    stored, ours = load_file(directory / "model.safetensors"), dict(stored_tensors(drafter, config))
     assert set(ours) == set(stored) - set(FROZEN)
     for name, value in ours.items():
         np.testing.assert_array_equal(value, stored[name], err_msg=name)

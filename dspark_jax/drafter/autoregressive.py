@@ -58,7 +58,7 @@ class Autoregressive(nnx.Module):
         self.block_size = config.block_size
         ids = tuple(config.target_layer_ids)
         self.taps = ids if ids[0] == -1 else (-1, *ids)
-        self.feature_start = 0 if ids[0] == -1 else arch.hidden_size
+        self.feature_width = len(ids) * arch.hidden_size
         self.norm = ones((), arch.hidden_size)
 
     def fuse(self, features: jax.Array) -> jax.Array:
@@ -85,7 +85,7 @@ class Autoregressive(nnx.Module):
 
         Args:
           target: lends `embed`.
-          features: [B, S, (1+M)*D] target features of the tokens, embeddings first.
+          features: [B, S, M*D] target features of the tokens; the added embeddings before them are not looked at.
           tokens: [B, S].
           loss_mask: [B, S], 1 on supervised tokens.
           anchors: A positions per sequence; all rows are used where A >= S.
@@ -104,8 +104,8 @@ class Autoregressive(nnx.Module):
             return jax.vmap(lambda one, i: one[i])(values, index)
 
         layer = layer_at(self.layers, 0)
-        fused = self.fuse(features[..., self.feature_start :].astype(self.dtype))
-        embedded = features[..., : self.arch.hidden_size].astype(self.dtype)
+        fused = self.fuse(features[..., -self.feature_width :].astype(self.dtype))
+        embedded = target.embed(tokens).astype(self.dtype)
         following = jnp.concatenate([embedded[:, 1:], embedded[:, -1:]], axis=1)
         context_key, context_value = layer.attention.keys_values(
             self.join(layer, following, fused)[0], jnp.arange(s) - starts
@@ -161,7 +161,7 @@ class Autoregressive(nnx.Module):
         """
         del tokens
         features = features.astype(self.dtype)
-        fused = self.fuse(features[..., self.feature_start :])
+        fused = self.fuse(features[..., -self.feature_width :])
         first = positions[:, 0]
         fresh = (first == 0).astype(jnp.int32)  # no row comes before the first token
         index = jnp.arange(features.shape[1]) + fresh[:, None]

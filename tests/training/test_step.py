@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dspark_jax.config import InputError
+from dspark_jax.config import InputError, resolve
 from dspark_jax.drafter.blocks import sample_anchors
+from dspark_jax.kinds import as_kind
 from dspark_jax.target.loading import load_target
 from dspark_jax.training.loss import drafter_loss
 from dspark_jax.training.optim import make_optimizer
@@ -252,10 +253,27 @@ def test_a_batch_that_the_mesh_cannot_divide_is_refused(config, meshes, mesh, ba
         check_batch(config, meshes[mesh])
 
 
-def test_dflash_trains_with_the_same_step(config, meshes, batch):
-    config.drafter.kind, config.drafter.markov_rank, config.drafter.confidence_head = "dflash", 0, False
-    params = initial(config, meshes).params
-    assert not [name for name in params if name.startswith(("markov", "confidence"))]
+@pytest.mark.parametrize("kind", ["dflash", "eagle3", "mtp", "rnn"])
+def test_every_kind_trains_with_the_same_step_on_any_mesh(config, meshes, batch, kind):
+    """Gradients reach every parameter, and are those of one device on eight."""
+    config.drafter.target_layer_ids, config.drafter.block_size = (0,), 2
+    config = resolve(as_kind(config, kind))
+    params = jax.device_get(initial(config, meshes).params)
+    assert ("markov.w1" in params) == (kind == "rnn") == ("markov.joint" in params)
     grads, sums = summed_gradients(config, meshes["one"], batch, 1, params)
-    assert set(grads) == set(params) and "confidence" not in sums.metrics
-    assert all(np.abs(g).max() > 0 for g in grads.values())
+    assert set(grads) == set(params) and ("confidence" in sums.metrics) == (kind == "rnn")
+    on_cube, _ = summed_gradients(config, meshes["cube"], batch, 1, params)
+    assert_gradients_equal(on_cube, grads)
+
+
+def test_eagle3_trains_on_given_features_without_embeddings(config, meshes, batch):
+    """A feature cache holds the stated taps; the embeddings come from the tokens."""
+    config.drafter.target_layer_ids, config.drafter.block_size = (0,), 2
+    config = resolve(as_kind(config, "eagle3"))
+    params = jax.device_get(initial(config, meshes).params)
+    want, _ = summed_gradients(config, meshes["one"], batch, 1, params)
+    target = load_target(config.target, meshes["one"])
+    tokens = jnp.asarray(batch["tokens"])
+    out = target.forward(tokens, jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape), taps=(0,))
+    given = batch | {"features": np.asarray(out.features), "last_hidden": np.asarray(out.last_hidden)}
+    assert_gradients_equal(summed_gradients(config, meshes["one"], given, 1, params)[0], want)

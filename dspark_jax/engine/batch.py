@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from dspark_jax.drafter.interface import Drafter
-from dspark_jax.engine.generate import laid_out
+from dspark_jax.engine.generate import flat_sizes, laid_out
 from dspark_jax.engine.request import EngineMetrics, FinishReason, Request, Settings, TracedRound
 from dspark_jax.engine.schedule import Scheduler
 from dspark_jax.engine.slots import Chunk, Committed, Mode, open_slots, prefill_chunk, serve_round
@@ -42,6 +42,7 @@ class Batch:
         capacity: int,
         width: int,
         stops: int,
+        verify_sizes: Sequence[int] = (),
     ):
         """Empty slots.
 
@@ -54,12 +55,17 @@ class Batch:
           capacity: most tokens of a request.
           width: tokens of a prompt chunk.
           stops: stop tokens per request.
+          verify_sizes: see `serving.Engine`.
         """
         self.scheduler, self.metrics, self.width, self.stops = scheduler, metrics, width, stops
         self.pending: collections.deque[_Launch] = collections.deque()
         block_size = 0 if drafter is None else drafter.block_size
         # Room for the last round, which begins below the limit, and for the padding of the last chunk.
         rows = max(capacity + block_size, -(-capacity // width) * width)
+        most = scheduler.maximum if scheduler.maximum is not None and np.ndim(scheduler.maximum) == 0 else block_size
+        self._rows = min(int(np.asarray(most)), block_size) + 1  # of a request in a round
+        self.sizes = flat_sizes(verify_sizes, slots * self._rows)
+        self._wanted = slots * self._rows  # tokens that a scheduler which knows them ahead wants to verify
         self._models = laid_out(target, drafter, batch_size=slots)
         self._unroll = jax.default_backend() == "cpu"
         self._device = open_slots(*self._models, scheduler, count=slots, rows=rows, stops=stops)
@@ -128,7 +134,7 @@ class Batch:
         ]
         if not owners:
             return
-        outcome = self._round(_mode([request.settings for _, request in owners]))
+        outcome = self._round(_mode([request.settings for _, request in owners]), self._size(len(owners)))
         self.metrics.rounds += 1
         self.pending.append(_Launch(owners, _fetching(outcome)))
 
@@ -137,17 +143,28 @@ class Batch:
         self._device, outcome = prefill_chunk(target, drafter, self._device, chunk, self.scheduler, unroll=self._unroll)
         return outcome
 
-    def _round(self, mode: Mode) -> Committed:
+    def _size(self, requests: int) -> int:
+        """Tokens of the next flat batch: room for all that these requests may be given, or for what was asked for."""
+        if not self.sizes:
+            return 0
+        tokens = requests * self._rows
+        if self.scheduler.name == "lagged" and np.all(np.asarray(self.scheduler.minimum) == 0):
+            tokens = min(tokens, max(self._wanted, requests))
+        return next(size for size in self.sizes if size >= tokens)
+
+    def _round(self, mode: Mode, size: int) -> Committed:
         target, drafter = self._models
         released, self._released = self._released, np.zeros_like(self._released)
         self._device, outcome = serve_round(
-            target, drafter, self._device, released, self.scheduler, mode=mode, unroll=self._unroll
+            target, drafter, self._device, released, self.scheduler, mode=mode, size=size, unroll=self._unroll
         )
         return outcome
 
     def _collect(self, launch: _Launch) -> None:
         """Reads what a launch has committed and hands it out; those who have ended since get nothing."""
         outcome: Committed = jax.device_get(launch.outcome)
+        if outcome.capacity is not None:
+            self._wanted = int(outcome.capacity)
         for row, request in launch.owners:
             if request.done:
                 continue
@@ -164,11 +181,12 @@ class Batch:
                 self.metrics.admitted += traced.admitted
 
     def warm_up(self, modes: Sequence[Mode]) -> None:
-        """Compiles the chunk and a round of every mode, by running them on empty slots."""
+        """Compiles the chunk and a round of every mode and size, by running them on empty slots."""
         # A chunk of a prompt that goes on leaves its slot finished; the next request sets it whole.
         outcome = self._prefill(_chunk(None, 0, 0, self.width, self.stops))
         for mode in modes:
-            outcome = self._round(mode)
+            for size in self.sizes or (0,):
+                outcome = self._round(mode, size)
         jax.block_until_ready(outcome)
 
 

@@ -237,6 +237,18 @@ def schedule(
     return lengths, dataclasses.replace(history, survival=jnp.stack([live, history.survival[0]]))
 
 
+def next_capacity(scheduler: Scheduler, history: History | None, active: jax.Array) -> jax.Array | None:
+    """Tokens [] that `lagged` verifies two rounds after the one that `history` ends with; None under other rules.
+
+    Known so early, it lets whoever launches rounds choose an executable of the right size.
+    """
+    if scheduler.name != "lagged" or history is None:
+        return None
+    assert history.survival is not None and scheduler.steps_per_second is not None
+    bounds = (active, scheduler.minimum, scheduler.maximum)
+    return rules.capacity(history.survival[0], scheduler.steps_per_second, *bounds)
+
+
 def observe(
     history: History | None, proposed: jax.Array, accepted: jax.Array, active: jax.Array, *, drafted: bool
 ) -> History | None:

@@ -62,6 +62,7 @@ class Engine:
         max_queue: int = 64,
         prefill_chunk: int = 64,
         max_stop_tokens: int = 8,
+        verify_sizes: Sequence[int] = (),
     ):
         """Allocates the slots; compiles nothing (see `warm_up`).
 
@@ -76,6 +77,10 @@ class Engine:
           max_queue: requests that may wait for a slot.
           prefill_chunk: prompt tokens read between two rounds.
           max_stop_tokens: most stop tokens of one request, these included.
+          verify_sizes: a round verifies the scheduled tokens of all requests as one flat batch of the smallest of these
+            sizes that surely holds them (the largest there can be is always among them): with few requests, or under
+            `lagged`, whose capacity is known ahead, rounds take less time. Every size is an executable of its own.
+            None: G + 1 tokens of every slot.
 
         Raises:
           InputError: a size or stop token that is out of range, or a scheduler that this drafter cannot feed.
@@ -97,6 +102,7 @@ class Engine:
             capacity=capacity,
             width=prefill_chunk,
             stops=max_stop_tokens,
+            verify_sizes=verify_sizes,
         )
 
         self._lock = threading.Lock()  # guards what several threads change: queue, metrics, closing, failure

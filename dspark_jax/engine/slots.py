@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from dspark_jax.engine.commit import is_stop
 from dspark_jax.engine.round import decode_round
 from dspark_jax.engine.sampling import request_keys, round_uniforms
-from dspark_jax.engine.schedule import Scheduler
+from dspark_jax.engine.schedule import Scheduler, next_capacity
 from dspark_jax.engine.state import DecodeState, Round
 from dspark_jax.ops.sampling import Sampling, sample
 from dspark_jax.sharding import constrain
@@ -83,6 +83,7 @@ class Committed:
       finished: [B] bool.
       stopped: [B] bool, finished by a stop token.
       round: what the round did, or None for a chunk.
+      capacity: [] int32, tokens that the round after the next had best verify (`schedule.next_capacity`), or None.
     """
 
     tokens: jax.Array
@@ -90,6 +91,7 @@ class Committed:
     finished: jax.Array
     stopped: jax.Array
     round: Round | None
+    capacity: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -286,9 +288,17 @@ def _given(values: jax.Array | None) -> jax.Array:
     return values
 
 
-@functools.partial(jax.jit, static_argnames=("mode", "unroll"), donate_argnames=("slots",))
+@functools.partial(jax.jit, static_argnames=("mode", "size", "unroll"), donate_argnames=("slots",))
 def serve_round(
-    target: Any, drafter: Any, slots: Slots, released: jax.Array, scheduler: Scheduler, *, mode: Mode, unroll: bool
+    target: Any,
+    drafter: Any,
+    slots: Slots,
+    released: jax.Array,
+    scheduler: Scheduler,
+    *,
+    mode: Mode,
+    size: int = 0,
+    unroll: bool,
 ) -> tuple[Slots, Committed]:
     """One decoding round of all slots.
 
@@ -299,9 +309,13 @@ def serve_round(
       released: [B] bool, slots whose requests the host has ended (cancelled, or at a stop string).
       scheduler: decides how many drafts are verified.
       mode: must hold for all requests that are decoding.
+      size: verify the scheduled tokens as one flat batch of so many; it must hold all that may be scheduled, except
+        under `lagged`, which fills it. 0: G + 1 tokens of every slot.
       unroll: lay the target's layers out one by one (CPU).
     """
     before = dataclasses.replace(slots.state, finished=slots.state.finished | released)
+    if size and scheduler.name == "lagged":
+        scheduler = dataclasses.replace(scheduler, capacities=(size,))
     block_size = 0 if drafter is None else drafter.block_size
     uniforms = round_uniforms(before.keys, before.positions, block_size)
     after, entry = decode_round(
@@ -312,9 +326,11 @@ def serve_round(
         mode.sampling(slots.sampling),
         slots.stop_tokens,
         scheduler=scheduler,
+        sizes=(size,) if size else (),
         unroll=unroll,
     )
     at = before.lengths[:, None] + jnp.arange(block_size + 1)
     tokens = jnp.take_along_axis(after.tokens, jnp.minimum(at, after.tokens.shape[1] - 1), axis=1)
-    report = Committed(tokens, after.lengths - before.lengths, after.finished, after.stopped, entry)
+    capacity = next_capacity(scheduler, after.history, ~after.finished) if size else None
+    report = Committed(tokens, after.lengths - before.lengths, after.finished, after.stopped, entry, capacity)
     return pin(target, drafter, dataclasses.replace(slots, state=after)), report

@@ -162,6 +162,25 @@ def test_rounds_without_drafts_change_no_greedy_answer(serve: Any, reference: An
     assert sum(not one.drafted for one in rounds) > len(rounds) / 2
 
 
+@pytest.mark.parametrize("name", ("fixed", "lagged"))
+def test_flat_verification_in_sizes_compiled_ahead(serve: Any, reference: Any, monkeypatch: Any, name: str) -> None:
+    """Few requests, or little to verify, take a small batch; nothing is compiled once the engine is warm."""
+    table = 9.0 / np.maximum(1.0, np.arange(13) / 4)
+    scheduler = {"fixed": Scheduler.fixed(), "lagged": Scheduler.lagged(table, [0.8, 0.5, 0.1])}[name]
+    requests = asks(7, seed=6, sampled=False)
+    engine = serve(scheduler=scheduler, verify_sizes=(4, 8))
+    engine.warm_up(sampled=False)
+    compiled, sizes = serve_round._cache_size(), []
+    counted = batch_module.Batch._size
+    monkeypatch.setattr(batch_module.Batch, "_size", lambda *args: sizes.append(counted(*args)) or sizes[-1])
+    handles = [engine.submit(**one, trace=True) for one in requests]
+    drive(engine)
+    assert [list(one.result().tokens) for one in handles] == reference(requests)
+    assert serve_round._cache_size() == compiled and set(sizes) == ({4, 8, 12} if name == "fixed" else {4, 8})
+    rounds = [piece.round for one in handles for piece in one.pieces if piece.round is not None]
+    assert (len({one.admitted for one in rounds}) > 1) == (name == "lagged")
+
+
 def test_without_a_drafter(target: Qwen3, reference: Any) -> None:
     requests = asks(5, seed=4, sampled=False)
     engine = Engine(target, None, slots=2, capacity=CAPACITY, prefill_chunk=CHUNK)

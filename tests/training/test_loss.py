@@ -148,6 +148,19 @@ def test_sums_of_parts_are_the_sums_of_the_whole():
         np.testing.assert_allclose(got, expected, rtol=3e-6, atol=1e-6)
 
 
+def test_the_length_term_is_what_is_missing_of_the_expected_length():
+    """Supervised positions minus expected accepted drafts, which the metrics report independently."""
+    drafter, target, outputs, last_hidden = problem()
+    without, with_term = (
+        drafter_loss(drafter, target, outputs, last_hidden, LossConfig(length=length), vocab_chunk=5)
+        for length in (0.0, 2.0)
+    )
+    tau = without.metrics["tau_expected"]
+    missing = outputs.mask.sum() - (tau.num - tau.den)
+    np.testing.assert_allclose(with_term.total - without.total, 2.0 * missing, rtol=1e-5)
+    assert missing > 1
+
+
 def test_confidence_target_is_constant_but_its_features_are_not():
     drafter, target, outputs, last_hidden = problem()
 

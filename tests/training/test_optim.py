@@ -10,10 +10,21 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-from dspark_jax.config import DrafterConfig, LossConfig, MeshConfig, OptimConfig, TargetArchitecture, TargetConfig
+from dspark_jax.config import (
+    Config,
+    DataConfig,
+    DrafterConfig,
+    LossConfig,
+    MeshConfig,
+    OptimConfig,
+    TargetArchitecture,
+    TargetConfig,
+    resolve,
+)
 from dspark_jax.convert.hf import drafter_tensors, import_drafter
 from dspark_jax.drafter import make_drafter
 from dspark_jax.drafter.blocks import Anchors
+from dspark_jax.kinds import KINDS, as_kind
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target.loading import load_target
 from dspark_jax.training.loss import drafter_loss
@@ -140,3 +151,16 @@ def test_muon_moves_every_matrix_of_a_drafter_by_an_orthogonal_update_of_its_own
         for layer in layers:
             values = np.linalg.svd(layer, compute_uv=False) / 0.5
             assert values.min() > 0.6 and values.max() < 1.3 * np.sqrt(max(1, layer.shape[1] / layer.shape[0]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_muon_takes_the_matrices_of_every_kind(kind: str) -> None:
+    """All parameters with two axes or more (a layer's axis apart), but for the two tables by token."""
+    arch = TargetArchitecture("qwen3", 40, 16, 3, 4, 2, 8, 24, 1e-6, 1e4, False, 64)
+    base = DrafterConfig("dspark", 2, 3, (0, 1), 39, 4, True, True)
+    data = DataConfig(max_length=64, max_prompt_length=16)
+    config = resolve(as_kind(Config(target=TargetConfig(architecture=arch), drafter=base, data=data), kind))
+    params = to_params(nnx.eval_shape(lambda: make_drafter(arch, config.drafter, rngs=nnx.Rngs(0))))
+    stacked = {path: leaf.ndim - ("layers." in path) for path, leaf in params.items()}
+    wanted = {path for path, axes in stacked.items() if axes > 1} - {"markov.w1", "markov.w2"}
+    assert {path for path, axes in matrix_axes(params).items() if axes is not None} == wanted

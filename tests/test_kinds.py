@@ -1,0 +1,58 @@
+"""Kinds of drafters as settings: what changes, what stays, what is refused."""
+
+import dataclasses
+
+import pytest
+
+from dspark_jax.config import Config, DataConfig, DrafterConfig, InputError, TargetArchitecture, TargetConfig, resolve
+from dspark_jax.kinds import KINDS, as_kind
+
+ARCH = TargetArchitecture("qwen3", 67, 32, 4, 4, 2, 8, 64, 1e-6, 1e4, True, 256)
+
+
+@pytest.fixture
+def base() -> Config:
+    drafter = DrafterConfig(num_layers=2, block_size=5, target_layer_ids=(0, 2), mask_token_id=66, markov_rank=8)
+    return Config(
+        target=TargetConfig(architecture=ARCH), drafter=drafter, data=DataConfig(max_length=64, max_prompt_length=16)
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_drafter_loss_and_rows_change(base: Config, kind: str) -> None:
+    before = dataclasses.asdict(base)
+    config = resolve(as_kind(base, kind))
+    assert dataclasses.asdict(base) == before
+    after = dataclasses.asdict(config)
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed <= {"drafter", "loss", "train"}
+    rows = 64 if kind in ("eagle3", "mtp") else base.train.num_anchors
+    assert config.train == dataclasses.replace(base.train, num_anchors=rows)
+    assert config.drafter.block_size == (1 if kind == "mtp" else 5)
+    assert config.drafter.target_layer_ids == ((3,) if kind == "mtp" else (0, 2))
+    assert (config.drafter.markov_rank == 0) == (kind in ("dflash", "eagle3", "mtp"))
+    config.loss.ce = 9.0  # the presets are not shared
+    assert as_kind(base, kind).loss.ce != 9.0
+
+
+def test_an_unknown_kind_is_refused(base: Config) -> None:
+    with pytest.raises(InputError, match="drafter kind 'medusa' is unknown; use one of: dspark, dflash, eagle3"):
+        as_kind(base, "medusa")
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        ("eagle3", {"num_layers": 2}, "drafter.num_layers=2: eagle3 has one layer; set it to 1"),
+        ("mtp", {"block_size": 2}, "drafter.block_size=2: mtp drafts one token per round; set it to 1"),
+        ("mtp", {"target_layer_ids": (1, 3)}, r"drafter.target_layer_ids=\(1, 3\): mtp reads one layer"),
+        ("eagle3", {"target_layer_ids": (0, 3)}, "contains 3, the last layer"),
+        ("eagle3", {"markov_rank": 4}, "drafter.kind='eagle3' has no heads"),
+        ("rnn", {"markov_head_type": "lstm"}, "drafter.markov_head_type='lstm' is unknown; use vanilla, gated or rnn"),
+        ("dspark", {"kind": "hydra"}, "drafter.kind='hydra' is unknown; use dspark, dflash, eagle3 or mtp"),
+    ],
+)
+def test_what_does_not_hold(base: Config, kind: str, change: dict, message: str) -> None:
+    config = as_kind(base, kind)
+    with pytest.raises(InputError, match=message):
+        resolve(dataclasses.replace(config, drafter=dataclasses.replace(config.drafter, **change)))

@@ -37,6 +37,7 @@ from dspark_jax.convert.layouts import layers_config, read_config, read_layout
 from dspark_jax.data.chat import load_tokenizer, prompt_tokens
 from dspark_jax.data.prompts import read_prompts
 from dspark_jax.engine.generate import generate
+from dspark_jax.hub import local_directory, with_architecture
 from dspark_jax.progress import log
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target.loading import fingerprint, load_target
@@ -57,7 +58,7 @@ def export(options: argparse.Namespace) -> Path:
     if options.workdir:
         source, files = run_source(Path(options.workdir), options)
     elif options.drafter and options.target:
-        source, files = directory_source(Path(options.drafter), options)
+        source, files = directory_source(local_directory(options.drafter), options)
     else:
         raise InputError("export needs --workdir RUN, or --drafter DIR with --target DIR")
     check_output(output, source.config, overwrite=options.overwrite)
@@ -94,8 +95,8 @@ def run_source(workdir: Path, options: argparse.Namespace) -> tuple[Source, dict
         tensors=functools.partial(stored_tensors, drafter, config.drafter),
         config=config.drafter,
         arch=config.target.architecture,
-        target=read_config(Path(path)),
-        frozen={} if options.slim else frozen_tensors(path),
+        target=read_config(local_directory(path)),
+        frozen={} if options.slim else frozen_tensors(local_directory(path)),
         target_name=options.target_name or path,
         num_anchors=config.train.num_anchors,
     )
@@ -112,8 +113,8 @@ def directory_source(directory: Path, options: argparse.Namespace) -> tuple[Sour
         tensors=functools.partial(stored_tensors, drafter, config),
         config=config,
         arch=arch,
-        target=read_config(Path(options.target)),
-        frozen={} if options.slim else frozen_tensors(options.target),
+        target=read_config(local_directory(options.target)),
+        frozen={} if options.slim else frozen_tensors(local_directory(options.target)),
         target_name=options.target_name or options.target,
         num_anchors=layers_config(read_config(directory)).get("num_anchors", 512),
     )
@@ -122,7 +123,9 @@ def directory_source(directory: Path, options: argparse.Namespace) -> tuple[Sour
 
 def stated_target(path: str | None) -> TargetConfig | None:
     """The target of `--target`, or None: the one in the checkpoint."""
-    return TargetConfig(path=path, architecture=TargetArchitecture.from_hf(path)) if path else None
+    if not path:
+        return None
+    return TargetConfig(path=path, architecture=TargetArchitecture.from_hf(local_directory(path)))
 
 
 def import_(options: argparse.Namespace) -> Path:
@@ -131,7 +134,7 @@ def import_(options: argparse.Namespace) -> Path:
     Raises:
       InputError: drafter and target do not fit, or there are checkpoints already.
     """
-    workdir, directory = Path(options.workdir), Path(options.drafter)
+    workdir, directory = Path(options.workdir), local_directory(options.drafter)
     arch, drafter = read_drafter_config(directory)
     if options.config:
         config = command.load_config(options.config)
@@ -140,7 +143,7 @@ def import_(options: argparse.Namespace) -> Path:
         config.data.max_length = min(config.data.max_length, arch.max_position_embeddings)
         config.data.max_prompt_length = min(config.data.max_prompt_length, config.data.max_length // 2)
     target = dataclasses.replace(config.target, path=options.target, architecture=TargetArchitecture())
-    config = resolve(dataclasses.replace(config, drafter=drafter, target=target))
+    config = resolve(with_architecture(dataclasses.replace(config, drafter=drafter, target=target)))
     fitting(directory, arch, config.target)
     mesh = make_mesh(config.mesh)
     imported = import_drafter(directory, mesh)[1]
@@ -174,8 +177,10 @@ def check(options: argparse.Namespace) -> Report:
     Raises:
       InputError: drafter, target or prompts cannot be used.
     """
-    read_layout(options.drafter, read_config(Path(options.drafter)))  # before anything large is loaded
+    directory = local_directory(options.drafter)
+    read_layout(options.drafter, read_config(directory))  # before anything large is loaded
     mesh = make_mesh(MeshConfig())
+    options.target = str(local_directory(options.target))
     config = TargetConfig(path=options.target, architecture=TargetArchitecture.from_hf(options.target))
     with jax.set_mesh(mesh):
         target: Any = load_target(config, mesh)
@@ -185,7 +190,7 @@ def check(options: argparse.Namespace) -> Report:
             Answer(np.asarray([*prompt, *tokens], np.int32), len(prompt))
             for prompt, tokens in zip(prompts, written, strict=True)
         ]
-        report = check_directory(Path(options.drafter), target, Path(options.target), answers, mesh, masks=masks)
+        report = check_directory(directory, target, Path(options.target), answers, mesh, masks=masks)
     if options.json:
         Path(options.json).write_text(json.dumps(report.to_json(), indent=1) + "\n", "utf-8")
     print("\n".join(report.lines()))
@@ -243,8 +248,8 @@ def parser() -> argparse.ArgumentParser:
 
     one = add("export", export, "Write a drafter in a format that others serve.")
     one.add_argument("--workdir", help="a run; its newest checkpoint is exported")
-    one.add_argument("--drafter", help="a drafter directory to convert, instead of a run")
-    one.add_argument("--target", help="the target's directory; default: that of the run")
+    one.add_argument("--drafter", help="a drafter directory or hub id to convert, instead of a run")
+    one.add_argument("--target", help="the target's directory or hub id; default: that of the run")
     one.add_argument("--output", required=True, help="directory to write")
     one.add_argument("--format", choices=FORMATS, default="universal")
     one.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
@@ -256,14 +261,14 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--overwrite", action="store_true", help="replace an export that is there")
 
     one = add("import", import_, "Make a working directory of a drafter that was trained elsewhere.")
-    one.add_argument("--drafter", required=True, help="its directory")
-    one.add_argument("--target", required=True, help="the target's directory")
+    one.add_argument("--drafter", required=True, help="its directory or hub id")
+    one.add_argument("--target", required=True, help="the target's directory or hub id")
     one.add_argument("--workdir", required=True, help="working directory to make")
     one.add_argument("--config", help="FILE[:ARG] with the other settings: data, evaluation, mesh")
 
     one = add("check", check, "Tell whether a drafter directory will work where it is served.")
-    one.add_argument("--drafter", required=True, help="its directory")
-    one.add_argument("--target", required=True, help="the target's directory")
+    one.add_argument("--drafter", required=True, help="its directory or hub id")
+    one.add_argument("--target", required=True, help="the target's directory or hub id")
     one.add_argument(
         "--prompts", action="append", help="JSONL file of prompts; may be repeated. Default: a few of ours"
     )

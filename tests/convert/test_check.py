@@ -8,13 +8,17 @@ from types import SimpleNamespace
 
 import jax
 import pytest
+from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from dspark_jax.config import MeshConfig, TargetArchitecture
+from dspark_jax.config import DrafterConfig, MeshConfig, TargetArchitecture
 from dspark_jax.convert import __main__ as convert
 from dspark_jax.convert.__main__ import main, parser
 from dspark_jax.convert.check import Report, check_directory
+from dspark_jax.convert.dialect import find_dialect
+from dspark_jax.convert.layouts import Layout
 from dspark_jax.convert.servers import replay
+from dspark_jax.drafter import make_drafter
 from dspark_jax.sharding import make_mesh
 
 MASKS = (45, 47, 46, 0)
@@ -86,6 +90,18 @@ def test_a_fill_in_drafter_is_named(world, copy):
     right = report(world, copy("fill-in", "right", sample_from_anchor=False))
     assert right.problems == ()
     assert verdicts(right)["vLLM"][0] == "serves"
+
+
+def test_layer_ids_of_an_eagle3_drafter_are_scored(world):
+    """Its own drafts are counted; an untrained one agrees with nothing, in any dialect, and that is said."""
+    config = DrafterConfig(
+        kind="eagle3", num_layers=1, block_size=3, target_layer_ids=(0, 1), markov_rank=0, confidence_head=False
+    )
+    drafter = make_drafter(world.target.arch, config, rngs=nnx.Rngs(0))
+    found = find_dialect(drafter, world.target, Layout("deepspec", "eagle3", 3, (0, 1), -1, True, 1), world.answers)
+    assert {score.layout.taps for score in found.scores} == {(0, 1), (-1, 0), (1, 2)}
+    assert all(score.tau < 1.2 for score in found.scores)
+    assert "accepts next to nothing in any dialect" in found.findings()[0]
 
 
 def test_a_pre_norm_teacher_is_named(world, copy):

@@ -78,6 +78,15 @@ def test_a_directory_is_converted(run, tiny_target, tmp_path):
     assert (tmp_path / "b" / "cost_table.json").exists()
 
 
+def test_drafter_and_target_may_be_on_the_hub(run, tiny_target, tmp_path, monkeypatch):
+    main(["export", f"--workdir={run}", f"--output={tmp_path / 'a'}"])
+    there = {"org/drafter": tmp_path / "a", "org/base": tiny_target}
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: str(there[name]))
+    main(["export", "--drafter=org/drafter", "--target=org/base", f"--output={tmp_path / 'b'}"])
+    assert "base_model: org/base" in (tmp_path / "b" / "README.md").read_text()
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

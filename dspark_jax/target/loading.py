@@ -195,47 +195,61 @@ def _load(
     dtype: Any,
     read: Callable[[int], None],
 ) -> jax.Array:
-    """A parameter on its devices; `read` is told the bytes of every tensor that is done."""
+    """A parameter on its devices; `read` is told the bytes of every tensor that is done.
 
-    def cut(tensor: np.ndarray, single: tuple[int, ...], index: Any) -> np.ndarray:
-        return np.array(weight.load(tensor, single)[index], dtype, order="C")
+    Slices are handed over as views of the mapped file: turning them round is much faster there than in NumPy.
+    """
+    single = shape[1:] if weight.stacked else shape
+
+    def cut(tensor: np.ndarray, index: Any) -> np.ndarray:
+        part = weight.load(tensor, single)[index]
+        return part if part.dtype == dtype else part.astype(dtype)
 
     def finished(tensor: np.ndarray) -> None:
         read(tensor.nbytes)
         _give_back(tensor)
 
-    if not weight.stacked:
-        value = jax.make_array_from_callback(shape, sharding, lambda index: cut(stored[0], shape, index))
+    if not weight.stacked:  # copied, as a CPU device would go on using the mapped file
+        value = _put(shape, sharding, lambda index: np.array(cut(stored[0], index), order="K"))
         finished(stored[0])
         return value
-    single = shape[1:]
     if np.prod(shape) * np.dtype(dtype).itemsize <= _AT_ONCE:
 
         def stack(index: Any) -> np.ndarray:
-            return np.stack([cut(stored[i], single, index[1:]) for i in range(*index[0].indices(len(stored)))])
+            return np.stack([cut(stored[i], index[1:]) for i in range(*index[0].indices(len(stored)))])
 
-        value = jax.make_array_from_callback(shape, sharding, stack)
+        value = _put(shape, sharding, stack)
         for tensor in stored:
             finished(tensor)
         return value
     of_layer = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
-    value = _empty(shape, np.dtype(dtype), sharding)
+    value = jax.jit(functools.partial(jnp.zeros, shape, dtype), out_shardings=sharding)()
     for i, tensor in enumerate(stored):
-        layer = jax.make_array_from_callback(single, of_layer, lambda index, tensor=tensor: cut(tensor, single, index))
-        value = _placer(sharding)(value, layer, i)
-        jax.block_until_ready(value)  # or the layers would queue up
+        layer = _put(single, of_layer, functools.partial(cut, tensor))
+        value = jax.block_until_ready(_placer(sharding)(value, layer, i))  # or the layers would queue up
+        del layer
         finished(tensor)
     return value
 
 
-def _empty(shape: tuple[int, ...], dtype: np.dtype, sharding: NamedSharding) -> jax.Array:
-    return jax.jit(functools.partial(jnp.zeros, shape, dtype), out_shardings=sharding)()
+def _put(shape: tuple[int, ...], sharding: NamedSharding, cut: Callable[[Any], np.ndarray]) -> jax.Array:
+    """An array on the devices here, one after the other, so that only one shard at a time is on the host."""
+    places = sharding.addressable_devices_indices_map(shape)
+    parts = [jax.block_until_ready(jax.device_put(cut(index), device)) for device, index in places.items()]
+    return jax.make_array_from_single_device_arrays(shape, sharding, parts)
 
 
 @functools.cache
 def _placer(sharding: NamedSharding) -> Callable[[jax.Array, jax.Array, int], jax.Array]:
     """(stack, layer, index) -> the stack with this layer, in place."""
-    place = functools.partial(jax.lax.dynamic_update_index_in_dim, axis=0)
+
+    def place(value: jax.Array, layer: jax.Array, index: jax.Array) -> jax.Array:
+        dtype = value.dtype
+        if dtype.itemsize == 2:  # a CPU would convert bfloat16 to float32 and back
+            value, layer = (jax.lax.bitcast_convert_type(x, jnp.uint16) for x in (value, layer))
+        value = jax.lax.dynamic_update_index_in_dim(value, layer, index, axis=0)
+        return value if value.dtype == dtype else jax.lax.bitcast_convert_type(value, dtype)
+
     return jax.jit(place, donate_argnums=0, out_shardings=sharding)
 
 

@@ -48,7 +48,7 @@ def world(tmp_path_factory) -> World:
     target = load_target(TargetConfig(path=str(path), dtype="float32", architecture=arch), mesh)
     # Any text will do, if a token tells the next: the drafters learn by heart what the target thinks of it.
     cycle = np.random.default_rng(0).permutation(40).astype(np.int32)
-    answers = [Answer(np.roll(cycle, 5 * i), 4) for i in range(8)]
+    answers = [Answer(np.roll(cycle, 8 * i), 4) for i in range(5)]
     drafters = {}
     for name, (first, raw) in {"good": (True, False), "fill-in": (False, False), "raw": (True, True)}.items():
         drafter = train(target, np.stack([one.tokens for one in answers]), anchor_first=first, raw_teacher=raw)
@@ -96,7 +96,7 @@ def train(target: Any, tokens: np.ndarray, *, anchor_first: bool, raw_teacher: b
 
 @jax.jit
 def fit(drafter: Any, target: Any, tokens: jax.Array, anchor_first: jax.Array, raw_teacher: jax.Array) -> Any:
-    """300 steps of Adam on the cross-entropy with the teacher; the drafter and the losses."""
+    """250 steps of Adam on the cross-entropy with the teacher; the drafter and the losses."""
     size, taps = DRAFTER.block_size, (*DRAFTER.target_layer_ids, LAYERS - 1)
     out = target.forward(tokens, jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape), taps=taps)
     features, raw = out.features[..., :-WIDTH], out.features[..., -WIDTH:]
@@ -118,5 +118,5 @@ def fit(drafter: Any, target: Any, tokens: jax.Array, anchor_first: jax.Array, r
         updates, state = optimizer.update(grads, carry[1])
         return (optax.apply_updates(carry[0], updates), state), value
 
-    (drafter, _), losses = jax.lax.scan(step, (drafter, optimizer.init(drafter)), None, 300)
+    (drafter, _), losses = jax.lax.scan(step, (drafter, optimizer.init(drafter)), None, 250)
     return drafter, losses

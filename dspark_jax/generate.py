@@ -18,8 +18,10 @@ drafter that it is accepted if all before it are:
 
 In a terminal these are green, red, grey and bold; NO_COLOR turns the colours off.
 
-The schedulers `early_stop` and `lagged` read `cost_table.json` of the working directory, or without one assume an
-accelerator that is far from saturated. Every scheduler but `fixed` reads `calibration.json` if there is one.
+The schedulers `early_stop` and `lagged` read `cost_table.json` of the working directory, as `profile` writes it, or
+without one assume an accelerator that is far from saturated; `adaptive`, which drafts only in rounds that promise to
+gain by it, assumes that a round with drafts takes twice as long as one without. Every scheduler but `fixed` and
+`adaptive` reads `calibration.json` if there is one.
 """
 
 import json
@@ -47,7 +49,7 @@ from dspark_jax.sharding import make_mesh
 from dspark_jax.target.loading import load_target
 from dspark_jax.training.checkpoint import load_drafter
 
-SCHEDULERS = ("fixed", "threshold", "early_stop", "lagged")
+SCHEDULERS = ("fixed", "threshold", "early_stop", "lagged", "adaptive")
 _COLOURS = {"+": "32", "-": "31", ".": "90", "=": "1"}  # green, red, grey, bold
 _CHUNK = 64  # prompt tokens read at a time; capacities are multiples of it, so that few executables are compiled
 
@@ -160,7 +162,12 @@ def _scheduler(name: str, threshold: float | None, block_size: int, workdir: Pat
     if name == "threshold":
         return Scheduler.threshold(0.5 if threshold is None else threshold, **bounds)
     file = workdir / "cost_table.json"
-    costs = (read_cost_table(file) if file.exists() else saturating(block_size + 1)).speculative
+    table = read_cost_table(file) if file.exists() else saturating(block_size + 1)
+    costs = table.speculative
+    if name == "adaptive":
+        if table.plain is None and file.exists():
+            raise InputError(f"{file}: says nothing about rounds without drafts; run profile again, or remove it")
+        return Scheduler.adaptive(0.5) if table.plain is None else Scheduler.adaptive(costs, table.plain)
     if name == "early_stop":
         return Scheduler.early_stop(costs, **bounds)
     return Scheduler.lagged(costs, 0.8 ** np.arange(1, block_size + 1), **bounds)
@@ -253,8 +260,8 @@ def _define(values: flags.FlagValues) -> None:
         None,
         list(SCHEDULERS),
         "How many drafts are verified in a round: all (fixed), those before the first one of low confidence "
-        "(threshold), or as many as pay by a cost table (early_stop, lagged). Default: fixed, or threshold if "
-        "--threshold is given.",
+        "(threshold), or as many as pay by a cost table (early_stop, lagged, and adaptive, which drafts in some "
+        "rounds only). Default: fixed, or threshold if --threshold is given.",
         flag_values=values,
     )
     flags.DEFINE_float(

@@ -157,6 +157,16 @@ def test_schedulers_read_what_the_working_directory_knows(tmp_path: Path) -> Non
     assert shifted.temperatures.tolist() == [1.0, 1.25, 0.75] and float(shifted.bias) == -0.25
     assert known.steps_per_second.tolist()[1:] == [30, 20, 20, 10]
     assert known.prior.shape == (BLOCK,)
+    with pytest.raises(InputError, match="nothing about rounds without drafts"):
+        _scheduler("adaptive", None, BLOCK, tmp_path)
+    (tmp_path / "cost_table.json").write_text(
+        json.dumps(table | {"plain_batch_tokens": [1], "plain_steps_per_sec": [70]})
+    )
+    measured = _scheduler("adaptive", None, BLOCK, tmp_path)
+    assert measured.plain_steps_per_second.tolist() == [70, 70]
+    assert measured.steps_per_second.tolist()[1:] == [30, 20, 20, 10]
+    (tmp_path / "cost_table.json").unlink()
+    assert _scheduler("adaptive", None, BLOCK, tmp_path).steps_per_second.tolist() == [0.5]
     for content, message in (("{}", "no calibration"), ('{"temperatures": [1]}', "has 1 temperatures; 3 positive")):
         (tmp_path / "calibration.json").write_text(content)
         with pytest.raises(InputError, match=message):

@@ -20,7 +20,7 @@ ALLOWED = {
     "planning": BASE | {"ops", "target", "drafter", "training", "engine", "planning"},
     "command": BASE,
 }
-COMMANDS = {"prepare", "train", "evaluate", "calibrate", "compare", "generate", "plan"}
+COMMANDS = {"prepare", "train", "evaluate", "calibrate", "compare", "generate", "plan", "profile"}
 BUILDER = {"quickstart"}  # rebuilds the embedded target; nothing may import it
 FOLDERS = {"convert": "__main__"}  # commands that are a package
 CALLS = {"train": {"prepare", "evaluate"}}  # the data it needs, and the checkpoint it has just written

@@ -48,11 +48,13 @@ class CostTable:
       name: what it was measured on.
       steps_per_second: [N + 1] for 0..N tokens; the entry of 0 is never used.
       draft_seconds: what drafting adds to a step. Plain decoding does not spend it. 0 where the table includes it.
+      plain: [M + 1] steps per second of rounds without drafts, where they were measured apart.
     """
 
     name: str
     steps_per_second: np.ndarray
     draft_seconds: float = 0.0
+    plain: np.ndarray | None = None
 
     @property
     def most_tokens(self) -> int:
@@ -83,32 +85,42 @@ def saturating(tokens: int, *, knee: int = 256, steps_per_second: float = 50.0, 
 def read_cost_table(path: Path) -> CostTable:
     """Reads a table in SGLang's layout (`sample_batch_tokens`, `sample_steps_per_sec`, `max_batch_tokens`).
 
-    As there, a batch between two samples costs what the smaller one does.
+    As there, a batch between two samples costs what the smaller one does. Rounds without drafts may stand beside it
+    (`plain_batch_tokens`, `plain_steps_per_sec`).
 
     Raises:
       InputError: the file cannot be read, or is not such a table.
     """
     try:
         content = json.loads(path.read_text("utf-8"))
-        samples = [int(tokens) for tokens in content["sample_batch_tokens"]]
-        rates = np.asarray(content["sample_steps_per_sec"], np.float64)
-        most = int(content.get("max_batch_tokens", samples[-1]))
+        rates = _rates(path, content, "sample", content.get("max_batch_tokens"))
+        plain = _rates(path, content, "plain", None) if "plain_batch_tokens" in content else None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); name a cost table") from None
+    except InputError:
+        raise
     except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
         raise InputError(
             f"{path}: no cost table ({type(error).__name__}: {error}); it needs sample_batch_tokens and "
             "sample_steps_per_sec of equal length, as `profile` writes them"
         ) from None
+    return CostTable(path.name, rates, plain=plain)
+
+
+def _rates(path: Path, content: Mapping[str, Any], kind: str, most: Any) -> np.ndarray:
+    """Steps per second [N + 1] for 0..N tokens from the samples of one kind; N is the last of them without `most`."""
+    samples = [int(tokens) for tokens in content[f"{kind}_batch_tokens"]]
+    rates = np.asarray(content[f"{kind}_steps_per_sec"], np.float64)
+    most = samples[-1] if most is None else int(most)
     if rates.shape != (len(samples),) or samples != sorted(set(samples)) or samples[0] < 1 or most < samples[0]:
         raise InputError(
-            f"{path}: sample_batch_tokens must ascend from 1 or more, with one sample_steps_per_sec each, and "
+            f"{path}: {kind}_batch_tokens must ascend from 1 or more, with one {kind}_steps_per_sec each, and "
             f"max_batch_tokens={most} must not be below the first; measure it again"
         )
     if not (np.isfinite(rates).all() and (rates > 0).all()):
-        raise InputError(f"{path}: sample_steps_per_sec must be positive numbers; measure it again")
+        raise InputError(f"{path}: {kind}_steps_per_sec must be positive numbers; measure it again")
     index = np.searchsorted(samples, np.arange(most + 1), side="right") - 1
-    return CostTable(path.name, rates[np.maximum(index, 0)])
+    return rates[np.maximum(index, 0)]
 
 
 Policy = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], Any]

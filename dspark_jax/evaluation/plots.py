@@ -259,6 +259,40 @@ def traffic_plot(curves: Mapping[str, Sequence[TrafficPoint]], title: str) -> Pl
     )
 
 
+def cost_plot(measured: Sequence[Mapping[str, Any]], title: str) -> Plot:
+    """Milliseconds of a round against verified tokens, one line per number of slots and context (`profile`)."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    several = len({row["context"] for row in measured}) > 1
+    for row in measured:
+        name = f"{row['slots']} slot{'s' if row['slots'] > 1 else ''}"
+        groups.setdefault(name + (f", {row['context']} tokens" if several else ""), []).append(row)
+
+    def draw(theme: Theme) -> Figure:
+        figure, axes = _figure(title, theme, 4.6)
+        for number, (name, rows) in enumerate(groups.items()):
+            drafting = [row for row in rows if row["tokens"]]
+            times = [row["milliseconds"] for row in drafting]
+            _line(axes, theme, number, [row["tokens"] for row in drafting], times, name)
+            for row in rows:
+                if not row["tokens"]:
+                    colour = theme.lines[number % len(theme.lines)]
+                    axes.axhline(row["milliseconds"], color=colour, linestyle=":", linewidth=1)
+        axes.set(xlabel="verified tokens", ylabel="milliseconds per round", xscale="log", yscale="log")
+        figure.legend(loc="outside lower center", ncols=2)
+        return figure
+
+    slowest = max(measured, key=lambda row: row["milliseconds"])
+    return Plot(
+        name="cost",
+        title="Cost of a round",
+        caption="Rounds with drafts, by the tokens that are verified; dotted: rounds without drafts.",
+        alt=f"Time of a round against verified tokens, up to {slowest['milliseconds']:.1f} milliseconds for "
+        f"{slowest['tokens']} tokens of {slowest['slots']} requests.",
+        data={name: [dict(row) for row in rows] for name, rows in groups.items()},
+        draw=draw,
+    )
+
+
 def _position_plot(
     name: str, title: str, caption: str, values: Mapping[str, tuple[np.ndarray, np.ndarray]], label: str, subject: str
 ) -> Plot:

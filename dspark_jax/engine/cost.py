@@ -1,0 +1,104 @@
+"""What rounds cost here: timed on requests in the middle of decoding, which never end.
+
+The tokens do not matter: without filters, the time of a round depends on shapes alone.
+"""
+
+import dataclasses
+import functools
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dspark_jax.engine.generate import laid_out
+from dspark_jax.engine.round import drafting_round, plain_round
+from dspark_jax.engine.sampling import request_keys, round_uniforms
+from dspark_jax.engine.schedule import Scheduler
+from dspark_jax.engine.state import DecodeState
+from dspark_jax.ops.sampling import Sampling
+
+
+@dataclasses.dataclass(frozen=True)
+class RoundShape:
+    """What the time of a round depends on.
+
+    Attributes:
+      slots: B, requests that the arrays have room for.
+      context: tokens of every request; all of its cache is looked at.
+      tokens: T, tokens in the verified batch; 0 is a round without drafts.
+    """
+
+    slots: int
+    context: int
+    tokens: int
+
+
+def midway(target: Any, drafter: Any, scheduler: Scheduler, slots: int, active: int, context: int) -> DecodeState:
+    """The state of `slots` requests of `context` tokens each, of which the first `active` go on for ever."""
+    block_size = 0 if drafter is None else drafter.block_size
+    rows, numbers = context + block_size + 1, jnp.zeros((slots,), jnp.int32)
+    row = jnp.arange(slots, dtype=jnp.int32)
+    return DecodeState(
+        tokens=(row[:, None] + jnp.arange(rows, dtype=jnp.int32)) % min(target.arch.vocab_size, 1000),
+        lengths=numbers + context,
+        prompt_lengths=numbers + 1,
+        limits=numbers + jnp.iinfo(jnp.int32).max,
+        finished=row >= active,
+        stopped=row < 0,
+        rounds=numbers,
+        keys=request_keys(0, row),
+        target_cache=target.init_cache(slots, rows),
+        draft_cache=None if drafter is None else drafter.init_cache(slots, rows),
+        history=scheduler.start(slots, block_size),
+    )
+
+
+def round_seconds(target: Any, drafter: Any, shape: RoundShape, *, rounds: int = 12, repeats: int = 3) -> float:
+    """Seconds of a greedy round of this shape, the best of several runs.
+
+    Args:
+      target: the language model.
+      drafter: drafts for it; a round without drafts keeps its cache up to date. None decodes plainly.
+      shape: of the round; of T tokens, every request that there is gets its share.
+      rounds: that are timed together.
+      repeats: runs.
+    """
+    target, drafter = laid_out(target, drafter, batch_size=shape.slots)
+    per_request = 1 if drafter is None else drafter.block_size + 1
+    active = min(shape.tokens, shape.slots) or shape.slots
+    share = min(shape.tokens // active, per_request)
+    scheduler = Scheduler.fixed(max(share - 1, 0))
+    state = midway(target, drafter, scheduler, shape.slots, active, shape.context)
+
+    def run(count: int) -> float:
+        started = time.perf_counter()
+        unroll = jax.default_backend() == "cpu"
+        jax.block_until_ready(_rounds(target, drafter, state, scheduler, jnp.int32(count), shape.tokens, unroll=unroll))
+        return time.perf_counter() - started
+
+    run(1)  # compiles
+    # One round more and less than all, so that the caches' first copies do not count.
+    return max((min(run(1 + rounds) for _ in range(repeats)) - min(run(1) for _ in range(repeats))) / rounds, 1e-9)
+
+
+@functools.partial(jax.jit, static_argnames=("size", "unroll"))
+def _rounds(
+    target: Any, drafter: Any, state: DecodeState, scheduler: Scheduler, count: jax.Array, size: int, *, unroll: bool
+) -> jax.Array:
+    """Tokens after `count` rounds that all begin at the same place."""
+    slots = state.lengths.shape[0]
+    sampling, stops = Sampling.constant(0.0, slots), jnp.full((1,), -1, jnp.int32)
+    block_size = 0 if drafter is None else drafter.block_size
+
+    def turn(number: jax.Array, at: DecodeState) -> DecodeState:
+        del number
+        settings = (at, round_uniforms(at.keys, at.positions, block_size), sampling, stops)
+        if size or drafter is None:
+            sizes = (size,) if size else ()
+            after = drafting_round(target, drafter, *settings, scheduler, sizes=sizes, unroll=unroll)[0]
+        else:
+            after = plain_round(target, drafter, *settings, unroll=unroll)[0]
+        return dataclasses.replace(after, lengths=at.lengths, finished=at.finished, stopped=at.stopped)
+
+    return jax.lax.fori_loop(0, count, turn, state).tokens

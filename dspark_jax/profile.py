@@ -1,0 +1,157 @@
+"""Measures what decoding rounds cost here, for schedulers that weigh what drafts gain against what they cost.
+
+    python -m dspark_jax.profile --config configs/quickstart.py --workdir runs/quickstart_dspark
+
+times rounds of the target and the newest drafter of the working directory: with drafts, over numbers of verified tokens
+(1, 2, 4, ... per request), and without, for every number of slots in `--slots` and every length in `--contexts`. The
+tokens are arbitrary; nothing else should run meanwhile.
+
+Writes `cost_table.json` in the layout that SGLang reads (`--speculative-dspark-sps-table-path`): steps per second
+against tokens in the verified batch, for the first number of slots and the first length, and `cost_table_s8.json` and
+so on for other numbers of slots. Beside it stands what rounds without drafts cost, which `--scheduler=adaptive` of
+`generate` needs. `generate` and `evaluate --cost_table` read the file; everything that was measured goes to
+`eval/cost.json`, and `eval/cost.png` shows it.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags
+from jax.sharding import Mesh
+
+from dspark_jax import command
+from dspark_jax.config import Config, InputError
+from dspark_jax.engine.cost import RoundShape, round_seconds
+from dspark_jax.evaluation.plots import cost_plot
+from dspark_jax.evaluation.setup import open_engine
+from dspark_jax.evaluation.summary import write_json
+from dspark_jax.progress import Progress, log
+from dspark_jax.sharding import make_mesh
+
+
+def profile(
+    config: Config,
+    workdir: Path,
+    *,
+    mesh: Mesh | None = None,
+    target: Any = None,
+    drafter: Any = None,
+    tokenizer: Any = None,
+    slots: Sequence[str | int] = (1, 8, 32),
+    contexts: Sequence[str | int] = (256,),
+    rounds: int = 12,
+) -> dict[int, dict[str, Any]]:
+    """Profiles the newest checkpoint of `workdir`, or models that are loaded already.
+
+    Args:
+      config: resolved; `target` is used.
+      workdir: of the training run; `cost_table.json` and `eval/cost.*` are written there.
+      mesh: of the models; that of the config if None.
+      target: the target, or None to load it.
+      drafter: the drafter, or None to load it.
+      tokenizer: the target's, or None to load it.
+      slots: requests at a time.
+      contexts: tokens of a request.
+      rounds: timed together.
+
+    Returns:
+      Number of slots -> content of its cost table.
+
+    Raises:
+      InputError: there is no checkpoint for this target, or a number is out of range.
+    """
+    sizes, lengths = _numbers("slots", slots), _numbers("contexts", contexts)
+    if rounds < 1:
+        raise InputError(f"--rounds={rounds} times nothing; use 1 or more")
+    mesh = make_mesh(config.mesh) if mesh is None else mesh
+    engine = open_engine(config, workdir, mesh, target=target, drafter=drafter, tokenizer=tokenizer)
+    most, block = engine.target.arch.max_position_embeddings, engine.drafter.block_size
+    if most and max(lengths) + block + 1 > most:
+        raise InputError(
+            f"--contexts={max(lengths)} exceeds the target's {most} positions; use up to {most - block - 1}"
+        )
+    shapes = [
+        RoundShape(count, context, tokens * count)
+        for context in lengths
+        for count in sizes
+        for tokens in (0, *rungs(block + 1))
+    ]
+    measured = []
+    with Progress("profile", len(shapes), unit="shape") as progress, jax.set_mesh(mesh):
+        for shape in shapes:
+            seconds = round_seconds(engine.target, engine.drafter, shape, rounds=rounds)
+            measured.append({**vars(shape), "milliseconds": 1e3 * seconds})
+            progress.advance(1)
+    tables = {count: cost_table(measured, count, lengths[0]) for count in sizes}
+    if jax.process_index() == 0:
+        folder = Path(workdir) / "eval"
+        folder.mkdir(parents=True, exist_ok=True)
+        for count in sizes:
+            suffix = "" if count == sizes[0] else f"_s{count}"
+            tables[count] = write_json(Path(workdir) / f"cost_table{suffix}.json", tables[count])
+        cost_plot(measured, config.name).write(folder)
+        print(describe(measured), flush=True)
+        log(f"profile: wrote {Path(workdir) / 'cost_table.json'} for {sizes[0]} slots, and {folder / 'cost.png'}")
+    return tables
+
+
+def rungs(most: int) -> list[int]:
+    """Tokens per request that are measured: 1, 2, 4, ... and `most`."""
+    return sorted({min(1 << power, most) for power in range(most.bit_length() + 1)})
+
+
+def cost_table(measured: Sequence[dict[str, Any]], slots: int, context: int) -> dict[str, Any]:
+    """What was measured for some slots and context in the layout of SGLang, and rounds without drafts beside it."""
+    rows = [row for row in measured if (row["slots"], row["context"]) == (slots, context)]
+    drafting = {row["tokens"]: 1e3 / row["milliseconds"] for row in rows if row["tokens"]}
+    plain = [1e3 / row["milliseconds"] for row in rows if not row["tokens"]]
+    return {
+        "sample_batch_tokens": list(drafting),
+        "sample_steps_per_sec": list(drafting.values()),
+        "max_batch_tokens": max(drafting),
+        "plain_batch_tokens": [slots],
+        "plain_steps_per_sec": plain,
+        "slots": slots,
+        "context": context,
+    }
+
+
+def describe(measured: Sequence[dict[str, Any]]) -> str:
+    """The table that is printed: milliseconds per round."""
+    lines = []
+    for context in dict.fromkeys(row["context"] for row in measured):
+        rows = [row for row in measured if row["context"] == context]
+        shares = sorted({row["tokens"] // row["slots"] for row in rows})
+        names = ["no drafts" if not share else f"{share} verified" for share in shares]
+        lines += ["", f"milliseconds per round at {context} tokens of context, by verified tokens per request"]
+        lines.append(f"{'slots':>6}" + "".join(f"{name:>13}" for name in names))
+        for slots in dict.fromkeys(row["slots"] for row in rows):
+            values = {row["tokens"] // slots: row["milliseconds"] for row in rows if row["slots"] == slots}
+            lines.append(f"{slots:>6}" + "".join(f"{values[share]:>13.2f}" for share in shares))
+    return "\n".join(lines[1:])
+
+
+def _numbers(name: str, given: Sequence[str | int]) -> list[int]:
+    """Positive integers, each once, in the order given."""
+    found: dict[int, None] = {}
+    for one in given:
+        if not str(one).strip().isdigit() or int(one) < 1:
+            raise InputError(f"--{name} has {one!r}; give positive integers, e.g. --{name}=1,8,32")
+        found[int(one)] = None
+    if not found:
+        raise InputError(f"--{name} is empty; give positive integers, e.g. --{name}=1,8,32")
+    return list(found)
+
+
+def _define(values: flags.FlagValues) -> None:
+    flags.DEFINE_list(
+        "slots", ["1", "8", "32"], "Requests at a time; cost_table.json is for the first.", flag_values=values
+    )
+    flags.DEFINE_list("contexts", ["256"], "Tokens of a request; the tables are for the first.", flag_values=values)
+    flags.DEFINE_integer("rounds", 12, "Rounds that are timed together.", flag_values=values)
+
+
+if __name__ == "__main__":
+    command.run(profile, define=_define)

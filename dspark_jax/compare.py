@@ -83,6 +83,8 @@ def compare(config: Config, workdir: Path, *, studies: str = ",".join(STUDIES), 
     """
     step = step or run_module
     plan = make_plan(config, studies)
+    for name, sub in plan.runs.items():
+        _check_settings(_folder(workdir, name) / "settings.json", sub)
     workdir.mkdir(parents=True, exist_ok=True)
     settings = _write_settings(workdir, config)
     if error := step(["dspark_jax.prepare", "--config", str(settings), "--workdir", str(workdir)], {}):
@@ -160,10 +162,14 @@ def run_module(arguments: Sequence[str], environment: Mapping[str, str]) -> str 
     )
     last: deque[str] = deque(maxlen=50)
     assert process.stderr is not None
-    for line in process.stderr:
-        sys.stderr.write(line)
-        last.append(line.strip())
-    status = process.wait()
+    try:
+        for line in process.stderr:
+            sys.stderr.write(line)
+            last.append(line.strip())
+        status = process.wait()
+    finally:
+        if process.poll() is None:  # we are leaving early: nobody else would stop it
+            process.terminate()
     if status in (130, -2):
         raise KeyboardInterrupt
     if not status:
@@ -173,6 +179,20 @@ def run_module(arguments: Sequence[str], environment: Mapping[str, str]) -> str 
     reason = errors[-1] if errors else said[-1] if said else "no message"
     how = f"signal {-status}" if status < 0 else f"status {status}"
     return f"{reason} ({arguments[0]}, {how})"
+
+
+def _check_settings(path: Path, config: Config) -> None:
+    """Refuses to continue a run that was trained in another way: nothing would be on equal terms any more."""
+    if not path.exists():
+        return
+    before, now = json.loads(path.read_text("utf-8")), json.loads(to_json(config))
+    for group in ("target", "drafter", "data", "loss", "optim", "train"):
+        for field, value in now[group].items():
+            if field in before[group] and before[group][field] != value:
+                raise InputError(
+                    f"{path.parent}: {group}.{field} was {before[group][field]!r}, now {value!r}; "
+                    "compare with the old value, or use another --workdir"
+                )
 
 
 def _finish_run(workdir: Path, name: str, config: Config, step: Step, where: str) -> str | None:

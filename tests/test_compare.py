@@ -136,6 +136,17 @@ def test_one_that_fails_loses_nothing_and_only_it_is_repeated(config: Config, tm
     assert [name for task, name in third.calls if task == "rounds"] == ["dspark", "dflash", "eagle3", "mtp"]
 
 
+def test_a_run_trained_in_another_way_is_not_continued(config: Config, tmp_path: Path) -> None:
+    fake = Fake()
+    only = dataclasses.replace(config, compare=CompareConfig(drafters=("dflash",)))
+    compare(only, tmp_path / "run", studies="main", step=fake)
+    other = dataclasses.replace(only, train=dataclasses.replace(only.train, steps=3))
+    count = len(fake.calls)
+    with pytest.raises(InputError, match=r"drafters/dflash: train.steps was 2, now 3; compare with the old value"):
+        compare(other, tmp_path / "run", studies="main", step=fake)
+    assert len(fake.calls) == count
+
+
 def test_studies_are_tables_and_figures(config: Config, tmp_path: Path, capsys: Any) -> None:
     workdir = tmp_path / "run"
     compare(config, workdir, studies="depth,length", step=Fake())

@@ -160,7 +160,8 @@ def _vllm_eagle3(files: Files) -> Verdict:
     known = ("Eagle3Qwen3ForCausalLM", "Eagle3LlamaForCausalLM", "LlamaForCausalLMEagle3")
     refusals, raw = [], files.config.get("eagle_aux_hidden_state_layer_ids")
     if not files.speculators and files.architecture not in known:
-        refusals.append(f"architecture {files.architecture} is not registered: export for vLLM writes {known[0]}")
+        remedy = "it has none for Gemma 4" if files.gemma else f"export as universal, which writes {known[0]}"
+        refusals.append(f"architecture {files.architecture} is not registered: {remedy}")
     elif not raw:
         refusals.append("eagle_aux_hidden_state_layer_ids is missing; its number gives the width of fc")
     wrong = []

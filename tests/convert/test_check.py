@@ -7,19 +7,21 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from dspark_jax.config import DrafterConfig, MeshConfig, TargetArchitecture
+from dspark_jax.config import DrafterConfig, MeshConfig, TargetArchitecture, TargetConfig
 from dspark_jax.convert import __main__ as convert
 from dspark_jax.convert.__main__ import main, parser
 from dspark_jax.convert.check import Report, check_directory
-from dspark_jax.convert.dialect import find_dialect
+from dspark_jax.convert.dialect import Answer, find_dialect
 from dspark_jax.convert.layouts import Layout
 from dspark_jax.convert.servers import replay
 from dspark_jax.drafter import make_drafter
 from dspark_jax.sharding import make_mesh
+from dspark_jax.target.loading import load_target
 
 MASKS = (45, 47, 46, 0)
 
@@ -102,6 +104,21 @@ def test_layer_ids_of_an_eagle3_drafter_are_scored(world):
     assert {score.layout.taps for score in found.scores} == {(0, 1), (-1, 0), (1, 2)}
     assert all(score.tau < 1.2 for score in found.scores)
     assert "accepts next to nothing in any dialect" in found.findings()[0]
+
+
+@pytest.mark.parametrize("case", ["case5_qwen3_eagle3", "case6_gemma4_dspark_vanilla"])
+def test_golden_drafters_are_best_as_they_are(golden, case):
+    """Trained by the reference: along its own greedy answers every other reading is worse by more than chance."""
+    folder, mesh = golden / "cases" / case, make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    path = golden / "targets" / Path(json.loads((folder / "case.json").read_text())["target"]).name
+    target = load_target(TargetConfig(str(path), "float32", TargetArchitecture.from_hf(path)), mesh)
+    runs = json.loads((folder / "decode.json").read_text())["runs"][:3]
+    answers = [Answer(np.asarray(run["output_ids"], np.int32), run["num_input_tokens"]) for run in runs]
+    found = check_directory(folder / "draft", target, path, answers, mesh, masks=[511])
+    assert found.problems == ()
+    stated = found.dialect.stated
+    assert [stated.beats(other) for other in found.dialect.scores[1:]] == [True] * (len(found.dialect.scores) - 1)
+    assert found.good == ("gemma4" in case)  # no server takes the reference's own EAGLE-3 directory
 
 
 def test_a_pre_norm_teacher_is_named(world, copy):

@@ -1,20 +1,31 @@
 """Decoding speed against Hugging Face `generate` on the same weights, in the same process.
 
     python tests/benchmarks/decode.py --json decode.json
+    python tests/benchmarks/decode.py --workdir runs/quickstart_dspark
+    NPROC=1 python tests/benchmarks/decode.py --parts 1 8 32
 
-The problem is part B of the reference figures: a Qwen3 of 6 layers x 256 (5.8 M parameters), a drafter of 2 layers and
-block 7, random weights, batch 1, a prompt of 64 tokens and 256 new ones. An untrained drafter is accepted
-almost never under greedy decoding: what is measured there is the cost of a round, not the gain from drafting. Machines
-drift, so the methods take turns and every figure is the best of its runs; only ratios within one table mean anything.
+Without `--workdir` the problem is part B of the reference figures: a Qwen3 of 6 layers x 256 (5.8 M parameters), a
+drafter of 2 layers and block 7, random weights, batch 1, a prompt of 64 tokens and 256 new ones. An untrained drafter
+is accepted almost never under greedy decoding: what is measured there is the cost of a round, not the gain from
+drafting. Machines drift, so the methods take turns and every figure is the best of its runs; only ratios within one
+table mean anything.
+
+With `--workdir` the target and the newest drafter of a training run answer held-out prompts of all its sets. With
+`--parts` the time of a round is split instead, at several batch sizes: drafting, scheduling, verifying, committing.
+On a CPU with tiny models, one XLA thread (NPROC=1) is fastest; PyTorch has `--threads`.
 """
 
 import argparse
+import contextlib
+import dataclasses
+import functools
 import json
 import os
 import resource
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,7 +35,18 @@ from flax import nnx
 
 from dspark_jax.config import DrafterConfig, TargetArchitecture
 from dspark_jax.drafter import make_drafter
+from dspark_jax.drafter.interface import Proposal
 from dspark_jax.engine import generate
+from dspark_jax.engine.commit import commit
+from dspark_jax.engine.cost import midway
+from dspark_jax.engine.draft import draft
+from dspark_jax.engine.estimator import EstimateSettings
+from dspark_jax.engine.generate import ladder, laid_out
+from dspark_jax.engine.sampling import round_uniforms
+from dspark_jax.engine.schedule import Scheduler, observe, schedule
+from dspark_jax.engine.state import DecodeState
+from dspark_jax.engine.verify import verify
+from dspark_jax.ops.sampling import Sampling
 from dspark_jax.target.loading import compute_dtype
 from dspark_jax.target.qwen3 import Qwen3
 
@@ -57,21 +79,41 @@ def hugging_face(target: Qwen3, threads: int) -> Any:
     return model
 
 
-def hugging_face_run(model: Any, prompt: list[int], new: int) -> Callable[[], list[int]]:
-    """Greedy decoding by Hugging Face's `generate`."""
+def hugging_face_run(
+    model: Any, prompts: list[list[int]], new: int, stops: list[int], **options: Any
+) -> Callable[[], list[int]]:
+    """Greedy decoding by Hugging Face's `generate`, one prompt after the other; all new tokens."""
     import torch
 
-    inputs = torch.tensor([prompt])
-    mask = torch.ones_like(inputs)
-
     def run() -> list[int]:
+        found = []
         with torch.inference_mode():
-            output = model.generate(
-                inputs, attention_mask=mask, do_sample=False, max_new_tokens=new, min_new_tokens=new, pad_token_id=0
-            )
-        return output[0, len(prompt) :].tolist()
+            for prompt in prompts:
+                inputs = torch.tensor([prompt])
+                limits = {"max_new_tokens": new, "eos_token_id": stops or None, "pad_token_id": 0}
+                mask = torch.ones_like(inputs)
+                output = model.generate(inputs, attention_mask=mask, do_sample=False, **limits, **options)
+                found += output[0, len(prompt) :].tolist()
+        return found
 
     return run
+
+
+def trained(workdir: Path, count: int) -> tuple[Any, Any, Any, list[list[int]], list[int]]:
+    """Target, drafter, Hugging Face model, first held-out prompts of every set, and stop tokens of a training run."""
+    import transformers
+
+    from dspark_jax.config import from_json
+    from dspark_jax.data.samples import Tally
+    from dspark_jax.evaluation.setup import ask, open_engine
+    from dspark_jax.sharding import make_mesh
+
+    config = from_json((workdir / "config.json").read_text())
+    engine = open_engine(config, workdir, make_mesh(config.mesh))
+    with contextlib.closing(Tally(Path(os.devnull))) as tally:
+        _, requests = ask(config, engine, tally, config.eval.prompts, count)
+    model = transformers.AutoModelForCausalLM.from_pretrained(config.target.path, dtype="float32").eval()
+    return engine.target, engine.drafter, model, [item.prompt for item in requests.items], list(engine.stop_tokens)
 
 
 def measure(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, dict[str, Any]]:
@@ -92,6 +134,97 @@ def measure(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, dict[
     return figures
 
 
+def parts(target: Any, drafter: Any, scheduler: Scheduler, batch: int, context: int, rounds: int) -> dict[str, float]:
+    """Milliseconds of a round and of its parts, of `batch` requests that never end; plain without a drafter.
+
+    Draft, verify and commit are differences of loops that do more and more of a round. Scheduling is too short for
+    that: it is looped alone.
+    """
+    target, drafter = laid_out(target, drafter, batch_size=batch)
+    size = 0 if drafter is None else drafter.block_size
+    state = midway(target, drafter, scheduler, batch, batch, context)
+    sampling, stops = Sampling.constant(0.0, batch), jnp.full((1,), -1, jnp.int32)
+    active, taps = jnp.ones((batch,), bool), () if drafter is None else drafter.taps
+
+    def turn(target: Any, drafter: Any, scheduler: Scheduler, at: DecodeState, depth: int) -> DecodeState:
+        uniforms = round_uniforms(at.keys, at.positions, size)
+        proposal = draft(target, drafter, at, uniforms, sampling)
+        anchor = proposal.tokens[:, :1].sum(axis=1)  # the next round depends on everything this one did
+        if proposal.confidence is not None:
+            anchor += (proposal.confidence.sum(axis=1) + proposal.logits[:, :, 0].sum(axis=1) > 1e9).astype(jnp.int32)
+        if depth > 0:
+            lengths, history = schedule(scheduler, proposal, active, at.history)
+            output = verify(target, at, proposal, lengths, uniforms, sampling, taps=taps, unroll=True)
+            verdict, passed = output
+            anchor = verdict.next_token + (passed.features.sum(axis=(1, 2)) > 1e9)
+            after = dataclasses.replace(at, target_cache=passed.cache, history=history)
+            if depth > 1:
+                after, _ = commit(drafter, after, proposal, lengths, verdict, passed, stops)
+                anchor = after.anchors
+            at = dataclasses.replace(after, lengths=at.lengths, finished=at.finished, stopped=at.stopped)
+        return dataclasses.replace(at, tokens=at.tokens.at[:, context - 1].set(anchor % 1000))
+
+    @functools.partial(jax.jit, static_argnames="depth")
+    def loop(target: Any, drafter: Any, scheduler: Scheduler, at: DecodeState, count: Any, depth: int) -> jax.Array:
+        step = functools.partial(turn, target, drafter, scheduler, depth=depth)
+        return jax.lax.fori_loop(0, count, lambda _, state: step(state), at).tokens
+
+    @jax.jit
+    def scheduling(scheduler: Scheduler, confidence: jax.Array, history: Any, count: Any) -> jax.Array:
+        def step(_: Any, carry: Any) -> Any:
+            confidence, history = carry
+            proposal = Proposal(jnp.zeros((batch, size), jnp.int32), jnp.zeros((batch, size, 0)), confidence)
+            lengths, history = schedule(scheduler, proposal, active, history)
+            history = observe(history, lengths, lengths, active, drafted=True)
+            return confidence + 1e-3 * (lengths[:, None] % 3 - 1), history
+
+        return jax.lax.fori_loop(0, count, step, (confidence, history))[0]
+
+    def seconds(run: Callable[[int], Any], rounds: int) -> float:
+        def timed(count: int) -> float:
+            start = time.perf_counter()
+            jax.block_until_ready(run(count))
+            return time.perf_counter() - start
+
+        timed(1)
+        return (min(timed(1 + rounds) for _ in range(4)) - min(timed(1) for _ in range(4))) / rounds
+
+    models = (target, drafter, scheduler, state)
+    times = [seconds(lambda count, d=depth: loop(*models, count, d), rounds) for depth in (0, 1, 2)]
+    alone = 0.0
+    if size:
+        noise = jax.random.normal(jax.random.key(0), (batch, size))
+        alone = seconds(lambda count: scheduling(scheduler, noise, state.history, count), 500)
+    found = {
+        "draft": times[0] if size else 0.0,
+        "schedule": alone,
+        "verify": times[1] - alone - (times[0] if size else 0.0),
+        "commit": times[2] - times[1],
+        "round": times[2],
+    }
+    return {name: 1e3 * value for name, value in found.items()}
+
+
+def show_parts(target: Any, drafter: Any, batches: list[int], context: int) -> dict[str, dict[str, float]]:
+    """The table of `--parts`."""
+    figures = {}
+    print(f"milliseconds per round at {context} tokens of context")
+    names = ("draft", "schedule", "verify", "commit", "round")
+    print(f"{'batch':>5} {'':12}" + "".join(f"{name:>10}" for name in names) + f"{'schedule/round':>16}")
+    for batch in batches:
+        table = 50.0 / np.maximum(1.0, np.arange(batch * 8 + 1) / (4 * batch))
+        kinds = {"plain": None, "fixed": Scheduler.fixed(), "early_stop": Scheduler.early_stop(table)}
+        kinds["lagged"] = Scheduler.lagged(table, np.full(drafter.block_size, 0.5))
+        kinds["online"] = Scheduler.early_stop(table, online=EstimateSettings())
+        for name, scheduler in kinds.items():
+            drafting = None if scheduler is None else drafter
+            found = parts(target, drafting, scheduler or Scheduler.fixed(), batch, context, max(64 // batch, 6))
+            figures[f"{batch} {name}"] = found
+            share = found["schedule"] / found["round"]
+            print(f"{batch:5} {name:12}" + "".join(f"{found[n]:10.3f}" for n in names) + f"{share:16.2%}", flush=True)
+    return figures
+
+
 def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -101,60 +234,100 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1, help="requests at a time in our engine (default 1)")
     parser.add_argument("--drafter-dtype", default="bfloat16", help="compute type of the drafter (default bfloat16)")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="PyTorch's threads")
+    parser.add_argument("--workdir", type=Path, help="a training run: its target, drafter and held-out prompts")
+    parser.add_argument("--prompts", type=int, default=2, help="prompts of every set with --workdir (default 2)")
+    parser.add_argument("--parts", type=int, nargs="+", metavar="BATCH", help="split the time of rounds instead")
     parser.add_argument("--json", metavar="FILE", help="also write the figures there")
     arguments = parser.parse_args()
 
-    # Weights of checkpoints are bfloat16 numbers; the target computes in float32, for both libraries.
-    target = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(x.dtype), Qwen3(ARCHITECTURE, rngs=nnx.Rngs(0)))
-    target.narrow = True
-    drafter = make_drafter(ARCHITECTURE, DRAFTER, rngs=nnx.Rngs(1), dtype=compute_dtype(arguments.drafter_dtype))
-    prompts = np.random.default_rng(0).integers(0, 4000, (arguments.batch, arguments.prompt)).tolist()
+    if arguments.workdir:
+        target, drafter, model, prompts, stops = trained(arguments.workdir, arguments.prompts)
+    else:
+        # Weights of checkpoints are bfloat16 numbers; the target computes in float32, for both libraries.
+        target = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(x.dtype), Qwen3(ARCHITECTURE, rngs=nnx.Rngs(0)))
+        target.narrow, model, stops = True, None, []
+        drafter = make_drafter(ARCHITECTURE, DRAFTER, rngs=nnx.Rngs(1), dtype=compute_dtype(arguments.drafter_dtype))
+        prompts = np.random.default_rng(0).integers(0, 4000, (arguments.batch, arguments.prompt)).tolist()
+    if arguments.parts:
+        figures: dict[str, Any] = show_parts(target, drafter, arguments.parts, arguments.prompt + arguments.new // 2)
+    else:
+        figures = compare(target, drafter, model, prompts, stops, arguments)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(f"peak memory of this process, everything together: {peak:.0f} MB")
+    if arguments.json:
+        options = {name: str(value) for name, value in vars(arguments).items()}
+        with open(arguments.json, "w") as file:
+            json.dump({"figures": figures, "peak_megabytes": peak, "arguments": options}, file, indent=1)
 
-    def ours(drafter: Any, temperature: float) -> Callable[[], Any]:
+
+def compare(
+    target: Any, drafter: Any, model: Any, prompts: list[list[int]], stops: list[int], arguments: argparse.Namespace
+) -> dict[str, dict[str, Any]]:
+    """Our engine and, at batch 1, Hugging Face on the same weights and prompts; prints the table."""
+    width = ladder(max(map(len, prompts)))
+    layouts = {True: laid_out(target, drafter, batch_size=arguments.batch)}
+    layouts[False] = laid_out(target, None, batch_size=arguments.batch)
+
+    def ours(drafts: bool, temperature: float, scheduler: Scheduler | None = None) -> Callable[[], Any]:
+        model, helper = layouts[drafts]
+        settings: Any = {"temperature": temperature, "prompt_width": width, "batch_size": arguments.batch}
         return lambda: generate(
-            target, drafter, prompts, max_new_tokens=arguments.new, temperature=temperature, batch_size=arguments.batch
+            model,
+            helper,
+            prompts,
+            max_new_tokens=arguments.new,
+            stop_tokens=stops,
+            scheduler=scheduler,
+            **settings,
         )
 
     runs: dict[str, Callable[[], Any]] = {
-        "plain, greedy": ours(None, 0.0),
-        "plain, temperature 1": ours(None, 1.0),
-        "speculative, greedy": ours(drafter, 0.0),
-        "speculative, temperature 1": ours(drafter, 1.0),
+        "plain, greedy": ours(False, 0.0),
+        "plain, temperature 1": ours(False, 1.0),
+        "speculative, greedy": ours(True, 0.0),
+        "speculative, temperature 1": ours(True, 1.0),
+        "adaptive, greedy": ours(True, 0.0, Scheduler.adaptive(1 / 2.1)),
+        "adaptive, temperature 1": ours(True, 1.0, Scheduler.adaptive(1 / 2.1)),
     }
     if arguments.batch == 1:
-        model = hugging_face(target, arguments.threads)
-        runs["Hugging Face, greedy"] = hugging_face_run(model, prompts[0], arguments.new)
-    figures = measure(runs, arguments.repeats)
+        import torch
 
+        torch.set_num_threads(arguments.threads)
+        model = hugging_face(target, arguments.threads) if model is None else model
+        model.generation_config.eos_token_id = None  # said for every call
+        runs["Hugging Face, greedy"] = hugging_face_run(model, prompts, arguments.new, stops)
+        lookup = hugging_face_run(model, prompts, arguments.new, stops, prompt_lookup_num_tokens=7)
+        runs["Hugging Face, prompt lookup"] = lookup
+    figures = measure(runs, arguments.repeats)
     baseline = figures.get("Hugging Face, greedy", figures["plain, greedy"])
-    rows = []
-    for name, figure in figures.items():
+    slow = baseline["result"]
+    count = len(slow) if isinstance(slow, list) else sum(map(len, slow.tokens))
+    for figure in figures.values():
         result, seconds = figure.pop("result"), figure["seconds"]
         hub = isinstance(result, list)
         tokens = len(result) if hub else sum(map(len, result.tokens))
-        rounds = tokens if hub else int(result.rounds.max())
+        # Requests of one batch share their rounds.
+        rounds = tokens if hub else int(np.sum(result.rounds) if arguments.batch == 1 else np.max(result.rounds))
         figure |= {
             "rounds": rounds,
             "tau": 1.0 if hub else result.tau,
             "milliseconds_per_round": 1e3 * seconds / rounds,
             "rounds_per_second": rounds / seconds,
             "tokens_per_second": tokens / seconds,
-            "rounds_over_baseline_tokens": rounds / seconds / (arguments.new / baseline["seconds"]),
+            "tokens_over_baseline": tokens / seconds / (count / baseline["seconds"]),
+            "rounds_over_baseline_tokens": rounds / seconds / (count / baseline["seconds"]),
         }
-        rows.append((name, figure))
-    print(f"batch {arguments.batch}, prompt {arguments.prompt}, new {arguments.new}, {jax.default_backend()}")
-    print(f"{'':28}{'ms/round':>9}{'CPU ms':>8}{'rounds/s':>10}{'tau':>6}{'tokens/s':>10}{'rounds / HF tokens':>20}")
-    for name, figure in rows:
+    print(f"batch {arguments.batch}, {len(prompts)} prompts, new {arguments.new}, {jax.default_backend()}")
+    columns = {"ms/round": 9, "CPU ms": 8, "rounds/s": 10, "tau": 6, "tokens/s": 10, "tokens / HF": 13}
+    columns["rounds / HF tokens"] = 20
+    print(f"{'':28}" + "".join(f"{name:>{size}}" for name, size in columns.items()))
+    for name, figure in figures.items():
         print(
             f"{name:28}{figure['milliseconds_per_round']:9.2f}{1e3 * figure['cpu'] / figure['rounds']:8.2f}"
             f"{figure['rounds_per_second']:10.0f}{figure['tau']:6.2f}{figure['tokens_per_second']:10.0f}"
-            f"{figure['rounds_over_baseline_tokens']:20.2f}"
+            f"{figure['tokens_over_baseline']:13.2f}{figure['rounds_over_baseline_tokens']:20.2f}"
         )
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"peak memory of this process, everything together: {peak:.0f} MB")
-    if arguments.json:
-        with open(arguments.json, "w") as file:
-            json.dump({"figures": dict(rows), "peak_megabytes": peak, "arguments": vars(arguments)}, file, indent=1)
+    return figures
 
 
 if __name__ == "__main__":

@@ -176,9 +176,10 @@ def run_module(arguments: Sequence[str], environment: Mapping[str, str]) -> str 
         return None
     said = [line for line in last if line]
     errors = [line.removeprefix("error: ") for line in said if line.startswith("error: ")]
+    if status < 0:
+        return f"killed by signal {-status}, perhaps for its memory ({arguments[0]})"
     reason = errors[-1] if errors else said[-1] if said else "no message"
-    how = f"signal {-status}" if status < 0 else f"status {status}"
-    return f"{reason} ({arguments[0]}, {how})"
+    return f"{reason} ({arguments[0]}, status {status})"
 
 
 def _check_settings(path: Path, config: Config) -> None:

@@ -200,7 +200,7 @@ def test_the_last_words_of_a_process(tmp_path: Path, monkeypatch: Any) -> None:
     (tmp_path / "killed.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     assert run_module(["dying"], {}) == "no bread (dying, status 2)"
-    assert run_module(["killed"], {}) == "no message (killed, signal 9)"
+    assert run_module(["killed"], {}) == "killed by signal 9, perhaps for its memory (killed)"
 
 
 def test_end_to_end(config: Config, tmp_path: Path, monkeypatch: Any, capfd: Any) -> None:

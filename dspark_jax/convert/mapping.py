@@ -47,7 +47,8 @@ _MTP = {
     "embedding_norm": Weight("layers.0.enorm.weight"),
     "norm": Weight("layers.0.shared_head.norm.weight"),
 } | {f"layers.{path}": weight for path, weight in LAYER_WEIGHTS.items()}
-"""Names of DeepSeek-V3's module, whose projection has the embedding first: it is stored the other way round there."""
+"""Named after DeepSeek-V3's module. Its eh_proj reads [embedding; hidden state], ours [hidden state; embedding]:
+whoever exports it for a server has to swap the halves."""
 
 FROZEN = ("embed_tokens.weight", "lm_head.weight")
 """Copies of the target's tensors that the reference stores in every drafter."""

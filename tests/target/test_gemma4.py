@@ -4,9 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from dspark_jax.config import MeshConfig, TargetArchitecture, TargetConfig
+from dspark_jax.ops.cached_attention import Rows
 from dspark_jax.sharding import make_mesh
+from dspark_jax.target.gemma4 import Gemma4
 from dspark_jax.target.layers import FULL, SLIDING, decode_layout
 from dspark_jax.target.loading import load_target
 from dspark_jax.target.model import layer_pattern, stack_layers
@@ -107,6 +110,30 @@ def test_cached_decoding_equals_transformers(pair):
         starts = starts + np.array(lengths)
     assert (starts == 30).all()
     assert_close(features, expected, error)
+
+
+def test_flat_rows_are_the_rows_of_their_requests():
+    """Three rows of one request behind its window and two of another before it, one behind the other."""
+    kinds = tuple(KINDS[kind] for kind in "ssf")
+    arch = TargetArchitecture(
+        "gemma4", 67, 32, 3, 4, 2, 8, 48, tie_word_embeddings=True, max_position_embeddings=64, layer_types=kinds,
+        sliding_window=5, sliding_rope_theta=1e4, global_head_dim=16, num_global_key_value_heads=1,
+        attention_k_eq_v=True, partial_rotary_factor=0.25, final_logit_softcapping=5.0,
+    )  # fmt: skip
+    target = Gemma4(arch, rngs=nnx.Rngs(1), scale=0.3)
+    tokens = jax.random.randint(jax.random.key(0), (2, 14), 0, 67)
+    prompt, counts, first = jnp.array([11, 4]), jnp.array([3, 2]), jnp.array([11, 4])
+    positions = jnp.broadcast_to(jnp.arange(14), tokens.shape)
+    cache = target.forward(tokens, positions, target.init_cache(2, 16)).cache  # rows behind the prompts are stale
+    own = jnp.stack([tokens[b, prompt[b] : prompt[b] + 3] for b in range(2)])
+    padded = target.forward(own, first[:, None] + jnp.arange(3), cache, taps=(1,))
+    rows = Rows.of(counts, first, size=6, most=3)
+    flat = jnp.concatenate([own[0, :3], own[1, :2], jnp.zeros(1, own.dtype)])
+    at = jnp.concatenate([11 + jnp.arange(3), 4 + jnp.arange(2), jnp.zeros(1, jnp.int32)])
+    out = target.forward(flat[None], at[None], cache, taps=(1,), rows=rows)
+    for found, expected in ((out.features, padded.features), (out.last_hidden, padded.last_hidden)):
+        np.testing.assert_allclose(found[0, :3], expected[0], atol=1e-5)
+        np.testing.assert_allclose(found[0, 3:5], expected[1, :2], atol=1e-5)
 
 
 def test_decode_layout_changes_no_result(tmp_path):

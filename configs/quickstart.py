@@ -50,7 +50,7 @@ def get_config(arg: str = "dspark") -> Config:
             prompts=tuple(str(QUICKSTART / "prompts" / f"{name}.heldout.jsonl") for name in DOMAINS),
             limit=64,
             max_new_tokens=128,
-            speed_prompts=4,
+            speed_prompts=8,
             speed_threads=1,
         ),
     )

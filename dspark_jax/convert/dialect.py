@@ -24,7 +24,7 @@ from dspark_jax.ops.sampling import Sampling
 
 MASK_TOKENS = {"Qwen3": 151669, "Qwen3.5": 248070, "Gemma 4": 4, "Kimi-K3": 163824, "DeepSeek-V4": 128799}
 """Mask tokens of released drafters (trap 15)."""
-DEVIATIONS = 4.0
+DEVIATIONS = 3.0
 """A reading is better than another if its mean advantage over all anchors is so many standard errors."""
 TEACHER_MARGIN = 0.1
 """Overlap with the wrong teacher above that with the right one that is no accident."""
@@ -52,10 +52,13 @@ class Score:
     Attributes:
       layout: the reading.
       rounds: [N] expected tokens of a round from each anchor, the bonus token included, at temperature 1.
+      overlap: [N] mean overlap of the drafts of each anchor with the target, without the last draft, which the fill-in
+        layout does not have. It tells readings apart with the fewest anchors: `rounds` hangs on the first draft.
     """
 
     layout: Layout
     rounds: np.ndarray
+    overlap: np.ndarray
 
     @property
     def tau(self) -> float:
@@ -64,7 +67,7 @@ class Score:
 
     def beats(self, other: "Score") -> bool:
         """Whether it is better by more than chance."""
-        gain = self.rounds - other.rounds
+        gain = self.overlap - other.overlap
         return float(gain.mean()) > DEVIATIONS * float(gain.std()) / len(gain) ** 0.5
 
 
@@ -132,7 +135,7 @@ def differences(stated: Layout, best: Layout) -> Iterator[str]:
 
 
 def find_dialect(
-    drafter: Any, target: Any, stated: Layout, answers: Sequence[Answer], masks: Sequence[int] = (), anchors: int = 32
+    drafter: Any, target: Any, stated: Layout, answers: Sequence[Answer], masks: Sequence[int] = (), anchors: int = 48
 ) -> Dialect:
     """Scores block layouts x layer ids (-1, 0, +1), then mask tokens with the best of them, and the teachers.
 
@@ -165,21 +168,22 @@ def find_dialect(
             )
             for trial, (features, last) in zip(rounds, run, strict=True)
         ]  # fmt: skip
-        survival = np.cumprod(np.concatenate(drawn), axis=1)
-        return Score(layout, 1 + survival.sum(axis=1))
+        overlaps = np.concatenate(drawn)
+        common = max(stated.block_size - 1, 1)
+        return Score(layout, 1 + np.cumprod(overlaps, axis=1).sum(axis=1), overlaps[:, :common].mean(axis=1))
 
     scores = {layout: score(layout) for layout in readings(stated, layers)}
     if stated.family == "block":
-        best = max(scores.values(), key=lambda one: one.tau).layout
+        best = max(scores.values(), key=_closeness).layout
         for mask in dict.fromkeys(masks):
             layout = dataclasses.replace(best, mask_token_id=mask)
             if layout not in scores and 0 <= mask < target.arch.vocab_size:
                 scores[layout] = score(layout)
-        mask = max(scores.values(), key=lambda one: one.tau).layout.mask_token_id
+        mask = max(scores.values(), key=_closeness).layout.mask_token_id
         for layout in readings(dataclasses.replace(stated, mask_token_id=mask), layers):
             if layout not in scores:
                 scores[layout] = score(layout)
-    ordered = sorted(scores.values(), key=lambda one: -one.tau)
+    ordered = sorted(scores.values(), key=_closeness, reverse=True)
     best = ordered[0] if ordered[0].beats(scores[stated]) else scores[stated]
     chosen, layout = [taps.index(i) for i in best.layout.taps], best.layout
     teachers = [
@@ -196,6 +200,10 @@ def find_dialect(
     ]  # fmt: skip
     teacher, raw = np.mean(teachers, axis=0)
     return Dialect(scores[stated], best, tuple(ordered), float(teacher), float(raw))
+
+
+def _closeness(score: Score) -> float:
+    return float(score.overlap.mean())
 
 
 def readings(stated: Layout, layers: int) -> list[Layout]:

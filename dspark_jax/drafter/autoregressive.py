@@ -22,7 +22,8 @@ from dspark_jax.ops.block_attention import block_attention
 from dspark_jax.ops.markov_sample import sample_chain
 from dspark_jax.ops.sampling import Sampling
 from dspark_jax.sharding import constrain
-from dspark_jax.target.layers import KVCache, layer_at, ones, rms_norm
+from dspark_jax.target.cache import KVCache
+from dspark_jax.target.layers import layer_at, ones, rms_norm
 
 
 @jax.tree_util.register_dataclass

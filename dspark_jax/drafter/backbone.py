@@ -9,7 +9,8 @@ from flax import nnx
 from dspark_jax.config import DrafterConfig, TargetArchitecture
 from dspark_jax.ops.block_attention import block_attention
 from dspark_jax.sharding import constrain
-from dspark_jax.target.layers import Attention, KVCache, Layer, dense, layer_at, normal, ones, rms_norm, run_layers
+from dspark_jax.target.cache import KVCache
+from dspark_jax.target.layers import Attention, Layer, dense, layer_at, normal, ones, rms_norm, run_layers
 
 
 class Backbone(nnx.Module):

@@ -17,7 +17,7 @@ from dspark_jax.drafter.confidence import ConfidenceHead
 from dspark_jax.drafter.interface import BlockOutputs, Proposal
 from dspark_jax.drafter.markov import make_head
 from dspark_jax.ops.sampling import Sampling, sample
-from dspark_jax.target.layers import KVCache
+from dspark_jax.target.cache import KVCache
 
 
 class DSpark(nnx.Module):

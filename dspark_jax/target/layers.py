@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dspark_jax.config import TargetArchitecture
-from dspark_jax.ops.cached_attention import Rows
 from dspark_jax.ops.product import product
 from dspark_jax.sharding import Param, gather
 
@@ -390,90 +389,3 @@ def run_pattern(
             carry = within(carry, cycle, place, last)
             start += last - place
     return carry
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class KVCache:
-    """Keys and values of a layer stack.
-
-    Row p of a request is written when position p is processed and read only by queries at positions >= p, so rolling
-    back needs no copy: stale rows are overwritten before any query can see them.
-
-    Attributes:
-      keys: [L, B, K, C, H], heads before rows, as the products of attention want them; or one array per layer, which
-        only layers laid out one by one can read (see `decode_layout`).
-      values: likewise.
-    """
-
-    keys: Any
-    values: Any
-
-    @classmethod
-    def zeros(
-        cls,
-        layers: int,
-        batch: int,
-        length: int,
-        arch: TargetArchitecture,
-        dtype: Any,
-        kind: str = FULL,
-        *,
-        separate: bool = False,
-    ) -> "KVCache":
-        """An empty cache of `length` rows for a stack of one kind of layers; `separate` gives each an array."""
-        attention = attention_shape(arch, kind)
-        shape = (batch, attention.kv_heads, length, attention.width)
-        if separate:
-            return cls(*(tuple(jnp.zeros(shape, dtype) for _ in range(layers)) for _ in range(2)))
-        return cls(jnp.zeros((layers, *shape), dtype), jnp.zeros((layers, *shape), dtype))
-
-    def write(self, index: jax.Array | int, keys: jax.Array, values: jax.Array, starts: jax.Array) -> "KVCache":
-        """Puts rows [B, T, K, H] of layer `index` at starts[b]..starts[b]+T-1; the caller leaves room for T rows."""
-
-        def put(cache: Any, rows: jax.Array) -> Any:
-            if isinstance(cache, tuple):
-                assert isinstance(index, int), "separate caches are for layers laid out one by one"
-                one = put_one(cache[index][None], rows, 0)[0]
-                return (*cache[:index], one, *cache[index + 1 :])
-            return put_one(cache, rows, index)
-
-        def put_one(cache: jax.Array, rows: jax.Array, index: jax.Array | int) -> jax.Array:
-            rows = rows.astype(cache.dtype)
-            if rows.shape[0] == 1:  # a slice is updated in place, a scatter is a slow loop on CPU
-                return jax.lax.dynamic_update_slice(cache, rows.swapaxes(1, 2)[None], (index, 0, 0, starts[0], 0))
-            batch = jnp.arange(rows.shape[0])[:, None]
-            position = starts[:, None] + jnp.arange(rows.shape[1])
-            return cache.at[index, batch, :, position].set(rows, mode="drop")
-
-        return KVCache(put(self.keys, keys), put(self.values, values))
-
-    def write_rows(self, index: jax.Array | int, keys: jax.Array, values: jax.Array, rows: Rows) -> "KVCache":
-        """Puts flat rows [T, K, H] of layer `index` where `rows` says; those that belong to nobody are dropped."""
-
-        def put(cache: Any, flat: jax.Array) -> Any:
-            flat = flat.astype(self.dtype)
-            if isinstance(cache, tuple):
-                assert isinstance(index, int), "separate caches are for layers laid out one by one"
-                one = cache[index].at[rows.owner, :, rows.at].set(flat, mode="drop")
-                return (*cache[:index], one, *cache[index + 1 :])
-            return cache.at[index, rows.owner, :, rows.at].set(flat, mode="drop")
-
-        return KVCache(put(self.keys, keys), put(self.values, values))
-
-    @property
-    def dtype(self) -> Any:
-        """Type of its rows."""
-        return jax.tree.leaves(self.keys)[0].dtype
-
-    def stored(self, index: jax.Array | int) -> tuple[jax.Array, jax.Array]:
-        """Keys and values of one layer as they are stored, [B, K, C, H]."""
-        if isinstance(self.keys, tuple):
-            assert isinstance(index, int), "separate caches are for layers laid out one by one"
-            return self.keys[index], self.values[index]
-        return layer_at((self.keys, self.values), index)
-
-    def layer(self, index: jax.Array | int) -> tuple[jax.Array, jax.Array]:
-        """Keys and values [B, C, K, H] of one layer."""
-        keys, values = self.stored(index)
-        return keys.swapaxes(1, 2), values.swapaxes(1, 2)

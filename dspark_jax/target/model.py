@@ -15,9 +15,9 @@ from dspark_jax.config import TargetArchitecture
 from dspark_jax.ops.cached_attention import Rows, cached_attention
 from dspark_jax.ops.product import product
 from dspark_jax.sharding import Param, constrain, gather
+from dspark_jax.target.cache import KVCache
 from dspark_jax.target.layers import (
     FULL,
-    KVCache,
     Layer,
     attend_in_chunks,
     layer_at,

@@ -529,7 +529,7 @@ def _drafter_problems(drafter: DrafterConfig, target: TargetArchitecture) -> Ite
             f"drafter.mask_token_id={drafter.mask_token_id} is outside the vocabulary 0..{target.vocab_size - 1}; "
             "use an id that no text produces, e.g. an unused row"
         )
-    if kind != "dspark" and (drafter.markov_rank or drafter.confidence_head):
+    if kind in ("dflash", "eagle3", "mtp") and (drafter.markov_rank or drafter.confidence_head):
         yield f"drafter.kind={kind!r} has no heads; set drafter.markov_rank=0 and drafter.confidence_head=False"
     if kind == "dspark" and drafter.markov_rank <= 0:
         yield f"drafter.markov_rank={drafter.markov_rank} must be positive for dspark; use 256, or kind='dflash'"

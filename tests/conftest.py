@@ -1,7 +1,8 @@
 """Shared by all tests: eight host devices on CPU, and the golden vectors where they are present."""
 
+import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,23 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+MOST_MAPS = 30_000
+"""Memory maps of the process from which executables are dropped: Linux allows 65530, and beyond them compiling crashes.
+Every compiled program takes some, and the whole suite compiles thousands."""
+
+
+@pytest.fixture(autouse=True)
+def few_executables() -> Iterator[None]:
+    """Drops the executables that have piled up."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPS:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -39,13 +39,13 @@ def get_config(arg: str = "dspark") -> Config:
         ),
         data=DataConfig(
             prompts=tuple(str(QUICKSTART / "prompts" / f"{name}.train.jsonl") for name in DOMAINS),
-            limit=400,
+            limit=360,
             max_prompt_length=128,
             max_length=256,
             pack=True,
         ),
         optim=OptimConfig(kind="muon", learning_rate=1e-2),
-        train=TrainConfig(steps=500, batch_size=4, num_anchors=64, checkpoint_every=250, log_every=10, vocab_chunk=256),
+        train=TrainConfig(steps=450, batch_size=4, num_anchors=64, checkpoint_every=225, log_every=10, vocab_chunk=256),
         eval=EvalConfig(
             prompts=tuple(str(QUICKSTART / "prompts" / f"{name}.heldout.jsonl") for name in DOMAINS),
             limit=64,

@@ -26,8 +26,6 @@ BENCHMARKS = ("gsm8k", "math500", "aime25", "mbpp", "humaneval", "livecodebench"
 def get_config(arg: str = "dspark") -> Config:
     """`arg`: the kind of drafter, dspark if empty."""
     kind = arg or "dspark"
-    # What EAGLE-3 and MTP learn from is every row of a sequence, not 512 anchors: eight times as many for EAGLE-3.
-    everywhere, length = kind in ("eagle3", "mtp"), 4096
     config = Config(
         name=f"{kind}_qwen3_8b",
         target=TargetConfig(
@@ -53,13 +51,13 @@ def get_config(arg: str = "dspark") -> Config:
             mask_token_id=151669,
             markov_rank=256,
         ),
-        data=DataConfig(prompts=("prompts/open_perfectblend.jsonl",), max_prompt_length=2048, max_length=length),
+        data=DataConfig(prompts=("prompts/open_perfectblend.jsonl",), max_prompt_length=2048, max_length=4096),
         optim=OptimConfig(learning_rate=6e-4, warmup_ratio=0.04),
         train=TrainConfig(
             steps=25390,
             batch_size=512,
-            accumulate=32 if kind == "eagle3" else 8,
-            num_anchors=length if everywhere else 512,
+            accumulate=32 if kind == "eagle3" else 8,  # EAGLE-3 learns from every row, not from 512 anchors
+            num_anchors=512,
             checkpoint_every=1000,
         ),
         eval=EvalConfig(

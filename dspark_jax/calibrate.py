@@ -28,6 +28,7 @@ from jax.sharding import Mesh
 from dspark_jax import command
 from dspark_jax.config import Config, InputError
 from dspark_jax.data.samples import Tally, describe
+from dspark_jax.drafter.interface import is_confident
 from dspark_jax.evaluation.decoding import Engine, answer
 from dspark_jax.evaluation.plots import reliability_plots
 from dspark_jax.evaluation.predictors import (
@@ -84,7 +85,7 @@ def calibrate(
         check_prompt_files(config.data.prompts, "data.prompts")
     mesh = make_mesh(config.mesh) if mesh is None else mesh
     engine = open_engine(config, workdir, mesh, target=target, drafter=drafter, tokenizer=tokenizer)
-    if getattr(engine.drafter, "confidence", None) is None:
+    if not is_confident(engine.drafter):
         raise InputError(
             f"{workdir}: its drafter (kind {config.drafter.kind!r}) has no confidence head to calibrate; "
             "train one with drafter.confidence_head=True"

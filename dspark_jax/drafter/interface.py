@@ -95,3 +95,8 @@ class Drafter(Protocol):
           sampling: applied to every draft position.
         """
         ...
+
+
+def is_confident(drafter: Any) -> bool:
+    """Whether a drafter (or None, which is not) has a confidence head."""
+    return getattr(drafter, "confidence", None) is not None

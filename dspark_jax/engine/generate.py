@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dspark_jax.config import InputError
-from dspark_jax.drafter.interface import Drafter
+from dspark_jax.drafter.interface import Drafter, is_confident
 from dspark_jax.engine.commit import is_stop
 from dspark_jax.engine.result import DecodeResult, collect
 from dspark_jax.engine.round import drafting_round, plain_round
@@ -134,7 +134,7 @@ def decode(
 ) -> tuple[DecodeState, RoundLog]:
     """Decodes a padded batch to its end on the device; see `generate`, which calls this."""
     block_size = 0 if drafter is None else drafter.block_size
-    confident = getattr(drafter, "confidence", None) is not None
+    confident = is_confident(drafter)
     prompts = constrain(prompts, "batch", None)
     uniform = round_uniforms(keys, prompt_lengths - 1, 0).next
     if shape.unroll:

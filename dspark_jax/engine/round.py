@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dspark_jax.drafter.interface import Drafter, Proposal
+from dspark_jax.drafter.interface import Drafter, Proposal, is_confident
 from dspark_jax.engine.commit import commit
 from dspark_jax.engine.draft import draft
 from dspark_jax.engine.sampling import Uniforms
@@ -147,8 +147,7 @@ def plain_round(
 def no_round(drafter: Drafter, batch: int) -> Round:
     """A round in which nothing was drafted and nothing committed."""
     none = jnp.zeros((batch,), jnp.int32)
-    confident = getattr(drafter, "confidence", None) is not None
-    confidence = jnp.zeros((batch, drafter.block_size), jnp.float32) if confident else None
+    confidence = jnp.zeros((batch, drafter.block_size), jnp.float32) if is_confident(drafter) else None
     return Round(jnp.full((batch, drafter.block_size), -1, jnp.int32), confidence, none, none, none, none)
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dspark_jax.config import InputError
-from dspark_jax.drafter.interface import Proposal
+from dspark_jax.drafter.interface import Proposal, is_confident
 from dspark_jax.engine import estimator, rules
 from dspark_jax.engine.estimator import AcceptanceEstimate, EstimateSettings
 
@@ -299,7 +299,7 @@ def check_scheduler(scheduler: Scheduler, drafter: Any, requests: int) -> None:
         if drafter is None:
             raise InputError(f"scheduler {name!r} estimates how drafts are accepted; give a drafter, or use fixed")
         scheduler.online.check()
-    elif name != "fixed" and getattr(drafter, "confidence", None) is None:
+    elif name != "fixed" and not is_confident(drafter):
         raise InputError(f"scheduler {name!r} needs a drafter with a confidence head; use fixed, or give `online`")
     for field in ("steps_per_second", "plain_steps_per_second"):
         table = getattr(scheduler, field)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from dspark_jax.config import InputError
+from dspark_jax.drafter.interface import is_confident
 from dspark_jax.engine.request import Request, RequestMetrics
 from dspark_jax.engine.schedule import Scheduler
 from dspark_jax.engine.serving import Engine, QueueFull
@@ -240,7 +241,7 @@ def traffic_contenders(drafter: Any, steps_per_second: np.ndarray | None) -> dic
     out: dict[str, tuple[Any, Scheduler | None]] = {"plain": (None, None)}
     for length in sorted({min(2, size), size}):
         out[f"fixed {length}"] = (drafter, Scheduler.fixed(length))
-    if getattr(drafter, "confidence", None) is not None:
+    if is_confident(drafter):
         out["threshold 0.5"] = (drafter, Scheduler.threshold(0.5))
         if steps_per_second is not None:
             out["early stop"] = (drafter, Scheduler.early_stop(steps_per_second))

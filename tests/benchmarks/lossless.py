@@ -32,6 +32,7 @@ from dspark_jax.command import load_config
 from dspark_jax.config import Config, resolve
 from dspark_jax.data.chat import load_tokenizer, prompt_tokens, stop_tokens
 from dspark_jax.data.prompts import read_prompts
+from dspark_jax.drafter.interface import is_confident
 from dspark_jax.engine import generate
 from dspark_jax.engine.schedule import Scheduler
 from dspark_jax.engine.serving import Engine
@@ -52,7 +53,7 @@ def schedulers(drafter: Any) -> dict[str, Scheduler]:
     size = drafter.block_size
     table = 50.0 / np.maximum(1.0, np.arange(32 * (size + 1) + 1) / 64)
     found = {"fixed": Scheduler.fixed(), "fixed 2": Scheduler.fixed(min(2, size))}
-    if getattr(drafter, "confidence", None) is not None:
+    if is_confident(drafter):
         found["threshold"] = Scheduler.threshold(0.5)
         found["early_stop"] = Scheduler.early_stop(table)
         found["lagged"] = Scheduler.lagged(table, 0.6 ** np.arange(1, size + 1))

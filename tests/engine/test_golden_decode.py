@@ -12,6 +12,7 @@ import pytest
 
 from dspark_jax.config import MeshConfig, TargetArchitecture, TargetConfig
 from dspark_jax.convert.hf import import_drafter
+from dspark_jax.drafter.interface import is_confident
 from dspark_jax.engine import Uniforms, decode_round, generate, prefill
 from dspark_jax.engine.draft import draft
 from dspark_jax.engine.schedule import Scheduler
@@ -62,11 +63,6 @@ def within_budget(run: dict[str, Any]) -> int:
     return count
 
 
-def drafter_is_confident(drafter: Any) -> bool:
-    """Whether it has a confidence head."""
-    return getattr(drafter, "confidence", None) is not None
-
-
 def uniforms_of(run: dict[str, Any], index: int, block_size: int) -> Uniforms:
     """The recorded uniforms of a round; halves where the run is greedy and none were drawn."""
     if "uniforms" not in run:
@@ -96,7 +92,7 @@ def test_every_trace_round_by_round(golden: Path, case: str) -> None:
         emitted, proposed = [], []
         cut = run["confidence_threshold"]
         # A threshold of 0 keeps everything, by the executable of the others.
-        scheduler = Scheduler.threshold(cut) if drafter_is_confident(drafter) else Scheduler.fixed()
+        scheduler = Scheduler.threshold(cut) if is_confident(drafter) else Scheduler.fixed()
         for index, expected in enumerate(run["rounds"][: within_budget(run)]):
             where = f"{run['id']} round {index}"
             assert not state.finished[0], where

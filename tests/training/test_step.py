@@ -33,8 +33,6 @@ from dspark_jax.training.step import (
     place_batch,
 )
 
-QUICK = {"xla_backend_optimization_level": 0}  # compiling is what these tests spend their time on
-
 
 @pytest.fixture(scope="module")
 def results():
@@ -68,7 +66,7 @@ def summed_gradients(config, mesh, batch, count, params):
         return gradients(params, drafter, to_module(target, frozen), batch, jnp.int32(0), config)
 
     with jax.set_mesh(mesh):
-        compiled = jax.jit(run, compiler_options=QUICK)
+        compiled = jax.jit(run)
         return jax.device_get(compiled(params, to_params(target), place_batch(batch, count, mesh)))
 
 
@@ -90,7 +88,7 @@ def compiled_step(config, meshes, steps):
         if name not in steps:
             with jax.set_mesh(mesh):
                 step = make_train_step(config, abstract_drafter(config), target, optimizer, mesh)
-                steps[name] = step.lower(state, frozen, batch_layout(config, mesh)).compile(compiler_options=QUICK)
+                steps[name] = step.lower(state, frozen, batch_layout(config, mesh)).compile()
         return state, frozen, steps[name]
 
     return make
@@ -118,7 +116,7 @@ def test_gradient_is_that_of_the_loss_as_it_is_defined(config, meshes, batch, co
         return drafter_loss(drafter, target, outputs, out.last_hidden, config.loss, vocab_chunk=1000).normalised()
 
     drafter = to_module(abstract_drafter(config), initial(config, meshes).params)
-    value, grads = jax.jit(jax.value_and_grad(loss), compiler_options=QUICK)(drafter)
+    value, grads = jax.jit(jax.value_and_grad(loss))(drafter)
     np.testing.assert_allclose(sums.total / sums.denominator, value, rtol=1e-6)
     assert_gradients_equal(found, jax.device_get(to_params(grads)))
 

@@ -16,19 +16,23 @@ _SEEDS = 2**31
 
 def check_engine(
     target: Any,
-    slots: int,
+    sizes: Mapping[str, int],
     capacity: int,
-    max_queue: int,
-    prefill_chunk: int,
     max_stop_tokens: int,
     stop_tokens: Sequence[int],
 ) -> None:
-    """Refuses sizes with which an engine cannot work; see `Engine`.
+    """Refuses sizes with which an engine cannot work; see `Engine`, whose arguments these are.
+
+    Args:
+      target: the language model.
+      sizes: by name, what must be at least 1.
+      capacity: most tokens of a request.
+      max_stop_tokens: most stop tokens of a request.
+      stop_tokens: of the engine itself.
 
     Raises:
       InputError: names the size and a remedy.
     """
-    sizes = {"slots": slots, "max_queue": max_queue, "prefill_chunk": prefill_chunk, "max_stop_tokens": max_stop_tokens}
     for name, value in sizes.items():
         if _integer(name, value) < 1:
             raise InputError(f"{name}={value} leaves no room for a request; use 1 or more")

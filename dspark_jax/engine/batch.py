@@ -41,6 +41,7 @@ class Batch:
         slots: int,
         capacity: int,
         width: int,
+        chunks: int,
         stops: int,
         verify_sizes: Sequence[int] = (),
     ):
@@ -54,10 +55,12 @@ class Batch:
           slots: B.
           capacity: most tokens of a request.
           width: tokens of a prompt chunk.
+          chunks: most chunks between two rounds.
           stops: stop tokens per request.
           verify_sizes: see `serving.Engine`.
         """
-        self.scheduler, self.metrics, self.width, self.stops = scheduler, metrics, width, stops
+        self.scheduler, self.metrics, self.stops = scheduler, metrics, stops
+        self.width, self.chunks = width, chunks
         self.pending: collections.deque[_Launch] = collections.deque()
         block_size = 0 if drafter is None else drafter.block_size
         # Room for the last round, which begins below the limit, and for the padding of the last chunk.
@@ -100,9 +103,10 @@ class Batch:
         request.admitted()
 
     def advance(self) -> None:
-        """Launches at most one chunk and one round, then reads what was launched before them."""
+        """Launches chunks and at most one round, then reads what was launched before them."""
         earlier = len(self.pending)
-        self._launch_chunk()
+        for _ in range(self.chunks):
+            self._launch_chunk()
         self._launch_round()
         for _ in range(earlier):
             self._collect(self.pending.popleft())

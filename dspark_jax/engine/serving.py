@@ -1,9 +1,9 @@
 """Serving: requests come and go while the others decode (continuous batching).
 
-An `Engine` has a fixed number of slots and a queue. Between two decoding rounds of all slots, at most one chunk of one
-waiting prompt is read, so that long prompts do not stall the others. The host is always one launch behind the device:
-it launches a step and then reads what the step before has committed. A request that turns out to have ended does
-nothing in the round that was launched meanwhile, so the tokens are those of `generate`.
+An `Engine` has a fixed number of slots and a queue. Between two decoding rounds of all slots, a few chunks of waiting
+prompts are read: not more, so that long prompts do not stall the others. The host is always one launch behind the
+device: it launches a step and then reads what the step before has committed. A request that turns out to have ended
+does nothing in the round that was launched meanwhile, so the tokens are those of `generate`.
 
     with Engine(target, drafter, slots=8, capacity=1024, tokenizer=tokenizer) as engine:
         for piece in engine.submit("Once upon a time", max_new_tokens=100):
@@ -61,6 +61,7 @@ class Engine:
         stop_tokens: Sequence[int] = (),
         max_queue: int = 64,
         prefill_chunk: int = 64,
+        prefill_chunks: int | None = None,
         max_stop_tokens: int = 8,
         verify_sizes: Sequence[int] = (),
     ):
@@ -75,7 +76,9 @@ class Engine:
           tokenizer: for text prompts, text output and stop strings; None serves token ids only.
           stop_tokens: ids that end every request, besides its own.
           max_queue: requests that may wait for a slot.
-          prefill_chunk: prompt tokens read between two rounds.
+          prefill_chunk: tokens of a prompt that are read at once.
+          prefill_chunks: how many such chunks are read between two rounds at most. More fill free slots sooner, fewer
+            keep the rounds regular. None: one for every eight slots.
           max_stop_tokens: most stop tokens of one request, these included.
           verify_sizes: a round verifies the scheduled tokens of all requests as one flat batch of the smallest of these
             sizes that surely holds them (the largest there can be is always among them): with few requests, or under
@@ -86,7 +89,14 @@ class Engine:
           InputError: a size or stop token that is out of range, or a scheduler that this drafter cannot feed.
         """
         self.scheduler = scheduler or Scheduler.fixed()
-        check_engine(target, slots, capacity, max_queue, prefill_chunk, max_stop_tokens, stop_tokens)
+        sizes = {
+            "slots": slots,
+            "max_queue": max_queue,
+            "prefill_chunk": prefill_chunk,
+            "prefill_chunks": 1 if prefill_chunks is None else prefill_chunks,
+            "max_stop_tokens": max_stop_tokens,
+        }
+        check_engine(target, sizes, capacity, max_stop_tokens, stop_tokens)
         check_scheduler(self.scheduler, drafter, slots)
         self.slots, self.capacity, self.max_queue = slots, capacity, max_queue
         self.tokenizer, self.stop_tokens, self.max_stop_tokens = tokenizer, tuple(stop_tokens), max_stop_tokens
@@ -101,6 +111,7 @@ class Engine:
             slots=slots,
             capacity=capacity,
             width=prefill_chunk,
+            chunks=max(slots // 8, 1) if prefill_chunks is None else prefill_chunks,
             stops=max_stop_tokens,
             verify_sizes=verify_sizes,
         )
@@ -261,7 +272,7 @@ class Engine:
         return True
 
     def step(self) -> bool:
-        """Launches at most one prompt chunk and one round, and reads what the step before has committed.
+        """Launches some prompt chunks and at most one round, and reads what the step before has committed.
 
         Returns:
           Whether there is anything left to do.

@@ -102,13 +102,15 @@ def drive(engine: Engine) -> None:
         pass
 
 
-def test_a_request_is_decoded_as_if_alone(serve: Any, reference: Any) -> None:
+@pytest.mark.parametrize("chunks", (1, 3))
+def test_a_request_is_decoded_as_if_alone(serve: Any, reference: Any, chunks: int) -> None:
     """Random arrivals and cancellations over three slots that are used again and again; greedy and sampled."""
     requests, rng = asks(24, seed=0), np.random.default_rng(1)
     expected = reference(requests, stop_tokens=[5])
-    engine = serve(stop_tokens=[5])
+    engine = serve(stop_tokens=[5], prefill_chunks=chunks)
     handles: list[Request] = []
     cancelled: set[int] = set()
+    read: list[int] = []
     while len(handles) < len(requests) or any(not one.done for one in handles):
         for _ in range(rng.integers(0, 3)):
             if len(handles) < len(requests):
@@ -117,7 +119,10 @@ def test_a_request_is_decoded_as_if_alone(serve: Any, reference: Any) -> None:
             number = int(rng.integers(0, len(handles)))
             if handles[number].cancel():
                 cancelled.add(number)
+        before = engine.metrics.chunks
         engine.step()
+        read.append(engine.metrics.chunks - before)
+    assert max(read) == chunks
     assert 2 <= len(cancelled) <= 12
     reasons = collections.Counter()
     for number, (handle, tokens) in enumerate(zip(handles, expected, strict=True)):

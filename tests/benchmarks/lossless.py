@@ -43,6 +43,7 @@ from dspark_jax.training.checkpoint import load_drafter
 
 ROOT = Path(__file__).resolve().parents[2]
 BUDGET, WIDTH, BINS, ROWS = 96, 256, 100, 8
+CAPACITY = 160  # of a slot in the sampled part: shorter prompts, faster rounds
 BATCHES = (1, 8, 32)
 TEMPERATURES = (1.0, 0.7)
 TIE = 1e-3  # logits that are closer than this are equal but for rounding
@@ -158,20 +159,22 @@ def sampled(models: Models, scheduler: Scheduler, slots: int, count: int, seed: 
         models.target,
         models.drafter,
         slots=slots,
-        capacity=WIDTH,
+        capacity=CAPACITY,
         scheduler=scheduler,
         stop_tokens=models.stops,
         max_queue=2 * slots,
+        verify_sizes=(2 * slots, 4 * slots) if scheduler.name == "lagged" else (),
     )
     engine.warm_up(greedy=False)
+    prompts = [ids for ids in models.prompts if len(ids) + BUDGET <= CAPACITY]
     waiting: collections.deque[tuple[list[int], float, Any]] = collections.deque()
     answers: list[tuple[list[int], tuple[int, ...], float]] = []
     tokens, emitted, rounds, began = 0, 0, 0, time.monotonic()
     with engine, Progress(f"sampled, {name}", count, unit="token") as progress:
         while tokens < count or waiting:
             if tokens < count:
-                prompt, temperature = rng.choice(models.prompts), rng.choice(TEMPERATURES)
-                budget, stream = rng.choice((8, 32, BUDGET)), rng.randrange(1 << 31)
+                prompt, temperature = rng.choice(prompts), rng.choice(TEMPERATURES)
+                budget, stream = rng.choice((16, 48, BUDGET)), rng.randrange(1 << 31)
                 handle = engine.submit(prompt, max_new_tokens=budget, temperature=temperature, seed=stream, block=True)
                 waiting.append((prompt, temperature, handle))
             while waiting and (tokens >= count or waiting[0][2].done):

@@ -58,12 +58,15 @@ class KVCache:
             return put_one(cache, rows, index)
 
         def put_one(cache: jax.Array, rows: jax.Array, index: jax.Array | int) -> jax.Array:
-            rows = rows.astype(cache.dtype)
-            if rows.shape[0] == 1:  # a slice is updated in place, a scatter is a slow loop on CPU
-                return jax.lax.dynamic_update_slice(cache, rows.swapaxes(1, 2)[None], (index, 0, 0, starts[0], 0))
-            batch = jnp.arange(rows.shape[0])[:, None]
-            position = starts[:, None] + jnp.arange(rows.shape[1])
-            return cache.at[index, batch, :, position].set(rows, mode="drop")
+            rows = rows.astype(cache.dtype).swapaxes(1, 2)[None]  # [1, B, K, T, H]
+            if rows.shape[1] == 1:  # updated in place; on a CPU the other way is a slow loop
+                return jax.lax.dynamic_update_slice(cache, rows, (index, 0, 0, starts[0], 0))
+
+            def put_request(cache: jax.Array, rows: jax.Array, start: jax.Array) -> jax.Array:
+                return jax.lax.dynamic_update_slice(cache, rows, (index, 0, start, 0))
+
+            # A scatter of rows [K, H] would make a TPU transpose the whole cache before it and back again.
+            return jax.vmap(put_request, in_axes=(1, 1, 0), out_axes=1)(cache, rows, starts)
 
         return KVCache(put(self.keys, keys), put(self.values, values))
 
@@ -72,11 +75,13 @@ class KVCache:
 
         def put(cache: Any, flat: jax.Array) -> Any:
             flat = flat.astype(self.dtype)
+            # Head by head: see `write`.
+            where = (rows.owner[:, None], jnp.arange(flat.shape[1]), rows.at[:, None])
             if isinstance(cache, tuple):
                 assert isinstance(index, int), "separate caches are for layers laid out one by one"
-                one = cache[index].at[rows.owner, :, rows.at].set(flat, mode="drop")
+                one = cache[index].at[where].set(flat, mode="drop")
                 return (*cache[:index], one, *cache[index + 1 :])
-            return cache.at[index, rows.owner, :, rows.at].set(flat, mode="drop")
+            return cache.at[(index, *where)].set(flat, mode="drop")
 
         return KVCache(put(self.keys, keys), put(self.values, values))
 

@@ -1,0 +1,104 @@
+"""The cache of keys and values: rows written where they belong, and, for a TPU, without moving the rest."""
+
+import functools
+import importlib.util
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dspark_jax.config import TargetArchitecture
+from dspark_jax.ops.cached_attention import Rows
+from dspark_jax.target.cache import KVCache
+
+ARCH = TargetArchitecture("qwen3", 64, 32, 3, 4, 2, 8, 32, 1e-6, 1e4, True, 64)
+LENGTH, STEPS = 12, 3
+
+
+def filled(batch: int, separate: bool, seed: int = 0) -> KVCache:
+    zeros = KVCache.zeros(ARCH.num_hidden_layers, batch, LENGTH, ARCH, jnp.float32, separate=separate)
+    leaves, tree = jax.tree.flatten(zeros)
+    rng = np.random.default_rng(seed)
+    return jax.tree.unflatten(tree, [jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype) for leaf in leaves])
+
+
+def stored(cache: KVCache) -> np.ndarray:
+    """[2, L, B, K, C, H]."""
+    return np.stack([np.stack([np.asarray(part[i]) for i in range(3)]) for part in (cache.keys, cache.values)])
+
+
+def rows(batch: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(1)
+    shape = (2, batch, count, ARCH.num_key_value_heads, ARCH.head_dim)
+    keys, values = rng.normal(size=shape).astype(np.float32)
+    return keys, values
+
+
+@pytest.mark.parametrize("separate", (False, True))
+@pytest.mark.parametrize("batch", (1, 4))
+def test_write_changes_its_rows_and_nothing_else(batch: int, separate: bool) -> None:
+    cache, (keys, values) = filled(batch, separate), rows(batch, STEPS)
+    starts = np.asarray([2, 0, 9, 5][:batch])
+    expected = stored(cache)
+    for part, new in zip(expected, (keys, values), strict=True):
+        for request in range(batch):
+            for step in range(STEPS):
+                part[1, request, :, starts[request] + step] = new[request, step]
+    found = jax.jit(lambda cache, *given: cache.write(1, *given))(cache, keys, values, jnp.asarray(starts))
+    np.testing.assert_array_equal(stored(found), expected)
+
+
+@pytest.mark.parametrize("separate", (False, True))
+def test_flat_rows_go_to_their_owners_or_nowhere(separate: bool) -> None:
+    batch, most, size = 4, 3, 10
+    counts, positions = np.asarray([2, 0, 3, 1]), np.asarray([4, 7, 9, 0])
+    cache, (keys, values) = filled(batch, separate), (part[0] for part in rows(1, size))
+    expected, at = stored(cache), 0
+    for request in range(batch):
+        for step in range(counts[request]):
+            for part, new in zip(expected, (keys, values), strict=True):
+                part[2, request, :, positions[request] + step] = new[at]
+            at += 1
+    where = Rows.of(jnp.asarray(counts), jnp.asarray(positions), size=size, most=most)
+    found = jax.jit(lambda cache, *given: cache.write_rows(2, *given))(cache, keys, values, where)
+    np.testing.assert_array_equal(stored(found), expected)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+@pytest.mark.parametrize("flat", (False, True))
+def test_a_tpu_keeps_the_cache_where_it_is(flat: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Writing and reading layer by layer needs far less memory than another copy of the cache."""
+    from dspark_jax.planning.topology import devices_of
+
+    for name in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD", "TPU_WORKER_HOSTNAMES", "TPU_ACCELERATOR_TYPE"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))  # devices_of sets them; undone after the test
+        monkeypatch.delenv(name)
+    layers, batch, length, count = 4, 8, 1024, 8
+    arch = TargetArchitecture("qwen3", 64, 1024, layers, 16, 8, 128, 32, 1e-6, 1e4, True, length)
+    where = NamedSharding(Mesh(np.asarray(devices_of("v5e:2x2")[1][:1]), ("x",)), PartitionSpec())
+
+    def program(cache: KVCache, x: jax.Array, starts: jax.Array) -> tuple[KVCache, jax.Array]:
+        owners = Rows.of(jnp.full(batch, count), starts, size=batch * count, most=count) if flat else None
+
+        def layer(carry: tuple[KVCache, jax.Array], index: jax.Array) -> tuple[tuple[KVCache, jax.Array], None]:
+            cache, x = carry
+            if owners is None:
+                cache = cache.write(index, x, 2 * x, starts)
+            else:
+                cache = cache.write_rows(index, *(part.reshape(-1, 8, 128) for part in (x, 2 * x)), owners)
+            keys, values = cache.stored(index)
+            scores = jnp.einsum("btkh,bkch->bktc", x, keys)
+            return (cache, x + jnp.einsum("bktc,bkch->btkh", scores, values)), None
+
+        return jax.lax.scan(layer, (cache, x), jnp.arange(layers))[0]
+
+    zeros = functools.partial(KVCache.zeros, layers, batch, length, arch, jnp.bfloat16)
+    shapes = (jax.eval_shape(zeros), jax.ShapeDtypeStruct((batch, count, 8, 128), jnp.bfloat16))
+    given = [*shapes, jax.ShapeDtypeStruct((batch,), jnp.int32)]
+    arguments = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), given)
+    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes[0]))
+    used = jax.jit(program, donate_argnums=0).lower(*arguments).compile().memory_analysis()
+    assert used.temp_size_in_bytes < held / 4

@@ -5,6 +5,7 @@ families of models differ in is stated in `attention_shape`, `Layer` and `MLP`.
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -352,40 +353,34 @@ def run_layers(body: Callable[[Any, Any], Any], carry: Any, start: int, stop: in
 
 
 def run_pattern(
-    pattern: Sequence[str], body: Callable[[Any, str, Any], Any], carry: Any, start: int, stop: int, *, unroll: bool
+    pattern: Sequence[str], body: Callable[[Any, str, Any, Any], Any], carry: Any, count: int, *, unroll: bool
 ) -> Any:
-    """Applies `body(carry, kind, index) -> carry` for the layers start..stop-1 of a model of several kinds of layers.
+    """Applies `body(carry, kind, index, number) -> carry` for all layers of a model of several kinds of layers.
 
-    Layer i is of kind pattern[i % len(pattern)]; each kind has a stack of its own, in which `index` counts. Whole
-    periods become one loop around one body per kind, so what is compiled does not grow with the depth.
+    Layer `number` is of kind pattern[number % len(pattern)]; each kind has a stack of its own, in which `index` counts.
+    Whole periods become one loop around one body per run of a kind, so what is compiled does not grow with the depth.
+
+    Args:
+      pattern: kinds of a period.
+      body: one layer; the numbers are Python's own where the layers are laid out one by one.
+      carry: goes from layer to layer.
+      count: layers, a multiple of the period.
+      unroll: lay them out one by one.
     """
     period = len(pattern)
+    assert count % period == 0, "the pattern repeats itself"
+    runs = [(kind, len(list(same))) for kind, same in itertools.groupby(pattern)]
 
-    def within(carry: Any, cycle: Any, first: int, last: int) -> Any:
-        """The layers first..last-1 of one period: a loop for each run of the same kind."""
-        while first < last:
-            kind, end = pattern[first], first + 1
-            while end < last and pattern[end] == kind:
-                end += 1
-            before = cycle * pattern.count(kind) + list(pattern[:first]).count(kind)
+    def cycle(carry: Any, at: Any) -> Any:
+        first, seen = at * period, dict.fromkeys(pattern, 0)
+        for kind, length in runs:
+            before = at * pattern.count(kind) + seen[kind]
 
-            def step(carry: Any, offset: Any, kind: str = kind, before: Any = before) -> Any:
-                return body(carry, kind, before + offset)
+            def step(carry: Any, offset: Any, kind: str = kind, before: Any = before, first: Any = first) -> Any:
+                return body(carry, kind, before + offset, first + offset)
 
-            carry = run_layers(step, carry, 0, end - first, unroll=unroll)
-            first = end
+            carry = run_layers(step, carry, 0, length, unroll=unroll)
+            first, seen[kind] = first + length, seen[kind] + length
         return carry
 
-    while start < stop:
-        cycle, place = divmod(start, period)
-        whole = stop // period - cycle
-        if place == 0 and whole > 0:
-            carry = run_layers(
-                lambda carry, at: within(carry, at, 0, period), carry, cycle, cycle + whole, unroll=unroll
-            )
-            start += whole * period
-        else:
-            last = min(period, place + stop - start)
-            carry = within(carry, cycle, place, last)
-            start += last - place
-    return carry
+    return run_layers(cycle, carry, 0, count // period, unroll=unroll)

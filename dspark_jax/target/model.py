@@ -145,8 +145,8 @@ class Target(nnx.Module):
         row_limit = jnp.broadcast_to(jnp.arange(tokens.shape[1]) + 1, tokens.shape)
         limit = row_limit if cache is None else positions + 1
 
-        def body(carry: tuple[jax.Array, Any], kind: str, index: jax.Array | int) -> tuple[jax.Array, Any]:
-            x, cache = carry
+        def body(carry: Any, kind: str, index: jax.Array | int, number: jax.Array | int) -> Any:
+            x, cache, features = carry
             layer = layer_at(getattr(self, self.STACKS[kind]), index)
             written = cache
 
@@ -170,17 +170,51 @@ class Target(nnx.Module):
                 return attend_in_chunks(query, key, value, limit, shape.scale, _first_rows(limit, shape.window, starts))
 
             x = constrain(layer(x, attention), "batch", None, None)
-            return x, written
+            return x, written, features.put(number, x)
 
         x = constrain(self.embed(tokens), "batch", None, None)
-        carry, tapped, done = (x, cache), [], 0
-        for tap in taps:
-            carry = run_pattern(self.pattern, body, carry, done, tap + 1, unroll=unroll)
-            done = tap + 1
-            tapped.append(carry[0])
-        x, cache = run_pattern(self.pattern, body, carry, done, self.arch.num_hidden_layers, unroll=unroll)
-        features = jnp.concatenate(tapped, axis=-1) if tapped else jnp.zeros((*x.shape[:2], 0), x.dtype)
-        return TargetOutput(features, rms_norm(x, self.norm[...], self.arch.rms_norm_eps), cache)
+        carry = x, cache, Features.start(taps, x, unroll=unroll)
+        carry = run_pattern(self.pattern, body, carry, self.arch.num_hidden_layers, unroll=unroll)
+        x, cache, features = carry
+        return TargetOutput(features.joined(x), rms_norm(x, self.norm[...], self.arch.rms_norm_eps), cache)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Features:
+    """Outputs of the tapped layers, collected while the layers run.
+
+    Attributes:
+      rows: M arrays [B, S, D] where the layers are laid out one by one. For a loop, which cannot grow a tuple, one
+        array [M + 1, B, S, D], whose last entry takes what no tap asks for.
+      taps: ascending layer ids, static.
+    """
+
+    rows: Any
+    taps: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def start(cls, taps: tuple[int, ...], embedded: jax.Array, *, unroll: bool) -> "Features":
+        """Before the first layer, whose input [B, S, D] is layer -1."""
+        if unroll or not taps:
+            return cls((), taps).put(-1, embedded)
+        rows = jnp.zeros((len(taps) + 1, *embedded.shape), embedded.dtype)
+        return cls(constrain(rows, None, "batch", None, None), taps).put(-1, embedded)
+
+    def put(self, number: jax.Array | int, x: jax.Array) -> "Features":
+        """After layer `number`, whose output is x [B, S, D]."""
+        if not self.taps or (isinstance(number, int) and number not in self.taps):
+            return self
+        if isinstance(self.rows, tuple):
+            return Features((*self.rows, x), self.taps)
+        wanted = jnp.asarray(self.taps) == number
+        slot = jnp.where(jnp.any(wanted), jnp.argmax(wanted), len(self.taps))
+        return Features(jax.lax.dynamic_update_index_in_dim(self.rows, x, slot, 0), self.taps)
+
+    def joined(self, x: jax.Array) -> jax.Array:
+        """[B, S, M*D], like x [B, S, D] in all else."""
+        tapped = [self.rows[i] for i in range(len(self.taps))]
+        return jnp.concatenate(tapped, axis=-1) if tapped else jnp.zeros((*x.shape[:2], 0), x.dtype)
 
 
 def layer_pattern(arch: TargetArchitecture) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ TPU: times are the compiler's own estimates and rooflines.
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,14 @@ from absl import flags
 
 from dspark_jax import command
 from dspark_jax.config import Config, InputError
-from dspark_jax.planning.estimate import compile_and_estimate
-from dspark_jax.planning.programs import decode_program, train_program, with_dtypes
+from dspark_jax.planning.apart import estimate_apart
+from dspark_jax.planning.programs import with_dtypes
 from dspark_jax.planning.topology import GIB, devices_of, listing
-from dspark_jax.progress import log
+from dspark_jax.progress import Progress, log
 from dspark_jax.sharding import make_mesh
 
 PARTS = ("train", "decode")
+NAMES = {"train": "train step", "decode": "decoding round"}
 
 
 def plan(config: Config, workdir: Path, *, topology: str, parts: Sequence[str] = PARTS) -> dict[str, Any]:
@@ -48,13 +50,19 @@ def plan(config: Config, workdir: Path, *, topology: str, parts: Sequence[str] =
     chips = len(devices) // chip.per_chip
     shape = {name: size for name, size in mesh.shape.items() if size > 1}
     report: dict[str, Any] = {"config": config.name, "topology": topology, "chips": chips, "mesh": shape}
+    names = " and the ".join(NAMES[part] for part in parts)
+    log(f"compiling the {names} of {config.name} for {topology} ({chips} chips): some minutes")
+    with ThreadPoolExecutor(len(parts)) as pool:
+        jobs = {pool.submit(estimate_apart, config, topology, part): part for part in parts}
+        with Progress("plan", len(parts), unit="program") as progress:
+            for job in as_completed(jobs):
+                part, found = jobs[job], job.result()
+                if "crashed" not in found:
+                    found = _of_training(found, config, chips) if part == "train" else _of_decoding(found, config)
+                report[part] = found | {"verdict": verdict(found, config, mesh, part)}
+                progress.advance(1)
     for part in parts:
-        program = {"train": train_program, "decode": decode_program}[part](config, mesh)
-        log(f"compiling the {program.name} of {config.name} for {topology} ({chips} chips): some minutes")
-        found = compile_and_estimate(program, chip, mesh)
-        report[part] = _of_training(found, config, chips) if part == "train" else _of_decoding(found, config)
-        report[part]["verdict"] = verdict(report[part], config, mesh, part)
-        print("\n".join(describe(program.name, report[part])), flush=True)
+        print("\n".join(describe(NAMES[part], report[part])), flush=True)
     workdir.mkdir(parents=True, exist_ok=True)
     (workdir / "plan.json").write_text(json.dumps(report, indent=1) + "\n")
     log(f"written to {workdir / 'plan.json'}")
@@ -84,6 +92,8 @@ def _of_decoding(found: dict[str, Any], config: Config) -> dict[str, Any]:
 
 def verdict(found: dict[str, Any], config: Config, mesh: jax.sharding.Mesh, part: str) -> str:
     """One line: fits, or what to change."""
+    if "crashed" in found:
+        return f"not known, the TPU compiler crashed ({found['crashed']}); try another topology, mesh or libtpu"
     memory, available = found["memory"], found["hbm_available_bytes"]
     used = f"{found['hbm_per_chip_bytes'] / GIB:.2f} of {available / GIB:.2f} GiB per chip"
     if found["fits"]:
@@ -106,6 +116,8 @@ def verdict(found: dict[str, Any], config: Config, mesh: jax.sharding.Mesh, part
 def describe(name: str, found: dict[str, Any]) -> Iterator[str]:
     """The lines that are printed for one program."""
     yield f"{name}: {found['verdict']}"
+    if "crashed" in found:
+        return
     for part, size in found["memory"].items():
         yield f"  {part.removesuffix('_bytes').replace('_', ' '):<20} {size / GIB:8.2f} GiB per chip"
     yield f"  {'operations':<20} {found['flops'] / 1e12:8.1f} TFLOP, {found['flops_per_chip'] / 1e12:.2f} per chip"

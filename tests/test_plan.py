@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import pytest
 
 from dspark_jax import plan
-from dspark_jax.config import InputError, MeshConfig, TargetArchitecture, resolve
+from dspark_jax.config import InputError, MeshConfig, TargetArchitecture, resolve, to_json
+from dspark_jax.planning import apart
 from dspark_jax.planning.flops import matmul_flops
 from dspark_jax.planning.hlo import Traffic, program_cost
 from dspark_jax.planning.programs import bytes_per_chip, decode_program, train_program, with_dtypes
@@ -175,10 +176,45 @@ def test_without_the_compiler_one_line_says_what_to_install(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("crashed", (("train",), ("train", "decode")))
+def test_a_crash_of_the_compiler_costs_one_program_only(config, tmp_path, monkeypatch, capsys, crashed):
+    """The process that compiles is ended by a signal, as a failed check of libtpu ends it."""
+    real, program = subprocess.run, "import os, sys; print('F0 x.cc:1] Check failed: pad', file=sys.stderr); os.abort()"
+
+    def run(command, **options):
+        job = json.loads((Path(command[-1]) / "job.json").read_text())
+        if job["part"] in crashed:
+            return real([sys.executable, "-c", program], **options)
+        (Path(command[-1]) / "result.json").write_text(json.dumps(result))
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    result = found(1.0, True) | {"flops": 1e12, "flops_per_chip": 1e12}
+    monkeypatch.setattr(apart.subprocess, "run", run)
+    monkeypatch.setattr(plan, "devices_of", lambda topology: (CHIPS["v5e"], jax.devices()))
+    plan.plan(config, tmp_path, topology="v5e:2x4")
+    report, said = json.loads((tmp_path / "plan.json").read_text()), capsys.readouterr().out
+    for part in plan.PARTS:
+        assert ("crashed" in report[part]) == (part in crashed)
+        assert ("the TPU compiler crashed (signal 6: F0 x.cc:1] Check failed: pad)" in report[part]["verdict"]) == (
+            part in crashed
+        )
+    assert "train step: not known" in said and ("decoding round: fits" in said) == ("decode" not in crashed)
+
+
+def test_bad_input_of_the_compiling_process_is_told_as_such(config, tmp_path, monkeypatch):
+    config.train = dataclasses.replace(config.train, batch_size=6)
+    monkeypatch.setattr(apart, "devices_of", lambda topology: (CHIPS["v5e"], jax.devices()))
+    (tmp_path / "job.json").write_text(json.dumps({"config": to_json(config), "topology": "v5e:2x4", "part": "train"}))
+    with pytest.raises(SystemExit, match="2"):
+        apart.main(tmp_path)
+    done = subprocess.CompletedProcess([], 2, "", "a warning\nerror: train.batch_size=6 is wrong\n")
+    monkeypatch.setattr(apart.subprocess, "run", lambda *args, **options: done)
+    with pytest.raises(InputError, match="^train.batch_size=6 is wrong$"):
+        apart.estimate_apart(config, "v5e:2x4", "train")
+
+
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 def test_a_small_plan(config, tmp_path):
-    from dspark_jax.config import to_json
-
     (tmp_path / "c.json").write_text(to_json(config))
     (tmp_path / "c.py").write_text(
         "from pathlib import Path\nfrom dspark_jax.config import from_json\n\n\n"

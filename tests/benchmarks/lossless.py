@@ -141,13 +141,15 @@ def ranks(target: Any, tokens: jax.Array, heat: jax.Array, noise: jax.Array) -> 
 def uniforms(models: Models, answers: Sequence[tuple[list[int], tuple[int, ...], float]], seed: int) -> np.ndarray:
     """`ranks` of all answered tokens: uniform on [0, 1] if they were drawn from the target's distribution."""
     rng, out = np.random.default_rng(seed), []
+    answers = sorted(answers, key=lambda one: len(one[0]) + len(one[1]))
     for start in range(0, len(answers), ROWS):
         part = answers[start : start + ROWS]
-        tokens, heat = np.zeros((ROWS, WIDTH), np.int32), np.ones(ROWS, np.float32)
+        width = -(-(len(part[-1][0]) + len(part[-1][1])) // 32) * 32  # few widths, few executables
+        tokens, heat = np.zeros((ROWS, width), np.int32), np.ones(ROWS, np.float32)
         for row, (prompt, answer, temperature) in enumerate(part):
             tokens[row, : len(prompt) + len(answer)] = [*prompt, *answer]
             heat[row] = temperature
-        found = np.asarray(ranks(models.target, tokens, heat, rng.random((ROWS, WIDTH), np.float32)))
+        found = np.asarray(ranks(models.target, tokens, heat, rng.random((ROWS, width), np.float32)))
         out += [found[row, len(prompt) : len(prompt) + len(answer)] for row, (prompt, answer, _) in enumerate(part)]
     return np.concatenate(out)
 

@@ -61,11 +61,17 @@ def test_products_are_counted_as_often_as_their_loops_turn():
 
 HLO = """HloModule jit_step, is_scheduled=true
 
+%inner (param_0: s32[], param_1: f32[8,100]) -> f32[1,100] {
+  %param_0 = s32[]{:T(128)S(6)} parameter(0)
+  %param_1 = f32[8,100]{1,0:T(8,128)} parameter(1)
+  ROOT %slice = f32[1,100]{1,0} dynamic-slice(%param_1, %param_0, %param_0), dynamic_slice_sizes={1,100}
+}
+
 %fused (param_0: f32[8,100], param_1: s32[]) -> f32[100] {
   %param_0 = f32[8,100]{1,0:T(8,128)} parameter(0)
   %param_1 = s32[]{:T(128)S(6)} parameter(1)
-  %slice = f32[1,100]{1,0} dynamic-slice(%param_0, %param_1, %param_1), dynamic_slice_sizes={1,100}
-  ROOT %row = f32[100]{0} bitcast(%slice)
+  %part = f32[1,100]{1,0} fusion(%param_1, %param_0), kind=kLoop, calls=%inner
+  ROOT %row = f32[100]{0} bitcast(%part)
 }
 
 %body (arg: (s32[], f32[8,100], f32[100])) -> (s32[], f32[8,100], f32[100]) {

@@ -131,7 +131,7 @@ def _instruction(line: str) -> _Instruction:
     arguments_end = len(operation) + _matching(body[len(operation) :])
     operands = tuple(re.findall(r"%([\w.\-]+)", body[len(operation) : arguments_end]))
     name = head.removeprefix("ROOT ").lstrip("%")
-    if operation == "constant":
+    if operation in ("constant", "parameter"):
         operands = (body[len(operation) + 1 : arguments_end - 1],)
     return _Instruction(name, kind, operation, operands, body[arguments_end:], head.startswith("ROOT "))
 
@@ -185,7 +185,8 @@ def _bytes(program: _Program, computation: str, instruction: _Instruction) -> fl
     if operation != "fusion":
         return written + sum(_size(_shapes(kind), hbm=True) for kind in types)
     inner = program[instruction.called("calls")[0]]
-    return sum(_read(inner, i) for i in inner.values() if i.operation == "parameter") + _written(inner, written)
+    read = sum(_read(program, inner, i) for i in inner.values() if i.operation == "parameter")
+    return read + _written(inner, written)
 
 
 def _users(inner: dict[str, _Instruction], name: str) -> list[tuple[_Instruction, str]]:
@@ -197,12 +198,17 @@ def _users(inner: dict[str, _Instruction], name: str) -> list[tuple[_Instruction
     return found
 
 
-def _read(inner: dict[str, _Instruction], parameter: _Instruction) -> float:
+def _read(program: _Program, inner: dict[str, _Instruction], parameter: _Instruction) -> float:
     """HBM bytes that a fusion reads of a parameter: the slices, where it reads slices only; 0 where it updates it."""
     size, total = _size(_shapes(parameter.type), hbm=True), 0.0
     for user, name in _users(inner, parameter.name):
         if user.operation in ("dynamic-slice", "gather") and user.operands[0] == name:
             total += _size(_shapes(user.type))
+        elif user.operation == "fusion":
+            nested = program[user.called("calls")[0]]
+            numbers = {str(number) for number, operand in enumerate(user.operands) if operand == name}
+            within = [i for i in nested.values() if i.operation == "parameter" and i.operands[0] in numbers]
+            total += sum(_read(program, nested, i) for i in within)
         elif not (user.operation in _UPDATES and user.operands[0] == name):
             total += size
     return min(size, total)

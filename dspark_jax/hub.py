@@ -62,5 +62,6 @@ def with_architecture(config: Config) -> Config:
     target = config.target
     if target.architecture.vocab_size or not is_hub_id(target.path):
         return config
-    found = TargetArchitecture.from_hf(local_directory(target.path, ("config.json",)))
+    read = TargetArchitecture.of_any_model if config.data.features == "torch" else TargetArchitecture.from_hf
+    found = read(local_directory(target.path, ("config.json",)))
     return dataclasses.replace(config, target=dataclasses.replace(target, architecture=found))

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from dspark_jax.config import InputError
+from dspark_jax.hub import local_directory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,12 +77,12 @@ def load_torch_target(path: str, taps: Sequence[int], dtype: str = "auto") -> To
     """Loads a model onto the first accelerator that PyTorch sees, else the CPU.
 
     Args:
-      path: a Hugging Face model directory.
+      path: a Hugging Face model directory, or the id of a model on the hub.
       taps: layer ids, never the last layer's.
       dtype: float32, bfloat16, or auto: bfloat16 on accelerators, float32 on CPU.
 
     Raises:
-      InputError: PyTorch is not installed, or transformers cannot load the model.
+      InputError: PyTorch is not installed, the model is not to be had, or transformers cannot load it.
     """
     try:
         import torch
@@ -96,8 +97,9 @@ def load_torch_target(path: str, taps: Sequence[int], dtype: str = "auto") -> To
     )
     if dtype == "auto":
         dtype = "float32" if device.type == "cpu" else "bfloat16"
+    directory = local_directory(path)
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
+        model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype))
     except (OSError, ValueError, KeyError) as error:  # what transformers raises for files and configs it cannot use
         raise InputError(f"{path}: transformers cannot load it ({' '.join(str(error).split())[:200]})") from None
     return TorchTarget(model.eval().to(device), tuple(taps), path)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from dspark_jax import train as train_module
 from dspark_jax.config import Config, InputError, TargetArchitecture, TargetConfig, problems, resolve
 from dspark_jax.data.sources import Sample, write_samples
+from dspark_jax.hub import with_architecture
 from dspark_jax.sharding import make_mesh
 from dspark_jax.training.checkpoint import Checkpoints
 from dspark_jax.training.feature_cache import feature_pass, open_features, prepare_features
@@ -135,6 +137,24 @@ def test_a_model_without_a_definition_gives_its_features(config, llama, tmp_path
     )
     np.testing.assert_allclose(lender.unembed(last), logits, atol=1e-5)
     np.testing.assert_allclose(lender.embed(tokens), embedded, atol=1e-6)
+
+
+def test_it_may_come_from_the_hub(config, llama, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    folder = tmp_path / "models--me--llama"
+    shutil.copytree(llama[0], folder / "snapshots" / ("0" * 40))
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    here = foreign(config, llama[0])
+    config = dataclasses.replace(config, target=TargetConfig(path="me/llama"))
+    there = resolve(with_architecture(config))
+    assert there.target.architecture == here.target.architecture
+    tokens, lengths = np.arange(8, dtype=np.int32)[None] % VOCAB, np.asarray([8], np.int32)
+    (near, _), (far, _) = (feature_pass(one, tmp_path)(tokens, lengths) for one in (here, there))
+    np.testing.assert_array_equal(far, near)
 
 
 def test_a_drafter_is_trained_for_it(config, llama, tmp_path):

@@ -30,16 +30,15 @@ from scipy import stats
 
 from dspark_jax.command import load_config
 from dspark_jax.config import Config, resolve
-from dspark_jax.data.chat import load_tokenizer, prompt_tokens, stop_tokens
+from dspark_jax.data.chat import prompt_tokens
 from dspark_jax.data.prompts import read_prompts
 from dspark_jax.drafter.interface import is_confident
 from dspark_jax.engine import generate
 from dspark_jax.engine.schedule import Scheduler
 from dspark_jax.engine.serving import Engine
+from dspark_jax.evaluation.setup import open_engine
 from dspark_jax.progress import Progress
 from dspark_jax.sharding import make_mesh
-from dspark_jax.target.loading import load_target
-from dspark_jax.training.checkpoint import load_drafter
 
 ROOT = Path(__file__).resolve().parents[2]
 BUDGET, WIDTH, BINS, ROWS = 96, 256, 100, 8
@@ -67,11 +66,10 @@ class Models:
 
     def __init__(self, config: Config, workdir: Path, prompts: int):
         self.mesh = make_mesh(config.mesh)
-        self.target, tokenizer = load_target(config.target, self.mesh), load_tokenizer(config.target.path)
-        self.drafter = load_drafter(workdir, self.mesh, config.target)[1]
-        self.stops = stop_tokens(config.target.path, tokenizer)
+        models = open_engine(config, workdir, self.mesh)
+        self.target, self.drafter, self.stops = models.target, models.drafter, models.stop_tokens
         found = read_prompts(config.eval.prompts, prompts)
-        rows = [prompt_tokens(tokenizer, prompt.messages[:1]) for prompt in found]
+        rows = [prompt_tokens(models.tokenizer, prompt.messages[:1]) for prompt in found]
         self.prompts = [ids for ids in rows if len(ids) + BUDGET <= WIDTH]
 
 

@@ -30,17 +30,17 @@ from flax import nnx
 
 from dspark_jax.command import load_config
 from dspark_jax.config import Config, InputError, resolve
-from dspark_jax.data.chat import answer_text, load_tokenizer, prompt_tokens, stop_tokens
+from dspark_jax.data.chat import answer_text, prompt_tokens
 from dspark_jax.data.prompts import read_prompts
 from dspark_jax.drafter import make_drafter
 from dspark_jax.engine import generate
 from dspark_jax.engine.request import Request
 from dspark_jax.engine.sampling import request_keys
 from dspark_jax.engine.serving import Engine, QueueFull
+from dspark_jax.evaluation.setup import open_engine
 from dspark_jax.ops.sampling import GREEDY_BELOW
 from dspark_jax.sharding import make_mesh
-from dspark_jax.target.loading import compute_dtype, load_target
-from dspark_jax.training.checkpoint import load_drafter
+from dspark_jax.target.loading import compute_dtype
 
 ROOT = Path(__file__).resolve().parents[2]
 BUDGET, CAPACITY = 64, 256
@@ -330,13 +330,12 @@ def main() -> None:
 
     config = resolve(load_config(arguments.config))
     mesh = make_mesh(config.mesh)
-    target, tokenizer = load_target(config.target, mesh), load_tokenizer(config.target.path)
-    if arguments.workdir:
-        drafter = load_drafter(Path(arguments.workdir), mesh, config.target)[1]
-    else:
+    drafter = None
+    if not arguments.workdir:
         dtype = compute_dtype(config.drafter.dtype)
         drafter = make_drafter(config.target.architecture, config.drafter, rngs=nnx.Rngs(arguments.seed), dtype=dtype)
-    stops = stop_tokens(config.target.path, tokenizer)
+    models = open_engine(config, Path(arguments.workdir or "."), mesh, drafter=drafter)
+    target, drafter, tokenizer, stops = models.target, models.drafter, models.tokenizer, models.stop_tokens
     with jax.set_mesh(mesh):
         asked = questions(config, target, drafter, tokenizer, stops, arguments.questions)
         engine = Engine(

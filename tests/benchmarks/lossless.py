@@ -85,6 +85,7 @@ def greedy(models: Models, rules: dict[str, Scheduler], batches: Sequence[int]) 
             temperature=0.0,
             stop_tokens=models.stops,
             batch_size=batch,
+            prompt_width=max(map(len, models.prompts)),  # one executable for all
             scheduler=scheduler,
         ).tokens
 

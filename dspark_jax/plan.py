@@ -20,13 +20,13 @@ from absl import flags
 
 from dspark_jax import command
 from dspark_jax.config import Config, InputError
-from dspark_jax.planning.apart import estimate_apart
+from dspark_jax.planning.apart import PROGRAMS, estimate_apart
 from dspark_jax.planning.programs import with_dtypes
 from dspark_jax.planning.topology import GIB, devices_of, listing
 from dspark_jax.progress import Progress, log
 from dspark_jax.sharding import make_mesh
 
-PARTS = ("train", "decode")
+PARTS = tuple(PROGRAMS)
 NAMES = {"train": "train step", "decode": "decoding round"}
 
 

@@ -18,16 +18,14 @@ def check_engine(
     target: Any,
     sizes: Mapping[str, int],
     capacity: int,
-    max_stop_tokens: int,
     stop_tokens: Sequence[int],
 ) -> None:
     """Refuses sizes with which an engine cannot work; see `Engine`, whose arguments these are.
 
     Args:
       target: the language model.
-      sizes: by name, what must be at least 1.
+      sizes: by name, what must be at least 1; `max_stop_tokens` is among them.
       capacity: most tokens of a request.
-      max_stop_tokens: most stop tokens of a request.
       stop_tokens: of the engine itself.
 
     Raises:
@@ -43,7 +41,7 @@ def check_engine(
         raise InputError(
             f"capacity={capacity} exceeds the target's max_position_embeddings={most}; use at most that many"
         )
-    _stops(stop_tokens, target.arch, max_stop_tokens)
+    _stops(stop_tokens, target.arch, sizes["max_stop_tokens"])
 
 
 def request_settings(

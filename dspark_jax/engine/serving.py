@@ -96,7 +96,7 @@ class Engine:
             "prefill_chunks": 1 if prefill_chunks is None else prefill_chunks,
             "max_stop_tokens": max_stop_tokens,
         }
-        check_engine(target, sizes, capacity, max_stop_tokens, stop_tokens)
+        check_engine(target, sizes, capacity, stop_tokens)
         check_scheduler(self.scheduler, drafter, slots)
         self.slots, self.capacity, self.max_queue = slots, capacity, max_queue
         self.tokenizer, self.stop_tokens, self.max_stop_tokens = tokenizer, tuple(stop_tokens), max_stop_tokens

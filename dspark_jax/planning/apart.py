@@ -5,7 +5,6 @@ figures along, and it must not look like a crash of ours. Besides, two processes
 """
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -42,8 +41,7 @@ def estimate_apart(config: Config, topology: str, part: str) -> dict[str, Any]:
         job = {"config": to_json(config), "topology": topology, "part": part}
         (Path(folder) / "job.json").write_text(json.dumps(job), "utf-8")
         command = [sys.executable, "-m", "dspark_jax.planning.apart", folder]
-        environment = os.environ | {"JAX_PLATFORMS": "cpu"}  # the TPU here is only compiled for
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
         result = Path(folder) / "result.json"
         if done.returncode == 0:
             return json.loads(result.read_text("utf-8"))
@@ -71,5 +69,5 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_platforms", "cpu")  # the TPU here is only compiled for
     main(Path(sys.argv[1]))

@@ -112,7 +112,7 @@ def questions(config: Config, target: Any, drafter: Any, tokenizer: Any, stops: 
 
 
 def decoded_alone(engine: Engine, asked: Sequence[Question]) -> list[Question]:
-    """The questions with what the idle engine answers to them, one by one.
+    """The questions, the sampled ones with what the idle engine answers to them one by one.
 
     Whatever company a request has later, in whichever slot, it must get the same. Greedy answers are those of
     `generate` as well; sampled ones often are not, since a drafter in bfloat16 gives other batch shapes slightly other
@@ -120,9 +120,10 @@ def decoded_alone(engine: Engine, asked: Sequence[Question]) -> list[Question]:
     """
     found = []
     for one in asked:
-        result = engine.submit(one.prompt, max_new_tokens=BUDGET, **one.settings).result()
-        same = one.greedy or list(result.tokens) == one.tokens
-        found.append(one if same else dataclasses.replace(one, tokens=list(result.tokens), text=result.text))
+        if not one.greedy:
+            result = engine.submit(one.prompt, max_new_tokens=BUDGET, **one.settings).result()
+            one = dataclasses.replace(one, tokens=list(result.tokens), text=result.text)
+        found.append(one)
     return found
 
 

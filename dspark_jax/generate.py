@@ -20,8 +20,8 @@ In a terminal these are green, red, grey and bold; NO_COLOR turns the colours of
 
 The schedulers `early_stop` and `lagged` read `cost_table.json` of the working directory, as `profile` writes it, or
 without one assume an accelerator that is far from saturated; `adaptive`, which drafts only in rounds that promise to
-gain by it, assumes that a round with drafts takes twice as long as one without. Every scheduler but `fixed` and
-`adaptive` reads `calibration.json` if there is one.
+gain by it, assumes that a round with drafts takes twice as long as one without. Every scheduler but `fixed` reads
+`calibration.json` if there is one.
 """
 
 import json
@@ -39,6 +39,7 @@ from jax.sharding import Mesh
 from dspark_jax import command
 from dspark_jax.config import Config, InputError
 from dspark_jax.data.chat import load_tokenizer, prompt_tokens, stop_tokens, with_system
+from dspark_jax.drafter.interface import is_confident
 from dspark_jax.engine.request import Piece, Request, TracedRound
 from dspark_jax.engine.schedule import Scheduler
 from dspark_jax.engine.serving import Engine
@@ -101,7 +102,7 @@ def generate(
         raise InputError("the prompt is empty; give --prompt TEXT, or text on standard input")
     mesh = make_mesh(config.mesh) if mesh is None else mesh
     drafter = None if plain else load_drafter(workdir, mesh, config.target)[1]
-    rule = Scheduler.fixed() if drafter is None else _scheduler(name, threshold, drafter.block_size, workdir)
+    rule = Scheduler.fixed() if drafter is None else _scheduler(name, threshold, drafter, workdir)
     tokenizer = load_tokenizer(config.target.path)
     ids = prompt_tokens(tokenizer, with_system([{"role": "user", "content": text}], config.data.system_prompt))
     budget = config.eval.max_new_tokens if max_new_tokens is None else max_new_tokens
@@ -154,10 +155,11 @@ def _capacity(prompt: int, budget: int, most: int) -> int:
     return min(wanted, most) if most else wanted
 
 
-def _scheduler(name: str, threshold: float | None, block_size: int, workdir: Path) -> Scheduler:
+def _scheduler(name: str, threshold: float | None, drafter: Any, workdir: Path) -> Scheduler:
     """The rule of that name with what the working directory knows about costs and calibration."""
     if name == "fixed":
         return Scheduler.fixed()
+    block_size, confident = drafter.block_size, is_confident(drafter)
     bounds = _calibration(workdir / "calibration.json", block_size)
     if name == "threshold":
         return Scheduler.threshold(0.5 if threshold is None else threshold, **bounds)
@@ -167,7 +169,8 @@ def _scheduler(name: str, threshold: float | None, block_size: int, workdir: Pat
     if name == "adaptive":
         if table.plain is None and file.exists():
             raise InputError(f"{file}: says nothing about rounds without drafts; run profile again, or remove it")
-        return Scheduler.adaptive(0.5) if table.plain is None else Scheduler.adaptive(costs, table.plain)
+        learns: dict[str, Any] = {"confident": True, **bounds} if confident else {}
+        return Scheduler.adaptive(*((0.5,) if table.plain is None else (costs, table.plain)), **learns)
     if name == "early_stop":
         return Scheduler.early_stop(costs, **bounds)
     return Scheduler.lagged(costs, 0.8 ** np.arange(1, block_size + 1), **bounds)

@@ -4,6 +4,7 @@ import io
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -29,6 +30,7 @@ from dspark_jax.sharding import make_mesh
 from dspark_jax.target.loading import load_target
 
 BLOCK, BUDGET = 3, 24
+DRAFTER = SimpleNamespace(block_size=BLOCK, confidence=object())
 ONE_DEVICE = MeshConfig(1, 1, 1)
 PROMPT = "the sum of the numbers"
 MARK = re.compile(r'([-+.=])("(?:[^"\\]|\\.)*")(?: (\d?\.\d\d))?')
@@ -143,34 +145,37 @@ def test_colours_are_for_terminals_that_want_them(run: Run, monkeypatch: Any, no
 
 
 def test_schedulers_read_what_the_working_directory_knows(tmp_path: Path) -> None:
-    assert _scheduler("threshold", None, BLOCK, tmp_path).confidence == 0.5
-    flat = _scheduler("early_stop", None, BLOCK, tmp_path)
+    assert _scheduler("threshold", None, DRAFTER, tmp_path).confidence == 0.5
+    flat = _scheduler("early_stop", None, DRAFTER, tmp_path)
     assert len(set(flat.steps_per_second.tolist())) == 1 and flat.temperatures is None
     (tmp_path / "calibration.json").write_text('{"temperatures": [1.5, 2.0, 0.5]}')
     table = {"sample_batch_tokens": [1, 2, 4], "sample_steps_per_sec": [30, 20, 10], "max_batch_tokens": 4}
     (tmp_path / "cost_table.json").write_text(json.dumps(table))
-    known = _scheduler("lagged", None, BLOCK, tmp_path)
+    known = _scheduler("lagged", None, DRAFTER, tmp_path)
     assert known.temperatures.tolist() == [1.5, 2.0, 0.5] and known.bias is None
     both = {"temperatures": [1.5, 2.0, 0.5], "bias": -0.25, "temperatures_with_bias": [1.0, 1.25, 0.75]}
     (tmp_path / "calibration.json").write_text(json.dumps(both))
-    shifted = _scheduler("threshold", 0.3, 3, tmp_path)
+    shifted = _scheduler("threshold", 0.3, DRAFTER, tmp_path)
     assert shifted.temperatures.tolist() == [1.0, 1.25, 0.75] and float(shifted.bias) == -0.25
     assert known.steps_per_second.tolist()[1:] == [30, 20, 20, 10]
     assert known.prior.shape == (BLOCK,)
     with pytest.raises(InputError, match="nothing about rounds without drafts"):
-        _scheduler("adaptive", None, BLOCK, tmp_path)
+        _scheduler("adaptive", None, DRAFTER, tmp_path)
     (tmp_path / "cost_table.json").write_text(
         json.dumps(table | {"plain_batch_tokens": [1], "plain_steps_per_sec": [70]})
     )
-    measured = _scheduler("adaptive", None, BLOCK, tmp_path)
+    measured = _scheduler("adaptive", None, DRAFTER, tmp_path)
     assert measured.plain_steps_per_second.tolist() == [70, 70]
     assert measured.steps_per_second.tolist()[1:] == [30, 20, 20, 10]
     (tmp_path / "cost_table.json").unlink()
-    assert _scheduler("adaptive", None, BLOCK, tmp_path).steps_per_second.tolist() == [0.5]
+    assert _scheduler("adaptive", None, DRAFTER, tmp_path).steps_per_second.tolist() == [0.5]
+    assert shifted.bias == measured.bias and measured.online.confident
+    headless = _scheduler("adaptive", None, SimpleNamespace(block_size=BLOCK, confidence=None), tmp_path)
+    assert not headless.online.confident and headless.bias is None
     for content, message in (("{}", "no calibration"), ('{"temperatures": [1]}', "has 1 temperatures; 3 positive")):
         (tmp_path / "calibration.json").write_text(content)
         with pytest.raises(InputError, match=message):
-            _scheduler("threshold", None, BLOCK, tmp_path)
+            _scheduler("threshold", None, DRAFTER, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,8 @@
-"""Last step of a round: accepted tokens become part of the request, stop tokens and budgets end it."""
+"""Last step of a round: accepted tokens become part of the request, stop tokens and budgets end it.
+
+The drafter absorbs the features of what was committed: at once, or, where rounds without drafts follow each other, some
+of them together, which costs hardly more than one.
+"""
 
 import dataclasses
 
@@ -6,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from dspark_jax.drafter.interface import Drafter, Proposal
-from dspark_jax.engine.state import DecodeState, Round
+from dspark_jax.engine.state import DecodeState, Pending, Round
 from dspark_jax.engine.verify import Verdict
 from dspark_jax.target.model import TargetOutput
 
@@ -60,6 +64,7 @@ def commit(
 
     Args:
       drafter: absorbs the target's features of the verified tokens that were kept: the anchor and the accepted drafts.
+        None: nobody does (see `postpone`).
       state: before the round.
       proposal: all drafts.
       lengths: [B] how many of them were verified.
@@ -101,3 +106,27 @@ def commit(
         draft_cache=draft_cache,
     )
     return after, entry
+
+
+def postpone(state: DecodeState, features: jax.Array, active: jax.Array) -> Pending:
+    """The pending rows with those of a round without drafts: features [B, 1, M*D], of the `active` [B] requests."""
+    pending = state.pending
+    assert pending is not None
+    rows, counts = pending.features, pending.counts
+    if rows.shape[0] == 1:  # in place
+        rows = jax.lax.dynamic_update_slice_in_dim(rows, features, counts[0], 1)
+    else:
+        rows = jnp.where((jnp.arange(rows.shape[1]) == counts[:, None])[..., None], features, rows)
+    return Pending(rows, counts + active)
+
+
+def absorb(drafter: Drafter, state: DecodeState) -> DecodeState:
+    """Shows the drafter what is pending; its cache then holds everything before the anchors."""
+    pending = state.pending
+    assert pending is not None
+    rows = pending.features.shape[1]
+    positions = (state.positions - pending.counts)[:, None] + jnp.arange(rows)
+    tokens = jnp.take_along_axis(state.tokens, jnp.minimum(positions, state.tokens.shape[1] - 1), axis=1)
+    cache = drafter.extend(state.draft_cache, pending.features, tokens, positions, pending.counts)
+    cleared = dataclasses.replace(pending, counts=jnp.zeros_like(pending.counts))
+    return dataclasses.replace(state, draft_cache=cache, pending=cleared)

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from dspark_jax.engine.generate import laid_out
-from dspark_jax.engine.round import drafting_round, plain_round
+from dspark_jax.engine.round import catch_up, drafting_round, plain_round
 from dspark_jax.engine.sampling import request_keys, round_uniforms
 from dspark_jax.engine.schedule import Scheduler
-from dspark_jax.engine.state import DecodeState
+from dspark_jax.engine.state import DecodeState, Pending
 from dspark_jax.ops.sampling import Sampling
 
 
@@ -59,7 +59,7 @@ def round_seconds(target: Any, drafter: Any, shape: RoundShape, *, rounds: int =
 
     Args:
       target: the language model.
-      drafter: drafts for it; a round without drafts keeps its cache up to date. None decodes plainly.
+      drafter: drafts for it; rounds without drafts keep its cache up to date. None decodes plainly.
       shape: of the round; of T tokens, every request that there is gets its share.
       rounds: that are timed together.
       repeats: runs.
@@ -70,6 +70,8 @@ def round_seconds(target: Any, drafter: Any, shape: RoundShape, *, rounds: int =
     share = min(shape.tokens // active, per_request)
     scheduler = Scheduler.fixed(max(share - 1, 0))
     state = midway(target, drafter, scheduler, shape.slots, active, shape.context)
+    if drafter is not None and not shape.tokens:
+        state = dataclasses.replace(state, pending=Pending.empty(target, drafter, shape.slots))
 
     def run(count: int) -> float:
         started = time.perf_counter()
@@ -99,6 +101,8 @@ def _rounds(
             after = drafting_round(target, drafter, *settings, scheduler, sizes=sizes, unroll=unroll)[0]
         else:
             after = plain_round(target, drafter, *settings, unroll=unroll)[0]
+            assert after.pending is not None
+            after = catch_up(drafter, after, after.pending.full)
         return dataclasses.replace(after, lengths=at.lengths, finished=at.finished, stopped=at.stopped)
 
     return jax.lax.fori_loop(0, count, turn, state).tokens

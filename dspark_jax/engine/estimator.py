@@ -5,8 +5,12 @@ those among them that accepted it. Their quotient is a conditional acceptance; w
 shrunk to the rate of all requests as if `strength` rounds of the average request had been seen before (the mean of a
 beta posterior). A request that has just started is therefore predicted to be average.
 
-The estimate of a round is a function of earlier rounds alone: of tokens that are committed, never of the drafts it
-decides about. Every scheduler that reads it is lossless, even one that maximises globally (paper appendix A).
+A drafter with a confidence head says more: one round with drafts then counts, for every position, as the fractions of
+a round that the head expects to reach and to pass it, whether or not the drafts were verified.
+
+The estimate of a round is a function of earlier rounds alone, never of the drafts it decides about, and every round
+draws with numbers of its own. Every scheduler that reads it is lossless, even one that maximises globally (paper
+appendix A).
 """
 
 import dataclasses
@@ -75,10 +79,13 @@ class EstimateSettings:
     discount: float = 0.98
     all_discount: float = 0.995
     prior: float = 0.5
+    confident: bool = False
+    """Learn from what the drafter's confidence head expects of a round instead of from what was accepted in it."""
 
     def start(self, batch: int, block_size: int) -> AcceptanceEstimate:
         """The estimate before any round."""
-        return empty_estimate(batch, block_size, **dataclasses.asdict(self))
+        counts = {name: value for name, value in dataclasses.asdict(self).items() if name != "confident"}
+        return empty_estimate(batch, block_size, **counts)
 
     def check(self) -> None:
         """Refuses settings out of range.
@@ -98,7 +105,11 @@ class EstimateSettings:
 
 
 def update(
-    state: AcceptanceEstimate, proposed: jax.Array, accepted: jax.Array, active: jax.Array
+    state: AcceptanceEstimate,
+    proposed: jax.Array,
+    accepted: jax.Array,
+    active: jax.Array,
+    expected: jax.Array | None = None,
 ) -> AcceptanceEstimate:
     """The estimate after one more round.
 
@@ -110,11 +121,17 @@ def update(
       proposed: [B] drafts that were verified (those up to an accepted stop token).
       accepted: [B] drafts that were accepted, at most `proposed`.
       active: [B] bool, requests that took part; the rows of the others stay as they are.
+      expected: [B, G] survivals that the confidence head gave the round's drafts, which are then learnt instead of
+        what came of them.
     """
     depth = jnp.arange(1, state.reached.shape[1] + 1)
     took_part = active[:, None]
-    reached = took_part & (depth <= jnp.minimum(accepted + 1, proposed)[:, None])
-    success = reached & (depth <= accepted[:, None])
+    if expected is None:
+        reached = took_part & (depth <= jnp.minimum(accepted + 1, proposed)[:, None])
+        success = reached & (depth <= accepted[:, None])
+    else:
+        success = jnp.where(took_part, expected, 0.0)
+        reached = jnp.where(took_part, jnp.pad(expected[:, :-1], ((0, 0), (1, 0)), constant_values=1.0), 0.0)
     keep = jnp.where(took_part, state.discount, 1.0)
     keep_all = jnp.where(jnp.any(active), state.all_discount, 1.0)
     return dataclasses.replace(

@@ -16,10 +16,10 @@ from dspark_jax.config import InputError
 from dspark_jax.drafter.interface import Drafter, is_confident
 from dspark_jax.engine.commit import is_stop
 from dspark_jax.engine.result import DecodeResult, collect
-from dspark_jax.engine.round import drafting_round, plain_round
+from dspark_jax.engine.round import catch_up, drafting_round, plain_round
 from dspark_jax.engine.sampling import request_keys, request_sampling, round_uniforms
 from dspark_jax.engine.schedule import Scheduler, check_scheduler, drafts_now
-from dspark_jax.engine.state import DecodeState, RoundLog
+from dspark_jax.engine.state import DecodeState, Pending, RoundLog
 from dspark_jax.ops.product import has_matrix_units
 from dspark_jax.ops.sampling import Sampling, sample
 from dspark_jax.sharding import constrain
@@ -84,6 +84,14 @@ def prefill(
         target_cache=output.cache,
         draft_cache=draft_cache,
     )
+
+
+def begin(target: Target, drafter: Drafter | None, scheduler: Scheduler, state: DecodeState) -> DecodeState:
+    """The state behind `prefill` with what the scheduler's rounds carry along."""
+    batch = state.lengths.shape[0]
+    pending = Pending.empty(target, drafter, batch) if drafter is not None and scheduler.alternates else None
+    history = scheduler.start(batch, 0 if drafter is None else drafter.block_size)
+    return dataclasses.replace(state, history=history, pending=pending)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +160,7 @@ def decode(
         capacity=shape.capacity,
         unroll=shape.unroll,
     )
-    state = dataclasses.replace(state, history=scheduler.start(prompts.shape[0], block_size))
+    state = begin(target, drafter, scheduler, state)
     log = RoundLog.empty(shape.rounds, prompts.shape[0], block_size, trace=shape.trace, confidence=confident)
 
     def step(carry: Carry, *, drafts: bool = True) -> Carry:
@@ -173,13 +181,17 @@ def decode(
     def wants(carry: Carry, *, drafts: bool) -> jax.Array:
         return running(carry) & (drafts_now(scheduler, carry[0].history, ~carry[0].finished) == drafts)
 
+    def plain(carry: Carry) -> jax.Array:
+        assert carry[0].pending is not None
+        return wants(carry, drafts=False) & ~carry[0].pending.full
+
     def alternate(carry: Carry) -> Carry:
+        assert drafter is not None
         # Rounds of a kind follow each other, in loops of their own: branches would copy the caches in every round.
-        for drafts in (True, False):
-            carry = jax.lax.while_loop(
-                functools.partial(wants, drafts=drafts), functools.partial(step, drafts=drafts), carry
-            )
-        return carry
+        carry = jax.lax.while_loop(functools.partial(wants, drafts=True), step, carry)
+        plainly = functools.partial(step, drafts=False)
+        state, log, row = jax.lax.while_loop(plain, plainly, carry)
+        return catch_up(drafter, state, jnp.bool_(True)), log, row
 
     body = alternate if scheduler.alternates else step
     state, log, _ = jax.lax.while_loop(running, body, (state, log, jnp.int32(0)))
@@ -294,16 +306,17 @@ def generate(
             lengths[row], limits[row] = len(token_rows[i]), len(token_rows[i]) + max_new_tokens
             tokens[row, : lengths[row]] = token_rows[i]
         picked = np.asarray(chosen + chosen[:1] * (rows - len(chosen)))
+        own_keys, own_sampling, own_scheduler = _settings_of(picked, keys, sampling, scheduler)
         state, log = decode(
             target,
             drafter,
-            jnp.asarray(tokens),
-            jnp.asarray(lengths),
-            jnp.asarray(limits),
-            keys[picked],
-            sampling.take(picked),
+            tokens,
+            lengths,
+            limits,
+            own_keys,
+            own_sampling,
             stops,
-            scheduler.take(picked),
+            own_scheduler,
             shape=dataclasses.replace(
                 decode_shape(width, max_new_tokens, drafter, trace=trace),
                 sizes=flat_sizes(verify_sizes, rows * (block_size + 1)),
@@ -313,6 +326,20 @@ def generate(
         if progress is not None:
             progress(len(chosen))
     return collect(parts, len(token_rows), block_size)
+
+
+def _settings_of(
+    picked: np.ndarray, keys: jax.Array, sampling: Sampling, scheduler: Scheduler
+) -> tuple[jax.Array, Sampling, Scheduler]:
+    """Keys, sampling and scheduler of some requests."""
+    if np.array_equal(picked, np.arange(len(keys))):
+        return keys, sampling, scheduler
+    return _take(keys, sampling, scheduler, picked)
+
+
+@jax.jit
+def _take(keys: jax.Array, sampling: Sampling, scheduler: Scheduler, rows: jax.Array) -> Any:
+    return keys[rows], sampling.take(rows), scheduler.take(rows)
 
 
 def flat_sizes(wanted: Sequence[int], most: int) -> tuple[int, ...]:
@@ -326,9 +353,9 @@ def flat_sizes(wanted: Sequence[int], most: int) -> tuple[int, ...]:
     return (*sorted({int(size) for size in wanted if size < most}), most) if wanted else ()
 
 
-def padded_stops(stop_tokens: Sequence[int]) -> jax.Array:
+def padded_stops(stop_tokens: Sequence[int]) -> np.ndarray:
     """Stop tokens [K] int32 as `decode` takes them, padded with -1 so that executables are shared."""
-    return jnp.asarray([*stop_tokens] + [-1] * (4 - len(stop_tokens) % 4), jnp.int32)
+    return np.asarray([*stop_tokens] + [-1] * (4 - len(stop_tokens) % 4), np.int32)
 
 
 def ladder(size: int) -> int:

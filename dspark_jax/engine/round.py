@@ -2,20 +2,22 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from dspark_jax.drafter.interface import Drafter, Proposal, is_confident
-from dspark_jax.engine.commit import commit
+from dspark_jax.engine.commit import absorb, commit, postpone
 from dspark_jax.engine.draft import draft
 from dspark_jax.engine.sampling import Uniforms
-from dspark_jax.engine.schedule import Scheduler, drafts_now, observe, schedule
+from dspark_jax.engine.schedule import Scheduler, drafts_now, expected, observe, schedule
 from dspark_jax.engine.state import DecodeState, Round
 from dspark_jax.engine.verify import Verdict, verify, verify_flat
 from dspark_jax.ops.sampling import Sampling
 from dspark_jax.target.model import Target, TargetOutput
+
+T = TypeVar("T")
 
 
 def decode_round(
@@ -39,14 +41,16 @@ def decode_round(
     if drafter is None or not scheduler.alternates:
         return drafting_round(target, drafter, state, *settings, scheduler, sizes=sizes, unroll=unroll)
     kinds = (
-        lambda state: drafting_round(target, drafter, state, *settings, scheduler, sizes=sizes, unroll=unroll),
-        lambda state: plain_round(target, drafter, state, *settings, unroll=unroll),
+        lambda at: drafting_round(target, drafter, at[0], *settings, scheduler, sizes=sizes, unroll=unroll),
+        lambda at: plain_round(target, drafter, at[0], *settings, unroll=unroll),
     )
     # Two loops of at most one turn: unlike the branches of a conditional, they update the caches in place.
     entry = no_round(drafter, state.lengths.shape[0])
     drafts = drafts_now(scheduler, state.history, ~state.finished)
-    state, entry = _when(drafts, kinds[0], state, entry)
-    return _when(~drafts, kinds[1], state, entry)
+    assert state.pending is not None
+    state = catch_up(drafter, state, drafts | state.pending.full)
+    state, entry = _when(drafts, kinds[0], (state, entry))
+    return _when(~drafts, kinds[1], (state, entry))
 
 
 def drafting_round(
@@ -77,7 +81,8 @@ def drafting_round(
     else:
         verdict, output = verify(target, state, *scheduled, taps=taps, unroll=unroll)
     after, entry = commit(drafter, state, proposal, lengths, verdict, output, stop_tokens)
-    history = observe(history, entry.proposed, entry.accepted, active, drafted=True)
+    seen = (entry.proposed, entry.accepted, active)
+    history = observe(history, *seen, drafted=True, expected=expected(scheduler, proposal))
     return dataclasses.replace(after, history=history), entry
 
 
@@ -132,16 +137,24 @@ def plain_round(
     *,
     unroll: bool = False,
 ) -> tuple[DecodeState, Round]:
-    """A round without drafts: one token per request. The drafter's cache learns it, for rounds to come."""
+    """A round without drafts: one token per request, which is left pending for the drafter's cache to learn."""
     batch, active = state.lengths.shape[0], ~state.finished
     nothing, none = draft(target, None, state, uniforms, sampling), jnp.zeros((batch,), jnp.int32)
     own = Uniforms(uniforms.draft[:, :0], uniforms.accept[:, :0], uniforms.next)
     verdict, output = verify(target, state, nothing, none, own, sampling, taps=drafter.taps, unroll=unroll)
-    after, entry = commit(drafter, state, nothing, none, verdict, output, stop_tokens)
+    after, entry = commit(None, state, nothing, none, verdict, output, stop_tokens)
     history = observe(state.history, none, none, active, drafted=False)
+    pending = postpone(state, output.features, active)
     blank = no_round(drafter, batch)
     entry = dataclasses.replace(entry, drafted=blank.drafted, confidence=blank.confidence)
-    return dataclasses.replace(after, history=history), entry
+    return dataclasses.replace(after, history=history, pending=pending), entry
+
+
+def catch_up(drafter: Drafter, state: DecodeState, wanted: jax.Array) -> DecodeState:
+    """The state without pending rows if that is wanted and there are some; a drafting round needs it."""
+    assert state.pending is not None
+    behind = wanted & jnp.any(state.pending.counts > 0)
+    return _when(behind, lambda state: absorb(drafter, state), state)
 
 
 def no_round(drafter: Drafter, batch: int) -> Round:
@@ -151,12 +164,10 @@ def no_round(drafter: Drafter, batch: int) -> Round:
     return Round(jnp.full((batch, drafter.block_size), -1, jnp.int32), confidence, none, none, none, none)
 
 
-def _when(
-    wanted: jax.Array, turn: Callable[[DecodeState], tuple[DecodeState, Round]], state: DecodeState, entry: Round
-) -> tuple[DecodeState, Round]:
-    """`turn(state)` if it is wanted, else what there is."""
+def _when(wanted: jax.Array, turn: Callable[[T], T], state: T) -> T:
+    """`turn(state)` if it is wanted, else `state`."""
 
     def body(carry: Any) -> Any:
-        return (*turn(carry[0]), jnp.bool_(False))
+        return turn(carry[0]), jnp.bool_(False)
 
-    return jax.lax.while_loop(lambda carry: carry[2], body, (state, entry, wanted))[:2]
+    return jax.lax.while_loop(lambda carry: carry[1], body, (state, wanted))[0]

@@ -40,7 +40,13 @@ class Uniforms:
 
 def request_keys(seed: int, requests: jax.Array) -> jax.Array:
     """One key per request number: requests [B] int32 -> keys [B]."""
-    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), requests)
+    return fold_keys(jax.random.key(seed), requests)
+
+
+@jax.jit
+def fold_keys(keys: jax.Array, numbers: jax.Array) -> jax.Array:
+    """A key for each of numbers [B] int32, from one key or from as many."""
+    return jax.vmap(jax.random.fold_in, in_axes=(0 if keys.ndim else None, 0))(keys, numbers)
 
 
 def round_uniforms(keys: jax.Array, positions: jax.Array, block_size: int) -> Uniforms:

@@ -113,6 +113,7 @@ class Scheduler:
         plain_steps_per_second: Any = 1.0,
         *,
         probe: int = 32,
+        confident: bool = False,
         online: EstimateSettings | None = None,
         **bounds: Any,
     ) -> "Scheduler":
@@ -128,11 +129,15 @@ class Scheduler:
             is for rounds with drafts that last as long as 2.1 plain ones.
           plain_steps_per_second: [N + 1] of rounds without drafts, or one number, in the same unit.
           probe: see `Scheduler`.
+          confident: learn what the confidence head expects of the drafts of a round, not what came of them: a round
+            then tells more, so fewer are needed to find out what does not pay.
           online: of the estimate; by default it expects much of a new request and forgets within some thirty rounds.
           **bounds: further attributes.
         """
         rates = [jnp.atleast_1d(jnp.asarray(v, jnp.float32)) for v in (steps_per_second, plain_steps_per_second)]
-        online = EstimateSettings(strength=1.0, discount=0.97, prior=0.8) if online is None else online
+        if online is None:
+            forgets = {"strength": 0.1, "discount": 0.95} if confident else {"strength": 1.0, "discount": 0.97}
+            online = EstimateSettings(**forgets, prior=0.8, confident=confident)
         return cls("adaptive", None, *rates, probe=jnp.int32(probe), online=online, **_arrays(bounds))
 
     @property
@@ -249,8 +254,22 @@ def next_capacity(scheduler: Scheduler, history: History | None, active: jax.Arr
     return rules.capacity(history.survival[0], scheduler.steps_per_second, *bounds)
 
 
+def expected(scheduler: Scheduler, proposal: Proposal) -> jax.Array | None:
+    """Survivals [B, G] that the confidence head gives this round's drafts, where `observe` is to learn from them."""
+    if scheduler.online is None or not scheduler.online.confident:
+        return None
+    assert proposal.confidence is not None
+    return rules.survival(proposal.confidence, scheduler.temperatures, scheduler.bias)
+
+
 def observe(
-    history: History | None, proposed: jax.Array, accepted: jax.Array, active: jax.Array, *, drafted: bool
+    history: History | None,
+    proposed: jax.Array,
+    accepted: jax.Array,
+    active: jax.Array,
+    *,
+    drafted: bool,
+    expected: jax.Array | None = None,
 ) -> History | None:
     """The history after a round.
 
@@ -260,12 +279,13 @@ def observe(
       accepted: [B] drafts that were accepted.
       active: [B] bool, requests that took part.
       drafted: whether the round drafted.
+      expected: of the round's drafts, from the function of that name.
     """
     if history is None:
         return None
     estimate, idle = history.estimate, history.idle
     if estimate is not None:
-        estimate = estimator.update(estimate, proposed, accepted, active)
+        estimate = estimator.update(estimate, proposed, accepted, active, expected)
     if idle is not None:
         idle = jnp.int32(0) if drafted else idle + 1
     return History(history.survival, estimate, idle)
@@ -299,6 +319,8 @@ def check_scheduler(scheduler: Scheduler, drafter: Any, requests: int) -> None:
         if drafter is None:
             raise InputError(f"scheduler {name!r} estimates how drafts are accepted; give a drafter, or use fixed")
         scheduler.online.check()
+        if scheduler.online.confident and not is_confident(drafter):
+            raise InputError(f"scheduler {name!r} is to learn from a confidence head; this drafter has none")
     elif name != "fixed" and not is_confident(drafter):
         raise InputError(f"scheduler {name!r} needs a drafter with a confidence head; use fixed, or give `online`")
     for field in ("steps_per_second", "plain_steps_per_second"):

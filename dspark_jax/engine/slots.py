@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from dspark_jax.engine.commit import is_stop
+from dspark_jax.engine.generate import begin
 from dspark_jax.engine.round import decode_round
 from dspark_jax.engine.sampling import request_keys, round_uniforms
 from dspark_jax.engine.schedule import Scheduler, next_capacity
@@ -163,6 +164,7 @@ def pin(target: Any, drafter: Any, slots: Slots) -> Slots:
     caches: dict[str, Any] = {
         "target_cache": jax.tree.map(split, state.target_cache, batch_axes(target.init_cache)),
         "history": None if state.history is None else state.history.per_request(split),
+        "pending": jax.tree.map(lambda values: split(values, 0), state.pending),
     }
     if drafter is not None:
         caches["draft_cache"] = jax.tree.map(split, state.draft_cache, batch_axes(drafter.init_cache))
@@ -196,8 +198,8 @@ def open_slots(target: Any, drafter: Any, scheduler: Scheduler, *, count: int, r
         keys=request_keys(0, numbers),
         target_cache=target.init_cache(count, rows),
         draft_cache=None if drafter is None else drafter.init_cache(count, rows),
-        history=scheduler.start(count, 0 if drafter is None else drafter.block_size),
     )
+    state = begin(target, drafter, scheduler, state)
     zeros = jnp.zeros((count,), jnp.float32)
     sampling = Sampling(zeros, numbers, zeros + 1, zeros)
     return pin(target, drafter, Slots(state, sampling, jnp.full((count, stops), -1, jnp.int32)))
@@ -252,6 +254,9 @@ def prefill_chunk(
     if history is not None and drafter is not None:
         fresh = scheduler.start(1, drafter.block_size)
         history = history.per_request(lambda values, new, axis: put_row(values, new, slot, axis), fresh)
+    pending = state.pending
+    if pending is not None:  # what the slot's last request has left
+        pending = dataclasses.replace(pending, counts=put(pending.counts, 0))
     state = dataclasses.replace(
         state,
         tokens=written.at[slot, chunk.prompt_length].set(first[0]),
@@ -265,6 +270,7 @@ def prefill_chunk(
         target_cache=target_cache,
         draft_cache=draft_cache,
         history=history,
+        pending=pending,
     )
     slots = Slots(state, sampling, put(slots.stop_tokens, chunk.stop_tokens))
     report = Committed(first[:, None], complete[None].astype(jnp.int32), finished[None], stopped[None], None)

@@ -6,6 +6,36 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dspark_jax.sharding import constrain
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Pending:
+    """What rounds without drafts have committed and the drafter has not absorbed yet: it reads several rows at once.
+
+    Attributes:
+      features: [B, R, M*D] of the target, oldest first; undefined from `counts` on.
+      counts: [B] int32. The rows' tokens are the last `counts` before the anchor.
+    """
+
+    features: jax.Array
+    counts: jax.Array
+
+    @classmethod
+    def empty(cls, target: Any, drafter: Any, batch: int) -> "Pending":
+        """Nothing, with room for the R = G + 1 rows that caches have behind the last token of a request."""
+        row = jnp.zeros((batch, 1), jnp.int32)
+        unroll = jax.default_backend() == "cpu"  # as a laid-out target wants it
+        like = jax.eval_shape(lambda: target.forward(row, row, taps=drafter.taps, unroll=unroll).features)
+        shape = (batch, drafter.block_size + 1, like.shape[-1])
+        return cls(constrain(jnp.zeros(shape, like.dtype), "batch", None, None), jnp.zeros((batch,), jnp.int32))
+
+    @property
+    def full(self) -> jax.Array:
+        """[] bool, whether a request has no room for another row."""
+        return jnp.max(self.counts) >= self.features.shape[1]
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +58,7 @@ class DecodeState:
       draft_cache: whatever the drafter keeps, None without a drafter.
       history: what the scheduler remembers of earlier rounds (`schedule.History`), None where it needs nothing; a new
         request in a slot starts from `Scheduler.start`.
+      pending: committed rows that the drafter's cache is still to learn; None where every round teaches it.
     """
 
     tokens: jax.Array
@@ -41,6 +72,7 @@ class DecodeState:
     target_cache: Any
     draft_cache: Any
     history: Any = None
+    pending: Pending | None = None
 
     @property
     def positions(self) -> jax.Array:

@@ -16,7 +16,7 @@ from dspark_jax.data.prompts import Message
 from dspark_jax.data.regenerate import Conversation, Rejected
 from dspark_jax.engine.generate import generate, ladder
 from dspark_jax.engine.result import DecodeResult
-from dspark_jax.engine.sampling import request_keys
+from dspark_jax.engine.sampling import fold_keys, request_keys
 from dspark_jax.engine.schedule import Scheduler
 from dspark_jax.target.model import Target
 
@@ -61,10 +61,8 @@ class Engine:
 
         The random numbers of a request follow from its prompt and turn, so they are the same in every batch.
         """
-        keys = jax.vmap(jax.random.fold_in)(
-            request_keys(self.seed, jnp.asarray([item.stream for item in requests.items], jnp.int32)),
-            jnp.asarray([item.turn for item in requests.items], jnp.int32),
-        )
+        streams = request_keys(self.seed, jnp.asarray([item.stream for item in requests.items], jnp.int32))
+        keys = fold_keys(streams, jnp.asarray([item.turn for item in requests.items], jnp.int32))
         return generate(
             self.target,
             self.drafter if speculative else None,

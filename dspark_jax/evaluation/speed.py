@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dspark_jax.config import Config, from_json, to_json
+from dspark_jax.drafter.interface import is_confident
 from dspark_jax.engine.generate import decode, decode_shape, laid_out, padded_stops
 from dspark_jax.engine.result import DecodeResult
 from dspark_jax.engine.sampling import request_keys, request_sampling
@@ -61,7 +62,8 @@ def measure_speed(
         engines.append(dataclasses.replace(engine, target=target, drafter=drafter))
 
     def run(number: int, column: int, round_cost: float = 2.0) -> tuple[float, DecodeResult]:
-        scheduler = Scheduler.adaptive(1 / round_cost) if column == 2 else None
+        confident = is_confident(engine.drafter)
+        scheduler = Scheduler.adaptive(1 / round_cost, confident=confident) if column == 2 else None
         one, started = requests.take([number]), time.perf_counter()
         speculative = bool(column)
         result = engines[column > 0].decode(

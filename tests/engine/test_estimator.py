@@ -64,6 +64,18 @@ def test_equals_a_loop_over_observations(seed: int):
     np.testing.assert_allclose(survival(state), np.cumprod(expected, axis=1), rtol=1e-5)
 
 
+def test_what_a_confidence_head_expects_counts_in_fractions_of_a_round():
+    """One request, by hand: survivals .8, .4 are 1 and .8 rounds that reach, .8 and .4 that pass the two positions."""
+    state = empty_estimate(2, 2, strength=0.5, discount=0.9, all_discount=0.8, prior=0.25)
+    on, none = np.array([True, False]), np.zeros(2, int)
+    state = update(state, none, none, on, np.array([[0.8, 0.4], [1.0, 1.0]], np.float32))
+    state = update(state, none, none, on, np.array([[0.5, 0.1], [1.0, 1.0]], np.float32))
+    reached, accepted = np.array([0.9 + 1, 0.9 * 0.8 + 0.5]), np.array([0.9 * 0.8 + 0.5, 0.9 * 0.4 + 0.1])
+    everyone = (np.array([0.8 * 0.8 + 0.5, 0.8 * 0.4 + 0.1]) + 0.25) / (np.array([0.8 + 1, 0.8 * 0.8 + 0.5]) + 1)
+    np.testing.assert_allclose(conditional(state)[0], (accepted + 0.5 * everyone) / (reached + 0.5), rtol=1e-6)
+    np.testing.assert_allclose(conditional(state)[1], everyone, rtol=1e-6)
+
+
 def test_before_any_round_everyone_has_the_prior():
     state = empty_estimate(BATCH, SIZE, **SETTINGS)
     np.testing.assert_allclose(

@@ -13,6 +13,7 @@ from flax import nnx
 from dspark_jax.config import Config, DataConfig, DrafterConfig, TargetArchitecture, TargetConfig, resolve
 from dspark_jax.drafter import make_drafter
 from dspark_jax.engine import generate
+from dspark_jax.engine.schedule import Scheduler
 from dspark_jax.engine.serving import Engine
 from dspark_jax.kinds import KINDS, as_kind
 from dspark_jax.target.qwen3 import Qwen3
@@ -72,6 +73,51 @@ def test_output_is_the_targets(kind: str) -> None:
     observed, expected = (np.append(x[~rare], x[rare].sum()) for x in (observed, expected))
     statistic, freedom = np.sum((observed - expected) ** 2 / expected), len(expected) - 1
     assert freedom > 10 and statistic < freedom + 6 * np.sqrt(2 * freedom), (statistic, freedom)
+
+
+@functools.cache
+def drafts_everywhere(kind: str) -> list[np.ndarray]:
+    """[rounds, G] what is drafted after every token of a greedy answer, by taking one token at a time."""
+    result = generate(target(), drafter(kind), PROMPTS, max_new_tokens=24, scheduler=Scheduler.fixed(0), trace=True)
+    assert result.drafted is not None
+    return result.drafted
+
+
+@pytest.mark.parametrize("kind", ("dspark", "eagle3", "mtp"))
+def test_drafts_behind_rounds_without_drafts(kind: str) -> None:
+    """The drafter catches up with what was committed without it: it drafts what it would have drafted anyway."""
+    for probe in (1, 2, 5):
+        scheduler = Scheduler.adaptive(1 / 1000, probe=probe)
+        options: dict[str, Any] = {"max_new_tokens": 24, "batch_size": 4, "scheduler": scheduler, "trace": True}
+        result = generate(target(), drafter(kind), PROMPTS, **options)
+        assert result.drafted is not None
+        for emitted, drafted, wanted in zip(
+            result.acceptance_lengths, result.drafted, drafts_everywhere(kind), strict=True
+        ):
+            starts, some = np.cumsum(emitted) - emitted, drafted[:, 0] >= 0
+            assert some.any() and not some.all()
+            np.testing.assert_array_equal(drafted[some], wanted[starts[some]])
+
+
+def test_served_drafts_behind_rounds_without_drafts() -> None:
+    """The same in slots, which new requests take while others have not caught up."""
+    scheduler = Scheduler.adaptive(1 / 1000, probe=2)
+    options: dict[str, Any] = {"capacity": 40, "prefill_chunk": 2, "max_stop_tokens": 4, "scheduler": scheduler}
+    with Engine(target(), drafter("dspark"), slots=2, **options) as engine:
+        handles = [
+            engine.submit(prompt, max_new_tokens=9 + number, trace=True) for number, prompt in enumerate(PROMPTS)
+        ]
+        while engine.step():
+            pass
+    seen = 0
+    for handle, wanted in zip(handles, drafts_everywhere("dspark"), strict=True):
+        position = 0
+        for piece in handle.pieces:
+            if piece.round is not None and piece.round.drafted:
+                assert list(piece.round.drafted) == wanted[position - 1].tolist()
+                seen += 1
+            position += len(piece.tokens)
+    assert seen > len(PROMPTS)
 
 
 def test_eagle3_is_served_in_chunks_and_slots() -> None:

@@ -3,7 +3,6 @@
 Sampled requests, alone and beside others, are in test_mixed_requests.py.
 """
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -16,8 +15,8 @@ from flax import nnx
 from dspark_jax.config import DrafterConfig, InputError, MeshConfig
 from dspark_jax.drafter import make_drafter
 from dspark_jax.engine import generate, prefill
-from dspark_jax.engine.generate import ladder
-from dspark_jax.engine.round import decode_round
+from dspark_jax.engine.generate import begin, ladder
+from dspark_jax.engine.round import catch_up, decode_round
 from dspark_jax.engine.sampling import request_keys, round_uniforms
 from dspark_jax.engine.schedule import Scheduler
 from dspark_jax.ops.sampling import Sampling
@@ -116,19 +115,19 @@ def test_rounds_without_drafts_leave_greedy_output_alone(target: Any, bigram: An
 
 
 def test_the_drafter_is_shown_what_rounds_without_drafts_commit(target: Any, bigram: Any) -> None:
-    """After any mix of rounds its cache holds the features and tokens of everything before the anchor."""
+    """After any mix of rounds its cache, caught up, holds the features and tokens of everything before the anchor."""
     prompt = jnp.asarray([[3, 1, 4], [1, 5, 9]])
     lengths, sampling, scheduler = jnp.full(2, 3), Sampling.constant(0.0, 2), Scheduler.adaptive(1 / 1.7, probe=2)
     keys, stops = request_keys(0, jnp.arange(2)), jnp.asarray([-1])
     settings = (lengths, lengths + 12, keys, jnp.zeros(2), sampling, stops)
-    state = prefill(target, bigram, prompt, *settings, capacity=24)
-    state = dataclasses.replace(state, history=scheduler.start(2, 3))
+    state = begin(target, bigram, scheduler, prefill(target, bigram, prompt, *settings, capacity=24))
     turn = jax.jit(functools.partial(decode_round, target, bigram, scheduler=scheduler))
     kinds = set()
     while not state.finished.all():
         state, entry = turn(state, round_uniforms(state.keys, state.positions, 3), sampling, stops)
         kinds.add(bool((entry.drafted >= 0).all()))
     assert kinds == {True, False}
+    state = catch_up(bigram, state, jnp.bool_(True))
     shown, seen = state.draft_cache
     rows = state.tokens[:, :15]
     positions = jnp.broadcast_to(jnp.arange(15), rows.shape)

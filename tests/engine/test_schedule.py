@@ -13,7 +13,7 @@ from dspark_jax.drafter.interface import Proposal
 from dspark_jax.engine import estimator
 from dspark_jax.engine.estimator import EstimateSettings
 from dspark_jax.engine.rules import capacity, drafting_pays, early_stop, fixed, lagged, survival, threshold
-from dspark_jax.engine.schedule import History, Scheduler, check_scheduler, drafts_now, observe, schedule
+from dspark_jax.engine.schedule import History, Scheduler, check_scheduler, drafts_now, expected, observe, schedule
 
 
 def loop(confidence: np.ndarray, minimum: float) -> list[int]:
@@ -332,6 +332,18 @@ def test_adaptive_drafts_where_it_pays_and_tries_again() -> None:
         history = skip(history)
 
 
+def test_adaptive_learns_from_the_confidence_head() -> None:
+    """What it expects of a round counts, calibrated, and not what was accepted."""
+    everyone, three = jnp.ones(1, bool), jnp.full(1, 3)
+    sure = Proposal(jnp.zeros((1, 3)), jnp.zeros((1, 3, 1)), jnp.full((1, 3), 4.0))
+    for confident, bias, pays in ((True, None, True), (True, -6.0, False), (False, None, False)):
+        scheduler = Scheduler.adaptive(1 / 2, confident=confident, bias=bias)
+        history = scheduler.start(1, 3)
+        for _ in range(20):
+            history = observe(history, three, 0 * three, everyone, drafted=True, expected=expected(scheduler, sure))
+        assert bool(drafts_now(scheduler, history, everyone)) == pays
+
+
 def test_adaptive_decides_for_the_batch_and_by_the_cost_of_tokens() -> None:
     online = EstimateSettings(strength=0.5, prior=0.5)
     estimate = observed([([3, 3], [3, 0])] * 8, online, 2)
@@ -395,5 +407,7 @@ def test_bad_schedulers(models: Any, scheduler: Scheduler, message: str) -> None
     with pytest.raises(InputError, match="confidence head"):
         check_scheduler(Scheduler.threshold(0.5), models.bigram_drafter(models.table(5, 0), 3), 4)
     check_scheduler(Scheduler.adaptive(0.5), models.bigram_drafter(models.table(5, 0), 3), 4)
+    with pytest.raises(InputError, match="learn from a confidence head"):
+        check_scheduler(Scheduler.adaptive(0.5, confident=True), models.bigram_drafter(models.table(5, 0), 3), 4)
     with pytest.raises(InputError, match="give a drafter"):
         check_scheduler(Scheduler.adaptive(0.5), None, 4)

@@ -1,0 +1,209 @@
+"""The shape of a target, as the config.json of a Hugging Face directory states it: dense Qwen3 and Gemma 4."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dspark_jax.errors import InputError
+
+_GEMMA = {"gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"}
+"""Values of `model_type` of Gemma 4, with and without other modalities; all are `gemma4` here."""
+
+
+@dataclasses.dataclass
+class TargetArchitecture:
+    """Shape of a target model, with the field names of its Hugging Face `config.json`."""
+
+    model_type: str = "qwen3"
+    """qwen3 or gemma4."""
+    vocab_size: int = 0
+    hidden_size: int = 0
+    num_hidden_layers: int = 0
+    num_attention_heads: int = 0
+    num_key_value_heads: int = 0
+    head_dim: int = 0
+    intermediate_size: int = 0
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1e6
+    """Of the layers that see all earlier tokens."""
+    tie_word_embeddings: bool = True
+    max_position_embeddings: int = 0
+    layer_types: tuple[str, ...] = dataclasses.field(default=(), repr=False)
+    """Gemma 4, as all that follow: sliding_attention or full_attention, by layer."""
+    sliding_window: int = dataclasses.field(default=0, repr=False)
+    """Tokens that sliding layers see."""
+    sliding_rope_theta: float = dataclasses.field(default=0.0, repr=False)
+    global_head_dim: int = dataclasses.field(default=0, repr=False)
+    """Head width of the full layers; sliding ones have `head_dim`."""
+    num_global_key_value_heads: int = dataclasses.field(default=0, repr=False)
+    attention_k_eq_v: bool = dataclasses.field(default=False, repr=False)
+    """Whether the full layers' values are their raw keys."""
+    partial_rotary_factor: float = dataclasses.field(default=1.0, repr=False)
+    """Share of the full layers' pairs that RoPE rotates."""
+    final_logit_softcapping: float = dataclasses.field(default=0.0, repr=False)
+    """Logits are this times tanh(logits / this); 0 = not capped."""
+
+    foreign: str = dataclasses.field(default="", repr=False)
+    """The model_type of a target that has no definition here and only lends its features; empty for all others."""
+
+    @classmethod
+    def from_hf(cls, source: str | os.PathLike[str] | Mapping[str, Any]) -> "TargetArchitecture":
+        """Reads a Hugging Face config: a directory, a `config.json`, or its decoded content.
+
+        Raises:
+          InputError: the file is missing or not JSON, a needed field is absent, or the model uses a feature that
+            has no implementation here (biases, scaled RoPE, experts, ...).
+        """
+        where, raw = "config", source
+        if not isinstance(source, Mapping):
+            path = Path(source)
+            path = path / "config.json" if path.is_dir() else path
+            where = str(path)
+            try:
+                raw = json.loads(path.read_text())
+            except FileNotFoundError:
+                raise InputError(f"{where}: no such file; give a Hugging Face model directory") from None
+            except json.JSONDecodeError as error:
+                raise InputError(f"{where}:{error.lineno}: not valid JSON ({error.msg}); download it again") from None
+        assert isinstance(raw, Mapping)
+        model_type = raw.get("model_type")
+        if model_type in _GEMMA:
+            values = _gemma_values({**raw, **raw.get("text_config", {})}, where)
+        elif model_type == "qwen3":
+            values = _qwen_values(raw, where)
+        else:
+            raise InputError(f"{where}: model_type {model_type!r} is not supported; use one of: qwen3, gemma4")
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        optional = {"tie_word_embeddings", "head_dim"} | {name for name, field in fields.items() if not field.repr}
+        missing = [name for name in fields if values.get(name) is None and name not in optional]
+        if missing:
+            raise InputError(f"{where}: missing {', '.join(missing)}; this is not a complete {model_type} config.json")
+        values.setdefault("head_dim", values["hidden_size"] // values["num_attention_heads"])
+        return cls(**{name: values[name] for name in fields if values.get(name) is not None})
+
+    @classmethod
+    def of_any_model(cls, directory: str | os.PathLike[str]) -> "TargetArchitecture":
+        """As `from_hf`; of a model that has no definition here, the shape that a drafter for it has (a Qwen3's).
+
+        Raises:
+          InputError: as `from_hf`, or a size that the drafter needs is not in the config.
+        """
+        path = Path(directory) / "config.json"
+        raw = json.loads(path.read_text("utf-8"))
+        text = {**raw, **raw.get("text_config", {})}
+        kind = str(text.get("model_type"))
+        if kind in (*_GEMMA, "qwen3"):
+            return cls.from_hf(directory)
+        for name, other in _OTHER_NAMES.items():
+            if text.get(name) is None and text.get(other) is not None:
+                text[name] = text[other]
+        heads = text.get("num_attention_heads")
+        text.setdefault("num_key_value_heads", heads)
+        if heads and not text.get("head_dim"):
+            text["head_dim"] = text["hidden_size"] // heads
+        if not text.get("intermediate_size"):
+            text["intermediate_size"] = 4 * text.get("hidden_size", 0)
+        sizes = [name for name in _PLAIN_FIELDS if name.startswith(("num_", "vocab", "hidden", "max_"))]
+        missing = [name for name in sizes if not text.get(name)]
+        if missing:
+            raise InputError(f"{path}: missing {', '.join(missing)}; state them in target.architecture")
+        names = [*sizes, "head_dim", "intermediate_size", "rope_theta", "rms_norm_eps"]
+        values = {name: text[name] for name in names if text.get(name) is not None}
+        return cls(**values, tie_word_embeddings=bool(text.get("tie_word_embeddings", True)), foreign=kind)
+
+    def to_hf(self) -> dict[str, Any]:
+        """The fields as a Hugging Face `config.json` states them."""
+        fields = {name: value for name, value in dataclasses.asdict(self).items() if name in _PLAIN_FIELDS}
+        rope = {"rope_theta": self.rope_theta, "rope_type": "default"}
+        if self.model_type == "qwen3":
+            extra = {"hidden_act": "silu", "attention_bias": False, "rope_parameters": rope}
+            return {"architectures": ["Qwen3ForCausalLM"], **fields, **extra}
+        del fields["rope_theta"]
+        rope |= {"rope_type": "proportional", "partial_rotary_factor": self.partial_rotary_factor}
+        sliding = {"rope_theta": self.sliding_rope_theta, "rope_type": "default"}
+        extra = {
+            "model_type": "gemma4_text",
+            "hidden_activation": "gelu_pytorch_tanh",
+            "attention_bias": False,
+            "rope_parameters": {"full_attention": rope, "sliding_attention": sliding},
+            "layer_types": list(self.layer_types),
+            "sliding_window": self.sliding_window,
+            "global_head_dim": self.global_head_dim,
+            "num_global_key_value_heads": self.num_global_key_value_heads,
+            "attention_k_eq_v": self.attention_k_eq_v,
+            "final_logit_softcapping": self.final_logit_softcapping or None,
+            "hidden_size_per_layer_input": 0,
+            "enable_moe_block": False,
+            "num_kv_shared_layers": 0,
+        }
+        return {"architectures": ["Gemma4ForCausalLM"], **fields, **extra}
+
+
+_OTHER_NAMES = {
+    "hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
+    "max_position_embeddings": "n_positions",
+}  # fmt: skip
+"""Our name of a size -> that of GPT-2's descendants."""
+
+_PLAIN_FIELDS = [field.name for field in dataclasses.fields(TargetArchitecture) if field.repr]
+
+
+def _refuse(raw: Mapping[str, Any], where: str, wanted: Mapping[str, Any], remedy: str) -> None:
+    """Refuses a Hugging Face config with another value than the only one that is implemented; absent is fine."""
+    for name, value in wanted.items():
+        if raw.get(name) is not None and raw[name] != value:
+            raise InputError(f"{where}: {name} {json.dumps(raw[name])} is not supported; {remedy}")
+
+
+def _qwen_values(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Fields of a Qwen3 config."""
+    values = {name: raw[name] for name in _PLAIN_FIELDS if name in raw}
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if rope.get("rope_theta") is not None:
+        values["rope_theta"] = rope["rope_theta"]
+    kind = rope.get("rope_type", "default")
+    if kind != "default":
+        raise InputError(f"{where}: rope_type {kind!r} is not supported; use a model with default RoPE")
+    _refuse(raw, where, {"attention_bias": False, "use_sliding_window": False}, "use a plain Qwen3 model")
+    values.setdefault("tie_word_embeddings", False)
+    return values
+
+
+def _gemma_values(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Fields of the text part of a Gemma 4 config, of which the released files mix several dialects (trap 23)."""
+    only = {"attention_bias": False, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0}
+    only |= {"enable_moe_block": False, "hidden_activation": "gelu_pytorch_tanh"}
+    _refuse(raw, where, only, "use a dense Gemma 4 such as google/gemma-4-12B-it")
+    if raw.get("use_bidirectional_attention") == "all":
+        raise InputError(f"{where}: use_bidirectional_attention all is not supported; use a causal Gemma 4")
+    values = {field.name: raw[field.name] for field in dataclasses.fields(TargetArchitecture) if field.name in raw}
+    values |= {"model_type": "gemma4"}
+    values.setdefault("tie_word_embeddings", True)
+    layers = raw.get("num_hidden_layers", 0)
+    kinds = raw.get("layer_types") or [
+        "full_attention" if (i + 1) % 6 == 0 else "sliding_attention" for i in range(layers)
+    ]
+    if layers and (len(kinds) != layers or set(kinds) - {"full_attention", "sliding_attention"}):
+        raise InputError(
+            f"{where}: layer_types has {len(kinds)} entries {sorted(set(kinds))} for {layers} layers; "
+            "one of sliding_attention and full_attention is needed for each"
+        )
+    values["layer_types"] = tuple(kinds[:-1]) + ("full_attention",) if layers else ()
+    # Newer files give what full layers have of their own layer by layer, older ones by name.
+    own = next(iter((raw.get("per_layer_config") or {}).values()), {})
+    values["global_head_dim"] = own.get("head_dim", raw.get("global_head_dim") or 512)
+    few = raw.get("num_global_key_value_heads") if raw.get("attention_k_eq_v") else None
+    values["num_global_key_value_heads"] = own.get("num_key_value_heads", few or raw.get("num_key_value_heads"))
+    rope = raw.get("rope_parameters") or {}
+    full = rope.get("full_attention") or {"rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": 0.25}
+    sliding = rope.get("sliding_attention") or {"rope_theta": 1e4}
+    for entry, known in ((full, ("proportional", "default")), (sliding, ("default",))):
+        if entry.get("rope_type", "default") not in known:
+            raise InputError(f"{where}: rope_type {entry['rope_type']!r} is not supported; use one of: {known}")
+    values["rope_theta"], values["sliding_rope_theta"] = full["rope_theta"], sliding["rope_theta"]
+    values["partial_rotary_factor"] = full.get("partial_rotary_factor", 1.0)
+    values["final_logit_softcapping"] = raw.get("final_logit_softcapping") or 0.0
+    return values

@@ -59,6 +59,25 @@ def save_untrained() -> Callable[..., None]:
     return save
 
 
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Path], None]:
+    """`add(hub_id, directory)` fills a hub cache that holds nothing else, without network; it is `tmp_path`."""
+    import shutil
+
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+    def add(hub_id: str, directory: Path) -> None:
+        folder, commit = tmp_path / f"models--{hub_id.replace('/', '--')}", "0123456789abcdef" * 2 + "01234567"
+        shutil.copytree(directory, folder / "snapshots" / commit)
+        (folder / "refs").mkdir()
+        (folder / "refs" / "main").write_text(commit)
+
+    return add
+
+
 @pytest.fixture(scope="session")
 def tiny_target(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Hugging Face directory with a random two-layer Qwen3 and a byte-level BPE tokenizer with a ChatML template."""

@@ -1,7 +1,5 @@
 """Models by hub id: what is in the cache is found offline, everything else is one line."""
 
-import shutil
-
 import pytest
 
 from dspark_jax.config import Config, InputError, TargetArchitecture, TargetConfig, resolve
@@ -10,18 +8,9 @@ from dspark_jax.target.loading import fingerprint
 
 
 @pytest.fixture
-def cache(tiny_target, tmp_path, monkeypatch):
-    """A hub cache that holds `me/tiny` and nothing else, without network."""
-    from huggingface_hub import constants
-
-    folder = tmp_path / "models--me--tiny"
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    shutil.copytree(tiny_target, folder / "snapshots" / commit)
-    (folder / "refs").mkdir()
-    (folder / "refs" / "main").write_text(commit)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    return tmp_path
+def cache(hub_cache, tiny_target):
+    """A hub cache that holds `me/tiny` and nothing else."""
+    hub_cache("me/tiny", tiny_target)
 
 
 def test_an_id_is_owner_and_name(tmp_path, monkeypatch):

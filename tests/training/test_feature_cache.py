@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shutil
 
 import jax
 import numpy as np
@@ -139,15 +138,8 @@ def test_a_model_without_a_definition_gives_its_features(config, llama, tmp_path
     np.testing.assert_allclose(lender.embed(tokens), embedded, atol=1e-6)
 
 
-def test_it_may_come_from_the_hub(config, llama, tmp_path, monkeypatch):
-    from huggingface_hub import constants
-
-    folder = tmp_path / "models--me--llama"
-    shutil.copytree(llama[0], folder / "snapshots" / ("0" * 40))
-    (folder / "refs").mkdir()
-    (folder / "refs" / "main").write_text("0" * 40)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+def test_it_may_come_from_the_hub(config, llama, tmp_path, hub_cache):
+    hub_cache("me/llama", llama[0])
     here = foreign(config, llama[0])
     config = dataclasses.replace(config, target=TargetConfig(path="me/llama"))
     there = resolve(with_architecture(config))

@@ -327,12 +327,12 @@ def _entry(head: str, text: str) -> str:
 
 
 def _field_documentation() -> dict[str, str]:
-    """Dotted path -> the string below the field in config.py (Python drops it, so it is read from the source)."""
-    tree = ast.parse(inspect.getsource(config_module))
-    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    """Dotted path -> the string below the field in its class (Python drops it, so it is read from the source)."""
 
     def walk(cls: Any, prefix: str) -> Iterator[tuple[str, str]]:
-        body = classes[cls.__name__].body
+        (definition,) = ast.parse(inspect.getsource(cls)).body
+        assert isinstance(definition, ast.ClassDef)
+        body = definition.body
         for node, after in zip(body, [*body[1:], None], strict=True):
             if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and isinstance(after, ast.Expr):
                 yield prefix + node.target.id, inspect.cleandoc(ast.literal_eval(after.value)).replace("\n", " ")

@@ -28,6 +28,9 @@ SCHEDULERS = {
     "lagged": Scheduler.lagged(JAGGED, PRIOR, capacities=(4, 7, 9, 12)),
     "online": Scheduler.early_stop(JAGGED, online=EstimateSettings(strength=1.0, discount=0.7, prior=0.8)),
     "adaptive": Scheduler.adaptive([1.0] * 9 + [0.7], 1.5, probe=2, online=EstimateSettings(strength=0.5, prior=0.6)),
+    "confident": Scheduler.adaptive(  # what it decides depends on drafts that were rejected in earlier rounds
+        [1.0] * 9 + [0.7], 1.9, probe=2, online=EstimateSettings(0.1, 0.5, prior=0.6, confident=True)
+    ),
 }
 SETTINGS: dict[str, Any] = {
     "temperature": [0.0, 1.0, 0.7, 0.0, 1.2, 0.9, 1.0, 0.0],

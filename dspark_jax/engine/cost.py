@@ -15,7 +15,7 @@ from dspark_jax.engine.generate import laid_out
 from dspark_jax.engine.round import catch_up, drafting_round, plain_round
 from dspark_jax.engine.sampling import request_keys, round_uniforms
 from dspark_jax.engine.schedule import Scheduler
-from dspark_jax.engine.state import DecodeState, Pending
+from dspark_jax.engine.state import DecodeState, Pending, draft_cache
 from dspark_jax.ops.sampling import Sampling
 
 
@@ -49,7 +49,7 @@ def midway(target: Any, drafter: Any, scheduler: Scheduler, slots: int, active: 
         rounds=numbers,
         keys=request_keys(0, row),
         target_cache=target.init_cache(slots, rows),
-        draft_cache=None if drafter is None else drafter.init_cache(slots, rows),
+        draft_cache=draft_cache(drafter, slots, rows),
         history=scheduler.start(slots, block_size),
     )
 

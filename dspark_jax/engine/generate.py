@@ -19,7 +19,7 @@ from dspark_jax.engine.result import DecodeResult, collect
 from dspark_jax.engine.round import catch_up, drafting_round, plain_round
 from dspark_jax.engine.sampling import request_keys, request_sampling, round_uniforms
 from dspark_jax.engine.schedule import Scheduler, check_scheduler, drafts_now
-from dspark_jax.engine.state import DecodeState, Pending, RoundLog
+from dspark_jax.engine.state import DecodeState, Pending, RoundLog, draft_cache
 from dspark_jax.ops.product import has_matrix_units
 from dspark_jax.ops.sampling import Sampling, sample
 from dspark_jax.sharding import constrain
@@ -63,10 +63,9 @@ def prefill(
     output = target.forward(prompts, positions, cache, taps=taps, unroll=unroll)
     last = jnp.take_along_axis(output.last_hidden, (prompt_lengths - 1)[:, None, None], axis=1)[:, 0]
     first = sample(target.unembed(last), sampling, uniform)
-    draft_cache = None
+    shown = draft_cache(drafter, batch, capacity)
     if drafter is not None:
-        draft_cache = drafter.init_cache(batch, capacity)
-        draft_cache = drafter.extend(draft_cache, output.features, prompts, positions, prompt_lengths)
+        shown = drafter.extend(shown, output.features, prompts, positions, prompt_lengths)
 
     tokens = jnp.pad(prompts, ((0, 0), (0, capacity - width)))
     at = jnp.arange(capacity) == prompt_lengths[:, None]
@@ -82,7 +81,7 @@ def prefill(
         rounds=jnp.zeros_like(lengths),
         keys=keys,
         target_cache=output.cache,
-        draft_cache=draft_cache,
+        draft_cache=shown,
     )
 
 
@@ -196,7 +195,7 @@ def decode(
     body = alternate if scheduler.alternates else step
     state, log, _ = jax.lax.while_loop(running, body, (state, log, jnp.int32(0)))
     # The caches end here; returning them would only cost their copies.
-    return dataclasses.replace(state, target_cache=None, draft_cache=None, history=None), log
+    return dataclasses.replace(state, target_cache=None, draft_cache=None, history=None, pending=None), log
 
 
 @functools.partial(jax.jit, static_argnames=("batch_size",))

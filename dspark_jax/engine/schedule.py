@@ -136,8 +136,10 @@ class Scheduler:
         """
         rates = [jnp.atleast_1d(jnp.asarray(v, jnp.float32)) for v in (steps_per_second, plain_steps_per_second)]
         if online is None:
-            forgets = {"strength": 0.1, "discount": 0.95} if confident else {"strength": 1.0, "discount": 0.97}
-            online = EstimateSettings(**forgets, prior=0.8, confident=confident)
+            if confident:
+                online = EstimateSettings(strength=0.1, discount=0.95, prior=0.65, confident=True)
+            else:
+                online = EstimateSettings(strength=1.0, discount=0.97, prior=0.8)
         return cls("adaptive", None, *rates, probe=jnp.int32(probe), online=online, **_arrays(bounds))
 
     @property

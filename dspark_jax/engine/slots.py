@@ -18,7 +18,7 @@ from dspark_jax.engine.generate import begin
 from dspark_jax.engine.round import decode_round
 from dspark_jax.engine.sampling import request_keys, round_uniforms
 from dspark_jax.engine.schedule import Scheduler, next_capacity
-from dspark_jax.engine.state import DecodeState, Round
+from dspark_jax.engine.state import DecodeState, Round, draft_cache
 from dspark_jax.ops.sampling import Sampling, sample
 from dspark_jax.sharding import constrain
 
@@ -197,7 +197,7 @@ def open_slots(target: Any, drafter: Any, scheduler: Scheduler, *, count: int, r
         rounds=numbers,
         keys=request_keys(0, numbers),
         target_cache=target.init_cache(count, rows),
-        draft_cache=None if drafter is None else drafter.init_cache(count, rows),
+        draft_cache=draft_cache(drafter, count, rows),
     )
     state = begin(target, drafter, scheduler, state)
     zeros = jnp.zeros((count,), jnp.float32)
@@ -225,10 +225,10 @@ def prefill_chunk(
     target_cache = jax.tree.map(
         lambda values, new, axis: put_row(values, new, slot, axis), state.target_cache, output.cache, axes
     )
-    draft_cache = state.draft_cache
+    shown = state.draft_cache
     if drafter is not None:
         rows = state.tokens.shape[1]
-        draft_cache = _extend_row(drafter, draft_cache, rows, output.features, tokens, positions, chunk)
+        shown = _extend_row(drafter, shown, rows, output.features, tokens, positions, chunk)
 
     def put(values: jax.Array, value: Any) -> jax.Array:
         return values.at[slot].set(value)
@@ -268,7 +268,7 @@ def prefill_chunk(
         rounds=put(state.rounds, 0),
         keys=put(state.keys, key[0]),
         target_cache=target_cache,
-        draft_cache=draft_cache,
+        draft_cache=shown,
         history=history,
         pending=pending,
     )
@@ -284,7 +284,7 @@ def _extend_row(
     axes = batch_axes(drafter.init_cache)
     own = jax.tree.map(lambda values, axis: take_row(values, chunk.slot, axis), cache, axes)
     begins = chunk.start == 0
-    own = jax.tree.map(lambda old, new: jnp.where(begins, new, old), own, drafter.init_cache(1, rows))
+    own = jax.tree.map(lambda old, new: jnp.where(begins, new, old), own, draft_cache(drafter, 1, rows))
     own = drafter.extend(own, features, tokens, positions, jnp.reshape(chunk.count, (1,)))
     return jax.tree.map(lambda values, new, axis: put_row(values, new, chunk.slot, axis), cache, own, axes)
 

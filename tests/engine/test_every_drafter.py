@@ -86,7 +86,7 @@ def drafts_everywhere(kind: str) -> list[np.ndarray]:
 @pytest.mark.parametrize("kind", ("dspark", "eagle3", "mtp"))
 def test_drafts_behind_rounds_without_drafts(kind: str) -> None:
     """The drafter catches up with what was committed without it: it drafts what it would have drafted anyway."""
-    for probe in (1, 2, 5):
+    for probe in (1, 5, 20):  # at 16 pending rows it catches up though nothing is drafted
         scheduler = Scheduler.adaptive(1 / 1000, probe=probe)
         options: dict[str, Any] = {"max_new_tokens": 24, "batch_size": 4, "scheduler": scheduler, "trace": True}
         result = generate(target(), drafter(kind), PROMPTS, **options)

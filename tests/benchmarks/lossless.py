@@ -57,7 +57,7 @@ def schedulers(drafter: Any) -> dict[str, Scheduler]:
         found["threshold"] = Scheduler.threshold(0.5)
         found["early_stop"] = Scheduler.early_stop(table)
         found["lagged"] = Scheduler.lagged(table, 0.6 ** np.arange(1, size + 1))
-    found["adaptive"] = Scheduler.adaptive(1 / 2.1, confident=True)
+    found["adaptive"] = Scheduler.adaptive(1 / 2.1, confident=is_confident(drafter))
     return found
 
 

@@ -70,8 +70,6 @@ def round_seconds(target: Any, drafter: Any, shape: RoundShape, *, rounds: int =
     share = min(shape.tokens // active, per_request)
     scheduler = Scheduler.fixed(max(share - 1, 0))
     state = midway(target, drafter, scheduler, shape.slots, active, shape.context)
-    if drafter is not None and not shape.tokens:
-        state = dataclasses.replace(state, pending=Pending.empty(target, drafter, shape.slots))
 
     def run(count: int) -> float:
         started = time.perf_counter()
@@ -92,6 +90,8 @@ def _rounds(
     slots = state.lengths.shape[0]
     sampling, stops = Sampling.constant(0.0, slots), jnp.full((1,), -1, jnp.int32)
     block_size = 0 if drafter is None else drafter.block_size
+    if drafter is not None and not size:
+        state = dataclasses.replace(state, pending=Pending.empty(target, drafter, slots))
 
     def turn(number: jax.Array, at: DecodeState) -> DecodeState:
         del number

@@ -1,7 +1,7 @@
 """Last step of a round: accepted tokens become part of the request, stop tokens and budgets end it.
 
 The drafter absorbs the features of what was committed: at once, or, where rounds without drafts follow each other, some
-of them together, which costs hardly more than one.
+of them together, which costs far less than one by one.
 """
 
 import dataclasses

@@ -22,6 +22,7 @@ from dspark_jax.engine.sampling import request_keys
 from dspark_jax.engine.schedule import Scheduler
 from dspark_jax.engine.serving import Engine, EngineClosed, EngineFailed, QueueFull
 from dspark_jax.engine.slots import Chunk, Mode, open_slots, prefill_chunk, serve_round
+from dspark_jax.engine.state import pending_rows
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target.qwen3 import Qwen3
 
@@ -224,7 +225,7 @@ def test_a_slot_is_handed_over_clean(models: Any, target: Qwen3) -> None:
         assert slots.state.lengths.tolist() == [1, start + count + 1]
         assert slots.state.finished.tolist() == [True, start == 0]
     shown, seen = slots.state.draft_cache
-    assert seen[1].tolist() == [*prompt.tolist(), *[-1] * (seen.shape[1] - 6)]
+    assert seen[1].tolist() == [*prompt.tolist(), *[-1] * (26 + pending_rows(drafter))]
     assert np.isnan(shown[1, 6:]).all() and np.isfinite(shown[1, :6]).all()
     assert (seen[0] == 3).all() and (shown[0] == 7).all()
     history = slots.state.history

@@ -25,7 +25,7 @@ from typing import Any
 from absl import flags
 
 from dspark_jax import command
-from dspark_jax.config import Config, InputError, resolve, to_json
+from dspark_jax.config import CompareConfig, Config, InputError, resolve, to_json
 from dspark_jax.evaluation.comparison import Standing, describe, round_times, standing, study_table, table
 from dspark_jax.evaluation.comparison_plots import conditional_plots, study_plot, time_plot
 from dspark_jax.evaluation.rounds import PLAIN, read_rounds
@@ -126,7 +126,8 @@ def make_plan(config: Config, studies: str) -> Plan:
     def add(study: str, kind: str, value: int, **fields: int) -> None:
         sub = as_kind(dataclasses.replace(config, drafter=dataclasses.replace(config.drafter, **fields)), kind)
         name = kind + "".join(f"-{field}{number}" for field, number in fields.items())
-        sub = resolve(dataclasses.replace(sub, train=dataclasses.replace(sub.train, evaluate=False)))
+        train = dataclasses.replace(sub.train, evaluate=False)
+        sub = resolve(dataclasses.replace(sub, train=train, compare=CompareConfig()))  # who else is there changes nothing
         same = [other for other, planned in runs.items() if _essence(planned) == _essence(sub)]
         if not same:
             runs[name] = dataclasses.replace(sub, name=f"{config.name}_{name}")

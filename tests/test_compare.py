@@ -131,6 +131,9 @@ def test_one_that_fails_loses_nothing_and_only_it_is_repeated(config: Config, tm
     third = Fake()
     compare(config, workdir, studies="main", step=third)
     assert third.calls == [("prepare", "")]
+    fewer = dataclasses.replace(config, compare=dataclasses.replace(config.compare, drafters=("dspark", "mtp")))
+    compare(fewer, workdir, studies="main", step=third)
+    assert third.calls[1:] == [("prepare", ""), ("times", "dspark,mtp")]
     other = dataclasses.replace(config, eval=dataclasses.replace(config.eval, max_new_tokens=9))
     compare(other, workdir, studies="main", step=third)
     assert [name for task, name in third.calls if task == "rounds"] == ["dspark", "dflash", "eagle3", "mtp"]

@@ -58,22 +58,33 @@ def pair(request, tmp_path_factory):
 
 
 def oracle(model, tokens, taps):
-    """Hidden states at the taps, post-norm last hidden and logits: in float64, and how far float32 is from them."""
+    """Hidden states at the taps, post-norm last hidden and logits: in float64, and how far float32 is from them.
+
+    The model's own conversions to float32 (norms, rotations) are left out for the first: with them in place the oracle
+    would be off by half of float32's error itself.
+    """
 
     def run():
         with torch.no_grad():
             out = model(torch.tensor(tokens), output_hidden_states=True)
         features = np.concatenate([out.hidden_states[i + 1].numpy() for i in taps], axis=-1)
-        return features, out.hidden_states[-1].numpy(), out.logits.numpy()
+        return [x.astype(np.float64) for x in (features, out.hidden_states[-1].numpy(), out.logits.numpy())]
 
-    rounded = [x.astype(np.float64) for x in (model.float(), run())[1]]
-    exact = (model.double(), run())[1]
-    return exact, [np.abs(a - b).max() for a, b in zip(rounded, exact, strict=True)]
+    rounded = (model.float(), run())[1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "float", lambda self: self)
+        exact = (model.double(), run())[1]
+    return exact, [distance(a, b) for a, b in zip(rounded, exact, strict=True)]
 
 
-def assert_close(ours, theirs, error):
-    """As accurate as float32 in PyTorch is, but for another order of sums: 0.5 to 2.6 times its error was seen."""
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=4 * error)
+def distance(ours, exact):
+    """Root of the mean square: the largest difference of so few roundings is a matter of luck."""
+    return np.sqrt(np.mean((np.asarray(ours, np.float64) - exact) ** 2))
+
+
+def assert_close(ours, exact, error):
+    """As accurate as float32 in PyTorch is: 0.7 to 1.3 times its error was seen."""
+    assert distance(ours, exact) < 2 * error
 
 
 def test_forward_equals_transformers(pair):

@@ -127,7 +127,8 @@ def make_plan(config: Config, studies: str) -> Plan:
         sub = as_kind(dataclasses.replace(config, drafter=dataclasses.replace(config.drafter, **fields)), kind)
         name = kind + "".join(f"-{field}{number}" for field, number in fields.items())
         train = dataclasses.replace(sub.train, evaluate=False)
-        sub = resolve(dataclasses.replace(sub, train=train, compare=CompareConfig()))  # who else is there changes nothing
+        # Who else is compared changes nothing about a run: it stays finished when that does.
+        sub = resolve(dataclasses.replace(sub, train=train, compare=CompareConfig()))
         same = [other for other, planned in runs.items() if _essence(planned) == _essence(sub)]
         if not same:
             runs[name] = dataclasses.replace(sub, name=f"{config.name}_{name}")

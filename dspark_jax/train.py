@@ -3,8 +3,8 @@
     python -m dspark_jax.train --config configs/quickstart.py
 
 prepares the data if it is missing, trains, and evaluates the last checkpoint. Started again, it continues from the
-newest checkpoint, with the losses it would have had. Writes in the working directory: `data/`, `checkpoints/`,
-`metrics.jsonl`, `tensorboard/`, `config.json` and `eval/`.
+newest checkpoint, with the losses it would have had; SIGTERM makes it write one before it ends. Writes in the working
+directory: `data/`, `checkpoints/`, `metrics.jsonl`, `tensorboard/`, `config.json` and `eval/`.
 """
 
 import time
@@ -33,6 +33,7 @@ from dspark_jax.training.checkpoint import Checkpoints, checkpoint_directory, lo
 from dspark_jax.training.feature_cache import feature_directory, open_features
 from dspark_jax.training.host_memory import return_freed_memory
 from dspark_jax.training.optim import learning_rate, make_optimizer
+from dspark_jax.training.preemption import STATUS, Preemption
 from dspark_jax.training.state import TrainState, abstract_drafter, init_state, state_layout, to_params
 from dspark_jax.training.step import (
     FINITE,
@@ -55,6 +56,7 @@ def train(config: Config, workdir: Path) -> None:
 
     Raises:
       InputError: something given cannot be used, the disk is full, or the loss stopped being finite.
+      SystemExit: SIGTERM came while it trained; a checkpoint is written.
     """
     mesh = make_mesh(config.mesh)
     check_batch(config, mesh)
@@ -115,20 +117,26 @@ def fit(config: Config, workdir: Path, mesh: Mesh, checkpoints: Checkpoints) -> 
         f"{trainable / 1e6:.2f} M parameters, {mesh.size} devices, compiled in {time.monotonic() - began:.0f} s"
     )
 
-    with Progress("train", steps, done=start) as progress, MetricsWriter(workdir, start=start) as writer:
+    preemption = Preemption()
+    with Progress("train", steps, done=start) as progress, MetricsWriter(workdir, start=start) as writer, preemption:
         journal = Journal(config, checkpoints, progress, writer)
         for step in range(start + 1, steps + 1):
             batch = place_batch(next(data), config.train.accumulate, mesh)
             state, metrics = run_step(state, frozen, batch)
             journal.add(step, metrics)
+            leaving = preemption.reached(step)
             # Rows also end at checkpoints: a continued run then starts its first row where this one would.
-            at_checkpoint = step % every == 0 or step == steps
+            at_checkpoint = step % every == 0 or step == steps or leaving
             if step % config.train.log_every == 0 or at_checkpoint:
                 journal.end_row()
             if at_checkpoint:
                 journal.flush()  # a state that is not finite is never saved
                 checkpoints.save(step, state, data.get_state())
             progress.update(step)
+            if leaving:
+                checkpoints.wait()
+                log(f"told to stop: {checkpoints.path(step)} is written, the same command continues from it")
+                raise SystemExit(STATUS)
 
 
 def _fresh_state(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:

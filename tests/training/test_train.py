@@ -105,6 +105,21 @@ def test_a_run_killed_three_times_ends_like_one_that_was_not(launch, uninterrupt
         np.testing.assert_array_equal(ours[name], value)
 
 
+def test_a_run_told_to_stop_keeps_its_steps(launch, uninterrupted, tmp_path):
+    """SIGTERM during step 4: a checkpoint between those that were due, and nothing else is different in the end."""
+    workdir = tmp_path / "run"
+    done = launch(workdir, "told")
+    assert done.returncode == 143 and "checkpoints/4 is written, the same command continues" in done.stderr
+    assert steps_saved(workdir) == {"3", "4"}
+    done = launch(workdir)
+    assert done.returncode == 0 and "continuing from step 4" in done.stderr, done.stderr
+    assert rows(workdir) == rows(uninterrupted)  # step 4 ends a row anyway
+    mesh = make_mesh(MeshConfig())
+    ours, theirs = (to_params(load_drafter(path, mesh)[1]) for path in (workdir, uninterrupted))
+    for name, value in theirs.items():
+        np.testing.assert_array_equal(ours[name], value)
+
+
 def test_a_full_disk_is_one_line_and_status_2(launch, uninterrupted, tmp_path):
     workdir = shutil.copytree(uninterrupted, tmp_path / "run")
     shutil.rmtree(workdir / "checkpoints" / "8")

@@ -1,6 +1,6 @@
 """Runs the train command in its own process and lets it die at a given moment: see test_train.
 
-python tiny_run.py CONFIG WORKDIR [between|during|after|full]
+python tiny_run.py CONFIG WORKDIR [between|during|after|told|full]
 """
 
 import os
@@ -49,6 +49,8 @@ def arm(moment: str, checkpoints: Path) -> None:
             while not (checkpoints / "6").exists():
                 time.sleep(0.01)
             die()
+        if moment == "told" and step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
         return original(*args)
 
     def audit(event, args):

@@ -30,10 +30,11 @@ from dspark_jax.config import Config, InputError, MeshConfig, TargetArchitecture
 from dspark_jax.convert.card import model_card
 from dspark_jax.convert.check import Report, check_directory
 from dspark_jax.convert.dialect import MASK_TOKENS, Answer
-from dspark_jax.convert.export import FORMATS, Source, check_output, frozen_tensors, write_export
+from dspark_jax.convert.export import FORMATS, Source, frozen_tensors, write_export
 from dspark_jax.convert.hf import import_drafter, read_drafter_config, stored_tensors
 from dspark_jax.convert.hub import push
 from dspark_jax.convert.layouts import layers_config, read_config, read_layout
+from dspark_jax.convert.output import SIDE_FILES, check_output
 from dspark_jax.data.chat import load_tokenizer, prompt_tokens
 from dspark_jax.data.prompts import read_prompts
 from dspark_jax.engine.generate import generate
@@ -44,8 +45,6 @@ from dspark_jax.target.loading import fingerprint, load_target
 from dspark_jax.training.checkpoint import Checkpoints, load_drafter
 from dspark_jax.training.optim import make_optimizer
 from dspark_jax.training.state import init_state, to_params
-
-SIDE_FILES = ("calibration.json", "cost_table.json")
 
 
 def export(options: argparse.Namespace) -> Path:

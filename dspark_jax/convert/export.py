@@ -10,14 +10,11 @@ Three formats (DESIGN section 5; names, keys and their reasons in the comments):
 The directory is built beside its place and renamed when it is whole.
 """
 
-import contextlib
 import dataclasses
 import functools
 import itertools
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +24,7 @@ import numpy as np
 from dspark_jax.config import DrafterConfig, InputError, TargetArchitecture
 from dspark_jax.convert.hf import expected_tensors
 from dspark_jax.convert.mapping import FROZEN
+from dspark_jax.convert.output import built_beside, check_output, write_text
 from dspark_jax.convert.safetensors_file import write_safetensors
 from dspark_jax.target.loading import read_checkpoint
 
@@ -100,15 +98,15 @@ def write_export(
     shapes = expected_tensors(source.arch, source.config)
     if not source.frozen:
         shapes = {name: shape for name, shape in shapes.items() if name not in FROZEN}
-    with _built_beside(output) as folder:
+    with built_beside(output) as folder:
         tensors = itertools.chain(source.tensors(), source.frozen.items())
         write_safetensors(folder / "model.safetensors", shapes, tensors, dtype)
-        _write(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+        write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
         for name, content in (files or {}).items():
             if isinstance(content, Path):
                 shutil.copyfile(content, folder / name)
             else:
-                _write(folder / name, content)
+                write_text(folder / name, content)
     return output
 
 
@@ -300,49 +298,3 @@ def flat_rope(arch: TargetArchitecture) -> dict[str, Any]:
     """RoPE of a Qwen3 shape in the form of transformers 4 and in that of 5."""
     rope = {"rope_theta": arch.rope_theta, "rope_type": "default"}
     return {"rope_theta": arch.rope_theta, "rope_scaling": None, "rope_parameters": rope}
-
-
-def check_output(output: Path, config: DrafterConfig, *, overwrite: bool) -> None:
-    """Refuses a place that is taken, and a name by which vLLM would choose another method than the drafter's.
-
-    Raises:
-      InputError: see above; nothing has been written.
-    """
-    for word in {"dflash", "eagle3"} - {config.kind if config.kind == "eagle3" else ""}:
-        if word in output.name.lower():
-            raise InputError(
-                f"--output {output}: vLLM guesses the method from the path, and {word!r} in it is not how this "
-                f"{config.kind} drafter is served; choose another name"
-            )
-    if not output.name:
-        raise InputError(f"--output {output}: a directory name is needed, e.g. exports/drafter")
-    if output.exists() and not overwrite:
-        raise InputError(f"--output {output}: exists; choose another place, or --overwrite to replace it")
-    if output.exists() and not (output / "config.json").exists():
-        raise InputError(f"--output {output}: is no drafter directory, so it is not overwritten; choose another place")
-
-
-@contextlib.contextmanager
-def _built_beside(output: Path) -> Iterator[Path]:
-    """A fresh directory on the same disk that becomes `output` at the end; nothing is left of it after an error."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    try:
-        yield folder
-        folder.chmod(0o755)  # mkdtemp makes it private
-        if output.exists():
-            old = folder.with_name(folder.name + ".old")
-            output.rename(old)
-            folder.rename(output)
-            shutil.rmtree(old)
-        else:
-            folder.rename(output)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _write(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())

@@ -208,9 +208,36 @@ def test_an_export_is_replaced_only_on_request(tiny_target, tmp_path):
     write_export(directory, source, files={"README.md": "second"}, overwrite=True)
     assert (directory / "README.md").read_text() == "second"
     assert [path.name for path in tmp_path.iterdir()] == ["drafter"]
-    (tmp_path / "mine").mkdir()
-    with pytest.raises(InputError, match="is no drafter directory"):
-        write_export(tmp_path / "mine", source, overwrite=True)
+
+
+@pytest.mark.parametrize("what", ["empty", "run", "target", "more than an export", "not the weights", "file"])
+def test_overwrite_deletes_exports_only(tiny_target, tmp_path, what):
+    source, _ = make_source(tiny_target, DSPARK)
+    place = tmp_path / "mine"
+    if what == "file":
+        place.write_text("mine")
+    elif what == "target":
+        shutil.copytree(tiny_target, place)
+    elif what in ("empty", "run"):
+        (place / "checkpoints").mkdir(parents=True) if what == "run" else place.mkdir()
+        (place / "config.json").write_text("{}")
+    else:
+        write_export(place, source)
+        (place / "notes.txt").write_text("mine") if what.startswith("more") else (place / "model.safetensors").unlink()
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    with pytest.raises(InputError, match="so it is not overwritten; choose another place"):
+        write_export(place, source, overwrite=True)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == before
+
+
+def test_overwriting_a_link_replaces_what_it_points_to(tiny_target, tmp_path):
+    source, _ = make_source(tiny_target, DSPARK)
+    directory = write_export(tmp_path / "drafter", source)
+    (tmp_path / "link").symlink_to("drafter")
+    write_export(tmp_path / "link", source, files={"README.md": "second"}, overwrite=True)
+    assert (directory / "README.md").read_text() == "second"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["drafter", "link"]
+    assert (tmp_path / "link").is_symlink()
 
 
 def test_names_that_mislead_vllm_are_refused(tiny_target, tmp_path):

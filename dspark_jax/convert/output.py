@@ -1,0 +1,82 @@
+"""Where an export goes: a place that is free or holds an export, and files that are there whole or not at all."""
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from dspark_jax.config import DrafterConfig, InputError
+from dspark_jax.convert.layouts import read_config, read_layout
+
+SIDE_FILES = ("calibration.json", "cost_table.json")
+"""What servers can use beside config and weights, if there is any of it."""
+EXPORT_FILES = ("config.json", "model.safetensors", "README.md", *SIDE_FILES)
+"""Every file that an export may hold."""
+
+
+def check_output(output: Path, config: DrafterConfig, *, overwrite: bool) -> None:
+    """Refuses a place that is taken, and a name by which vLLM would choose another method than the drafter's.
+
+    Raises:
+      InputError: see above; nothing has been written.
+    """
+    for word in {"dflash", "eagle3"} - {config.kind if config.kind == "eagle3" else ""}:
+        if word in output.name.lower():
+            raise InputError(
+                f"--output {output}: vLLM guesses the method from the path, and {word!r} in it is not how this "
+                f"{config.kind} drafter is served; choose another name"
+            )
+    if not output.name:
+        raise InputError(f"--output {output}: a directory name is needed, e.g. exports/drafter")
+    if output.exists() and not overwrite:
+        raise InputError(f"--output {output}: exists; choose another place, or --overwrite to replace it")
+    reason = _no_export(output) if output.exists() else ""
+    if reason:
+        raise InputError(f"--output {output}: {reason}, so it is not overwritten; choose another place")
+
+
+def _no_export(directory: Path) -> str:
+    """Why a directory is not an export and must not be deleted (a run, a target, anything else); empty if it is."""
+    if not directory.is_dir():
+        return "is no directory"
+    for entry in sorted(directory.iterdir()):
+        if entry.name not in EXPORT_FILES or entry.is_symlink() or not entry.is_file():
+            return f"holds {entry.name}, which no export does"
+    try:
+        read_layout(str(directory), read_config(directory))
+    except InputError:
+        return "is no drafter directory"
+    return "" if (directory / "model.safetensors").exists() else "is no drafter directory"
+
+
+@contextlib.contextmanager
+def built_beside(output: Path) -> Iterator[Path]:
+    """A fresh directory on the same disk that becomes `output` at the end; nothing is left of it after an error.
+
+    Where `output` is a symbolic link, what it points to is replaced.
+    """
+    output = output.resolve()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    try:
+        yield folder
+        folder.chmod(0o755)  # mkdtemp makes it private
+        if output.exists():
+            old = folder.with_name(folder.name + ".old")
+            output.rename(old)
+            folder.rename(output)
+            shutil.rmtree(old)
+        else:
+            folder.rename(output)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file, flushed to disk."""
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())

@@ -3,6 +3,7 @@
     python tests/benchmarks/decode.py --json decode.json
     python tests/benchmarks/decode.py --workdir runs/quickstart_dspark
     NPROC=1 python tests/benchmarks/decode.py --parts 1 8 32
+    NPROC=1 python tests/benchmarks/decode.py --heads 7 16
 
 Without `--workdir` the problem is part B of the reference figures: a Qwen3 of 6 layers x 256 (5.8 M parameters), a
 drafter of 2 layers and block 7, random weights, batch 1, a prompt of 64 tokens and 256 new ones. An untrained drafter
@@ -11,7 +12,8 @@ drafting. Machines drift, so the methods take turns and every figure is the best
 table mean anything.
 
 With `--workdir` the target and the newest drafter of a training run answer held-out prompts of all its sets. With
-`--parts` the time of a round is split instead, at several batch sizes: drafting, scheduling, verifying, committing.
+`--parts` the time of a round is split instead, at several batch sizes: drafting, scheduling, verifying, committing;
+with `--heads` what each sequential head adds to the draft of so many positions by a backbone without any (DFlash).
 On a CPU with tiny models, one XLA thread (NPROC=1) is fastest; PyTorch has `--threads`.
 """
 
@@ -225,6 +227,37 @@ def show_parts(target: Any, drafter: Any, batches: list[int], context: int) -> d
     return figures
 
 
+def show_heads(target: Any, lengths: list[int], dtype: str, context: int) -> dict[str, dict[str, float]]:
+    """The table of `--heads`, at batch 1: shares are of what a head adds to the draft without any."""
+    figures: dict[str, dict[str, float]] = {}
+    print(f"milliseconds at batch 1, {context} tokens of context")
+    columns = ("draft", "round", "of the draft", "of the round")
+    print(f"{'positions':>9} {'head':10}" + "".join(f"{name:>14}" for name in columns))
+    for length in lengths:
+        bare = dataclasses.replace(
+            DRAFTER,
+            kind="dflash",
+            block_size=length,
+            markov_rank=0,
+            confidence_head=False,
+            confidence_with_markov=False,
+        )
+        heads = {"none": bare, "confidence": dataclasses.replace(bare, kind="dspark", confidence_head=True)}
+        for kind in ("vanilla", "gated", "rnn"):
+            heads[kind] = dataclasses.replace(DRAFTER, block_size=length, markov_head_type=kind)
+        for kind, config in heads.items():
+            drafter = make_drafter(ARCHITECTURE, config, rngs=nnx.Rngs(1), dtype=compute_dtype(dtype))
+            found = parts(target, drafter, Scheduler.fixed(), 1, context, 96)
+            figures[f"{length} {kind}"] = found
+            added = found["draft"] - figures[f"{length} none"]["draft"]
+            times = f"{found['draft']:14.3f}{found['round']:14.3f}"
+            print(
+                f"{length:9} {kind:10}{times}" + f"{added / found['draft']:14.1%}{added / found['round']:14.1%}",
+                flush=True,
+            )
+    return figures
+
+
 def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -237,6 +270,7 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, help="a training run: its target, drafter and held-out prompts")
     parser.add_argument("--prompts", type=int, default=2, help="prompts of every set with --workdir (default 2)")
     parser.add_argument("--parts", type=int, nargs="+", metavar="BATCH", help="split the time of rounds instead")
+    parser.add_argument("--heads", type=int, nargs="+", metavar="POSITIONS", help="time the sequential heads instead")
     parser.add_argument("--json", metavar="FILE", help="also write the figures there")
     arguments = parser.parse_args()
 
@@ -250,6 +284,9 @@ def main() -> None:
         prompts = np.random.default_rng(0).integers(0, 4000, (arguments.batch, arguments.prompt)).tolist()
     if arguments.parts:
         figures: dict[str, Any] = show_parts(target, drafter, arguments.parts, arguments.prompt + arguments.new // 2)
+    elif arguments.heads:
+        context = arguments.prompt + arguments.new // 2
+        figures = show_heads(target, arguments.heads, arguments.drafter_dtype, context)
     else:
         figures = compare(target, drafter, model, prompts, stops, arguments)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dspark_jax.config import DrafterConfig, TargetArchitecture
-from dspark_jax.drafter.blocks import Anchors
+from dspark_jax.drafter.blocks import Anchors, anchor_candidates
 from dspark_jax.drafter.interface import BlockOutputs, Proposal
 from dspark_jax.ops.block_attention import block_attention
 from dspark_jax.ops.markov_sample import sample_chain
@@ -70,6 +70,23 @@ class Autoregressive(nnx.Module):
         """Embedding of the next token and feature (or last output), [..., D] -> attention input, residual [..., D]."""
         raise NotImplementedError
 
+    def supervised(self, loss_mask: jax.Array, starts: jax.Array) -> jax.Array:
+        """Rows whose first step is supervised.
+
+        Row t predicts token t+2, the first label of an anchor at t+1: the rule is that of `blocks.block_targets` with
+        one position. So the last prompt token, which drafts behind the first answer token, is such a row, and no label
+        is outside the answer, its document or the sequence.
+
+        Args:
+          loss_mask: [B, S], 1 on supervised tokens.
+          starts: [B, S] first row of each row's document.
+
+        Returns:
+          [B, S] bool.
+        """
+        ahead = anchor_candidates(loss_mask)[:, 1:-1] & (starts[:, 2:] == starts[:, :-2])
+        return jnp.pad(ahead, ((0, 0), (0, 2)))
+
     def __call__(
         self,
         target: Any,
@@ -81,8 +98,7 @@ class Autoregressive(nnx.Module):
     ) -> BlockOutputs:
         """Training pass: G steps over every row, or over the rows at the anchors if there are fewer than S of those.
 
-        A step is supervised where the reference's is (golden.md D.12): token t+s is, and is not the last one of its
-        document that is.
+        Step s of row t is supervised where row t+s of the same document is, see `supervised`.
 
         Args:
           target: lends `embed`.
@@ -135,7 +151,7 @@ class Autoregressive(nnx.Module):
         for k in range(self.block_size):
             carry = jax.checkpoint(step, static_argnums=1)(carry, k)
             outputs.append(rms_norm(carry[0], self.norm[...], self.arch.rms_norm_eps))
-        useful = _not_last(loss_mask, starts)
+        useful = self.supervised(loss_mask, starts)
         steps = range(self.block_size)
         masks = [at(useful, k) & (rows + k < s) & (at(starts, k) == first) & keep for k in steps]
         return BlockOutputs(
@@ -218,13 +234,3 @@ class Autoregressive(nnx.Module):
 
         tokens, logits = sample_chain(step, (cache.newest[:, None], [], []), anchors, uniforms.T, sampling)
         return Proposal(tokens.T, logits.swapaxes(0, 1), None)
-
-
-def _not_last(loss_mask: jax.Array, starts: jax.Array) -> jax.Array:
-    """[B, S] bool: supervised tokens behind which another one of the same document is supervised."""
-    supervised, length = loss_mask.astype(bool), loss_mask.shape[1]
-    index = jnp.where(supervised, jnp.arange(length), length)
-    following = jax.lax.cummin(index, axis=1, reverse=True)
-    following = jnp.pad(following[:, 1:], ((0, 0), (0, 1)), constant_values=length)
-    same = jnp.take_along_axis(starts, jnp.minimum(following, length - 1), axis=1) == starts
-    return supervised & (following < length) & same

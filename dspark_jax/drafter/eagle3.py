@@ -57,3 +57,16 @@ class Eagle3(Autoregressive):
         eps = self.arch.rms_norm_eps
         normed = rms_norm(embedded, layer.attention_norm[...], eps), rms_norm(hidden, layer.hidden_norm[...], eps)
         return jnp.concatenate(normed, axis=-1), hidden
+
+    def supervised(self, loss_mask: jax.Array, starts: jax.Array) -> jax.Array:
+        """See `Autoregressive.supervised`; the reference's rule (golden.md D.12).
+
+        Token t is supervised, and is not the last one of its document that is: in the first step, the first two tokens
+        of an answer are never targets, and the token behind it is one.
+        """
+        supervised, length = loss_mask.astype(bool), loss_mask.shape[1]
+        index = jnp.where(supervised, jnp.arange(length), length)
+        following = jax.lax.cummin(index, axis=1, reverse=True)
+        following = jnp.pad(following[:, 1:], ((0, 0), (0, 1)), constant_values=length)
+        same = jnp.take_along_axis(starts, jnp.minimum(following, length - 1), axis=1) == starts
+        return supervised & (following < length) & same

@@ -107,28 +107,6 @@ def test_some_rows_are_those_rows_of_all(case, trained):
         np.testing.assert_allclose(some.hidden[b, a][kept], whole.hidden[b, row][kept], atol=2e-5)
 
 
-def test_packed_documents_equal_separate_ones(case):
-    """Two halves as two documents of one sequence, or as two sequences: the same rows."""
-    target, _, drafter, io, _, _ = case
-    tokens = jnp.asarray(io["input_ids"][:1], jnp.int32)
-    mask = jnp.asarray(io["loss_mask"][:1]).at[:, 16].set(0)
-    starts = jnp.where(jnp.arange(32) < 16, 0, 16)[None]
-
-    def run(tokens, mask, starts):
-        positions = jnp.arange(tokens.shape[1]) - (0 if starts is None else starts)
-        positions = jnp.broadcast_to(positions, tokens.shape)
-        out = target.forward(tokens, positions, taps=drafter.taps, starts=starts)
-        return drafter(target, out.features, tokens, mask, everywhere(tokens), starts)
-
-    packed = jax.jit(run)(tokens, mask, starts)
-    apart = jax.jit(lambda t, m: run(t, m, None))(tokens.reshape(2, 16), mask.reshape(2, 16))
-    kept = np.asarray(packed.mask).reshape(2, 16, 7)
-    np.testing.assert_array_equal(kept, apart.mask)
-    assert kept[0].any() and kept[1].any()
-    hidden = np.asarray(packed.hidden).reshape(2, 16, 7, -1)
-    np.testing.assert_allclose(hidden[kept], np.asarray(apart.hidden)[kept], atol=2e-5)
-
-
 def test_decoding_equals_training(case):
     """Rows come from the cache, absorbed in pieces with garbage behind them, instead of from the sequence."""
     target, _, drafter, io, tokens, features = case

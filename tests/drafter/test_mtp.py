@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from dspark_jax.config import DrafterConfig, TargetArchitecture
-from dspark_jax.drafter.blocks import Anchors
+from dspark_jax.drafter.blocks import Anchors, block_targets, sample_anchors
 from dspark_jax.drafter.mtp import MTP
 from dspark_jax.ops.sampling import Sampling
 from dspark_jax.target.qwen3 import Qwen3
@@ -77,10 +77,32 @@ def test_training_pass_equals_loops(models):
     outputs = jax.jit(lambda d: d(target, out.features, tokens, jnp.ones((1, S)), anchors))(drafter)
     want = definition(target, drafter, np.asarray(out.features, np.float64)[0, :, D:], np.asarray(tokens)[0])
     np.testing.assert_allclose(outputs.hidden[0, :-1, 0], want, atol=2e-5)
-    np.testing.assert_array_equal(outputs.mask[0, :, 0], np.arange(S) < S - 1)
+    np.testing.assert_array_equal(outputs.mask[0, :, 0], np.arange(S) < S - 2)
     np.testing.assert_array_equal(outputs.labels[0, : S - 2, 0], tokens[0, 2:])
     np.testing.assert_array_equal(outputs.prev_tokens[0, : S - 1, 0], tokens[0, 1:])
     np.testing.assert_array_equal(outputs.teacher_rows[0, : S - 1, 0], np.arange(1, S))
+
+
+def test_a_row_is_supervised_where_an_anchor_behind_it_is(models):
+    """As DSpark with blocks of one: from the last prompt token on, up to the pair before the answer's last token."""
+    drafter = models[1]
+    cut = np.array([0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1])  # up to the end of the sequence
+    padded = np.array([0, 0, 0, 0, 1, 1, 1, 1, 0, 0, 0])
+    two = np.array([0, 0, 1, 1, 1, 0, 1, 1, 1, 1, 0])  # answers that begin at 2 and 6, one document or two
+    bare = np.array([1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0])  # supervised from its first token on, which no row precedes
+    masks = np.stack([cut, padded, two, two, bare, bare])
+    starts = np.zeros_like(masks)
+    starts[3] = starts[5] = np.where(np.arange(S) < 5, 0, 5)
+    want = [(3, 9), (3, 6), (1, 3, 5, 8), (1, 3, 5, 8), (0, 6), (0, 3, 5, 6)]  # [first, end) of each run of rows
+    got = np.asarray(drafter.supervised(jnp.asarray(masks), jnp.asarray(starts)))
+    for b, bounds in enumerate(want):
+        rows = [t for begin, end in zip(bounds[::2], bounds[1::2], strict=True) for t in range(begin, end)]
+        assert np.flatnonzero(got[b]).tolist() == rows, b
+    for b in (0, 1, 2, 4):  # the rows before the anchors
+        every = sample_anchors(jax.random.split(jax.random.key(0), 6), jnp.asarray(masks), S)
+        block = block_targets(jnp.zeros((6, S), jnp.int32), jnp.asarray(masks), every, 1)
+        anchors = np.asarray(every.positions[b])[np.asarray(block.mask[b, :, 0])]
+        assert [t - 1 for t in anchors if t] == np.flatnonzero(got[b]).tolist()
 
 
 def test_the_draft_is_the_prediction_of_the_newest_row(models):

@@ -162,28 +162,43 @@ def _completed(source: Source, rank: int) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def deepspec_config(source: Source, dtype: str) -> dict[str, Any]:
-    """`config.json` as the reference writes it: the target's (text) config with the drafter's keys at the top level."""
-    drafter, target = source.config, source.target
+    """`config.json` as the reference writes it: the target's (text) config with the drafter's keys at the top level.
+
+    The shape of the layers is the drafter's own in any case: a target's config may state it in a way that does not fit
+    fewer layers (`per_layer_config`), and a drafter may have another one than its target.
+    """
+    drafter, target, arch = source.config, source.target, source.arch
     text = dict(target.get("text_config") or target)
-    gemma = str(text["model_type"]).startswith("gemma4")
-    for name in ("torch_dtype", "transformers_version", "auto_map", "quantization_config", "_name_or_path"):
+    for name in _TARGETS_OWN:
         text.pop(name, None)
+    gemma, shape = arch.model_type == "gemma4", arch.to_hf()
+    if not gemma and "rope_theta" not in text:
+        del shape["rope_theta"]
     family = "Gemma4" if gemma else "Qwen3"
-    config = text | {
-        "dtype": dtype,
-        "num_target_layers": int(target.get("num_target_layers") or text["num_hidden_layers"]),
-        "num_hidden_layers": drafter.num_layers,
-        "layer_types": ["full_attention"] * drafter.num_layers,
-        "tie_word_embeddings": False,
-        "target_layer_ids": list(drafter.target_layer_ids),
-    }
+    config = (
+        text
+        | shape
+        | {
+            "dtype": dtype,
+            "num_target_layers": int(target.get("num_target_layers") or text["num_hidden_layers"]),
+            "num_hidden_layers": drafter.num_layers,
+            "layer_types": ["full_attention"] * drafter.num_layers,
+            "tie_word_embeddings": False,
+            "target_layer_ids": list(drafter.target_layer_ids),
+        }
+    )
     config |= _eagle3_keys(source, family) if drafter.kind == "eagle3" else _block_keys(source, family)
     if gemma:
         types = {"target_model_type": target["model_type"], "target_text_model_type": text["model_type"]}
-        config |= {name: target.get(name, value) for name, value in types.items()} | {"model_type": "gemma4_text"}
+        config |= {name: target.get(name, value) for name, value in types.items()}
     else:
         config |= {"use_sliding_window": False, "sliding_window": None}
     return config
+
+
+_TARGETS_OWN = ("torch_dtype", "transformers_version", "auto_map", "quantization_config", "_name_or_path")
+_TARGETS_OWN += ("per_layer_config",)
+"""Keys of a target's config that would be wrong in its drafter's."""
 
 
 def _block_keys(source: Source, family: str) -> dict[str, Any]:

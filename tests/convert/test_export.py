@@ -187,6 +187,37 @@ def test_slim_leaves_the_frozen_copies_out(tiny_target, tmp_path):
     import_drafter(directory, mesh())
 
 
+def test_transformers_reads_a_drafter_for_a_gemma_that_it_saved_itself(tmp_path):
+    """Its newer configs state the full layers' heads layer by layer, by numbers that a drafter of two does not have."""
+    pytest.importorskip("torch")
+    from transformers import AutoConfig, Gemma4TextConfig
+
+    shape = {"head_dim": 16, "global_head_dim": 32, "num_key_value_heads": 2, "num_global_key_value_heads": 1}
+    saved = Gemma4TextConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=6, num_attention_heads=4,
+        attention_k_eq_v=True, sliding_window=8, max_position_embeddings=128, final_logit_softcapping=30.0,
+        hidden_size_per_layer_input=0, num_kv_shared_layers=0, **shape,
+    )  # fmt: skip
+    saved.save_pretrained(tmp_path / "target")
+    raw = json.loads((tmp_path / "target" / "config.json").read_text())
+    assert "per_layer_config" in raw and "global_head_dim" not in raw  # or this test shows nothing
+    arch, config = TargetArchitecture.from_hf(raw), replace(DSPARK, target_layer_ids=(0, 4), mask_token_id=4)
+    drafter = abstract_drafter(arch, config)
+    for variable in parameter_paths(drafter).values():
+        variable.set_value(jnp.ones(variable.get_value().shape))
+    frozen = dict.fromkeys(FROZEN, np.ones((64, 32), np.float32))
+    source = Source(functools.partial(stored_tensors, drafter, config), config, arch, raw, frozen, "org/gemma")
+    directory = write_export(tmp_path / "drafter", source)
+    read = AutoConfig.from_pretrained(directory)
+    layers = [read.per_layer_config[i] for i in range(read.num_hidden_layers)]
+    assert [(layer.head_dim, layer.num_key_value_heads) for layer in layers] == [(32, 1)] * 2
+    written = json.loads((directory / "config.json").read_text())
+    assert {name: written[name] for name in shape} == shape and written["attention_k_eq_v"]
+    for reading in (arch, TargetArchitecture.from_hf(directory)):
+        assert (reading.rope_theta, reading.partial_rotary_factor, reading.final_logit_softcapping) == (1e6, 0.25, 30.0)
+    assert import_drafter(directory, mesh())[0] == config
+
+
 def test_an_interrupted_export_leaves_nothing(tiny_target, tmp_path):
     source, _ = make_source(tiny_target, DSPARK)
 

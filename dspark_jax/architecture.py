@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dspark_jax.errors import InputError
+from dspark_jax.json_file import read_object
 
 _GEMMA = {"gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"}
 """Values of `model_type` of Gemma 4, with and without other modalities; all are `gemma4` here."""
@@ -54,28 +55,20 @@ class TargetArchitecture:
         """Reads a Hugging Face config: a directory, a `config.json`, or its decoded content.
 
         Raises:
-          InputError: the file is missing or not JSON, a needed field is absent, or the model uses a feature that
-            has no implementation here (biases, scaled RoPE, experts, ...).
+          InputError: the file is missing or not JSON, a needed field is absent or of another type, or the model uses
+            a feature that has no implementation here (biases, scaled RoPE, experts, ...).
         """
-        where, raw = "config", source
-        if not isinstance(source, Mapping):
-            path = Path(source)
-            path = path / "config.json" if path.is_dir() else path
-            where = str(path)
-            try:
-                raw = json.loads(path.read_text())
-            except FileNotFoundError:
-                raise InputError(f"{where}: no such file; give a Hugging Face model directory") from None
-            except json.JSONDecodeError as error:
-                raise InputError(f"{where}:{error.lineno}: not valid JSON ({error.msg}); download it again") from None
-        assert isinstance(raw, Mapping)
+        where, raw = _read(source)
         model_type = raw.get("model_type")
-        if model_type in _GEMMA:
-            values = _gemma_values({**raw, **raw.get("text_config", {})}, where)
-        elif model_type == "qwen3":
+        if model_type not in ("qwen3", *_GEMMA):
+            raise InputError(f"{where}: model_type {model_type!r} is not supported; use one of: qwen3, gemma4")
+        if model_type == "qwen3":
+            _check_numbers(raw, where)
             values = _qwen_values(raw, where)
         else:
-            raise InputError(f"{where}: model_type {model_type!r} is not supported; use one of: qwen3, gemma4")
+            raw = {**raw, **_part(raw, "text_config", where)}
+            _check_numbers(raw, where)
+            values = _gemma_values(raw, where)
         fields = {field.name: field for field in dataclasses.fields(cls)}
         optional = {"tie_word_embeddings", "head_dim"} | {name for name, field in fields.items() if not field.repr}
         missing = [name for name in fields if values.get(name) is None and name not in optional]
@@ -91,28 +84,46 @@ class TargetArchitecture:
         Raises:
           InputError: as `from_hf`, or a size that the drafter needs is not in the config.
         """
-        path = Path(directory) / "config.json"
-        raw = json.loads(path.read_text("utf-8"))
-        text = {**raw, **raw.get("text_config", {})}
+        where, raw = _read(Path(directory) / "config.json")
+        text = {**raw, **_part(raw, "text_config", where)}
         kind = str(text.get("model_type"))
         if kind in (*_GEMMA, "qwen3"):
             return cls.from_hf(directory)
-        for name, other in _OTHER_NAMES.items():
-            if text.get(name) is None and text.get(other) is not None:
-                text[name] = text[other]
-        heads = text.get("num_attention_heads")
-        text.setdefault("num_key_value_heads", heads)
-        if heads and not text.get("head_dim"):
-            text["head_dim"] = text["hidden_size"] // heads
-        if not text.get("intermediate_size"):
-            text["intermediate_size"] = 4 * text.get("hidden_size", 0)
+        for name, others in _OTHER_NAMES.items():
+            given = [text[other] for other in (name, *others) if text.get(other) is not None]
+            text[name] = given[0] if given else None
+        rope = _part(text, "rope_parameters", where)
+        rope = _part(rope, "full_attention", where) or rope
+        if rope.get("rope_theta") is not None:
+            text["rope_theta"] = rope["rope_theta"]
+        _check_numbers(text, where)
+        if text.get("num_key_value_heads") is None:
+            text["num_key_value_heads"] = text["num_attention_heads"]
         sizes = [name for name in _PLAIN_FIELDS if name.startswith(("num_", "vocab", "hidden", "max_"))]
-        missing = [name for name in sizes if not text.get(name)]
+        missing = [name for name in sizes if text.get(name) is None]
         if missing:
-            raise InputError(f"{path}: missing {', '.join(missing)}; state them in target.architecture")
+            raise InputError(f"{where}: missing {', '.join(missing)}; add them to the file under these names")
+        if text.get("head_dim") is None:
+            text["head_dim"] = text["hidden_size"] // text["num_attention_heads"]
+        if text.get("intermediate_size") is None:
+            text["intermediate_size"] = 4 * text["hidden_size"]
         names = [*sizes, "head_dim", "intermediate_size", "rope_theta", "rms_norm_eps"]
         values = {name: text[name] for name in names if text.get(name) is not None}
         return cls(**values, tie_word_embeddings=bool(text.get("tie_word_embeddings", True)), foreign=kind)
+
+    def refuse_other(self, found: "TargetArchitecture", path: str | os.PathLike[str]) -> None:
+        """Refuses a model of another shape than this one, which a config states.
+
+        Raises:
+          InputError: names the first field of `found`, read at `path`, that differs.
+        """
+        for field in dataclasses.fields(found):
+            stated, there = getattr(self, field.name), getattr(found, field.name)
+            if stated != there:
+                raise InputError(
+                    f"target.architecture.{field.name}={stated} but {path}/config.json has {there}; "
+                    "drop the stated architecture or point target.path at the right model"
+                )
 
     def to_hf(self) -> dict[str, Any]:
         """The fields as a Hugging Face `config.json` states them."""
@@ -143,12 +154,51 @@ class TargetArchitecture:
 
 
 _OTHER_NAMES = {
-    "hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
-    "max_position_embeddings": "n_positions",
+    "hidden_size": ("n_embd", "d_model"), "num_hidden_layers": ("n_layer", "n_layers"),
+    "num_attention_heads": ("n_head", "n_heads"), "max_position_embeddings": ("n_positions", "max_seq_len"),
 }  # fmt: skip
-"""Our name of a size -> that of GPT-2's descendants."""
+"""Our name of a size -> those of GPT-2's descendants."""
 
 _PLAIN_FIELDS = [field.name for field in dataclasses.fields(TargetArchitecture) if field.repr]
+_NUMBERS = {field.name: field.type for field in dataclasses.fields(TargetArchitecture) if field.type in (int, float)}
+
+
+def _read(source: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """(name for messages, content) of a config: a directory, a file, or the content itself."""
+    if isinstance(source, Mapping):
+        return "config", source
+    path = Path(source)
+    path = path / "config.json" if path.is_dir() else path
+    return str(path), read_object(path, "give a Hugging Face model directory")
+
+
+def _part(raw: Mapping[str, Any], name: str, where: str) -> Mapping[str, Any]:
+    """A nested object of a config; empty where it is absent or null."""
+    found = raw.get(name)
+    if found is not None and not isinstance(found, Mapping):
+        raise InputError(f"{where}: {name} {json.dumps(found)} is not an object; download it again")
+    return found or {}
+
+
+def _check_numbers(raw: Mapping[str, Any], where: str) -> None:
+    """Refuses sizes that are not positive whole numbers and other numbers that are not numbers; null is absent."""
+    for name, kind in _NUMBERS.items():
+        value = raw.get(name)
+        if value is None or (name in _MAY_BE_ZERO and value == 0):
+            continue
+        good = isinstance(value, int) if kind is int else isinstance(value, int | float)
+        if not good or isinstance(value, bool) or value <= 0:
+            whole = "a positive whole number" if kind is int else "a positive number"
+            raise InputError(f"{where}: {name} {json.dumps(value)} is not {whole}; download it again")
+
+
+_MAY_BE_ZERO = ("sliding_window", "final_logit_softcapping", "global_head_dim", "num_global_key_value_heads")
+"""Where zero is none."""
+
+
+def _rope_type(rope: Mapping[str, Any]) -> Any:
+    """The kind of RoPE, which older files call `type`."""
+    return rope.get("rope_type", rope.get("type", "default"))
 
 
 def _refuse(raw: Mapping[str, Any], where: str, wanted: Mapping[str, Any], remedy: str) -> None:
@@ -161,12 +211,13 @@ def _refuse(raw: Mapping[str, Any], where: str, wanted: Mapping[str, Any], remed
 def _qwen_values(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Fields of a Qwen3 config."""
     values = {name: raw[name] for name in _PLAIN_FIELDS if name in raw}
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if rope.get("rope_theta") is not None:
-        values["rope_theta"] = rope["rope_theta"]
-    kind = rope.get("rope_type", "default")
-    if kind != "default":
-        raise InputError(f"{where}: rope_type {kind!r} is not supported; use a model with default RoPE")
+    for name in ("rope_scaling", "rope_parameters"):
+        rope = _part(raw, name, where)
+        _check_numbers(rope, where)
+        if rope.get("rope_theta") is not None:
+            values["rope_theta"] = rope["rope_theta"]
+        if _rope_type(rope) != "default":
+            raise InputError(f"{where}: rope_type {_rope_type(rope)!r} is not supported; use a model with default RoPE")
     _refuse(raw, where, {"attention_bias": False, "use_sliding_window": False}, "use a plain Qwen3 model")
     values.setdefault("tie_word_embeddings", False)
     return values
@@ -182,28 +233,36 @@ def _gemma_values(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     values = {field.name: raw[field.name] for field in dataclasses.fields(TargetArchitecture) if field.name in raw}
     values |= {"model_type": "gemma4"}
     values.setdefault("tie_word_embeddings", True)
-    layers = raw.get("num_hidden_layers", 0)
+    layers = raw.get("num_hidden_layers") or 0
     kinds = raw.get("layer_types") or [
         "full_attention" if (i + 1) % 6 == 0 else "sliding_attention" for i in range(layers)
     ]
-    if layers and (len(kinds) != layers or set(kinds) - {"full_attention", "sliding_attention"}):
+    named = isinstance(kinds, list | tuple) and all(kind in ("full_attention", "sliding_attention") for kind in kinds)
+    if layers and not (named and len(kinds) == layers):
+        shown = (
+            f"{len(kinds)} entries {sorted(set(map(str, kinds)))}"
+            if isinstance(kinds, list | tuple)
+            else json.dumps(kinds)
+        )
         raise InputError(
-            f"{where}: layer_types has {len(kinds)} entries {sorted(set(kinds))} for {layers} layers; "
+            f"{where}: layer_types has {shown} for {layers} layers; "
             "one of sliding_attention and full_attention is needed for each"
         )
     values["layer_types"] = tuple(kinds[:-1]) + ("full_attention",) if layers else ()
     # Newer files give what full layers have of their own layer by layer, older ones by name.
-    own = next(iter((raw.get("per_layer_config") or {}).values()), {})
+    layers_own = _part(raw, "per_layer_config", where)
+    own = _part(layers_own, next(iter(layers_own), ""), where)
     values["global_head_dim"] = own.get("head_dim", raw.get("global_head_dim") or 512)
     few = raw.get("num_global_key_value_heads") if raw.get("attention_k_eq_v") else None
     values["num_global_key_value_heads"] = own.get("num_key_value_heads", few or raw.get("num_key_value_heads"))
-    rope = raw.get("rope_parameters") or {}
-    full = rope.get("full_attention") or {"rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": 0.25}
-    sliding = rope.get("sliding_attention") or {"rope_theta": 1e4}
+    rope = _part(raw, "rope_parameters", where)
+    full = _part(rope, "full_attention", where) or {"rope_type": "proportional", "partial_rotary_factor": 0.25}
+    sliding = _part(rope, "sliding_attention", where)
     for entry, known in ((full, ("proportional", "default")), (sliding, ("default",))):
-        if entry.get("rope_type", "default") not in known:
-            raise InputError(f"{where}: rope_type {entry['rope_type']!r} is not supported; use one of: {known}")
-    values["rope_theta"], values["sliding_rope_theta"] = full["rope_theta"], sliding["rope_theta"]
+        _check_numbers(entry, where)
+        if _rope_type(entry) not in known:
+            raise InputError(f"{where}: rope_type {_rope_type(entry)!r} is not supported; use one of: {known}")
+    values["rope_theta"], values["sliding_rope_theta"] = full.get("rope_theta", 1e6), sliding.get("rope_theta", 1e4)
     values["partial_rotary_factor"] = full.get("partial_rotary_factor", 1.0)
     values["final_logit_softcapping"] = raw.get("final_logit_softcapping") or 0.0
     return values

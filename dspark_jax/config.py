@@ -211,13 +211,8 @@ def resolve(config: Config) -> Config:
         foreign = config.data.features == "torch"
         read = TargetArchitecture.of_any_model if foreign else TargetArchitecture.from_hf
         found = read(config.target.path)
-        if architecture.vocab_size and architecture != found:
-            pairs = ((f.name, getattr(architecture, f.name), getattr(found, f.name)) for f in dataclasses.fields(found))
-            name, stated, there = next(pair for pair in pairs if pair[1] != pair[2])
-            raise InputError(
-                f"target.architecture.{name}={stated} but {config.target.path}/config.json has {there}; "
-                "drop the stated architecture or point target.path at the right model"
-            )
+        if architecture.vocab_size:
+            architecture.refuse_other(found, config.target.path)
         architecture = found
     config = dataclasses.replace(config, target=dataclasses.replace(config.target, architecture=architecture))
     if config.drafter.kind == "mtp" and not config.drafter.target_layer_ids and architecture.num_hidden_layers:

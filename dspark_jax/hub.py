@@ -33,10 +33,11 @@ def local_directory(path: str | os.PathLike[str], files: tuple[str, ...] = FILES
     """
     if not is_hub_id(path):
         return Path(path)
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
+        HFValidationError,
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
@@ -47,12 +48,12 @@ def local_directory(path: str | os.PathLike[str], files: tuple[str, ...] = FILES
     except GatedRepoError:
         remedy = "accept its licence on its page and log in with `hf auth login`"
         raise InputError(f"{path}: access to this model must be asked for; {remedy}") from None
-    except RepositoryNotFoundError:
+    except (RepositoryNotFoundError, HFValidationError):  # the latter for what no id can be: a path, misspelt
         raise InputError(f"{path}: neither a directory here nor a model on the hub; check the name") from None
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
         if getattr(error, "errno", None) is not None:  # a full disk, say: `command` has a line for that
             raise
-        reason = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else "the hub cannot be reached"
+        reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
         remedy = "download it where there is a network, or give a local directory"
         raise InputError(f"{path}: not in the hub's cache, and {reason}; {remedy}") from None
 

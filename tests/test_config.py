@@ -86,7 +86,15 @@ def test_resolve_reads_the_target_and_refuses_a_contradiction(tmp_path):
         ({"attention_bias": True}, "attention_bias"),
         ({"use_sliding_window": True}, "use_sliding_window"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, "rope_type 'yarn'"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type 'yarn'"),
+        ({"model_type": "gemma4", "rope_parameters": {"full_attention": {"type": "yarn"}}}, "rope_type 'yarn'"),
         ({"hidden_size": None}, "missing hidden_size"),
+        ({"hidden_size": "32", "head_dim": None}, 'hidden_size "32" is not a positive whole number'),
+        ({"num_attention_heads": 0, "head_dim": None}, "num_attention_heads 0 is not a positive whole number"),
+        ({"rope_parameters": [1]}, r"rope_parameters \[1\] is not an object"),
+        ({"rope_theta": "1e6"}, 'rope_theta "1e6" is not a positive number'),
+        ({"model_type": "gemma4", "layer_types": 3}, "layer_types has 3 for 6 layers"),
+        ({"model_type": "gemma4", "per_layer_config": {"5": 1}}, "5 1 is not an object"),
     ],
 )
 def test_unsupported_hugging_face_configs_are_refused(change, message):
@@ -94,3 +102,25 @@ def test_unsupported_hugging_face_configs_are_refused(change, message):
     raw = {name: value for name, value in raw.items() if value is not None}
     with pytest.raises(InputError, match=message):
         TargetArchitecture.from_hf(raw)
+
+
+@pytest.mark.parametrize("read", [TargetArchitecture.from_hf, TargetArchitecture.of_any_model])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "config.json: no such file|nowhere: no such file"),
+        (b"[1]", "not a JSON object; download it again"),
+        (b"{", r"config.json:1: not valid JSON"),
+        (b'{"a": "\xe9"}', r"not valid JSON \(not UTF-8\)"),
+        (b'{"model_type": "gemma4", "text_config": null}', "missing vocab_size"),
+        (b'{"model_type": "gemma4", "text_config": [1]}', r"text_config \[1\] is not an object"),
+    ],
+)
+def test_damaged_model_configs_are_one_line(tmp_path, read, content, message):
+    path = tmp_path / ("nowhere" if content is None else "model")
+    if content is not None:
+        path.mkdir()
+        (path / "config.json").write_bytes(content)
+    with pytest.raises(InputError, match=message) as error:
+        read(path)
+    assert "\n" not in str(error.value)

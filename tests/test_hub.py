@@ -1,10 +1,16 @@
 """Models by hub id: what is in the cache is found offline, everything else is one line."""
 
-import pytest
+import dataclasses
 
-from dspark_jax.config import Config, InputError, TargetArchitecture, TargetConfig, resolve
+import jax
+import pytest
+from huggingface_hub import constants
+
+from dspark_jax.config import Config, DrafterConfig, InputError, MeshConfig, TargetArchitecture, TargetConfig, resolve
 from dspark_jax.hub import is_hub_id, local_directory, with_architecture
-from dspark_jax.target.loading import fingerprint
+from dspark_jax.sharding import make_mesh
+from dspark_jax.target.loading import fingerprint, load_target
+from dspark_jax.training.feature_cache import feature_identity
 
 
 @pytest.fixture
@@ -40,6 +46,32 @@ def test_a_stated_shape_needs_no_hub(cache):
     arch = TargetArchitecture("qwen3", 512, 64, 6, 4, 2, 16, 128)
     config = Config(target=TargetConfig(path="me/other", architecture=arch))
     assert with_architecture(config) is config
+
+
+def test_a_stated_shape_is_compared_when_the_model_is_loaded(cache, tiny_target):
+    """Nothing else would tell: weights fit with any rope_theta."""
+    arch = dataclasses.replace(TargetArchitecture.from_hf(tiny_target), rope_theta=5e6)
+    config = Config(target=TargetConfig("me/tiny", "float32", arch), drafter=DrafterConfig(target_layer_ids=(0,)))
+    assert with_architecture(config) is config
+    mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    with pytest.raises(InputError, match=r"target.architecture.rope_theta=5000000.0 but me/tiny/config.json has "):
+        load_target(config.target, mesh)
+    with pytest.raises(InputError, match=r"target.architecture.rope_theta=5000000.0 but me/tiny/config.json has "):
+        feature_identity(config, tiny_target)
+
+
+@pytest.mark.parametrize("name", ["runs/my--drafter", "a/b..c", "a/b.", "models/" + "x" * 100])
+def test_what_no_id_can_be_is_one_line(cache, name):
+    with pytest.raises(InputError, match="neither a directory here nor a model on the hub; check the name"):
+        local_directory(name)
+
+
+def test_offline_is_said_only_where_it_is_so(cache, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: (_ for _ in ()).throw(OSError("no net")))
+    with pytest.raises(InputError, match="not in the hub's cache, and the hub cannot be reached"):
+        local_directory("me/other")
 
 
 def test_directories_are_taken_as_they_are(tmp_path):

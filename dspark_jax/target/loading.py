@@ -270,13 +270,16 @@ def load_target(config: TargetConfig, mesh: Mesh) -> Target:
     """Loads the target of a resolved config onto `mesh`, in its compute type; from the hub where its path is an id.
 
     Raises:
-      InputError: a file or tensor is missing, damaged or of another shape, or a tensor is unknown.
+      InputError: a file or tensor is missing, damaged or of another shape, a tensor is unknown, or the model's config
+        says another shape than ours.
     """
     directory, arch, dtype = local_directory(config.path), config.architecture, compute_dtype(config.dtype)
     if arch.foreign:
         raise InputError(
             f"{directory}: model_type {arch.foreign} has no definition here; it can only lend its features"
         )
+    if (directory / "config.json").exists():  # of a model on the hub, nobody has compared it before
+        arch.refuse_other(TargetArchitecture.from_hf(directory), config.path)
     target = abstract_target(arch, dtype)
     tensors = read_checkpoint(directory)
     weights = qwen3.WEIGHTS

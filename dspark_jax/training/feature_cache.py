@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dspark_jax.config import Config, InputError
+from dspark_jax.config import Config, InputError, TargetArchitecture
 from dspark_jax.data.feature_codec import Identity
 from dspark_jax.data.features import LENDER, CachedSamples, Pass, estimate, is_complete, write_features
 from dspark_jax.data.sources import SampleReader
 from dspark_jax.data.torch_features import load_torch_target
+from dspark_jax.hub import local_directory
 from dspark_jax.progress import Progress, log
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target.lender import save_lender
@@ -26,7 +27,13 @@ def feature_directory(workdir: Path) -> Path:
 
 
 def feature_identity(config: Config, workdir: Path) -> Identity:
-    """What a cache for this config and the samples in `workdir` has to be of."""
+    """What a cache for this config and the samples in `workdir` has to be of.
+
+    Raises:
+      InputError: the target is missing or damaged, or not of the shape that the config states.
+    """
+    found = TargetArchitecture.of_any_model(local_directory(config.target.path))
+    config.target.architecture.refuse_other(found, config.target.path)
     return Identity(
         target=fingerprint(config.target.path),
         tokenizer=tokenizer_fingerprint(config.target.path),

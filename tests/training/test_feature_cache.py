@@ -175,7 +175,14 @@ def test_shapes_of_other_families(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(names))
     found = TargetArchitecture.of_any_model(tmp_path)
     assert (found.hidden_size, found.head_dim, found.num_key_value_heads, found.intermediate_size) == (24, 8, 3, 96)
-    del names["n_layer"]
+    assert found.rope_theta == 1e6
+    names |= {"rope_parameters": {"rope_theta": 5e5}, "n_head": 4}
     (tmp_path / "config.json").write_text(json.dumps(names))
-    with pytest.raises(InputError, match="missing num_hidden_layers; state them"):
+    assert TargetArchitecture.of_any_model(tmp_path).rope_theta == 5e5
+    del names["n_layer"], names["n_embd"]
+    (tmp_path / "config.json").write_text(json.dumps(names))
+    with pytest.raises(InputError, match="missing hidden_size, num_hidden_layers; add them to the file"):
+        TargetArchitecture.of_any_model(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(names | {"n_layer": 2, "d_model": "24"}))
+    with pytest.raises(InputError, match='hidden_size "24" is not a positive whole number'):
         TargetArchitecture.of_any_model(tmp_path)

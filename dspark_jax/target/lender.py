@@ -58,8 +58,8 @@ def save_lender(path: Path, embedding: np.ndarray, head: np.ndarray, softcap: fl
     temporary.replace(path)
 
 
-def load_lender(path: Path, arch: TargetArchitecture, mesh: Mesh, dtype: Any) -> Lender:
-    """The embedding and LM head beside a feature cache, on `mesh`, in the compute type.
+def read_lender(path: Path, arch: TargetArchitecture) -> tuple[np.ndarray, np.ndarray, float]:
+    """What `save_lender` wrote: embedding and LM head [V, D], memory-mapped, and the soft-cap.
 
     Raises:
       InputError: the file is missing, damaged or of another shape.
@@ -70,12 +70,21 @@ def load_lender(path: Path, arch: TargetArchitecture, mesh: Mesh, dtype: Any) ->
             raise InputError(
                 f"{path}: {name} is missing or not {list(shape)}; remove its directory and prepare the features again"
             )
-    abstract: Any = jax.ShapeDtypeStruct(shape, dtype)
-    lender = Lender(arch, abstract, abstract, float(tensors["softcap"][0]), dtype=dtype)
-    for name, variable in {"embedding": lender.embedding, "head": lender.lm_head}.items():
+    return tensors["embedding"], tensors["head"], float(tensors["softcap"][0])
+
+
+def load_lender(path: Path, arch: TargetArchitecture, mesh: Mesh, dtype: Any) -> Lender:
+    """The embedding and LM head beside a feature cache, on `mesh`, in the compute type.
+
+    Raises:
+      InputError: the file is missing, damaged or of another shape.
+    """
+    embedding, head, softcap = read_lender(path, arch)
+    abstract: Any = jax.ShapeDtypeStruct(embedding.shape, dtype)
+    lender = Lender(arch, abstract, abstract, softcap, dtype=dtype)
+    for value, variable in ((embedding, lender.embedding), (head, lender.lm_head)):
         where = state_shardings(variable, mesh).get_value()
-        value = tensors[name]
         variable.set_value(
-            jax.make_array_from_callback(shape, where, lambda index, value=value: np.asarray(value[index], dtype))
+            jax.make_array_from_callback(value.shape, where, lambda index, value=value: np.asarray(value[index], dtype))
         )
     return lender

@@ -30,19 +30,24 @@ from dspark_jax.config import Config, InputError, MeshConfig, TargetArchitecture
 from dspark_jax.convert.card import model_card
 from dspark_jax.convert.check import Report, check_directory
 from dspark_jax.convert.dialect import MASK_TOKENS, Answer
-from dspark_jax.convert.export import FORMATS, Source, frozen_tensors, write_export
+from dspark_jax.convert.export import FORMATS, Source, content, frozen_tensors, write_export
 from dspark_jax.convert.hf import import_drafter, read_drafter_config, stored_tensors
 from dspark_jax.convert.hub import push
 from dspark_jax.convert.layouts import layers_config, read_config, read_layout
+from dspark_jax.convert.mapping import FROZEN
 from dspark_jax.convert.output import SIDE_FILES, check_output
+from dspark_jax.convert.servers import replay
+from dspark_jax.convert.targets import Lent, fitting, lent, lent_by_file
 from dspark_jax.data.chat import load_tokenizer, prompt_tokens
+from dspark_jax.data.features import LENDER
 from dspark_jax.data.prompts import read_prompts
 from dspark_jax.engine.generate import generate
 from dspark_jax.hub import local_directory, with_architecture
 from dspark_jax.progress import log
 from dspark_jax.sharding import make_mesh
-from dspark_jax.target.loading import fingerprint, load_target
+from dspark_jax.target.loading import fingerprint, load_target, read_checkpoint
 from dspark_jax.training.checkpoint import Checkpoints, load_drafter
+from dspark_jax.training.feature_cache import feature_directory
 from dspark_jax.training.optim import make_optimizer
 from dspark_jax.training.state import init_state, to_params
 
@@ -54,6 +59,8 @@ def export(options: argparse.Namespace) -> Path:
       InputError: run, drafter, target or output cannot be used.
     """
     output = Path(options.output)
+    if options.workdir and options.drafter:
+        raise InputError("--workdir and --drafter: only one of the two can be exported; leave one out")
     if options.workdir:
         source, files = run_source(Path(options.workdir), options)
     elif options.drafter and options.target:
@@ -61,12 +68,17 @@ def export(options: argparse.Namespace) -> Path:
     else:
         raise InputError("export needs --workdir RUN, or --drafter DIR with --target DIR")
     check_output(output, source.config, overwrite=options.overwrite)
-    name = options.name or output.name
-    card = functools.partial(model_card, name, source.config, source.target_name, form=options.format)
-    side = tuple(name for name in SIDE_FILES if name in files)
-    contents = {key: files[key] for key in side}
-    contents["README.md"] = card(
-        fingerprint=files["fingerprint"], data=files.get("data"), metrics=files.get("metrics"), side_files=side
+    made = content(source, options.format, options.dtype)
+    contents = {name: files[name] for name in SIDE_FILES if name in files}
+    contents["README.md"] = model_card(
+        options.name or output.name,
+        source,
+        made,
+        replay(str(output), made.config, made.shapes, source.arch),
+        fingerprint=files["fingerprint"],
+        data=files.get("data"),
+        metrics=files.get("metrics"),
+        side_files=tuple(contents),
     )
     write_export(output, source, form=options.format, dtype=options.dtype, files=contents, overwrite=options.overwrite)
     size = sum(file.stat().st_size for file in output.iterdir())
@@ -84,47 +96,81 @@ def run_source(workdir: Path, options: argparse.Namespace) -> tuple[Source, dict
     """
     mesh = make_mesh(MeshConfig())
     config, drafter = load_drafter(workdir, mesh, stated_target(options.target))
-    path = config.target.path
-    files: dict[str, Any] = {name: workdir / name for name in SIDE_FILES if (workdir / name).exists()}
-    files["fingerprint"] = fingerprint(path)
-    for key, file in {"data": workdir / "data" / "report.json", "metrics": workdir / "eval" / "metrics.json"}.items():
-        if file.exists():
-            files[key] = json.loads(file.read_text("utf-8"))
+    path, arch = config.target.path, config.target.architecture
+    directory = local_directory(path)
     source = Source(
         tensors=functools.partial(stored_tensors, drafter, config.drafter),
         config=config.drafter,
-        arch=config.target.architecture,
-        target=read_config(local_directory(path)),
-        frozen={} if options.slim else frozen_tensors(local_directory(path)),
+        arch=arch,
+        target=read_config(directory),
+        frozen={} if arch.foreign else frozen_tensors(directory),
         target_name=options.target_name or path,
         num_anchors=config.train.num_anchors,
     )
-    return source, files
+    if arch.foreign:
+        source = with_lent(source, lent_by_file(feature_directory(workdir) / LENDER, directory, arch))
+    return slim(source, options), run_files(workdir, path)
+
+
+def run_files(workdir: Path, target: str) -> dict[str, Any]:
+    """What a run has besides its drafter: see `run_source`."""
+    files: dict[str, Any] = {name: workdir / name for name in SIDE_FILES if (workdir / name).exists()}
+    files["fingerprint"] = fingerprint(target)
+    for key, file in {"data": workdir / "data" / "report.json", "metrics": workdir / "eval" / "metrics.json"}.items():
+        if file.exists():
+            files[key] = json.loads(file.read_text("utf-8"))
+    return files
 
 
 def directory_source(directory: Path, options: argparse.Namespace) -> tuple[Source, dict[str, Any]]:
-    """A drafter directory in any format that can be imported."""
+    """A drafter directory in any format that can be imported. Its layers keep their shape, whatever the target's is.
+
+    Raises:
+      InputError: it cannot be imported, or its vocabulary or width are not the target's.
+    """
     arch, _ = read_drafter_config(directory)
+    place = local_directory(options.target)
+    target = TargetArchitecture.of_any_model(place)
+    fitting(directory, arch, options.target, target, whole=False)
+    arch = dataclasses.replace(arch, num_hidden_layers=target.num_hidden_layers, foreign=target.foreign)
     config, drafter = import_drafter(directory, make_mesh(MeshConfig()))
     files: dict[str, Any] = {name: directory / name for name in SIDE_FILES if (directory / name).exists()}
     files["fingerprint"] = fingerprint(options.target)
+    raw = read_config(place)
     source = Source(
         tensors=functools.partial(stored_tensors, drafter, config),
         config=config,
         arch=arch,
-        target=read_config(local_directory(options.target)),
-        frozen={} if options.slim else frozen_tensors(local_directory(options.target)),
+        target=raw,
+        frozen={} if arch.foreign else frozen_tensors(place),
         target_name=options.target_name or options.target,
         num_anchors=layers_config(read_config(directory)).get("num_anchors", 512),
     )
-    return source, files
+    if arch.foreign:  # the drafter's own copies are right, the target's may lack a scale and have any name
+        mine = read_checkpoint(directory)
+        frozen = {name: mine[name] for name in FROZEN if name in mine}
+        softcap = float(raw.get("text_config", raw).get("final_logit_softcapping") or 0)
+        source = with_lent(source, lent(frozen, place, arch, softcap))
+    return slim(source, options), files
+
+
+def with_lent(source: Source, of_target: Lent) -> Source:
+    """A drafter for a target without a definition here, with what that has lent."""
+    return dataclasses.replace(
+        source, frozen=of_target.frozen, notes=of_target.notes, own_embedding=of_target.own_embedding
+    )
+
+
+def slim(source: Source, options: argparse.Namespace) -> Source:
+    """The source without the target's tensors if `--slim` says so."""
+    return dataclasses.replace(source, frozen={}) if options.slim else source
 
 
 def stated_target(path: str | None) -> TargetConfig | None:
     """The target of `--target`, or None: the one in the checkpoint."""
     if not path:
         return None
-    return TargetConfig(path=path, architecture=TargetArchitecture.from_hf(local_directory(path)))
+    return TargetConfig(path=path, architecture=TargetArchitecture.of_any_model(local_directory(path)))
 
 
 def import_(options: argparse.Namespace) -> Path:
@@ -143,7 +189,7 @@ def import_(options: argparse.Namespace) -> Path:
         config.data.max_prompt_length = min(config.data.max_prompt_length, config.data.max_length // 2)
     target = dataclasses.replace(config.target, path=options.target, architecture=TargetArchitecture())
     config = resolve(with_architecture(dataclasses.replace(config, drafter=drafter, target=target)))
-    fitting(directory, arch, config.target)
+    fitting(directory, arch, options.target, config.target.architecture, whole=True)
     mesh = make_mesh(config.mesh)
     imported = import_drafter(directory, mesh)[1]
     with Checkpoints(workdir, config) as checkpoints:
@@ -154,20 +200,6 @@ def import_(options: argparse.Namespace) -> Path:
     (workdir / "config.json").write_text(to_json(config))
     log(f"import: {directory} is checkpoint 0 of {workdir}")
     return workdir
-
-
-def fitting(directory: Path, arch: TargetArchitecture, target: TargetConfig) -> None:
-    """Refuses a drafter whose layers have another shape than its target's: they share embedding and LM head.
-
-    Raises:
-      InputError: the first field that differs.
-    """
-    for name in ("vocab_size", "hidden_size"):
-        here, there = getattr(arch, name), getattr(target.architecture, name)
-        if here != there:
-            raise InputError(
-                f"{directory}: {name} is {here}, that of {target.path} is {there}; this drafter is for another target"
-            )
 
 
 def check(options: argparse.Namespace) -> Report:

@@ -1,18 +1,25 @@
 """The model card of an exported drafter: what it is, what it was trained on, how well it drafts, how to serve it."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dspark_jax.config import DrafterConfig
+from dspark_jax.convert.dialect import same
+from dspark_jax.convert.export import Content, Source
+from dspark_jax.convert.layouts import Layout, read_layout
+from dspark_jax.convert.servers import Verdict
+from dspark_jax.hub import is_hub_id
+
+NO_SERVERS = ("speculators",)
+"""Readers of `convert.servers` that serve nothing."""
 
 
 def model_card(
     name: str,
-    drafter: DrafterConfig,
-    target: str,
+    source: Source,
+    content: Content,
+    verdicts: Sequence[Verdict],
     *,
-    form: str,
     fingerprint: str = "",
     data: Mapping[str, Any] | None = None,
     metrics: Mapping[str, Any] | None = None,
@@ -22,52 +29,65 @@ def model_card(
 
     Args:
       name: of the drafter.
-      drafter: its settings.
-      target: name or path of the model it drafts for.
-      form: the export's format, which decides who can serve it.
+      source: the drafter as it was trained.
+      content: what is written of it (`export.content`).
+      verdicts: of the servers on that (`servers.replay`).
       fingerprint: of the target's weights (`target.loading.fingerprint`).
       data: content of `data/report.json`.
       metrics: content of `eval/metrics.json`.
       side_files: of calibration.json and cost_table.json those that lie in the directory.
     """
-    hub = target if target.count("/") == 1 and not target.startswith((".", "/")) else ""
+    target = source.target_name
     front = [
         "---",
-        *([f"base_model: {hub}"] if hub else []),
+        *([f"base_model: {target}"] if is_hub_id(target) else []),
         "tags:",
         "- speculative-decoding",
-        f"- {drafter.kind}",
+        f"- {source.config.kind}",
         "---",
     ]
     sections = [
         "\n".join(front),
         f"# {name}",
-        _facts(drafter, target, fingerprint),
+        _facts(source, content, fingerprint),
         _training(data),
         _tau(metrics),
-        _serving(drafter, target, form, side_files),
+        _serving(source, content, verdicts, side_files),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def _facts(drafter: DrafterConfig, target: str, fingerprint: str) -> str:
-    heads = "no heads"
-    if drafter.markov_rank:
-        kind = "" if drafter.markov_head_type == "vanilla" else f"{drafter.markov_head_type} "
-        heads = f"a {kind}Markov head of rank {drafter.markov_rank}"
-        heads += " and a confidence head" if drafter.confidence_head else ""
+def _facts(source: Source, content: Content, fingerprint: str) -> str:
+    drafter, written = source.config, content.source.config
+    heads = _heads(drafter.markov_rank, drafter.markov_head_type, confidence=drafter.confidence_head)
+    layers = f"{drafter.num_layers} layer{'s' if drafter.num_layers > 1 else ''}"
+    block = drafter.kind != "eagle3"
     lines = [
-        f"A {drafter.kind} draft model for speculative decoding with `{target}`. It drafts {drafter.block_size} tokens "
-        "per round; whatever it drafts, the output has the target's distribution.",
+        f"A draft model ({drafter.kind}) for speculative decoding with `{source.target_name}`. It drafts "
+        f"{drafter.block_size} tokens per round; whatever it drafts, the output has the target's distribution.",
         "",
-        f"- {drafter.num_layers} layers, {heads}; the block begins with its anchor (`sample_from_anchor: true`)",
+        f"- {layers}, {heads}" + ("; the block begins with its anchor (`sample_from_anchor: true`)" if block else ""),
         f"- reads the outputs of the target's layers {list(drafter.target_layer_ids)} (-1: the embeddings)",
-        f"- mask token {drafter.mask_token_id}",
-        "- embedding and LM head are the target's; copies of them in the weights are frozen",
     ]
+    added = [
+        *([f"an all-zero Markov head of rank {written.markov_rank}"] if not drafter.markov_rank else []),
+        *(["a confidence head that is always certain"] if not drafter.confidence_head else []),
+    ]
+    if block and written != drafter and added:
+        lines.insert(3, f"- the file has {' and '.join(added)} besides, which servers want and which change no draft")
+    if block:
+        lines.append(f"- mask token {drafter.mask_token_id}")
+    copies = "the copies of them in the weights are frozen" if source.frozen else "they are not in the weights"
+    lines.append(f"- embedding and LM head are the target's; {copies}")
     if fingerprint:
         lines.append(f"- trained for target weights with fingerprint `{fingerprint}`")
     return "\n".join(lines)
+
+
+def _heads(rank: int, kind: str, *, confidence: bool) -> str:
+    """The heads of a drafter in words."""
+    heads = [f"a {'' if kind == 'vanilla' else f'{kind} '}Markov head of rank {rank}"] if rank else []
+    return " and ".join([*heads, *(["a confidence head"] if confidence else [])]) or "no heads"
 
 
 def _training(data: Mapping[str, Any] | None) -> str:
@@ -113,45 +133,65 @@ def _tau(metrics: Mapping[str, Any] | None) -> str:
     return "\n".join(lines)
 
 
-def _serving(drafter: DrafterConfig, target: str, form: str, side_files: tuple[str, ...]) -> str:
-    """Commands for each server that can load this; the reason for each that cannot."""
-    size, method = drafter.block_size, "eagle3" if drafter.kind == "eagle3" else "dspark"
-    settings: dict[str, Any] = {"method": method, "model": "DIR", "num_speculative_tokens": size}
-    if method == "dspark":
-        settings |= {"draft_sample_method": "probabilistic"}
-    vllm = f"vllm serve {target} --speculative-config '{json.dumps(settings)}'"
-    if form == "speculators":
-        vllm += "\nvllm serve DIR  # the target is named in config.json"
+def _serving(source: Source, content: Content, verdicts: Sequence[Verdict], side_files: tuple[str, ...]) -> str:
+    """By server a command, or the reason why there is none."""
     lines = [
         "## Serving",
         "",
         "`DIR` is this directory. Keep `dflash` and `eagle3` out of its path unless that is the method: vLLM goes by "
         "it. `python -m dspark_jax.convert check --drafter DIR --target TARGET` tells beforehand what will work.",
     ]
-    vanilla = drafter.markov_head_type == "vanilla"
-    if vanilla:
-        lines += ["", "vLLM (without `probabilistic` drafts are greedy, and fewer are accepted at temperature 1):", ""]
-        lines.append(_code(vllm))
-    else:
-        lines += ["", f"vLLM and llama.cpp have no {drafter.markov_head_type} Markov head and cannot serve it."]
-    if form == "universal" and method == "dspark":
-        sglang = (
-            f"python -m sglang.launch_server --model-path {target} --speculative-algorithm DSPARK "
-            f"--speculative-draft-model-path DIR --speculative-dspark-block-size {size}"
-        )
-        if "calibration.json" in side_files:
-            sglang += " --speculative-dspark-confidence-sts-path DIR/calibration.json"
-        if "cost_table.json" in side_files:
-            sglang += " --speculative-dspark-sps-table-path DIR/cost_table.json"
-        lines += ["", "SGLang:", "", _code(sglang)]
-    if form == "universal" and method == "dspark" and vanilla:
-        llama = (
-            f"python convert_hf_to_gguf.py DIR --target-model-dir {target} --outtype bf16 --outfile drafter.gguf\n"
-            f"llama-server -m target.gguf -md drafter.gguf --spec-type draft-dspark --spec-draft-n-max {size} -fa on"
-        )
-        lines += ["", "llama.cpp:", "", _code(llama)]
+    if source.notes:
+        lines += ["", *source.notes]
+    stated, commands = read_layout("config.json", content.config), _commands(source, content, side_files)
+    for verdict in verdicts:
+        if verdict.server in NO_SERVERS:
+            continue
+        reason = _refused(verdict, stated)
+        if not reason and verdict.server in OWN_EMBEDDING:
+            reason = source.own_embedding
+        if reason:
+            lines += ["", f"{verdict.server} cannot serve it: {reason}."]
+            continue
+        about, code = commands[verdict.server]
+        notes = "; ".join(note for note in (about, *verdict.notes) if note)
+        lines += ["", verdict.server + (f" ({notes})" if notes else "") + ":", "", f"```\n{code}\n```"]
     return "\n".join(lines)
 
 
-def _code(text: str) -> str:
-    return f"```\n{text}\n```"
+OWN_EMBEDDING = ("SGLang", "llama.cpp")
+"""Servers that take the embedding from the target, whatever is in the file."""
+
+
+def _refused(verdict: Verdict, stated: Layout) -> str:
+    """Why a server refuses the file, or computes something else than what was trained; empty if neither."""
+    if verdict.refusals or verdict.wrong:
+        return "; ".join(verdict.refusals or verdict.wrong)
+    assert verdict.reading is not None
+    return "" if same(verdict.reading, stated) else "it understands the file's block layout or layer ids differently"
+
+
+def _commands(source: Source, content: Content, side_files: tuple[str, ...]) -> dict[str, tuple[str, str]]:
+    """By server what to know of its command, and the command."""
+    target, size = source.target_name, source.config.block_size
+    settings: dict[str, Any] = {"method": "eagle3", "model": "DIR", "num_speculative_tokens": size}
+    about = ""
+    if source.config.kind != "eagle3":
+        settings |= {"method": "dspark", "draft_sample_method": "probabilistic"}
+        about = "without `probabilistic` drafts are greedy, and fewer are accepted at temperature 1"
+    vllm = f"vllm serve {target} --speculative-config '{json.dumps(settings)}'"
+    if "speculators_model_type" in content.config:
+        vllm += "\nvllm serve DIR  # the target is named in config.json"
+    sglang = (
+        f"python -m sglang.launch_server --model-path {target} --speculative-algorithm DSPARK "
+        f"--speculative-draft-model-path DIR --speculative-dspark-block-size {size}"
+    )
+    if "calibration.json" in side_files:
+        sglang += " --speculative-dspark-confidence-sts-path DIR/calibration.json"
+    if "cost_table.json" in side_files:
+        sglang += " --speculative-dspark-sps-table-path DIR/cost_table.json"
+    llama = (
+        f"python convert_hf_to_gguf.py DIR --target-model-dir {target} --outtype bf16 --outfile drafter.gguf\n"
+        f"llama-server -m target.gguf -md drafter.gguf --spec-type draft-dspark --spec-draft-n-max {size} -fa on"
+    )
+    return {"vLLM": (about, vllm), "SGLang": ("", sglang), "llama.cpp": ("", llama)}

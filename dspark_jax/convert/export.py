@@ -47,11 +47,13 @@ class Source:
     Attributes:
       tensors: gives its tensors by the reference's names, as float32 (`hf.stored_tensors`).
       config: its settings.
-      arch: shape of its layers, which is the target's.
+      arch: shape of its layers; the number of layers is the target's.
       target: the decoded `config.json` of the target (or of the drafter directory that it comes from).
       frozen: the target's embedding and LM head by the names of `mapping.FROZEN`; empty leaves them out.
       target_name: how the target is called where it is served, e.g. Qwen/Qwen3-4B.
       num_anchors: blocks per sequence in training; a note in the reference's config.
+      notes: sentences about the target that belong on the card.
+      own_embedding: why a server goes wrong that takes the embedding from the target; empty if none does.
     """
 
     tensors: Tensors
@@ -61,6 +63,49 @@ class Source:
     frozen: Mapping[str, np.ndarray]
     target_name: str
     num_anchors: int = 512
+    notes: tuple[str, ...] = ()
+    own_embedding: str = ""
+
+    @property
+    def gemma(self) -> bool:
+        """Whether its layers are Gemma 4's."""
+        return self.arch.model_type == "gemma4"
+
+
+@dataclasses.dataclass(frozen=True)
+class Content:
+    """What is going to be written.
+
+    Attributes:
+      source: the drafter with the heads that the file has.
+      config: content of config.json.
+      shapes: of all tensors.
+    """
+
+    source: Source
+    config: Mapping[str, Any]
+    shapes: Mapping[str, tuple[int, ...]]
+
+
+def content(source: Source, form: str, dtype: str) -> Content:
+    """A drafter in one of `FORMATS`.
+
+    Raises:
+      InputError: this drafter cannot be stated in this format.
+    """
+    if source.config.kind == "mtp":
+        raise InputError(
+            "an MTP drafter has no format that a server loads; only DSpark, DFlash and EAGLE-3 are exported"
+        )
+    source = servable(source) if form != "deepspec" else source
+    config = CONFIGS[form](source, dtype)
+    if not source.frozen and (source.own_embedding or (source.gemma and form == "universal")):
+        reason = source.own_embedding or "vLLM, the one server of drafters for Gemma 4, wants them in the file"
+        raise InputError(f"--slim leaves out embedding and LM head, but {reason}; export without --slim")
+    shapes = expected_tensors(source.arch, source.config)
+    if not source.frozen:
+        shapes = {name: shape for name, shape in shapes.items() if name not in FROZEN}
+    return Content(source, config, shapes)
 
 
 def write_export(
@@ -89,24 +134,16 @@ def write_export(
       InputError: the place is taken or badly named, or this drafter cannot be stated in this format.
     """
     check_output(output, source.config, overwrite=overwrite)
-    if source.config.kind == "mtp":
-        raise InputError(
-            "an MTP drafter has no format that a server loads; only DSpark, DFlash and EAGLE-3 are exported"
-        )
-    source = servable(source) if form != "deepspec" else source
-    config = CONFIGS[form](source, dtype)
-    shapes = expected_tensors(source.arch, source.config)
-    if not source.frozen:
-        shapes = {name: shape for name, shape in shapes.items() if name not in FROZEN}
+    made = content(source, form, dtype)
     with built_beside(output) as folder:
-        tensors = itertools.chain(source.tensors(), source.frozen.items())
-        write_safetensors(folder / "model.safetensors", shapes, tensors, dtype)
-        write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
-        for name, content in (files or {}).items():
-            if isinstance(content, Path):
-                shutil.copyfile(content, folder / name)
+        tensors = itertools.chain(made.source.tensors(), made.source.frozen.items())
+        write_safetensors(folder / "model.safetensors", made.shapes, tensors, dtype)
+        write_text(folder / "config.json", json.dumps(made.config, indent=2, sort_keys=True) + "\n")
+        for name, file in (files or {}).items():
+            if isinstance(file, Path):
+                shutil.copyfile(file, folder / name)
             else:
-                write_text(folder / name, content)
+                write_text(folder / name, file)
     return output
 
 
@@ -169,9 +206,11 @@ def deepspec_config(source: Source, dtype: str) -> dict[str, Any]:
     """
     drafter, target, arch = source.config, source.target, source.arch
     text = dict(target.get("text_config") or target)
+    if arch.foreign:  # nothing else of it has a meaning for a Qwen3
+        text = {name: text[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in text}
     for name in _TARGETS_OWN:
         text.pop(name, None)
-    gemma, shape = arch.model_type == "gemma4", arch.to_hf()
+    gemma, shape = source.gemma, arch.to_hf()
     if not gemma and "rope_theta" not in text:
         del shape["rope_theta"]
     family = "Gemma4" if gemma else "Qwen3"
@@ -180,7 +219,7 @@ def deepspec_config(source: Source, dtype: str) -> dict[str, Any]:
         | shape
         | {
             "dtype": dtype,
-            "num_target_layers": int(target.get("num_target_layers") or text["num_hidden_layers"]),
+            "num_target_layers": int(target.get("num_target_layers") or arch.num_hidden_layers),
             "num_hidden_layers": drafter.num_layers,
             "layer_types": ["full_attention"] * drafter.num_layers,
             "tie_word_embeddings": False,
@@ -243,12 +282,12 @@ def universal_config(source: Source, dtype: str) -> dict[str, Any]:
     keys = ("block_size", "mask_token_id", "target_layer_ids", "markov_rank", "markov_head_type", "sample_from_anchor")
     nested = {key: config[key] for key in keys}
     config |= {"dflash_config": nested, "dspark_config": dict(nested)}
-    return config | ({} if config["model_type"] == "gemma4_text" else flat_rope(source.arch))
+    return config | ({} if source.gemma else flat_rope(source.arch))
 
 
 def _vllm_eagle3(source: Source, config: dict[str, Any]) -> dict[str, Any]:
     """What vLLM, the one server of Qwen3's EAGLE-3, wants besides: its class, and ids of layer inputs."""
-    if config["model_type"] == "gemma4_text":
+    if source.gemma:
         raise InputError("--format universal: no server has an EAGLE-3 for Gemma 4; use --format deepspec")
     return config | flat_rope(source.arch) | _eagle3_serving(source, "Eagle3Qwen3ForCausalLM")
 
@@ -268,7 +307,7 @@ def speculators_config(source: Source, dtype: str) -> dict[str, Any]:
     Raises:
       InputError: a Gemma 4 drafter: speculators knows neither its embedding scale nor its soft-cap.
     """
-    if deepspec_config(source, dtype)["model_type"] == "gemma4_text":
+    if source.gemma:
         raise InputError(
             "--format speculators: speculators scales no embeddings and caps no logits, so a Gemma 4 drafter would "
             "draft other tokens there; use --format universal and serve it with vLLM"

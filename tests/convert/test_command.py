@@ -11,12 +11,27 @@ import huggingface_hub
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
-from dspark_jax.config import Config, DrafterConfig, InputError, MeshConfig, TargetConfig, TrainConfig, resolve
+from dspark_jax.config import (
+    Config,
+    DrafterConfig,
+    InputError,
+    MeshConfig,
+    TargetArchitecture,
+    TargetConfig,
+    TrainConfig,
+    resolve,
+)
 from dspark_jax.convert.__main__ import main, parser
-from dspark_jax.convert.hf import import_drafter
+from dspark_jax.convert.export import Source, frozen_tensors, write_export
+from dspark_jax.convert.hf import expected_tensors, import_drafter, read_drafter_config
 from dspark_jax.convert.hub import push
+from dspark_jax.convert.mapping import FROZEN
+from dspark_jax.convert.targets import fitting
+from dspark_jax.data.features import LENDER
 from dspark_jax.sharding import make_mesh
+from dspark_jax.target.lender import save_lender
 from dspark_jax.training.checkpoint import load_drafter
 from dspark_jax.training.state import to_params
 
@@ -29,7 +44,7 @@ def mesh():
 def run(tiny_target, save_untrained, tmp_path_factory):
     """A run of a drafter that was never trained, with a made-up evaluation and side files."""
     workdir = tmp_path_factory.mktemp("run")
-    drafter = DrafterConfig(num_layers=1, block_size=3, target_layer_ids=(-1, 0), mask_token_id=319, markov_rank=8)
+    drafter = DrafterConfig(num_layers=1, block_size=3, target_layer_ids=(0,), mask_token_id=319, markov_rank=8)
     config = Config(
         name="tiny", target=TargetConfig(path=str(tiny_target)), drafter=drafter, train=TrainConfig(num_anchors=9)
     )
@@ -70,6 +85,54 @@ def test_export_of_a_run_and_import_of_it(run, tiny_target, tmp_path):
         np.testing.assert_array_equal(value, theirs[name], err_msg=name)
 
 
+@pytest.fixture(scope="module")
+def llama_run(save_untrained, tmp_path_factory):
+    """A run for a target without a definition here, which scales its embedding by 4 and caps its logits at 30."""
+    folder, rng = tmp_path_factory.mktemp("llama"), np.random.default_rng(0)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}
+    sizes |= {"intermediate_size": 48, "max_position_embeddings": 64}
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "bos_token_id": 7, "pretraining_tp": 1}
+    (folder / "config.json").write_text(json.dumps(config | sizes))
+    stored = rng.normal(size=(64, 32)).astype(np.float32)
+    save_file({"model.tok.weight": stored}, folder / "model.safetensors")  # its embedding may have any name
+    drafter = DrafterConfig(num_layers=1, block_size=3, target_layer_ids=(0, 1), mask_token_id=63, markov_rank=8)
+    config = Config(name="llama", target=TargetConfig(path=str(folder)), drafter=drafter)
+    config.data.features, config.data.regenerate, config.train.evaluate = "torch", False, False
+    config.data.max_length, config.data.max_prompt_length, config.mesh = 64, 32, MeshConfig(1, -1, 1)
+    workdir = folder / "run"
+    save_untrained(resolve(config), workdir, make_mesh(MeshConfig()))
+    (workdir / "features").mkdir()
+    lent = 4 * stored, rng.normal(size=(64, 32)).astype(np.float32)
+    save_lender(workdir / "features" / LENDER, *lent, 30.0)
+    return workdir, folder, lent
+
+
+def test_export_of_a_drafter_for_a_target_without_a_definition(llama_run, tmp_path, capsys):
+    """Its only use is to be served elsewhere: as the Qwen3 that it is, with what the target lent for training."""
+    workdir, target, lent = llama_run
+    main(["export", f"--workdir={workdir}", f"--target={target}", f"--output={tmp_path / 'a'}", "--dtype=float32"])
+    raw = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert (raw["model_type"], raw["architectures"], raw["num_target_layers"]) == ("qwen3", ["Qwen3DSparkModel"], 4)
+    assert (raw["bos_token_id"], raw["intermediate_size"]) == (7, 48) and "pretraining_tp" not in raw
+    for name, value in zip(FROZEN, lent, strict=True):
+        np.testing.assert_array_equal(load_file(tmp_path / "a" / "model.safetensors")[name], value)
+    back, first = import_drafter(tmp_path / "a", mesh())[1], load_drafter(workdir, mesh())[1]
+    for name, value in to_params(first).items():
+        np.testing.assert_array_equal(value, to_params(back)[name], err_msg=name)
+    card = (tmp_path / "a" / "README.md").read_text()
+    for fact in ("The target is a llama", "multiplies its embedding by 4;", "caps its logits at 30", "vllm serve"):
+        assert fact in card
+    assert "SGLang cannot serve it: the target multiplies its embedding by 4" in card
+    main(
+        ["export", f"--drafter={tmp_path / 'a'}", f"--target={target}", f"--output={tmp_path / 'b'}", "--dtype=float32"]
+    )
+    for file in ("config.json", "model.safetensors"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    assert error_of(capsys, ["export", f"--workdir={workdir}", "--slim", f"--output={tmp_path / 'c'}"]).startswith(
+        "error: --slim leaves out embedding and LM head, but the target multiplies its embedding by 4"
+    )
+
+
 def test_a_directory_is_converted(run, tiny_target, tmp_path):
     main(["export", f"--workdir={run}", f"--output={tmp_path / 'a'}"])
     source = [f"--drafter={tmp_path / 'a'}", f"--target={tiny_target}"]
@@ -91,6 +154,7 @@ def test_drafter_and_target_may_be_on_the_hub(run, tiny_target, tmp_path, monkey
     ("argv", "message"),
     [
         (["export", "--output=x"], "export needs --workdir RUN, or --drafter DIR"),
+        (["export", "--workdir=RUN", "--drafter=x", "--output=x"], "--workdir and --drafter: only one of the two"),
         (["export", "--workdir=nowhere", "--output=x"], "nowhere/checkpoints: no checkpoint here"),
         (["export", "--workdir=RUN", "--output=my-dflash"], "vLLM guesses the method from the path"),
         (["import", "--drafter=RUN", "--target=TARGET", "--workdir=x"], "config.json: no such file"),
@@ -113,6 +177,50 @@ def test_import_refuses_a_drafter_of_another_width(run, golden, tmp_path, capsys
     with pytest.raises(SystemExit):
         main(["import", f"--drafter={tmp_path / 'a'}", f"--target={target}", f"--workdir={tmp_path / 'w'}"])
     assert "vocab_size is 320" in capsys.readouterr().err
+
+
+LAYERS_OWN = {"rope_theta": 777.0, "intermediate_size": 48, "rms_norm_eps": 1e-5, "num_key_value_heads": 2}
+
+
+@pytest.mark.parametrize("name", LAYERS_OWN)
+def test_import_refuses_layers_of_another_shape_and_conversion_keeps_it(name, tiny_target, tmp_path, capsys):
+    """A run builds them in the target's shape: another RoPE base would go unnoticed there, and draft other tokens."""
+    raw = json.loads((tiny_target / "config.json").read_text())
+    arch = TargetArchitecture.from_hf(raw | {name: LAYERS_OWN[name]})
+    config = DrafterConfig(num_layers=1, block_size=3, target_layer_ids=(0,), mask_token_id=319, markov_rank=8)
+    tensors = {name: np.ones(shape) for name, shape in expected_tensors(arch, config).items() if name not in FROZEN}
+    source = Source(tensors.items, config, arch, raw, frozen_tensors(tiny_target), "org/target")
+    first = write_export(tmp_path / "a", source)
+    argv = ["import", f"--drafter={first}", f"--target={tiny_target}", f"--workdir={tmp_path / 'w'}"]
+    assert f"a: {name} is {LAYERS_OWN[name]}, that of {tiny_target} is {raw[name]}" in error_of(capsys, argv)
+    assert not (tmp_path / "w").exists()
+    main(["export", f"--drafter={first}", f"--target={tiny_target}", f"--output={tmp_path / 'b'}"])
+    assert getattr(read_drafter_config(tmp_path / "b")[0], name) == LAYERS_OWN[name]
+    assert (first / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["global_head_dim", "attention_k_eq_v", "partial_rotary_factor", "rope_theta"])
+def test_what_gemma_layers_read_must_be_the_targets_and_nothing_else(name):
+    target = TargetArchitecture("gemma4", 320, 32, global_head_dim=32, partial_rotary_factor=0.25, head_dim=16)
+    fitting(Path("d"), dataclasses.replace(target, head_dim=8, sliding_rope_theta=2.0), "t", target, whole=True)
+    other = dataclasses.replace(target, **{name: 2 * getattr(target, name) or True})
+    with pytest.raises(InputError, match=f"^d: {name} is .*, that of t is "):
+        fitting(Path("d"), other, "t", target, whole=True)
+
+
+def test_export_refuses_a_target_of_another_vocabulary(run, tmp_path, golden, capsys):
+    main(["export", f"--workdir={run}", f"--output={tmp_path / 'a'}"])
+    argv = ["export", f"--drafter={tmp_path / 'a'}", f"--target={golden / 'targets' / 'qwen3_tied'}"]
+    error = error_of(capsys, [*argv, f"--output={tmp_path / 'b'}"])
+    assert "vocab_size is 320" in error and error.endswith("this drafter is for another target")
+
+
+def error_of(capsys, argv):
+    """The one line that a command with bad input ends with."""
+    with pytest.raises(SystemExit) as exit_:
+        main(argv)
+    assert exit_.value.code == 2
+    return capsys.readouterr().err.strip().splitlines()[-1]
 
 
 class FakeHub:

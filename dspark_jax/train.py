@@ -7,8 +7,10 @@ newest checkpoint, with the losses it would have had; SIGTERM makes it write one
 directory: `data/`, `checkpoints/`, `metrics.jsonl`, `tensorboard/`, `config.json` and `eval/`.
 """
 
+import contextlib
+import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,8 @@ from jax.sharding import Mesh
 
 from dspark_jax import command
 from dspark_jax.config import Config, InputError, to_json
-from dspark_jax.convert.hf import import_drafter
+from dspark_jax.convert.hf import abstract_drafter as abstract_import
+from dspark_jax.convert.hf import import_drafter, read_drafter_config
 from dspark_jax.data.features import LENDER
 from dspark_jax.data.pipeline import batches
 from dspark_jax.data.sources import SampleReader
@@ -29,7 +32,13 @@ from dspark_jax.progress import MetricsWriter, Progress, log
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target.lender import load_lender
 from dspark_jax.target.loading import compute_dtype, load_target
-from dspark_jax.training.checkpoint import Checkpoints, checkpoint_directory, load_drafter
+from dspark_jax.training.checkpoint import (
+    Checkpoints,
+    check_continuation,
+    checkpoint_directory,
+    load_drafter,
+    saved_config,
+)
 from dspark_jax.training.feature_cache import feature_directory, open_features
 from dspark_jax.training.host_memory import return_freed_memory
 from dspark_jax.training.optim import learning_rate, make_optimizer
@@ -44,7 +53,7 @@ from dspark_jax.training.step import (
     make_train_step,
     place_batch,
 )
-from dspark_jax.training.warm_start import warm_start
+from dspark_jax.training.warm_start import check_parameters, warm_start
 
 
 def train(config: Config, workdir: Path) -> None:
@@ -60,6 +69,8 @@ def train(config: Config, workdir: Path) -> None:
     """
     mesh = make_mesh(config.mesh)
     check_batch(config, mesh)
+    if not check_continuation(config, workdir):
+        check_source(config)
     prepare(config, workdir)
     with Checkpoints(workdir, config) as checkpoints, jax.set_mesh(mesh):
         fit(config, workdir, mesh, checkpoints)
@@ -84,16 +95,21 @@ def fit(config: Config, workdir: Path, mesh: Mesh, checkpoints: Checkpoints) -> 
         pack=config.data.pack,
     )
 
-    # The state: fresh, or that of the newest checkpoint.
+    # The state: fresh, with imported parameters, or that of the newest checkpoint.
     drafter = abstract_drafter(config)
     optimizer = make_optimizer(config.optim, steps)
-    start = checkpoints.latest() or 0
-    if start:
-        state, position = checkpoints.restore(state_layout(drafter, optimizer, mesh))
+    layout, latest = state_layout(drafter, optimizer, mesh), checkpoints.latest()
+    start = latest or 0
+    if latest is None:
+        state = _fresh_state(config, optimizer, mesh)
+    elif latest == 0:
+        params = checkpoints.restore_params(layout.params)
+        state = dataclasses.replace(init_state(config, optimizer, mesh), params=params)
+        log(f"starting from the imported parameters of {checkpoints.path(0)}")
+    else:
+        state, position = checkpoints.restore(layout)
         data.set_state(position)
         log(f"continuing from step {start}: {checkpoints.path(start)}")
-    else:
-        state = _fresh_state(config, optimizer, mesh)
     if jax.process_index() == 0:
         (workdir / "config.json").write_text(to_json(config))
     if start >= steps:
@@ -139,18 +155,58 @@ def fit(config: Config, workdir: Path, mesh: Mesh, checkpoints: Checkpoints) -> 
                 raise SystemExit(STATUS)
 
 
+def check_source(config: Config) -> None:
+    """Refuses a `train.init_from` that cannot be used; it is read only when the data is there, hours later perhaps.
+
+    Raises:
+      InputError: there is no drafter, or one of another kind or shape than the config's.
+    """
+    source = config.train.init_from
+    if not source:
+        return
+    folder = Path(source)
+    with _naming_source(source):
+        if _is_exported(folder):
+            found: Any = abstract_import(*read_drafter_config(folder))
+        else:
+            saved = saved_config(folder)
+            if saved is None:
+                raise InputError(
+                    "no checkpoint and no config.json of a drafter here; "
+                    "give the working directory of a run, or a drafter in a Hugging Face directory"
+                )
+            found = abstract_drafter(saved)
+        check_parameters(to_params(found), to_params(abstract_drafter(config)))
+
+
 def _fresh_state(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """The state of step 0, with the parameters of `train.init_from` if there is one."""
     state, source = init_state(config, optimizer, mesh), config.train.init_from
     if not source:
         return state
     folder = Path(source)
-    if not checkpoint_directory(folder).is_dir() and (folder / "config.json").exists():
-        drafter = import_drafter(folder, mesh)[1]
-    else:
-        drafter = load_drafter(folder, mesh, any_target=True)[1]
+    with _naming_source(source):
+        if _is_exported(folder):
+            drafter = import_drafter(folder, mesh)[1]
+        else:
+            drafter = load_drafter(folder, mesh, any_target=True)[1]
+        state = warm_start(state, drafter)
     log(f"starting from the parameters of {source}")
-    return warm_start(state, drafter, source)
+    return state
+
+
+def _is_exported(folder: Path) -> bool:
+    """Whether a drafter lies there as a Hugging Face directory; a run has a config.json, too."""
+    return not checkpoint_directory(folder).is_dir() and (folder / "config.json").exists()
+
+
+@contextlib.contextmanager
+def _naming_source(source: str) -> Iterator[None]:
+    """Says in errors which field they are about."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"train.init_from={source}: {error}") from None
 
 
 class Journal:
@@ -204,7 +260,11 @@ class Journal:
     def _stop(self, step: int) -> None:
         self.checkpoints.wait()
         last = self.checkpoints.latest()
-        good = f"the last good checkpoint is {self.checkpoints.path(last)}" if last else "there is no checkpoint yet"
+        good = (
+            f"the last good checkpoint is {self.checkpoints.path(last)}"
+            if last is not None
+            else "there is no checkpoint yet"
+        )
         raise InputError(
             f"loss or gradient is not finite at step {step}; {good}; "
             f"lower optim.learning_rate={self.config.optim.learning_rate} or look at the data of that step"

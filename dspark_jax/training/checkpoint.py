@@ -3,11 +3,13 @@
     checkpoints/500/params      the drafter's parameters
     checkpoints/500/optimizer   the optimizer's state and the step
     checkpoints/500/data        the data iterator's state, the same for every process
-    checkpoints/500/about       the resolved config, fingerprints of target and tokenizer
+    checkpoints/500/about       the resolved config, fingerprints of target, tokenizer and data
 
 Saving copies the state off the device and returns; the files are written in the background and the directory appears
 under its name only when it is complete. The random numbers of a step are functions of seed, step and sample id, so the
 step and the config are all the state that randomness has.
+
+Checkpoint 0 is an imported drafter: of it, only the parameters count, whatever optimizer and data a run goes on with.
 """
 
 import dataclasses
@@ -23,7 +25,7 @@ from dspark_jax.config import Config, InputError, TargetConfig, from_json, to_js
 from dspark_jax.drafter import AnyDrafter
 from dspark_jax.target.loading import fingerprint, tokenizer_fingerprint
 from dspark_jax.training.full_disk import check_space, quiet, reported_in_one_line
-from dspark_jax.training.state import TrainState, abstract_drafter, param_shardings, to_module, to_params
+from dspark_jax.training.state import Params, TrainState, abstract_drafter, param_shardings, to_module, to_params
 
 
 def checkpoint_directory(workdir: Path) -> Path:
@@ -38,7 +40,7 @@ class Checkpoints:
         """Opens (or creates) the directory; what a killed run left half-written in it is removed."""
         self.directory = checkpoint_directory(workdir).absolute()
         self.config = config
-        self.about = {"config": json.loads(to_json(config)), **_fingerprints(config.target.path)}
+        self.about = _about(config) | {"data": _data_fingerprint(workdir)}
         options = ocp.CheckpointManagerOptions(
             preservation_policy=ocp.checkpoint_managers.LatestN(config.train.keep_checkpoints),
             cleanup_tmp_directories=True,
@@ -90,12 +92,7 @@ class Checkpoints:
         Raises:
           InputError: the checkpoint belongs to another target or drafter, or the data order would change.
         """
-        step = self.latest()
-        assert step is not None
-        about = self.manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
-        _check_target(self.path(step), about, self.about, self.config.target.path)
-        saved = json.loads(to_json(from_json(json.dumps(about["config"]))))  # fields that are newer have their defaults
-        _check_config(self.path(step), saved, self.about["config"])
+        step = self._checked()
         items = {
             "params": ocp.args.StandardRestore(layout.params),
             "optimizer": ocp.args.StandardRestore({"step": layout.step, "state": layout.optimizer}),
@@ -104,6 +101,18 @@ class Checkpoints:
         found = self.manager.restore(step, args=ocp.args.Composite(**items))
         state = TrainState(found["optimizer"]["step"], found["params"], found["optimizer"]["state"])
         return state, found["data"]
+
+    def restore_params(self, layout: Params) -> Params:
+        """The parameters of the newest checkpoint alone; otherwise as `restore`."""
+        args = ocp.args.Composite(params=ocp.args.StandardRestore(layout))
+        return self.manager.restore(self._checked(), args=args)["params"]
+
+    def _checked(self) -> int:
+        """Step of the newest checkpoint, if a run of this config can go on from it."""
+        step = self.latest()
+        assert step is not None
+        _check_about(self.path(step), _read_about(self.manager, step), self.about, self.config.target.path)
+        return step
 
     def wait(self) -> None:
         """Returns when everything is on disk. Raises InputError if the disk is full."""
@@ -124,10 +133,38 @@ class Checkpoints:
             self._quiet.__exit__(None, None, None)
 
 
+def saved_config(workdir: Path) -> Config | None:
+    """The config in the newest checkpoint of a working directory; None if it has no checkpoint."""
+    found = _newest_about(workdir)
+    return None if found is None else from_json(json.dumps(found[1]["config"]))
+
+
+def check_continuation(config: Config, workdir: Path) -> bool:
+    """Refuses what `Checkpoints.restore` would, before data is prepared anew for it.
+
+    Returns:
+      Whether there is a checkpoint to go on from.
+
+    Raises:
+      InputError: see `Checkpoints.restore`.
+    """
+    found = _newest_about(workdir)
+    if found is not None:
+        _check_about(*found, _about(config), config.target.path)
+    return found is not None
+
+
 def load_drafter(
     workdir: Path, mesh: Mesh, target: TargetConfig | None = None, *, any_target: bool = False
 ) -> tuple[Config, AnyDrafter]:
-    """The drafter of the newest checkpoint, parameters only.
+    """The drafter of the newest checkpoint; see `load_step`."""
+    return load_step(workdir, mesh, target, any_target=any_target)[1:]
+
+
+def load_step(
+    workdir: Path, mesh: Mesh, target: TargetConfig | None = None, *, any_target: bool = False
+) -> tuple[int, Config, AnyDrafter]:
+    """The newest checkpoint's step and its drafter, parameters only.
 
     Args:
       workdir: of the training run.
@@ -136,7 +173,7 @@ def load_drafter(
       any_target: do not ask whether the checkpoint was made for this target, nor for its files.
 
     Returns:
-      The config it was trained with (with `target` in it) and the drafter.
+      Its step, the config it was trained with (with `target` in it) and the drafter.
 
     Raises:
       InputError: there is no checkpoint, or it was made for another target.
@@ -149,7 +186,7 @@ def load_drafter(
         step = manager.latest_step()
         if step is None:
             raise missing
-        about = manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
+        about = _read_about(manager, step)
         config = from_json(json.dumps(about["config"]))
         if target is not None:
             config = dataclasses.replace(config, target=target)
@@ -162,7 +199,31 @@ def load_drafter(
             for name, leaf in shapes.items()
         }
         found = manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(layout)))
-    return config, to_module(abstract, found["params"])
+    return step, config, to_module(abstract, found["params"])
+
+
+def _about(config: Config) -> dict[str, Any]:
+    return {"config": json.loads(to_json(config)), **_fingerprints(config.target.path)}
+
+
+def _read_about(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+    return manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
+
+
+def _newest_about(workdir: Path) -> tuple[Path, dict[str, Any]] | None:
+    """Directory and `about` of the newest checkpoint, where there is one."""
+    directory = checkpoint_directory(workdir).absolute()
+    if not directory.is_dir():
+        return None
+    with ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+        step = manager.latest_step()
+        return None if step is None else (directory / str(step), _read_about(manager, step))
+
+
+def _data_fingerprint(workdir: Path) -> str | None:
+    """Of what the samples were made of; None where they were not made by `prepare`."""
+    report = workdir / "data" / "report.json"
+    return json.loads(report.read_text("utf-8")).get("fingerprint") if report.exists() else None
 
 
 def _fingerprints(path: str) -> dict[str, str]:
@@ -179,13 +240,32 @@ def _check_target(where: Path, saved: dict[str, Any], present: dict[str, Any], p
             )
 
 
-def _check_config(where: Path, saved: dict[str, Any], present: dict[str, Any]) -> None:
+def _check_about(where: Path, about: dict[str, Any], present: dict[str, Any], path: str) -> None:
+    """Refuses what a run cannot go on from; `about` may be older and have less in it."""
+    _check_target(where, about, present, path)
+    saved = json.loads(to_json(from_json(json.dumps(about["config"]))))  # fields that are newer have their defaults
+    imported = where.name == "0"
+    _check_config(where, saved, present["config"], imported=imported)
+    before, now = about.get("data"), present.get("data")
+    if before and now and before != now:
+        raise InputError(
+            f"{where}: trained on data with the fingerprint {before[:12]}, that of data/report.json is {now[:12]}; "
+            "resume with the old data.* and prompts, or use another --workdir"
+        )
+
+
+def _check_config(where: Path, saved: dict[str, Any], present: dict[str, Any], *, imported: bool) -> None:
     """Refuses what cannot be resumed: another drafter, or another order of the data and its random numbers."""
     fixed = [("drafter", name) for name in present["drafter"] if name not in ("dtype", "initializer_range")]
-    fixed += [("train", "seed"), ("train", "batch_size"), ("optim", "kind")]
+    if present["train"]["init_from"]:  # what began elsewhere goes on without naming it, too
+        fixed += [("train", "init_from")]
+    if not imported:
+        fixed += [("train", "seed"), ("train", "batch_size"), ("data", "pack"), ("data", "max_length")]
+        fixed += [("optim", "kind")]
     for group, name in fixed:
         before, now = saved[group][name], present[group][name]
         if before != now:
             raise InputError(
-                f"{where}: {group}.{name} was {before}, now {now}; resume with the old value, or use another --workdir"
+                f"{where}: {group}.{name} was {before!r}, now {now!r}; resume with the old value, or use another "
+                "--workdir"
             )

@@ -1,6 +1,7 @@
 """Checkpoints: what is saved comes back, on any mesh; wrong targets, changed drafters and full disks are refused."""
 
 import dataclasses
+import json
 import resource
 import shutil
 
@@ -10,7 +11,7 @@ import optax
 import pytest
 
 from dspark_jax.config import InputError, TargetConfig
-from dspark_jax.training.checkpoint import Checkpoints, load_drafter
+from dspark_jax.training.checkpoint import Checkpoints, check_continuation, load_drafter
 from dspark_jax.training.state import abstract_drafter, state_layout, to_params
 
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
@@ -117,16 +118,46 @@ def test_another_tokenizer_is_another_target(config, meshes, saved, tmp_path, ne
 
 
 @pytest.mark.parametrize(
-    "group, name, value", [("drafter", "markov_rank", 4), ("train", "seed", 9), ("optim", "kind", "muon")]
+    "group, name, value",
+    [
+        ("drafter", "markov_rank", 4),
+        ("train", "seed", 9),
+        ("optim", "kind", "muon"),
+        ("data", "pack", True),
+        ("data", "max_length", 20),
+        ("train", "init_from", "runs/other"),
+    ],
 )
 def test_what_cannot_be_continued_is_refused(config, meshes, saved, tmp_path, group, name, value):
     with Checkpoints(tmp_path, config) as checkpoints:
         checkpoints.save(3, saved, {})
     before = getattr(getattr(config, group), name)
     setattr(getattr(config, group), name, value)
-    message = rf"{group}.{name} was {before}, now {value}; resume with the old value"
+    message = rf"checkpoints/3: {group}.{name} was {before!r}, now {value!r}; resume with the old value"
     with Checkpoints(tmp_path, config) as checkpoints, pytest.raises(InputError, match=message):
         checkpoints.restore(layout(config, meshes["one"]))
+    with pytest.raises(InputError, match=message):
+        check_continuation(config, tmp_path)
+
+
+def test_other_data_is_refused(config, meshes, saved, tmp_path):
+    """Where both, the checkpoint and the data, say what they were made of; a warm start's source need not be named."""
+    report = tmp_path / "data" / "report.json"
+    report.parent.mkdir()
+    config.train.init_from = "runs/other"
+    for step, before, now in ((1, None, "b"), (2, "b", None), (3, "b", "b"), (4, "b", "c")):
+        report.write_text(json.dumps({"fingerprint": before}) if before else "{}")
+        with Checkpoints(tmp_path, config) as checkpoints:
+            checkpoints.save(step, saved, {})
+        report.write_text(json.dumps({"fingerprint": now}) if now else "{}")
+        present = dataclasses.replace(config, train=dataclasses.replace(config.train, init_from=""))
+        with Checkpoints(tmp_path, present) as checkpoints:
+            if step < 4:
+                checkpoints.restore(layout(config, meshes["one"]))
+                continue
+            with pytest.raises(InputError, match="fingerprint b, that of data/report.json is c;"):
+                checkpoints.restore(layout(config, meshes["one"]))
+        assert check_continuation(present, tmp_path)  # the data is prepared anew, or refused, behind it
 
 
 def test_a_full_disk_leaves_one_line_and_the_earlier_checkpoint(config, meshes, saved, tmp_path):

@@ -12,14 +12,17 @@ import sys
 import types
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 from dspark_jax import train
 from dspark_jax.config import Config, InputError, MeshConfig, from_json, to_json
+from dspark_jax.data.sources import Sample, write_samples
 from dspark_jax.sharding import make_mesh
-from dspark_jax.training.checkpoint import load_drafter
-from dspark_jax.training.state import to_params
+from dspark_jax.training.checkpoint import Checkpoints, load_drafter
+from dspark_jax.training.optim import make_optimizer
+from dspark_jax.training.state import abstract_drafter, state_layout, to_params
 
 ROOT = Path(__file__).resolve().parents[2]
 CLOCK = ("tokens_per_second", "seconds_per_step")
@@ -179,3 +182,36 @@ def test_a_finished_run_only_evaluates(here, config, uninterrupted, tmp_path, mo
     before = rows(workdir)
     here(config, workdir)
     assert evaluated == [workdir] and rows(workdir) == before
+
+
+class Reached(Exception):
+    """A step would be compiled now, of this state."""
+
+
+def test_an_imported_drafter_is_trained_on(here, config, meshes, tmp_path, monkeypatch):
+    """Checkpoint 0 gives its parameters to a run of any optimizer, batch size and order of the data."""
+    rng = np.random.default_rng(0)
+    layout = state_layout(abstract_drafter(config), make_optimizer(config.optim, 1), meshes["one"])
+    filled = jax.tree.map(lambda leaf: jax.numpy.asarray(rng.uniform(1, 9, leaf.shape), leaf.dtype), layout)
+    with Checkpoints(tmp_path, config) as checkpoints:
+        checkpoints.save(0, filled, {})
+    tokens = np.arange(12, dtype=np.int32)
+    write_samples(tmp_path / "data", [Sample(tokens, np.ones(12, np.uint8), "set", i) for i in range(4)])
+
+    def reached(state, *_):
+        raise Reached(state)
+
+    monkeypatch.setattr(train, "make_train_step", lambda *_: types.SimpleNamespace(lower=reached))
+    config.optim.kind, config.train.batch_size, config.train.seed = "muon", 4, 9
+    with pytest.raises(Reached) as found:
+        here(config, tmp_path)
+    (state,) = found.value.args
+    for name, value in filled.params.items():
+        np.testing.assert_array_equal(state.params[name], value, name)
+    assert state.step == 0
+    fresh = make_optimizer(config.optim, 1).init(state.params)
+    for ours, theirs in zip(jax.tree.leaves(state.optimizer), jax.tree.leaves(fresh), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    config.train.init_from = str(tmp_path / "other")
+    with pytest.raises(InputError, match="checkpoints/0: train.init_from was '', now .*/other'; resume with the old"):
+        here(config, tmp_path)

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from dspark_jax import train
-from dspark_jax.config import InputError
+from dspark_jax.config import InputError, MeshConfig
 from dspark_jax.convert.hf import drafter_tensors
 from dspark_jax.training.optim import make_optimizer
 from dspark_jax.training.state import build_drafter, init_state, to_params
@@ -57,6 +57,7 @@ def test_parameters_of_an_exported_directory(config, meshes, tmp_path):
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(written))
     save_file(drafter_tensors(drafter, shape), tmp_path / "model.safetensors")
+    train.check_source(dataclasses.replace(config, train=dataclasses.replace(config.train, init_from=str(tmp_path))))
     state = state_of(config, meshes["one"], tmp_path)
     for name, value in to_params(drafter).items():
         np.testing.assert_array_equal(state.params[name], value, name)
@@ -71,13 +72,19 @@ def test_parameters_of_an_exported_directory(config, meshes, tmp_path):
     ],
     ids=["shape", "missing", "left over"],
 )
-def test_another_drafter_is_refused(config, source, meshes, changes, message):
+def test_another_drafter_is_refused_before_data_is_prepared(config, source, tmp_path, monkeypatch, changes, message):
+    monkeypatch.setattr(train, "prepare", lambda *_: pytest.fail("data was prepared"))
     changed = dataclasses.replace(config, drafter=dataclasses.replace(config.drafter, **changes))
+    changed.train.init_from, changed.mesh = str(source[0]), MeshConfig()
     with pytest.raises(InputError) as caught:
-        state_of(changed, meshes["one"], source[0])
+        train.train(changed, tmp_path / "run")
     assert message in str(caught.value) and str(caught.value).startswith(f"train.init_from={source[0]}: ")
 
 
-def test_nothing_there(config, meshes, tmp_path):
-    with pytest.raises(InputError, match="no checkpoint here"):
-        state_of(config, meshes["one"], tmp_path / "missing")
+def test_nothing_there(config, tmp_path):
+    for content, message in ((None, "no checkpoint and no config.json of a drafter here"), ("{}", "config.json")):
+        if content:
+            (tmp_path / "config.json").write_text(content)
+        config.train.init_from = str(tmp_path)
+        with pytest.raises(InputError, match=f"train.init_from={tmp_path}: .*{message}"):
+            train.check_source(config)

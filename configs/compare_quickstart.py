@@ -21,5 +21,5 @@ def get_config(arg: str = "") -> Config:
         config,
         name="compare_quickstart",
         eval=dataclasses.replace(config.eval, temperatures=(1.0,)),
-        compare=CompareConfig(drafters=("dspark", "dflash", "eagle3", "mtp", "rnn")),
+        compare=CompareConfig(drafters=("dspark", "dflash", "eagle3", "mtp", "gated", "rnn", "length")),
     )

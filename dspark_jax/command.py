@@ -9,10 +9,8 @@ Exit status: 0 done, 2 bad input (`error: ...` on stderr), 130 interrupted.
 """
 
 import ast
-import contextlib
 import dataclasses
 import difflib
-import errno
 import importlib.util
 import inspect
 import json
@@ -30,6 +28,7 @@ from ml_collections import config_flags
 
 from dspark_jax import config as config_module
 from dspark_jax.config import Config, InputError, resolve
+from dspark_jax.errors import reporting_errors
 from dspark_jax.hub import with_architecture
 
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]*)")
@@ -40,6 +39,7 @@ def run(
     *,
     define: Callable[[flags.FlagValues], None] | None = None,
     argv: Sequence[str] | None = None,
+    distributed: bool = True,
 ) -> None:
     """Runs a command and ends the process with status 2 on bad input.
 
@@ -48,6 +48,7 @@ def run(
         The docstring of its module is the text of `--help`.
       define: adds the command's own absl flags to the given `FlagValues`.
       argv: the command line without the program's name; that of the process if None.
+      distributed: whether it can run on several hosts.
     """
     logging.set_verbosity(logging.ERROR)  # Orbax and TFDS warn about their own defaults; what fails is raised
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -59,26 +60,10 @@ def run(
             return
         config, workdir, extra = parse(argv, define)
         if extra.pop("distributed"):
+            if not distributed:
+                raise InputError(f"--distributed: {main.__name__} runs on one host; leave the flag out")
             jax.distributed.initialize()
         main(resolve(with_architecture(config)), workdir, **extra)
-
-
-@contextlib.contextmanager
-def reporting_errors() -> Iterator[None]:
-    """Turns `InputError` and a full disk into `error: ...` on stderr and status 2, Ctrl-C into one line and 130."""
-    try:
-        yield
-    except InputError as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        raise SystemExit(2) from error
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        print(f"error: {error.filename or 'a file'}: {error.strerror}; free space and run again", file=sys.stderr)
-        raise SystemExit(2) from error
-    except KeyboardInterrupt as error:
-        print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from error
 
 
 def parse(

@@ -8,64 +8,44 @@ Studies: `main` (accepted length by prompt set, gains over DFlash and EAGLE-3, a
 
 Data is prepared once. Every drafter is a run of its own below `drafters/`, trained and measured in processes of its
 own: one that fails is reported and loses nothing of the others (the exit status is then 1). Started again, `compare`
-continues where it stopped; what is finished is not repeated. Writes `compare.json` (after every drafter) and
+continues where it stopped; what is finished is not repeated, whichever study it was trained for. SIGTERM ends it with
+status 143, after the checkpoint of the run in training. Writes `compare.json` (after every drafter) and
 `compare/*.png` with the JSON behind them.
 """
 
-import dataclasses
-import json
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 
 from dspark_jax import command
-from dspark_jax.config import CompareConfig, Config, InputError, resolve, to_json
+from dspark_jax.config import Config, InputError, to_json
 from dspark_jax.evaluation.comparison import Standing, describe, round_times, standing, study_table, table
+from dspark_jax.evaluation.comparison_plan import STUDIES, Plan, Point, make_plan, with_measured
 from dspark_jax.evaluation.comparison_plots import conditional_plots, study_plot, time_plot
+from dspark_jax.evaluation.comparison_runs import (
+    check_run,
+    contents,
+    data_fingerprint,
+    is_measured,
+    read_times,
+    write_origin,
+)
 from dspark_jax.evaluation.rounds import PLAIN, read_rounds
 from dspark_jax.evaluation.summary import write_json
-from dspark_jax.kinds import as_kind
+from dspark_jax.training.preemption import STATUS
 
-STUDIES = ("main", "depth", "length")
 _TITLES = {"depth": "Accepted length by draft depth", "length": "Accepted length by draft length"}
 
 Step = Callable[[Sequence[str], Mapping[str, str]], str | None]
 """(module and arguments, environment) -> what went wrong, or None."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Point:
-    """A drafter in a study.
-
-    Attributes:
-      study: one of `STUDIES`.
-      kind: of drafter.
-      value: its depth or draft length, 0 in the main table.
-      run: name of the run; runs of equal settings are shared.
-    """
-
-    study: str
-    kind: str
-    value: int
-    run: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What is to be trained: resolved configs by run, and where each run appears."""
-
-    runs: Mapping[str, Config]
-    points: Sequence[Point]
-
-    def of(self, study: str) -> list[Point]:
-        """The points of a study."""
-        return [point for point in self.points if point.study == study]
 
 
 def compare(config: Config, workdir: Path, *, studies: str = ",".join(STUDIES), step: Step | None = None) -> None:
@@ -79,88 +59,54 @@ def compare(config: Config, workdir: Path, *, studies: str = ",".join(STUDIES), 
 
     Raises:
       InputError: the config or a study cannot be used, or the data cannot be prepared.
-      SystemExit: with status 1, after everything else, if a drafter failed.
+      SystemExit: with status 1, after everything else, if a drafter failed; with 143 at SIGTERM.
     """
-    step = step or run_module
-    plan = make_plan(config, studies)
-    for name, sub in plan.runs.items():
-        _check_settings(_folder(workdir, name) / "settings.json", sub)
+    plan, now = make_plan(config, studies), contents(config)
+    _check_runs(workdir, plan, now)
     workdir.mkdir(parents=True, exist_ok=True)
-    settings = _write_settings(workdir, config)
-    if error := step(["dspark_jax.prepare", "--config", str(settings), "--workdir", str(workdir)], {}):
-        raise InputError(f"preparing the data failed: {error}")
-    failures: dict[str, str] = {}
-    for number, (name, sub) in enumerate(plan.runs.items(), 1):
-        if error := _finish_run(workdir, name, sub, step, f"{number}/{len(plan.runs)}"):
-            failures[name] = error
-            _say(f"compare: {name} failed: {error}")
-        write_report(config, workdir, plan, failures, times={})
-    times = _measure_times(config, workdir, plan, failures, step)
-    report = write_report(config, workdir, plan, failures, times)
-    _draw(workdir, plan, report, _standings(config, workdir, plan))
-    print(_text(config, plan, report), flush=True)
+    with _ended_by_sigterm():
+        failures = _compare(config, workdir, plan, now, step or run_module)
     if failures:
         raise SystemExit(1)
 
 
-def make_plan(config: Config, studies: str) -> Plan:
-    """The runs of some studies, in the order in which they are trained.
-
-    Raises:
-      InputError: an unknown study or drafter, or one that the config cannot be turned into.
-    """
-    chosen = [name.strip() for name in studies.split(",") if name.strip()]
-    for name in chosen:
-        if name not in STUDIES:
-            raise InputError(f"--studies={studies}: {name!r} is unknown; use some of: {','.join(STUDIES)}")
-    if not chosen:
-        raise InputError(f"--studies is empty; use some of: {','.join(STUDIES)}")
-    if config.drafter.kind != "dspark":
-        raise InputError(
-            f"drafter.kind={config.drafter.kind!r}: state a dspark drafter, the others are derived from it"
-        )
-    wanted = config.compare
-    runs: dict[str, Config] = {}
-    points: list[Point] = []
-
-    def add(study: str, kind: str, value: int, **fields: int) -> None:
-        sub = as_kind(dataclasses.replace(config, drafter=dataclasses.replace(config.drafter, **fields)), kind)
-        name = kind + "".join(f"-{field}{number}" for field, number in fields.items())
-        train = dataclasses.replace(sub.train, evaluate=False)
-        # Who else is compared changes nothing about a run: it stays finished when that does.
-        sub = resolve(dataclasses.replace(sub, train=train, compare=CompareConfig()))
-        same = [other for other, planned in runs.items() if _essence(planned) == _essence(sub)]
-        if not same:
-            runs[name] = dataclasses.replace(sub, name=f"{config.name}_{name}")
-        points.append(Point(study, kind, value, same[0] if same else name))
-
-    for study in sorted(set(chosen), key=STUDIES.index):
-        if study == "main":
-            for kind in wanted.drafters:
-                add(study, kind, 0)
-        elif study == "depth":
-            for depth in wanted.depths:
-                for kind in wanted.depth_drafters:
-                    add(study, kind, depth, num_layers=depth)
-        else:
-            for length in wanted.lengths:
-                for kind in wanted.length_drafters:
-                    add(study, kind, length, block_size=length)
-    return Plan(runs, points)
-
-
-def _essence(config: Config) -> Any:
-    return dataclasses.asdict(dataclasses.replace(config, name=""))
+def _compare(config: Config, workdir: Path, plan: Plan, now: dict[str, Any], step: Step) -> dict[str, str]:
+    """The same with everything checked; returns what failed."""
+    settings = _write_settings(workdir, config)
+    if error := step(["dspark_jax.prepare", "--config", str(settings), "--workdir", str(workdir)], {}):
+        raise InputError(f"preparing the data failed: {error}")
+    if data := data_fingerprint(workdir):
+        now = {**now, "data": data}
+    _check_runs(workdir, plan, now)
+    failures: dict[str, str] = {}
+    whole = with_measured(plan, config, lambda name, sub: _is_current(workdir, name, sub, now))
+    for number, (name, sub) in enumerate(plan.runs.items(), 1):
+        if error := _finish_run(workdir, name, sub, now, step, f"{number}/{len(plan.runs)}"):
+            failures[name] = error
+            _say(f"compare: {name} failed: {error}")
+        write_report(config, workdir, whole, failures, times={})
+    times = _measure_times(config, workdir, whole, now, failures, step)
+    report = write_report(config, workdir, whole, failures, times)
+    print(_text(config, plan, report), flush=True)
+    _draw(workdir, plan, report, _standings(config, workdir, plan))
+    return failures
 
 
 def run_module(arguments: Sequence[str], environment: Mapping[str, str]) -> str | None:
     """Runs `python -m ARGUMENTS`, showing its output; returns its last words if it failed.
 
+    When this process is told to stop, so is that one, and it is waited for: it may be writing a checkpoint.
+
     Raises:
       KeyboardInterrupt: it was interrupted.
+      SystemExit: it was told to stop.
     """
     process = subprocess.Popen(
-        [sys.executable, "-m", *arguments], env={**os.environ, **environment}, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", *arguments],
+        env={**os.environ, **environment},
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        errors="replace",
     )
     last: deque[str] = deque(maxlen=50)
     assert process.stderr is not None
@@ -171,9 +117,11 @@ def run_module(arguments: Sequence[str], environment: Mapping[str, str]) -> str 
         status = process.wait()
     finally:
         if process.poll() is None:  # we are leaving early: nobody else would stop it
-            process.terminate()
-    if status in (130, -2):
+            _stop(process)
+    if status in (130, -signal.SIGINT):
         raise KeyboardInterrupt
+    if status in (STATUS, -signal.SIGTERM):
+        raise SystemExit(STATUS)
     if not status:
         return None
     said = [line for line in last if line]
@@ -184,30 +132,59 @@ def run_module(arguments: Sequence[str], environment: Mapping[str, str]) -> str 
     return f"{reason} ({arguments[0]}, status {status})"
 
 
-def _check_settings(path: Path, config: Config) -> None:
-    """Refuses to continue a run that was trained in another way: nothing would be on equal terms any more."""
-    if not path.exists():
-        return
-    before, now = json.loads(path.read_text("utf-8")), json.loads(to_json(config))
-    for group in ("target", "drafter", "data", "loss", "optim", "train"):
-        for field, value in now[group].items():
-            if field in before[group] and before[group][field] != value:
-                raise InputError(
-                    f"{path.parent}: {group}.{field} was {before[group][field]!r}, now {value!r}; "
-                    "compare with the old value, or use another --workdir"
-                )
+def _stop(process: subprocess.Popen[str]) -> None:
+    """Tells a process to stop and waits until it has; who is told to stop a second time does not wait any more."""
+    process.terminate()
+    try:
+        said = process.communicate()[1]
+    except BaseException:
+        process.kill()
+        raise
+    sys.stderr.write(said)
 
 
-def _finish_run(workdir: Path, name: str, config: Config, step: Step, where: str) -> str | None:
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM raises SystemExit(143), so that what is under way is ended in order."""
+
+    def end(number: int, frame: Any) -> None:
+        raise SystemExit(STATUS)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _check_runs(workdir: Path, plan: Plan, now: Mapping[str, Any]) -> None:
+    for name, sub in plan.runs.items():
+        check_run(_folder(workdir, name), workdir, sub, now)
+
+
+def _is_current(workdir: Path, name: str, config: Config, now: Mapping[str, Any]) -> bool:
+    """Whether a run has been trained and measured as it would be now."""
+    folder = _folder(workdir, name)
+    try:
+        check_run(folder, workdir, config, now)
+        return is_measured(folder, config, now)
+    except InputError:
+        return False
+
+
+def _finish_run(workdir: Path, name: str, config: Config, now: Mapping[str, Any], step: Step, where: str) -> str | None:
     """Trains and measures a run as far as that is still to do; returns what went wrong."""
     folder = _folder(workdir, name)
-    rounds, before = folder / "rounds.npz", folder / "settings.json"
+    rounds = folder / "rounds.npz"
     folder.mkdir(parents=True, exist_ok=True)
-    if rounds.exists() and before.exists() and before.read_text("utf-8") == to_json(config):
+    finished = is_measured(folder, config, now)
+    if not finished:
+        rounds.unlink(missing_ok=True)
+    settings = _write_settings(folder, config)
+    write_origin(folder, now)
+    if finished:
         _say(f"compare: {where} {name} is finished")
         return None
-    rounds.unlink(missing_ok=True)
-    settings = _write_settings(folder, config)
     if not (folder / "data").exists():
         (folder / "data").symlink_to(os.path.relpath(workdir / "data", folder), target_is_directory=True)
     _say(f"compare: {where} {name}")
@@ -217,20 +194,22 @@ def _finish_run(workdir: Path, name: str, config: Config, step: Step, where: str
 
 
 def _measure_times(
-    config: Config, workdir: Path, plan: Plan, failures: dict[str, str], step: Step
+    config: Config, workdir: Path, plan: Plan, now: Mapping[str, Any], failures: dict[str, str], step: Step
 ) -> dict[str, dict[str, float]]:
     """Time per round of all runs that did not fail, measured together; measured again when a run has joined."""
     runs = {name: sub for name, sub in plan.runs.items() if name not in failures}
-    out = workdir / "times.json"
-    found = json.loads(out.read_text("utf-8")) if out.exists() else {}
-    if runs and set(found) != {*runs, PLAIN}:
-        threads = config.eval.speed_threads
-        environment = {"NPROC": str(threads), "JAX_PLATFORMS": "cpu"} if threads else {}
-        if error := _measure(workdir, "times", runs, out, workdir, step, environment):
+    found = read_times(workdir, config, now)
+    if runs and not {*runs, PLAIN} <= {name for name, one in found.items() if "error" not in one}:
+        out = workdir / "times.json"
+        out.unlink(missing_ok=True)  # the job, which says how it was measured, is about to be another one
+        # On a CPU a number of threads; an accelerator stays what it measures.
+        environment = {"NPROC": str(config.eval.speed_threads)} if config.eval.speed_threads else {}
+        if error := _measure(workdir, "times", runs, out, workdir, step, environment, now["eval.prompts"]):
             failures["time per round"] = error
             return {}
-        found = json.loads(out.read_text("utf-8"))
-    return round_times(found)
+        found = read_times(workdir, config, now)
+    failures |= {f"time per round of {name}": found[name]["error"] for name in runs if "error" in found.get(name, {})}
+    return round_times({name: one for name, one in found.items() if "error" not in one})
 
 
 def _measure(
@@ -241,11 +220,12 @@ def _measure(
     workdir: Path,
     step: Step,
     environment: Mapping[str, str],
+    prompts: Any = None,
 ) -> str | None:
     """Runs `evaluation.rounds` on a job; returns what went wrong."""
     described = {name: {"config": to_json(sub), "workdir": str(_folder(workdir, name))} for name, sub in runs.items()}
     job = folder / f"{task}_job.json"
-    write_json(job, {"task": task, "out": str(out), "runs": described})
+    write_json(job, {"task": task, "out": str(out), "runs": described, "eval.prompts": prompts})
     return step(["dspark_jax.evaluation.rounds", str(job)], environment)
 
 
@@ -273,7 +253,7 @@ def write_report(
     studies = {
         study: [
             {"drafter": point.kind, study: point.value, "run": point.run}
-            | describe(standings[point.run], {}, times.get(point.run))
+            | describe(standings[point.run], _beside(plan, point, standings), times.get(point.run))
             for point in plan.of(study)
             if point.run in standings
         ]
@@ -293,17 +273,24 @@ def write_report(
     return write_json(workdir / "compare.json", report)
 
 
+def _beside(plan: Plan, point: Point, standings: Mapping[str, Standing]) -> dict[str, Standing]:
+    """By kind, those of the same study at the same depth or draft length."""
+    others = [other for other in plan.of(point.study) if other.value == point.value and other.run in standings]
+    return {other.kind: standings[other.run] for other in others}
+
+
 def _draw(workdir: Path, plan: Plan, report: Mapping[str, Any], standings: Mapping[str, Standing]) -> None:
-    """Writes the figures into `compare/`."""
+    """Writes the figures of the plan's studies into `compare/`; those of others are there already."""
     folder = workdir / "compare"
     folder.mkdir(exist_ok=True)
     main = {point.kind: standings[point.run] for point in plan.of("main") if point.run in standings}
     plots = conditional_plots(main)
     timed = {name: entry for name, entry in report["drafters"].items() if "round_ms" in entry}
-    if timed:
+    if main and timed:
         plain = {PLAIN: report["plain"]} if report["plain"] else {}
         plots.append(time_plot({**timed, **plain}, "Time per round at batch 1"))
-    plots += [study_plot(points, study, _TITLES[study]) for study, points in report["studies"].items() if points]
+    studies = {study: points for study, points in report["studies"].items() if points and plan.of(study)}
+    plots += [study_plot(points, study, _TITLES[study]) for study, points in studies.items()]
     for plot in plots:
         plot.write(folder)
 
@@ -314,7 +301,8 @@ def _text(config: Config, plan: Plan, report: Mapping[str, Any]) -> str:
     lines = []
     if plan.of("main"):
         lines.append(table(report["drafters"], report["failures"], title))
-    lines += [f"\n{_TITLES[study]}\n{study_table(points, study)}" for study, points in report["studies"].items()]
+    studies = {study: points for study, points in report["studies"].items() if plan.of(study)}
+    lines += [f"\n{_TITLES[study]}\n{study_table(points, study)}" for study, points in studies.items()]
     lines += [f"failed: {name}: {error}" for name, error in report["failures"].items() if not plan.of("main")]
     return "\n".join(lines)
 
@@ -344,4 +332,4 @@ def _define(values: flags.FlagValues) -> None:
 
 
 if __name__ == "__main__":
-    command.run(compare, define=_define)
+    command.run(compare, define=_define, distributed=False)

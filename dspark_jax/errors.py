@@ -1,5 +1,28 @@
-"""The one kind of error that is the user's to mend; commands print it as one line and end with status 2."""
+"""The one kind of error that is the user's to mend; programs print it as one line and end with status 2."""
+
+import contextlib
+import errno
+import sys
+from collections.abc import Iterator
 
 
 class InputError(ValueError):
     """Something the user gave cannot be used. The message is one line: what, where, the value, the remedy."""
+
+
+@contextlib.contextmanager
+def reporting_errors() -> Iterator[None]:
+    """Turns `InputError` and a full disk into `error: ...` on stderr and status 2, Ctrl-C into one line and 130."""
+    try:
+        yield
+    except InputError as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        raise SystemExit(2) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        print(f"error: {error.filename or 'a file'}: {error.strerror}; free space and run again", file=sys.stderr)
+        raise SystemExit(2) from error
+    except KeyboardInterrupt as error:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from error

@@ -21,9 +21,6 @@ EAGLE3_LOSS = LossConfig(decay=-1.0 / math.log(0.8), ce=0.0, l1=0.0, confidence=
 MTP_LOSS = LossConfig(ce=1.0, l1=0.0, confidence=0.0)
 """DeepSeek-V3's: cross-entropy with the data."""
 
-LENGTH_LOSS = LossConfig(ce=0.1, l1=0.0, confidence=1.0, length=1.0)
-"""The expected accepted length in the place of the total variation."""
-
 
 def as_kind(config: Config, kind: str) -> Config:
     """The config with another drafter; depth, block size, taps, rank and compute type stay where they apply.
@@ -39,8 +36,9 @@ def as_kind(config: Config, kind: str) -> Config:
         raise InputError(f"drafter kind {kind!r} is unknown; use one of: {', '.join(KINDS)}")
     drafter, loss = config.drafter, config.loss
     headless = {"markov_rank": 0, "confidence_head": False, "confidence_with_markov": False}
-    if kind in ("gated", "rnn"):
-        drafter = dataclasses.replace(drafter, markov_head_type=kind)
+    if kind in ("dspark", "length", "gated", "rnn"):
+        head = "vanilla" if kind in ("dspark", "length") else kind
+        drafter = dataclasses.replace(drafter, markov_head_type=head)
     elif kind == "dflash":
         drafter = dataclasses.replace(drafter, kind=kind, **headless)
     elif kind == "eagle3":
@@ -48,8 +46,8 @@ def as_kind(config: Config, kind: str) -> Config:
     elif kind == "mtp":
         drafter = dataclasses.replace(drafter, kind=kind, num_layers=1, block_size=1, target_layer_ids=(), **headless)
         loss = MTP_LOSS
-    elif kind == "length":
-        loss = LENGTH_LOSS
+    if kind == "length":  # in the place of the total variation; everything else is dspark's
+        loss = dataclasses.replace(loss, l1=0.0, length=1.0)
     train = config.train
     if kind in ("eagle3", "mtp"):
         train = dataclasses.replace(train, num_anchors=config.data.max_length)

@@ -3,13 +3,17 @@
 import dataclasses
 import json
 import os
+import runpy
+import signal
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from dspark_jax.compare import compare, make_plan, run_module
+from dspark_jax.compare import compare, run_module
 from dspark_jax.config import (
     CompareConfig,
     Config,
@@ -21,9 +25,13 @@ from dspark_jax.config import (
     TrainConfig,
     from_json,
     resolve,
+    to_json,
 )
+from dspark_jax.evaluation import rounds
 from dspark_jax.evaluation.acceptance import Counts
 from dspark_jax.evaluation.comparison import gain, standing, table
+from dspark_jax.evaluation.comparison_plan import make_plan
+from dspark_jax.evaluation.comparison_plots import study_plot
 from dspark_jax.evaluation.rounds import PLAIN
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,15 +62,21 @@ def config(tiny_target: Path, tmp_path: Path) -> Config:
     )  # fmt: skip
 
 
+@pytest.fixture
+def undrawn(monkeypatch: Any) -> None:
+    """Without figures, which take longer than everything else here."""
+    monkeypatch.setattr("dspark_jax.compare._draw", lambda *everything: None)
+
+
 TAU = {"dspark": 4, "dflash": 3, "eagle3": 2, "mtp": 1}
 
 
 class Fake:
     """In the place of processes: writes what they would, and keeps what was asked for."""
 
-    def __init__(self, broken: str = "", accepted: int = 0):
+    def __init__(self, broken: str = "", untimed: str = "", fingerprint: str = "1234"):
         self.calls: list[tuple[str, str]] = []
-        self.broken = broken
+        self.broken, self.untimed, self.fingerprint = broken, untimed, fingerprint
 
     def __call__(self, arguments: Any, environment: Any) -> str | None:
         module = arguments[0].removeprefix("dspark_jax.")
@@ -70,9 +84,12 @@ class Fake:
             job = json.loads(Path(arguments[1]).read_text())
             self.calls.append((job["task"], ",".join(job["runs"])))
             if job["task"] == "times":
-                assert environment == {"NPROC": "1", "JAX_PLATFORMS": "cpu"}
+                assert environment == {"NPROC": "1"}
                 one = {"seconds": [0.5], "rounds": [100], "tokens": [200]}
-                Path(job["out"]).write_text(json.dumps({name: one for name in [*job["runs"], PLAIN]}))
+                found = {name: one for name in [*job["runs"], PLAIN]} | {
+                    name: {"error": "no checkpoint here"} for name in job["runs"] if name == self.untimed
+                }
+                Path(job["out"]).write_text(json.dumps(found))
             else:
                 kind = next(iter(job["runs"])).split("-")[0]
                 block = from_json(next(iter(job["runs"].values()))["config"]).drafter.block_size
@@ -84,6 +101,7 @@ class Fake:
         self.calls.append((module, workdir.name if module == "train" else ""))
         if module == "prepare":
             (workdir / "data").mkdir(exist_ok=True)
+            (workdir / "data" / "report.json").write_text(json.dumps({"fingerprint": self.fingerprint}))
         elif module == "train":
             assert (workdir / "data").resolve() == (workdir.parents[1] / "data").resolve()
         return "it fell over" if workdir.name == self.broken else None
@@ -102,7 +120,8 @@ def test_a_plan_shares_runs_of_equal_settings(config: Config) -> None:
     for sub in plan.runs.values():
         assert sub.data == config.data and sub.optim == config.optim and not sub.train.evaluate
         assert sub.train.steps == config.train.steps
-    assert list(make_plan(config, "length").runs) == ["dflash-block_size3", "dflash-block_size4"]
+    assert list(make_plan(config, "length").runs) == ["dflash", "dflash-block_size4"]
+    assert list(make_plan(config, "depth").runs) == ["dspark", "dflash", "dspark-num_layers2", "dflash-num_layers2"]
 
 
 def test_one_that_fails_loses_nothing_and_only_it_is_repeated(config: Config, tmp_path: Path, capsys: Any) -> None:
@@ -133,21 +152,121 @@ def test_one_that_fails_loses_nothing_and_only_it_is_repeated(config: Config, tm
     assert third.calls == [("prepare", "")]
     fewer = dataclasses.replace(config, compare=dataclasses.replace(config.compare, drafters=("dspark", "mtp")))
     compare(fewer, workdir, studies="main", step=third)
-    assert third.calls[1:] == [("prepare", ""), ("times", "dspark,mtp")]
-    other = dataclasses.replace(config, eval=dataclasses.replace(config.eval, max_new_tokens=9))
-    compare(other, workdir, studies="main", step=third)
-    assert [name for task, name in third.calls if task == "rounds"] == ["dspark", "dflash", "eagle3", "mtp"]
+    assert third.calls[1:] == [("prepare", "")]  # their times are there, with those of others
 
 
+@pytest.mark.usefixtures("undrawn")
+def test_what_is_measured_again(config: Config, tmp_path: Path) -> None:
+    """Rounds and times, each when something changed that it depends on; nothing is trained in another way."""
+    workdir, heldout = tmp_path / "run", tmp_path / "heldout.jsonl"
+    heldout.write_text(json.dumps({"prompt": "one"}) + "\n")
+    config = dataclasses.replace(
+        config,
+        compare=CompareConfig(drafters=("dflash",)),
+        eval=dataclasses.replace(config.eval, prompts=(str(heldout),)),
+    )
+
+    def measured(**changes: Any) -> list[str]:
+        fake = Fake()
+        compare(
+            dataclasses.replace(config, eval=dataclasses.replace(config.eval, **changes)),
+            workdir,
+            studies="main",
+            step=fake,
+        )
+        return [task for task, _ in fake.calls if task in ("rounds", "times")]
+
+    assert measured() == ["rounds", "times"]
+    assert measured() == []
+    assert measured(bootstrap=60) == []
+    assert measured(speed_prompts=2) == ["times"]
+    assert measured(max_new_tokens=9) == ["rounds", "times"]
+    heldout.write_text(json.dumps({"prompt": "two"}) + "\n")
+    assert measured(max_new_tokens=9) == ["rounds", "times"]
+    assert measured(max_new_tokens=9) == []
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_one_that_cannot_be_timed_is_named(config: Config, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        compare(config, tmp_path / "run", studies="main", step=Fake(untimed="mtp"))
+    report = json.loads((tmp_path / "run" / "compare.json").read_text())
+    assert report["failures"] == {"time per round of mtp": "no checkpoint here"}
+    assert "round_ms" in report["drafters"]["dspark"] and "round_ms" not in report["drafters"]["mtp"]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_study_finds_the_runs_of_another(config: Config, tmp_path: Path) -> None:
+    fake, again = Fake(), Fake()
+    compare(config, tmp_path / "run", studies="depth", step=fake)
+    compare(config, tmp_path / "run", studies="main", step=again)
+    assert [name for task, name in again.calls if task == "train"] == ["eagle3", "mtp"]
+    report = json.loads((tmp_path / "run" / "compare.json").read_text())
+    assert len(report["studies"]["depth"]) == 4 and len(report["drafters"]) == 4
+    assert list(report["studies"]) == ["depth"]  # of the lengths nobody has asked for there are but the main runs
+    assert all("round_ms" in point for point in report["studies"]["depth"])
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_trained_in_another_way_is_not_continued(config: Config, tmp_path: Path) -> None:
-    fake = Fake()
+    workdir, fake = tmp_path / "run", Fake()
     only = dataclasses.replace(config, compare=CompareConfig(drafters=("dflash",)))
-    compare(only, tmp_path / "run", studies="main", step=fake)
-    other = dataclasses.replace(only, train=dataclasses.replace(only.train, steps=3))
+    compare(only, workdir, studies="main", step=fake)
     count = len(fake.calls)
-    with pytest.raises(InputError, match=r"drafters/dflash: train.steps was 2, now 3; compare with the old value"):
-        compare(other, tmp_path / "run", studies="main", step=fake)
+
+    def refused(message: str, **train: Any) -> None:
+        with pytest.raises(InputError, match=message):
+            other = dataclasses.replace(only, train=dataclasses.replace(only.train, **train))
+            compare(other, workdir, studies="main", step=fake)
+
+    refused("drafters/dflash: train.steps was 2, now 3; compare with the old value", steps=3)
+    prompts = Path(config.data.prompts[0])
+    before = prompts.read_text()
+    prompts.write_text(before + json.dumps({"prompt": "one more"}) + "\n")
+    refused(r"drafters/dflash: the content of data.prompts changed since it was trained \(sums\); compare with the old")
+    origin = workdir / "drafters" / "dflash" / "origin.json"
+    kept = json.loads(origin.read_text())
+    origin.unlink()  # as older comparisons have none: the report of the data knows as much
+    report = {"fingerprint": "1234", "inputs": {"prompts": kept["data.prompts"]}}
+    (workdir / "data" / "report.json").write_text(json.dumps(report))
+    refused("the content of data.prompts changed")
+    prompts.write_text(before)
     assert len(fake.calls) == count
+    free = TrainConfig(log_every=5, keep_checkpoints=1, checkpoint_every=9, vocab_chunk=32, accumulate=2)
+    free = dataclasses.replace(free, steps=2, batch_size=8, num_anchors=4)
+    compare(dataclasses.replace(only, train=free), workdir, studies="main", step=fake)
+    assert fake.calls[count:] == [("prepare", "")] and json.loads(origin.read_text()) == kept
+    fake.fingerprint = "5678"
+    refused("the prepared data .* changed since it was trained")
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_run_without_a_checkpoint_may_become_another(config: Config, tmp_path: Path) -> None:
+    only = dataclasses.replace(config, compare=CompareConfig(drafters=("dflash",)))
+    with pytest.raises(SystemExit):
+        compare(only, tmp_path / "run", studies="main", step=Fake(broken="dflash"))
+    again = Fake()
+    other = dataclasses.replace(only, train=dataclasses.replace(only.train, steps=3))
+    compare(other, tmp_path / "run", studies="main", step=again)
+    assert ("train", "dflash") in again.calls
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompts": ()}, "eval.prompts is empty"),
+        ({"prompts": ("gone.jsonl",)}, "gone.jsonl: cannot be read"),
+        ({"prompts": ("a/x.jsonl", "b/x.jsonl")}, "eval.prompts has two files named x"),
+        ({"temperatures": ()}, "eval.temperatures is empty"),
+    ],
+)
+def test_what_cannot_be_measured_is_not_trained(
+    config: Config, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    fake = Fake()
+    with pytest.raises(InputError, match=message):
+        compare(dataclasses.replace(config, eval=dataclasses.replace(config.eval, **changes)), tmp_path, step=fake)
+    assert not fake.calls
 
 
 def test_studies_are_tables_and_figures(config: Config, tmp_path: Path, capsys: Any) -> None:
@@ -159,6 +278,18 @@ def test_studies_are_tables_and_figures(config: Config, tmp_path: Path, capsys: 
     assert {path.stem for path in (workdir / "compare").glob("*.png")} == {"depth", "length"}
     printed = capsys.readouterr().out
     assert "depth" in printed and "4.000 (4.000, 4.000)" in printed
+    first = report["studies"]["depth"][0]
+    assert first["gain_over_dflash"] == pytest.approx(1 / 3) and first["gain_over_dflash_ci95"][0] == pytest.approx(
+        1 / 3
+    )
+    assert "gain_over_dflash" not in report["studies"]["depth"][1]
+    line = next(line for line in printed.splitlines() if line.startswith("2         dspark"))
+    assert line.split()[2:] == ["4.000", "(4.000,", "4.000)", "+33.3%", "(+33.3%,", "+33.3%)", "5.00", "1.00"]
+
+
+def test_a_drafter_without_rounds_is_drawn() -> None:
+    points = [{"drafter": "mtp", "depth": depth, "tau": None, "tau_ci95": [None, None]} for depth in (1, 2)]
+    assert "mtp from nan to nan" in study_plot(points, "depth", "title").alt
 
 
 def test_gains_resample_the_prompts_of_both_alike() -> None:
@@ -191,6 +322,8 @@ def test_the_table_shows_what_is_missing() -> None:
         ("", {}, "--studies is empty"),
         ("main", {"compare": CompareConfig(drafters=("dspark", "medusa"))}, "drafter kind 'medusa' is unknown"),
         ("depth", {"compare": CompareConfig(depth_drafters=("dspark",), depths=(0,))}, "num_layers=0 must be positive"),
+        ("depth", {"compare": CompareConfig(depth_drafters=("eagle3",))}, "depth_drafters has 'eagle3', which always"),
+        ("length", {"compare": CompareConfig(length_drafters=("mtp",))}, "length_drafters has 'mtp', which always"),
     ],
 )
 def test_bad_input(config: Config, studies: str, changes: dict[str, Any], message: str) -> None:
@@ -201,9 +334,92 @@ def test_bad_input(config: Config, studies: str, changes: dict[str, Any], messag
 def test_the_last_words_of_a_process(tmp_path: Path, monkeypatch: Any) -> None:
     (tmp_path / "dying.py").write_text("import sys\nprint('error: no bread', file=sys.stderr)\nsys.exit(2)\n")
     (tmp_path / "killed.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
+    (tmp_path / "garbled.py").write_text("import sys\nsys.stderr.buffer.write(b'caf\\xe9\\n')\nsys.exit(1)\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert run_module(["garbled"], {}) == "caf\ufffd (garbled, status 1)"
     assert run_module(["dying"], {}) == "no bread (dying, status 2)"
     assert run_module(["killed"], {}) == "killed by signal 9, perhaps for its memory (killed)"
+
+
+def test_who_is_told_to_stop_waits_for_the_training(config: Config, tmp_path: Path, monkeypatch: Any) -> None:
+    """SIGTERM reaches the process that trains, which takes its time to write a checkpoint."""
+    (tmp_path / "slow.py").write_text(
+        "import os, pathlib, signal, sys, time\n"
+        "def stop(number, frame):\n"
+        "    time.sleep(0.3)\n"
+        f"    pathlib.Path({str(tmp_path / 'saved')!r}).touch()\n"
+        "    sys.exit(143)\n"
+        "signal.signal(signal.SIGTERM, stop)\n"
+        "os.kill(os.getppid(), signal.SIGTERM)\n"
+        "time.sleep(60)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # should compare not take it, pytest survives
+    try:
+        with pytest.raises(SystemExit) as ended:
+            compare(config, tmp_path / "run", step=lambda arguments, environment: run_module(["slow"], {}))
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert ended.value.code == 143 and (tmp_path / "saved").exists()
+
+
+@pytest.mark.parametrize(
+    ("ending", "error"),
+    [
+        ("sys.exit(143)", SystemExit),
+        ("os.kill(os.getpid(), signal.SIGTERM)", SystemExit),
+        ("sys.exit(130)", KeyboardInterrupt),
+        ("signal.signal(2, signal.SIG_DFL); os.kill(os.getpid(), 2)", KeyboardInterrupt),
+    ],
+)
+def test_a_process_that_was_told_to_stop_ends_the_comparison(
+    tmp_path: Path, monkeypatch: Any, ending: str, error: type[BaseException]
+) -> None:
+    (tmp_path / "told.py").write_text(f"import os, signal, sys\n{ending}\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(error) as ended:
+        run_module(["told"], {})
+    assert error is KeyboardInterrupt or getattr(ended.value, "code", None) == 143
+
+
+def test_a_run_that_cannot_be_loaded_is_named(config: Config, tmp_path: Path, monkeypatch: Any) -> None:
+    whole = SimpleNamespace(target="the target")
+
+    def open_engine(config: Config, workdir: Path, mesh: Any, *, target: Any) -> Any:
+        assert workdir.name != "c" or target == whole.target  # loaded once
+        if workdir.name == "b":
+            raise InputError("no checkpoint here")
+        return whole
+
+    monkeypatch.setattr(rounds, "open_engine", open_engine)
+    engines, errors = rounds._open_all({name: (config, tmp_path / name) for name in "abc"}, None)  # pyright: ignore[reportArgumentType]
+    assert list(engines) == ["a", "c"] and errors == {"b": {"error": "no checkpoint here"}}
+    with pytest.raises(InputError, match="b: no checkpoint here"):
+        rounds._open_all({"b": (config, tmp_path / "b")}, None)  # pyright: ignore[reportArgumentType]
+
+
+def test_what_fails_in_a_process_is_one_line(config: Config, tmp_path: Path, capsys: Any) -> None:
+    job = {
+        "task": "rounds",
+        "out": str(tmp_path / "out.npz"),
+        "runs": {"a": {"config": to_json(config), "workdir": "a"}},
+    }
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    with pytest.raises(SystemExit) as ended:
+        rounds.main(tmp_path / "job.json")
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.startswith("error: ") and "a/checkpoints: no checkpoint here" in said
+
+
+def test_several_hosts_are_refused(monkeypatch: Any, capsys: Any) -> None:
+    argv = ["compare", "--config", str(ROOT / "configs" / "compare_quickstart.py"), "--distributed"]
+    monkeypatch.setattr(sys, "argv", argv)
+    monkeypatch.delitem(sys.modules, "dspark_jax.compare")
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("dspark_jax.compare", run_name="__main__", alter_sys=True)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: --distributed: compare runs on one host; leave the flag out\n"
 
 
 def test_end_to_end(config: Config, tmp_path: Path, monkeypatch: Any, capfd: Any) -> None:

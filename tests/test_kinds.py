@@ -4,7 +4,16 @@ import dataclasses
 
 import pytest
 
-from dspark_jax.config import Config, DataConfig, DrafterConfig, InputError, TargetArchitecture, TargetConfig, resolve
+from dspark_jax.config import (
+    Config,
+    DataConfig,
+    DrafterConfig,
+    InputError,
+    LossConfig,
+    TargetArchitecture,
+    TargetConfig,
+    resolve,
+)
 from dspark_jax.kinds import KINDS, as_kind
 
 ARCH = TargetArchitecture("qwen3", 67, 32, 4, 4, 2, 8, 64, 1e-6, 1e4, True, 256)
@@ -33,6 +42,20 @@ def test_only_drafter_loss_and_rows_change(base: Config, kind: str) -> None:
     assert (config.drafter.markov_rank == 0) == (kind in ("dflash", "eagle3", "mtp"))
     config.loss.ce = 9.0  # the presets are not shared
     assert as_kind(base, kind).loss.ce != 9.0
+
+
+def test_kinds_differ_in_what_they_are_named_after(base: Config) -> None:
+    """Of a config with its own loss and head: dspark has the Markov head, length only another term for the l1 term."""
+    base = dataclasses.replace(
+        base,
+        loss=LossConfig(decay=2.0, ce=0.3, l1=0.7, confidence=0.5),
+        drafter=dataclasses.replace(base.drafter, markov_head_type="rnn"),
+    )
+    assert [as_kind(base, kind).drafter.markov_head_type for kind in ("dspark", "length", "gated", "rnn")] == [
+        "vanilla", "vanilla", "gated", "rnn",
+    ]  # fmt: skip
+    assert as_kind(base, "length").loss == LossConfig(decay=2.0, ce=0.3, l1=0.0, confidence=0.5, length=1.0)
+    assert as_kind(base, "dspark").loss == base.loss
 
 
 def test_an_unknown_kind_is_refused(base: Config) -> None:

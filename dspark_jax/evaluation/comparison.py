@@ -106,29 +106,32 @@ def table(entries: Mapping[str, Mapping[str, Any]], failures: Mapping[str, str],
     for name, entry in entries.items():
         line = f"{name:{width}}"
         line += "".join(f"  {_number(entry['prompt_sets'].get(one, {}).get('tau'), '.3f'):>14}" for one in sets)
-        line += f"  {_number(entry['tau'], '.3f') + ' ' + _bounds(entry['tau_ci95'], '.3f'):>22}"
-        for baseline in baselines:
-            value, bounds = entry.get(f"gain_over_{baseline}"), entry.get(f"gain_over_{baseline}_ci95")
-            shown = "" if value is None else f"{_number(value, '+.1%')} {_bounds(bounds, '+.1%')}"
-            line += f"  {shown:>24}"
-        line += f"  {_number(entry.get('round_ms'), '.2f'):>8}  {_number(entry.get('speedup'), '.2f'):>5}"
-        lines.append(line)
+        lines.append(line + _results(entry, baselines))
     lines += [f"{name:{width}}  failed: {error}" for name, error in failures.items()]
     return "\n".join(lines)
 
 
 def study_table(points: Sequence[Mapping[str, Any]], label: str) -> str:
-    """Tau by drafter and by depth or draft length, from a study in `compare.json`."""
-    kinds = list(dict.fromkeys(point["drafter"] for point in points))
-    found = {(point["drafter"], point[label]): point for point in points}
-    lines = [f"{label:8}" + "".join(f"  {kind:>22}" for kind in kinds)]
-    for x in sorted({point[label] for point in points}):
-        cells = []
-        for kind in kinds:
-            point = found.get((kind, x), {})
-            cells.append(f"{_number(point.get('tau'), '.3f')} {_bounds(point.get('tau_ci95'), '.3f')}")
-        lines.append(f"{x:<8}" + "".join(f"  {cell:>22}" for cell in cells))
+    """A line per depth or draft length and drafter, from a study in `compare.json`; gains are over the same value."""
+    points = sorted(points, key=lambda point: point[label])
+    baselines = [name for name in BASELINES if any(f"gain_over_{name}" in point for point in points)]
+    width = max(8, *(len(point["drafter"]) for point in points)) if points else 8
+    head = f"{label:8}  {'drafter':{width}}  {'macro average':>22}"
+    head += "".join(f"  {'over ' + name:>24}" for name in baselines) + "  ms/round  speed"
+    lines = [head]
+    for point in points:
+        lines.append(f"{point[label]:<8}  {point['drafter']:{width}}" + _results(point, baselines))
     return "\n".join(lines)
+
+
+def _results(entry: Mapping[str, Any], baselines: Sequence[str]) -> str:
+    """The end of a line: tau, gains, time."""
+    line = f"  {_number(entry['tau'], '.3f') + ' ' + _bounds(entry['tau_ci95'], '.3f'):>22}"
+    for baseline in baselines:
+        value, bounds = entry.get(f"gain_over_{baseline}"), entry.get(f"gain_over_{baseline}_ci95")
+        shown = "" if value is None else f"{_number(value, '+.1%')} {_bounds(bounds, '+.1%')}"
+        line += f"  {shown:>24}"
+    return line + f"  {_number(entry.get('round_ms'), '.2f'):>8}  {_number(entry.get('speedup'), '.2f'):>5}"
 
 
 def _number(value: float | None, form: str) -> str:

@@ -1,7 +1,7 @@
 """The figures of `compare`: acceptance by position, depth, draft length and time per round, of all drafters."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,13 +37,14 @@ def study_plot(points: Sequence[Mapping[str, Any]], label: str, title: str) -> P
         figure, axes = _figure(title, theme)
         for number, (kind, found) in enumerate(lines.items()):
             band = np.asarray([_floats(point["tau_ci95"]) for point in found]).T
-            _line(axes, theme, number, [p[label] for p in found], [p["tau"] for p in found], kind, band)
+            _line(axes, theme, number, [p[label] for p in found], _floats(p["tau"] for p in found), kind, band)
         axes.set(xlabel={"depth": "draft layers", "length": "draft length"}[label], ylabel="accepted length (tau)")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend()
         return figure
 
-    shown = [f"{kind} from {found[0]['tau']:.2f} to {found[-1]['tau']:.2f}" for kind, found in lines.items()]
+    ends = {kind: _floats((found[0]["tau"], found[-1]["tau"])) for kind, found in lines.items()}
+    shown = [f"{kind} from {first:.2f} to {last:.2f}" for kind, (first, last) in ends.items()]
     return Plot(
         name=label,
         title=title,
@@ -77,5 +78,6 @@ def time_plot(times: Mapping[str, Mapping[str, float]], title: str) -> Plot:
     )
 
 
-def _floats(bounds: Sequence[float | None]) -> list[float]:
-    return [float("nan") if bound is None else bound for bound in bounds]
+def _floats(numbers: Iterable[float | None]) -> list[float]:
+    """With NaN for what is not defined: a drafter without any round has no tau."""
+    return [float("nan") if number is None else number for number in numbers]

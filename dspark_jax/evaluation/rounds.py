@@ -17,12 +17,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from dspark_jax.config import Config, from_json
+from dspark_jax.config import Config, InputError, from_json
 from dspark_jax.data.samples import Tally
 from dspark_jax.engine.generate import laid_out
+from dspark_jax.errors import reporting_errors
 from dspark_jax.evaluation.acceptance import Counts, count_rounds
-from dspark_jax.evaluation.decoding import answer
+from dspark_jax.evaluation.decoding import Engine, answer
 from dspark_jax.evaluation.setup import ask, open_engine
 from dspark_jax.evaluation.summary import write_json
 from dspark_jax.progress import Progress
@@ -64,7 +66,7 @@ def read_rounds(path: Path) -> tuple[list[str], Counts]:
         return names, Counts(**{name: file[name] for name in file.files if name != "prompt_sets"})
 
 
-def measure_times(runs: Mapping[str, tuple[Config, Path]]) -> dict[str, dict[str, list[float]]]:
+def measure_times(runs: Mapping[str, tuple[Config, Path]]) -> dict[str, dict[str, Any]]:
     """Decodes some prompts at batch 1 with every drafter in turn, and without one.
 
     Args:
@@ -72,17 +74,16 @@ def measure_times(runs: Mapping[str, tuple[Config, Path]]) -> dict[str, dict[str
 
     Returns:
       By name, and for `PLAIN`: seconds (prefill included), rounds and new tokens of every prompt. Compilation happens
-      in a decoding that is not counted.
+      in a decoding that is not counted. A drafter that cannot be loaded has "error" instead.
+
+    Raises:
+      InputError: none can be loaded, or a prompt file cannot be used.
     """
     base = next(iter(runs.values()))[0]
     settings, mesh = base.eval, make_mesh(base.mesh)
-    engines: dict[str, Any] = {}
-    found: dict[str, dict[str, list[float]]] = {}
     with contextlib.closing(Tally(Path(os.devnull))) as tally, jax.set_mesh(mesh):
-        loaded: Any = None
-        for name, (config, workdir) in runs.items():
-            loaded = open_engine(config, workdir, mesh, target=None if loaded is None else loaded.target)
-            engines[name] = loaded
+        engines, found = _open_all(runs, mesh)
+        loaded = next(iter(engines.values()))
         asked, first = ask(base, loaded, tally, settings.prompts, settings.limit)
         quick = first.take(_first_of_each([one.prompt.prompt_set for one in asked], settings.speed_prompts))
         engines[PLAIN] = loaded
@@ -104,6 +105,25 @@ def measure_times(runs: Mapping[str, tuple[Config, Path]]) -> dict[str, dict[str
     return found
 
 
+def _open_all(
+    runs: Mapping[str, tuple[Config, Path]], mesh: Mesh
+) -> tuple[dict[str, Engine], dict[str, dict[str, Any]]]:
+    """Engines with the same target by name, and {"error": why} of those that cannot be loaded."""
+    engines: dict[str, Engine] = {}
+    errors: dict[str, dict[str, Any]] = {}
+    target = None
+    for name, (config, workdir) in runs.items():
+        try:
+            engines[name] = open_engine(config, workdir, mesh, target=target)
+        except (ValueError, OSError) as error:  # also what Orbax raises where files of a checkpoint are missing
+            errors[name] = {"error": " ".join(str(error).split())[:500]}
+        else:
+            target = engines[name].target
+    if not engines:
+        raise InputError("; ".join(f"{name}: {one['error']}" for name, one in errors.items()))
+    return engines, errors
+
+
 def _first_of_each(sets: Sequence[str], most: int) -> list[int]:
     """Indices of the first `most` prompts of every set."""
     return [i for i, name in enumerate(sets) if list(sets[:i]).count(name) < most]
@@ -113,11 +133,12 @@ def main(job: Path) -> None:
     """Does what a job file says: {"task": "rounds" or "times", "out": file, "runs": {name: {"config", "workdir"}}}."""
     asked = json.loads(job.read_text("utf-8"))
     runs = {name: (from_json(run["config"]), Path(run["workdir"])) for name, run in asked["runs"].items()}
-    if asked["task"] == "rounds":
-        for config, workdir in runs.values():
-            measure_rounds(config, workdir, Path(asked["out"]))
-    else:
-        write_json(Path(asked["out"]), measure_times(runs))
+    with reporting_errors():
+        if asked["task"] == "rounds":
+            for config, workdir in runs.values():
+                measure_rounds(config, workdir, Path(asked["out"]))
+        else:
+            write_json(Path(asked["out"]), measure_times(runs))
 
 
 if __name__ == "__main__":

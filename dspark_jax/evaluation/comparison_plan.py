@@ -1,0 +1,127 @@
+"""Which drafters a comparison trains: studies, their points, and the runs that the points share."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from dspark_jax.config import CompareConfig, Config, InputError, resolve
+from dspark_jax.kinds import as_kind
+
+STUDIES = ("main", "depth", "length")
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """A drafter in a study.
+
+    Attributes:
+      study: one of `STUDIES`.
+      kind: of drafter.
+      value: its depth or draft length, 0 in the main table.
+      run: name of the run; runs of equal settings are shared.
+    """
+
+    study: str
+    kind: str
+    value: int
+    run: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is to be trained: resolved configs by run, and where each run appears."""
+
+    runs: Mapping[str, Config]
+    points: Sequence[Point]
+
+    def of(self, study: str) -> list[Point]:
+        """The points of a study."""
+        return [point for point in self.points if point.study == study]
+
+
+def make_plan(config: Config, studies: str) -> Plan:
+    """The runs of some studies, in the order in which they are trained.
+
+    A run is called after its kind and the fields that differ from the config's, so that a study finds the runs of
+    another one, whether it was asked for at the same time or earlier.
+
+    Raises:
+      InputError: an unknown study or drafter, or one that the config cannot be turned into.
+    """
+    chosen = [name.strip() for name in studies.split(",") if name.strip()]
+    for name in chosen:
+        if name not in STUDIES:
+            raise InputError(f"--studies={studies}: {name!r} is unknown; use some of: {','.join(STUDIES)}")
+    if not chosen:
+        raise InputError(f"--studies is empty; use some of: {','.join(STUDIES)}")
+    if config.drafter.kind != "dspark":
+        raise InputError(
+            f"drafter.kind={config.drafter.kind!r}: state a dspark drafter, the others are derived from it"
+        )
+    wanted = config.compare
+    runs: dict[str, Config] = {}
+    points: list[Point] = []
+
+    def add(study: str, kind: str, value: int, **fields: int) -> None:
+        sub = as_kind(dataclasses.replace(config, drafter=dataclasses.replace(config.drafter, **fields)), kind)
+        own = {field: number for field, number in fields.items() if number != getattr(config.drafter, field)}
+        name = kind + "".join(f"-{field}{number}" for field, number in own.items())
+        train = dataclasses.replace(sub.train, evaluate=False)
+        # Who else is compared changes nothing about a run: it stays finished when that does.
+        sub = resolve(dataclasses.replace(sub, train=train, compare=CompareConfig()))
+        same = [other for other, planned in runs.items() if _essence(planned) == _essence(sub)]
+        if not same:
+            runs[name] = dataclasses.replace(sub, name=f"{config.name}_{name}")
+        points.append(Point(study, kind, value, same[0] if same else name))
+
+    for study in sorted(set(chosen), key=STUDIES.index):
+        if study == "main":
+            for kind in wanted.drafters:
+                add(study, kind, 0)
+        elif study == "depth":
+            _refuse(wanted.depth_drafters, ("eagle3", "mtp"), "compare.depth_drafters", "always has one layer")
+            for depth in wanted.depths:
+                for kind in wanted.depth_drafters:
+                    add(study, kind, depth, num_layers=depth)
+        else:
+            _refuse(wanted.length_drafters, ("mtp",), "compare.length_drafters", "always drafts one token")
+            for length in wanted.lengths:
+                for kind in wanted.length_drafters:
+                    add(study, kind, length, block_size=length)
+    return Plan(runs, points)
+
+
+def with_measured(plan: Plan, config: Config, measured: Callable[[str, Config], bool]) -> Plan:
+    """The plan, and with it the points of the other studies whose runs have been measured already.
+
+    A study of which there is no more than the plan's own runs was never asked for, and is left out.
+
+    Args:
+      plan: of the studies that were asked for.
+      config: that it was made from.
+      measured: whether a run of this name and config has been.
+    """
+    runs, points = dict(plan.runs), list(plan.points)
+    for study in STUDIES:
+        if plan.of(study):
+            continue
+        try:
+            other = make_plan(config, study)
+        except InputError:  # nobody has asked for it
+            continue
+        there = {name: sub for name, sub in other.runs.items() if measured(name, sub)}
+        if set(there) <= set(plan.runs):
+            continue
+        runs |= {name: sub for name, sub in there.items() if name not in runs}
+        points += [point for point in other.points if point.run in there]
+    return Plan(runs, points)
+
+
+def _refuse(kinds: Sequence[str], fixed: Sequence[str], field: str, why: str) -> None:
+    for kind in kinds:
+        if kind in fixed:
+            raise InputError(f"{field} has {kind!r}, which {why}: it would be one drafter many times; leave it out")
+
+
+def _essence(config: Config) -> Any:
+    return dataclasses.asdict(dataclasses.replace(config, name=""))

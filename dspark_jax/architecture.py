@@ -237,21 +237,17 @@ def _gemma_values(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     kinds = raw.get("layer_types") or [
         "full_attention" if (i + 1) % 6 == 0 else "sliding_attention" for i in range(layers)
     ]
-    named = isinstance(kinds, list | tuple) and all(kind in ("full_attention", "sliding_attention") for kind in kinds)
-    if layers and not (named and len(kinds) == layers):
-        shown = (
-            f"{len(kinds)} entries {sorted(set(map(str, kinds)))}"
-            if isinstance(kinds, list | tuple)
-            else json.dumps(kinds)
-        )
+    kinds = list(kinds) if isinstance(kinds, list | tuple) else [json.dumps(kinds)]
+    if layers and (len(kinds) != layers or set(map(str, kinds)) - {"full_attention", "sliding_attention"}):
         raise InputError(
-            f"{where}: layer_types has {shown} for {layers} layers; "
+            f"{where}: layer_types has {len(kinds)} entries {sorted(set(map(str, kinds)))} for {layers} layers; "
             "one of sliding_attention and full_attention is needed for each"
         )
     values["layer_types"] = tuple(kinds[:-1]) + ("full_attention",) if layers else ()
     # Newer files give what full layers have of their own layer by layer, older ones by name.
     layers_own = _part(raw, "per_layer_config", where)
     own = _part(layers_own, next(iter(layers_own), ""), where)
+    _check_numbers(own, where)
     values["global_head_dim"] = own.get("head_dim", raw.get("global_head_dim") or 512)
     few = raw.get("num_global_key_value_heads") if raw.get("attention_k_eq_v") else None
     values["num_global_key_value_heads"] = own.get("num_key_value_heads", few or raw.get("num_key_value_heads"))

@@ -93,7 +93,7 @@ def test_resolve_reads_the_target_and_refuses_a_contradiction(tmp_path):
         ({"num_attention_heads": 0, "head_dim": None}, "num_attention_heads 0 is not a positive whole number"),
         ({"rope_parameters": [1]}, r"rope_parameters \[1\] is not an object"),
         ({"rope_theta": "1e6"}, 'rope_theta "1e6" is not a positive number'),
-        ({"model_type": "gemma4", "layer_types": 3}, "layer_types has 3 for 6 layers"),
+        ({"model_type": "gemma4", "layer_types": 3}, r"layer_types has 1 entries \['3'\] for 6 layers"),
         ({"model_type": "gemma4", "per_layer_config": {"5": 1}}, "5 1 is not an object"),
     ],
 )

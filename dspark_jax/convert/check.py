@@ -1,7 +1,7 @@
 """Will a drafter directory work where it is going to be served? The report behind `convert check`."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,12 @@ from dspark_jax.convert.dialect import Answer, Dialect, find_dialect, same
 from dspark_jax.convert.export import frozen_tensors
 from dspark_jax.convert.hf import drafter_config, load_tensors
 from dspark_jax.convert.layouts import Layout, layers_config, read_config, read_layout
-from dspark_jax.convert.mapping import FROZEN
+from dspark_jax.convert.mapping import FROZEN, VOCABULARY_MAPS
 from dspark_jax.convert.servers import Verdict, replay
 from dspark_jax.target.loading import read_checkpoint
+
+_PART = 1 << 22
+"""Values that are looked at together."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +124,7 @@ def check_directory(
     tensors = read_checkpoint(directory)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     verdicts = replay(str(directory), raw, shapes, target.arch)
-    problems = frozen_problems(tensors, target_directory)
+    problems = [*value_problems(tensors), *frozen_problems(tensors, target_directory)]
     dialect = None
     try:
         source = layers_config(raw)
@@ -133,9 +136,32 @@ def check_directory(
     except InputError as error:
         problems.append(str(error))
     else:
-        dialect = find_dialect(drafter, target, stated, answers, masks)
-        problems += dialect.findings()
+        others = list(other_target(arch, stated, target.arch))
+        problems += others
+        if not others:
+            dialect = find_dialect(drafter, target, stated, answers, masks)
+            problems += dialect.findings()
     return Report(stated, tuple(problems), dialect, tuple(verdicts))
+
+
+def other_target(arch: TargetArchitecture, stated: Layout, target: TargetArchitecture) -> Iterator[str]:
+    """In what a drafter's shape shows that it is for another target, with which it cannot even be tried."""
+    for name in ("hidden_size", "vocab_size"):
+        mine, other = getattr(arch, name), getattr(target, name)
+        if mine != other:
+            yield f"it is for another target: {name.replace('_', ' ')} {mine}, the target has {other}"
+    last = target.num_hidden_layers - 1
+    if not all(-1 <= i <= last for i in stated.taps):
+        yield f"it is for another target: layer ids {list(stated.taps)}, the target's are -1..{last}"
+
+
+def value_problems(tensors: Mapping[str, np.ndarray]) -> Iterator[str]:
+    """Names tensors with values that are not finite."""
+    for name, tensor in tensors.items():
+        flat = tensor.reshape(-1)
+        parts = (flat[i : i + _PART] for i in range(0, flat.size, _PART))
+        if not all(np.isfinite(part).all() for part in parts):
+            yield f"tensor {name} holds values that are not finite: train or download it again"
 
 
 def frozen_problems(tensors: Mapping[str, np.ndarray], target_directory: Path) -> list[str]:
@@ -145,12 +171,15 @@ def frozen_problems(tensors: Mapping[str, np.ndarray], target_directory: Path) -
         if name not in tensors:
             continue
         mine, other = tensors[name], theirs[name]
+        if len(mine) < len(other) and set(VOCABULARY_MAPS) & set(tensors):
+            continue  # a part of the target's rows
         if mine.shape != other.shape:
             problems.append(f"{name} has shape {mine.shape}, the target's has {other.shape}: it is for another target")
             continue
         step = max(len(mine) // 2048, 1)
         a, b = (np.asarray(x[::step], np.float32) for x in (mine, other))
-        if np.abs(a - b).max() > 2**-7 * max(float(np.abs(b).max()), 1e-30):  # as far as bfloat16 rounds
+        tolerance = 2**-7 * max(float(np.abs(b).max()), 1e-30)  # as far as bfloat16 rounds
+        if not np.abs(a - b).max() <= tolerance:  # also where one of them is NaN
             problems.append(
                 f"{name} is not the target's: the drafter is for other weights; servers would use this copy"
             )

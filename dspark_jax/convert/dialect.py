@@ -294,7 +294,8 @@ def _context(drafter: Any, features: jax.Array, tokens: jax.Array, positions: ja
 def _shared(logits: jax.Array, target: Any, hidden: jax.Array, rows: jax.Array) -> jax.Array:
     """1 - total variation of draft logits [A, G, V] with the target's behind sequence rows [A, G]."""
     draft, teacher = (jax.nn.softmax(x.astype(jnp.float32), axis=-1) for x in (logits, target.unembed(hidden[rows])))
-    return jnp.minimum(draft, teacher).sum(axis=-1)
+    shared = jnp.minimum(draft, teacher).sum(axis=-1)
+    return jnp.where(jnp.isfinite(draft).all(axis=-1), shared, 0.0)  # the smaller of NaN and a number may be either
 
 
 @functools.partial(jax.jit, static_argnames=("anchor_first",))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dspark_jax.config import InputError
+from dspark_jax.json_file import read_object
 
 BLOCK_ARCHITECTURES = ("Qwen3DSparkModel", "Gemma4DSparkModel")
 EAGLE_ARCHITECTURES = ("Qwen3Eagle3Model", "Gemma4Eagle3Model", "Eagle3Qwen3ForCausalLM")
@@ -62,21 +63,18 @@ def read_config(directory: Path) -> dict[str, Any]:
     Raises:
       InputError: it is missing or not a JSON object.
     """
-    path = directory / "config.json"
-    try:
-        raw = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; give the directory of a drafter") from None
-    except (UnicodeDecodeError, json.JSONDecodeError):
-        raise InputError(f"{path}: not valid JSON; download it again") from None
-    if not isinstance(raw, dict):
-        raise InputError(f"{path}: not a JSON object; download it again")
-    return raw
+    return read_object(directory / "config.json", "give the directory of a drafter")
 
 
 def layers_config(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     """The part of a drafter's config that gives the shape of its layers, with the fields of a Hugging Face model."""
     return raw["transformer_layer_config"] if "speculators_model_type" in raw else raw
+
+
+def architecture(raw: Mapping[str, Any]) -> str:
+    """The class name that servers look up; empty where there is none."""
+    names = raw.get("architectures")
+    return str(names[0]) if isinstance(names, list) and names else ""
 
 
 def read_layout(where: str, raw: Mapping[str, Any]) -> Layout:
@@ -87,9 +85,10 @@ def read_layout(where: str, raw: Mapping[str, Any]) -> Layout:
       raw: its content.
 
     Raises:
-      InputError: the drafter is of a kind that has no implementation here, or a key is missing.
+      InputError: the drafter is of a kind that has no implementation here, or a key is missing or of another type.
     """
-    name = (raw.get("architectures") or [None])[0]
+    _check_types(where, raw)
+    name = architecture(raw)
     if "speculators_model_type" in raw:
         return _speculators(where, raw)
     if name in BLOCK_ARCHITECTURES:
@@ -137,8 +136,8 @@ def _eagle(where: str, raw: Mapping[str, Any]) -> Layout:
     if inputs is None:
         _require(where, raw, "target_layer_ids")
     taps = tuple(i - 1 for i in inputs) if inputs is not None else tuple(raw["target_layer_ids"])
-    layers = int(raw.get("num_hidden_layers", 1))
-    steps = int(raw.get("ttt_length", 0))
+    layers = int(raw.get("num_hidden_layers") or 1)
+    steps = int(raw.get("ttt_length") or 0)
     return Layout("deepspec", "eagle3", steps, taps, -1, anchor_first=True, num_layers=layers)
 
 
@@ -146,12 +145,12 @@ def _speculators(where: str, raw: Mapping[str, Any]) -> Layout:
     """The speculators package. Missing keys have the defaults of its 0.9.0."""
     kind = raw["speculators_model_type"]
     _require(where, raw, "transformer_layer_config")
-    layers = int(raw["transformer_layer_config"].get("num_hidden_layers", 1))
+    layers = int(raw["transformer_layer_config"].get("num_hidden_layers") or 1)
     if kind == "eagle3":
         _require(where, raw, "eagle_aux_hidden_state_layer_ids")
         taps = tuple(i - 1 for i in raw["eagle_aux_hidden_state_layer_ids"])
-        methods = raw.get("speculators_config", {}).get("proposal_methods") or [{}]
-        steps = int(methods[0].get("speculative_tokens", 0))
+        methods = (raw.get("speculators_config") or {}).get("proposal_methods") or [{}]
+        steps = int(methods[0].get("speculative_tokens") or 0)
         return Layout("speculators", "eagle3", steps, taps, -1, anchor_first=True, num_layers=layers)
     if kind not in ("dspark", "dflash"):
         raise InputError(
@@ -163,6 +162,46 @@ def _speculators(where: str, raw: Mapping[str, Any]) -> Layout:
     values["target_layer_ids"] = [i - 1 for i in raw["aux_hidden_state_layer_ids"]]
     anchor_first = bool(raw.get("sample_from_anchor", kind == "dspark"))
     return _block(where, values, raw["transformer_layer_config"], "speculators", anchor_first=anchor_first)
+
+
+_OBJECTS = ("dflash_config", "dspark_config", "transformer_layer_config", "speculators_config")
+_LISTS = ("target_layer_ids", "aux_hidden_state_layer_ids", "eagle_aux_hidden_state_layer_ids")
+_NUMBERS = (
+    "block_size", "mask_token_id", "num_hidden_layers", "markov_rank", "ttt_length", "draft_vocab_size",
+    "noise_token_id", "speculative_tokens",
+)  # fmt: skip
+
+
+def _check_types(where: str, raw: Mapping[str, Any]) -> None:
+    """Refuses a config in which a key that is read, here or by a server, has a value of another type; null is absent.
+
+    Keys may be prefixed (`dspark_`), and are looked for in the nested objects as well.
+    """
+    for name, value in raw.items():
+        key = name if name in _OBJECTS else name.removeprefix("dspark_")
+        if value is None:
+            continue
+        if key in _OBJECTS:
+            good, wanted = isinstance(value, Mapping), "an object"
+        elif key in _LISTS:
+            good = isinstance(value, list) and bool(value) and all(type(item) is int for item in value)
+            wanted = "a list of layer ids"
+        elif key in _NUMBERS:
+            good, wanted = type(value) is int, "a whole number"
+        elif key == "proposal_methods":
+            good = isinstance(value, list) and all(isinstance(method, Mapping) for method in value)
+            wanted = "a list of objects"
+        elif key == "layer_types":
+            good, wanted = isinstance(value, list), "a list"
+        else:
+            continue
+        if not good:
+            raise InputError(f"{where}: {name} {json.dumps(value)} is not {wanted}; correct it or download it again")
+        if key in _OBJECTS:
+            _check_types(where, value)
+        elif key == "proposal_methods":
+            for method in value:
+                _check_types(where, method)
 
 
 def _require(where: str, raw: Mapping[str, Any], *keys: str) -> None:

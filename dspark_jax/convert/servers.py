@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dspark_jax.config import InputError, TargetArchitecture
-from dspark_jax.convert.layouts import Layout, read_layout
+from dspark_jax.convert.layouts import Layout, architecture, layers_config, read_layout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Files:
     @property
     def architecture(self) -> str:
         """Class name that servers look up."""
-        return (self.config.get("architectures") or [""])[0]
+        return architecture(self.config)
 
     @property
     def speculators(self) -> bool:
@@ -44,7 +44,7 @@ class Files:
     @property
     def gemma(self) -> bool:
         """Whether it drafts for Gemma 4."""
-        layers = self.config.get("transformer_layer_config", self.config)
+        layers = layers_config(self.config)
         return self.architecture.startswith("Gemma4") or str(layers.get("model_type", "")).startswith("gemma4")
 
     @property
@@ -95,10 +95,7 @@ def vllm(files: Files) -> Verdict:
     if files.architecture == "DSparkDraftModel" and config.get("model_type") != "qwen3":
         refusals.append("DSparkDraftModel with another model_type than qwen3 is taken for DeepSeek-V4")
     method = "dflash" if fill_in else "dspark"
-    for word in ("eagle3", "dflash"):
-        if word in files.path.lower() and word != method:
-            notes.append(f'the path has {word!r} in it: state "method": "{method}" in --speculative-config')
-            break
+    notes += _vllm_method(files.path, method)
     if fill_in:
         if config.get("sample_from_anchor") or files.nested("dflash_config").get("sample_from_anchor"):
             refusals.append("dflash refuses sample_from_anchor true: export with an all-zero Markov head, as dspark")
@@ -117,12 +114,20 @@ def vllm(files: Files) -> Verdict:
         notes.append("the Markov bias passes the soft-cap there, in training it does not: slightly fewer are accepted")
     if "confidence" not in heads and not fill_in:
         notes.append("no confidence head: adaptive verification is off")
-    layers = config.get("transformer_layer_config", config)
+    layers = layers_config(config)
     causal = config.get("is_causal", files.nested("dflash_config").get("causal"))
     if causal or (causal is None and "sliding_attention" in (layers.get("layer_types") or [])):
         wrong.append("blocks are attended causally, in training in both directions")
     reading = None if refusals else _vllm_reading(files, fill_in=fill_in)
     return Verdict("vLLM", tuple(refusals), tuple(wrong), tuple(notes), reading)
+
+
+def _vllm_method(path: str, method: str) -> list[str]:
+    """What its path makes vLLM take a drafter for, where that is wrong: the first of these words that is in it."""
+    taken = next((word for word in ("eagle3", "dflash", "dspark") if word in path.lower()), method)
+    return (
+        [] if taken == method else [f'the path has {taken!r} in it: state "method": "{method}" in --speculative-config']
+    )
 
 
 def _vllm_reading(files: Files, *, fill_in: bool) -> Layout:
@@ -152,6 +157,18 @@ def _vllm_gemma(files: Files) -> list[str]:
     ]
     if not files.config.get("attention_k_eq_v"):
         refusals.append("Gemma 4 drafters must have attention_k_eq_v in all layers")
+    config, layers = files.config, files.stated.num_layers
+    own = config.get("per_layer_config") or {}
+    beyond = [key for key in own if not (str(key).isdigit() and int(key) < layers)]
+    if beyond:
+        refusals.append(
+            f"per_layer_config is of layers {', '.join(map(str, beyond))}, the drafter has {layers}: transformers "
+            "cannot read such a config; export again"
+        )
+    width = config.get("global_head_dim") or config.get("head_dim")  # its class reads no per_layer_config
+    norm = files.shapes.get("layers.0.self_attn.k_norm.weight")
+    if norm is not None and norm != (width,):
+        refusals.append(f"global_head_dim must be in config.json and {norm[0]}, as heads are wide; export again")
     return refusals
 
 
@@ -168,7 +185,7 @@ def _vllm_eagle3(files: Files) -> Verdict:
     if files.config.get("norm_before_residual", files.speculators):
         wrong.append("norm_before_residual is on (the default for speculators files), in training it is not")
     reading = None if refusals else dataclasses.replace(files.stated, taps=tuple(i - 1 for i in raw or ()))
-    return Verdict("vLLM", tuple(refusals), tuple(wrong), (), reading)
+    return Verdict("vLLM", tuple(refusals), tuple(wrong), tuple(_vllm_method(files.path, "eagle3")), reading)
 
 
 def sglang(files: Files) -> Verdict:
@@ -271,12 +288,12 @@ SERVERS = (vllm, sglang, llama_cpp, speculators)
 
 def _vocabulary(files: Files, server: str) -> list[str]:
     """Reduced draft vocabularies."""
-    config, refusals = files.config, []
+    config, refusals, whole = files.config, [], files.target.vocab_size
     if files.has_vocabulary_map and server == "SGLang":
         refusals.append("a reduced draft vocabulary (d2t) is not known to it")
     elif files.has_vocabulary_map and files.gemma:
         refusals.append("a reduced draft vocabulary (d2t) is not known to its Gemma 4 class")
-    elif config.get("draft_vocab_size", files.target.vocab_size) < files.target.vocab_size:
+    elif (config.get("draft_vocab_size") or whole) < whole:
         missing = [name for name in ("lm_head.weight", "d2t") if name not in files.shapes]
         refusals += [f"{name} is required with a reduced draft vocabulary" for name in missing]
     return refusals

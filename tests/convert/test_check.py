@@ -12,12 +12,12 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from dspark_jax.config import DrafterConfig, MeshConfig, TargetArchitecture, TargetConfig
+from dspark_jax.config import DrafterConfig, InputError, MeshConfig, TargetArchitecture, TargetConfig
 from dspark_jax.convert import __main__ as convert
 from dspark_jax.convert.__main__ import main, parser
-from dspark_jax.convert.check import Report, check_directory
+from dspark_jax.convert.check import Report, check_directory, frozen_problems
 from dspark_jax.convert.dialect import Answer, find_dialect
-from dspark_jax.convert.layouts import Layout
+from dspark_jax.convert.layouts import Layout, read_layout
 from dspark_jax.convert.servers import replay
 from dspark_jax.drafter import make_drafter
 from dspark_jax.sharding import make_mesh
@@ -135,6 +135,68 @@ def test_frozen_copies_of_another_target_are_named(world, copy):
     assert ["lm_head.weight is not the target's" in problem for problem in report(world, directory).problems] == [True]
 
 
+def change_tensors(directory: Path, **tensors: np.ndarray) -> Path:
+    save_file(load_file(directory / "model.safetensors") | tensors, directory / "model.safetensors")
+    return directory
+
+
+def test_values_that_are_not_finite_are_named(world, copy):
+    """Every comparison with NaN is false, and XLA's minimum of NaN and a number may be the number."""
+    directory = change_tensors(copy(), **{"fc.weight": np.full((32, 64), np.nan, np.float32)})
+    found = report(world, directory)
+    assert not found.good and found.dialect.stated.tau == 1.0
+    assert found.problems[0] == "tensor fc.weight holds values that are not finite: train or download it again"
+    assert "accepts next to nothing" in found.problems[1]
+    frozen = np.asarray(load_file(directory / "model.safetensors")["lm_head.weight"])
+    frozen[5, 7] = np.nan
+    found = frozen_problems({"lm_head.weight": frozen}, world.path)
+    assert len(found) == 1 and "lm_head.weight is not the target's" in found[0]
+
+
+def test_a_drafter_for_a_target_of_another_size_is_named(world, copy, golden):
+    found = report(world, golden / "cases" / "case1_qwen3_dspark_vanilla" / "draft")
+    assert found.dialect is None and not found.good
+    assert any(re.match(r"it is for another target: hidden size \d+, the target has 32$", p) for p in found.problems)
+    assert any(re.match(r"it is for another target: vocab size \d+, the target has 48$", p) for p in found.problems)
+    found = report(world, copy(target_layer_ids=[3, 4]))
+    assert found.problems == ("it is for another target: layer ids [3, 4], the target's are -1..3",)
+
+
+def test_a_part_of_the_vocabulary_makes_no_other_target(world, copy):
+    tensors = {"lm_head.weight": np.zeros((20, 32), np.float32), "d2t": np.arange(20)}
+    found = report(world, change_tensors(copy(), **tensors))
+    assert len(found.problems) == 1 and "a reduced vocabulary is not supported" in found.problems[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"target_layer_ids": 3}, "target_layer_ids 3 is not a list of layer ids"),
+        ({"target_layer_ids": "1,2"}, 'target_layer_ids "1,2" is not a list of layer ids'),
+        ({"target_layer_ids": []}, r"target_layer_ids \[\] is not a list of layer ids"),
+        ({"dspark_target_layer_ids": ["1"]}, r'dspark_target_layer_ids \["1"\] is not a list'),
+        ({"block_size": "seven"}, 'block_size "seven" is not a whole number'),
+        ({"mask_token_id": True}, "mask_token_id true is not a whole number"),
+        ({"dflash_config": [1]}, r"dflash_config \[1\] is not an object"),
+        ({"dspark_config": {"block_size": "7"}}, 'block_size "7" is not a whole number'),
+        ({"speculators_model_type": "dspark", "transformer_layer_config": "x"}, 'config "x" is not an object'),
+        ({"architectures": 5}, "architectures 5 is not one of"),
+    ],
+)
+def test_values_of_another_type_are_one_line(world, change, message):
+    raw, shapes = files(world)
+    with pytest.raises(InputError, match=message):
+        replay("x", raw | change, shapes, ARCH)
+
+
+def test_null_is_absent(world):
+    raw, shapes = files(world)
+    nothing = {"draft_vocab_size": None, "dspark_config": None, "eagle_aux_hidden_state_layer_ids": None}
+    assert refusals(raw | nothing, shapes)["vLLM"] == ()
+    layers = {"speculators_model_type": "eagle3", "transformer_layer_config": {}, "speculators_config": None}
+    assert read_layout("x", layers | {"eagle_aux_hidden_state_layer_ids": [1]}).block_size == 0
+
+
 def test_a_drafter_that_cannot_be_loaded_is_still_replayed(world, copy):
     directory = copy()
     tensors = load_file(directory / "model.safetensors")
@@ -179,6 +241,13 @@ def test_gemma_is_for_vllm_only(world):
     assert "not merged" in found["llama.cpp"][0]
     assert "must be in the file" in refusals(raw, without(shapes, "lm_head"))["vLLM"][0]
     assert "attention_k_eq_v" in refusals(raw | {"attention_k_eq_v": False}, shapes)["vLLM"][0]
+    wide = refusals(raw, shapes | {"layers.0.self_attn.k_norm.weight": (32,)})
+    assert wide["vLLM"] == ("global_head_dim must be in config.json and 32, as heads are wide; export again",)
+    targets = {"0": {"head_dim": 16}, "5": {"head_dim": 16}, "11": {"head_dim": 16}}
+    assert (
+        "per_layer_config is of layers 5, 11, the drafter has 1"
+        in refusals(raw | {"per_layer_config": targets}, shapes)["vLLM"][0]
+    )
     gated = replay("x", raw | {"markov_head_type": "rnn"}, shapes | {"markov_head.joint_proj.weight": (1, 1)}, ARCH)
     assert gated[0].refusals == () and "ignores tensors it does not know: joint_proj" in gated[0].wrong[0]
 
@@ -250,6 +319,10 @@ def test_paths_mislead_vllm(world):
     raw, shapes = files(world)
     notes = replay("models/my-dflash-drafter", raw, shapes, ARCH)[0].notes
     assert notes == ('the path has \'dflash\' in it: state "method": "dspark" in --speculative-config',)
+    eagle = raw | {"architectures": ["Eagle3Qwen3ForCausalLM"], "eagle_aux_hidden_state_layer_ids": [1, 2]}
+    notes = [replay(path, eagle, shapes, ARCH)[0].notes for path in ("dflash-and-eagle3", "x", "my-dflash-runs/e3")]
+    assert notes[:2] == [(), ()]
+    assert notes[2] == ('the path has \'dflash\' in it: state "method": "eagle3" in --speculative-config',)
 
 
 def test_command_ends_with_status_1_on_a_wrong_dialect(world, copy, tmp_path, capsys, monkeypatch):

@@ -43,10 +43,11 @@ from dspark_jax.data.features import LENDER
 from dspark_jax.data.prompts import read_prompts
 from dspark_jax.engine.generate import generate
 from dspark_jax.hub import local_directory, with_architecture
+from dspark_jax.json_file import read_object
 from dspark_jax.progress import log
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target.loading import fingerprint, load_target, read_checkpoint
-from dspark_jax.training.checkpoint import Checkpoints, load_drafter
+from dspark_jax.training.checkpoint import Checkpoints, checkpoint_directory, load_drafter
 from dspark_jax.training.feature_cache import feature_directory
 from dspark_jax.training.optim import make_optimizer
 from dspark_jax.training.state import init_state, to_params
@@ -74,7 +75,7 @@ def export(options: argparse.Namespace) -> Path:
         options.name or output.name,
         source,
         made,
-        replay(str(output), made.config, made.shapes, source.arch),
+        replay(output.name, made.config, made.shapes, source.arch),
         fingerprint=files["fingerprint"],
         data=files.get("data"),
         metrics=files.get("metrics"),
@@ -113,12 +114,19 @@ def run_source(workdir: Path, options: argparse.Namespace) -> tuple[Source, dict
 
 
 def run_files(workdir: Path, target: str) -> dict[str, Any]:
-    """What a run has besides its drafter: see `run_source`."""
-    files: dict[str, Any] = {name: workdir / name for name in SIDE_FILES if (workdir / name).exists()}
-    files["fingerprint"] = fingerprint(target)
-    for key, file in {"data": workdir / "data" / "report.json", "metrics": workdir / "eval" / "metrics.json"}.items():
-        if file.exists():
-            files[key] = json.loads(file.read_text("utf-8"))
+    """What a run has besides its drafter: see `run_source`. Figures of an earlier checkpoint are left out."""
+    step = max(int(path.name) for path in checkpoint_directory(workdir).iterdir() if path.name.isdigit())
+    files: dict[str, Any] = {"fingerprint": fingerprint(target)}
+    found = {"data": "data/report.json", "metrics": "eval/metrics.json"} | {name: name for name in SIDE_FILES}
+    for key, name in found.items():
+        file = workdir / name
+        if not file.exists():
+            continue
+        content = read_object(file, "", "remove it")
+        if content.get("step", step) == step:
+            files[key] = file if key in SIDE_FILES else content
+        else:
+            log(f"export: {file} is left out: it is of step {content['step']}, the drafter of step {step}")
     return files
 
 
@@ -222,12 +230,26 @@ def check(options: argparse.Namespace) -> Report:
             for prompt, tokens in zip(prompts, written, strict=True)
         ]
         report = check_directory(directory, target, Path(options.target), answers, mesh, masks=masks)
-    if options.json:
-        Path(options.json).write_text(json.dumps(report.to_json(), indent=1) + "\n", "utf-8")
-    print("\n".join(report.lines()))
+    show(report, options.json)
     if not report.good:
         raise SystemExit(1)
     return report
+
+
+def show(report: Report, file: str | None) -> None:
+    """Prints a report, then writes it to a JSON file if there is to be one.
+
+    Raises:
+      InputError: the file cannot be written.
+    """
+    print("\n".join(report.lines()))
+    if file:
+        try:
+            Path(file).write_text(json.dumps(report.to_json(), indent=1) + "\n", "utf-8")
+        except OSError as error:
+            raise InputError(
+                f"--json {file}: cannot be written ({error.strerror}); give a file in a folder that exists"
+            ) from None
 
 
 def check_prompts(options: argparse.Namespace, vocabulary: int) -> tuple[list[list[int]], list[int]]:
@@ -303,10 +325,17 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument(
         "--prompts", action="append", help="JSONL file of prompts; may be repeated. Default: a few of ours"
     )
-    one.add_argument("--limit", type=int, default=8, help="prompts per file (default: 8)")
-    one.add_argument("--tokens", type=int, default=96, help="tokens of each answer (default: 96)")
+    one.add_argument("--limit", type=positive, default=8, help="prompts per file (default: 8)")
+    one.add_argument("--tokens", type=positive, default=96, help="tokens of each answer (default: 96)")
     one.add_argument("--json", help="file to write the report to")
     return whole
+
+
+def positive(text: str) -> int:
+    """A number of at least 1, for argparse."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+    return int(text)
 
 
 def main(argv: Sequence[str] | None = None) -> Any:

@@ -7,10 +7,13 @@ import huggingface_hub
 from huggingface_hub import errors
 
 from dspark_jax.config import InputError
+from dspark_jax.convert.output import EXPORT_FILES
 
 
 def push(directory: Path, repository: str, *, private: bool = False, api: Any = None) -> str:
     """Uploads a directory in one commit; the repository is created if need be.
+
+    What an export there had that this one does not have goes with the same commit; other files stay.
 
     Args:
       directory: an export.
@@ -28,7 +31,12 @@ def push(directory: Path, repository: str, *, private: bool = False, api: Any = 
     remedy = f"the export is complete: hf upload {repository} {directory} pushes it later"
     try:
         created = api.create_repo(repository, private=private, exist_ok=True)
-        api.upload_folder(repo_id=created.repo_id, folder_path=directory, commit_message=f"Add {directory.name}")
+        api.upload_folder(
+            repo_id=created.repo_id,
+            folder_path=directory,
+            commit_message=f"Add {directory.name}",
+            delete_patterns=list(EXPORT_FILES),
+        )
     except errors.OfflineModeIsEnabled:
         raise InputError(f"--push {repository}: offline mode is on (HF_HUB_OFFLINE); unset it; {remedy}") from None
     except errors.HFValidationError as error:

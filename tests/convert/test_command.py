@@ -23,10 +23,13 @@ from dspark_jax.config import (
     TrainConfig,
     resolve,
 )
+from dspark_jax.convert import __main__ as entry
 from dspark_jax.convert.__main__ import main, parser
+from dspark_jax.convert.check import Report
 from dspark_jax.convert.export import Source, frozen_tensors, write_export
 from dspark_jax.convert.hf import expected_tensors, import_drafter, read_drafter_config
 from dspark_jax.convert.hub import push
+from dspark_jax.convert.layouts import Layout
 from dspark_jax.convert.mapping import FROZEN
 from dspark_jax.convert.targets import fitting
 from dspark_jax.data.features import LENDER
@@ -62,8 +65,9 @@ def run(tiny_target, save_untrained, tmp_path_factory):
     return workdir
 
 
-def test_export_of_a_run_and_import_of_it(run, tiny_target, tmp_path):
-    output = tmp_path / "out"
+def test_export_of_a_run_and_import_of_it(run, tiny_target, tmp_path, monkeypatch):
+    """With the figures of the exported step, and of files that do not say of which step they are."""
+    output, lines, figures = tmp_path / "out", list[str](), dict[str, str]()
     main(["export", f"--workdir={run}", f"--output={output}", "--dtype=float32", "--target-name=org/base"])
     names = {path.name for path in output.iterdir()}
     assert names == {"config.json", "model.safetensors", "README.md", "calibration.json", "cost_table.json"}
@@ -74,6 +78,21 @@ def test_export_of_a_run_and_import_of_it(run, tiny_target, tmp_path):
         assert fact in card
     assert "--speculative-dspark-confidence-sts-path DIR/calibration.json" in card
     assert "vllm serve org/base --speculative-config" in card and "convert_hf_to_gguf.py DIR" in card
+
+    monkeypatch.setattr(entry, "log", lines.append)
+    for file, step in {"calibration.json": 0, "eval/metrics.json": 2, "data/report.json": 1}.items():
+        figures[file] = (run / file).read_text()
+        (run / file).write_text(json.dumps(json.loads(figures[file]) | {"step": step}))
+    main(["export", f"--workdir={run}", f"--output={tmp_path / 'later'}"])
+    for file, text in figures.items():
+        (run / file).write_text(text)
+    assert {path.name for path in (tmp_path / "later").iterdir()} == names - {"calibration.json"}
+    card = (tmp_path / "later" / "README.md").read_text()
+    assert "## Training data" in card and "## Accepted length" not in card and "sts-path" not in card
+    left_out = [line for line in lines if "left out" in line]
+    assert [line.split(": it is ")[1] for line in left_out] == [
+        "of step 2, the drafter of step 1", "of step 0, the drafter of step 1",
+    ]  # fmt: skip
 
     main(["import", f"--drafter={output}", f"--target={tiny_target}", f"--workdir={tmp_path / 'again'}"])
     config, back = load_drafter(tmp_path / "again", mesh())
@@ -157,6 +176,8 @@ def test_drafter_and_target_may_be_on_the_hub(run, tiny_target, tmp_path, monkey
         (["export", "--workdir=RUN", "--drafter=x", "--output=x"], "--workdir and --drafter: only one of the two"),
         (["export", "--workdir=nowhere", "--output=x"], "nowhere/checkpoints: no checkpoint here"),
         (["export", "--workdir=RUN", "--output=my-dflash"], "vLLM guesses the method from the path"),
+        (["check", "--drafter=x", "--target=x", "--limit=-1"], "--limit: -1 is not a whole number of at least 1"),
+        (["check", "--drafter=x", "--target=x", "--tokens=0"], "--tokens: 0 is not a whole number of at least 1"),
         (["import", "--drafter=RUN", "--target=TARGET", "--workdir=x"], "config.json: no such file"),
     ],
 )
@@ -167,7 +188,7 @@ def test_bad_input_is_one_line(run, tiny_target, tmp_path, monkeypatch, capsys, 
         main(argv)
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert exit_.value.code == 2
-    assert error.startswith("error: ") and message in error
+    assert "error: " in error and message in error
     assert list(tmp_path.iterdir()) == []
 
 
@@ -223,6 +244,16 @@ def error_of(capsys, argv):
     return capsys.readouterr().err.strip().splitlines()[-1]
 
 
+def test_a_report_is_shown_even_if_its_file_cannot_be_written(tmp_path, capsys):
+    stated = Layout("deepspec", "block", 7, (1, 9), 45, anchor_first=True, num_layers=5)
+    report = Report(stated, ("it is broken",), None, ())
+    with pytest.raises(InputError, match=r"^--json .*none/r.json: cannot be written \(No such file or directory\)"):
+        entry.show(report, str(tmp_path / "none" / "r.json"))
+    assert "WRONG: it is broken" in capsys.readouterr().out
+    entry.show(report, str(tmp_path / "r.json"))
+    assert json.loads((tmp_path / "r.json").read_text())["problems"] == ["it is broken"]
+
+
 class FakeHub:
     """Stands for `huggingface_hub.HfApi`."""
 
@@ -235,10 +266,11 @@ class FakeHub:
         self.calls.append(("create", repository, private))
         return huggingface_hub.RepoUrl(f"https://huggingface.co/{repository}")
 
-    def upload_folder(self, *, repo_id, folder_path, commit_message):
+    def upload_folder(self, *, repo_id, folder_path, commit_message, delete_patterns):
         if self.error:
             raise self.error
         self.calls.append(("upload", repo_id, sorted(path.name for path in Path(folder_path).iterdir())))
+        self.calls.append(("delete what is not among these", sorted(delete_patterns)))
 
 
 def test_push_uploads_the_whole_directory(run, tmp_path, monkeypatch):
@@ -246,7 +278,8 @@ def test_push_uploads_the_whole_directory(run, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hub)
     main(["export", f"--workdir={run}", f"--output={tmp_path / 'out'}", "--push=me/drafter", "--private"])
     files = ["README.md", "calibration.json", "config.json", "cost_table.json", "model.safetensors"]
-    assert hub.calls == [("create", "me/drafter", True), ("upload", "me/drafter", files)]
+    calls = [("create", "me/drafter", True), ("upload", "me/drafter", files)]
+    assert hub.calls == [*calls, ("delete what is not among these", files)]  # files is all that there can be
 
 
 def test_push_errors_say_what_to_do(tmp_path):

@@ -1,0 +1,81 @@
+"""Model cards: what the file is, and a command for those servers alone that load it."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from dspark_jax.config import DrafterConfig, InputError, TargetArchitecture
+from dspark_jax.convert.card import model_card
+from dspark_jax.convert.export import Source, content
+from dspark_jax.convert.mapping import FROZEN
+from dspark_jax.convert.servers import replay
+
+QWEN = TargetArchitecture("qwen3", 64, 32, 6, 4, 2, 16, 48, max_position_embeddings=64)
+GEMMA = replace(
+    QWEN, model_type="gemma4", layer_types=("sliding_attention",) * 5 + ("full_attention",), sliding_window=8,
+    sliding_rope_theta=1e4, global_head_dim=32, num_global_key_value_heads=1, attention_k_eq_v=True,
+    partial_rotary_factor=0.25, final_logit_softcapping=30.0,
+)  # fmt: skip
+DSPARK = DrafterConfig(num_layers=2, block_size=5, target_layer_ids=(0, 3), mask_token_id=60, markov_rank=8)
+HEADLESS = {"markov_rank": 0, "confidence_head": False, "confidence_with_markov": False}
+DFLASH = replace(DSPARK, kind="dflash", **HEADLESS)
+EAGLE3 = replace(DSPARK, kind="eagle3", num_layers=1, mask_token_id=0, **HEADLESS)
+COMMANDS = {"vLLM": "vllm serve", "SGLang": "sglang.launch_server", "llama.cpp": "llama-server"}
+
+
+def card_of(arch, drafter, form, *, target="org/base", slim=False):
+    frozen = {} if slim else dict.fromkeys(FROZEN, np.zeros((64, 32), np.float32))
+    source = Source(lambda: [], drafter, arch, arch.to_hf(), frozen, target)
+    made = content(source, form, "bfloat16")
+    side = ("calibration.json", "cost_table.json")
+    return model_card("mine", source, made, replay("mine", made.config, made.shapes, arch), side_files=side)
+
+
+@pytest.mark.parametrize(
+    ("arch", "drafter", "form", "serving"),
+    [
+        (QWEN, DSPARK, "universal", {"vLLM", "SGLang", "llama.cpp"}),
+        (QWEN, DSPARK, "speculators", {"vLLM", "llama.cpp"}),
+        (QWEN, DFLASH, "universal", {"vLLM", "SGLang", "llama.cpp"}),
+        (QWEN, DFLASH, "deepspec", {"llama.cpp"}),
+        (QWEN, replace(DSPARK, markov_head_type="gated"), "universal", {"SGLang"}),
+        (QWEN, EAGLE3, "universal", {"vLLM"}),
+        (QWEN, EAGLE3, "deepspec", set()),
+        (GEMMA, DSPARK, "universal", {"vLLM"}),
+        (GEMMA, EAGLE3, "deepspec", set()),
+    ],
+)
+def test_commands_are_those_of_servers_that_load_it(arch, drafter, form, serving):
+    card = card_of(arch, drafter, form)
+    for server, command in COMMANDS.items():
+        assert (command in card) == (server in serving), card
+        assert (f"{server} cannot serve it: " in card) == (server not in serving), card
+    block = drafter.kind != "eagle3"
+    assert ("mask token 60" in card) == ("begins with its anchor" in card) == block
+    assert "mask token 0" not in card
+    assert ('"method": "eagle3"' in card) == (drafter.kind == "eagle3" and "vLLM" in serving)
+
+
+def test_heads_that_only_servers_want_are_named():
+    added = "the file has an all-zero Markov head of rank 16 and a confidence head that is always certain besides"
+    assert added in card_of(QWEN, DFLASH, "universal") and "layers, no heads;" in card_of(QWEN, DFLASH, "universal")
+    assert "besides" not in card_of(QWEN, DFLASH, "deepspec") + card_of(QWEN, DSPARK, "universal")
+    plain = replace(DSPARK, confidence_head=False, confidence_with_markov=False)
+    assert "the file has a confidence head that is always certain besides" in card_of(QWEN, plain, "universal")
+
+
+def test_what_is_not_in_the_file_or_not_on_the_hub_is_not_claimed(tmp_path, monkeypatch):
+    assert "the copies of them in the weights are frozen" in card_of(QWEN, DSPARK, "universal")
+    assert "they are not in the weights" in card_of(QWEN, DSPARK, "universal", slim=True)
+    monkeypatch.chdir(tmp_path)
+    assert "base_model: models/base" in card_of(QWEN, DSPARK, "universal", target="models/base")
+    (tmp_path / "models" / "base").mkdir(parents=True)
+    assert "base_model" not in card_of(QWEN, DSPARK, "universal", target="models/base")
+
+
+def test_a_drafter_for_gemma_keeps_its_embedding():
+    """No server would load it: vLLM wants embedding and LM head of Gemma 4 in the file."""
+    with pytest.raises(InputError, match="^--slim leaves out embedding and LM head, but vLLM.*; export without --slim"):
+        card_of(GEMMA, DSPARK, "universal", slim=True)
+    assert "they are not in the weights" in card_of(GEMMA, DSPARK, "deepspec", slim=True)

@@ -179,29 +179,27 @@ def _check_types(where: str, raw: Mapping[str, Any]) -> None:
     """
     for name, value in raw.items():
         key = name if name in _OBJECTS else name.removeprefix("dspark_")
+        inner: list[Any] = []
         if value is None:
             continue
         if key in _OBJECTS:
-            good, wanted = isinstance(value, Mapping), "an object"
+            good, wanted, inner = isinstance(value, Mapping), "an object", [value]
+        elif key == "proposal_methods":
+            inner = value if isinstance(value, list) else [value]
+            good, wanted = inner is value and all(isinstance(method, Mapping) for method in inner), "a list of objects"
         elif key in _LISTS:
             good = isinstance(value, list) and bool(value) and all(type(item) is int for item in value)
             wanted = "a list of layer ids"
         elif key in _NUMBERS:
             good, wanted = type(value) is int, "a whole number"
-        elif key == "proposal_methods":
-            good = isinstance(value, list) and all(isinstance(method, Mapping) for method in value)
-            wanted = "a list of objects"
         elif key == "layer_types":
             good, wanted = isinstance(value, list), "a list"
         else:
             continue
         if not good:
             raise InputError(f"{where}: {name} {json.dumps(value)} is not {wanted}; correct it or download it again")
-        if key in _OBJECTS:
-            _check_types(where, value)
-        elif key == "proposal_methods":
-            for method in value:
-                _check_types(where, method)
+        for part in inner:
+            _check_types(where, part)
 
 
 def _require(where: str, raw: Mapping[str, Any], *keys: str) -> None:

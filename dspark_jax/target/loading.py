@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import mmap
 import struct
 from collections.abc import Callable, Mapping
@@ -66,9 +67,16 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
             header = json.loads(file.read(length))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; {_REMEDY}") from None
+    except IsADirectoryError:
+        raise InputError(f"{path}: a directory, not a file; remove it and {_REMEDY}") from None
     except (UnicodeDecodeError, json.JSONDecodeError):
         raise InputError(f"{path}: the header is not JSON, so this is no safetensors file; {_REMEDY}") from None
+    if not isinstance(header, dict):
+        raise InputError(f"{path}: damaged header (not a JSON object); {_REMEDY}")
     header.pop("__metadata__", None)
+    for name, entry in header.items():
+        if not _is_entry(entry):
+            raise InputError(f"{path}: damaged header (tensor {name}: {json.dumps(entry)[:200]}); {_REMEDY}")
     end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if size - 8 - length < end:
         raise InputError(f"{path}: truncated safetensors file ({size} bytes, {8 + length + end} expected); {_REMEDY}")
@@ -78,13 +86,24 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
             raise InputError(f"{path}: tensor {name} has dtype {entry['dtype']}; convert it to bfloat16 or float32")
         start, stop = entry["data_offsets"]
         dtype, shape = np.dtype(_DTYPES[entry["dtype"]]), tuple(entry["shape"])
-        if stop - start != dtype.itemsize * int(np.prod(shape)):
+        if stop - start != dtype.itemsize * math.prod(shape):
             raise InputError(f"{path}: tensor {name} has {stop - start} bytes, shape {shape} needs others; {_REMEDY}")
         if stop == start:
             tensors[name] = np.zeros(shape, dtype)
         else:
             tensors[name] = np.memmap(path, dtype, mode="r", offset=8 + length + start, shape=shape)
     return tensors
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether this is what a safetensors header says of a tensor: its type, its shape, where its data begin and end."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
+        return False
+    shape: Any = entry.get("shape")
+    offsets: Any = entry.get("data_offsets")
+    if not all(isinstance(part, list) and all(type(n) is int and n >= 0 for n in part) for part in (shape, offsets)):
+        return False
+    return len(offsets) == 2 and offsets[0] <= offsets[1]
 
 
 def read_checkpoint(directory: Path) -> dict[str, np.ndarray]:

@@ -83,6 +83,40 @@ def test_not_a_safetensors_file(directory):
         load(directory)
 
 
+ENTRY = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        [], 3, None, {"a": 3}, {"a": None}, {"a": {}}, {"a": {"dtype": "F32", "data_offsets": [0, 16]}},
+        {"a": ENTRY | {"dtype": ["F32"]}}, {"a": ENTRY | {"shape": [-2, -2]}}, {"a": ENTRY | {"shape": ["4"]}},
+        {"a": ENTRY | {"shape": [4.0]}}, {"a": ENTRY | {"shape": 4}}, {"a": ENTRY | {"data_offsets": None}},
+        {"a": ENTRY | {"data_offsets": [-16, 0]}}, {"a": ENTRY | {"data_offsets": [16, 0]}},
+        {"a": ENTRY | {"data_offsets": [16]}}, {"a": ENTRY | {"data_offsets": ["0", "16"]}},
+    ],
+)  # fmt: skip
+def test_a_damaged_header(tmp_path, header):
+    """Where offsets are negative, the header itself would be read as weights."""
+    text = json.dumps(header).encode()
+    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(64))
+    with pytest.raises(InputError, match=r"x.safetensors: damaged header \(.*\); download the file again"):
+        read_safetensors(tmp_path / "x.safetensors")
+
+
+def test_sizes_beyond_64_bits_are_no_smaller(tmp_path):
+    text = json.dumps({"a": ENTRY | {"shape": [2**62, 4], "data_offsets": [0, 0]}}).encode()
+    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(64))
+    with pytest.raises(InputError, match="tensor a has 0 bytes, shape .* needs others"):
+        read_safetensors(tmp_path / "x.safetensors")
+
+
+def test_a_directory_is_no_file(tmp_path):
+    (tmp_path / "model.safetensors").mkdir()
+    with pytest.raises(InputError, match="model.safetensors: a directory, not a file"):
+        read_safetensors(tmp_path / "model.safetensors")
+
+
 def rewrite(directory, change):
     """Replaces the shards by one file with `change` applied to its tensors."""
     tensors = tensors_of(Qwen3(ARCH, rngs=nnx.Rngs(3)))

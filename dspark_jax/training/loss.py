@@ -63,7 +63,7 @@ def drafter_loss(
       `LossSums` with the metrics
         ce, l1, tv (= l1 / 2), soft_ce, confidence: weighted means of the terms; soft_ce where it has a weight,
         accept@k: plain mean over supervised positions k = 1..G of 1 - tv, given that all before k were accepted,
-        tau_expected: 1 + sum over k of the product of accept@1..k, mean over blocks with supervision,
+        tau_expected: 1 + sum over k of the product of accept@1..k, mean over blocks whose first position is supervised,
         confidence_bias, confidence_abs_error: weighted means of sigmoid(confidence) - acceptance, and its size,
         confidence_prefix_bias: the same for the products of 1..k,
         supervised: share of the block positions that are supervised.
@@ -122,7 +122,7 @@ def _binary_cross_entropy(logits: jax.Array, probability: jax.Array) -> jax.Arra
 
 def _acceptance(accept: jax.Array, mask: jax.Array) -> dict[str, Ratio]:
     """Acceptance by position and expected accepted length; accept [B, A, G] is 0 where the mask is."""
-    blocks = jnp.any(mask, axis=-1)
+    blocks = mask[..., 0]  # EAGLE-3 has rows that are supervised from a later step on: nothing is accepted of those
     expected = jnp.where(blocks, 1.0 + jnp.sum(jnp.cumprod(accept, axis=-1), axis=-1), 0.0)
     metrics = {
         f"accept@{k + 1}": Ratio(jnp.sum(accept[..., k]), jnp.sum(mask[..., k], dtype=jnp.float32))

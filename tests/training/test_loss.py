@@ -16,7 +16,7 @@ from dspark_jax.drafter.interface import BlockOutputs
 from dspark_jax.metrics import values
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target.loading import load_target
-from dspark_jax.training.loss import drafter_loss
+from dspark_jax.training.loss import _acceptance, drafter_loss
 
 B, S, A, G, V, D, R = 2, 6, 3, 4, 29, 5, 3
 
@@ -159,6 +159,13 @@ def test_the_length_term_is_what_is_missing_of_the_expected_length():
     missing = outputs.mask.sum() - (tau.num - tau.den)
     np.testing.assert_allclose(with_term.total - without.total, 2.0 * missing, rtol=1e-5)
     assert missing > 1
+
+
+def test_rows_supervised_from_a_later_step_on_have_no_expected_length():
+    """Of EAGLE-3: the row before an answer. Steps that are not supervised end a block's length."""
+    mask = np.array([[[1, 1, 1], [0, 1, 1], [1, 0, 1], [0, 0, 0]]], bool)
+    tau = _acceptance(jnp.where(mask, 0.5, 0.0), jnp.asarray(mask))["tau_expected"]
+    assert (tau.num, tau.den) == (1.875 + 1.5, 2)
 
 
 def test_confidence_target_is_constant_but_its_features_are_not():

@@ -131,7 +131,7 @@ class TrainConfig:
     accumulate: int = 1
     """Micro-steps per optimizer step; numerators and denominators are summed, so the result is exact."""
     num_anchors: int = 512
-    """Blocks per sequence (A)."""
+    """Blocks per sequence (A). eagle3 and mtp are trained on every row: `data.max_length` or more."""
     seed: int = 0
     log_every: int = 10
     checkpoint_every: int = 500

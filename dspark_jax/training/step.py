@@ -180,11 +180,18 @@ def _on_cpu(mesh: Mesh) -> dict[str, bool] | None:
 
 
 def check_batch(config: Config, mesh: Mesh) -> None:
-    """Refuses a batch that this mesh cannot divide.
+    """Refuses a batch that this mesh cannot divide, or of which a drafter that needs every row would see some.
 
     Raises:
-      InputError: sequences per micro-step are no multiple of data x fsdp, or `tensor` spans hosts.
+      InputError: sequences per micro-step are no multiple of data x fsdp, `tensor` spans hosts, or a drafter that goes
+        token by token has fewer anchors than a sequence has rows.
     """
+    kind, rows = config.drafter.kind, config.data.max_length
+    if kind in ("eagle3", "mtp") and config.train.num_anchors < rows:
+        raise InputError(
+            f"train.num_anchors={config.train.num_anchors}: {kind} is trained on every row of a sequence of "
+            f"data.max_length={rows}; set train.num_anchors={rows}"
+        )
     train, ways = config.train, mesh.shape["data"] * mesh.shape["fsdp"]
     if train.batch_size % (train.accumulate * ways):
         raise InputError(

@@ -251,6 +251,17 @@ def test_a_batch_that_the_mesh_cannot_divide_is_refused(config, meshes, mesh, ba
         check_batch(config, meshes[mesh])
 
 
+@pytest.mark.parametrize("kind", ["eagle3", "mtp"])
+def test_rows_that_an_override_left_out_are_refused(config, meshes, kind):
+    """The preset has taken data.max_length for the number of rows, and it is raised afterwards."""
+    config = as_kind(config, kind)
+    check_batch(config, meshes["one"])
+    config.data.max_length = 32
+    message = f"train.num_anchors=24: {kind} is trained on every row .* data.max_length=32; set train.num_anchors=32"
+    with pytest.raises(InputError, match=message):
+        check_batch(config, meshes["one"])
+
+
 @pytest.mark.parametrize("kind", ["dflash", "eagle3", "mtp", "rnn"])
 def test_every_kind_trains_with_the_same_step_on_any_mesh(config, meshes, batch, kind):
     """Gradients reach every parameter, and are those of one device on eight."""

@@ -8,10 +8,10 @@ confidences hold on the other half, by position: calibration error (ECE), AUC an
 shared bias that may be added to the head before, and the running estimate that needs no head.
 
 Writes `calibration.json` in the layout that SGLang reads (`--speculative-dspark-confidence-sts-path`), with the bias
-and its temperatures beside it, which `generate` uses; for sampling temperature 1, or the first one, and
-`calibration_t0.7.json` and so on for others. Everything that was measured goes to `eval/calibration*.json`, and the
-reliability before and after to `eval/reliability*.png`. A calibration holds for the sampling temperature that it was
-fitted at.
+and its temperatures beside it, which `generate` uses, and the step of the checkpoint; for sampling temperature 1, or
+the first one, and `calibration_t0.7.json` and so on for others. Everything that was measured goes to
+`eval/calibration*.json`, and the reliability before and after to `eval/reliability*.png`. A calibration holds for the
+sampling temperature that it was fitted at.
 """
 
 import contextlib
@@ -108,7 +108,8 @@ def calibrate(
                 print()
             suffix = "" if temperature == _main(sampled) else f"_t{temperature:g}"
             names = ", ".join(fit.set_names)
-            written[temperature] = write_json(Path(workdir) / f"calibration{suffix}.json", sglang(calibration, names))
+            content = sglang(calibration, names) | {"step": engine.step}
+            written[temperature] = write_json(Path(workdir) / f"calibration{suffix}.json", content)
             data = write_json(folder / f"calibration{suffix}.json", calibration_data(calibration))
             title = f"{config.name}, temperature {temperature:g}"
             for plot in reliability_plots(calibration, title, suffix):

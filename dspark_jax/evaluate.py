@@ -184,6 +184,7 @@ def measure(config: Config, engine: Engine, tally: Tally, workdir: Path) -> tupl
     described = [metrics_at(one, settings.bootstrap, settings.seed) for one in measured]
     metrics = {
         "name": config.name,
+        "step": engine.step,
         "block_size": engine.drafter.block_size,
         "max_new_tokens": settings.max_new_tokens,
         **described[0],

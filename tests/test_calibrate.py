@@ -71,7 +71,8 @@ def test_the_files_have_the_layout_that_sglang_reads(run: Run):
         content = json.loads((run.workdir / name).read_text())
         assert content == run.written[temperature]
         sglang = {"temperatures", "dataset", "num_samples", "ece_before", "ece_after"}
-        assert set(content) == sglang | {"bias", "temperatures_with_bias"} and np.isfinite(content["bias"])
+        assert set(content) == sglang | {"bias", "temperatures_with_bias", "step"} and np.isfinite(content["bias"])
+        assert content["step"] == 1  # of `save_untrained`
         assert len(content["temperatures"]) == len(content["temperatures_with_bias"]) == BLOCK
         assert all(np.isclose(GRID, value).any() for value in content["temperatures"])
         assert content["dataset"] == "heldout" and content["num_samples"] > 0

@@ -83,6 +83,7 @@ def run(save_untrained: Any, tiny_target: Path, tmp_path_factory: pytest.TempPat
 
 def test_metrics_have_the_documented_layout(run: Run):
     written = json.loads((run.workdir / "eval/metrics.json").read_text())
+    assert written["step"] == 1  # of `save_untrained`
     assert written == run.metrics
     assert written["temperature"] == 1.0 and list(written["temperatures"]) == ["0.0"]
     for one in (written, written["temperatures"]["0.0"]):

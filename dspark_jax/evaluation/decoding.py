@@ -36,6 +36,7 @@ class Engine:
       max_new_tokens: budget of an answer.
       batch_size: requests decoded together.
       seed: of the request keys.
+      step: of the checkpoint that the drafter is from; None where it was loaded already.
     """
 
     target: Target
@@ -45,6 +46,7 @@ class Engine:
     max_new_tokens: int
     batch_size: int
     seed: int
+    step: int | None = None
 
     def decode(
         self,

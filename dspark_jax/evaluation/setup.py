@@ -13,7 +13,7 @@ from dspark_jax.data.regenerate import Conversation, Rejected, conversations
 from dspark_jax.data.samples import Tally, describe
 from dspark_jax.evaluation.decoding import Engine, Requests, first_requests
 from dspark_jax.target.loading import load_target
-from dspark_jax.training.checkpoint import load_drafter
+from dspark_jax.training.checkpoint import load_step
 
 
 def open_engine(
@@ -32,8 +32,9 @@ def open_engine(
     Raises:
       InputError: there is no checkpoint for this target, or target or tokenizer cannot be used.
     """
+    step = None
     if drafter is None:
-        drafter = load_drafter(workdir, mesh, config.target)[1]
+        step, _, drafter = load_step(workdir, mesh, config.target)
     target = load_target(config.target, mesh) if target is None else target
     tokenizer = load_tokenizer(config.target.path) if tokenizer is None else tokenizer
     return Engine(
@@ -44,6 +45,7 @@ def open_engine(
         max_new_tokens=config.eval.max_new_tokens,
         batch_size=config.eval.batch_size,
         seed=config.eval.seed,
+        step=step,
     )
 
 

@@ -27,8 +27,8 @@ from absl import flags
 
 from dspark_jax import command
 from dspark_jax.config import Config, InputError, to_json
-from dspark_jax.evaluation.comparison import Standing, describe, round_times, standing, study_table, table
-from dspark_jax.evaluation.comparison_plan import STUDIES, Plan, Point, make_plan, with_measured
+from dspark_jax.evaluation.comparison import Standing, describe, growth, round_times, standing, study_table, table
+from dspark_jax.evaluation.comparison_plan import STUDIES, Plan, make_plan, with_measured
 from dspark_jax.evaluation.comparison_plots import conditional_plots, study_plot, time_plot
 from dspark_jax.evaluation.comparison_runs import (
     check_run,
@@ -250,15 +250,15 @@ def write_report(
         for point in plan.of("main")
         if point.kind in main
     }
+    beside = {study: _by_value(plan, study, standings) for study in STUDIES[1:] if plan.of(study)}
     studies = {
         study: [
             {"drafter": point.kind, study: point.value, "run": point.run}
-            | describe(standings[point.run], _beside(plan, point, standings), times.get(point.run))
+            | describe(standings[point.run], beside[study][point.value], times.get(point.run))
             for point in plan.of(study)
             if point.run in standings
         ]
-        for study in STUDIES[1:]
-        if plan.of(study)
+        for study in beside
     }
     report = {
         "name": config.name,
@@ -268,15 +268,19 @@ def write_report(
         "drafters": drafters,
         "plain": times.get(PLAIN),
         "studies": studies,
+        "growth": {study: growth(values) for study, values in beside.items()},
         "failures": dict(failures),
     }
     return write_json(workdir / "compare.json", report)
 
 
-def _beside(plan: Plan, point: Point, standings: Mapping[str, Standing]) -> dict[str, Standing]:
-    """By kind, those of the same study at the same depth or draft length."""
-    others = [other for other in plan.of(point.study) if other.value == point.value and other.run in standings]
-    return {other.kind: standings[other.run] for other in others}
+def _by_value(plan: Plan, study: str, standings: Mapping[str, Standing]) -> dict[int, dict[str, Standing]]:
+    """Standings of a study by depth or draft length and kind: of one value they are compared with each other."""
+    found: dict[int, dict[str, Standing]] = {}
+    for point in plan.of(study):
+        if point.run in standings:
+            found.setdefault(point.value, {})[point.kind] = standings[point.run]
+    return found
 
 
 def _draw(workdir: Path, plan: Plan, report: Mapping[str, Any], standings: Mapping[str, Standing]) -> None:
@@ -302,7 +306,10 @@ def _text(config: Config, plan: Plan, report: Mapping[str, Any]) -> str:
     if plan.of("main"):
         lines.append(table(report["drafters"], report["failures"], title))
     studies = {study: points for study, points in report["studies"].items() if plan.of(study)}
-    lines += [f"\n{_TITLES[study]}\n{study_table(points, study)}" for study, points in studies.items()]
+    lines += [
+        f"\n{_TITLES[study]}\n{study_table(points, report['growth'][study], study)}"
+        for study, points in studies.items()
+    ]
     lines += [f"failed: {name}: {error}" for name, error in report["failures"].items() if not plan.of("main")]
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""The comparison: what is planned and shared, resuming, a drafter that fails, numbers, and one real run end to end."""
+"""The comparison: what is planned and shared, resuming, a drafter that fails, being stopped, and one real run end to end."""
 
 import dataclasses
 import json
@@ -7,7 +7,6 @@ import runpy
 import signal
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,13 +24,9 @@ from dspark_jax.config import (
     TrainConfig,
     from_json,
     resolve,
-    to_json,
 )
-from dspark_jax.evaluation import rounds
 from dspark_jax.evaluation.acceptance import Counts
-from dspark_jax.evaluation.comparison import gain, standing, table
 from dspark_jax.evaluation.comparison_plan import make_plan
-from dspark_jax.evaluation.comparison_plots import study_plot
 from dspark_jax.evaluation.rounds import PLAIN
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -284,35 +279,15 @@ def test_studies_are_tables_and_figures(config: Config, tmp_path: Path, capsys: 
     )
     assert "gain_over_dflash" not in report["studies"]["depth"][1]
     line = next(line for line in printed.splitlines() if line.startswith("2         dspark"))
+    assert "dspark over dflash, depth 1 -> 2: +0.0% (+0.0%, +0.0%)" in printed
     assert line.split()[2:] == ["4.000", "(4.000,", "4.000)", "+33.3%", "(+33.3%,", "+33.3%)", "5.00", "1.00"]
 
 
-def test_a_drafter_without_rounds_is_drawn() -> None:
-    points = [{"drafter": "mtp", "depth": depth, "tau": None, "tau_ci95": [None, None]} for depth in (1, 2)]
-    assert "mtp from nan to nan" in study_plot(points, "depth", "title").alt
-
-
-def test_gains_resample_the_prompts_of_both_alike() -> None:
-    """One drafter accepts a fifth more on every prompt: the gain has no spread, though tau has."""
-    rng = np.random.default_rng(0)
-    rounds = rng.integers(20, 200, 30)
-    block = np.ones((30, 2), int)
-    names = ["a"] * 20 + ["b"] * 10
-    base = rng.integers(100, 500, 30) * 5
-    one, other = (standing(names, Counts(t, rounds, block, block, block), 200, 3) for t in (base // 5 * 6, base))
-    value, bounds = gain(one, other)
-    assert value == pytest.approx(0.2)
-    np.testing.assert_allclose(bounds, 0.2, rtol=1e-9)
-    assert np.ptp(one.interval) > 0.1
-    expected = np.mean([base[:20].sum() / rounds[:20].sum(), base[20:].sum() / rounds[20:].sum()])
-    assert other.tau == pytest.approx(expected)
-
-
-def test_the_table_shows_what_is_missing() -> None:
-    entry = {"tau": None, "tau_ci95": [None, None], "prompt_sets": {"a": {"tau": None}}}
-    printed = table({"dspark": entry}, {"mtp": "no memory"}, "title")
-    assert "mtp" in printed.splitlines()[-1] and "failed: no memory" in printed
-    assert "NaN" not in printed and "None" not in printed
+def test_figures_come_after_the_table(config: Config, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setattr("dspark_jax.compare._draw", lambda *everything: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        compare(config, tmp_path / "run", studies="main", step=Fake())
+    assert "4.000 (4.000, 4.000)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -381,35 +356,6 @@ def test_a_process_that_was_told_to_stop_ends_the_comparison(
     with pytest.raises(error) as ended:
         run_module(["told"], {})
     assert error is KeyboardInterrupt or getattr(ended.value, "code", None) == 143
-
-
-def test_a_run_that_cannot_be_loaded_is_named(config: Config, tmp_path: Path, monkeypatch: Any) -> None:
-    whole = SimpleNamespace(target="the target")
-
-    def open_engine(config: Config, workdir: Path, mesh: Any, *, target: Any) -> Any:
-        assert workdir.name != "c" or target == whole.target  # loaded once
-        if workdir.name == "b":
-            raise InputError("no checkpoint here")
-        return whole
-
-    monkeypatch.setattr(rounds, "open_engine", open_engine)
-    engines, errors = rounds._open_all({name: (config, tmp_path / name) for name in "abc"}, None)  # pyright: ignore[reportArgumentType]
-    assert list(engines) == ["a", "c"] and errors == {"b": {"error": "no checkpoint here"}}
-    with pytest.raises(InputError, match="b: no checkpoint here"):
-        rounds._open_all({"b": (config, tmp_path / "b")}, None)  # pyright: ignore[reportArgumentType]
-
-
-def test_what_fails_in_a_process_is_one_line(config: Config, tmp_path: Path, capsys: Any) -> None:
-    job = {
-        "task": "rounds",
-        "out": str(tmp_path / "out.npz"),
-        "runs": {"a": {"config": to_json(config), "workdir": "a"}},
-    }
-    (tmp_path / "job.json").write_text(json.dumps(job))
-    with pytest.raises(SystemExit) as ended:
-        rounds.main(tmp_path / "job.json")
-    said = capsys.readouterr().err
-    assert ended.value.code == 2 and said.startswith("error: ") and "a/checkpoints: no checkpoint here" in said
 
 
 def test_several_hosts_are_refused(monkeypatch: Any, capsys: Any) -> None:

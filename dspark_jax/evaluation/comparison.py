@@ -55,10 +55,45 @@ def standing(names: Sequence[str], counts: Counts, resamples: int, seed: int) ->
 
 def gain(one: Standing, other: Standing) -> tuple[float, np.ndarray]:
     """Relative gain in tau of one drafter over another (0.1 = 10 %), and its interval [2]; NaN where undefined."""
-    value = float(ratio(np.asarray(one.tau), np.asarray(other.tau))) - 1.0
-    if not len(one.draws) or len(one.draws) != len(other.draws):
-        return value, np.full(2, np.nan)
-    return value, interval(ratio(one.draws, other.draws) - 1.0)
+    draws = _gain_draws(one, other)
+    return _gain(one, other), interval(draws) if len(draws) else np.full(2, np.nan)
+
+
+def growth(study: Mapping[int, Mapping[str, Standing]]) -> list[dict[str, Any]]:
+    """By how much gains over the first baseline grow from the smallest depth or draft length to the largest.
+
+    Args:
+      study: standings by value and kind.
+
+    Returns:
+      For every drafter that is there at both ends with the baseline: the values (`from`, `to`), and the difference of
+      the two gains (0.1 = 10 percentage points) with its interval, which resamples the prompts of all four alike.
+    """
+    baseline, rows = BASELINES[0], []
+    if len(study) < 2:
+        return []
+    ends = (min(study), max(study))
+    first, last = (study[end] for end in ends)
+    for kind in first:
+        if kind == baseline or kind not in last or baseline not in first or baseline not in last:
+            continue
+        before, after = ((one[kind], one[baseline]) for one in (first, last))
+        draws = (_gain_draws(*before), _gain_draws(*after))
+        same = len(draws[0]) and len(draws[0]) == len(draws[1])
+        bounds = interval(draws[1] - draws[0]) if same else np.full(2, np.nan)
+        row = {"drafter": kind, "baseline": baseline, "from": ends[0], "to": ends[1]}
+        rows.append(row | {"growth": _gain(*after) - _gain(*before), "growth_ci95": bounds})
+    return rows
+
+
+def _gain(one: Standing, other: Standing) -> float:
+    return float(ratio(np.asarray(one.tau), np.asarray(other.tau))) - 1.0
+
+
+def _gain_draws(one: Standing, other: Standing) -> np.ndarray:
+    """[S] the gain in every resample; none where they cannot be paired."""
+    paired = len(one.draws) == len(other.draws)
+    return ratio(one.draws, other.draws) - 1.0 if paired else np.zeros(0)
 
 
 def round_times(times: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, dict[str, float]]:
@@ -111,8 +146,11 @@ def table(entries: Mapping[str, Mapping[str, Any]], failures: Mapping[str, str],
     return "\n".join(lines)
 
 
-def study_table(points: Sequence[Mapping[str, Any]], label: str) -> str:
-    """A line per depth or draft length and drafter, from a study in `compare.json`; gains are over the same value."""
+def study_table(points: Sequence[Mapping[str, Any]], growths: Sequence[Mapping[str, Any]], label: str) -> str:
+    """A line per depth or draft length and drafter, from a study in `compare.json`; gains are over the same value.
+
+    Below it how much the gains grow, in percentage points.
+    """
     points = sorted(points, key=lambda point: point[label])
     baselines = [name for name in BASELINES if any(f"gain_over_{name}" in point for point in points)]
     width = max(8, *(len(point["drafter"]) for point in points)) if points else 8
@@ -121,6 +159,9 @@ def study_table(points: Sequence[Mapping[str, Any]], label: str) -> str:
     lines = [head]
     for point in points:
         lines.append(f"{point[label]:<8}  {point['drafter']:{width}}" + _results(point, baselines))
+    for one in growths:
+        grown = f"{_number(one['growth'], '+.1%')} {_bounds(one['growth_ci95'], '+.1%')}"
+        lines.append(f"{one['drafter']} over {one['baseline']}, {label} {one['from']} -> {one['to']}: {grown}")
     return "\n".join(lines)
 
 

@@ -1,0 +1,40 @@
+"""Measuring the runs of a comparison: one that cannot be used is named, and loses nothing of the others."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from dspark_jax.config import Config, InputError, to_json
+from dspark_jax.evaluation import rounds
+
+
+def test_a_run_that_cannot_be_loaded_is_named(tmp_path: Path, monkeypatch: Any) -> None:
+    whole = SimpleNamespace(target="the target")
+
+    def open_engine(config: Config, workdir: Path, mesh: Any, *, target: Any) -> Any:
+        assert workdir.name != "c" or target == whole.target  # loaded once
+        if workdir.name == "b":
+            raise InputError("no checkpoint here")
+        return whole
+
+    monkeypatch.setattr(rounds, "open_engine", open_engine)
+    engines, errors = rounds._open_all({name: (Config(), tmp_path / name) for name in "abc"}, None)  # pyright: ignore[reportArgumentType]
+    assert list(engines) == ["a", "c"] and errors == {"b": {"error": "no checkpoint here"}}
+    with pytest.raises(InputError, match="b: no checkpoint here"):
+        rounds._open_all({"b": (Config(), tmp_path / "b")}, None)  # pyright: ignore[reportArgumentType]
+
+
+def test_what_fails_in_a_process_is_one_line(tmp_path: Path, capsys: Any) -> None:
+    job = {
+        "task": "rounds",
+        "out": str(tmp_path / "out.npz"),
+        "runs": {"a": {"config": to_json(Config()), "workdir": "a"}},
+    }
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    with pytest.raises(SystemExit) as ended:
+        rounds.main(tmp_path / "job.json")
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.startswith("error: ") and "a/checkpoints: no checkpoint here" in said

@@ -1,4 +1,4 @@
-"""The comparison: what is planned and shared, resuming, a drafter that fails, being stopped, and one real run end to end."""
+"""The comparison: what is planned and shared, resuming, one that fails, being stopped, and one real run end to end."""
 
 import dataclasses
 import json

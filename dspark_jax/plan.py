@@ -37,6 +37,8 @@ def plan(config: Config, workdir: Path, *, topology: str, parts: Sequence[str] =
       {"topology", "chips", "train": {"hbm_per_chip_bytes", "memory", "flops_per_step", "collectives",
       "estimated_step_seconds", "roofline_seconds", "tokens_per_second", "hours", "chip_hours", "fits", "verdict", ...},
       "decode": {"hbm_per_chip_bytes", "estimated_round_seconds", ...}}
+    A part that cannot be planned has {"verdict", and "crashed" or "skipped": why}: decoding, of a target without a
+    definition here.
 
     Raises:
       InputError: the topology or a part is unknown, libtpu is missing, or the mesh or batch does not suit it.
@@ -50,17 +52,21 @@ def plan(config: Config, workdir: Path, *, topology: str, parts: Sequence[str] =
     chips = len(devices) // chip.per_chip
     shape = {name: size for name, size in mesh.shape.items() if size > 1}
     report: dict[str, Any] = {"config": config.name, "topology": topology, "chips": chips, "mesh": shape}
-    names = " and the ".join(NAMES[part] for part in parts)
+    wanted = [part for part in parts if part == "train" or not config.target.architecture.foreign]
+    names = " and the ".join(NAMES[part] for part in wanted) or "nothing"
     log(f"compiling the {names} of {config.name} for {topology} ({chips} chips): some minutes")
-    with ThreadPoolExecutor(len(parts)) as pool:
-        jobs = {pool.submit(estimate_apart, config, topology, part): part for part in parts}
-        with Progress("plan", len(parts), unit="program") as progress:
+    with ThreadPoolExecutor(max(len(wanted), 1)) as pool:
+        jobs = {pool.submit(estimate_apart, config, topology, part): part for part in wanted}
+        with Progress("plan", len(wanted), unit="program") as progress:
             for job in as_completed(jobs):
                 part, found = jobs[job], job.result()
                 if "crashed" not in found:
                     found = _of_training(found, config, chips) if part == "train" else _of_decoding(found, config)
                 report[part] = found | {"verdict": verdict(found, config, mesh, part)}
                 progress.advance(1)
+    for part in set(parts) - set(wanted):
+        why = f"a {config.target.architecture.foreign} has no definition here and cannot run"
+        report[part] = {"skipped": why, "verdict": f"not planned: {why}"}
     for part in parts:
         print("\n".join(describe(NAMES[part], report[part])), flush=True)
     workdir.mkdir(parents=True, exist_ok=True)
@@ -116,7 +122,7 @@ def verdict(found: dict[str, Any], config: Config, mesh: jax.sharding.Mesh, part
 def describe(name: str, found: dict[str, Any]) -> Iterator[str]:
     """The lines that are printed for one program."""
     yield f"{name}: {found['verdict']}"
-    if "crashed" in found:
+    if "memory" not in found:
         return
     for part, size in found["memory"].items():
         yield f"  {part.removesuffix('_bytes').replace('_', ' '):<20} {size / GIB:8.2f} GiB per chip"

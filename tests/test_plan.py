@@ -138,6 +138,28 @@ def test_the_programs_are_traced_without_weights(config):
     assert matmul_flops(decode.traced.jaxpr) > 2 * 8 * (g + 1) * (3 * layer + d * v)
 
 
+@pytest.mark.parametrize(("features", "foreign"), [("cache", ""), ("torch", "llama")])
+def test_with_features_from_disk_the_step_has_no_target(config, tmp_path, monkeypatch, features, foreign):
+    """As in `train`: embedding and LM head are lent, and the features are part of the batch."""
+    mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    arch = dataclasses.replace(TINY, foreign=foreign)
+    target = dataclasses.replace(config.target, architecture=arch)
+    data = dataclasses.replace(config.data, features=features, regenerate=False)
+    config = dataclasses.replace(config, data=data, target=target)
+    program = train_program(config, mesh)
+    assert bytes_per_chip(program.parts["target_parameters"]) == 2 * 256 * 128 * 2
+    assert bytes_per_chip(program.parts["batch"]) > 16 * 64 * 3 * 128
+    done = found(1.0, True) | {"flops": 1e12, "flops_per_chip": 1e12}
+    monkeypatch.setattr(plan, "estimate_apart", lambda *_: dict(done))
+    monkeypatch.setattr(plan, "devices_of", lambda _: (CHIPS["v5e"], jax.devices()))
+    report = plan.plan(config, tmp_path, topology="v5e:2x4")
+    assert report["train"]["verdict"].startswith("fits")
+    if foreign:
+        assert report["decode"]["verdict"] == "not planned: a llama has no definition here and cannot run"
+    else:
+        assert report["decode"]["verdict"].startswith("fits")
+
+
 def test_a_batch_that_the_mesh_cannot_divide_is_refused(config):
     config.train = dataclasses.replace(config.train, batch_size=6)
     with pytest.raises(InputError, match=r"batch_size=6 is not divisible by train.accumulate=2 x 8 ways"):

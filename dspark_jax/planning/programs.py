@@ -15,6 +15,7 @@ from dspark_jax.config import Config, InputError
 from dspark_jax.engine.schedule import Scheduler
 from dspark_jax.engine.slots import Mode, batch_axes, open_slots, serve_round
 from dspark_jax.sharding import replicated, sharding, state_shardings
+from dspark_jax.target.lender import abstract_lender
 from dspark_jax.target.loading import abstract_target, compute_dtype
 from dspark_jax.training.optim import make_optimizer
 from dspark_jax.training.state import abstract_drafter, param_shardings, state_layout, to_params
@@ -51,6 +52,8 @@ def with_dtypes(config: Config) -> Config:
 def train_program(config: Config, mesh: Mesh) -> Program:
     """The train step of a config (types resolved) on a mesh of any devices.
 
+    Where features come from disk, the target only lends its embedding and LM head, as in `train`.
+
     Raises:
       InputError: the batch cannot be divided over the mesh.
     """
@@ -60,7 +63,9 @@ def train_program(config: Config, mesh: Mesh) -> Program:
             f"train.batch_size={train.batch_size} is not divisible by train.accumulate={train.accumulate} x {ways} "
             f"ways of the mesh (data x fsdp); use a multiple of {train.accumulate * ways}, or another mesh"
         )
-    target = abstract_target(config.target.architecture, compute_dtype(config.target.dtype))
+    arch, dtype = config.target.architecture, compute_dtype(config.target.dtype)
+    online = config.data.features == "online"
+    target: Any = abstract_target(arch, dtype) if online else abstract_lender(arch, dtype, arch.final_logit_softcapping)
     drafter = abstract_drafter(config)
     optimizer = make_optimizer(config.optim, train.steps)
     state, batch = state_layout(drafter, optimizer, mesh), batch_layout(config, mesh)

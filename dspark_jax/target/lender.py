@@ -73,6 +73,12 @@ def read_lender(path: Path, arch: TargetArchitecture) -> tuple[np.ndarray, np.nd
     return tensors["embedding"], tensors["head"], float(tensors["softcap"][0])
 
 
+def abstract_lender(arch: TargetArchitecture, dtype: Any, softcap: float) -> Lender:
+    """A lender whose parameters are shapes only."""
+    abstract: Any = jax.ShapeDtypeStruct((arch.vocab_size, arch.hidden_size), dtype)
+    return Lender(arch, abstract, abstract, softcap, dtype=dtype)
+
+
 def load_lender(path: Path, arch: TargetArchitecture, mesh: Mesh, dtype: Any) -> Lender:
     """The embedding and LM head beside a feature cache, on `mesh`, in the compute type.
 
@@ -80,8 +86,7 @@ def load_lender(path: Path, arch: TargetArchitecture, mesh: Mesh, dtype: Any) ->
       InputError: the file is missing, damaged or of another shape.
     """
     embedding, head, softcap = read_lender(path, arch)
-    abstract: Any = jax.ShapeDtypeStruct(embedding.shape, dtype)
-    lender = Lender(arch, abstract, abstract, softcap, dtype=dtype)
+    lender = abstract_lender(arch, dtype, softcap)
     for value, variable in ((embedding, lender.embedding), (head, lender.lm_head)):
         where = state_shardings(variable, mesh).get_value()
         variable.set_value(

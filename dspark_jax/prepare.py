@@ -97,7 +97,7 @@ def prepare_samples(config: Config, workdir: Path, decode: Decode | None = None)
     """
     final, partial = workdir / "data", workdir / "data.partial"
     inputs = read_inputs(config)
-    digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:32]
+    digest = _digest(inputs)
     found = _read_json(final / "report.json")
     if found.get("fingerprint") == digest and _complete(final, found["samples"]):
         shutil.rmtree(workdir / "data.old", ignore_errors=True)  # left behind by a kill during the last step
@@ -148,6 +148,15 @@ def read_inputs(config: Config) -> dict[str, Any]:
         "prompts": prompts,
         "data": {name: getattr(data, name) for name in FIELDS},
     }
+
+
+def data_fingerprint(config: Config) -> str:
+    """What `fingerprint` in `data/report.json` will be, without preparing anything; raises as `read_inputs`."""
+    return _digest(read_inputs(config))
+
+
+def _digest(inputs: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def target_decoder(config: Config) -> Decode:

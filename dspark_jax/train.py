@@ -27,7 +27,7 @@ from dspark_jax.data.features import LENDER
 from dspark_jax.data.pipeline import batches
 from dspark_jax.data.sources import SampleReader
 from dspark_jax.metrics import values
-from dspark_jax.prepare import prepare
+from dspark_jax.prepare import data_fingerprint, prepare
 from dspark_jax.progress import MetricsWriter, Progress, log
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target.lender import load_lender
@@ -69,7 +69,7 @@ def train(config: Config, workdir: Path) -> None:
     """
     mesh = make_mesh(config.mesh)
     check_batch(config, mesh)
-    if not check_continuation(config, workdir):
+    if not check_continuation(config, workdir, lambda: data_fingerprint(config)):
         check_source(config)
     prepare(config, workdir)
     with Checkpoints(workdir, config) as checkpoints, jax.set_mesh(mesh):

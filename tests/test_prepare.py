@@ -14,7 +14,7 @@ from dspark_jax import prepare as command
 from dspark_jax.config import Config, DataConfig, DrafterConfig, InputError, TargetConfig, resolve
 from dspark_jax.data import chat, regenerate
 from dspark_jax.data.sources import SampleReader
-from dspark_jax.prepare import prepare, target_decoder
+from dspark_jax.prepare import data_fingerprint, prepare, target_decoder
 from dspark_jax.sharding import make_mesh
 
 STOP = 294
@@ -101,7 +101,7 @@ def test_unchanged_inputs_are_skipped_and_changed_ones_are_named(
     assert capsys.readouterr().err == f"data: 10 samples in {run / 'data'} are up to date\n"
 
     again = prepare(changed(config, temperature=0.5), run, Decoder())
-    assert again["fingerprint"] != first["fingerprint"]
+    assert again["fingerprint"] != first["fingerprint"] == data_fingerprint(same)
     assert "preparing again, data.temperature=0.5, was 1.0" in capsys.readouterr().err
     with Path(config.data.prompts[0]).open("a") as file:
         file.write('{"prompt": "more"}\n')

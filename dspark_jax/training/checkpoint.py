@@ -14,6 +14,7 @@ Checkpoint 0 is an imported drafter: of it, only the parameters count, whatever 
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -139,8 +140,13 @@ def saved_config(workdir: Path) -> Config | None:
     return None if found is None else from_json(json.dumps(found[1]["config"]))
 
 
-def check_continuation(config: Config, workdir: Path) -> bool:
+def check_continuation(config: Config, workdir: Path, data: Callable[[], str]) -> bool:
     """Refuses what `Checkpoints.restore` would, before data is prepared anew for it.
+
+    Args:
+      config: resolved.
+      workdir: of the training run.
+      data: gives the fingerprint of the data that the config asks for; called where the checkpoint has one.
 
     Returns:
       Whether there is a checkpoint to go on from.
@@ -150,7 +156,9 @@ def check_continuation(config: Config, workdir: Path) -> bool:
     """
     found = _newest_about(workdir)
     if found is not None:
-        _check_about(*found, _about(config), config.target.path)
+        where, about = found
+        now = data() if about.get("data") else None
+        _check_about(where, about, _about(config) | {"data": now}, config.target.path)
     return found is not None
 
 
@@ -247,10 +255,10 @@ def _check_about(where: Path, about: dict[str, Any], present: dict[str, Any], pa
     imported = where.name == "0"
     _check_config(where, saved, present["config"], imported=imported)
     before, now = about.get("data"), present.get("data")
-    if before and now and before != now:
+    if before and now and before != now and not imported:
         raise InputError(
-            f"{where}: trained on data with the fingerprint {before[:12]}, that of data/report.json is {now[:12]}; "
-            "resume with the old data.* and prompts, or use another --workdir"
+            f"{where}: trained on data with the fingerprint {before[:12]}, the config's has {now[:12]}; resume "
+            "with the old data.*, prompts and tokenizer (see data/report.json), or use another --workdir"
         )
 
 

@@ -10,7 +10,8 @@ import numpy as np
 import optax
 import pytest
 
-from dspark_jax.config import InputError, TargetConfig
+from dspark_jax import train
+from dspark_jax.config import InputError, MeshConfig, TargetConfig
 from dspark_jax.training.checkpoint import Checkpoints, check_continuation, load_drafter
 from dspark_jax.training.state import abstract_drafter, state_layout, to_params
 
@@ -137,13 +138,14 @@ def test_what_cannot_be_continued_is_refused(config, meshes, saved, tmp_path, gr
     with Checkpoints(tmp_path, config) as checkpoints, pytest.raises(InputError, match=message):
         checkpoints.restore(layout(config, meshes["one"]))
     with pytest.raises(InputError, match=message):
-        check_continuation(config, tmp_path)
+        check_continuation(config, tmp_path, lambda: pytest.fail("there is no fingerprint to compare with"))
 
 
-def test_other_data_is_refused(config, meshes, saved, tmp_path):
+def test_other_data_is_refused(config, meshes, saved, tmp_path, monkeypatch):
     """Where both, the checkpoint and the data, say what they were made of; a warm start's source need not be named."""
     report = tmp_path / "data" / "report.json"
     report.parent.mkdir()
+    message = r"checkpoints/4: trained on data with the fingerprint b, the config's has c; resume with the old data"
     config.train.init_from = "runs/other"
     for step, before, now in ((1, None, "b"), (2, "b", None), (3, "b", "b"), (4, "b", "c")):
         report.write_text(json.dumps({"fingerprint": before}) if before else "{}")
@@ -155,9 +157,13 @@ def test_other_data_is_refused(config, meshes, saved, tmp_path):
             if step < 4:
                 checkpoints.restore(layout(config, meshes["one"]))
                 continue
-            with pytest.raises(InputError, match="fingerprint b, that of data/report.json is c;"):
+            with pytest.raises(InputError, match=message):
                 checkpoints.restore(layout(config, meshes["one"]))
-        assert check_continuation(present, tmp_path)  # the data is prepared anew, or refused, behind it
+    assert check_continuation(present, tmp_path, lambda: "b")
+    monkeypatch.setattr(train, "data_fingerprint", lambda config: "c")
+    monkeypatch.setattr(train, "prepare", lambda *_: pytest.fail("the old data was replaced"))
+    with pytest.raises(InputError, match=message):
+        train.train(dataclasses.replace(present, mesh=MeshConfig()), tmp_path)
 
 
 def test_a_full_disk_leaves_one_line_and_the_earlier_checkpoint(config, meshes, saved, tmp_path):

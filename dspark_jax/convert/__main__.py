@@ -47,7 +47,7 @@ from dspark_jax.json_file import read_object
 from dspark_jax.progress import log
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target.loading import fingerprint, load_target, read_checkpoint
-from dspark_jax.training.checkpoint import Checkpoints, checkpoint_directory, load_drafter
+from dspark_jax.training.checkpoint import Checkpoints, load_step
 from dspark_jax.training.feature_cache import feature_directory
 from dspark_jax.training.optim import make_optimizer
 from dspark_jax.training.state import init_state, to_params
@@ -96,7 +96,7 @@ def run_source(workdir: Path, options: argparse.Namespace) -> tuple[Source, dict
       The source, and side files by name with `fingerprint`, `data` and `metrics` for the card.
     """
     mesh = make_mesh(MeshConfig())
-    config, drafter = load_drafter(workdir, mesh, stated_target(options.target))
+    step, config, drafter = load_step(workdir, mesh, stated_target(options.target))
     path, arch = config.target.path, config.target.architecture
     directory = local_directory(path)
     source = Source(
@@ -110,12 +110,11 @@ def run_source(workdir: Path, options: argparse.Namespace) -> tuple[Source, dict
     )
     if arch.foreign:
         source = with_lent(source, lent_by_file(feature_directory(workdir) / LENDER, directory, arch))
-    return slim(source, options), run_files(workdir, path)
+    return slim(source, options), run_files(workdir, path, step)
 
 
-def run_files(workdir: Path, target: str) -> dict[str, Any]:
+def run_files(workdir: Path, target: str, step: int) -> dict[str, Any]:
     """What a run has besides its drafter: see `run_source`. Figures of an earlier checkpoint are left out."""
-    step = max(int(path.name) for path in checkpoint_directory(workdir).iterdir() if path.name.isdigit())
     files: dict[str, Any] = {"fingerprint": fingerprint(target)}
     found = {"data": "data/report.json", "metrics": "eval/metrics.json"} | {name: name for name in SIDE_FILES}
     for key, name in found.items():
@@ -123,7 +122,7 @@ def run_files(workdir: Path, target: str) -> dict[str, Any]:
         if not file.exists():
             continue
         content = read_object(file, "", "remove it")
-        if content.get("step", step) == step:
+        if content.get("step") in (None, step):  # older files do not say
             files[key] = file if key in SIDE_FILES else content
         else:
             log(f"export: {file} is left out: it is of step {content['step']}, the drafter of step {step}")

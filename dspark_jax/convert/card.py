@@ -138,9 +138,11 @@ def _serving(source: Source, content: Content, verdicts: Sequence[Verdict], side
     lines = [
         "## Serving",
         "",
-        "`DIR` is this directory. Keep `dflash` and `eagle3` out of its path unless that is the method: vLLM goes by "
-        "it. `python -m dspark_jax.convert check --drafter DIR --target TARGET` tells beforehand what will work.",
+        "`DIR` is this directory. Keep `dflash` and `eagle3` out of its path unless that is the method; vLLM reads it.",
     ]
+    if not source.arch.foreign:  # check scores a drafter on its target, which has to run here
+        tells = "tells beforehand what will work."
+        lines[-1] += f" `python -m dspark_jax.convert check --drafter DIR --target TARGET` {tells}"
     if source.notes:
         lines += ["", *source.notes]
     stated, commands = read_layout("config.json", content.config), _commands(source, content, side_files)

@@ -36,7 +36,7 @@ class BlockOutputs:
       prev_tokens: [B, A, G] token before each label (teacher forced; the anchor token for k = 0).
       labels: [B, A, G] data token that position k predicts (anchor + 1 + k), 0 where there is none.
       teacher_rows: [B, A, G] sequence row whose target distribution is predicted (label index - 1).
-      mask: [B, A, G] bool, the supervised prefix of each block.
+      mask: [B, A, G] bool, the supervised prefix of each block; EAGLE-3's rows may be supervised from a later step on.
     """
 
     hidden: jax.Array

@@ -116,7 +116,7 @@ def _open_all(
         try:
             engines[name] = open_engine(config, workdir, mesh, target=target)
         except (ValueError, OSError) as error:  # also what Orbax raises where files of a checkpoint are missing
-            errors[name] = {"error": " ".join(str(error).split())[:500]}
+            errors[name] = {"error": " ".join(str(error).split())[:200]}
         else:
             target = engines[name].target
     if not engines:

@@ -2,12 +2,21 @@
 
 import contextlib
 import errno
+import os
 import sys
 from collections.abc import Iterator
 
 
 class InputError(ValueError):
     """Something the user gave cannot be used. The message is one line: what, where, the value, the remedy."""
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def is_full_disk(error: Exception) -> bool:
+    """Whether an error says that the disk is full: by its number, or, as writers in other languages do, in its text."""
+    return getattr(error, "errno", None) in _FULL or any(os.strerror(number) in str(error) for number in _FULL)
 
 
 @contextlib.contextmanager
@@ -19,7 +28,7 @@ def reporting_errors() -> Iterator[None]:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         raise SystemExit(2) from error
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in _FULL:
             raise
         print(f"error: {error.filename or 'a file'}: {error.strerror}; free space and run again", file=sys.stderr)
         raise SystemExit(2) from error

@@ -19,7 +19,9 @@ from dspark_jax.data.sources import Sample
 
 GROUP = 128
 """Values that share a scale, at most; of a width that 128 does not divide, its largest divisor below."""
-REMEDY = "remove it and run python -m dspark_jax.prepare again"
+AGAIN = "run python -m dspark_jax.prepare again"
+"""Where `prepare` sees for itself that something is missing."""
+REMEDY = f"remove it and {AGAIN}"
 
 _HEADER = struct.Struct("<4sqII")  # magic, sample id, length, crc32 of the tokens
 _MAGIC = b"DSF1"
@@ -37,6 +39,8 @@ class Identity:
       taps: tapped layers.
       hidden_size: D.
       dtype: int8 or bfloat16.
+      target_dtype: the config's target.dtype, in which they were computed. Caches of older versions do not say it and
+        are taken for `auto`, its default.
     """
 
     target: str
@@ -46,6 +50,7 @@ class Identity:
     taps: tuple[int, ...]
     hidden_size: int
     dtype: str
+    target_dtype: str = "auto"
 
     @property
     def width(self) -> int:

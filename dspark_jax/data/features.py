@@ -11,6 +11,7 @@ Shards are written under another name and renamed; the manifest lists those that
 on behind the last one. ArrayRecord keeps a hash of every record, the manifest one of every shard.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -25,8 +26,10 @@ from array_record.python import array_record_module  # pyright: ignore[reportAtt
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from dspark_jax.config import InputError
-from dspark_jax.data.feature_codec import REMEDY, FeatureSample, Identity, decode, encode
+from dspark_jax.data.feature_codec import AGAIN, REMEDY, FeatureSample, Identity, decode, encode
 from dspark_jax.data.sources import Sample, Samples
+from dspark_jax.errors import is_full_disk
+from dspark_jax.json_file import read_object
 
 FORMAT = 1
 SHARD_BYTES = 256 << 20
@@ -55,35 +58,36 @@ def write_features(
       identity: what they are of.
       samples: in the order of the records.
       lengths: their numbers of tokens.
-      compute: makes the pass; only called if something is missing.
+      compute: makes the pass, and puts the lender beside the shards; only called if something is missing.
       batch_size: samples at a time.
       shard_bytes: a shard is closed when it is so large; a kill loses at most one.
       progress: called with the numbers of samples done.
 
     Raises:
-      InputError: there is not enough room on the disk.
+      InputError: there is not enough room on the disk, at the beginning or in the end.
     """
     shards = _open_partial(directory, identity)
     done = sum(len(shard["lengths"]) for shard in shards)
     left = sum(lengths[done:])
     check_room(directory, identity, left)
     progress(done)
-    run = compute() if done < len(lengths) else None
+    run = compute() if done < len(lengths) or not (directory / LENDER).exists() else None
     while done < len(lengths):
         assert run is not None
         name = f"shard-{len(shards):05d}.array_record"
         temporary = directory / (name + ".tmp")
-        writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
         written, size = list[int](), 0
-        while done < len(lengths) and size < shard_bytes:
-            batch = [samples[i] for i in range(done, min(done + batch_size, len(lengths)))]
-            for record in _records(batch, run, identity):
-                writer.write(record)
-                size += len(record)
-            written += [len(sample.tokens) for sample in batch]
-            done += len(batch)
-            progress(len(batch))
-        writer.close()
+        with _full_disk_in_one_line(temporary):
+            writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
+            while done < len(lengths) and size < shard_bytes:
+                batch = [samples[i] for i in range(done, min(done + batch_size, len(lengths)))]
+                for record in _records(batch, run, identity):
+                    writer.write(record)
+                    size += len(record)
+                written += [len(sample.tokens) for sample in batch]
+                done += len(batch)
+                progress(len(batch))
+            writer.close()
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
             digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -91,6 +95,20 @@ def write_features(
         temporary.rename(directory / name)
         _write_manifest(directory, identity, shards, complete=done == len(lengths))
     _write_manifest(directory, identity, shards, complete=True)
+
+
+@contextlib.contextmanager
+def _full_disk_in_one_line(shard: Path) -> Iterator[None]:
+    """Turns the failure of a shard for lack of space, of which ArrayRecord speaks when it is closed, into one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_full_disk(error):
+            raise
+        shard.unlink(missing_ok=True)
+        raise InputError(
+            f"{shard.with_suffix('')}: the disk is full; the shards before it are kept, free space and run again"
+        ) from error
 
 
 def estimate(identity: Identity, tokens: int) -> tuple[int, int]:
@@ -159,9 +177,8 @@ class CachedSamples:
         self._files = [shard["file"] for shard in manifest["shards"]]
         self._firsts = np.cumsum([0, *(len(shard["lengths"]) for shard in manifest["shards"])])
         for shard in manifest["shards"]:
-            path = directory / shard["file"]
-            if not path.exists() or path.stat().st_size != shard["bytes"]:
-                raise InputError(f"{path}: missing or not of {shard['bytes']} bytes; {REMEDY}")
+            if not _is_whole(directory, shard):
+                raise InputError(f"{directory / shard['file']}: missing or not of {shard['bytes']} bytes; {AGAIN}")
         try:
             self._records = ArrayRecordDataSource([str(directory / file) for file in self._files])
         except RuntimeError as error:  # ArrayRecord's own kind for damaged files
@@ -211,18 +228,37 @@ def read_manifest(directory: Path) -> dict[str, Any]:
       InputError: it is damaged.
     """
     path = directory / "manifest.json"
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         return {}
-    except (UnicodeDecodeError, json.JSONDecodeError):
-        raise InputError(f"{path}: not valid JSON; {REMEDY}") from None
+    manifest = read_object(path, REMEDY, REMEDY)
+    identity, shards = manifest.get("identity"), manifest.get("shards")
+    if not isinstance(identity, dict) or not isinstance(shards, list) or not all(map(_is_shard, shards)):
+        raise InputError(f"{path}: damaged (not an identity and a list of shards); {REMEDY}")
+    identity.setdefault("target_dtype", "auto")  # of older versions
+    return manifest
+
+
+def _is_shard(entry: Any) -> bool:
+    """Whether this is what a manifest says of a shard."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("lengths"), list):
+        return False
+    file, size = entry.get("file"), entry.get("bytes")
+    named = isinstance(file, str) and Path(file).name == file and isinstance(entry.get("sha256"), str)
+    return named and isinstance(size, int) and all(isinstance(length, int) for length in entry["lengths"])
 
 
 def is_complete(directory: Path, identity: Identity) -> bool:
-    """Whether the whole cache of this identity is there."""
+    """Whether the whole cache of this identity is there: its shards, by their sizes, and the lender."""
     manifest = read_manifest(directory)
-    return bool(manifest.get("complete")) and manifest["identity"] == _plain(identity)
+    if not manifest.get("complete") or manifest["identity"] != _plain(identity):
+        return False
+    return (directory / LENDER).exists() and all(_is_whole(directory, shard) for shard in manifest["shards"])
+
+
+def _is_whole(directory: Path, shard: dict[str, Any]) -> bool:
+    """Whether a shard is there and of its size."""
+    path = directory / shard["file"]
+    return path.exists() and path.stat().st_size == shard["bytes"]
 
 
 def _open_partial(directory: Path, identity: Identity) -> list[dict[str, Any]]:
@@ -233,8 +269,7 @@ def _open_partial(directory: Path, identity: Identity) -> list[dict[str, Any]]:
         shutil.rmtree(directory)
     directory.mkdir(parents=True, exist_ok=True)
     for count, shard in enumerate(shards):
-        path = directory / shard["file"]
-        if not path.exists() or path.stat().st_size != shard["bytes"]:
+        if not _is_whole(directory, shard):
             shards = shards[:count]
             break
     kept = {shard["file"] for shard in shards}

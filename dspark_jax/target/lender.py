@@ -12,9 +12,11 @@ import ml_dtypes
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from dspark_jax.config import InputError, TargetArchitecture
+from dspark_jax.errors import is_full_disk
 from dspark_jax.sharding import Param, gather, state_shardings
 from dspark_jax.target.loading import read_safetensors
 
@@ -47,14 +49,24 @@ class Lender(nnx.Module):
 
 
 def save_lender(path: Path, embedding: np.ndarray, head: np.ndarray, softcap: float) -> None:
-    """Writes the file that `load_lender` reads; bfloat16 where that loses nothing."""
+    """Writes the file that `load_lender` reads; bfloat16 where that loses nothing.
+
+    Raises:
+      InputError: the disk is full.
+    """
     tensors: dict[str, np.ndarray] = {"softcap": np.asarray([softcap], np.float32)}
     for name, value in {"embedding": embedding, "head": head}.items():
         value = np.ascontiguousarray(value, np.float32)
         narrow = value.astype(ml_dtypes.bfloat16)
         tensors[name] = narrow if np.array_equal(narrow.astype(np.float32), value) else value
     temporary = path.with_suffix(".tmp")
-    save_file(tensors, temporary)
+    try:
+        save_file(tensors, temporary)
+    except SafetensorError as error:
+        if not is_full_disk(error):
+            raise
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"{path}: the disk is full; free space and run again") from error
     temporary.replace(path)
 
 
@@ -64,12 +76,13 @@ def read_lender(path: Path, arch: TargetArchitecture) -> tuple[np.ndarray, np.nd
     Raises:
       InputError: the file is missing, damaged or of another shape.
     """
-    tensors, shape = read_safetensors(path), (arch.vocab_size, arch.hidden_size)
+    remedy = "remove it and run python -m dspark_jax.prepare again"
+    if not path.exists():
+        raise InputError(f"{path}: no such file; {remedy.removeprefix('remove it and ')}")
+    tensors, shape = read_safetensors(path, remedy), (arch.vocab_size, arch.hidden_size)
     for name in ("embedding", "head", "softcap"):
         if name not in tensors or (name != "softcap" and tensors[name].shape != shape):
-            raise InputError(
-                f"{path}: {name} is missing or not {list(shape)}; remove its directory and prepare the features again"
-            )
+            raise InputError(f"{path}: {name} is missing or not {list(shape)}; {remedy}")
     return tensors["embedding"], tensors["head"], float(tensors["softcap"][0])
 
 

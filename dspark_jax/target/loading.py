@@ -49,10 +49,11 @@ _AT_ONCE = 64 << 20
 """Stacks of layers up to so many bytes are put together on the host, which spares compiling programs for them."""
 
 
-def read_safetensors(path: Path) -> dict[str, np.ndarray]:
+def read_safetensors(path: Path, remedy: str = _REMEDY) -> dict[str, np.ndarray]:
     """Memory-mapped tensors of one file by name; nothing is read until an array is sliced.
 
-    The header is checked here, and not by the safetensors package, for errors that name the file and the cause.
+    The header is checked here, and not by the safetensors package, for errors that name the file, the cause and the
+    `remedy`.
 
     Raises:
       InputError: no such file, or it is truncated or otherwise not a safetensors file.
@@ -63,23 +64,23 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
             prefix = file.read(8)
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
             if not 0 < length <= size - 8:
-                raise InputError(f"{path}: truncated safetensors file ({size} bytes, no whole header); {_REMEDY}")
+                raise InputError(f"{path}: truncated safetensors file ({size} bytes, no whole header); {remedy}")
             header = json.loads(file.read(length))
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file; {_REMEDY}") from None
+        raise InputError(f"{path}: no such file; {remedy}") from None
     except IsADirectoryError:
-        raise InputError(f"{path}: a directory, not a file; remove it and {_REMEDY}") from None
+        raise InputError(f"{path}: a directory, not a file; remove it and {remedy}") from None
     except (UnicodeDecodeError, json.JSONDecodeError):
-        raise InputError(f"{path}: the header is not JSON, so this is no safetensors file; {_REMEDY}") from None
+        raise InputError(f"{path}: the header is not JSON, so this is no safetensors file; {remedy}") from None
     if not isinstance(header, dict):
-        raise InputError(f"{path}: damaged header (not a JSON object); {_REMEDY}")
+        raise InputError(f"{path}: damaged header (not a JSON object); {remedy}")
     header.pop("__metadata__", None)
     for name, entry in header.items():
         if not _is_entry(entry):
-            raise InputError(f"{path}: damaged header (tensor {name}: {json.dumps(entry)[:200]}); {_REMEDY}")
+            raise InputError(f"{path}: damaged header (tensor {name}: {json.dumps(entry)[:200]}); {remedy}")
     end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if size - 8 - length < end:
-        raise InputError(f"{path}: truncated safetensors file ({size} bytes, {8 + length + end} expected); {_REMEDY}")
+        raise InputError(f"{path}: truncated safetensors file ({size} bytes, {8 + length + end} expected); {remedy}")
     tensors = {}
     for name, entry in header.items():
         if entry["dtype"] not in _DTYPES:
@@ -87,7 +88,7 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
         start, stop = entry["data_offsets"]
         dtype, shape = np.dtype(_DTYPES[entry["dtype"]]), tuple(entry["shape"])
         if stop - start != dtype.itemsize * math.prod(shape):
-            raise InputError(f"{path}: tensor {name} has {stop - start} bytes, shape {shape} needs others; {_REMEDY}")
+            raise InputError(f"{path}: tensor {name} has {stop - start} bytes, shape {shape} needs others; {remedy}")
         if stop == start:
             tensors[name] = np.zeros(shape, dtype)
         else:

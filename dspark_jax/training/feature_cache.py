@@ -42,6 +42,7 @@ def feature_identity(config: Config, workdir: Path) -> Identity:
         taps=tuple(config.drafter.target_layer_ids),
         hidden_size=config.target.architecture.hidden_size,
         dtype=config.data.feature_dtype,
+        target_dtype=config.target.dtype,
     )
 
 

@@ -6,7 +6,6 @@ use, so the others are dropped here, and nothing but them.
 """
 
 import contextlib
-import errno
 import logging
 import shutil
 import sys
@@ -18,9 +17,7 @@ from typing import Any
 import jax
 
 from dspark_jax.config import InputError
-
-_NUMBERS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_TEXTS = ("No space left on device", "Disk quota exceeded", "File too large")
+from dspark_jax.errors import is_full_disk
 
 
 def check_space(directory: Path, state: Any) -> None:
@@ -50,7 +47,7 @@ def reported_in_one_line(directory: Path) -> Iterator[None]:
         yield
     except (OSError, ValueError, RuntimeError) as error:
         # The writer reports operating system errors as text, in whichever of these types fits its status code.
-        if getattr(error, "errno", None) not in _NUMBERS and not any(text in str(error) for text in _TEXTS):
+        if not is_full_disk(error):
             raise
         _remove_partial(directory)
         raise InputError(_line(directory, "the disk is full, a checkpoint could not be written")) from error

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import resource
 import shutil
 import signal
 import subprocess
@@ -16,7 +17,15 @@ from safetensors.numpy import load_file
 
 from dspark_jax.config import InputError
 from dspark_jax.data.feature_codec import Identity, dequantise, group_size, quantise
-from dspark_jax.data.features import CachedSamples, damaged_shards, estimate, is_complete, read_manifest, write_features
+from dspark_jax.data.features import (
+    LENDER,
+    CachedSamples,
+    damaged_shards,
+    estimate,
+    is_complete,
+    read_manifest,
+    write_features,
+)
 from dspark_jax.data.packing import PackedSamples, pack_batch, pad_batch
 from dspark_jax.data.sources import Sample
 
@@ -150,6 +159,7 @@ def test_a_killed_writer_goes_on(tmp_path):
 
 def test_a_complete_cache_is_left_alone(tmp_path):
     write(tmp_path / "f")
+    (tmp_path / "f" / LENDER).touch()
 
     def never():
         raise AssertionError("the target was loaded")
@@ -159,7 +169,14 @@ def test_a_complete_cache_is_left_alone(tmp_path):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("target", "other"), ("tokenizer", "other"), ("data", "other"), ("taps", (0, 2)), ("dtype", "bfloat16")],
+    [
+        ("target", "other"),
+        ("tokenizer", "other"),
+        ("data", "other"),
+        ("taps", (0, 2)),
+        ("dtype", "bfloat16"),
+        ("target_dtype", "bfloat16"),
+    ],
 )
 def test_another_identity_is_refused(tmp_path, field, value):
     samples = write(tmp_path / "f")
@@ -208,6 +225,69 @@ def test_a_full_disk_is_refused_beforehand(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(9, 9, 1000))
     with pytest.raises(InputError, match=r"take 0.00 GB, 0.00 GB are free; make room"):
         write(tmp_path / "f")
+
+
+def test_a_disk_that_fills_up_is_one_line(tmp_path):
+    """A limit on the size of files fails as a full disk does; what was whole before is gone on with."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    whole = write(tmp_path / "whole")
+    sizes = [shard["bytes"] for shard in read_manifest(tmp_path / "whole")["shards"]]
+
+    def filling(tokens, lengths):
+        if tokens.shape == (2, 32):  # the last batch: eleven samples, three at a time
+            resource.setrlimit(resource.RLIMIT_FSIZE, (sizes[-1] // 2, hard))
+        return run(tokens, lengths)
+
+    try:
+        with pytest.raises(InputError, match=r"shard-0000\d.array_record: the disk is full; the shards before it"):
+            write(tmp_path / "f", compute=lambda: filling)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert len(read_manifest(tmp_path / "f")["shards"]) == len(sizes) - 1
+    assert len(list((tmp_path / "f").glob("shard-*"))) == len(sizes) - 1
+    write(tmp_path / "f")
+    assert len(CachedSamples(whole, tmp_path / "f", IDENTITY)) == 11
+
+
+@pytest.mark.parametrize("change", [lambda m: [], lambda m: {"complete": True}, lambda m: m | {"identity": []},
+    lambda m: {k: v for k, v in m.items() if k != "shards"}, lambda m: m | {"shards": [{"file": "../x"}]}])  # fmt: skip
+def test_a_damaged_manifest_is_one_line(tmp_path, change):
+    samples = write(tmp_path / "f")
+    path = tmp_path / "f" / "manifest.json"
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    for use in (
+        lambda: CachedSamples(samples, tmp_path / "f", IDENTITY),
+        lambda: is_complete(tmp_path / "f", IDENTITY),
+    ):
+        with pytest.raises(InputError, match=r"manifest.json: (damaged|not a JSON object).*; remove it and run python"):
+            use()
+
+
+def test_a_cache_is_complete_with_all_of_its_files(tmp_path):
+    samples = write(tmp_path / "f")
+    assert not is_complete(tmp_path / "f", IDENTITY)
+    (tmp_path / "f" / LENDER).touch()
+    assert is_complete(tmp_path / "f", IDENTITY)
+    shard = tmp_path / "f" / "shard-00001.array_record"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert not is_complete(tmp_path / "f", IDENTITY)
+    shard.unlink()
+    assert not is_complete(tmp_path / "f", IDENTITY)
+    with pytest.raises(InputError, match=r"missing or not of \d+ bytes; run python -m dspark_jax.prepare again"):
+        CachedSamples(samples, tmp_path / "f", IDENTITY)
+    write(tmp_path / "f")
+    assert is_complete(tmp_path / "f", IDENTITY)
+
+
+def test_caches_of_older_versions_are_of_the_default_type(tmp_path):
+    samples = write(tmp_path / "f")
+    path = tmp_path / "f" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["identity"]["target_dtype"]
+    path.write_text(json.dumps(manifest))
+    CachedSamples(samples, tmp_path / "f", IDENTITY)
+    with pytest.raises(InputError, match="made with target_dtype auto, needed is float32"):
+        CachedSamples(samples, tmp_path / "f", dataclasses.replace(IDENTITY, target_dtype="float32"))
 
 
 def test_features_that_are_not_finite_are_refused(tmp_path):

@@ -12,6 +12,7 @@ from dspark_jax.config import Config, InputError, TargetArchitecture, TargetConf
 from dspark_jax.data.sources import Sample, write_samples
 from dspark_jax.hub import with_architecture
 from dspark_jax.sharding import make_mesh
+from dspark_jax.target.lender import read_lender
 from dspark_jax.training.checkpoint import Checkpoints
 from dspark_jax.training.feature_cache import feature_pass, open_features, prepare_features
 
@@ -77,6 +78,24 @@ def test_another_target_is_refused(config, tmp_path, single_device, new_target):
     config.data.features = "cache"
     prepare_features(config, tmp_path)
     open_features(config, tmp_path)
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "features").glob("shard-*")}
+    lender = tmp_path / "features" / "lender.safetensors"
+    whole = lender.read_bytes()
+    for content, remedy in ((None, "no such file; run"), (whole[:-9], "truncated .*; remove it and run")):
+        lender.unlink()
+        if content:
+            lender.write_bytes(content)
+        with pytest.raises(InputError, match=f"lender.safetensors: {remedy} python -m dspark_jax.prepare again"):
+            read_lender(lender, config.target.architecture)
+        lender.unlink(missing_ok=True)
+        prepare_features(config, tmp_path)
+        assert lender.read_bytes() == whole
+    assert before == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "features").glob("shard-*")}
+    other_type = "bfloat16" if config.target.dtype != "bfloat16" else "float32"
+    with pytest.raises(InputError, match=f"made with target_dtype {config.target.dtype}, needed is {other_type}"):
+        open_features(
+            dataclasses.replace(config, target=dataclasses.replace(config.target, dtype=other_type)), tmp_path
+        )
     other = new_target(tmp_path / "other", 5)
     config = dataclasses.replace(config, target=dataclasses.replace(config.target, path=str(other)))
     with pytest.raises(InputError, match="made with target .* needed is"):

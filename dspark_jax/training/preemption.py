@@ -1,6 +1,7 @@
 """Notice that this process is about to be stopped: SIGTERM, as a preempted machine, GKE and SLURM send it."""
 
 import signal
+import threading
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -35,7 +36,8 @@ class Preemption:
 
     def __enter__(self) -> "Preemption":
         """Itself."""
-        if not jax.distributed.is_initialized():
+        ours = threading.current_thread() is threading.main_thread()  # others may not listen for signals
+        if ours and not jax.distributed.is_initialized():
             self._before = signal.signal(signal.SIGTERM, self._note)
         return self
 

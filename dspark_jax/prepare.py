@@ -31,7 +31,7 @@ import numpy as np
 from dspark_jax import command
 from dspark_jax.config import Config, InputError
 from dspark_jax.data.chat import load_tokenizer, stop_tokens
-from dspark_jax.data.prompts import Prompt, read_prompts
+from dspark_jax.data.prompts import Prompt, content_hashes, read_prompts
 from dspark_jax.data.regenerate import (
     Answered,
     AnswerLog,
@@ -134,12 +134,7 @@ def read_inputs(config: Config) -> dict[str, Any]:
         raise InputError("data.prompts is empty; name at least one JSONL file of prompts")
     if not data.regenerate and data.repeats > 1:
         raise InputError(f"data.repeats={data.repeats} needs data.regenerate=True; given answers exist once")
-    prompts = []
-    for file in data.prompts:
-        try:
-            prompts.append([Path(file).stem, hashlib.sha256(Path(file).read_bytes()).hexdigest()[:32]])
-        except OSError as error:
-            raise InputError(f"{file}: cannot be read ({error.strerror}); correct data.prompts") from None
+    prompts = content_hashes(data.prompts, "data.prompts")
     return {
         "format": FORMAT,
         "target": {"weights": fingerprint(path), "dtype": config.target.dtype} if data.regenerate else {},

@@ -8,6 +8,7 @@ One JSON object per line, with one of these fields:
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -48,6 +49,21 @@ class Malformed:
     line: int
     reason: str
     text: str
+
+
+def content_hashes(files: Iterable[str], field: str) -> list[list[str]]:
+    """Prompt set and hash of the content of every file, in their order.
+
+    Raises:
+      InputError: a file that the config's `field` names cannot be read.
+    """
+    found = []
+    for file in files:
+        try:
+            found.append([Path(file).stem, hashlib.sha256(Path(file).read_bytes()).hexdigest()[:32]])
+        except OSError as error:
+            raise InputError(f"{file}: cannot be read ({error.strerror}); correct {field}") from None
+    return found
 
 
 def read_prompts(

@@ -5,14 +5,13 @@ data; it is absent where a comparison was begun before there was one: what is no
 """
 
 import dataclasses
-import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dspark_jax.config import Config, InputError, from_json, to_json
-from dspark_jax.data.prompts import read_prompts
+from dspark_jax.data.prompts import content_hashes, read_prompts
 from dspark_jax.evaluation.setup import check_prompt_files
 from dspark_jax.evaluation.summary import write_json
 from dspark_jax.target.loading import fingerprint, tokenizer_fingerprint
@@ -43,8 +42,8 @@ def contents(config: Config) -> dict[str, Any]:
     return {
         "target": fingerprint(path),
         "tokenizer": tokenizer_fingerprint(path),
-        "data.prompts": _hashes(config.data.prompts, "data.prompts"),
-        "eval.prompts": _hashes(config.eval.prompts, "eval.prompts"),
+        "data.prompts": content_hashes(config.data.prompts, "data.prompts"),
+        "eval.prompts": content_hashes(config.eval.prompts, "eval.prompts"),
     }
 
 
@@ -150,16 +149,6 @@ def _times_depend_on(config: Config) -> list[Any]:
     asked = config.eval
     alone = dataclasses.replace(config, eval=dataclasses.replace(asked, batch_size=1))
     return [*_rounds_depend_on(alone), asked.speed_prompts, asked.speed_threads, dataclasses.astuple(config.mesh)]
-
-
-def _hashes(files: Iterable[str], field: str) -> list[list[str]]:
-    found = []
-    for file in files:
-        try:
-            found.append([Path(file).stem, hashlib.sha256(Path(file).read_bytes()).hexdigest()[:32]])
-        except OSError as error:
-            raise InputError(f"{file}: cannot be read ({error.strerror}); correct {field}") from None
-    return found
 
 
 def _prepared_from(workdir: Path) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from dspark_jax.config import (
 from dspark_jax.data.chat import load_tokenizer, prompt_tokens, stop_tokens
 from dspark_jax.data.prompts import Prompt
 from dspark_jax.data.regenerate import Conversation
+from dspark_jax.engine.generate import decode
 from dspark_jax.evaluate import evaluate
 from dspark_jax.evaluation.decoding import Engine, Requests, answer, compare_greedy, first_difference, first_requests
 from dspark_jax.evaluation.summary import table
@@ -41,6 +42,7 @@ class Run(NamedTuple):
     mesh: Any
     metrics: dict[str, Any]
     printed: str
+    compiled: int
 
 
 def make_config(target: Path, folder: Path) -> Config:
@@ -77,8 +79,10 @@ def run(save_untrained: Any, tiny_target: Path, tmp_path_factory: pytest.TempPat
         patch.setattr("builtins.print", lambda *text, sep=" ", **_: printed.append(sep.join(map(str, text))))
         # One contender: the others would only compile longer.
         patch.setattr("dspark_jax.evaluation.traffic.traffic_contenders", lambda *_: {"plain": (None, None)})
+        before = decode._cache_size()
         metrics = evaluate(config, workdir, mesh=mesh, cost_table=str(costs), traffic="50", traffic_requests=4)
-    return Run(config, workdir, mesh, metrics, "\n".join(printed))
+        compiled = decode._cache_size() - before
+    return Run(config, workdir, mesh, metrics, "\n".join(printed), compiled)
 
 
 def test_metrics_have_the_documented_layout(run: Run):
@@ -108,6 +112,11 @@ def test_metrics_have_the_documented_layout(run: Run):
     assert written["calibration"]["by_position"]["weight"][0] == written["rounds"]
     assert 0 <= written["calibration"]["ece"] <= 1 and 0 <= written["calibration"]["brier"] <= 1
     assert written["temperatures"]["0.0"]["calibration"] is None
+
+
+def test_nothing_is_compiled_twice(run: Run):
+    """At both temperatures a program for all answers and one for each of three ways at batch 1, and plain answers."""
+    assert run.compiled == 2 * (1 + 3) + 1
 
 
 def test_greedy_output_is_plain_decoding(run: Run):

@@ -24,7 +24,7 @@ from dspark_jax.config import Config, from_json, to_json
 from dspark_jax.drafter.interface import is_confident
 from dspark_jax.engine.generate import decode, decode_shape, laid_out, padded_stops
 from dspark_jax.engine.result import DecodeResult
-from dspark_jax.engine.sampling import request_keys, request_sampling
+from dspark_jax.engine.sampling import fold_keys, request_keys, request_sampling
 from dspark_jax.engine.schedule import Scheduler
 from dspark_jax.evaluation.decoding import Engine, Request, Requests
 from dspark_jax.evaluation.setup import open_engine
@@ -88,20 +88,22 @@ def measure_speed(
 def _seconds_per_round(engine: Engine, requests: Requests, temperature: float, repeats: int = 3) -> float:
     """Seconds of a round at batch 1, by decoding the first request to its end and, for comparison, not at all.
 
-    With the drafter where the engine has one; the executable is that of `Engine.decode`.
+    With the drafter where the engine has one. The executable is that of `Engine.decode`: jit takes arrays of NumPy, of
+    one device and of a mesh for different things, so every argument is made in the same way as there.
     """
     prompt, width = requests.items[0].prompt, requests.width
     tokens = np.zeros((1, width), np.int32)
     tokens[0, : len(prompt)] = prompt
-    length = jnp.asarray([len(prompt)], jnp.int32)
-    keys, sampling = request_keys(0, jnp.arange(1)), request_sampling(1, temperature=temperature)
+    length = np.asarray([len(prompt)], np.int32)
+    keys = fold_keys(request_keys(0, jnp.zeros(1, jnp.int32)), jnp.zeros(1, jnp.int32))
+    sampling = request_sampling(1, temperature=temperature)
     stops = padded_stops([-1] * len(engine.stop_tokens))  # nothing ends it early
     shape = decode_shape(width, engine.max_new_tokens, engine.drafter, trace=False)
     models = (engine.target, engine.drafter)
 
     def run(new_tokens: int) -> tuple[float, int]:
-        prompts, limits, started = jnp.asarray(tokens), length + new_tokens, time.perf_counter()
-        state, _ = decode(*models, prompts, length, limits, keys, sampling, stops, Scheduler.fixed(), shape=shape)
+        limits, started = length + np.int32(new_tokens), time.perf_counter()
+        state, _ = decode(*models, tokens, length, limits, keys, sampling, stops, Scheduler.fixed(), shape=shape)
         rounds = int(jax.device_get(state.rounds)[0])
         return time.perf_counter() - started, rounds
 

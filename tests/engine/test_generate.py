@@ -48,20 +48,21 @@ def dspark(target: Any) -> Any:
     return make_drafter(target.arch, config, rngs=nnx.Rngs(3))
 
 
-def greedy_without_cache(target: Any, prompt: list[int], new: int) -> list[int]:
-    """Plain argmax decoding by whole forward passes: no cache, no engine."""
-    width = len(prompt) + new
-    tokens = np.zeros((1, width), np.int32)
-    tokens[0, : len(prompt)] = prompt
-    positions = jnp.arange(width)[None]
-    for end in range(len(prompt), width):
-        tokens[0, end] = forward_argmax(target, jnp.asarray(tokens), positions)[end - 1]
-    return tokens[0, len(prompt) :].tolist()
+def greedy_without_cache(target: Any, prompts: list[list[int]], new: int) -> list[list[int]]:
+    """Plain argmax decoding by whole forward passes, all prompts at once: no cache, no engine."""
+    lengths, rows = np.asarray([len(prompt) for prompt in prompts]), np.arange(len(prompts))
+    tokens = np.zeros((len(prompts), lengths.max() + new), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = prompt
+    for end in lengths + np.arange(new)[:, None]:
+        tokens[rows, end] = forward_argmax(target, tokens)[rows, end - 1]
+    return [tokens[row, length : length + new].tolist() for row, length in enumerate(lengths)]
 
 
 @jax.jit
-def forward_argmax(target: Any, tokens: jax.Array, positions: jax.Array) -> jax.Array:
-    return jnp.argmax(target.unembed(target.forward(tokens, positions).last_hidden)[0], axis=-1)
+def forward_argmax(target: Any, tokens: jax.Array) -> jax.Array:
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    return jnp.argmax(target.unembed(target.forward(tokens, positions).last_hidden), axis=-1)
 
 
 def same(first: list[np.ndarray], second: list[np.ndarray]) -> bool:
@@ -69,21 +70,23 @@ def same(first: list[np.ndarray], second: list[np.ndarray]) -> bool:
 
 
 def test_greedy_speculation_equals_plain_decoding_on_100_prompts(target: Any, bigram: Any, dspark: Any) -> None:
+    """In batches and one by one, padded alike so that either is one program, and once padded as is customary."""
     prompts = prompts_of(100)
-    plain = generate(target, None, prompts, max_new_tokens=16, batch_size=20)
+    wide: dict[str, Any] = {"max_new_tokens": 16, "prompt_width": 12}
+    plain = generate(target, None, prompts, **wide, batch_size=20)
     assert plain.tau == 1.0 and (plain.rounds == 15).all() and plain.block_size == 0
-    for i in (0, 1, 2, 57, 99):
-        assert plain.tokens[i].tolist() == greedy_without_cache(target, prompts[i], 16)
+    assert [tokens.tolist() for tokens in plain.tokens] == greedy_without_cache(target, prompts, 16)
     for drafter in (bigram, dspark):
-        batched = generate(target, drafter, prompts, max_new_tokens=16, batch_size=20)
+        batched = generate(target, drafter, prompts, **wide, batch_size=20)
         assert same(batched.tokens, plain.tokens)
-        alone = generate(target, drafter, prompts, max_new_tokens=16, batch_size=1)
+        alone = generate(target, drafter, prompts, **wide, batch_size=1)
         assert same(alone.tokens, plain.tokens)
         assert same(alone.acceptance_lengths, batched.acceptance_lengths)
         for emitted in batched.acceptance_lengths:
             assert 1 + emitted[:-1].sum() < 16 <= 1 + emitted.sum()  # no round too many, none too few
-    lengths = np.concatenate(generate(target, bigram, prompts, max_new_tokens=16, batch_size=20).accepted_lengths)
-    assert set(lengths.tolist()) == {0, 1, 2, 3}
+    tight = generate(target, bigram, prompts, max_new_tokens=16, batch_size=20)
+    assert same(tight.tokens, plain.tokens)
+    assert set(np.concatenate(tight.accepted_lengths).tolist()) == {0, 1, 2, 3}
 
 
 def test_equal_prompts_with_other_keys_differ(target: Any, bigram: Any) -> None:

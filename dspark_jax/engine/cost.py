@@ -15,7 +15,7 @@ from dspark_jax.engine.generate import laid_out
 from dspark_jax.engine.round import catch_up, drafting_round, plain_round
 from dspark_jax.engine.sampling import request_keys, round_uniforms
 from dspark_jax.engine.schedule import Scheduler
-from dspark_jax.engine.state import DecodeState, Pending, draft_cache
+from dspark_jax.engine.state import DecodeState, Pending, draft_cache, round_rows
 from dspark_jax.ops.sampling import Sampling
 
 
@@ -48,7 +48,7 @@ def midway(target: Any, drafter: Any, scheduler: Scheduler, slots: int, active: 
         stopped=row < 0,
         rounds=numbers,
         keys=request_keys(0, row),
-        target_cache=target.init_cache(slots, rows),
+        target_cache=target.init_cache(slots, rows, round_rows(drafter)),
         draft_cache=draft_cache(drafter, slots, rows),
         history=scheduler.start(slots, block_size),
     )
@@ -65,7 +65,7 @@ def round_seconds(target: Any, drafter: Any, shape: RoundShape, *, rounds: int =
       repeats: runs.
     """
     target, drafter = laid_out(target, drafter, batch_size=shape.slots)
-    per_request = 1 if drafter is None else drafter.block_size + 1
+    per_request = round_rows(drafter)
     active = min(shape.tokens, shape.slots) or shape.slots
     share = min(shape.tokens // active, per_request)
     scheduler = Scheduler.fixed(max(share - 1, 0))

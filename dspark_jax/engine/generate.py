@@ -19,7 +19,7 @@ from dspark_jax.engine.result import DecodeResult, collect
 from dspark_jax.engine.round import catch_up, drafting_round, plain_round
 from dspark_jax.engine.sampling import request_keys, request_sampling, round_uniforms
 from dspark_jax.engine.schedule import Scheduler, check_scheduler, drafts_now
-from dspark_jax.engine.state import DecodeState, Pending, RoundLog, draft_cache
+from dspark_jax.engine.state import DecodeState, Pending, RoundLog, draft_cache, round_rows
 from dspark_jax.ops.product import has_matrix_units
 from dspark_jax.ops.sampling import Sampling, sample
 from dspark_jax.sharding import constrain
@@ -59,8 +59,8 @@ def prefill(
     batch, width = prompts.shape
     positions = jnp.broadcast_to(jnp.arange(width), prompts.shape)
     taps = () if drafter is None else drafter.taps
-    cache = target.init_cache(batch, capacity)
-    output = target.forward(prompts, positions, cache, taps=taps, unroll=unroll)
+    cache = target.init_cache(batch, capacity, round_rows(drafter))
+    output = target.forward(prompts, positions, cache, taps=taps, counts=prompt_lengths, unroll=unroll)
     last = jnp.take_along_axis(output.last_hidden, (prompt_lengths - 1)[:, None, None], axis=1)[:, 0]
     first = sample(target.unembed(last), sampling, uniform)
     shown = draft_cache(drafter, batch, capacity)
@@ -208,7 +208,7 @@ def laid_out(target: Target, drafter: Any, *, batch_size: int) -> tuple[Target, 
 
 
 def _lay_out(target: Target, drafter: Any, batch_size: int) -> tuple[Target, Any]:
-    rows = batch_size * (1 if drafter is None else drafter.block_size + 1)
+    rows = batch_size * round_rows(drafter)
     separate = batch_size > 1
     target = decode_layout(target, _weight_type(target, rows), separate_caches=separate)
     return target, None if drafter is None else decode_layout(drafter, drafter.dtype, separate_caches=separate)

@@ -18,7 +18,7 @@ from dspark_jax.engine.generate import begin
 from dspark_jax.engine.round import decode_round
 from dspark_jax.engine.sampling import request_keys, round_uniforms
 from dspark_jax.engine.schedule import Scheduler, next_capacity
-from dspark_jax.engine.state import DecodeState, Round, draft_cache
+from dspark_jax.engine.state import DecodeState, Round, draft_cache, round_rows
 from dspark_jax.ops.sampling import Sampling, sample
 from dspark_jax.sharding import constrain
 
@@ -196,7 +196,7 @@ def open_slots(target: Any, drafter: Any, scheduler: Scheduler, *, count: int, r
         stopped=numbers > 0,
         rounds=numbers,
         keys=request_keys(0, numbers),
-        target_cache=target.init_cache(count, rows),
+        target_cache=target.init_cache(count, rows, round_rows(drafter)),
         draft_cache=draft_cache(drafter, count, rows),
     )
     state = begin(target, drafter, scheduler, state)
@@ -221,7 +221,8 @@ def prefill_chunk(
     axes = batch_axes(target.init_cache)
     taps = () if drafter is None else drafter.taps
     row = jax.tree.map(lambda values, axis: take_row(values, slot, axis), state.target_cache, axes)
-    output = target.forward(tokens, positions, row, taps=taps, unroll=unroll)
+    count = jnp.reshape(chunk.count, (1,))
+    output = target.forward(tokens, positions, row, taps=taps, counts=count, unroll=unroll)
     target_cache = jax.tree.map(
         lambda values, new, axis: put_row(values, new, slot, axis), state.target_cache, output.cache, axes
     )

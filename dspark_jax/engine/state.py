@@ -37,9 +37,14 @@ class Pending:
         return jnp.max(self.counts) >= self.features.shape[1]
 
 
+def round_rows(drafter: Any) -> int:
+    """G + 1, rows of a request that a round writes into the target's cache; 1 without a drafter."""
+    return 1 if drafter is None else drafter.block_size + 1
+
+
 def pending_rows(drafter: Any) -> int:
     """R: rows that may be pending."""
-    return 4 * (drafter.block_size + 1)
+    return 4 * round_rows(drafter)
 
 
 def draft_cache(drafter: Any, batch: int, capacity: int) -> Any:

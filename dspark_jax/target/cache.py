@@ -19,6 +19,10 @@ class KVCache:
     Row p of a request is written when position p is processed and read only by queries at positions >= p, so rolling
     back needs no copy: stale rows are overwritten before any query can see them.
 
+    The cache of layers with a window is a ring: position p stands in row p mod C. C is as large as `ring_rows` says, so
+    that what the rows of a pass overwrite, those that are taken back as well, lies in front of every later query's
+    window. (In a ring as long as the requests, position p stands in row p.)
+
     Attributes:
       keys: [L, B, K, C, H], heads before rows, as the products of attention want them; or one array per layer, which
         only layers laid out one by one can read (see `decode_layout`).
@@ -70,13 +74,16 @@ class KVCache:
 
         return KVCache(put(self.keys, keys), put(self.values, values))
 
-    def write_rows(self, index: jax.Array | int, keys: jax.Array, values: jax.Array, rows: Rows) -> "KVCache":
+    def write_rows(
+        self, index: jax.Array | int, keys: jax.Array, values: jax.Array, rows: Rows, *, ring: bool = False
+    ) -> "KVCache":
         """Puts flat rows [T, K, H] of layer `index` where `rows` says; those that belong to nobody are dropped."""
+        at = rows.at % self.length if ring else rows.at
 
         def put(cache: Any, flat: jax.Array) -> Any:
             flat = flat.astype(self.dtype)
             # Head by head: see `write`.
-            where = (rows.owner[:, None], jnp.arange(flat.shape[1]), rows.at[:, None])
+            where = (rows.owner[:, None], jnp.arange(flat.shape[1]), at[:, None])
             if isinstance(cache, tuple):
                 assert isinstance(index, int), "separate caches are for layers laid out one by one"
                 one = cache[index].at[where].set(flat, mode="drop")
@@ -84,6 +91,36 @@ class KVCache:
             return cache.at[(index, *where)].set(flat, mode="drop")
 
         return KVCache(put(self.keys, keys), put(self.values, values))
+
+    def write_last(
+        self, index: jax.Array | int, keys: jax.Array, values: jax.Array, starts: jax.Array, counts: jax.Array
+    ) -> "KVCache":
+        """Puts the last C of the first counts[b] rows [B, T, K, H], from position starts[b] on, into a ring."""
+        last = (starts + counts - 1)[:, None]
+        row = jnp.arange(self.length)
+        at = last - (last - row) % self.length - starts[:, None]  # [B, C] which of the T rows belongs in each ring row
+        taken = jnp.clip(at, 0, keys.shape[1] - 1)[..., None, None]
+
+        def put(cache: Any, rows: jax.Array) -> Any:
+            rows = jnp.take_along_axis(rows.astype(self.dtype), taken, axis=1).swapaxes(1, 2)  # [B, K, C, H]
+            old = cache[index] if isinstance(cache, tuple) else layer_at(cache, index)
+            one = jnp.where((at >= 0)[:, None, :, None], rows, old)
+            if isinstance(cache, tuple):
+                return (*cache[:index], one, *cache[index + 1 :])
+            return jax.lax.dynamic_update_index_in_dim(cache, one, index, 0)
+
+        return KVCache(put(self.keys, keys), put(self.values, values))
+
+    def before(self, index: jax.Array | int, starts: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+        """Keys and values [B, count, K, H] of the `count` positions before `starts` in a ring; below 0 anything."""
+        at = ((starts[:, None] - count + jnp.arange(count)) % self.length)[:, None, :, None]
+        keys, values = (jnp.take_along_axis(x, at, axis=2).swapaxes(1, 2) for x in self.stored(index))
+        return keys, values
+
+    @property
+    def length(self) -> int:
+        """C."""
+        return jax.tree.leaves(self.keys)[0].shape[-2]
 
     @property
     def dtype(self) -> Any:
@@ -101,3 +138,12 @@ class KVCache:
         """Keys and values [B, C, K, H] of one layer."""
         keys, values = self.stored(index)
         return keys.swapaxes(1, 2), values.swapaxes(1, 2)
+
+
+def ring_rows(window: int, block: int) -> int:
+    """C of a ring for a window of `window` rows, where passes write `block` rows of which some may be taken back.
+
+    The earliest row that the first of these sees stands window - 1 in front of it, the last one block - 1 behind it.
+    Rounded up to a whole number of bfloat16 tiles (16 rows).
+    """
+    return -(-(window + block - 1) // 16) * 16

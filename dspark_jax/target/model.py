@@ -15,11 +15,13 @@ from dspark_jax.config import TargetArchitecture
 from dspark_jax.ops.cached_attention import Rows, cached_attention
 from dspark_jax.ops.product import product
 from dspark_jax.sharding import Param, constrain, gather
-from dspark_jax.target.cache import KVCache
+from dspark_jax.target.cache import KVCache, ring_rows
 from dspark_jax.target.layers import (
     FULL,
+    AttentionShape,
     Layer,
     attend_in_chunks,
+    attention_shape,
     layer_at,
     normal,
     ones,
@@ -102,13 +104,18 @@ class Target(nnx.Module):
         """See `layers.decode_layout`."""
         self.columns = Param(self.head.T.astype(dtype), axes=(None,) * 2)
 
-    def init_cache(self, batch: int, length: int) -> Cache:
-        """An empty cache for `length` positions of `batch` requests."""
+    def init_cache(self, batch: int, length: int, block: int = 1) -> Cache:
+        """An empty cache for `length` positions of `batch` requests.
+
+        Layers with a window keep no more rows than they can see, and `block`: most rows of one pass of which some may
+        be taken back afterwards (a bonus token and its drafts), 1 where none ever is.
+        """
         separate = getattr(self, "separate_caches", False)
 
         def empty(kind: str) -> KVCache:
-            layers = len(stack_layers(self.arch, kind))
-            return KVCache.zeros(layers, batch, length, self.arch, self.dtype, kind, separate=separate)
+            layers, window = len(stack_layers(self.arch, kind)), attention_shape(self.arch, kind).window
+            rows = min(length, ring_rows(window, block)) if window else length
+            return KVCache.zeros(layers, batch, rows, self.arch, self.dtype, kind, separate=separate)
 
         caches = {kind: empty(kind) for kind in self.STACKS}
         return caches if len(caches) > 1 else caches[FULL]
@@ -122,6 +129,7 @@ class Target(nnx.Module):
         taps: tuple[int, ...] = (),
         starts: jax.Array | None = None,
         rows: Rows | None = None,
+        counts: jax.Array | None = None,
         unroll: bool = False,
     ) -> TargetOutput:
         """Runs the model.
@@ -137,6 +145,9 @@ class Target(nnx.Module):
             a row attends to its own document only. Positions then begin anew in every document.
           rows: the rows of all requests stand one behind the other: tokens and positions are [1, T], of which `rows`
             says what belongs to whom. Only attention and the cache, which must be there, see the requests.
+          counts: [B] real rows of each request, the first ones (None: all S). With a cache, a pass that is padded by
+            more rows than `init_cache` was told of has to say so: in a layer with a window the padding would take the
+            place of rows that are still seen.
           unroll: lay the layers out one by one instead of in a loop (faster decoding on CPU, more to compile).
 
         Returns:
@@ -154,20 +165,21 @@ class Target(nnx.Module):
                 nonlocal written
                 shape = projections.shape
                 query, key, value = projections.all(normed, positions)
-                if cache is not None:
-                    part = cache[kind] if isinstance(cache, dict) else cache
-                    if rows is None:
-                        part = part.write(index, key, value, positions[:, 0])
-                    else:
-                        part = part.write_rows(index, key[0], value[0], rows)
-                    written = {**cache, kind: part} if isinstance(cache, dict) else part
-                    if rows is not None:
-                        keys, values = part.stored(index)
-                        return cached_attention(
-                            query[0], keys, values, rows, scale=shape.scale, window=shape.window, finite=True
-                        )[None]
-                    key, value = part.layer(index)
-                return attend_in_chunks(query, key, value, limit, shape.scale, _first_rows(limit, shape.window, starts))
+                if cache is None:
+                    first = _first_rows(limit, shape.window, starts)
+                    return attend_in_chunks(query, key, value, limit, shape.scale, first)
+                part = cache[kind] if isinstance(cache, dict) else cache
+                own = (query, key, value)
+                if rows is not None:
+                    part, heads = _attend_rows(part, index, shape, own, rows)
+                elif shape.window:
+                    part, heads = _attend_in_window(part, index, shape, own, positions[:, 0], counts)
+                else:
+                    part = part.write(index, key, value, positions[:, 0])
+                    keys, values = part.layer(index)
+                    heads = attend_in_chunks(query, keys, values, limit, shape.scale)
+                written = {**cache, kind: part} if isinstance(cache, dict) else part
+                return heads
 
             x = constrain(layer(x, attention), "batch", None, None)
             return x, written, features.put(number, x)
@@ -238,3 +250,43 @@ def _first_rows(limit: jax.Array, window: int, starts: jax.Array | None) -> jax.
         return starts
     first = jnp.maximum(limit - window, 0)
     return first if starts is None else jnp.maximum(first, starts)
+
+
+Own = tuple[jax.Array, jax.Array, jax.Array]  # queries [B, S, N, H], keys and values [B, S, K, H] of a pass
+
+
+def _attend_rows(
+    part: KVCache, index: jax.Array | int, shape: AttentionShape, own: Own, rows: Rows
+) -> tuple[KVCache, jax.Array]:
+    """Writes the flat rows [1, T, ...] of a pass into layer `index`, and attends with them."""
+    query, key, value = (x[0] for x in own)
+    part = part.write_rows(index, key, value, rows, ring=bool(shape.window))
+    stored = part.stored(index)
+    return part, cached_attention(query, *stored, rows, scale=shape.scale, window=shape.window, finite=True)[None]
+
+
+def _attend_in_window(
+    part: KVCache, index: jax.Array | int, shape: AttentionShape, own: Own, starts: jax.Array, counts: jax.Array | None
+) -> tuple[KVCache, jax.Array]:
+    """`_attend_rows` for S rows of every request, from starts [B] on, in a layer with a window, whose cache is a ring.
+
+    A few rows are written first. Many would take the place of rows that the first of them still see, so the window in
+    front of them is read before they are written.
+    """
+    query, key, value = own
+    batch, s = query.shape[:2]
+    if s <= part.length - shape.window + 1:
+        rows = Rows.of(jnp.full((batch,), s), starts, size=batch * s, most=s)
+        flat = [x.reshape(1, batch * s, *x.shape[2:]) for x in own]
+        part, heads = _attend_rows(part, index, shape, (flat[0], flat[1], flat[2]), rows)
+        return part, heads.reshape(query.shape)
+    past = shape.window - 1
+    keys, values = (
+        jnp.concatenate([old.astype(new.dtype), new], axis=1)
+        for old, new in zip(part.before(index, starts, past), (key, value), strict=True)
+    )
+    limit = jnp.broadcast_to(past + 1 + jnp.arange(s), (batch, s))
+    first = jnp.maximum(limit - shape.window, (past - starts)[:, None])  # positions below 0 do not exist
+    heads = attend_in_chunks(query, keys, values, limit, shape.scale, first)
+    counts = jnp.full((batch,), s) if counts is None else counts
+    return part.write_last(index, key, value, starts, counts), heads

@@ -32,10 +32,12 @@ class BigramTarget(nnx.Module):
         self.table = Param(table)
         self.arch = architecture(table.shape[0])
 
-    def init_cache(self, batch: int, length: int) -> jax.Array:
+    def init_cache(self, batch: int, length: int, block: int = 1) -> jax.Array:
         return jnp.zeros((batch, 0))
 
-    def forward(self, tokens: jax.Array, positions: Any, cache: Any, *, taps: Any = (), unroll: Any = 0) -> Any:
+    def forward(
+        self, tokens: jax.Array, positions: Any, cache: Any, *, taps: Any = (), counts: Any = None, unroll: Any = 0
+    ) -> Any:
         return TargetOutput(jnp.zeros((*tokens.shape, 0)), jax.nn.one_hot(tokens, self.arch.vocab_size), cache)
 
     def unembed(self, hidden: jax.Array) -> jax.Array:

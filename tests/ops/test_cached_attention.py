@@ -64,6 +64,25 @@ def test_against_a_loop(implementation: str, window: int, causal: bool) -> None:
         assert not np.asarray(got)[sum(counts) :].any()
 
 
+@pytest.mark.parametrize("implementation", ("xla", "reference"))
+@pytest.mark.parametrize(("window", "most", "c"), [(1, 1, 1), (1, 3, 3), (4, 1, 4), (4, 3, 6), (5, 4, 11)])
+def test_a_window_over_a_ring(implementation: str, window: int, most: int, c: int) -> None:
+    """Position p stands in row p mod C, turns behind the first one and before it; what nobody may see is NaN."""
+    counts, positions, (n, k, h) = [most, 1, 0, most], [0, 23, 9, 40], (4, 2, 8)
+    rng = np.random.default_rng(c)
+    query = rng.normal(size=(sum(counts) + 1, n, h)).astype(np.float32)
+    keys, values = rng.normal(size=(2, len(counts), k, 64, h)).astype(np.float32)
+    ring = np.full((2, len(counts), k, c, h), np.nan, np.float32)
+    for b, (count, start) in enumerate(zip(counts, positions, strict=True)):
+        for position in range(max(0, start + 1 - window), start + count):
+            ring[:, b, :, position % c] = keys[b, :, position], values[b, :, position]
+    rows = Rows.of(jnp.asarray(counts), jnp.asarray(positions), size=len(query), most=most)
+    how = {"scale": 0.37, "window": window, "implementation": implementation}
+    got = jax.jit(lambda *given: cached_attention(*given, **how))(jnp.asarray(query), *map(jnp.asarray, ring), rows)
+    wanted = loop(query.astype(np.float64), keys, values, counts, positions, window=window, causal=True)
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=3e-6 * h)
+
+
 def test_a_finite_cache_needs_no_clearing_and_bfloat16_stays() -> None:
     counts, positions, size, most, n, k, h, c = CASES[1]
     rng = np.random.default_rng(3)

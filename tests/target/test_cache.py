@@ -67,6 +67,38 @@ def test_flat_rows_go_to_their_owners_or_nowhere(separate: bool) -> None:
     np.testing.assert_array_equal(stored(found), expected)
 
 
+@pytest.mark.parametrize("separate", (False, True))
+@pytest.mark.parametrize("count", (5, 29))
+def test_a_ring_keeps_the_last_rows(count: int, separate: bool) -> None:
+    """Prompts of any lengths go into a ring of twelve rows, further rows behind them; it is read across its seam."""
+    cache, (keys, values) = filled(3, separate), rows(3, count)
+    starts, counts = np.asarray([0, 7, 30]), np.asarray([count, count - 4, 1])
+    more = Rows.of(jnp.asarray([2, 0, 1]), jnp.asarray(starts + counts), size=4, most=2)
+    flat = [part[0, :4] for part in rows(1, 5)]
+    expected = stored(cache)
+    for part, new, behind in zip(expected, (keys, values), flat, strict=True):
+        for request in range(3):
+            for step in range(counts[request]):
+                part[1, request, :, (starts[request] + step) % LENGTH] = new[request, step]
+        for at, (request, step) in enumerate([(0, 0), (0, 1), (2, 0)]):
+            part[1, request, :, (starts + counts)[request] % LENGTH + step if request else (count + step) % LENGTH] = (
+                behind[at]
+            )
+
+    @jax.jit
+    def run(cache: KVCache, keys: jax.Array, values: jax.Array) -> tuple[KVCache, tuple[jax.Array, jax.Array]]:
+        cache = cache.write_last(1, keys, values, jnp.asarray(starts), jnp.asarray(counts))
+        cache = cache.write_rows(1, *flat, more, ring=True)
+        return cache, cache.before(1, jnp.asarray(starts + counts), 4)
+
+    found, read = run(cache, keys, values)
+    np.testing.assert_array_equal(stored(found), expected)
+    for part, got in zip(expected, read, strict=True):
+        for request, end in enumerate(starts + counts):
+            for step in range(4):
+                np.testing.assert_array_equal(got[request, step], part[1, request, :, (end - 4 + step) % LENGTH])
+
+
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 @pytest.mark.parametrize("flat", (False, True))
 def test_a_tpu_keeps_the_cache_where_it_is(flat: bool, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,21 +100,22 @@ def test_forward_equals_transformers(pair):
 
 
 def test_cached_decoding_equals_transformers(pair):
-    """Two requests in uneven pieces, with stale rows of rolled-back drafts in between, across the window."""
+    """Two requests in uneven pieces, with stale rows of rolled-back drafts in between, several windows long."""
     model, target, taps = pair
     tokens = np.random.default_rng(1).integers(0, 199, (2, 30))
     (expected, *_), (error, *_) = oracle(model, tokens, taps)
-    cache = target.init_cache(2, 40)
+    cache = target.init_cache(2, 48, block=5)
+    assert cache[SLIDING].length == 16
     starts = np.array([0, 0])
     features = np.full((2, 30, expected.shape[-1]), np.nan)
-    step = jax.jit(lambda t, p, c: target.forward(t, p, c, taps=taps))
-    for lengths in ([9, 5], [1, 1], [4, 8], [3, 3], [13, 13]):
-        width = max(lengths)
+    step = jax.jit(lambda t, p, c, n: target.forward(t, p, c, taps=taps, counts=n))
+    for lengths in ([9, 5], [1, 1], [4, 8], [3, 3], [12, 2], [1, 11]):
+        width = 3 if max(lengths) <= 3 else 12  # three at once are written before they are read, twelve cannot be
         positions = starts[:, None] + np.arange(width)
         fed = np.full((2, width), 7)  # rows behind a request's own are drafts that get rejected
         for b, length in enumerate(lengths):
             fed[b, :length] = tokens[b, starts[b] : starts[b] + length]
-        out = step(fed, positions, cache)
+        out = step(fed, positions, cache, jnp.asarray(lengths))
         cache = out.cache
         for b, length in enumerate(lengths):
             features[b, starts[b] : starts[b] + length] = out.features[b, :length]
@@ -135,13 +136,15 @@ def test_flat_rows_are_the_rows_of_their_requests():
     tokens = jax.random.randint(jax.random.key(0), (2, 14), 0, 67)
     prompt, counts, first = jnp.array([11, 4]), jnp.array([3, 2]), jnp.array([11, 4])
     positions = jnp.broadcast_to(jnp.arange(14), tokens.shape)
-    cache = target.forward(tokens, positions, target.init_cache(2, 16)).cache  # rows behind the prompts are stale
+    forward = jax.jit(Gemma4.forward, static_argnames="taps")
+    # Rows behind the prompts are stale.
+    cache = forward(target, tokens, positions, target.init_cache(2, 30, block=3), counts=prompt).cache
     own = jnp.stack([tokens[b, prompt[b] : prompt[b] + 3] for b in range(2)])
-    padded = target.forward(own, first[:, None] + jnp.arange(3), cache, taps=(1,))
+    padded = forward(target, own, first[:, None] + jnp.arange(3), cache, taps=(1,))
     rows = Rows.of(counts, first, size=6, most=3)
     flat = jnp.concatenate([own[0, :3], own[1, :2], jnp.zeros(1, own.dtype)])
     at = jnp.concatenate([11 + jnp.arange(3), 4 + jnp.arange(2), jnp.zeros(1, jnp.int32)])
-    out = target.forward(flat[None], at[None], cache, taps=(1,), rows=rows)
+    out = forward(target, flat[None], at[None], cache, taps=(1,), rows=rows)
     for found, expected in ((out.features, padded.features), (out.last_hidden, padded.last_hidden)):
         np.testing.assert_allclose(found[0, :3], expected[0], atol=1e-5)
         np.testing.assert_allclose(found[0, 3:5], expected[1, :2], atol=1e-5)

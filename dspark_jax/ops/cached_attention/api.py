@@ -26,12 +26,15 @@ def cached_attention(
     or, without `causal`, all rows up to its request's last one (a drafter's block). Its own keys and values must be in
     the cache already. Cache rows that nobody sees may hold anything, even NaN.
 
+    With a window the cache may be a ring: position p stands in row p mod C, and C is at least window + W - 1, so that
+    no row of a block has taken the place of one that another row of it sees.
+
     Args:
       query: [T, N, H], with positional rotation applied; N is a multiple of K, and query head n reads key head
         n // (N / K).
       key: [B, K, C, H], heads before rows.
       value: [B, K, C, H].
-      rows: which flat rows belong to which request, and where they stand; positions + counts <= C.
+      rows: which flat rows belong to which request, and where they stand; positions + counts <= C but for a ring.
       scale: factor of the scores.
       window: cache rows that a row sees at most, the last ones, its own included; 0 is all.
       causal: whether a row sees no later row of its own block.

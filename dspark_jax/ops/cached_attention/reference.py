@@ -24,8 +24,10 @@ def cached_attention(
     groups = query.shape[1] // k
     last = rows.at if causal else rows.positions[owner] + rows.counts[owner] - 1
     row = jnp.arange(c)
-    seen = (row <= last[:, None]) & (row > (last - window if window else jnp.full_like(last, -1))[:, None])
-    seen &= rows.real[:, None]  # [T, C]
+    position = row + (last[:, None] - row) // c * c if window else row  # the latest one that may stand in a ring row
+    seen = (position <= last[:, None]) & (position >= 0) & rows.real[:, None]  # [T, C]
+    if window:
+        seen &= position > last[:, None] - window
     keys, values = (x[owner].swapaxes(1, 2).repeat(groups, axis=2) for x in (key, value))  # [T, C, N, H]
     scores = jnp.einsum("tnh,tcnh->tcn", query, keys, preferred_element_type=jnp.float32, precision="highest") * scale
     weights = jax.nn.softmax(jnp.where(seen[..., None], scores, -1e30), axis=1)

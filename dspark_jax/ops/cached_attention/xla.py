@@ -28,9 +28,10 @@ def cached_attention(
     ends = rows.positions + rows.counts
     last = rows.positions[:, None] + jnp.arange(w) if causal else jnp.broadcast_to(ends[:, None] - 1, (b, w))
     row = jnp.arange(c)
-    visible = (row <= last[..., None]) & own[..., None]  # [B, W, C]
-    if window:
-        visible &= row > last[..., None] - window
+    last = last[..., None]
+    # With a window: how far back each cache row lies, in a ring too.
+    visible = (last - row) % c < jnp.minimum(window, last + 1) if window else row <= last
+    visible &= own[..., None]  # [B, W, C]
     if not finite:
         # A weight of exactly 0 times NaN is NaN. Masked scores are replaced whatever they are, so keys may stay.
         value = jnp.where(jnp.any(visible, axis=1)[:, None, :, None], value, 0)

@@ -165,7 +165,7 @@ class EvalConfig:
     temperatures: tuple[float, ...] = (1.0, 0.0)
     """Decoding temperatures; the first one gives the headline tau."""
     speed_prompts: int = 8
-    """Prompts per set that are decoded at batch 1, with and without the drafter, to measure speed."""
+    """Prompts per set that are decoded at batch 1, with and without the drafter, to measure speed; 0: it is not."""
     speed_threads: int = 0
     """On a CPU: measure speed in a process of its own with so many XLA threads (1 is best for tiny models); 0: here."""
     bootstrap: int = 2000

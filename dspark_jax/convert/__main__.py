@@ -24,6 +24,7 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
+from jax.sharding import Mesh
 
 from dspark_jax import command
 from dspark_jax.config import Config, InputError, MeshConfig, TargetArchitecture, TargetConfig, resolve, to_json
@@ -44,6 +45,7 @@ from dspark_jax.data.prompts import read_prompts
 from dspark_jax.engine.generate import generate
 from dspark_jax.hub import local_directory, with_architecture
 from dspark_jax.json_file import read_object
+from dspark_jax.kinds import as_kind
 from dspark_jax.progress import log
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target.loading import fingerprint, load_target, read_checkpoint
@@ -194,6 +196,7 @@ def import_(options: argparse.Namespace) -> Path:
         config = Config(name=workdir.name)
         config.data.max_length = min(config.data.max_length, arch.max_position_embeddings)
         config.data.max_prompt_length = min(config.data.max_prompt_length, config.data.max_length // 2)
+        config = as_kind(config, drafter.kind)  # its loss, and the rows that it learns from
     target = dataclasses.replace(config.target, path=options.target, architecture=TargetArchitecture())
     config = resolve(with_architecture(dataclasses.replace(config, drafter=drafter, target=target)))
     fitting(directory, arch, options.target, config.target.architecture, whole=True)
@@ -215,24 +218,39 @@ def check(options: argparse.Namespace) -> Report:
     Raises:
       InputError: drafter, target or prompts cannot be used.
     """
+    report = examine(options)
+    show(report, options.json)
+    if not report.good:
+        raise SystemExit(1)
+    return report
+
+
+def examine(options: argparse.Namespace, *, mesh: Mesh | None = None, target: Any = None) -> Report:
+    """What is to be expected of a drafter directory, for those who want it as an object.
+
+    Args:
+      options: of `check`, see `parser`.
+      mesh: of the models; that of `MeshConfig()` if None.
+      target: the model in `options.target`, or None to load it.
+
+    Raises:
+      InputError: drafter, target or prompts cannot be used.
+    """
     directory = local_directory(options.drafter)
     read_layout(options.drafter, read_config(directory))  # before anything large is loaded
-    mesh = make_mesh(MeshConfig())
+    mesh = make_mesh(MeshConfig()) if mesh is None else mesh
     options.target = str(local_directory(options.target))
-    config = TargetConfig(path=options.target, architecture=TargetArchitecture.from_hf(options.target))
     with jax.set_mesh(mesh):
-        target: Any = load_target(config, mesh)
+        if target is None:
+            architecture = TargetArchitecture.from_hf(options.target)
+            target = load_target(TargetConfig(path=options.target, architecture=architecture), mesh)
         prompts, masks = check_prompts(options, target.arch.vocab_size)
         written = generate(target, None, prompts, max_new_tokens=options.tokens, batch_size=len(prompts)).tokens
         answers = [
             Answer(np.asarray([*prompt, *tokens], np.int32), len(prompt))
             for prompt, tokens in zip(prompts, written, strict=True)
         ]
-        report = check_directory(directory, target, Path(options.target), answers, mesh, masks=masks)
-    show(report, options.json)
-    if not report.good:
-        raise SystemExit(1)
-    return report
+        return check_directory(directory, target, Path(options.target), answers, mesh, masks=masks)
 
 
 def show(report: Report, file: str | None) -> None:

@@ -14,6 +14,14 @@ _GEMMA = {"gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"}
 """Values of `model_type` of Gemma 4, with and without other modalities; all are `gemma4` here."""
 
 
+class Unsupported(InputError):
+    """A model of a known family that uses what has no implementation here; `what` names it."""
+
+    def __init__(self, where: str, what: str, remedy: str):
+        super().__init__(f"{where}: {what} is not supported; {remedy}")
+        self.what = what
+
+
 @dataclasses.dataclass
 class TargetArchitecture:
     """Shape of a target model, with the field names of its Hugging Face `config.json`."""
@@ -48,15 +56,16 @@ class TargetArchitecture:
     """Logits are this times tanh(logits / this); 0 = not capped."""
 
     foreign: str = dataclasses.field(default="", repr=False)
-    """The model_type of a target that has no definition here and only lends its features; empty for all others."""
+    """What a target is that has no definition here and only lends its features: its model_type, and what sets it apart
+    where that is a known one. Empty for all others."""
 
     @classmethod
     def from_hf(cls, source: str | os.PathLike[str] | Mapping[str, Any]) -> "TargetArchitecture":
         """Reads a Hugging Face config: a directory, a `config.json`, or its decoded content.
 
         Raises:
-          InputError: the file is missing or not JSON, a needed field is absent or of another type, or the model uses
-            a feature that has no implementation here (biases, scaled RoPE, experts, ...).
+          InputError: the file is missing or not JSON, or a needed field is absent or of another type.
+          Unsupported: the model uses a feature that has no implementation here (biases, scaled RoPE, experts, ...).
         """
         where, raw = _read(source)
         model_type = raw.get("model_type")
@@ -82,13 +91,16 @@ class TargetArchitecture:
         """As `from_hf`; of a model that has no definition here, the shape that a drafter for it has (a Qwen3's).
 
         Raises:
-          InputError: as `from_hf`, or a size that the drafter needs is not in the config.
+          InputError: as `from_hf` but for what is unsupported, or a size that the drafter needs is not in the config.
         """
         where, raw = _read(Path(directory) / "config.json")
         text = {**raw, **_part(raw, "text_config", where)}
         kind = str(text.get("model_type"))
         if kind in (*_GEMMA, "qwen3"):
-            return cls.from_hf(directory)
+            try:
+                return cls.from_hf(directory)
+            except Unsupported as error:
+                kind = f"{kind} with {error.what}"
         for name, others in _OTHER_NAMES.items():
             given = [text[other] for other in (name, *others) if text.get(other) is not None]
             text[name] = given[0] if given else None
@@ -205,7 +217,7 @@ def _refuse(raw: Mapping[str, Any], where: str, wanted: Mapping[str, Any], remed
     """Refuses a Hugging Face config with another value than the only one that is implemented; absent is fine."""
     for name, value in wanted.items():
         if raw.get(name) is not None and raw[name] != value:
-            raise InputError(f"{where}: {name} {json.dumps(raw[name])} is not supported; {remedy}")
+            raise Unsupported(where, f"{name} {json.dumps(raw[name])}", remedy)
 
 
 def _qwen_values(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -217,7 +229,7 @@ def _qwen_values(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
         if rope.get("rope_theta") is not None:
             values["rope_theta"] = rope["rope_theta"]
         if _rope_type(rope) != "default":
-            raise InputError(f"{where}: rope_type {_rope_type(rope)!r} is not supported; use a model with default RoPE")
+            raise Unsupported(where, f"rope_type {_rope_type(rope)!r}", "use a model with default RoPE")
     _refuse(raw, where, {"attention_bias": False, "use_sliding_window": False}, "use a plain Qwen3 model")
     values.setdefault("tie_word_embeddings", False)
     return values
@@ -229,7 +241,7 @@ def _gemma_values(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     only |= {"enable_moe_block": False, "hidden_activation": "gelu_pytorch_tanh"}
     _refuse(raw, where, only, "use a dense Gemma 4 such as google/gemma-4-12B-it")
     if raw.get("use_bidirectional_attention") == "all":
-        raise InputError(f"{where}: use_bidirectional_attention all is not supported; use a causal Gemma 4")
+        raise Unsupported(where, "use_bidirectional_attention all", "use a causal Gemma 4")
     values = {field.name: raw[field.name] for field in dataclasses.fields(TargetArchitecture) if field.name in raw}
     values |= {"model_type": "gemma4"}
     values.setdefault("tie_word_embeddings", True)
@@ -257,7 +269,7 @@ def _gemma_values(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     for entry, known in ((full, ("proportional", "default")), (sliding, ("default",))):
         _check_numbers(entry, where)
         if _rope_type(entry) not in known:
-            raise InputError(f"{where}: rope_type {_rope_type(entry)!r} is not supported; use one of: {known}")
+            raise Unsupported(where, f"rope_type {_rope_type(entry)!r}", f"use one of: {known}")
     values["rope_theta"], values["sliding_rope_theta"] = full.get("rope_theta", 1e6), sliding.get("rope_theta", 1e4)
     values["partial_rotary_factor"] = full.get("partial_rotary_factor", 1.0)
     values["final_logit_softcapping"] = raw.get("final_logit_softcapping") or 0.0

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 
 import pytest
 
@@ -68,8 +69,6 @@ def test_json_round_trip():
 
 
 def test_resolve_reads_the_target_and_refuses_a_contradiction(tmp_path):
-    import json
-
     (tmp_path / "config.json").write_text(json.dumps(ARCH.to_hf()))
     config = valid(target={"path": str(tmp_path), "architecture": TargetArchitecture()})
     assert resolve(config).target.architecture == ARCH
@@ -102,6 +101,34 @@ def test_unsupported_hugging_face_configs_are_refused(change, message):
     raw = {name: value for name, value in raw.items() if value is not None}
     with pytest.raises(InputError, match=message):
         TargetArchitecture.from_hf(raw)
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"attention_bias": True}, "qwen3 with attention_bias true"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 5e5}}, "qwen3 with rope_type 'yarn'"),
+        ({"model_type": "gemma4_text", "hidden_size_per_layer_input": 256},
+         "gemma4_text with hidden_size_per_layer_input 256"),
+        ({"model_type": "gemma4_text", "enable_moe_block": True}, "gemma4_text with enable_moe_block true"),
+    ],
+)  # fmt: skip
+def test_relatives_of_a_known_family_lend_their_features(tmp_path, change, what):
+    """What `from_hf` refuses has a drafter all the same, trained on features from PyTorch; what is damaged has none."""
+    raw = ARCH.to_hf() | change
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    found = TargetArchitecture.of_any_model(tmp_path)
+    assert found.foreign == what and found.model_type == "qwen3"
+    theta = 5e5 if "yarn" in what else ARCH.rope_theta
+    assert (found.hidden_size, found.num_hidden_layers, found.rope_theta) == (ARCH.hidden_size, 6, theta)
+    config = valid(target={"path": str(tmp_path), "architecture": TargetArchitecture()}, data={"features": "torch"})
+    with pytest.raises(InputError, match="=True needs a target that runs here, .* with .* does not"):
+        resolve(config)
+    with pytest.raises(InputError, match="is not supported"):
+        resolve(valid(target={"path": str(tmp_path), "architecture": TargetArchitecture()}))
+    (tmp_path / "config.json").write_text(json.dumps(raw | {"hidden_size": "32"}))
+    with pytest.raises(InputError, match='hidden_size "32" is not a positive whole number'):
+        TargetArchitecture.of_any_model(tmp_path)
 
 
 @pytest.mark.parametrize("read", [TargetArchitecture.from_hf, TargetArchitecture.of_any_model])

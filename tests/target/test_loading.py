@@ -121,7 +121,7 @@ def rewrite(directory, change):
     """Replaces the shards by one file with `change` applied to its tensors."""
     tensors = tensors_of(Qwen3(ARCH, rngs=nnx.Rngs(3)))
     change(tensors)
-    (directory / "model.safetensors.index.json").unlink()
+    (directory / "model.safetensors.index.json").unlink(missing_ok=True)
     save_file(tensors, directory / "model.safetensors")
 
 
@@ -202,6 +202,33 @@ def test_fingerprints_tell_models_and_tokenizers_apart(directory):
     (directory / "tokenizer.json").write_text('{"a": 1}')
     assert fingerprint(directory) != before[0]
     assert tokenizer_fingerprint(directory) != before[1]
+
+
+@pytest.mark.parametrize("at", (0, -1))
+def test_a_fingerprint_is_of_both_ends_of_a_large_tensor(directory, at):
+    """Of 8192 values it reads 2048."""
+    name, before = "model.embed_tokens.weight", []
+    for value in (1.0, 2.0):
+
+        def change(tensors, value=value):
+            tensors[name] = np.zeros((128, 64), ml_dtypes.bfloat16)
+            tensors[name].reshape(-1)[at] = value
+
+        rewrite(directory, change)
+        before.append(fingerprint(directory))
+    assert before[0] != before[1]
+
+
+def test_a_model_in_eight_bits_has_a_fingerprint_and_is_refused(directory):
+    """PyTorch may run it and lend its features."""
+
+    def change(tensors):
+        tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(ml_dtypes.float8_e4m3fn)
+
+    rewrite(directory, change)
+    assert len(fingerprint(directory)) == 32
+    with pytest.raises(InputError, match=r"model.norm.weight has dtype uint8, so it is quantised"):
+        load(directory)
 
 
 def test_reading_is_lazy(directory):

@@ -15,6 +15,9 @@ from dspark_jax.config import Config, InputError, LossConfig
 
 KINDS = ("dspark", "dflash", "eagle3", "mtp", "gated", "rnn", "length")
 
+MASKLESS = ("eagle3", "mtp")
+"""They go token by token, so nothing fills a block: `mask_token_id` says nothing of them, and presets have 0 there."""
+
 EAGLE3_LOSS = LossConfig(decay=-1.0 / math.log(0.8), ce=0.0, l1=0.0, confidence=0.0, soft_ce=1.0, per_row=True)
 """The reference's: soft cross-entropy, step s weighs 0.8^s, divided by all rows, those of prompts and padding too."""
 
@@ -49,6 +52,7 @@ def as_kind(config: Config, kind: str) -> Config:
     if kind == "length":  # in the place of the total variation; everything else is dspark's
         loss = dataclasses.replace(loss, l1=0.0, length=1.0)
     train = config.train
-    if kind in ("eagle3", "mtp"):
+    if kind in MASKLESS:
+        drafter = dataclasses.replace(drafter, mask_token_id=0)
         train = dataclasses.replace(train, num_anchors=config.data.max_length)
     return dataclasses.replace(config, drafter=drafter, loss=dataclasses.replace(loss), train=train)

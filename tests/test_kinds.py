@@ -38,6 +38,7 @@ def test_only_drafter_loss_and_rows_change(base: Config, kind: str) -> None:
     rows = 64 if kind in ("eagle3", "mtp") else base.train.num_anchors
     assert config.train == dataclasses.replace(base.train, num_anchors=rows)
     assert config.drafter.block_size == (1 if kind == "mtp" else 5)
+    assert config.drafter.mask_token_id == (0 if kind in ("eagle3", "mtp") else 66)
     assert config.drafter.target_layer_ids == ((3,) if kind == "mtp" else (0, 2))
     assert (config.drafter.markov_rank == 0) == (kind in ("dflash", "eagle3", "mtp"))
     config.loss.ce = 9.0  # the presets are not shared

@@ -24,6 +24,7 @@ from jax.sharding import Mesh
 
 from dspark_jax.config import Config, InputError, TargetConfig, from_json, to_json
 from dspark_jax.drafter import AnyDrafter
+from dspark_jax.kinds import MASKLESS
 from dspark_jax.target.loading import fingerprint, tokenizer_fingerprint
 from dspark_jax.training.full_disk import check_space, quiet, reported_in_one_line
 from dspark_jax.training.state import Params, TrainState, abstract_drafter, param_shardings, to_module, to_params
@@ -264,7 +265,8 @@ def _check_about(where: Path, about: dict[str, Any], present: dict[str, Any], pa
 
 def _check_config(where: Path, saved: dict[str, Any], present: dict[str, Any], *, imported: bool) -> None:
     """Refuses what cannot be resumed: another drafter, or another order of the data and its random numbers."""
-    fixed = [("drafter", name) for name in present["drafter"] if name not in ("dtype", "initializer_range")]
+    free = {"dtype", "initializer_range", *(["mask_token_id"] if present["drafter"]["kind"] in MASKLESS else [])}
+    fixed = [("drafter", name) for name in present["drafter"] if name not in free]
     if present["train"]["init_from"]:  # what began elsewhere goes on without naming it, too
         fixed += [("train", "init_from")]
     if not imported:

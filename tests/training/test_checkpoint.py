@@ -6,6 +6,7 @@ import resource
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -13,7 +14,7 @@ import pytest
 from dspark_jax import train
 from dspark_jax.config import InputError, MeshConfig, TargetConfig
 from dspark_jax.training.checkpoint import Checkpoints, check_continuation, load_drafter
-from dspark_jax.training.state import abstract_drafter, state_layout, to_params
+from dspark_jax.training.state import TrainState, abstract_drafter, state_layout, to_params
 
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
 
@@ -139,6 +140,20 @@ def test_what_cannot_be_continued_is_refused(config, meshes, saved, tmp_path, gr
         checkpoints.restore(layout(config, meshes["one"]))
     with pytest.raises(InputError, match=message):
         check_continuation(config, tmp_path, lambda: pytest.fail("there is no fingerprint to compare with"))
+
+
+@pytest.mark.parametrize("kind", ["eagle3", "mtp", "dflash"])
+def test_the_mask_token_counts_only_where_there_is_one(config, tmp_path, kind):
+    """Runs of EAGLE-3 and MTP from before their presets had 0 there still resume."""
+    config.drafter.kind = kind
+    with Checkpoints(tmp_path, config) as checkpoints:
+        checkpoints.save(3, TrainState(jnp.int32(3), {"x": jnp.zeros(2)}, {}), {})
+    config.drafter.mask_token_id = 0
+    if kind != "dflash":
+        assert check_continuation(config, tmp_path, lambda: "")
+        return
+    with pytest.raises(InputError, match=r"checkpoints/3: drafter.mask_token_id was 66, now 0; resume with the old"):
+        check_continuation(config, tmp_path, lambda: "")
 
 
 def test_other_data_is_refused(config, meshes, saved, tmp_path, monkeypatch):

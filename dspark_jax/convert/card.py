@@ -7,11 +7,8 @@ from typing import Any
 from dspark_jax.convert.dialect import same
 from dspark_jax.convert.export import Content, Source
 from dspark_jax.convert.layouts import Layout, read_layout
-from dspark_jax.convert.servers import Verdict
+from dspark_jax.convert.servers import NO_SERVERS, Verdict
 from dspark_jax.hub import is_hub_id
-
-NO_SERVERS = ("speculators",)
-"""Readers of `convert.servers` that serve nothing."""
 
 
 def model_card(

@@ -14,7 +14,7 @@ from dspark_jax.convert.export import frozen_tensors
 from dspark_jax.convert.hf import drafter_config, load_tensors
 from dspark_jax.convert.layouts import Layout, layers_config, read_config, read_layout
 from dspark_jax.convert.mapping import FROZEN, VOCABULARY_MAPS
-from dspark_jax.convert.servers import Verdict, replay
+from dspark_jax.convert.servers import NO_SERVERS, Verdict, replay
 from dspark_jax.target.loading import read_checkpoint
 
 _PART = 1 << 22
@@ -40,7 +40,8 @@ class Report:
     @property
     def good(self) -> bool:
         """Nothing is wrong with the drafter, and at least one server drafts with it as it was trained."""
-        return not self.problems and any(self.served(verdict)[0] == "serves" for verdict in self.verdicts)
+        servers = (verdict for verdict in self.verdicts if verdict.server not in NO_SERVERS)
+        return not self.problems and any(self.served(verdict)[0] == "serves" for verdict in servers)
 
     def served(self, verdict: Verdict) -> tuple[str, str]:
         """(serves, differs or refuses; why) for one server."""

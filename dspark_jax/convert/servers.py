@@ -284,6 +284,8 @@ def speculators(files: Files) -> Verdict:
 
 
 SERVERS = (vllm, sglang, llama_cpp, speculators)
+NO_SERVERS = ("speculators",)
+"""Those of them that read a file and serve nothing."""
 
 
 def _vocabulary(files: Files, server: str) -> list[str]:

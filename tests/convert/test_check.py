@@ -315,6 +315,20 @@ def test_speculators_files_without_a_layout_are_fill_in_for_vllm(world, tmp_path
     assert found["speculators"].reading.anchor_first
 
 
+def test_a_package_that_serves_nothing_makes_no_file_good(world):
+    """A gated head in the speculators format: its package reads it, every server refuses."""
+    raw, shapes = files(world)
+    raw = {name: raw[name] for name in ("block_size", "mask_token_id", "markov_rank")} | {
+        "speculators_model_type": "dspark", "transformer_layer_config": {"num_hidden_layers": 1},
+        "aux_hidden_state_layer_ids": [1, 2], "sample_from_anchor": True, "markov_head_type": "gated",
+    }  # fmt: skip
+    for head, serving in (("gated", ["speculators"]), ("vanilla", ["vLLM", "llama.cpp", "speculators"])):
+        config = raw | {"markov_head_type": head}
+        found = Report(read_layout("x", config), (), None, tuple(replay("x", config, shapes, ARCH)))
+        assert [server for server, (word, _) in verdicts(found).items() if word == "serves"] == serving
+        assert found.good == (head == "vanilla")
+
+
 def test_paths_mislead_vllm(world):
     raw, shapes = files(world)
     notes = replay("models/my-dflash-drafter", raw, shapes, ARCH)[0].notes

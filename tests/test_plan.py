@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +16,10 @@ import pytest
 from dspark_jax import plan
 from dspark_jax.config import InputError, MeshConfig, TargetArchitecture, resolve, to_json
 from dspark_jax.planning import apart
+from dspark_jax.planning.estimate import compile_and_estimate
 from dspark_jax.planning.flops import matmul_flops
 from dspark_jax.planning.hlo import Traffic, program_cost
-from dspark_jax.planning.programs import bytes_per_chip, decode_program, train_program, with_dtypes
+from dspark_jax.planning.programs import Program, bytes_per_chip, decode_program, train_program, with_dtypes
 from dspark_jax.planning.topology import CHIPS, GIB, devices_of, listing
 from dspark_jax.sharding import make_mesh, sharding
 
@@ -164,6 +166,72 @@ def test_a_batch_that_the_mesh_cannot_divide_is_refused(config):
     config.train = dataclasses.replace(config.train, batch_size=6)
     with pytest.raises(InputError, match=r"batch_size=6 is not divisible by train.accumulate=2 x 8 ways"):
         train_program(config, make_mesh(MeshConfig(2, 4, 1)))
+
+
+class Compiled:
+    """A program of matrices [8, 100] f32, compiled: to HLO, and to this much memory, or not at all."""
+
+    def __init__(self, message=""):
+        self.message = message
+
+    def lower(self):
+        return self
+
+    def compile(self, **options):
+        if self.message:
+            raise jax.errors.JaxRuntimeError(self.message)
+        return self
+
+    def as_text(self):
+        return HLO
+
+    def memory_analysis(self):
+        return SimpleNamespace(
+            argument_size_in_bytes=5000, temp_size_in_bytes=700, output_size_in_bytes=3000, alias_size_in_bytes=2600,
+            generated_code_size_in_bytes=30,
+        )  # fmt: skip
+
+
+def estimated(compiled):
+    """Two matrices as parameters on one chip; the program's operations are those of x @ x, [100, 100]."""
+    jaxpr = jax.make_jaxpr(lambda x: x @ x)(jnp.zeros((100, 100)))
+    compiled.jaxpr = jaxpr
+    mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    spread = jax.ShapeDtypeStruct((8, 100), jnp.float32, sharding=sharding((None, None), (8, 100), mesh))
+    parts = {"weights": {"a": spread}, "optimizer": [spread]}
+    return compile_and_estimate(Program("a matrix", compiled, parts), CHIPS["v5e"], mesh)
+
+
+def test_what_the_compiler_says_of_a_program_becomes_figures():
+    report, chip = estimated(Compiled()), CHIPS["v5e"]
+    memory = {"weights_bytes": 3200, "optimizer_bytes": 3200, "activations_bytes": 700}
+    assert report["memory"] == memory | {"rest_bytes": 5000 + 400 + 30 - 6400}
+    assert report["hbm_per_chip_bytes"] == 5000 + 700 + 400 + 30 == sum(report["memory"].values()) and report["fits"]
+    cost = program_cost(HLO)
+    collectives = cost.sent_bytes / chip.ici_bandwidth
+    assert report["roofline"] == {
+        "flops": 2e6 / chip.flops, "hbm": cost.hbm_bytes / chip.hbm_bandwidth, "collectives": collectives,
+    }  # fmt: skip
+    assert report["roofline_seconds"] == max(report["roofline"].values())
+    assert report["compiler_seconds"] == 600 / chip.clock + collectives
+    assert report["estimated_seconds"] == max(report["compiler_seconds"], report["roofline_seconds"])
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO "
+        "temporaries (96.00G) exceeds available HBM (15.75G). HLO module: jit__lambda.\nSee ...",
+        "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 96.00G of 15.75G hbm. Exceeded it.",
+    ],
+)
+def test_a_program_that_does_not_fit_is_told_by_its_size(message):
+    report = estimated(Compiled(message))
+    assert report["fits"] is False and report["hbm_per_chip_bytes"] == 96 * GIB
+    assert report["memory"]["activations_bytes"] == 96 * GIB - 6400 and "roofline_seconds" not in report
+    for other in ("INTERNAL: Used 96.00G of 15.75G hbm", "RESOURCE_EXHAUSTED: out of registers"):
+        with pytest.raises(jax.errors.JaxRuntimeError):
+            estimated(Compiled(other))
 
 
 def found(activations, fits, held=4.0):

@@ -1,6 +1,7 @@
 """End to end: a random drafter for the tiny target is saved, loaded, decoded with and measured."""
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +27,7 @@ from dspark_jax.data.regenerate import Conversation
 from dspark_jax.engine.generate import decode
 from dspark_jax.evaluate import evaluate
 from dspark_jax.evaluation.decoding import Engine, Requests, answer, compare_greedy, first_difference, first_requests
+from dspark_jax.evaluation.load import replay
 from dspark_jax.evaluation.summary import table
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target.loading import load_target
@@ -77,8 +79,10 @@ def run(save_untrained: Any, tiny_target: Path, tmp_path_factory: pytest.TempPat
     with pytest.MonkeyPatch.context() as patch:
         printed: list[str] = []
         patch.setattr("builtins.print", lambda *text, sep=" ", **_: printed.append(sep.join(map(str, text))))
-        # One contender: the others would only compile longer.
+        # One contender in traffic, short replays, no vector graphics: the rest would only take longer.
         patch.setattr("dspark_jax.evaluation.traffic.traffic_contenders", lambda *_: {"plain": (None, None)})
+        patch.setattr("dspark_jax.evaluation.load.replay", functools.partial(replay, steps=96))
+        patch.setattr("dspark_jax.evaluation.plots.Plot.svg", lambda self, theme: "<svg/>")
         before = decode._cache_size()
         metrics = evaluate(config, workdir, mesh=mesh, cost_table=str(costs), traffic="50", traffic_requests=4)
         compiled = decode._cache_size() - before

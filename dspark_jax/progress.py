@@ -65,7 +65,8 @@ class Progress:
         seconds = time.monotonic() - self.started
         left = seconds / max(self.done - self.begun, 1) * (self.total - self.done)
         values = "".join(f" {name}={value}" for name, value in self.shown.items())
-        return f"{self.title} {self.done}/{self.total} {self.unit}s{values} left={tqdm.format_interval(left)}"
+        units = self.unit if self.unit.isupper() else self.unit + "s"  # MB has no plural
+        return f"{self.title} {self.done}/{self.total} {units}{values} left={tqdm.format_interval(left)}"
 
     def __enter__(self) -> Self:
         """Itself."""

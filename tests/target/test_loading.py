@@ -161,6 +161,17 @@ def test_stacks_that_are_built_on_the_devices_hold_the_same(directory, monkeypat
         assert value.sharding == other.sharding, path
 
 
+def test_a_large_checkpoint_shows_progress_and_gives_its_pages_back(directory, monkeypatch, capsys):
+    """Every tensor's, once; what that is worth in memory is measured by tests/benchmarks/loading.py."""
+    advice = []
+    monkeypatch.setattr(loading, "_advise", lambda tensor, what: advice.append((tensor.offset, tensor.filename, what)))
+    monkeypatch.setattr(loading, "_AT_ONCE", 0)
+    load(directory)
+    tensors = [t for i in (1, 2) for t in read_safetensors(directory / f"model-{i}.safetensors").values()]
+    assert sorted(advice) == sorted((t.offset, t.filename, "MADV_DONTNEED") for t in tensors)
+    assert "loading 1/1 MB " in capsys.readouterr().err
+
+
 def test_integers_are_no_weights(directory):
     rewrite(directory, lambda t: t.update({"model.norm.weight": np.ones(16, np.int8)}))
     with pytest.raises(InputError, match=r"model.norm.weight has dtype int8, so it is quantised"):

@@ -15,7 +15,7 @@ from dspark_jax.engine.generate import laid_out
 from dspark_jax.engine.round import catch_up, drafting_round, plain_round
 from dspark_jax.engine.sampling import request_keys, round_uniforms
 from dspark_jax.engine.schedule import Scheduler
-from dspark_jax.engine.state import DecodeState, Pending, draft_cache, round_rows
+from dspark_jax.engine.state import DecodeState, Pending, round_rows
 from dspark_jax.ops.sampling import Sampling
 
 
@@ -37,19 +37,14 @@ class RoundShape:
 def midway(target: Any, drafter: Any, scheduler: Scheduler, slots: int, active: int, context: int) -> DecodeState:
     """The state of `slots` requests of `context` tokens each, of which the first `active` go on for ever."""
     block_size = 0 if drafter is None else drafter.block_size
-    rows, numbers = context + block_size + 1, jnp.zeros((slots,), jnp.int32)
-    row = jnp.arange(slots, dtype=jnp.int32)
-    return DecodeState(
+    rows, row = context + block_size + 1, jnp.arange(slots, dtype=jnp.int32)
+    return dataclasses.replace(
+        DecodeState.empty(target, drafter, slots, rows),
         tokens=(row[:, None] + jnp.arange(rows, dtype=jnp.int32)) % min(target.arch.vocab_size, 1000),
-        lengths=numbers + context,
-        prompt_lengths=numbers + 1,
-        limits=numbers + jnp.iinfo(jnp.int32).max,
+        lengths=jnp.full_like(row, context),
+        limits=jnp.full_like(row, jnp.iinfo(jnp.int32).max),
         finished=row >= active,
-        stopped=row < 0,
-        rounds=numbers,
         keys=request_keys(0, row),
-        target_cache=target.init_cache(slots, rows, round_rows(drafter)),
-        draft_cache=draft_cache(drafter, slots, rows),
         history=scheduler.start(slots, block_size),
     )
 

@@ -18,7 +18,7 @@ from dspark_jax.engine.generate import begin
 from dspark_jax.engine.round import decode_round
 from dspark_jax.engine.sampling import request_keys, round_uniforms
 from dspark_jax.engine.schedule import Scheduler, next_capacity
-from dspark_jax.engine.state import DecodeState, Round, draft_cache, round_rows
+from dspark_jax.engine.state import DecodeState, Round, draft_cache
 from dspark_jax.ops.sampling import Sampling, sample
 from dspark_jax.sharding import constrain
 
@@ -187,19 +187,7 @@ def open_slots(target: Any, drafter: Any, scheduler: Scheduler, *, count: int, r
       stops: K, stop tokens per request.
     """
     numbers = jnp.zeros((count,), jnp.int32)
-    state = DecodeState(
-        tokens=jnp.zeros((count, rows), jnp.int32),
-        lengths=numbers + 1,
-        prompt_lengths=numbers + 1,
-        limits=numbers + 1,
-        finished=numbers == 0,
-        stopped=numbers > 0,
-        rounds=numbers,
-        keys=request_keys(0, numbers),
-        target_cache=target.init_cache(count, rows, round_rows(drafter)),
-        draft_cache=draft_cache(drafter, count, rows),
-    )
-    state = begin(target, drafter, scheduler, state)
+    state = begin(target, drafter, scheduler, DecodeState.empty(target, drafter, count, rows))
     zeros = jnp.zeros((count,), jnp.float32)
     sampling = Sampling(zeros, numbers, zeros + 1, zeros)
     return pin(target, drafter, Slots(state, sampling, jnp.full((count, stops), -1, jnp.int32)))

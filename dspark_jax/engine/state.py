@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dspark_jax.engine.sampling import request_keys
 from dspark_jax.sharding import constrain
 
 
@@ -91,6 +92,23 @@ class DecodeState:
     draft_cache: Any
     history: Any = None
     pending: Pending | None = None
+
+    @classmethod
+    def empty(cls, target: Any, drafter: Any, batch: int, capacity: int) -> "DecodeState":
+        """Requests that have finished before they begin, with caches of C rows; no history, nothing pending."""
+        numbers = jnp.zeros((batch,), jnp.int32)
+        return cls(
+            tokens=jnp.zeros((batch, capacity), jnp.int32),
+            lengths=numbers + 1,
+            prompt_lengths=numbers + 1,
+            limits=numbers + 1,
+            finished=numbers == 0,
+            stopped=numbers > 0,
+            rounds=numbers,
+            keys=request_keys(0, numbers),
+            target_cache=target.init_cache(batch, capacity, round_rows(drafter)),
+            draft_cache=draft_cache(drafter, batch, capacity),
+        )
 
     @property
     def positions(self) -> jax.Array:

@@ -1,0 +1,219 @@
+"""The rules by which servers load a drafter, replayed on config.json and shapes: what refuses, what reads it how."""
+
+import json
+
+import pytest
+from safetensors.numpy import load_file
+
+from dspark_jax.config import InputError, TargetArchitecture
+from dspark_jax.convert.__main__ import main
+from dspark_jax.convert.check import Report
+from dspark_jax.convert.layouts import read_layout
+from dspark_jax.convert.servers import replay
+
+ARCH = TargetArchitecture("qwen3", 48, 32, 4, 2, 1, 16, 64)
+
+
+def files(world) -> tuple[dict, dict]:
+    raw = json.loads((world.drafters["good"] / "config.json").read_text())
+    shapes = {name: value.shape for name, value in load_file(world.drafters["good"] / "model.safetensors").items()}
+    return raw, shapes
+
+
+def refusals(raw, shapes, path="drafter", target=ARCH) -> dict[str, tuple[str, ...]]:
+    return {verdict.server: verdict.refusals for verdict in replay(path, raw, shapes, target)}
+
+
+def without(values: dict, *names: str) -> dict:
+    return {name: value for name, value in values.items() if not any(part in name for part in names)}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"target_layer_ids": 3}, "target_layer_ids 3 is not a list of layer ids"),
+        ({"target_layer_ids": "1,2"}, 'target_layer_ids "1,2" is not a list of layer ids'),
+        ({"target_layer_ids": []}, r"target_layer_ids \[\] is not a list of layer ids"),
+        ({"dspark_target_layer_ids": ["1"]}, r'dspark_target_layer_ids \["1"\] is not a list'),
+        ({"block_size": "seven"}, 'block_size "seven" is not a whole number'),
+        ({"mask_token_id": True}, "mask_token_id true is not a whole number"),
+        ({"dflash_config": [1]}, r"dflash_config \[1\] is not an object"),
+        ({"dspark_config": {"block_size": "7"}}, 'block_size "7" is not a whole number'),
+        ({"speculators_model_type": "dspark", "transformer_layer_config": "x"}, 'config "x" is not an object'),
+        ({"architectures": 5}, "architectures 5 is not one of"),
+    ],
+)
+def test_values_of_another_type_are_one_line(world, change, message):
+    raw, shapes = files(world)
+    with pytest.raises(InputError, match=message):
+        replay("x", raw | change, shapes, ARCH)
+
+
+def test_null_is_absent(world):
+    raw, shapes = files(world)
+    nothing = {"draft_vocab_size": None, "dspark_config": None, "eagle_aux_hidden_state_layer_ids": None}
+    assert refusals(raw | nothing, shapes)["vLLM"] == ()
+    layers = {"speculators_model_type": "eagle3", "transformer_layer_config": {}, "speculators_config": None}
+    assert read_layout("x", layers | {"eagle_aux_hidden_state_layer_ids": [1]}).block_size == 0
+
+
+def test_gated_heads_are_refused_where_they_are(world):
+    raw, shapes = files(world)
+    found = refusals(raw | {"markov_head_type": "gated"}, shapes | {"markov_head.gate_proj.weight": (8, 40)})
+    assert found["vLLM"] == ("only the vanilla Markov head is loaded, this is gated (gate_proj)",)
+    assert found["llama.cpp"] == ("only the vanilla Markov head is converted, this is gated",)
+    assert found["SGLang"] == ()
+
+
+def test_gemma_is_for_vllm_only(world):
+    raw, shapes = files(world)
+    raw |= {"architectures": ["Gemma4DSparkModel"], "model_type": "gemma4_text", "attention_k_eq_v": True}
+    found = refusals(raw, shapes)
+    assert found["vLLM"] == ()
+    assert found["SGLang"] == ("there is no Gemma4DSparkModel in it: serve Gemma 4 with vLLM",)
+    assert "not merged" in found["llama.cpp"][0]
+    assert "must be in the file" in refusals(raw, without(shapes, "lm_head"))["vLLM"][0]
+    assert "attention_k_eq_v" in refusals(raw | {"attention_k_eq_v": False}, shapes)["vLLM"][0]
+    wide = refusals(raw, shapes | {"layers.0.self_attn.k_norm.weight": (32,)})
+    assert wide["vLLM"] == ("global_head_dim must be in config.json and 32, as heads are wide; export again",)
+    targets = {"0": {"head_dim": 16}, "5": {"head_dim": 16}, "11": {"head_dim": 16}}
+    assert (
+        "per_layer_config is of layers 5, 11, the drafter has 1"
+        in refusals(raw | {"per_layer_config": targets}, shapes)["vLLM"][0]
+    )
+    gated = replay("x", raw | {"markov_head_type": "rnn"}, shapes | {"markov_head.joint_proj.weight": (1, 1)}, ARCH)
+    assert gated[0].refusals == () and "ignores tensors it does not know: joint_proj" in gated[0].wrong[0]
+
+
+def test_dflash_needs_a_zero_markov_head(world):
+    raw, shapes = files(world)
+    raw |= {"markov_rank": 0, "enable_confidence_head": False, "dflash_config": {}, "dspark_config": {}}
+    found = refusals(raw, without(shapes, "markov", "confidence"))
+    assert "all-zero Markov head" in found["vLLM"][0] and "all-zero Markov head" in found["SGLang"][0]
+    assert any("SGLANG_RAGGED_VERIFY_MODE=static" in text for text in found["SGLang"])
+
+
+@pytest.mark.parametrize(
+    ("change", "server", "message"),
+    [
+        ({"markov_rank": None}, "vLLM", "markov_rank is not at the top level"),
+        ({"architectures": ["DSparkDraftModel"], "model_type": "llama"}, "vLLM", "taken for DeepSeek-V4"),
+        ({"architectures": ["Qwen3Eagle3Model"]}, "vLLM", "Qwen3Eagle3Model is not registered"),
+        ({"architectures": ["Qwen3Eagle3Model"]}, "SGLang", "no query and key norms"),
+        ({"architectures": ["Qwen3Eagle3Model"]}, "llama.cpp", "Llama's EAGLE-3 only"),
+        ({"draft_vocab_size": 20}, "vLLM", "d2t is required"),
+        ({"dspark_target_layer_ids": [-1, 0]}, "SGLang", "-1, the embeddings, is not known to it"),
+        ({"dspark_target_layer_ids": [0]}, "SGLang", "fc.weight reads 64 features, 1 layers of width 32 give 32"),
+        ({"dspark_mask_token_id": 48}, "SGLang", "mask_token_id 48 is outside"),
+    ],
+)
+def test_server_rules(world, change, server, message):
+    raw, shapes = files(world)
+    assert any(message in text for text in refusals(raw | change, shapes)[server])
+
+
+def test_shapes_that_llama_cpp_refuses(world):
+    raw, shapes = files(world)
+    found = refusals(raw, shapes | {"confidence_head.proj.weight": (1, 32)})
+    assert "is [1, 32], beside a Markov head it must be [1, 40]" in found["llama.cpp"][0]
+    assert "d2t" in refusals(raw, shapes | {"d2t": (20,)})["SGLang"][0]
+
+
+def test_precedence_of_layer_ids(world):
+    """vLLM uses eagle_aux ids as they stand, before all others; SGLang goes by dspark_ prefixes and nested dicts."""
+    raw, shapes = files(world)
+    raw |= {"eagle_aux_hidden_state_layer_ids": [3, 4], "dspark_target_layer_ids": [1, 2]}
+    found = {verdict.server: verdict.reading for verdict in replay("x", raw, shapes, ARCH)}
+    assert found["vLLM"].taps == (2, 3)
+    assert found["SGLang"].taps == (1, 2)
+    assert found["llama.cpp"].taps == (0, 1)
+    del raw["eagle_aux_hidden_state_layer_ids"]
+    assert raw["dflash_config"]["target_layer_ids"] == [0, 1]  # nested ones, before prefixed and top-level ones
+    other = raw | {"target_layer_ids": [2, 3]}
+    assert replay("x", other, shapes, ARCH)[0].reading.taps == (0, 1)
+    raw["dflash_config"] = {"mask_token_id": 7}
+    found = {verdict.server: verdict.reading for verdict in replay("x", raw, shapes, ARCH)}
+    assert (found["vLLM"].taps, found["vLLM"].mask_token_id) == ((1, 2), 7)
+    assert found["SGLang"].mask_token_id == 45
+
+
+def test_masks_under_the_name_of_noise(world):
+    """SpecForge may have the mask in `dspark_config` only, where vLLM does not look."""
+    raw, shapes = files(world)
+    raw = without(raw, "dflash_config", "mask_token_id") | {"architectures": ["DSparkDraftModel"]}
+    for noise, mask in (({"dspark_noise_token_id": 7}, 7), ({}, -1)):
+        assert replay("x", raw | noise, shapes, ARCH)[0].reading.mask_token_id == mask
+    assert (
+        replay("x", raw | {"dspark_noise_token_id": 7, "mask_token_id": 9}, shapes, ARCH)[0].reading.mask_token_id == 9
+    )
+
+
+SLIDING = {"layer_types": ["sliding_attention"]}
+
+
+EAGLE3 = {"architectures": ["Eagle3Qwen3ForCausalLM"], "eagle_aux_hidden_state_layer_ids": [1, 2]}
+
+
+SPECULATORS = {"speculators_model_type": "eagle3", "transformer_layer_config": {}}
+
+
+@pytest.mark.parametrize(
+    ("change", "server", "message"),
+    [
+        ({}, "vLLM", ""),
+        ({"is_causal": True}, "vLLM", "blocks are attended causally"),
+        ({"dflash_config": {"causal": True}}, "vLLM", "blocks are attended causally"),
+        (SLIDING, "vLLM", "blocks are attended causally"),
+        ({"is_causal": False, "dflash_config": {"causal": True}}, "vLLM", ""),
+        (SLIDING | {"dflash_config": {"causal": False}}, "vLLM", ""),
+        (EAGLE3, "vLLM", ""),
+        (EAGLE3 | {"norm_before_residual": True}, "vLLM", "norm_before_residual is on"),
+        (EAGLE3 | SPECULATORS, "vLLM", "norm_before_residual is on"),
+        (EAGLE3 | SPECULATORS | {"norm_before_residual": False}, "vLLM", ""),
+        ({}, "SGLang", ""),
+        ({"dspark_target_layer_ids": [0, 3]}, "SGLang", "layer 3, the last one, is never captured"),
+    ],
+)
+def test_what_is_computed_differently_without_a_word(world, change, server, message):
+    raw, shapes = files(world)
+    found = {verdict.server: verdict for verdict in replay("x", without(raw, "norm_before") | change, shapes, ARCH)}
+    assert found[server].refusals == ()
+    assert len(found[server].wrong) == bool(message) and message in "".join(found[server].wrong)
+
+
+def test_speculators_files_without_a_layout_are_fill_in_for_vllm(world, tmp_path):
+    source = [f"--drafter={world.drafters['good']}", f"--target={world.path}"]
+    main(["export", *source, f"--output={tmp_path / 's'}", "--format=speculators", "--dtype=float32"])
+    raw = json.loads((tmp_path / "s" / "config.json").read_text())
+    _, shapes = files(world)
+    found = {verdict.server: verdict for verdict in replay("x", raw, shapes, ARCH)}
+    assert found["vLLM"].reading.anchor_first and found["vLLM"].reading.taps == (0, 1)
+    assert found["SGLang"].refusals
+    del raw["sample_from_anchor"]
+    found = {verdict.server: verdict for verdict in replay("x", raw, shapes, ARCH)}
+    assert not found["vLLM"].reading.anchor_first and not found["llama.cpp"].reading.anchor_first
+    assert found["speculators"].reading.anchor_first
+
+
+def test_a_package_that_serves_nothing_makes_no_file_good(world):
+    """A gated head in the speculators format: its package reads it, every server refuses."""
+    raw, shapes = files(world)
+    raw = {name: raw[name] for name in ("block_size", "mask_token_id", "markov_rank")} | {
+        "speculators_model_type": "dspark", "transformer_layer_config": {"num_hidden_layers": 1},
+        "aux_hidden_state_layer_ids": [1, 2], "sample_from_anchor": True, "markov_head_type": "gated",
+    }  # fmt: skip
+    for head, serving in (("gated", ["speculators"]), ("vanilla", ["vLLM", "llama.cpp", "speculators"])):
+        config = raw | {"markov_head_type": head}
+        found = Report(read_layout("x", config), (), None, tuple(replay("x", config, shapes, ARCH)))
+        assert [verdict.server for verdict in found.verdicts if found.served(verdict)[0] == "serves"] == serving
+        assert found.good == (head == "vanilla")
+
+
+def test_paths_mislead_vllm(world):
+    raw, shapes = files(world)
+    notes = replay("models/my-dflash-drafter", raw, shapes, ARCH)[0].notes
+    assert notes == ('the path has \'dflash\' in it: state "method": "dspark" in --speculative-config',)
+    eagle = raw | {"architectures": ["Eagle3Qwen3ForCausalLM"], "eagle_aux_hidden_state_layer_ids": [1, 2]}
+    notes = [replay(path, eagle, shapes, ARCH)[0].notes for path in ("dflash-and-eagle3", "x", "my-dflash-runs/e3")]
+    assert notes[:2] == [(), ()]
+    assert notes[2] == ('the path has \'dflash\' in it: state "method": "eagle3" in --speculative-config',)

@@ -39,7 +39,9 @@ class Report:
 
     @property
     def good(self) -> bool:
-        """Nothing is wrong with the drafter, and at least one server drafts with it as it was trained."""
+        """Nothing is wrong with the drafter as far as can be told, and a server drafts with it as it was trained."""
+        if self.dialect and self.dialect.unknown:
+            return False
         servers = (verdict for verdict in self.verdicts if verdict.server not in NO_SERVERS)
         return not self.problems and any(self.served(verdict)[0] == "serves" for verdict in servers)
 
@@ -51,8 +53,9 @@ class Report:
         reasons = [*verdict.wrong]
         score = self.dialect.of(verdict.reading) if self.dialect else None
         best = self.dialect.best if self.dialect else None
-        if best and not same(verdict.reading, best.layout) and (score is None or best.beats(score)):
-            shown = "" if score is None else f"; {score.tau:.2f} tokens per round instead of {best.tau:.2f}"
+        told = bool(self.dialect) and not self.dialect.unknown
+        if best and not same(verdict.reading, best.layout) and (score is None or not told or best.beats(score)):
+            shown = f"; {score.tau:.2f} tokens per round instead of {best.tau:.2f}" if score and told else ""
             reasons.append(f"it reads {describe(verdict.reading)}{shown}")
         if reasons:
             return "differs", "; ".join(reasons)
@@ -66,6 +69,7 @@ class Report:
                 f"accepts {self.dialect.stated.tau:.2f} tokens per round as stated (expected at temperature 1)"
             )
         found += [f"WRONG: {problem}" for problem in self.problems]
+        found += [f"UNKNOWN: {self.dialect.unknown}"] if self.dialect and self.dialect.unknown else []
         for verdict in self.verdicts:
             word, why = self.served(verdict)
             found.append(f"{verdict.server:<12} {word:<8} {why}".rstrip())
@@ -83,7 +87,9 @@ class Report:
         for verdict in self.verdicts:
             word, why = self.served(verdict)
             servers[verdict.server] = {"verdict": word, "why": why, "notes": list(verdict.notes)}
-        return {"good": self.good, "problems": list(self.problems), "scores": scores, "servers": servers}
+        unknown = self.dialect.unknown if self.dialect else ""
+        found = {"good": self.good, "problems": list(self.problems), "unknown": unknown}
+        return found | {"scores": scores, "servers": servers}
 
 
 def describe(layout: Layout) -> str:

@@ -25,7 +25,11 @@ from dspark_jax.ops.sampling import Sampling
 MASK_TOKENS = {"Qwen3": 151669, "Qwen3.5": 248070, "Gemma 4": 4, "Kimi-K3": 163824, "DeepSeek-V4": 128799}
 """Mask tokens of released drafters (trap 15)."""
 DEVIATIONS = 3.0
-"""A reading is better than another if its mean advantage over all anchors is so many standard errors."""
+"""A reading is better than another if its mean advantage over all anchors is so many standard errors ..."""
+GAIN = 0.01
+"""... and so much overlap at least: less is no other dialect, however often it is seen."""
+ENOUGH = 16
+"""Anchors from which on readings are told apart."""
 TEACHER_MARGIN = 0.1
 """Overlap with the wrong teacher above that with the right one that is no accident."""
 NOTHING = 1.2
@@ -66,9 +70,10 @@ class Score:
         return float(self.rounds.mean())
 
     def beats(self, other: "Score") -> bool:
-        """Whether it is better by more than chance."""
+        """Whether it is better by more than chance; never where there is too little text to tell."""
         gain = self.overlap - other.overlap
-        return float(gain.mean()) > DEVIATIONS * float(gain.std()) / len(gain) ** 0.5
+        least = max(GAIN, DEVIATIONS * float(gain.std()) / len(gain) ** 0.5)
+        return len(gain) >= ENOUGH and float(gain.mean()) > least
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +82,7 @@ class Dialect:
 
     Attributes:
       stated: the score of the reading that the file itself states.
-      best: that of the best one, which is `stated` unless another `beats` it.
+      best: that of the best one, which is `stated` unless another `beats` it and accepts more than `NOTHING`.
       scores: all of them, best first.
       teacher: mean overlap (1 - total variation) of the drafter's first distribution with the target's, under `best`.
       raw_teacher: the same with the target without its final norm.
@@ -93,9 +98,22 @@ class Dialect:
         """The score of a reading, if it was tried."""
         return next((score for score in self.scores if same(score.layout, layout)), None)
 
+    @property
+    def unknown(self) -> str:
+        """Why nothing can be said; empty if there is text enough."""
+        anchors = len(self.stated.overlap)
+        if anchors >= ENOUGH:
+            return ""
+        return (
+            f"too little text to tell its dialect: the target's answers have {anchors} places to draft from, {ENOUGH} "
+            "are needed; give more prompts, or such with longer answers (--prompts, --limit, --tokens)"
+        )
+
     def findings(self) -> list[str]:
-        """What is wrong with the file, in words; empty if nothing is."""
+        """What is wrong with the file, in words; empty if nothing is, or if it is `unknown`."""
         found = []
+        if self.unknown:
+            return found
         if self.best is not self.stated:
             gain = f"{self.best.tau:.2f} tokens per round instead of {self.stated.tau:.2f}"
             found += [f"{text} ({gain})" for text in differences(self.stated.layout, self.best.layout)]
@@ -105,8 +123,9 @@ class Dialect:
                 f"{self.raw_teacher:.2f} with that and {self.teacher:.2f} with the target; train it again"
             )
         elif self.best.tau < NOTHING:
+            most = max(score.tau for score in self.scores)
             found.append(
-                f"it accepts next to nothing in any dialect ({self.best.tau:.2f} tokens per round): it is untrained, "
+                f"it accepts next to nothing in any dialect ({most:.2f} tokens per round at most): it is untrained, "
                 "or was trained for other weights than these"
             )
         return found
@@ -165,7 +184,7 @@ def find_dialect(
             _overlaps(
                 drafter, target, features[:, chosen], last, trial, layout.mask_token_id,
                 anchor_first=layout.anchor_first, block=layout.family == "block",
-            )
+            )[: trial.distinct]
             for trial, (features, last) in zip(rounds, run, strict=True)
         ]  # fmt: skip
         overlaps = np.concatenate(drawn)
@@ -184,7 +203,8 @@ def find_dialect(
             if layout not in scores:
                 scores[layout] = score(layout)
     ordered = sorted(scores.values(), key=_closeness, reverse=True)
-    best = ordered[0] if ordered[0].beats(scores[stated]) else scores[stated]
+    better = ordered[0].beats(scores[stated]) and ordered[0].tau >= NOTHING
+    best = ordered[0] if better else scores[stated]
     chosen, layout = [taps.index(i) for i in best.layout.taps], best.layout
     teachers = [
         [
@@ -192,7 +212,7 @@ def find_dialect(
                 _overlaps(
                     drafter, target, features[:, chosen], hidden, trial, layout.mask_token_id,
                     anchor_first=layout.anchor_first, block=layout.family == "block",
-                )[:, 0].mean()
+                )[: trial.distinct, 0].mean()
             )
             for hidden in (last, features[:, -1])
         ]
@@ -212,7 +232,7 @@ def readings(stated: Layout, layers: int) -> list[Layout]:
     for first in (stated.anchor_first, not stated.anchor_first):
         for shift in (0, -1, 1):
             taps = tuple(i + shift for i in stated.taps)
-            if taps[0] >= -1 and taps[-1] < layers and (first == stated.anchor_first or stated.family == "block"):
+            if min(taps) >= -1 and max(taps) < layers and (first == stated.anchor_first or stated.family == "block"):
                 found.append(dataclasses.replace(stated, taps=taps, anchor_first=first))
     return found
 
@@ -222,7 +242,8 @@ class _Trial:
     """An answer padded to a power of two, and the positions from which drafts are made."""
 
     tokens: np.ndarray  # [S]
-    positions: np.ndarray  # [A]
+    positions: np.ndarray  # [A], of which only the first `distinct` count
+    distinct: int
 
 
 def _trial(answer: Answer, stated: Layout, anchors: int) -> _Trial | None:
@@ -230,10 +251,10 @@ def _trial(answer: Answer, stated: Layout, anchors: int) -> _Trial | None:
     last = len(answer.tokens) - max(stated.block_size, 7) - 1
     if last < answer.start:
         return None
-    positions = np.unique(np.linspace(answer.start, last, anchors).astype(np.int32))
-    positions = np.resize(positions, anchors)  # repeated in short answers: one executable serves all
+    distinct = np.unique(np.linspace(answer.start, last, anchors).astype(np.int32))
+    positions = np.resize(distinct, anchors)  # repeated in short answers: one executable serves all
     size = max(1 << int(len(answer.tokens) - 1).bit_length(), 64)
-    return _Trial(np.pad(answer.tokens, (0, size - len(answer.tokens))).astype(np.int32), positions)
+    return _Trial(np.pad(answer.tokens, (0, size - len(answer.tokens))).astype(np.int32), positions, len(distinct))
 
 
 def _target_pass(target: Any, trials: Sequence[_Trial], taps: tuple[int, ...]) -> list[tuple[jax.Array, jax.Array]]:

@@ -1,5 +1,6 @@
 """`convert check` names every wrong dialect that loads without complaint, and everything else that is wrong."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -16,7 +17,8 @@ from dspark_jax.config import DrafterConfig, MeshConfig, TargetArchitecture, Tar
 from dspark_jax.convert import __main__ as convert
 from dspark_jax.convert.__main__ import main, parser
 from dspark_jax.convert.check import Report, check_directory, frozen_problems
-from dspark_jax.convert.dialect import Answer, find_dialect
+from dspark_jax.convert.dialect import Answer, Score, find_dialect, readings
+from dspark_jax.convert.hf import read_drafter_config
 from dspark_jax.convert.layouts import Layout
 from dspark_jax.drafter import make_drafter
 from dspark_jax.sharding import make_mesh
@@ -103,6 +105,52 @@ def test_layer_ids_of_an_eagle3_drafter_are_scored(world):
     assert {score.layout.taps for score in found.scores} == {(0, 1), (-1, 0), (1, 2)}
     assert all(score.tau < 1.2 for score in found.scores)
     assert "accepts next to nothing in any dialect" in found.findings()[0]
+
+
+@pytest.mark.parametrize("length", [9, 36])
+def test_a_drafter_without_an_opinion_has_no_dialect(world, length):
+    """Of 9 tokens, 2 are anchors with a whole block behind them: 10 places in all, however often they are drafted."""
+    answers = [Answer(answer.tokens[: answer.start + length], answer.start) for answer in world.answers]
+    config = read_drafter_config(world.drafters["good"])[1]
+    for seed in range(3):
+        drafter = make_drafter(world.target.arch, config, rngs=nnx.Rngs(seed))
+        stated = Layout("deepspec", "block", 4, (0, 1), 45, anchor_first=True, num_layers=1)
+        found = find_dialect(drafter, world.target, stated, answers, MASKS)
+        assert len(found.stated.overlap) == 5 * (length - 7)
+        assert found.best is found.stated
+        told = Report(stated, tuple(found.findings()), found, ())
+        short = "UNKNOWN: too little text to tell its dialect: the target's answers have 10 places to draft from, 16"
+        long = "WRONG: it accepts next to nothing in any dialect"
+        assert [line.startswith(short if length == 9 else long) for line in told.lines()[2:]] == [True]
+        assert not told.good and told.to_json()["unknown"] == found.unknown
+
+
+def test_a_good_drafter_and_too_little_text(world, copy):
+    """Nothing is wrong with it, nothing is known of it; what a server reads otherwise is still said."""
+    short = dataclasses.replace(world, answers=[Answer(one.tokens[:13], one.start) for one in world.answers])
+    found = report(short, copy(is_causal=False))
+    assert found.problems == () and not found.good and verdicts(found)["vLLM"][0] == "serves"
+    found = report(short, copy(name="other", dspark_target_layer_ids=[1, 2]))
+    assert found.problems == () and verdicts(found)["SGLang"][0] == "differs"
+    assert verdicts(found)["SGLang"][1].endswith("vanilla Markov head of rank 8")
+
+
+def test_a_better_reading_is_better_by_something():
+    """A constant gain has no deviation at all; one of three anchors is no evidence."""
+    layout, zero = Layout("deepspec", "block", 4, (0, 1), 45, anchor_first=True, num_layers=1), np.full(16, 0.5)
+    scores = {gain: Score(layout, zero, zero + gain) for gain in (0.0, 1e-6, 0.009, 0.011)}
+    assert [score.beats(scores[0.0]) for score in scores.values()] == [False, False, False, True]
+    few = [Score(layout, zero[:15], zero[:15] + gain) for gain in (0.3, 0.0)]
+    assert not few[0].beats(few[1])
+    noise = np.resize([0.2, -0.2], 16)  # three standard errors are 0.15
+    assert [Score(layout, zero, zero + gain + noise).beats(scores[0.0]) for gain in (0.14, 0.16)] == [False, True]
+
+
+def test_layer_ids_need_no_order():
+    """Lower ones than the embeddings are not tried, wherever they stand."""
+    stated = Layout("deepspec", "block", 4, (1, -1), 45, anchor_first=True, num_layers=1)
+    assert {layout.taps for layout in readings(stated, 4)} == {(1, -1), (2, 0)}
+    assert {layout.taps for layout in readings(dataclasses.replace(stated, taps=(3, 0)), 4)} == {(3, 0), (2, -1)}
 
 
 @pytest.mark.parametrize("case", ["case5_qwen3_eagle3", "case6_gemma4_dspark_vanilla"])

@@ -88,6 +88,12 @@ class KVCache:
                 assert isinstance(index, int), "separate caches are for layers laid out one by one"
                 one = cache[index].at[where].set(flat, mode="drop")
                 return (*cache[:index], one, *cache[index + 1 :])
+            if rows.full:  # each request's rows into its own part, which stays on its device
+
+                def put_request(cache: jax.Array, rows: jax.Array, at: jax.Array) -> jax.Array:
+                    return cache.at[index, where[1], at[:, None]].set(rows, mode="drop")
+
+                return jax.vmap(put_request, in_axes=(1, 0, 0), out_axes=1)(cache, rows.pad(flat), rows.pad(at))
             return cache.at[(index, *where)].set(flat, mode="drop")
 
         return KVCache(put(self.keys, keys), put(self.values, values))

@@ -276,7 +276,7 @@ def _attend_in_window(
     query, key, value = own
     batch, s = query.shape[:2]
     if s <= part.length - shape.window + 1:
-        rows = Rows.of(jnp.full((batch,), s), starts, size=batch * s, most=s)
+        rows = Rows.whole(starts, s)
         flat = [x.reshape(1, batch * s, *x.shape[2:]) for x in own]
         part, heads = _attend_rows(part, index, shape, (flat[0], flat[1], flat[2]), rows)
         return part, heads.reshape(query.shape)

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dspark_jax.config import TargetArchitecture
+from dspark_jax.config import MeshConfig, TargetArchitecture
 from dspark_jax.engine import generate
 from dspark_jax.engine.schedule import Scheduler
 from dspark_jax.engine.serving import Engine
 from dspark_jax.engine.slots import open_slots
+from dspark_jax.sharding import make_mesh
 from dspark_jax.target.gemma4 import Gemma4
 from dspark_jax.target.layers import FULL, SLIDING
 
@@ -63,9 +64,12 @@ def test_batches(models: Any, how: str) -> None:
 
 @pytest.mark.parametrize("chunk", (2, 32))
 def test_slots(models: Any, chunk: int) -> None:
-    """Prompts come in chunks while others decode, in such as a ring takes at once and in larger; slots are reused."""
-    drafter = models.near(target(), SIZE)
-    with Engine(target(), drafter, slots=2, capacity=CAPACITY, prefill_chunk=chunk, max_stop_tokens=4) as engine:
+    """Prompts come in chunks while others decode, in such as a ring takes at once (on two devices) and in
+    larger; slots are reused."""
+    drafter, mesh = models.near(target(), SIZE), MeshConfig(2, 1, 1) if chunk == 2 else MeshConfig(1, 1, 1)
+    with jax.set_mesh(make_mesh(mesh, jax.devices()[: mesh.data])):
+        engine = Engine(target(), drafter, slots=2, capacity=CAPACITY, prefill_chunk=chunk, max_stop_tokens=4)
+    with engine:
         requests = [engine.submit(prompt, max_new_tokens=BUDGET, temperature=0.0) for prompt in PROMPTS]
         while engine.step():
             pass

@@ -109,6 +109,15 @@ def test_rows_of_requests() -> None:
     assert back[0, :2].tolist() == [0, 1] and back[2].tolist() == [6, 7, 8]
 
 
+def test_rows_that_every_request_has() -> None:
+    positions, values = jnp.asarray([4, 9, 0]), jnp.arange(6).reshape(3, 2)
+    whole, same = Rows.whole(positions, 2), Rows.of(jnp.full((3,), 2), positions, size=6, most=2)
+    for name in ("offsets", "counts", "positions", "owner", "index", "at", "real"):
+        np.testing.assert_array_equal(getattr(whole, name), getattr(same, name))
+    assert whole.flatten(values).tolist() == same.flatten(values).tolist() == list(range(6))
+    np.testing.assert_array_equal(whole.pad(whole.flatten(values)), values)
+
+
 def test_what_does_not_fit_is_refused() -> None:
     query, key = jnp.zeros((4, 4, 8)), jnp.zeros((2, 2, 6, 8))
     rows = Rows.of(jnp.asarray([1, 2]), jnp.asarray([0, 0]), size=4, most=2)

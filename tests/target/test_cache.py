@@ -68,6 +68,17 @@ def test_flat_rows_go_to_their_owners_or_nowhere(separate: bool) -> None:
 
 
 @pytest.mark.parametrize("separate", (False, True))
+def test_rows_of_every_request_go_where_those_of_some_do(separate: bool) -> None:
+    cache, positions = filled(3, separate), jnp.asarray([4, 31, 10])
+    keys, values = (part.reshape(9, *part.shape[2:]) for part in rows(3, 3))
+    written = [
+        cache.write_rows(1, keys, values, where, ring=True)
+        for where in (Rows.whole(positions, 3), Rows.of(jnp.full((3,), 3), positions, size=9, most=3))
+    ]
+    np.testing.assert_array_equal(stored(written[0]), stored(written[1]))
+
+
+@pytest.mark.parametrize("separate", (False, True))
 @pytest.mark.parametrize("count", (5, 29))
 def test_a_ring_keeps_the_last_rows(count: int, separate: bool) -> None:
     """Prompts of any lengths go into a ring of twelve rows, further rows behind them; it is read across its seam."""

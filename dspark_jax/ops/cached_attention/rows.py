@@ -18,6 +18,7 @@ class Rows:
       owner: [T] int32, request of each flat row; B where there is none.
       index: [T] int32, number of each row among its request's.
       most: W, static: most rows of a request.
+      full: static: every request has W rows, so nothing has to be looked for (or collected from other devices).
     """
 
     offsets: jax.Array
@@ -26,6 +27,7 @@ class Rows:
     owner: jax.Array
     index: jax.Array
     most: int = dataclasses.field(metadata={"static": True})
+    full: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @classmethod
     def of(cls, counts: jax.Array, positions: jax.Array, *, size: int, most: int) -> "Rows":
@@ -36,6 +38,14 @@ class Rows:
         owner = jnp.sum(row[:, None] >= ends, axis=1, dtype=jnp.int32)
         padded = jnp.append(offsets, 0)
         return cls(offsets, counts.astype(jnp.int32), positions, owner, (row - padded[owner]).astype(jnp.int32), most)
+
+    @classmethod
+    def whole(cls, positions: jax.Array, most: int) -> "Rows":
+        """`most` rows of every request, from `positions` [B] on."""
+        batch = len(positions)
+        owner, index = jnp.divmod(jnp.arange(batch * most, dtype=jnp.int32), most)
+        offsets, counts = jnp.arange(0, batch * most, most, dtype=jnp.int32), jnp.full((batch,), most, jnp.int32)
+        return cls(offsets, counts, positions, owner, index, most, full=True)
 
     @property
     def at(self) -> jax.Array:
@@ -54,9 +64,13 @@ class Rows:
 
     def flatten(self, values: jax.Array) -> jax.Array:
         """values [B, W, ...] -> [T, ...]; nobody's rows hold anything finite that `values` holds."""
+        if self.full:
+            return values.reshape(-1, *values.shape[2:])
         owner = jnp.minimum(self.owner, len(self.counts) - 1)
         return values[owner, jnp.minimum(self.index, self.most - 1)]
 
     def pad(self, values: jax.Array) -> jax.Array:
         """values [T, ...] -> [B, W, ...]; behind a request's count stand rows of others."""
+        if self.full:
+            return values.reshape(-1, self.most, *values.shape[1:])
         return values[self.padded]

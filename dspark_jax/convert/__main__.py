@@ -36,7 +36,7 @@ from dspark_jax.convert.hf import import_drafter, read_drafter_config, stored_te
 from dspark_jax.convert.hub import push
 from dspark_jax.convert.layouts import layers_config, read_config, read_layout
 from dspark_jax.convert.mapping import FROZEN
-from dspark_jax.convert.output import SIDE_FILES, check_output
+from dspark_jax.convert.output import SIDE_FILES, check_output, check_repository
 from dspark_jax.convert.servers import replay
 from dspark_jax.convert.targets import Lent, fitting, lent, lent_by_file
 from dspark_jax.data.chat import load_tokenizer, prompt_tokens
@@ -71,6 +71,8 @@ def export(options: argparse.Namespace) -> Path:
     else:
         raise InputError("export needs --workdir RUN, or --drafter DIR with --target DIR")
     check_output(output, source.config, overwrite=options.overwrite)
+    if options.push:
+        check_repository(options.push, source.config)
     made = content(source, options.format, options.dtype)
     contents = {name: files[name] for name in SIDE_FILES if name in files}
     contents["README.md"] = model_card(

@@ -22,12 +22,7 @@ def check_output(output: Path, config: DrafterConfig, *, overwrite: bool) -> Non
     Raises:
       InputError: see above; nothing has been written.
     """
-    for word in {"dflash", "eagle3"} - {config.kind if config.kind == "eagle3" else ""}:
-        if word in output.name.lower():
-            raise InputError(
-                f"--output {output}: vLLM guesses the method from the path, and {word!r} in it is not how this "
-                f"{config.kind} drafter is served; choose another name"
-            )
+    _check_words(f"--output {output}", output.name, config)
     if not output.name:
         raise InputError(f"--output {output}: a directory name is needed, e.g. exports/drafter")
     if output.exists() and not overwrite:
@@ -35,6 +30,25 @@ def check_output(output: Path, config: DrafterConfig, *, overwrite: bool) -> Non
     reason = _no_export(output) if output.exists() else ""
     if reason:
         raise InputError(f"--output {output}: {reason}, so it is not overwritten; choose another place")
+
+
+def check_repository(repository: str, config: DrafterConfig) -> None:
+    """Refuses the name of a repository, which is a path to vLLM as well, as `check_output` does that of a directory.
+
+    Raises:
+      InputError: a word in it misleads vLLM.
+    """
+    _check_words(f"--push {repository}", repository, config)
+
+
+def _check_words(option: str, name: str, config: DrafterConfig) -> None:
+    """Refuses a name by which vLLM would choose another method than the drafter's."""
+    for word in ("dflash",) if config.kind == "eagle3" else ("dflash", "eagle3"):  # DFlash is served as dspark
+        if word in name.lower():
+            raise InputError(
+                f"{option}: vLLM guesses the method from the path, and {word!r} in it is not how this "
+                f"{config.kind} drafter is served; choose another name"
+            )
 
 
 def _no_export(directory: Path) -> str:

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from dspark_jax.config import DrafterConfig, MeshConfig, TargetArchitecture, TargetConfig
 from dspark_jax.convert import __main__ as convert
+from dspark_jax.convert import dialect
 from dspark_jax.convert.__main__ import main, parser
 from dspark_jax.convert.check import Report, check_directory, frozen_problems
 from dspark_jax.convert.dialect import Answer, Score, find_dialect, readings
@@ -105,6 +106,17 @@ def test_layer_ids_of_an_eagle3_drafter_are_scored(world):
     assert {score.layout.taps for score in found.scores} == {(0, 1), (-1, 0), (1, 2)}
     assert all(score.tau < 1.2 for score in found.scores)
     assert "accepts next to nothing in any dialect" in found.findings()[0]
+
+
+def test_a_reading_that_accepts_next_to_nothing_is_no_dialect(world, copy, monkeypatch):
+    """Of two that might as well draft at random, one is better by chance or by little else."""
+    monkeypatch.setattr(dialect, "NOTHING", 9.0)
+    found = report(world, copy(target_layer_ids=[1, 2]))
+    most = max(score.tau for score in found.dialect.scores)
+    assert found.dialect.best is found.dialect.stated and most > found.dialect.stated.tau + 0.1
+    assert [f"next to nothing in any dialect ({most:.2f} tokens per round at most)" in p for p in found.problems] == [
+        True
+    ]
 
 
 @pytest.mark.parametrize("length", [9, 36])

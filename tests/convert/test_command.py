@@ -176,6 +176,8 @@ def test_drafter_and_target_may_be_on_the_hub(run, tiny_target, tmp_path, monkey
         (["export", "--workdir=RUN", "--drafter=x", "--output=x"], "--workdir and --drafter: only one of the two"),
         (["export", "--workdir=nowhere", "--output=x"], "nowhere/checkpoints: no checkpoint here"),
         (["export", "--workdir=RUN", "--output=my-dflash"], "vLLM guesses the method from the path"),
+        (["export", "--workdir=RUN", "--output=x", "--push=me/Qwen-DFlash"], "--push me/Qwen-DFlash: vLLM guesses the"),
+        (["export", "--workdir=RUN", "--output=x", "--push=eagle3-lab/x"], "'eagle3' in it is not how this dspark"),
         (["check", "--drafter=x", "--target=x", "--limit=-1"], "--limit: -1 is not a whole number of at least 1"),
         (["check", "--drafter=x", "--target=x", "--tokens=0"], "--tokens: 0 is not a whole number of at least 1"),
         (["import", "--drafter=RUN", "--target=TARGET", "--workdir=x"], "config.json: no such file"),

@@ -23,6 +23,7 @@ from dspark_jax.convert.hf import (
     stored_tensors,
 )
 from dspark_jax.convert.mapping import FROZEN
+from dspark_jax.convert.output import check_repository
 from dspark_jax.drafter.blocks import Anchors
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target.loading import parameter_paths
@@ -273,6 +274,11 @@ def test_names_that_mislead_vllm_are_refused(tiny_target, tmp_path):
     for name in ("my_DFlash", "eagle3-ours"):
         with pytest.raises(InputError, match="vLLM guesses the method from the path"):
             write_export(tmp_path / name, source)
+    check_repository("me/my-eagle3", EAGLE3)
+    with pytest.raises(
+        InputError, match="--push me/my-eagle3-dflash: .* 'dflash' in it is not how this eagle3 drafter"
+    ):
+        check_repository("me/my-eagle3-dflash", EAGLE3)
 
 
 def edit(directory: Path, change) -> Path:

@@ -23,8 +23,8 @@ from dspark_jax import command
 from dspark_jax.config import Config, InputError, to_json
 from dspark_jax.convert.hf import abstract_drafter as abstract_import
 from dspark_jax.convert.hf import import_drafter, read_drafter_config
-from dspark_jax.data.features import LENDER
-from dspark_jax.data.pipeline import batches
+from dspark_jax.data.features import LENDER, CachedSamples
+from dspark_jax.data.pipeline import MicroBatches, batches
 from dspark_jax.data.sources import SampleReader
 from dspark_jax.metrics import values
 from dspark_jax.prepare import data_fingerprint, prepare
@@ -40,7 +40,8 @@ from dspark_jax.training.checkpoint import (
     saved_config,
 )
 from dspark_jax.training.feature_cache import feature_directory, open_features
-from dspark_jax.training.host_memory import return_freed_memory
+from dspark_jax.training.host_memory import check_host_memory, describe_feature_memory, return_freed_memory
+from dspark_jax.training.micro_steps import MicroSteps
 from dspark_jax.training.optim import learning_rate, make_optimizer
 from dspark_jax.training.preemption import STATUS, Preemption
 from dspark_jax.training.state import TrainState, abstract_drafter, init_state, state_layout, to_params
@@ -69,6 +70,7 @@ def train(config: Config, workdir: Path) -> None:
     """
     mesh = make_mesh(config.mesh)
     check_batch(config, mesh)
+    check_host_memory(config, mesh)
     if not check_continuation(config, workdir, lambda: data_fingerprint(config)):
         check_source(config)
     prepare(config, workdir)
@@ -84,8 +86,9 @@ def fit(config: Config, workdir: Path, mesh: Mesh, checkpoints: Checkpoints) -> 
     """Runs the optimizer steps that are still to do, under `jax.set_mesh(mesh)`."""
     steps, every = config.train.steps, config.train.checkpoint_every
     cached = config.data.features != "online"
-    data = batches(
-        open_features(config, workdir) if cached else SampleReader(workdir / "data"),
+    samples = open_features(config, workdir) if cached else SampleReader(workdir / "data")
+    data: Any = batches(
+        samples,
         batch_size=config.train.batch_size,
         max_length=config.data.max_length,
         seed=config.train.seed,
@@ -94,6 +97,9 @@ def fit(config: Config, workdir: Path, mesh: Mesh, checkpoints: Checkpoints) -> 
         threads=config.data.workers,
         pack=config.data.pack,
     )
+    if isinstance(samples, CachedSamples):
+        log(describe_feature_memory(config, mesh, samples.lengths))
+        data = MicroBatches(data, config.train.accumulate, config.data.workers)
 
     # The state: fresh, with imported parameters, or that of the newest checkpoint.
     drafter = abstract_drafter(config)
@@ -123,9 +129,13 @@ def fit(config: Config, workdir: Path, mesh: Mesh, checkpoints: Checkpoints) -> 
         target = load_target(config.target, mesh)
     frozen = to_params(target)
     began = time.monotonic()
-    step_function = make_train_step(config, drafter, target, optimizer, mesh)
     return_freed_memory()
-    run_step = step_function.lower(state, frozen, batch_layout(config, mesh)).compile()
+    if cached:
+        run_step: Any = MicroSteps(config, drafter, target, optimizer, mesh)
+        run_step.compile(state, frozen)
+    else:
+        step_function = make_train_step(config, drafter, target, optimizer, mesh)
+        run_step = step_function.lower(state, frozen, batch_layout(config, mesh)).compile()
     return_freed_memory()
     trainable = sum(leaf.size for leaf in state.params.values())
     log(
@@ -137,7 +147,7 @@ def fit(config: Config, workdir: Path, mesh: Mesh, checkpoints: Checkpoints) -> 
     with Progress("train", steps, done=start) as progress, MetricsWriter(workdir, start=start) as writer, preemption:
         journal = Journal(config, checkpoints, progress, writer)
         for step in range(start + 1, steps + 1):
-            batch = place_batch(next(data), config.train.accumulate, mesh)
+            batch = next(data) if cached else place_batch(next(data), config.train.accumulate, mesh)
             state, metrics = run_step(state, frozen, batch)
             journal.add(step, metrics)
             leaving = preemption.reached(step)

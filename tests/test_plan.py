@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -150,7 +151,13 @@ def test_with_features_from_disk_the_step_has_no_target(config, tmp_path, monkey
     config = dataclasses.replace(config, data=data, target=target)
     program = train_program(config, mesh)
     assert bytes_per_chip(program.parts["target_parameters"]) == 2 * 256 * 128 * 2
-    assert bytes_per_chip(program.parts["batch"]) > 16 * 64 * 3 * 128
+    # Of eight sequences: features, tokens, starts and mask of the rows; numbers and lengths.
+    micro = 8 * 64 * (3 * (128 + 2) + 4 + 4 + 1) + 2 * 8 * 4
+    assert bytes_per_chip(program.parts["batch"]) == 2 * micro + 4  # one is computed with while the next one arrives
+    assert bytes_per_chip(program.beside) == micro and program.calls == 2
+    given = sum(math.prod(aval.shape) * aval.dtype.itemsize for aval in program.traced.jaxpr.in_avals)
+    assert given == sum(bytes_per_chip(part) for part in program.parts.values()) - micro
+    assert [aval.shape for aval in program.last.jaxpr.out_avals].count((256, 128)) == 3  # a weight and its moments
     done = found(1.0, True) | {"flops": 1e12, "flops_per_chip": 1e12}
     monkeypatch.setattr(plan, "estimate_apart", lambda *_: dict(done))
     monkeypatch.setattr(plan, "devices_of", lambda _: (CHIPS["v5e"], jax.devices()))
@@ -192,14 +199,15 @@ class Compiled:
         )  # fmt: skip
 
 
-def estimated(compiled):
+def estimated(compiled, beside=0, **more):
     """Two matrices as parameters on one chip; the program's operations are those of x @ x, [100, 100]."""
     jaxpr = jax.make_jaxpr(lambda x: x @ x)(jnp.zeros((100, 100)))
     compiled.jaxpr = jaxpr
     mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
     spread = jax.ShapeDtypeStruct((8, 100), jnp.float32, sharding=sharding((None, None), (8, 100), mesh))
     parts = {"weights": {"a": spread}, "optimizer": [spread]}
-    return compile_and_estimate(Program("a matrix", compiled, parts), CHIPS["v5e"], mesh)
+    program = Program("a matrix", compiled, parts, **{"beside": [spread] * beside, **more})
+    return compile_and_estimate(program, CHIPS["v5e"], mesh)
 
 
 def test_what_the_compiler_says_of_a_program_becomes_figures():
@@ -215,6 +223,19 @@ def test_what_the_compiler_says_of_a_program_becomes_figures():
     assert report["roofline_seconds"] == max(report["roofline"].values())
     assert report["compiler_seconds"] == 600 / chip.clock + collectives
     assert report["estimated_seconds"] == max(report["compiler_seconds"], report["roofline_seconds"])
+
+
+def test_a_step_of_several_calls_is_added_up():
+    """Three calls and a last one; what is beside their arguments takes memory as well."""
+    once, last = estimated(Compiled()), Compiled()
+    last.jaxpr = jax.make_jaxpr(lambda x: x @ x @ x)(jnp.zeros((100, 100)))
+    step = estimated(Compiled(), calls=3, last=last, beside=2)
+    assert step["flops"] == 3 * 2e6 + 4e6
+    assert step["hbm_per_chip_bytes"] == once["hbm_per_chip_bytes"] + 2 * 3200 == sum(step["memory"].values())
+    for name in ("hbm", "collectives"):
+        assert step["roofline"][name] == pytest.approx(4 * once["roofline"][name])
+    assert step["compiler_seconds"] == pytest.approx(4 * once["compiler_seconds"])
+    assert step["collectives"]["all-gather"] == {"count": 32, "bytes": 4 * once["collectives"]["all-gather"]["bytes"]}
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ then costs the others of its group their precision and no more. Or they are bflo
 import dataclasses
 import struct
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -63,6 +64,11 @@ class Identity:
         return self.width // group_size(self.hidden_size) if self.dtype == "int8" else 0
 
     @property
+    def value_type(self) -> Any:
+        """NumPy type of the values."""
+        return np.int8 if self.dtype == "int8" else ml_dtypes.bfloat16
+
+    @property
     def bytes_per_token(self) -> int:
         """Size of a token's row on disk."""
         return self.width + 2 * self.groups if self.dtype == "int8" else 2 * self.width
@@ -70,15 +76,16 @@ class Identity:
 
 @dataclasses.dataclass(frozen=True)
 class FeatureSample(Sample):
-    """A sample with its features.
+    """A sample whose features are on disk.
 
     Attributes:
-      values: [length, (M+1) D] int8 or bfloat16.
-      scales: [length, groups] bfloat16, of int8 values; [length, 0] of others.
+      identity: what they are of.
+      read: () -> values [length, (M+1) D] int8 or bfloat16, and bfloat16 scales [length, groups] of int8 values, or
+        [length, 0]. Raises InputError where the record is damaged.
     """
 
-    values: np.ndarray
-    scales: np.ndarray
+    identity: Identity
+    read: Callable[[], tuple[np.ndarray, np.ndarray]]
 
 
 def group_size(hidden_size: int) -> int:
@@ -124,8 +131,8 @@ def encode(sample: Sample, rows: np.ndarray, identity: Identity) -> bytes:
     return head + values.tobytes() + scales.tobytes()
 
 
-def decode(record: bytes, sample: Sample, identity: Identity, where: str) -> FeatureSample:
-    """A sample with the features of its record.
+def decode(record: bytes, sample: Sample, identity: Identity, where: str) -> tuple[np.ndarray, np.ndarray]:
+    """Values and scales of a sample's record, as `FeatureSample.read` gives them.
 
     Raises:
       InputError: the record is not this sample's, or has another size.
@@ -135,12 +142,11 @@ def decode(record: bytes, sample: Sample, identity: Identity, where: str) -> Fea
         raise InputError(f"{where}: {len(record)} bytes, a sample of {length} tokens has others; {REMEDY}")
     if _HEADER.unpack_from(record) != (_MAGIC, sample.sample_id, length, _crc(sample)):
         raise InputError(f"{where}: is not of sample {sample.sample_id}, the samples have changed; {REMEDY}")
-    kind = np.dtype(np.int8 if identity.dtype == "int8" else ml_dtypes.bfloat16)
+    kind = np.dtype(identity.value_type)
     count = length * identity.width
     values = np.frombuffer(record, kind, count, _HEADER.size).reshape(length, -1)
     scales = np.frombuffer(record, ml_dtypes.bfloat16, length * identity.groups, _HEADER.size + count * kind.itemsize)
-    fields = {field.name: getattr(sample, field.name) for field in dataclasses.fields(Sample)}
-    return FeatureSample(**fields, values=values, scales=scales.reshape(length, identity.groups))
+    return values, scales.reshape(length, identity.groups)
 
 
 def _crc(sample: Sample) -> int:

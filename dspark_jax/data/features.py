@@ -13,6 +13,7 @@ on behind the last one. ArrayRecord keeps a hash of every record, the manifest o
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -189,7 +190,13 @@ class CachedSamples:
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> FeatureSample:
-        """The sample at `index` in 0..len-1 with its features.
+        """The sample at `index` in 0..len-1; its features are read when they are asked for."""
+        sample = self._samples[index]
+        fields = {field.name: getattr(sample, field.name) for field in dataclasses.fields(Sample)}
+        return FeatureSample(**fields, identity=self.identity, read=functools.partial(self._read, index, sample))
+
+    def _read(self, index: int, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
+        """Values and scales of a sample.
 
         Raises:
           InputError: its record is damaged; names shard and record.
@@ -200,7 +207,7 @@ class CachedSamples:
             record = self._records[index]
         except RuntimeError as error:
             raise InputError(f"{where} is damaged ({error}); {REMEDY}") from None
-        return decode(record, self._samples[index], self.identity, where)
+        return decode(record, sample, self.identity, where)
 
     def __repr__(self) -> str:
         """Names the data, and only that: grain prints it in its error messages."""

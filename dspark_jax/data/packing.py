@@ -7,13 +7,14 @@ the first row of their document, positions begin anew in each, and no block cros
 """
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from dspark_jax.config import InputError
-from dspark_jax.data.feature_codec import FeatureSample
+from dspark_jax.data.feature_codec import FeatureSample, Identity
 from dspark_jax.data.sources import Sample, Samples
 
 
@@ -84,6 +85,8 @@ class PackedSamples:
 def pad_batch(samples: Sequence[Sample], max_length: int) -> dict[str, Any]:
     """One sample per sequence: tokens, loss_mask [B, S] padded with zeros at the end; lengths, sample_id [B].
 
+    Samples with features are themselves in it, as `unread`: the samples of every sequence, in a list of B.
+
     Raises:
       InputError: a sample is longer than `max_length`; nothing is cut silently.
     """
@@ -122,22 +125,32 @@ def _fill(sequences: Sequence[Sequence[Sample]], max_length: int) -> dict[str, A
     ids = np.array([members[0].sample_id for members in sequences], np.int32)
     batch = {"tokens": tokens, "loss_mask": loss_mask, "lengths": lengths, "sample_id": ids}
     first = sequences[0][0]
-    return batch | (_fill_features(sequences, first, max_length) if isinstance(first, FeatureSample) else {})
+    return batch | ({"unread": list(sequences)} if isinstance(first, FeatureSample) else {})
 
 
-def _fill_features(
-    sequences: Sequence[Sequence[Sample]], first: FeatureSample, max_length: int
-) -> dict[str, np.ndarray]:
-    """feature_values [B, S, (M+1) D] and feature_scales [B, S, groups], zeros behind the samples."""
-    found = {}
-    for name in ("values", "scales"):
-        like = getattr(first, name)
-        rows = np.zeros((len(sequences), max_length, like.shape[1]), like.dtype)
-        for row, members in enumerate(sequences):
-            parts = np.concatenate([getattr(sample, name) for sample in members])
-            rows[row, : len(parts)] = parts
-        found[f"feature_{name}"] = rows
-    return found
+def empty_features(count: int, max_length: int, identity: Identity) -> dict[str, np.ndarray]:
+    """feature_values [count, S, (M+1) D] and feature_scales [count, S, groups] of zeros.
+
+    The system gives memory to what is written only, so that padding takes none.
+    """
+    values = np.zeros((count, max_length, identity.width), identity.value_type)
+    return {
+        "feature_values": values,
+        "feature_scales": np.zeros((count, max_length, identity.groups), ml_dtypes.bfloat16),
+    }
+
+
+def read_features(arrays: Mapping[str, np.ndarray], row: int, members: Sequence[FeatureSample]) -> None:
+    """Reads the features of a sequence's samples into its row of `empty_features`.
+
+    Raises:
+      InputError: a record is damaged.
+    """
+    start = 0
+    for sample in members:
+        rows = slice(start, start + len(sample.tokens))
+        arrays["feature_values"][row, rows], arrays["feature_scales"][row, rows] = sample.read()
+        start = rows.stop
 
 
 def _check_length(sample: Sample, room: int) -> None:

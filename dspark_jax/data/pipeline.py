@@ -5,14 +5,32 @@ of shuffled epochs, and a process takes its slice of each, so that the global ba
 processes, and a run can be continued on another one.
 """
 
+import dataclasses
 import functools
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import grain
+import numpy as np
 
 from dspark_jax.config import InputError
-from dspark_jax.data.packing import PackedSamples, pack_batch, pad_batch
+from dspark_jax.data.packing import PackedSamples, empty_features, pack_batch, pad_batch, read_features
 from dspark_jax.data.sources import Samples
+
+ON_HOST = 3
+"""Micro-batches of features that a host holds with `MicroBatches`: on the way to the devices, waited for, ahead."""
+
+_Reading = tuple[dict[str, np.ndarray], list[Future[None]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Batch:
+    """A batch of which the first micro-batch is being read, and the state of the iterator behind it."""
+
+    state: Any
+    pieces: list[dict[str, Any]]
+    first: _Reading
 
 
 def batches(
@@ -45,8 +63,8 @@ def batches(
 
     Returns:
       Iterator over dicts: tokens [B, S] int32, loss_mask [B, S] uint8, lengths [B] int32, sample_id [B] int32, where B
-      is batch_size / process_count; packed ones have starts [B, S] int32 besides, and those with features
-      feature_values [B, S, (M+1) D] and feature_scales [B, S, groups] (see `data.feature_codec`).
+      is batch_size / process_count; packed ones have starts [B, S] int32 besides, and those with features `unread` (see
+      `data.packing`), which `MicroBatches` reads.
 
     Raises:
       InputError: there are no samples, or the batch cannot be divided; while iterating: a sample exceeds max_length.
@@ -65,3 +83,69 @@ def batches(
         dataset = dataset.slice(slice(process_index, None, process_count))
     ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
     return iter(dataset.to_iter_dataset(ahead))
+
+
+class MicroBatches:
+    """Batches in micro-batches with their features, which threads read one micro-batch ahead.
+
+    Of the features of a batch, which can be tens of GB, the host holds those of `ON_HOST` micro-batches. Besides
+    iterating, it keeps the iterator's state: that behind the last batch that was handed out.
+    """
+
+    def __init__(self, batches: grain.DatasetIterator, count: int, threads: int = 1):
+        """`batches` of samples with features, each cut into `count` micro-batches of consecutive sequences."""
+        self._batches, self._count = batches, count
+        self._pool = ThreadPoolExecutor(threads, "features")
+        self._state = batches.get_state()
+        self._next: _Batch | None = None
+
+    def __next__(self) -> Iterator[dict[str, np.ndarray]]:
+        """The micro-batches of the next batch, to be taken before those of another one.
+
+        Each has the arrays of its rows, feature_values [B, S, (M+1) D] and feature_scales [B, S, groups] among them
+        (see `data.feature_codec`), zeros behind the samples.
+
+        Raises:
+          InputError: while iterating: a record of the cache is damaged.
+        """
+        batch = self._next or self._begin()
+        self._state, self._next = batch.state, None
+        return self._read(batch)
+
+    def get_state(self) -> Any:
+        """As of `batches`."""
+        return self._state
+
+    def set_state(self, state: Any) -> None:
+        """As of `batches`."""
+        self._batches.set_state(state)
+        self._state, self._next = state, None
+
+    def _read(self, batch: _Batch) -> Iterator[dict[str, np.ndarray]]:
+        first = batch.first
+        for index in range(self._count):
+            arrays, reading = first
+            if index + 1 < self._count:
+                first = self._start(batch.pieces[index + 1])
+            else:
+                self._next = self._begin()
+            for future in reading:
+                future.result()
+            yield arrays
+
+    def _begin(self) -> _Batch:
+        """Takes a batch and starts to read its first micro-batch."""
+        rows = next(self._batches)
+        size = len(rows["tokens"]) // self._count
+        pieces = [
+            {name: part[index * size : (index + 1) * size] for name, part in rows.items()}
+            for index in range(self._count)
+        ]
+        return _Batch(self._batches.get_state(), pieces, self._start(pieces[0]))
+
+    def _start(self, piece: dict[str, Any]) -> _Reading:
+        """Starts to read a micro-batch."""
+        sequences = piece["unread"]
+        features = empty_features(len(sequences), piece["tokens"].shape[1], sequences[0][0].identity)
+        reading = [self._pool.submit(read_features, features, row, members) for row, members in enumerate(sequences)]
+        return {name: rows for name, rows in piece.items() if name != "unread"} | features, reading

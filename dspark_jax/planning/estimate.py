@@ -2,12 +2,13 @@
 
 import re
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 
 from dspark_jax.planning.flops import matmul_flops
-from dspark_jax.planning.hlo import Cost, program_cost
+from dspark_jax.planning.hlo import Cost, program_cost, total_cost
 from dspark_jax.planning.programs import Program, bytes_per_chip
 from dspark_jax.planning.topology import GIB, Chip
 
@@ -24,40 +25,48 @@ def compile_and_estimate(program: Program, chip: Chip, mesh: jax.sharding.Mesh) 
       What `plan.json` holds of it. Where it does not fit, `fits` is False and there are no times.
     """
     started = time.monotonic()
-    flops = matmul_flops(program.traced.jaxpr)
+    flops = program.calls * matmul_flops(program.traced.jaxpr)
+    flops += matmul_flops(program.last.jaxpr) if program.last else 0.0
+    beside = bytes_per_chip(program.beside)
     parts = {f"{name}_bytes": bytes_per_chip(tree) for name, tree in program.parts.items()}
     found: dict[str, Any] = {"devices": mesh.size, "flops": flops, "flops_per_chip": flops / mesh.size}
     try:
         with jax.set_mesh(mesh):
             compiled = program.traced.lower().compile(compiler_options=OPTIONS)
+            last = program.last and program.last.lower().compile(compiler_options=OPTIONS)
     except jax.errors.JaxRuntimeError as error:
         match = _OUT_OF_MEMORY.search(str(error))
         if match is None or "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        needed = float(match[1]) * {"K": 2**10, "M": 2**20, "G": GIB}[match[2]]
+        needed = float(match[1]) * {"K": 2**10, "M": 2**20, "G": GIB}[match[2]] + beside
         memory = {**parts, "activations_bytes": max(needed - sum(parts.values()), 0.0), "rest_bytes": 0.0}
         found |= {"hbm_per_chip_bytes": needed, "hbm_available_bytes": chip.hbm_bytes, "memory": memory, "fits": False}
         return found | {"compile_seconds": time.monotonic() - started}
-    found |= _memory(compiled.memory_analysis(), parts, chip)
-    cost = _cost(compiled)
+    found |= _memory(compiled.memory_analysis(), parts, chip, beside)
+    cost = _cost([(compiled, program.calls), (last, 1)] if last else [(compiled, program.calls)])
     found |= _times(flops / mesh.size, found["memory"], cost, chip)
     return found | {"compile_seconds": time.monotonic() - started}
 
 
-def _memory(stats: Any, parts: dict[str, int], chip: Chip) -> dict[str, Any]:
-    """Memory by purpose. The rest is the padding of arguments to tiles, results that replace no argument, and code."""
+def _memory(stats: Any, parts: dict[str, int], chip: Chip, beside: int) -> dict[str, Any]:
+    """Memory by purpose, `beside` (bytes that are no arguments) included.
+
+    The rest is the padding of arguments to tiles, results that replace no argument, and code.
+    """
     results = stats.output_size_in_bytes - stats.alias_size_in_bytes
-    total = stats.argument_size_in_bytes + stats.temp_size_in_bytes + results + stats.generated_code_size_in_bytes
+    total = (
+        stats.argument_size_in_bytes + stats.temp_size_in_bytes + results + stats.generated_code_size_in_bytes + beside
+    )
     rest = total - stats.temp_size_in_bytes - sum(parts.values())
     memory = {**parts, "activations_bytes": stats.temp_size_in_bytes, "rest_bytes": rest}
     fits = total <= chip.hbm_bytes
     return {"hbm_per_chip_bytes": total, "hbm_available_bytes": chip.hbm_bytes, "memory": memory, "fits": fits}
 
 
-def _cost(compiled: Any) -> Cost | None:
-    """Cost of a compiled program, or None where this version of libtpu cannot print it."""
+def _cost(programs: Sequence[tuple[Any, int]]) -> Cost | None:
+    """Cost of compiled programs, each called so often, or None where this version of libtpu cannot print them."""
     try:
-        return program_cost(compiled.as_text())
+        return total_cost([(program_cost(compiled.as_text()), calls) for compiled, calls in programs])
     except jax.errors.JaxRuntimeError:
         return None
 

@@ -8,7 +8,7 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota", "while", "conditional"}
@@ -105,6 +105,24 @@ def program_cost(text: str) -> Cost:
     visit(entry, 1)
     kinds = {kind: Traffic(counts[kind], float(sizes[kind])) for kind in COLLECTIVES if counts[kind]}
     return Cost(cycles, traffic, kinds, unknown)
+
+
+def total_cost(calls: Sequence[tuple[Cost, int]]) -> Cost:
+    """Cost of several programs, each called so often."""
+    kinds = {
+        kind: Traffic(
+            sum(times * cost.collectives[kind].count for cost, times in calls if kind in cost.collectives),
+            sum(times * cost.collectives[kind].bytes for cost, times in calls if kind in cost.collectives),
+        )
+        for kind in COLLECTIVES
+        if any(kind in cost.collectives for cost, _ in calls)
+    }
+    return Cost(
+        sum(times * cost.cycles for cost, times in calls),
+        sum(times * cost.hbm_bytes for cost, times in calls),
+        kinds,
+        sum(cost.unknown_loops for cost, _ in calls),
+    )
 
 
 def _parse(text: str) -> tuple[str, _Program]:

@@ -17,6 +17,7 @@ from dspark_jax.engine.slots import Mode, batch_axes, open_slots, serve_round
 from dspark_jax.sharding import replicated, sharding, state_shardings
 from dspark_jax.target.lender import abstract_lender
 from dspark_jax.target.loading import abstract_target, compute_dtype
+from dspark_jax.training.micro_steps import ON_DEVICE, MicroSteps
 from dspark_jax.training.optim import make_optimizer
 from dspark_jax.training.state import abstract_drafter, param_shardings, state_layout, to_params
 from dspark_jax.training.step import batch_layout, make_train_step
@@ -32,12 +33,18 @@ class Program:
     Attributes:
       name: for messages.
       traced: not yet lowered.
-      parts: arguments by what they are for, e.g. `target_parameters`; trees of shapes with shardings.
+      parts: what devices hold by what it is for, e.g. `target_parameters`; trees of shapes with shardings.
+      calls: of `traced`, per step or round.
+      last: a program that ends them and needs less memory, traced; or None.
+      beside: of `parts`, what is no argument of `traced`; a tree of shapes with shardings.
     """
 
     name: str
     traced: Any
     parts: dict[str, Any]
+    calls: int = 1
+    last: Any = None
+    beside: Any = ()
 
 
 def with_dtypes(config: Config) -> Config:
@@ -52,7 +59,8 @@ def with_dtypes(config: Config) -> Config:
 def train_program(config: Config, mesh: Mesh) -> Program:
     """The train step of a config (types resolved) on a mesh of any devices.
 
-    Where features come from disk, the target only lends its embedding and LM head, as in `train`.
+    Where features come from disk, the target only lends its embedding and LM head, and the program is called for every
+    micro-batch while the next one arrives, as in `train`.
 
     Raises:
       InputError: the batch cannot be divided over the mesh.
@@ -70,15 +78,21 @@ def train_program(config: Config, mesh: Mesh) -> Program:
     optimizer = make_optimizer(config.optim, train.steps)
     state, batch = state_layout(drafter, optimizer, mesh), batch_layout(config, mesh)
     target_params = _laid(to_params(target), param_shardings(target, mesh), target.dtype)
-    with jax.set_mesh(mesh):
-        traced = make_train_step(config, drafter, target, optimizer, mesh).trace(state, target_params, batch)
     parts = {
         "target_parameters": target_params,
         "drafter_parameters": state.params,
         "optimizer": state.optimizer,
         "batch": (state.step, batch),
     }
-    return Program("train step", traced, parts)
+    with jax.set_mesh(mesh):
+        if online:
+            traced = make_train_step(config, drafter, target, optimizer, mesh).trace(state, target_params, batch)
+            return Program("train step", traced, parts)
+        steps = MicroSteps(config, drafter, target, optimizer, mesh)
+        traced, last = steps.add.trace(steps.total, state, target_params, batch), steps.apply.trace(state, steps.total)
+    ahead = (batch,) * (ON_DEVICE - 1)
+    parts |= {"gradients": steps.total, "batch": (state.step, batch, *ahead)}
+    return Program("train step", traced, parts, train.accumulate, last, ahead)
 
 
 def decode_program(config: Config, mesh: Mesh) -> Program:

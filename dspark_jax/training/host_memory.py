@@ -1,7 +1,22 @@
-"""Host memory between compiling and running."""
+"""Host memory: what features from disk need of it, and what compiling leaves behind."""
 
+import contextlib
 import ctypes
+import math
+import os
 import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from dspark_jax.config import Config, InputError
+from dspark_jax.data.pipeline import ON_HOST
+from dspark_jax.training.step import batch_layout
+
+_GROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+"""Where Linux says what a control group (a container) may have, by the version of control groups."""
 
 
 def return_freed_memory() -> None:
@@ -13,3 +28,49 @@ def return_freed_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
+
+
+def total_memory() -> int:
+    """Bytes that this machine has, or that the container leaves of them to its processes."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for path in _GROUP_LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # there is none, or it says "max"
+            limits.append(int(Path(path).read_text()))
+    return min(limits)
+
+
+def feature_memory(config: Config, mesh: Mesh) -> int:
+    """Bytes of host memory, at most, for the features from disk of the micro-batches of this process; 0 if online."""
+    features = [leaf for name, leaf in batch_layout(config, mesh).items() if name.startswith("feature_")]
+    each = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in features)
+    return ON_HOST * each // jax.process_count()
+
+
+def describe_feature_memory(config: Config, mesh: Mesh, lengths: Sequence[int]) -> str:
+    """What training from disk takes of this host, in one line; `lengths` are the samples' numbers of tokens."""
+    line = f"features: {ON_HOST} micro-batches take at most {feature_memory(config, mesh) / 1e9:.2f} GB of host memory"
+    full = sum(lengths) / (len(lengths) * config.data.max_length)
+    if config.data.pack or full > 0.5:
+        return line
+    return f"{line}; {1 - full:.0%} of the rows are padding, which data.pack=True would fill"
+
+
+def check_host_memory(config: Config, mesh: Mesh) -> None:
+    """Refuses micro-batches whose features this host cannot hold; call it before hours of preparing.
+
+    Raises:
+      InputError: they take more than all of its memory.
+    """
+    needed, there = feature_memory(config, mesh), total_memory()
+    if needed <= there:
+        return
+    train, rows = config.train, config.train.batch_size // config.train.accumulate
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    more = (n for n in range(train.accumulate + 1, train.batch_size // ways + 1) if train.batch_size % (n * ways) == 0)
+    fits = next((n for n in more if needed * train.accumulate <= there * n), None)
+    remedy = f"set train.accumulate={fits}" if fits else "lower data.max_length"
+    raise InputError(
+        f"data.features={config.data.features}: the features of {ON_HOST} micro-batches of {rows} sequences x "
+        f"{config.data.max_length} tokens take {needed / 1e9:.1f} GB of each host's memory, this one has "
+        f"{there / 1e9:.1f} GB; {remedy}, or data.pack=True with a smaller train.batch_size, or data.features=online"
+    )

@@ -24,7 +24,8 @@ from dspark_jax.training.state import Params, TrainState, state_layout, to_modul
 Batch = dict[str, jax.Array]
 """tokens, loss_mask [C, B, S]; lengths, sample_id [C, B]: C micro-batches of B sequences. Packed sequences have starts
 [C, B, S], the first row of every row's document. Optionally features [C, B, S, M*D] and last_hidden [C, B, S, D], or
-feature_values and feature_scales as a feature cache has them, with which the target does not run."""
+feature_values and feature_scales as a feature cache has them, with which the target does not run. What brings features
+from disk has C = 1, whatever train.accumulate is (see `training.micro_steps`)."""
 
 FINITE = np.iinfo(np.int32).max
 """`StepMetrics.not_finite` of steps without an accident."""
@@ -42,6 +43,26 @@ class StepMetrics:
 
     ratios: dict[str, Ratio]
     not_finite: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Accumulated:
+    """What the micro-batches of an optimizer step add up to.
+
+    Attributes:
+      gradients: of the un-normalised loss, by parameter.
+      sums: the loss and its terms.
+      tokens: int32 scalar.
+    """
+
+    gradients: Params
+    sums: LossSums
+    tokens: jax.Array
+
+    def normalised(self) -> Params:
+        """Gradients of the loss of all of them."""
+        return jax.tree.map(lambda g: g / (self.sums.denominator + EPSILON), self.gradients)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -93,27 +114,33 @@ def loss_sums(
     return sums.total, sums
 
 
-def gradients(
+def accumulate(
     params: Params, drafter: AnyDrafter, target: Target, batch: Batch, step: jax.Array, config: Config
-) -> tuple[Params, LossSums]:
-    """Gradient of the normalised loss over C micro-batches, and the summed terms.
+) -> Accumulated:
+    """The sums over C micro-batches.
 
     Gradients and denominators are summed un-normalised and divided once, so C changes memory and nothing else
     (trap 18).
     """
     grad = jax.grad(loss_sums, has_aux=True)
 
-    def one(micro: Batch) -> tuple[Params, LossSums]:
-        return grad(params, drafter, target, micro, step, config)
+    def one(micro: Batch) -> Accumulated:
+        found, sums = grad(params, drafter, target, micro, step, config)
+        return Accumulated(found, sums, jnp.sum(micro["lengths"]))
 
-    count = batch["tokens"].shape[0]
     first = jax.tree.map(lambda x: x[0], batch)
-    if count == 1:
-        summed, sums = one(first)
-    else:
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, first))
-        (summed, sums), _ = jax.lax.scan(lambda carry, micro: (_add(carry, one(micro)), None), zeros, batch)
-    return jax.tree.map(lambda g: g / (sums.denominator + EPSILON), summed), sums
+    if batch["tokens"].shape[0] == 1:
+        return one(first)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, first))
+    return jax.lax.scan(lambda carry, micro: (_add(carry, one(micro)), None), zeros, batch)[0]
+
+
+def gradients(
+    params: Params, drafter: AnyDrafter, target: Target, batch: Batch, step: jax.Array, config: Config
+) -> tuple[Params, LossSums]:
+    """Gradient of the normalised loss over C micro-batches, and the summed terms."""
+    total = accumulate(params, drafter, target, batch, step, config)
+    return total.normalised(), total.sums
 
 
 def train_step(
@@ -142,7 +169,19 @@ def train_step(
     Returns:
       The state after, and the step's metrics.
     """
-    grads, sums = gradients(state.params, drafter, to_module(target, target_params), batch, state.step, config)
+    total = accumulate(state.params, drafter, to_module(target, target_params), batch, state.step, config)
+    return apply_gradients(state, total, optimizer=optimizer, shardings=shardings)
+
+
+def apply_gradients(
+    state: TrainState,
+    total: Accumulated,
+    *,
+    optimizer: optax.GradientTransformation,
+    shardings: Mapping[str, NamedSharding] | None = None,
+) -> tuple[TrainState, StepMetrics]:
+    """The end of a step, of which `total` are the sums; otherwise as `train_step`."""
+    grads, sums = total.normalised(), total.sums
     if shardings is not None:
         grads = jax.lax.with_sharding_constraint(grads, dict(shardings))
     updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
@@ -153,7 +192,7 @@ def train_step(
         "loss": Ratio(sums.total, sums.denominator),
         **sums.metrics,
         "grad_norm": Ratio(norm, one),
-        "tokens": Ratio(jnp.sum(batch["lengths"]).astype(jnp.float32), one),
+        "tokens": Ratio(total.tokens.astype(jnp.float32), one),
     }
     finite = jnp.isfinite(sums.total) & jnp.isfinite(norm)
     step = state.step + 1
@@ -171,10 +210,12 @@ def make_train_step(
     step = functools.partial(
         train_step, drafter=drafter, target=target, optimizer=optimizer, config=config, shardings=shardings.params
     )
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)), compiler_options=_on_cpu(mesh))
+    return jax.jit(
+        step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)), compiler_options=cpu_options(mesh)
+    )
 
 
-def _on_cpu(mesh: Mesh) -> dict[str, bool] | None:
+def cpu_options(mesh: Mesh) -> dict[str, bool] | None:
     """XLA options. The newer code generator takes 300 MB more to compile this step on CPU and makes it no faster."""
     return {"xla_cpu_use_fusion_emitters": False} if mesh.devices.flat[0].platform == "cpu" else None
 
@@ -206,8 +247,12 @@ def check_batch(config: Config, mesh: Mesh) -> None:
 
 
 def batch_layout(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and shardings of a global batch of this config, as `place_batch` makes it."""
-    lead = (config.train.accumulate, config.train.batch_size // config.train.accumulate)
+    """Shapes and shardings of what a program is given at a time, as `place_batch` makes it.
+
+    That is a global batch in all its micro-batches, or one of them where features come from disk.
+    """
+    micro = config.train.batch_size // config.train.accumulate
+    lead = (config.train.accumulate if config.data.features == "online" else 1, micro)
     rows = (*lead, config.data.max_length)
     shapes = {"tokens": (rows, jnp.int32), "loss_mask": (rows, jnp.uint8)}
     shapes |= {"lengths": (lead, jnp.int32), "sample_id": (lead, jnp.int32)}

@@ -26,7 +26,7 @@ from dspark_jax.data.features import (
     read_manifest,
     write_features,
 )
-from dspark_jax.data.packing import PackedSamples, pack_batch, pad_batch
+from dspark_jax.data.packing import empty_features, pack_batch, pad_batch, read_features
 from dspark_jax.data.sources import Sample
 
 WIDTH, TAPS = 6, (-1, 2)
@@ -74,11 +74,12 @@ def test_records_hold_what_the_target_gave(tmp_path, dtype):
         sample, found = samples[index], cached[index]
         np.testing.assert_array_equal(found.tokens, sample.tokens)
         assert (found.sample_id, found.prompt_set) == (sample.sample_id, "x")
-        wanted, back = rows_of(sample.tokens), np.asarray(dequantise(found.values, found.scales, np.float32))
+        values, scales = found.read()
+        wanted, back = rows_of(sample.tokens), np.asarray(dequantise(values, scales, np.float32))
         if dtype == "bfloat16":
             np.testing.assert_array_equal(back, wanted.astype(ml_dtypes.bfloat16).astype(np.float32))
         else:
-            scales = found.scales.astype(np.float32).repeat(group_size(WIDTH), axis=1)
+            scales = scales.astype(np.float32).repeat(group_size(WIDTH), axis=1)
             assert (np.abs(back - wanted) <= 0.5 * scales * (1 + 1e-5)).all()
     assert damaged_shards(tmp_path / "f") == []
 
@@ -195,15 +196,15 @@ def test_a_corrupted_record_is_named(tmp_path):
     record = CachedSamples(samples, tmp_path / "f", IDENTITY)[
         len(read_manifest(tmp_path / "f")["shards"][0]["lengths"])
     ]
-    at = bytes(content).index(record.values.tobytes())
+    at = bytes(content).index(record.read()[0].tobytes())
     content[at + 5] ^= 4
     path.write_bytes(content)
     cached = CachedSamples(samples, tmp_path / "f", IDENTITY)
-    cached[0]
+    cached[0].read()
     first = len(read_manifest(tmp_path / "f")["shards"][0]["lengths"])
     with pytest.raises(InputError, match=r"shard-00001.array_record: record 0 is damaged"):
-        cached[first]
-    cached[first + 1]
+        cached[first].read()
+    cached[first + 1].read()
     assert damaged_shards(tmp_path / "f") == ["shard-00001.array_record"]
     path.write_bytes(content[:-10])
     with pytest.raises(InputError, match="shard-00001.array_record: missing or not of"):
@@ -215,7 +216,7 @@ def test_other_samples_are_noticed(tmp_path):
     changed = list(samples)
     changed[4] = dataclasses.replace(samples[4], tokens=samples[4].tokens + 1)
     with pytest.raises(InputError, match="record .* is not of sample 28, the samples have changed"):
-        CachedSamples(changed, tmp_path / "f", IDENTITY)[4]
+        CachedSamples(changed, tmp_path / "f", IDENTITY)[4].read()
     with pytest.raises(InputError, match="11 records for 10 samples"):
         CachedSamples(samples[:10], tmp_path / "f", IDENTITY)
 
@@ -300,19 +301,20 @@ def test_features_that_are_not_finite_are_refused(tmp_path):
         write(tmp_path / "f", compute=lambda: broken)
 
 
-def test_batches_carry_them(tmp_path):
+def test_batches_bring_samples_whose_features_are_read_into_rows(tmp_path):
     samples = write(tmp_path / "f")
     cached = CachedSamples(samples, tmp_path / "f", IDENTITY)
-    batch = pad_batch([cached[3], cached[4]], 24)
-    assert batch["feature_values"].shape == (2, 24, 18) and batch["feature_scales"].shape == (2, 24, 3)
-    np.testing.assert_array_equal(batch["feature_values"][1, : cached.lengths[4]], cached[4].values)
-    assert not batch["feature_values"][1, cached.lengths[4] :].any()
-    packed = PackedSamples(cached, 48)
-    sequence = packed[0]
-    assert len(sequence) > 1
-    batch = pack_batch([sequence], 48)
-    end = len(sequence[0].tokens) + len(sequence[1].tokens)
-    np.testing.assert_array_equal(batch["feature_values"][0, len(sequence[0].tokens) : end], sequence[1].values)
+    sequences = [*pad_batch([cached[3], cached[4]], 48)["unread"], *pack_batch([[cached[5], cached[1]]], 48)["unread"]]
+    arrays = empty_features(3, 48, IDENTITY)
+    assert arrays["feature_values"].shape == (3, 48, 18) and arrays["feature_scales"].shape == (3, 48, 3)
+    for row, members in enumerate(sequences):
+        read_features(arrays, row, members)
+    for name, each in {"feature_values": 0, "feature_scales": 1}.items():
+        stored = [cached[index].read()[each] for index in (3, 4, 5, 1)]
+        wanted = [stored[0], stored[1], np.concatenate(stored[2:])]
+        for row, rows in enumerate(wanted):
+            np.testing.assert_array_equal(arrays[name][row, : len(rows)], rows)
+            assert not arrays[name][row, len(rows) :].any()
 
 
 def test_golden_cache(golden, tmp_path):
@@ -350,6 +352,6 @@ def test_golden_cache(golden, tmp_path):
     for i in range(len(samples)):
         parts = [expected[f"sample{i}.{name}"] for name in ("target_hidden_states", "target_last_hidden_states")]
         theirs = np.concatenate(parts, axis=-1).astype(np.float32)
-        ours = cached[i].values.astype(np.float32)
+        ours = cached[i].read()[0].astype(np.float32)
         assert (np.abs(ours - theirs) <= 2**-7 * np.abs(theirs) + 2e-4).all()  # one step of bfloat16
         assert (ours == theirs).mean() > 0.99

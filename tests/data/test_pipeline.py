@@ -1,4 +1,5 @@
 import json
+import weakref
 from collections import Counter
 from typing import Any
 
@@ -6,7 +7,9 @@ import numpy as np
 import pytest
 
 from dspark_jax.config import InputError
-from dspark_jax.data.pipeline import batches
+from dspark_jax.data import pipeline
+from dspark_jax.data.feature_codec import FeatureSample, Identity
+from dspark_jax.data.pipeline import ON_HOST, MicroBatches, batches
 from dspark_jax.data.sources import Sample
 
 LENGTH = 12
@@ -81,3 +84,69 @@ def test_bad_input_is_refused() -> None:
         batches(samples(9), batch_size=6, max_length=LENGTH, seed=0, process_count=4)
     with pytest.raises(InputError, match=r"sample 1011 has 12 tokens, data\.max_length=11"):
         next(batches(samples(12), batch_size=12, max_length=11, seed=0))
+
+
+def with_features(plain: list[Sample]) -> list[Sample]:
+    """Every row of features says which token it is of."""
+
+    def read(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return (tokens[:, None] % 100 + np.arange(8)).astype(np.int8), tokens[:, None].astype(np.float32)
+
+    identity = Identity("t", "t", "d", "jax", (0,), 4, "int8")  # two layers of four, a scale for each
+    return [FeatureSample(**vars(one), identity=identity, read=lambda t=one.tokens: read(t)) for one in plain]
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_micro_batches_are_the_batch_with_its_features_and_few_are_held(pack: bool, monkeypatch) -> None:
+    plain, alive, most, real = samples(29), weakref.WeakSet(), 0, pipeline.empty_features
+
+    class Counted(np.ndarray):
+        """As NumPy's, and may be counted."""
+
+    def counted(*arguments: Any) -> dict[str, np.ndarray]:
+        arrays = {name: rows.view(Counted) for name, rows in real(*arguments).items()}
+        alive.add(arrays["feature_values"])
+        return arrays
+
+    def start(data: list[Sample]) -> Any:
+        return batches(data, batch_size=8, max_length=LENGTH, seed=5, pack=pack)
+
+    monkeypatch.setattr(Counted, "__hash__", object.__hash__)
+    monkeypatch.setattr(Counted, "__eq__", object.__eq__)
+    monkeypatch.setattr(pipeline, "empty_features", counted)
+    whole, stored = start(plain), MicroBatches(start(with_features(plain)), 4, threads=2)
+    states = []
+    for _ in range(3):
+        expected, pieces = next(whole), []
+        for piece in next(stored):
+            most = max(most, len(alive))
+            values = piece.pop("feature_values")
+            wanted = expected["tokens"][2 * len(pieces) : 2 * len(pieces) + 2, :, None]
+            inside = np.arange(LENGTH)[:, None] < piece["lengths"][:, None, None]
+            assert np.array_equal(values, np.where(inside, wanted % 100 + np.arange(8), 0))
+            assert np.array_equal(
+                piece.pop("feature_scales"), np.where(inside, wanted, 0).repeat(2, -1).astype("bfloat16")
+            )
+            pieces.append(piece)
+            del values
+        assert set(pieces[0]) == set(expected)
+        for name, rows in expected.items():
+            assert np.array_equal(np.concatenate([piece[name] for piece in pieces]), rows), name
+        states.append((whole.get_state(), stored.get_state()))
+        assert states[-1][0] == states[-1][1]
+    assert 2 <= most <= ON_HOST
+    again = MicroBatches(start(with_features(plain)), 2)
+    again.set_state(states[0][1])
+    resumed = np.concatenate([piece["sample_id"] for piece in next(again)])
+    whole.set_state(states[0][0])
+    assert np.array_equal(resumed, next(whole)["sample_id"])
+
+
+def test_a_damaged_record_is_told_when_its_micro_batch_is_asked_for() -> None:
+    def damaged() -> Any:
+        raise InputError("record 3 is damaged")
+
+    (first, *others) = with_features(samples(8))
+    data = [FeatureSample(**(vars(first) | {"read": damaged})), *others]
+    with pytest.raises(InputError, match="record 3 is damaged"):
+        list(next(MicroBatches(batches(data, batch_size=8, max_length=LENGTH, seed=5), 2)))

@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
 import pytest
 
 from dspark_jax import train as train_module
-from dspark_jax.config import Config, InputError, TargetArchitecture, TargetConfig, problems, resolve
+from dspark_jax.config import Config, InputError, MeshConfig, TargetArchitecture, TargetConfig, problems, resolve
 from dspark_jax.data.sources import Sample, write_samples
 from dspark_jax.hub import with_architecture
 from dspark_jax.sharding import make_mesh
@@ -29,11 +30,13 @@ def make_data(workdir):
     (workdir / "data" / "report.json").write_text('{"fingerprint": "made up"}')
 
 
-def fit(config: Config, workdir) -> list[dict]:
-    make_data(workdir)
+def fit(config: Config, workdir, mesh: MeshConfig | None = None) -> list[dict]:
+    if not (workdir / "data").exists():
+        make_data(workdir)
     if config.data.features != "online":
         prepare_features(config, workdir)
-    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    config = dataclasses.replace(config, mesh=mesh or config.mesh)
+    mesh = make_mesh(config.mesh, jax.devices()[: 8 if mesh else 1])
     with Checkpoints(workdir, config) as checkpoints, jax.set_mesh(mesh):
         train_module.fit(config, workdir, mesh, checkpoints)
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
@@ -48,19 +51,21 @@ def single_device(monkeypatch):
 
 
 def test_losses_are_those_of_online_training(config, tmp_path, single_device):
-    config.train.steps, config.train.checkpoint_every = 4, 4
-    config.train.log_every = 1
-    losses = {}
-    for name, dtype in {"online": "int8", "bfloat16": "bfloat16", "int8": "int8"}.items():
-        source = "online" if name == "online" else "cache"
-        changed = dataclasses.replace(
-            config, data=dataclasses.replace(config.data, features=source, feature_dtype=dtype)
-        )
-        losses[name] = [row["loss"] for row in fit(changed, tmp_path / name)]
+    """From disk in two micro-batches, on one device and on eight; a run that is continued gives the same, exactly."""
+    config.train.steps, config.train.checkpoint_every, config.train.log_every = 4, 2, 1
+    losses, cube = {}, MeshConfig(2, 2, 2)
+    for name, mesh in {"online": None, "bfloat16": None, "int8": cube}.items():
+        changed = config
+        if name != "online":
+            data = dataclasses.replace(config.data, features="cache", feature_dtype=name)
+            changed = dataclasses.replace(config, data=data, train=dataclasses.replace(config.train, accumulate=2))
+        losses[name] = [row["loss"] for row in fit(changed, tmp_path / name, mesh)]
     assert len(losses["online"]) == 4
     for name, tolerance in {"bfloat16": 2e-3, "int8": 5e-3}.items():
         np.testing.assert_allclose(losses[name], losses["online"], rtol=tolerance, err_msg=name)
         assert losses[name] != losses["online"]  # it did train from what is stored
+    shutil.rmtree(tmp_path / "int8" / "checkpoints" / "4")
+    assert [row["loss"] for row in fit(changed, tmp_path / "int8", cube)] == losses["int8"]
 
 
 def test_packed_sequences_have_the_features_of_their_samples(config, tmp_path, single_device):

@@ -1,4 +1,4 @@
-"""Memory that is kept by the C library is given back."""
+"""Features that do not fit are refused; memory that is kept by the C library is given back."""
 
 import resource
 import sys
@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from dspark_jax.training.host_memory import return_freed_memory
+from dspark_jax.config import InputError
+from dspark_jax.training import host_memory
+from dspark_jax.training.host_memory import (
+    check_host_memory,
+    describe_feature_memory,
+    feature_memory,
+    return_freed_memory,
+)
 
 
 def resident() -> int:
@@ -22,3 +29,32 @@ def test_freed_memory_is_returned():
     before = resident()
     return_freed_memory()
     assert pinned is not None and resident() < before - 32e6
+
+
+def test_micro_batches_that_do_not_fit_are_refused(config, meshes, monkeypatch):
+    monkeypatch.setattr(host_memory, "total_memory", lambda: 20_000)
+    check_host_memory(config, meshes["one"])  # online, there are none
+    config.data.features = "cache"
+    # Three times eight sequences x 24 tokens x three layers of 32 bytes with a scale of two bytes each.
+    assert feature_memory(config, meshes["one"]) == 3 * 8 * 24 * 3 * (32 + 2)
+    said = describe_feature_memory(config, meshes["one"], [10, 2])
+    assert said.endswith("at most 0.00 GB of host memory; 75% of the rows are padding, which data.pack=True would fill")
+    assert describe_feature_memory(config, meshes["one"], [10, 20]).endswith("of host memory")
+    with pytest.raises(InputError) as error:
+        check_host_memory(config, meshes["one"])
+    message = str(error.value)
+    assert "3 micro-batches of 8 sequences x 24 tokens take 0.0 GB" in message
+    assert "; set train.accumulate=4, or data.pack=True" in message
+    config.train.accumulate = 4
+    check_host_memory(config, meshes["one"])
+    monkeypatch.setattr(host_memory, "total_memory", lambda: 5_000)
+    with pytest.raises(InputError, match="lower data.max_length"):
+        check_host_memory(config, meshes["one"])
+
+
+def test_the_limit_of_a_container_counts(tmp_path, monkeypatch):
+    (tmp_path / "memory.max").write_text("max\n")
+    monkeypatch.setattr(host_memory, "_GROUP_LIMITS", (str(tmp_path / "memory.max"), str(tmp_path / "none")))
+    assert host_memory.total_memory() > 2**20
+    (tmp_path / "memory.max").write_text("4096\n")
+    assert host_memory.total_memory() == 4096

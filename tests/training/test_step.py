@@ -12,6 +12,7 @@ from dspark_jax.drafter.blocks import sample_anchors
 from dspark_jax.kinds import as_kind
 from dspark_jax.target.loading import load_target
 from dspark_jax.training.loss import drafter_loss
+from dspark_jax.training.micro_steps import MicroSteps
 from dspark_jax.training.optim import make_optimizer
 from dspark_jax.training.state import (
     TrainState,
@@ -210,14 +211,24 @@ def test_anchors_depend_on_step_and_sample_only():
     assert len(np.unique(seen, axis=0)) == 15
 
 
-def test_given_features_replace_the_target_pass(config, meshes, batch, compute, results):
+def test_micro_steps_with_given_features_are_the_step_with_the_target_in_it(config, meshes, batch, compute):
+    """One call for each micro-batch, against one program for all of them."""
     online, sums = compute(count=4)
-    target, tokens = load_target(config.target, meshes["one"]), jnp.asarray(batch["tokens"])
+    mesh, target, tokens = meshes["one"], load_target(config.target, meshes["one"]), jnp.asarray(batch["tokens"])
     out = target.forward(tokens, jnp.broadcast_to(jnp.arange(24), tokens.shape), taps=(-1, 0))
-    features = {"features": np.asarray(out.features), "last_hidden": np.asarray(out.last_hidden)}
-    given, given_sums = summed_gradients(config, meshes["one"], {**batch, **features}, 4, results["params"])
-    np.testing.assert_allclose(given_sums.total, sums.total, rtol=1e-6)
-    assert_gradients_equal(given, online)
+    given = {**batch, "features": np.asarray(out.features), "last_hidden": np.asarray(out.last_hidden)}
+    config.data.features = "cache"
+    optimizer = make_optimizer(config.optim, config.train.steps)
+    with jax.set_mesh(mesh):
+        steps = MicroSteps(config, abstract_drafter(config), target, optimizer, mesh)
+        total, state, losses = steps.zeros(), initial(config, meshes), []
+        for index in range(4):
+            micro = {name: rows[2 * index : 2 * index + 2] for name, rows in given.items()}
+            total, loss = steps.add(total, state, to_params(target), place_batch(micro, 1, mesh))
+            losses.append(float(loss))
+    np.testing.assert_allclose([total.sums.total, sum(losses)], sums.total, rtol=1e-6)
+    assert total.tokens == batch["lengths"].sum()
+    assert_gradients_equal(jax.device_get(total.normalised()), online)
 
 
 def test_the_target_is_an_argument_of_the_program(config, meshes):

@@ -10,7 +10,8 @@ Writes `cost_table.json` in the layout that SGLang reads (`--speculative-dspark-
 against tokens in the verified batch, for the first number of slots and the first length, and `cost_table_s8.json` and
 so on for other numbers of slots. Beside it stands what rounds without drafts cost, which `--scheduler=adaptive` of
 `generate` needs. `generate` and `evaluate --cost_table` read the file; everything that was measured goes to
-`eval/cost.json`, and `eval/cost.png` shows it.
+`eval/cost.json`, and `eval/cost.png` shows it. The costs are those of the engine and the device that the file names:
+SGLang has its own, which it records itself (`SGLANG_DSPARK_ENABLE_SPS_RECORD`).
 """
 
 from collections.abc import Sequence
@@ -84,7 +85,8 @@ def profile(
             seconds = round_seconds(engine.target, engine.drafter, shape, rounds=rounds)
             measured.append({**vars(shape), "milliseconds": 1e3 * seconds})
             progress.advance(1)
-    tables = {count: cost_table(measured, count, lengths[0]) for count in sizes}
+    where = {"engine": "dspark_jax", "device": f"{mesh.size} x {mesh.devices.flat[0].device_kind}"}
+    tables = {count: cost_table(measured, count, lengths[0]) | where for count in sizes}
     if jax.process_index() == 0:
         folder = Path(workdir) / "eval"
         folder.mkdir(parents=True, exist_ok=True)

@@ -41,6 +41,7 @@ def test_the_tables_are_in_the_layout_that_is_read(written: Any) -> None:
         assert (
             content["sample_batch_tokens"] == [slots, 2 * slots, 4 * slots] and content["max_batch_tokens"] == 4 * slots
         )
+        assert content["engine"] == "dspark_jax" and content["device"] == "1 x cpu"
         read = read_cost_table(workdir / name)
         assert read.most_tokens == 4 * slots and read.plain is not None
         assert read.steps_per_second[3 * slots] == pytest.approx(content["sample_steps_per_sec"][1])

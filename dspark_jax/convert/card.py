@@ -155,8 +155,21 @@ def _serving(source: Source, content: Content, verdicts: Sequence[Verdict], side
         about, code = commands[verdict.server]
         notes = "; ".join(note for note in (about, *verdict.notes) if note)
         lines += ["", verdict.server + (f" ({notes})" if notes else "") + ":", "", f"```\n{code}\n```"]
+        if verdict.server == "SGLang":
+            lines += ["", SGLANG_COSTS]
+            lines += [OUR_COSTS] if "cost_table.json" in side_files else []
     return "\n".join(lines)
 
+
+SGLANG_COSTS = (
+    "With `SGLANG_RAGGED_VERIFY_MODE=compact` it verifies as many drafts as pay, if it knows what its own steps cost: "
+    "start it once with `SGLANG_DSPARK_ENABLE_SPS_RECORD=1 SGLANG_SIMULATE_ACC_LEN=1.0`, record a table with "
+    "`python -m sglang.benchmark.dspark_sps_profiler all`, and give it with `--speculative-dspark-sps-table-path`."
+)
+OUR_COSTS = (
+    "`cost_table.json` is no such table, though it has the layout: it holds the rounds per second of dspark_jax on the "
+    "device that it names."
+)
 
 OWN_EMBEDDING = ("SGLang", "llama.cpp")
 """Servers that take the embedding from the target, whatever is in the file."""
@@ -187,10 +200,13 @@ def _commands(source: Source, content: Content, side_files: tuple[str, ...]) -> 
     )
     if "calibration.json" in side_files:
         sglang += " --speculative-dspark-confidence-sts-path DIR/calibration.json"
-    if "cost_table.json" in side_files:
-        sglang += " --speculative-dspark-sps-table-path DIR/cost_table.json"
+    here, fetch = target, ""
+    if is_hub_id(target):  # the converter wants a directory
+        here, fetch = "target", f"hf download {target} --local-dir target\n"
     llama = (
-        f"python convert_hf_to_gguf.py DIR --target-model-dir {target} --outtype bf16 --outfile drafter.gguf\n"
-        f"llama-server -m target.gguf -md drafter.gguf --spec-type draft-dspark --spec-draft-n-max {size} -fa on"
+        f"{fetch}python convert_hf_to_gguf.py {here} --outtype bf16 --outfile target.gguf\n"
+        f"python convert_hf_to_gguf.py DIR --target-model-dir {here} --outtype bf16 --outfile drafter.gguf\n"
+        f"llama-server -m target.gguf -md drafter.gguf --spec-type draft-dspark --spec-draft-n-max {size} -fa on "
+        "--jinja"
     )
     return {"vLLM": (about, vllm), "SGLang": ("", sglang), "llama.cpp": ("", llama)}

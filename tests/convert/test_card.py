@@ -24,11 +24,10 @@ EAGLE3 = replace(DSPARK, kind="eagle3", num_layers=1, mask_token_id=0, **HEADLES
 COMMANDS = {"vLLM": "vllm serve", "SGLang": "sglang.launch_server", "llama.cpp": "llama-server"}
 
 
-def card_of(arch, drafter, form, *, target="org/base", slim=False):
+def card_of(arch, drafter, form, *, target="org/base", slim=False, side=("calibration.json", "cost_table.json")):
     frozen = {} if slim else dict.fromkeys(FROZEN, np.zeros((64, 32), np.float32))
     source = Source(lambda: [], drafter, arch, arch.to_hf(), frozen, target)
     made = content(source, form, "bfloat16")
-    side = ("calibration.json", "cost_table.json")
     return model_card("mine", source, made, replay("mine", made.config, made.shapes, arch), side_files=side)
 
 
@@ -55,6 +54,24 @@ def test_commands_are_those_of_servers_that_load_it(arch, drafter, form, serving
     assert ("mask token 60" in card) == ("begins with its anchor" in card) == block
     assert "mask token 0" not in card
     assert ('"method": "eagle3"' in card) == (drafter.kind == "eagle3" and "vLLM" in serving)
+
+
+def test_costs_of_this_engine_are_not_given_to_another():
+    """A table of another engine's steps, or another machine's, makes SGLang verify too much or too little."""
+    card = card_of(QWEN, DSPARK, "universal")
+    command = next(line for line in card.splitlines() if "sglang.launch_server" in line)
+    assert "--speculative-dspark-confidence-sts-path DIR/calibration.json" in command and "sps-table" not in command
+    assert "SGLANG_DSPARK_ENABLE_SPS_RECORD=1" in card and "the rounds per second of dspark_jax" in card
+    assert "rounds per second" not in card_of(QWEN, DSPARK, "universal", side=("calibration.json",))
+    assert "SGLANG_DSPARK_ENABLE_SPS_RECORD" not in card_of(GEMMA, DSPARK, "universal")
+
+
+def test_llama_cpp_gets_a_directory(tmp_path):
+    card = card_of(QWEN, DSPARK, "universal")
+    assert "hf download org/base --local-dir target\npython convert_hf_to_gguf.py target --outtype" in card
+    assert "convert_hf_to_gguf.py DIR --target-model-dir target --outtype" in card and "-fa on --jinja\n" in card
+    card = card_of(QWEN, DSPARK, "universal", target=str(tmp_path))
+    assert f"--target-model-dir {tmp_path} --outtype" in card and "hf download" not in card
 
 
 def test_heads_that_only_servers_want_are_named():

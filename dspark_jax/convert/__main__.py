@@ -10,7 +10,8 @@ transformers load (`universal`), to the reference's own format (`deepspec`), or 
 run has of calibration, cost table and evaluation goes with it. `import` makes a working directory of a drafter that was
 trained elsewhere, so that `evaluate`, `calibrate` and `generate` can use it. `check` tells what each server would make
 of a directory, and whether its config says how the drafter was trained: layer ids, block layout and mask token are
-scored on greedy answers of the target. Its exit status is 1 if something is wrong or no server can use it.
+scored on greedy answers of the target. Its exit status is 1 if something is wrong, no server can use it, or the answers
+are too short to tell.
 """
 
 import argparse

@@ -244,3 +244,36 @@ def test_a_model_in_eight_bits_has_a_fingerprint_and_is_refused(directory):
 
 def test_reading_is_lazy(directory):
     assert all(isinstance(t, np.memmap) for t in read_safetensors(directory / "model-1.safetensors").values())
+
+
+def test_a_gemma_4_of_several_modalities_is_loaded_for_its_text(tmp_path):
+    """As transformers saves it: the text model behind `model.language_model.`, its shape in `text_config`."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    text = {
+        "vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 3, "intermediate_size": 40, "head_dim": 8,
+        "global_head_dim": 16, "num_attention_heads": 4, "num_key_value_heads": 2, "num_global_key_value_heads": 1,
+        "attention_k_eq_v": True, "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+        "sliding_window": 8, "max_position_embeddings": 64, "hidden_size_per_layer_input": 0,
+        "final_logit_softcapping": 5.0, "initializer_range": 0.12,
+    }  # fmt: skip
+    vision = {"patch_size": 2, "mm_embed_dim": 8, "mm_posemb_size": 4, "output_proj_dims": 8}
+    config = transformers.Gemma4UnifiedConfig(
+        text_config=text, vision_config=vision, audio_config={"audio_embed_dim": 8}
+    )
+    torch.manual_seed(0)
+    model = transformers.Gemma4UnifiedForConditionalGeneration(config).eval()
+    tokens = np.random.default_rng(0).integers(3, 97, (2, 19))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+        expected = model(input_ids=torch.tensor(tokens)).logits.numpy()
+    model.save_pretrained(tmp_path)
+    names = set(loading.read_checkpoint(tmp_path))
+    assert any("embed_vision" in name for name in names) and any("embed_audio" in name for name in names)
+    arch = TargetArchitecture.from_hf(tmp_path)
+    mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    target = load_target(TargetConfig(path=str(tmp_path), dtype="float32", architecture=arch), mesh)
+    out = target.forward(jnp.asarray(tokens), jnp.broadcast_to(jnp.arange(19), tokens.shape))
+    # Logits are capped at 5, and both sides compute in float32.
+    np.testing.assert_allclose(target.unembed(out.last_hidden), expected, atol=1e-4)

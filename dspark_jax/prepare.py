@@ -49,7 +49,7 @@ from dspark_jax.engine.sampling import request_keys
 from dspark_jax.progress import Progress, log
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target.loading import fingerprint, load_target, tokenizer_fingerprint
-from dspark_jax.training.feature_cache import prepare_features
+from dspark_jax.training.feature_cache import check_features, prepare_features
 
 FORMAT = 1
 """Raised when the same inputs would give other samples."""
@@ -73,7 +73,12 @@ def prepare(config: Config, workdir: Path, decode: Decode | None = None) -> dict
 
     Returns:
       The content of `data/report.json`.
+
+    Raises:
+      InputError: as the parts; before any of them runs if there is a feature cache of something else.
     """
+    if config.data.features != "online":
+        check_features(config, Path(workdir), lambda: data_fingerprint(config))
     report = prepare_samples(config, Path(workdir), decode)
     if config.data.features != "online":
         with _disk_errors(workdir):

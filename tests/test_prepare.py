@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from dspark_jax import prepare as command
+from dspark_jax import train
 from dspark_jax.config import Config, DataConfig, DrafterConfig, InputError, TargetConfig, resolve
 from dspark_jax.data import chat, regenerate
 from dspark_jax.data.sources import SampleReader
@@ -52,6 +54,31 @@ class Decoder:
 
 def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_a_feature_cache_of_something_else_is_refused_before_anything_is_touched(
+    config: Config, tmp_path: Path
+) -> None:
+    """Other samples, of which the cache would be, are not prepared first either."""
+    config = changed(config, features="cache", regenerate=False, prompts=(str(tmp_path / "given.jsonl"),))
+    config.train = dataclasses.replace(config.train, batch_size=8, evaluate=False)
+    talk = [{"role": "user", "content": "how much is one"}, {"role": "assistant", "content": "one is one " * 3}]
+    (tmp_path / "given.jsonl").write_text(json.dumps({"messages": talk}) + "\n")
+    prepare(config, tmp_path / "run")
+    before = files(tmp_path / "run")
+    assert "features/manifest.json" in before
+    others = {
+        r"target\.dtype auto, needed is bfloat16": dataclasses.replace(
+            config, target=dataclasses.replace(config.target, dtype="bfloat16")
+        ),
+        r"data\.feature_dtype int8, needed is bfloat16": changed(config, feature_dtype="bfloat16"),
+        r"data\.features jax, needed is torch": changed(config, features="torch"),
+        r"samples \(data\.\*\) \w+, needed is \w+": changed(config, min_loss_tokens=5),
+    }
+    for run, (message, other) in itertools.product((prepare, train.train), others.items()):
+        with pytest.raises(InputError, match=f"run/features: made with {message}; go back to the old settings, remove"):
+            run(other, tmp_path / "run")
+        assert files(tmp_path / "run") == before
 
 
 def changed(config: Config, **fields: Any) -> Config:

@@ -55,7 +55,7 @@ def write_features(
     """Writes the features of all samples, or of those that are missing yet.
 
     Args:
-      directory: of the cache; a cache of another identity in it is removed.
+      directory: of the cache.
       identity: what they are of.
       samples: in the order of the records.
       lengths: their numbers of tokens.
@@ -65,9 +65,10 @@ def write_features(
       progress: called with the numbers of samples done.
 
     Raises:
-      InputError: there is not enough room on the disk, at the beginning or in the end.
+      InputError: there is a cache of something else, or not enough room on the disk, at the beginning or in the end.
     """
-    shards = _open_partial(directory, identity)
+    check_identity(directory, identity)
+    shards = _open_partial(directory)
     done = sum(len(shard["lengths"]) for shard in shards)
     left = sum(lengths[done:])
     check_room(directory, identity, left)
@@ -161,15 +162,12 @@ class CachedSamples:
         Raises:
           InputError: there is none, or it is of something else.
         """
+        check_identity(directory, identity)
         manifest = read_manifest(directory)
-        remedy = "run python -m dspark_jax.prepare with this config"
         if not manifest.get("complete"):
-            raise InputError(f"{directory}: no complete feature cache; {remedy}")
-        for name, wanted in _plain(identity).items():
-            if manifest["identity"].get(name) != wanted:
-                raise InputError(
-                    f"{directory}: made with {name} {manifest['identity'].get(name)}, needed is {wanted}; {remedy}"
-                )
+            raise InputError(
+                f"{directory}: no complete feature cache; run python -m dspark_jax.prepare with this config"
+            )
         self.identity = identity
         self.lengths = [length for shard in manifest["shards"] for length in shard["lengths"]]
         if len(self.lengths) != len(samples):
@@ -254,6 +252,38 @@ def _is_shard(entry: Any) -> bool:
     return named and isinstance(size, int) and all(isinstance(length, int) for length in entry["lengths"])
 
 
+_SETTINGS = {
+    "target": "target.path (weights)",
+    "tokenizer": "target.path (tokenizer)",
+    "data": "samples (data.*)",
+    "source": "data.features",
+    "taps": "drafter.target_layer_ids",
+    "hidden_size": "hidden_size",
+    "dtype": "data.feature_dtype",
+    "target_dtype": "target.dtype",
+}
+"""What a field of an `Identity` follows from."""
+
+
+def check_identity(directory: Path, identity: Identity) -> None:
+    """Refuses a cache of something else, whole or begun. It took hours perhaps, so nothing here removes it.
+
+    Raises:
+      InputError: there is one; names what differs.
+    """
+    manifest = read_manifest(directory)
+    if not manifest:
+        return
+    found, needed = manifest["identity"], _plain(identity)
+    names = [name for name in needed if found.get(name) != needed[name]]
+    if names:
+        differing = [f"{_SETTINGS.get(name, name)} {found.get(name)}, needed is {needed[name]}" for name in names]
+        raise InputError(
+            f"{directory}: made with {'; '.join(differing)}; go back to the old settings, remove this folder, "
+            "or use another --workdir"
+        )
+
+
 def is_complete(directory: Path, identity: Identity) -> bool:
     """Whether the whole cache of this identity is there: its shards, by their sizes, and the lender."""
     manifest = read_manifest(directory)
@@ -268,12 +298,9 @@ def _is_whole(directory: Path, shard: dict[str, Any]) -> bool:
     return path.exists() and path.stat().st_size == shard["bytes"]
 
 
-def _open_partial(directory: Path, identity: Identity) -> list[dict[str, Any]]:
-    """The shards of this identity that are whole; everything else in the directory is removed."""
-    manifest = read_manifest(directory)
-    shards = manifest.get("shards", []) if manifest.get("identity") == _plain(identity) else []
-    if not shards and directory.exists():
-        shutil.rmtree(directory)
+def _open_partial(directory: Path) -> list[dict[str, Any]]:
+    """The shards that are whole; other shards in the directory, which a kill has left, are removed."""
+    shards = read_manifest(directory).get("shards", [])
     directory.mkdir(parents=True, exist_ok=True)
     for count, shard in enumerate(shards):
         if not _is_whole(directory, shard):

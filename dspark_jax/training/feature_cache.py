@@ -2,6 +2,7 @@
 
 import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,16 @@ import numpy as np
 
 from dspark_jax.config import Config, InputError, TargetArchitecture
 from dspark_jax.data.feature_codec import Identity
-from dspark_jax.data.features import LENDER, CachedSamples, Pass, estimate, is_complete, write_features
+from dspark_jax.data.features import (
+    LENDER,
+    CachedSamples,
+    Pass,
+    check_identity,
+    estimate,
+    is_complete,
+    read_manifest,
+    write_features,
+)
 from dspark_jax.data.sources import SampleReader
 from dspark_jax.data.torch_features import load_torch_target
 from dspark_jax.hub import local_directory
@@ -26,8 +36,13 @@ def feature_directory(workdir: Path) -> Path:
     return workdir / "features"
 
 
-def feature_identity(config: Config, workdir: Path) -> Identity:
-    """What a cache for this config and the samples in `workdir` has to be of.
+def feature_identity(config: Config, workdir: Path, data: str | None = None) -> Identity:
+    """What a cache for this config has to be of.
+
+    Args:
+      config: resolved.
+      workdir: has the samples.
+      data: fingerprint of the samples, where they are not there yet.
 
     Raises:
       InputError: the target is missing or damaged, or not of the shape that the config states.
@@ -37,13 +52,29 @@ def feature_identity(config: Config, workdir: Path) -> Identity:
     return Identity(
         target=fingerprint(config.target.path),
         tokenizer=tokenizer_fingerprint(config.target.path),
-        data=json.loads((workdir / "data" / "report.json").read_text("utf-8"))["fingerprint"],
+        data=data or json.loads((workdir / "data" / "report.json").read_text("utf-8"))["fingerprint"],
         source="torch" if config.data.features == "torch" else "jax",
         taps=tuple(config.drafter.target_layer_ids),
         hidden_size=config.target.architecture.hidden_size,
         dtype=config.data.feature_dtype,
         target_dtype=config.target.dtype,
     )
+
+
+def check_features(config: Config, workdir: Path, data: Callable[[], str]) -> None:
+    """Refuses what `prepare_features` would, before samples are prepared anew for it.
+
+    Args:
+      config: resolved.
+      workdir: may have a cache.
+      data: gives the fingerprint of the samples that the config asks for; called if there is a cache.
+
+    Raises:
+      InputError: the cache is of something else.
+    """
+    directory = feature_directory(workdir)
+    if read_manifest(directory):
+        check_identity(directory, feature_identity(config, workdir, data()))
 
 
 def open_features(config: Config, workdir: Path) -> CachedSamples:
@@ -60,9 +91,10 @@ def prepare_features(config: Config, workdir: Path) -> None:
     """Makes `workdir/features`, or what is missing of it.
 
     Raises:
-      InputError: the target cannot be used, or the disk has no room.
+      InputError: the target cannot be used, there is a cache of something else, or the disk has no room.
     """
     directory, identity = feature_directory(workdir), feature_identity(config, workdir)
+    check_identity(directory, identity)
     if is_complete(directory, identity):
         log(f"features: {directory} is up to date")
         return

@@ -169,23 +169,31 @@ def test_a_complete_cache_is_left_alone(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("field", "value"),
+    ("field", "value", "setting"),
     [
-        ("target", "other"),
-        ("tokenizer", "other"),
-        ("data", "other"),
-        ("taps", (0, 2)),
-        ("dtype", "bfloat16"),
-        ("target_dtype", "bfloat16"),
+        ("target", "other", "target.path (weights)"),
+        ("tokenizer", "other", "target.path (tokenizer)"),
+        ("data", "other", "samples (data.*)"),
+        ("source", "torch", "data.features"),
+        ("taps", (0, 2), "drafter.target_layer_ids"),
+        ("dtype", "bfloat16", "data.feature_dtype"),
+        ("target_dtype", "bfloat16", "target.dtype"),
     ],
 )
-def test_another_identity_is_refused(tmp_path, field, value):
+def test_another_identity_is_refused_and_nothing_touched(tmp_path, field, value, setting):
     samples = write(tmp_path / "f")
     other = dataclasses.replace(IDENTITY, **{field: value})
-    with pytest.raises(InputError, match=f"made with {field} .* needed is"):
-        CachedSamples(samples, tmp_path / "f", other)
-    write(tmp_path / "f", other)  # and replaced when it is written
-    CachedSamples(samples, tmp_path / "f", other)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "f").iterdir()}
+    for use in (lambda: CachedSamples(samples, tmp_path / "f", other), lambda: write(tmp_path / "f", other)):
+        with pytest.raises(InputError) as error:
+            use()
+        message = str(error.value)
+        was, now = (json.loads(json.dumps(getattr(one, field))) for one in (IDENTITY, other))
+        assert f"/f: made with {setting} {was}, needed is {now}; go back to the old settings, remove this" in message
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "f").iterdir()}
+    both = dataclasses.replace(other, hidden_size=12)
+    with pytest.raises(InputError, match=r"made with .*; .*, needed is .*; go back"):
+        write(tmp_path / "f", both)
 
 
 def test_a_corrupted_record_is_named(tmp_path):
@@ -287,7 +295,7 @@ def test_caches_of_older_versions_are_of_the_default_type(tmp_path):
     del manifest["identity"]["target_dtype"]
     path.write_text(json.dumps(manifest))
     CachedSamples(samples, tmp_path / "f", IDENTITY)
-    with pytest.raises(InputError, match="made with target_dtype auto, needed is float32"):
+    with pytest.raises(InputError, match=r"made with target\.dtype auto, needed is float32"):
         CachedSamples(samples, tmp_path / "f", dataclasses.replace(IDENTITY, target_dtype="float32"))
 
 

@@ -97,13 +97,13 @@ def test_another_target_is_refused(config, tmp_path, single_device, new_target):
         assert lender.read_bytes() == whole
     assert before == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "features").glob("shard-*")}
     other_type = "bfloat16" if config.target.dtype != "bfloat16" else "float32"
-    with pytest.raises(InputError, match=f"made with target_dtype {config.target.dtype}, needed is {other_type}"):
+    with pytest.raises(InputError, match=rf"made with target\.dtype {config.target.dtype}, needed is {other_type}"):
         open_features(
             dataclasses.replace(config, target=dataclasses.replace(config.target, dtype=other_type)), tmp_path
         )
     other = new_target(tmp_path / "other", 5)
     config = dataclasses.replace(config, target=dataclasses.replace(config.target, path=str(other)))
-    with pytest.raises(InputError, match="made with target .* needed is"):
+    with pytest.raises(InputError, match=r"made with target\.path \(weights\) .* needed is"):
         open_features(config, tmp_path)
 
 

@@ -7,8 +7,8 @@ then costs the others of its group their precision and no more. Or they are bflo
 import dataclasses
 import struct
 import zlib
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -93,6 +93,10 @@ def group_size(hidden_size: int) -> int:
     return max(size for size in range(1, min(GROUP, hidden_size) + 1) if hidden_size % size == 0)
 
 
+_STEP = np.float32(1) / np.float32(127)
+"""The scales are products with it: XLA makes those of a division by 127, and host and device have to agree."""
+
+
 def quantise(rows: np.ndarray, group: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows [T, W] as int8 with a bfloat16 scale per group, rounded up so that nothing is cut.
 
@@ -100,12 +104,21 @@ def quantise(rows: np.ndarray, group: int) -> tuple[np.ndarray, np.ndarray]:
       values [T, W] int8 and scales [T, W / group] bfloat16; values * scales is off by at most half a scale.
     """
     parts = np.asarray(rows, np.float32).reshape(len(rows), -1, group)
-    wanted = np.abs(parts).max(axis=-1) / 127
-    bits = wanted.view(np.uint32)
+    bits = (np.abs(parts).max(axis=-1) * _STEP).view(np.uint32)
     scales = ((bits >> 16) + ((bits & 0xFFFF) > 0)).astype(np.uint16).view(ml_dtypes.bfloat16)  # the next one up
     divisor = np.where(scales == 0, 1, scales.astype(np.float32))
     values = np.rint(parts / divisor[..., None]).astype(np.int8)
     return values.reshape(rows.shape), scales
+
+
+def quantise_on_device(rows: jax.Array, group: int) -> tuple[jax.Array, jax.Array]:
+    """`quantise` of rows [..., W] within a program: the same bits."""
+    parts = rows.astype(jnp.float32).reshape(*rows.shape[:-1], -1, group)
+    bits = jax.lax.bitcast_convert_type(jnp.max(jnp.abs(parts), axis=-1) * _STEP, jnp.uint32)
+    upper = (bits >> 16) + ((bits & 0xFFFF) > 0)
+    scales = jax.lax.bitcast_convert_type(upper << 16, jnp.float32)
+    values = jnp.rint(parts / jnp.where(scales == 0, 1, scales)[..., None]).astype(jnp.int8)
+    return values.reshape(rows.shape), scales.astype(jnp.bfloat16)
 
 
 def dequantise(values: jax.Array, scales: jax.Array, dtype: Any) -> jax.Array:
@@ -116,19 +129,60 @@ def dequantise(values: jax.Array, scales: jax.Array, dtype: Any) -> jax.Array:
     return parts.reshape(values.shape).astype(dtype)
 
 
-def encode(sample: Sample, rows: np.ndarray, identity: Identity) -> bytes:
+class Coded(NamedTuple):
+    """Features of a sample as its record holds them.
+
+    Attributes:
+      values: [length, (M+1) D] int8 or bfloat16.
+      scales: [length, groups] bfloat16, of int8 values; [length, 0] of others.
+      finite: whether they were numbers before.
+    """
+
+    values: np.ndarray
+    scales: np.ndarray
+    finite: bool
+
+
+def code(parts: Sequence[np.ndarray], identity: Identity) -> Coded:
+    """The features of a sample from what some layers each gave, [length, D] in any type: one after another."""
+    found = []
+    for part in parts:
+        rows = np.asarray(part, np.float32)
+        finite = bool(np.isfinite(rows).all())
+        if identity.groups and finite:
+            values, scales = quantise(rows, group_size(identity.hidden_size))
+        else:
+            values = np.zeros(rows.shape, np.int8) if identity.groups else rows.astype(ml_dtypes.bfloat16)
+            scales = np.zeros((len(rows), 0), ml_dtypes.bfloat16)
+        found.append(Coded(values, scales, finite))
+    values, scales, finite = zip(*found, strict=True)
+    return Coded(np.concatenate(values, axis=1), np.concatenate(scales, axis=1), all(finite))
+
+
+def code_on_device(rows: jax.Array, lengths: jax.Array, identity: Identity) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`code` within a program, of B samples: rows [B, S, (M+1) D], of which those behind `lengths` [B] do not count.
+
+    Returns:
+      values [B, S, (M+1) D], scales [B, S, groups] and whether all numbers of a sample are finite [B].
+    """
+    behind = jnp.arange(rows.shape[1]) >= lengths[:, None]
+    finite = jnp.all(jnp.isfinite(rows) | behind[..., None], axis=(1, 2))
+    if identity.groups:
+        return *quantise_on_device(rows, group_size(identity.hidden_size)), finite
+    return rows.astype(jnp.bfloat16), jnp.zeros((*rows.shape[:2], 0), jnp.bfloat16), finite
+
+
+def encode(sample: Sample, coded: Coded, identity: Identity) -> bytes:
     """One record.
 
     Raises:
       InputError: the target gave a number that is not finite.
     """
-    if not np.isfinite(np.asarray(rows, np.float32)).all():
+    if not coded.finite:
         raise InputError(f"sample {sample.sample_id}: its features are not finite; try target.dtype=float32")
+    assert coded.values.shape == (len(sample.tokens), identity.width), (coded.values.shape, identity)
     head = _HEADER.pack(_MAGIC, sample.sample_id, len(sample.tokens), _crc(sample))
-    if identity.dtype == "bfloat16":
-        return head + np.asarray(rows, ml_dtypes.bfloat16).tobytes()
-    values, scales = quantise(rows, group_size(identity.hidden_size))
-    return head + values.tobytes() + scales.tobytes()
+    return b"".join((head, coded.values.tobytes(), coded.scales.tobytes()))
 
 
 def decode(record: bytes, sample: Sample, identity: Identity, where: str) -> tuple[np.ndarray, np.ndarray]:

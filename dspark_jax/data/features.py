@@ -18,7 +18,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from array_record.python import array_record_module  # pyright: ignore[reportAtt
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from dspark_jax.config import InputError
-from dspark_jax.data.feature_codec import AGAIN, REMEDY, FeatureSample, Identity, decode, encode
+from dspark_jax.data.feature_codec import AGAIN, REMEDY, Coded, FeatureSample, Identity, decode, encode
 from dspark_jax.data.sources import Sample, Samples
 from dspark_jax.errors import is_full_disk
 from dspark_jax.json_file import read_object
@@ -36,9 +36,12 @@ FORMAT = 1
 SHARD_BYTES = 256 << 20
 LENDER = "lender.safetensors"
 
-Pass = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
-"""(tokens [B, S], lengths [B]) -> features [B, S, M*D], last hidden states [B, S, D]; what is behind a length may be
-anything."""
+PASS_TOKENS = 32768
+"""Of a pass at a time, padding included: bounds what a device holds of it, whatever the number of samples."""
+
+Pass = Callable[[np.ndarray, np.ndarray], Callable[[], Iterable[Coded]]]
+"""(tokens [B, S], lengths [B]) -> (() -> the features of the B samples). The first call starts the pass, the second one
+waits for it. What is behind a length, and samples of length 0, may be anything."""
 
 
 def write_features(
@@ -49,6 +52,7 @@ def write_features(
     compute: Callable[[], Pass],
     *,
     batch_size: int,
+    pass_tokens: int = PASS_TOKENS,
     shard_bytes: int = SHARD_BYTES,
     progress: Callable[[int], None] = lambda count: None,
 ) -> None:
@@ -60,7 +64,8 @@ def write_features(
       samples: in the order of the records.
       lengths: their numbers of tokens.
       compute: makes the pass, and puts the lender beside the shards; only called if something is missing.
-      batch_size: samples at a time.
+      batch_size: samples at a time, at most.
+      pass_tokens: tokens at a time, at most, but for a single sample that is longer.
       shard_bytes: a shard is closed when it is so large; a kill loses at most one.
       progress: called with the numbers of samples done.
 
@@ -74,16 +79,17 @@ def write_features(
     check_room(directory, identity, left)
     progress(done)
     run = compute() if done < len(lengths) or not (directory / LENDER).exists() else None
+    computed = _computed(samples, lengths, done, run, batch_size, pass_tokens) if run is not None else iter(())
     while done < len(lengths):
-        assert run is not None
         name = f"shard-{len(shards):05d}.array_record"
         temporary = directory / (name + ".tmp")
         written, size = list[int](), 0
         with _full_disk_in_one_line(temporary):
             writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
             while done < len(lengths) and size < shard_bytes:
-                batch = [samples[i] for i in range(done, min(done + batch_size, len(lengths)))]
-                for record in _records(batch, run, identity):
+                batch, found = next(computed)
+                for sample, coded in zip(batch, found, strict=False):  # behind the batch, there may be padding
+                    record = encode(sample, coded, identity)
                     writer.write(record)
                     size += len(record)
                 written += [len(sample.tokens) for sample in batch]
@@ -132,20 +138,49 @@ def check_room(directory: Path, identity: Identity, tokens: int) -> None:
         )
 
 
-def _records(batch: Sequence[Sample], run: Pass, identity: Identity) -> Iterator[bytes]:
-    """The records of some samples, computed together."""
-    longest = max(len(sample.tokens) for sample in batch)
-    size = max(1 << (longest - 1).bit_length(), 32)  # few shapes, so few executables
-    size = min(size, -(-longest // 256) * 256) if size > 256 else size
-    tokens = np.zeros((len(batch), size), np.int32)
-    for row, sample in enumerate(batch):
-        tokens[row, : len(sample.tokens)] = sample.tokens
-    features, last = run(tokens, np.asarray([len(sample.tokens) for sample in batch], np.int32))
-    assert features.shape[-1] + last.shape[-1] == identity.width, (features.shape, last.shape, identity)
-    for row, sample in enumerate(batch):
-        count = len(sample.tokens)
-        rows = np.concatenate([features[row, :count], last[row, :count]], axis=-1)
-        yield encode(sample, rows, identity)
+def _computed(
+    samples: Samples, lengths: Sequence[int], first: int, run: Pass, batch_size: int, pass_tokens: int
+) -> Iterator[tuple[list[Sample], Iterable[Coded]]]:
+    """The samples from `first` on in batches, with their features; one is computed while the last one is written."""
+    waiting = None
+    for members, size in cut_batches(lengths, first, batch_size, pass_tokens):
+        batch = [samples[index] for index in members]
+        rows = min(1 << (len(batch) - 1).bit_length(), batch_size)  # few shapes, so few executables
+        tokens, counts = np.zeros((rows, size), np.int32), np.zeros(rows, np.int32)
+        for row, sample in enumerate(batch):
+            tokens[row, : len(sample.tokens)] = sample.tokens
+            counts[row] = len(sample.tokens)
+        started = run(tokens, counts)
+        if waiting is not None:
+            yield waiting[0], waiting[1]()
+        waiting = batch, started
+    if waiting is not None:
+        yield waiting[0], waiting[1]()
+
+
+def cut_batches(lengths: Sequence[int], first: int, batch_size: int, pass_tokens: int) -> Iterator[tuple[range, int]]:
+    """Batches of consecutive samples: their indices, and the length S to which they are padded.
+
+    Args:
+      lengths: tokens of all samples.
+      first: sample to begin with.
+      batch_size: samples of a batch, at most.
+      pass_tokens: padded tokens of a batch, at most, but for a single sample that is longer.
+    """
+    while first < len(lengths):
+        end, size = first + 1, _padded(lengths[first])
+        while end < min(len(lengths), first + batch_size):
+            wider = max(size, _padded(lengths[end]))
+            if (end + 1 - first) * wider > pass_tokens:
+                break
+            end, size = end + 1, wider
+        yield range(first, end), size
+        first = end
+
+
+def _padded(length: int) -> int:
+    """A power of two from 32 to 256, or a multiple of 256: few shapes, so few executables."""
+    return max(1 << (length - 1).bit_length(), 32) if length <= 256 else -(-length // 256) * 256
 
 
 class CachedSamples:

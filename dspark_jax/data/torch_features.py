@@ -4,12 +4,14 @@ With them a drafter can be trained here for a target that has no definition in J
 """
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from dspark_jax.config import InputError
+from dspark_jax.data.feature_codec import Coded, Identity, code
 from dspark_jax.hub import local_directory
 
 
@@ -27,24 +29,64 @@ class TorchTarget:
     taps: tuple[int, ...]
     path: str
 
-    def __call__(self, tokens: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Features [B, S, M*D] and last hidden states [B, S, D] of tokens [B, S] padded on the right, as float32.
+    def hidden(self, tokens: np.ndarray) -> list[Any]:
+        """Tensors [B, S, D] of tokens [B, S]: of every tapped layer its raw output, and the last hidden states.
 
-        Rows behind a length are computed like any other; being causal, the model does not see them from before.
+        Of the other layers nothing is kept. The embeddings are what the first layer is given, scale and positions
+        included. Padding on the right gets rows like any other; being causal, the model does not see them from before.
+
+        Raises:
+          InputError: the model has no list of layers.
         """
         import torch
 
-        del lengths
-        device = next(self.model.parameters()).device
-        with torch.inference_mode():
-            out = self.model.base_model(
-                input_ids=torch.as_tensor(tokens, dtype=torch.long, device=device),
-                output_hidden_states=True,
-                use_cache=False,
-            )
-        # hidden_states[i + 1] is the raw output of layer i, but for the last layer, where it is normed (trap 10).
-        features = torch.cat([out.hidden_states[i + 1] for i in self.taps], dim=-1)
-        return features.float().cpu().numpy(), out.last_hidden_state.float().cpu().numpy()
+        layers, seen = self._layers(), dict[int, Any]()
+
+        def before(_: Any, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+            seen[-1] = given[0] if given else named["hidden_states"]
+
+        def after(index: int, _: Any, given: Any, out: Any) -> None:
+            seen[index] = out[0] if isinstance(out, tuple) else out
+
+        hooks = [layers[i].register_forward_hook(functools.partial(after, i)) for i in self.taps if i >= 0]
+        hooks += [layers[0].register_forward_pre_hook(before, with_kwargs=True)] if -1 in self.taps else []
+        try:
+            with torch.inference_mode():
+                ids = torch.as_tensor(tokens, dtype=torch.long, device=next(self.model.parameters()).device)
+                last = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return [*(seen[i] for i in self.taps), last]
+
+    def start(self, tokens: np.ndarray, lengths: np.ndarray, *, identity: Identity) -> Callable[[], Iterator[Coded]]:
+        """A pass as `data.features.Pass`; a layer of a sample at a time becomes float32 and is coded on the host."""
+        hidden = self.hidden(tokens)
+
+        def fetch() -> Iterator[Coded]:
+            for row, count in enumerate(lengths):
+                yield code([part[row, :count].float().cpu().numpy() for part in hidden], identity)
+
+        return fetch
+
+    def _layers(self) -> Any:
+        """The decoder's list of layers.
+
+        Raises:
+          InputError: there is no one list of as many modules as the config says.
+        """
+        import torch
+
+        count = self.model.config.get_text_config().num_hidden_layers
+        decoder = self.model.get_decoder() if hasattr(self.model, "get_decoder") else self.model.base_model
+        for owner in (decoder, self.model.base_model):
+            lists = [one for one in owner.children() if isinstance(one, torch.nn.ModuleList) and len(one) == count]
+            if len(lists) == 1:
+                return lists[0]
+        raise InputError(
+            f"{self.path}: no list of {count} layers in its {type(decoder).__name__}; features of such a model cannot "
+            "be tapped, use a target with a plain stack of decoder layers"
+        )
 
     def lent(self) -> tuple[np.ndarray, np.ndarray, float]:
         """Embedding [V, D] with its scale in it, LM head [V, D], and the soft-cap of the logits (0 = none).

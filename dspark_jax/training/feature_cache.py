@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from dspark_jax.config import Config, InputError, TargetArchitecture
-from dspark_jax.data.feature_codec import Identity
+from dspark_jax.data.feature_codec import Coded, Identity, code_on_device
 from dspark_jax.data.features import (
     LENDER,
+    PASS_TOKENS,
     CachedSamples,
     Pass,
     check_identity,
@@ -113,19 +114,24 @@ def prepare_features(config: Config, workdir: Path) -> None:
             identity,
             samples,
             lengths,
-            functools.partial(feature_pass, config, directory),
+            functools.partial(feature_pass, config, directory, identity),
             batch_size=config.data.decode_batch_size,
+            pass_tokens=PASS_TOKENS * (1 if config.data.features == "torch" else jax.device_count()),
             progress=progress.advance,
         )
 
 
-def feature_pass(config: Config, directory: Path) -> Pass:
-    """The target, loaded, as the function that gives features; its embedding and LM head are put beside the cache."""
+def feature_pass(config: Config, directory: Path, identity: Identity) -> Pass:
+    """The target, loaded, as the function that gives features; its embedding and LM head are put beside the cache.
+
+    Features are coded where they are computed, and only then fetched: on a host's single thread it would take longer
+    than the pass.
+    """
     taps = tuple(config.drafter.target_layer_ids)
     if config.data.features == "torch":
         model = load_torch_target(config.target.path, taps, config.target.dtype)
         save_lender(directory / LENDER, *model.lent())
-        return model
+        return functools.partial(model.start, identity=identity)
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         target = load_target(config.target, mesh)
@@ -133,14 +139,21 @@ def feature_pass(config: Config, directory: Path) -> Pass:
         save_lender(directory / LENDER, np.asarray(embedding), np.asarray(target.head), target.softcap)
 
     @jax.jit
-    def forward(target: Any, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def forward(target: Any, tokens: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         out = target.forward(tokens, jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape), taps=taps)
-        return out.features, out.last_hidden
+        # Behind the barrier they are what training would see online: rounded to the compute type.
+        features, last = jax.lax.optimization_barrier((out.features, out.last_hidden))
+        return code_on_device(jnp.concatenate([features, last], axis=-1), lengths, identity)
 
-    def run(tokens: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        del lengths  # rows behind them are not seen from before
+    def start(tokens: np.ndarray, lengths: np.ndarray) -> Callable[[], Iterator[Coded]]:
         with jax.set_mesh(mesh):
-            features, last = forward(target, jnp.asarray(tokens))
-        return np.asarray(features), np.asarray(last)
+            started = forward(target, jnp.asarray(tokens), jnp.asarray(lengths))
 
-    return run
+        def fetch() -> Iterator[Coded]:
+            values, scales, finite = jax.device_get(started)
+            for row, count in enumerate(lengths):
+                yield Coded(values[row, :count], scales[row, :count], bool(finite[row]))
+
+        return fetch
+
+    return start

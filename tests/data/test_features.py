@@ -10,16 +10,18 @@ import sys
 from collections import namedtuple
 from pathlib import Path
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 from dspark_jax.config import InputError
-from dspark_jax.data.feature_codec import Identity, dequantise, group_size, quantise
+from dspark_jax.data.feature_codec import Identity, code, code_on_device, dequantise, group_size, quantise
 from dspark_jax.data.features import (
     LENDER,
     CachedSamples,
+    cut_batches,
     damaged_shards,
     estimate,
     is_complete,
@@ -54,12 +56,30 @@ def run(tokens, lengths):
     return rows[..., :-WIDTH], rows[..., -WIDTH:]
 
 
+def coding(compute, identity: Identity):
+    """What computes rows as what gives them coded, when they are asked for."""
+
+    def make():
+        run = compute()
+        return lambda tokens, lengths: (
+            lambda: [
+                code([part[row, :count] for part in parts], identity)
+                for parts in [run(tokens, lengths)]
+                for row, count in enumerate(lengths)
+            ]
+        )
+
+    return make
+
+
 def write(
     directory: Path, identity: Identity = IDENTITY, compute=lambda: run, count: int = 11, **settings
 ) -> list[Sample]:
     samples = make_samples(count)
     settings = {"batch_size": 3, "shard_bytes": 900} | settings
-    write_features(directory, identity, samples, [len(one.tokens) for one in samples], compute, **settings)
+    write_features(
+        directory, identity, samples, [len(one.tokens) for one in samples], coding(compute, identity), **settings
+    )
     return samples
 
 
@@ -112,6 +132,54 @@ def test_quantisation_against_the_definition(hidden):
         np.testing.assert_array_equal(values[:, group:], other[:, group:])
 
 
+@pytest.mark.parametrize(("hidden", "kind"), [(2560, "float32"), (96, "bfloat16"), (131, "float32")])
+def test_the_device_codes_as_the_host_does(hidden, kind):
+    """Bit for bit: numbers of all sizes, zeros, ties, outliers, and what is not finite behind a length."""
+    rng = np.random.default_rng(hidden)
+    identity = Identity("t", "t", "d", "jax", (1,), hidden, "int8")
+    rows = rng.normal(size=(3, 64, 2 * hidden)) * 10.0 ** rng.integers(-9, 9, (3, 64, 1))
+    rows[0, 0], rows[0, 1, 3], rows[0, 2] = 0, 30000, np.round(rows[0, 2])
+    rows[0, 3] = np.tile(np.arange(-127, 129) / 2, 2 * hidden)[: 2 * hidden]
+    rows = rows.astype(kind if kind == "float32" else ml_dtypes.bfloat16)
+    rows[1, 40:], rows[2, 5, 7] = np.inf, np.nan
+    lengths = np.asarray([64, 40, 64])
+    for one in (identity, dataclasses.replace(identity, dtype="bfloat16")):
+        values, scales, finite = jax.device_get(jax.jit(code_on_device, static_argnums=2)(rows, lengths, one))
+        assert finite.tolist() == [True, True, False] and values.dtype == one.value_type
+        for row, count in enumerate(lengths[:2]):
+            host = code([rows[row, :count, :hidden], rows[row, :count, hidden:]], one)
+            assert host.finite and host.scales.shape == (count, one.groups)
+            np.testing.assert_array_equal(values[row, :count], host.values)
+            np.testing.assert_array_equal(scales[row, :count], host.scales)
+
+
+def test_batches_are_cut_by_tokens():
+    lengths = [3, 40, 33, 300, 5, 9, 2000, 1, 2]
+    found = [(list(batch), size) for batch, size in cut_batches(lengths, 1, 3, 600)]
+    assert found == [([1, 2], 64), ([3], 512), ([4, 5], 32), ([6], 2048), ([7, 8], 32)]
+    assert [list(batch) for batch, _ in cut_batches(lengths, 0, 2, 10**6)] == [[0, 1], [2, 3], [4, 5], [6, 7], [8]]
+
+
+def test_a_batch_is_written_while_the_next_one_is_computed(tmp_path):
+    seen, samples = [], make_samples(9)
+
+    def start(tokens, lengths):
+        number = len([event for event in seen if event[0] == "start"])
+        seen.append(("start", number))
+
+        def fetch():
+            seen.append(("fetch", number))
+            features, last = run(tokens, lengths)
+            return [code([features[i, :n], last[i, :n]], IDENTITY) for i, n in enumerate(lengths)]
+
+        return fetch
+
+    lengths = [len(one.tokens) for one in samples]
+    write_features(tmp_path / "f", IDENTITY, samples, lengths, lambda: start, batch_size=3, shard_bytes=900)
+    order = [("start", 0), ("start", 1), ("fetch", 0), ("start", 2), ("fetch", 1), ("fetch", 2)]
+    assert seen == order and len(CachedSamples(samples, tmp_path / "f", IDENTITY)) == 9
+
+
 def test_sizes(tmp_path):
     assert Identity("t", "t", "d", "jax", (1, 9, 17, 25, 33), 2560, "int8").bytes_per_token == 6 * 2560 + 6 * 20 * 2
     assert estimate(IDENTITY, 100) == ((18 + 2 * 3) * 100, 2 * 18 * 100)
@@ -149,7 +217,10 @@ def test_a_killed_writer_goes_on(tmp_path):
     assert before >= 2
     done, counted = [], []
     write(
-        tmp_path / "f", compute=lambda: lambda t, n: done.append(len(t)) or run(t, n), count=30, progress=counted.append
+        tmp_path / "f",
+        compute=lambda: lambda t, n: done.append(np.count_nonzero(n)) or run(t, n),
+        count=30,
+        progress=counted.append,
     )
     kept = sum(len(shard["lengths"]) for shard in read_manifest(tmp_path / "f")["shards"][:before])
     assert sum(done) == 30 - kept and sum(counted) == 30
@@ -327,7 +398,6 @@ def test_batches_bring_samples_whose_features_are_read_into_rows(tmp_path):
 
 def test_golden_cache(golden, tmp_path):
     """Our target's features of the samples of a cache that the reference wrote are its features, up to bfloat16."""
-    import jax
     import jax.numpy as jnp
 
     from dspark_jax.config import MeshConfig, TargetArchitecture, TargetConfig
@@ -353,9 +423,8 @@ def test_golden_cache(golden, tmp_path):
     ]
     identity = Identity("t", "t", "d", "jax", taps, manifest["hidden_size"], "bfloat16")
     lengths = [len(one.tokens) for one in samples]
-    write_features(
-        tmp_path / "f", identity, samples, lengths, lambda: lambda t, n: forward(target, jnp.asarray(t)), batch_size=5
-    )
+    compute = coding(lambda: lambda t, n: jax.device_get(forward(target, jnp.asarray(t))), identity)
+    write_features(tmp_path / "f", identity, samples, lengths, compute, batch_size=5)
     cached = CachedSamples(samples, tmp_path / "f", identity)
     for i in range(len(samples)):
         parts = [expected[f"sample{i}.{name}"] for name in ("target_hidden_states", "target_last_hidden_states")]

@@ -10,6 +10,7 @@ import pytest
 
 from dspark_jax import train as train_module
 from dspark_jax.config import Config, InputError, MeshConfig, TargetArchitecture, TargetConfig, problems, resolve
+from dspark_jax.data.feature_codec import Identity
 from dspark_jax.data.sources import Sample, write_samples
 from dspark_jax.hub import with_architecture
 from dspark_jax.sharding import make_mesh
@@ -18,6 +19,7 @@ from dspark_jax.training.checkpoint import Checkpoints
 from dspark_jax.training.feature_cache import feature_pass, open_features, prepare_features
 
 LENGTH, VOCAB = 24, 67
+TORCH = Identity("target", "tokenizer", "data", "torch", (-1, 0), 32, "bfloat16")
 
 
 def make_data(workdir):
@@ -136,9 +138,17 @@ def test_a_model_without_a_definition_gives_its_features(config, llama, tmp_path
     path, model = llama
     config = foreign(config, path)
     assert (config.target.architecture.foreign, config.target.architecture.head_dim) == ("llama", 8)
-    run = feature_pass(config, tmp_path)
+    start = feature_pass(config, tmp_path, TORCH)
     tokens = np.random.default_rng(0).integers(0, VOCAB, (2, 9)).astype(np.int32)
-    features, last = run(tokens, np.asarray([9, 6], np.int32))
+    *tapped, last = start.func.__self__.hidden(tokens)
+    features = torch.cat(tapped, -1)
+    for row, (count, coded) in enumerate(zip((9, 6), start(tokens, np.asarray([9, 6], np.int32))(), strict=True)):
+        stored = torch.cat([features, last], -1)[row, :count].numpy()
+        np.testing.assert_array_equal(coded.values, stored.astype(coded.values.dtype))
+        assert coded.finite and coded.values.shape == (count, 96)
+    start.func.__self__.model.model.layers.append(torch.nn.Identity())
+    with pytest.raises(InputError, match="no list of 3 layers in its LlamaModel; features of such a model cannot"):
+        start(tokens, np.asarray([9, 6], np.int32))
     seen = {}
     hooks = [model.model.layers[0].register_forward_hook(lambda _, __, out: seen.update(layer=out))]
     hooks.append(model.lm_head.register_forward_pre_hook(lambda _, inputs: seen.update(last=inputs[0])))
@@ -158,7 +168,7 @@ def test_a_model_without_a_definition_gives_its_features(config, llama, tmp_path
         make_mesh(config.mesh, jax.devices()[:1]),
         np.float32,
     )
-    np.testing.assert_allclose(lender.unembed(last), logits, atol=1e-5)
+    np.testing.assert_allclose(lender.unembed(last.numpy()), logits, atol=1e-5)
     np.testing.assert_allclose(lender.embed(tokens), embedded, atol=1e-6)
 
 
@@ -169,8 +179,8 @@ def test_it_may_come_from_the_hub(config, llama, tmp_path, hub_cache):
     there = resolve(with_architecture(config))
     assert there.target.architecture == here.target.architecture
     tokens, lengths = np.arange(8, dtype=np.int32)[None] % VOCAB, np.asarray([8], np.int32)
-    (near, _), (far, _) = (feature_pass(one, tmp_path)(tokens, lengths) for one in (here, there))
-    np.testing.assert_array_equal(far, near)
+    near, far = (list(feature_pass(one, tmp_path, TORCH)(tokens, lengths)())[0] for one in (here, there))
+    np.testing.assert_array_equal(far.values, near.values)
 
 
 def test_a_drafter_is_trained_for_it(config, llama, tmp_path):

@@ -169,6 +169,8 @@ def find_dialect(
     Raises:
       InputError: no answer is long enough, or there are no such layers.
     """
+    if stated.family == "block" and stated.block_size == 1 and not stated.anchor_first:
+        raise InputError("block_size=1 of a fill-in block is its anchor alone and drafts nothing; set block_size")
     rounds = [trial for answer in answers if (trial := _trial(answer, stated, anchors))]
     if not rounds:
         raise InputError(f"no answer of the target has {stated.block_size + 2} tokens; give other prompts")
@@ -230,6 +232,8 @@ def readings(stated: Layout, layers: int) -> list[Layout]:
     """Both block layouts with the stated layer ids and those one lower and higher, as far as there are such layers."""
     found = []
     for first in (stated.anchor_first, not stated.anchor_first):
+        if not first and stated.family == "block" and stated.block_size == 1:
+            continue  # a fill-in block of one row is its anchor and drafts nothing
         for shift in (0, -1, 1):
             taps = tuple(i + shift for i in stated.taps)
             if min(taps) >= -1 and max(taps) < layers and (first == stated.anchor_first or stated.family == "block"):

@@ -165,6 +165,14 @@ def test_layer_ids_need_no_order():
     assert {layout.taps for layout in readings(dataclasses.replace(stated, taps=(3, 0)), 4)} == {(3, 0), (2, -1)}
 
 
+def test_blocks_of_one_row_have_one_reading():
+    """The other one, in which row 0 is thrown away, has nothing left."""
+    stated = Layout("deepspec", "block", 1, (0, 2), 45, anchor_first=True, num_layers=1)
+    assert all(layout.anchor_first for layout in readings(stated, 4))
+    with pytest.raises(InputError, match="block_size=1 of a fill-in block"):
+        find_dialect(None, None, dataclasses.replace(stated, anchor_first=False), [Answer(np.arange(20), 1)])
+
+
 @pytest.mark.parametrize("case", ["case5_qwen3_eagle3", "case6_gemma4_dspark_vanilla"])
 def test_golden_drafters_are_best_as_they_are(golden, case):
     """Trained by the reference: along its own greedy answers every other reading is worse by more than chance."""

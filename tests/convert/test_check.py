@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from dspark_jax.config import DrafterConfig, MeshConfig, TargetArchitecture, TargetConfig
+from dspark_jax.config import DrafterConfig, InputError, MeshConfig, TargetArchitecture, TargetConfig
 from dspark_jax.convert import __main__ as convert
 from dspark_jax.convert import dialect
 from dspark_jax.convert.__main__ import main, parser

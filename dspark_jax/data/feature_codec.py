@@ -94,7 +94,8 @@ def group_size(hidden_size: int) -> int:
 
 
 _STEP = np.float32(1) / np.float32(127)
-"""The scales are products with it: XLA makes those of a division by 127, and host and device have to agree."""
+"""Scales are products with it, and values products with the scales' inverses: XLA makes those of divisions, and what is
+near a tie would be rounded another way than on the host."""
 
 
 def quantise(rows: np.ndarray, group: int) -> tuple[np.ndarray, np.ndarray]:
@@ -106,8 +107,8 @@ def quantise(rows: np.ndarray, group: int) -> tuple[np.ndarray, np.ndarray]:
     parts = np.asarray(rows, np.float32).reshape(len(rows), -1, group)
     bits = (np.abs(parts).max(axis=-1) * _STEP).view(np.uint32)
     scales = ((bits >> 16) + ((bits & 0xFFFF) > 0)).astype(np.uint16).view(ml_dtypes.bfloat16)  # the next one up
-    divisor = np.where(scales == 0, 1, scales.astype(np.float32))
-    values = np.rint(parts / divisor[..., None]).astype(np.int8)
+    inverse = np.float32(1) / np.where(scales == 0, 1, scales.astype(np.float32))
+    values = np.rint(parts * inverse[..., None]).astype(np.int8)
     return values.reshape(rows.shape), scales
 
 
@@ -117,7 +118,8 @@ def quantise_on_device(rows: jax.Array, group: int) -> tuple[jax.Array, jax.Arra
     bits = jax.lax.bitcast_convert_type(jnp.max(jnp.abs(parts), axis=-1) * _STEP, jnp.uint32)
     upper = (bits >> 16) + ((bits & 0xFFFF) > 0)
     scales = jax.lax.bitcast_convert_type(upper << 16, jnp.float32)
-    values = jnp.rint(parts / jnp.where(scales == 0, 1, scales)[..., None]).astype(jnp.int8)
+    inverse = 1 / jnp.where(scales == 0, 1, scales)
+    values = jnp.rint(parts * inverse[..., None]).astype(jnp.int8)
     return values.reshape(rows.shape), scales.astype(jnp.bfloat16)
 
 

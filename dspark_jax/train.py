@@ -86,20 +86,7 @@ def fit(config: Config, workdir: Path, mesh: Mesh, checkpoints: Checkpoints) -> 
     """Runs the optimizer steps that are still to do, under `jax.set_mesh(mesh)`."""
     steps, every = config.train.steps, config.train.checkpoint_every
     cached = config.data.features != "online"
-    samples = open_features(config, workdir) if cached else SampleReader(workdir / "data")
-    data: Any = batches(
-        samples,
-        batch_size=config.train.batch_size,
-        max_length=config.data.max_length,
-        seed=config.train.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        threads=config.data.workers,
-        pack=config.data.pack,
-    )
-    if isinstance(samples, CachedSamples):
-        log(describe_feature_memory(config, mesh, samples.lengths))
-        data = MicroBatches(data, config.train.accumulate, config.data.workers)
+    data = _open_data(config, workdir, mesh)
 
     # The state: fresh, with imported parameters, or that of the newest checkpoint.
     drafter = abstract_drafter(config)
@@ -163,6 +150,25 @@ def fit(config: Config, workdir: Path, mesh: Mesh, checkpoints: Checkpoints) -> 
                 checkpoints.wait()
                 log(f"told to stop: {checkpoints.path(step)} is written, the same command continues from it")
                 raise SystemExit(STATUS)
+
+
+def _open_data(config: Config, workdir: Path, mesh: Mesh) -> Any:
+    """The batches of this process: an iterator with a state, of arrays, or of micro-batches with features from disk."""
+    samples = open_features(config, workdir) if config.data.features != "online" else SampleReader(workdir / "data")
+    data = batches(
+        samples,
+        batch_size=config.train.batch_size,
+        max_length=config.data.max_length,
+        seed=config.train.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        threads=config.data.workers,
+        pack=config.data.pack,
+    )
+    if isinstance(samples, CachedSamples):
+        log(describe_feature_memory(config, mesh, samples.lengths))
+        return MicroBatches(data, config.train.accumulate, config.data.workers)
+    return data
 
 
 def check_source(config: Config) -> None:

@@ -114,8 +114,10 @@ class Mode:
         return settings if self.filtered else Sampling(settings.temperature)
 
 
-def batch_axes(init_cache: Callable[[int, int], Any]) -> Any:
+def batch_axes(init_cache: Callable[[int, int], Any], like: Any = None) -> Any:
     """The axis of the requests in every leaf of a cache, found by asking for caches of two sizes.
+
+    With `like` the axes are in a tree as that cache is one, which may differ from a small one in what is static.
 
     Raises:
       ValueError: a leaf has no such axis.
@@ -128,7 +130,8 @@ def batch_axes(init_cache: Callable[[int, int], Any]) -> Any:
             raise ValueError(f"a cache leaf of shape {a.shape} for 2 requests has no axis of its own for them")
         return differing[0]
 
-    return jax.tree.map(axis, two, three)
+    axes = jax.tree.map(axis, two, three)
+    return axes if like is None else jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(axes))
 
 
 def take_row(values: jax.Array, slot: jax.Array, axis: int) -> jax.Array:
@@ -162,7 +165,7 @@ def pin(target: Any, drafter: Any, slots: Slots) -> Slots:
 
     state = slots.state
     caches: dict[str, Any] = {
-        "target_cache": jax.tree.map(split, state.target_cache, batch_axes(target.init_cache)),
+        "target_cache": jax.tree.map(split, state.target_cache, batch_axes(target.init_cache, state.target_cache)),
         "history": None if state.history is None else state.history.per_request(split),
         "pending": jax.tree.map(lambda values: split(values, 0), state.pending),
     }
@@ -206,7 +209,7 @@ def prefill_chunk(
     state, slot, width = slots.state, chunk.slot, chunk.tokens.shape[0]
     tokens = chunk.tokens[None]
     positions = chunk.start + jnp.arange(width)[None]
-    axes = batch_axes(target.init_cache)
+    axes = batch_axes(target.init_cache, state.target_cache)
     taps = () if drafter is None else drafter.taps
     row = jax.tree.map(lambda values, axis: take_row(values, slot, axis), state.target_cache, axes)
     count = jnp.reshape(chunk.count, (1,))

@@ -19,18 +19,21 @@ class KVCache:
     Row p of a request is written when position p is processed and read only by queries at positions >= p, so rolling
     back needs no copy: stale rows are overwritten before any query can see them.
 
-    The cache of layers with a window is a ring: position p stands in row p mod C. C is as large as `ring_rows` says, so
-    that what the rows of a pass overwrite, those that are taken back as well, lies in front of every later query's
-    window. (In a ring as long as the requests, position p stands in row p.)
+    The cache of layers with a window is a ring of R rows: position p stands in row front + p mod R. R is so large that
+    what the rows of a pass overwrite, those that are taken back as well, lies in front of every later query's window.
+    In front of the ring and behind it are rows that nobody sees: a few rows are written at once as they stand, in two
+    places where they cross the seam, since in place a TPU writes only what is in one piece.
 
     Attributes:
       keys: [L, B, K, C, H], heads before rows, as the products of attention want them; or one array per layer, which
         only layers laid out one by one can read (see `decode_layout`).
       values: likewise.
+      front: static: rows in front of a ring, the most that `write` takes; C = front + R + front - 1. 0 = no ring.
     """
 
     keys: Any
     values: Any
+    front: int = dataclasses.field(default=0, metadata={"static": True})
 
     @classmethod
     def zeros(
@@ -43,85 +46,87 @@ class KVCache:
         kind: str = FULL,
         *,
         separate: bool = False,
+        block: int = 0,
     ) -> "KVCache":
-        """An empty cache of `length` rows for a stack of one kind of layers; `separate` gives each an array."""
+        """An empty cache for `length` positions of a stack of one kind of layers.
+
+        `separate` gives each layer an array. With `block`, layers with a window have a ring that takes so many rows at
+        once, unless that is not smaller.
+        """
         attention = attention_shape(arch, kind)
+        ring = ring_rows(attention.window, block) if block and attention.window else length
+        length, front = (ring, block) if ring < length else (length, 0)
         shape = (batch, attention.kv_heads, length, attention.width)
         if separate:
-            return cls(*(tuple(jnp.zeros(shape, dtype) for _ in range(layers)) for _ in range(2)))
-        return cls(jnp.zeros((layers, *shape), dtype), jnp.zeros((layers, *shape), dtype))
+            keys, values = (tuple(jnp.zeros(shape, dtype) for _ in range(layers)) for _ in range(2))
+            return cls(keys, values, front)
+        return cls(jnp.zeros((layers, *shape), dtype), jnp.zeros((layers, *shape), dtype), front)
 
     def write(self, index: jax.Array | int, keys: jax.Array, values: jax.Array, starts: jax.Array) -> "KVCache":
-        """Puts rows [B, T, K, H] of layer `index` at starts[b]..starts[b]+T-1; the caller leaves room for T rows."""
+        """Puts rows [B, T, K, H] of layer `index` at positions starts[b]..starts[b]+T-1.
+
+        The caller leaves room for T rows; a ring takes `front` of them at most.
+        """
+        places = (starts,)
+        if self.front:
+            assert keys.shape[1] <= self.front, "more rows go in by `write_last`"
+            at = starts % self.ring
+            seam = at + keys.shape[1] > self.ring  # else the second place is in front of the ring
+            places = (self.front + at, jnp.where(seam, self.front + at - self.ring, 0))
 
         def put(cache: Any, rows: jax.Array) -> Any:
-            if isinstance(cache, tuple):
-                assert isinstance(index, int), "separate caches are for layers laid out one by one"
-                one = put_one(cache[index][None], rows, 0)[0]
-                return (*cache[:index], one, *cache[index + 1 :])
-            return put_one(cache, rows, index)
+            for place in places:
+                cache = _put(cache, rows, index, place)
+            return cache
 
-        def put_one(cache: jax.Array, rows: jax.Array, index: jax.Array | int) -> jax.Array:
-            rows = rows.astype(cache.dtype).swapaxes(1, 2)[None]  # [1, B, K, T, H]
-            if rows.shape[1] == 1:  # updated in place; on a CPU the other way is a slow loop
-                return jax.lax.dynamic_update_slice(cache, rows, (index, 0, 0, starts[0], 0))
+        return dataclasses.replace(self, keys=put(self.keys, keys), values=put(self.values, values))
 
-            def put_request(cache: jax.Array, rows: jax.Array, start: jax.Array) -> jax.Array:
-                return jax.lax.dynamic_update_slice(cache, rows, (index, 0, start, 0))
-
-            # A scatter of rows [K, H] would make a TPU transpose the whole cache before it and back again.
-            return jax.vmap(put_request, in_axes=(1, 1, 0), out_axes=1)(cache, rows, starts)
-
-        return KVCache(put(self.keys, keys), put(self.values, values))
-
-    def write_rows(
-        self, index: jax.Array | int, keys: jax.Array, values: jax.Array, rows: Rows, *, ring: bool = False
-    ) -> "KVCache":
+    def write_rows(self, index: jax.Array | int, keys: jax.Array, values: jax.Array, rows: Rows) -> "KVCache":
         """Puts flat rows [T, K, H] of layer `index` where `rows` says; those that belong to nobody are dropped."""
-        at = rows.at % self.length if ring else rows.at
+        at = self.front + rows.at % self.ring if self.front else rows.at
 
         def put(cache: Any, flat: jax.Array) -> Any:
             flat = flat.astype(self.dtype)
-            # Head by head: see `write`.
+            # Head by head: see `_put`.
             where = (rows.owner[:, None], jnp.arange(flat.shape[1]), at[:, None])
             if isinstance(cache, tuple):
                 assert isinstance(index, int), "separate caches are for layers laid out one by one"
                 one = cache[index].at[where].set(flat, mode="drop")
                 return (*cache[:index], one, *cache[index + 1 :])
-            if rows.full:  # each request's rows into its own part, which stays on its device
-
-                def put_request(cache: jax.Array, rows: jax.Array, at: jax.Array) -> jax.Array:
-                    return cache.at[index, where[1], at[:, None]].set(rows, mode="drop")
-
-                return jax.vmap(put_request, in_axes=(1, 0, 0), out_axes=1)(cache, rows.pad(flat), rows.pad(at))
             return cache.at[(index, *where)].set(flat, mode="drop")
 
-        return KVCache(put(self.keys, keys), put(self.values, values))
+        return dataclasses.replace(self, keys=put(self.keys, keys), values=put(self.values, values))
 
     def write_last(
         self, index: jax.Array | int, keys: jax.Array, values: jax.Array, starts: jax.Array, counts: jax.Array
     ) -> "KVCache":
-        """Puts the last C of the first counts[b] rows [B, T, K, H], from position starts[b] on, into a ring."""
+        """Puts the last R of the first counts[b] rows [B, T, K, H], from position starts[b] on, into a ring."""
         last = (starts + counts - 1)[:, None]
-        row = jnp.arange(self.length)
-        at = last - (last - row) % self.length - starts[:, None]  # [B, C] which of the T rows belongs in each ring row
+        row = jnp.arange(self.length) - self.front
+        at = last - (last - row) % self.ring - starts[:, None]  # [B, C] which of the T rows belongs in each ring row
+        fresh = (at >= 0) & (row >= 0) & (row < self.ring)
         taken = jnp.clip(at, 0, keys.shape[1] - 1)[..., None, None]
 
         def put(cache: Any, rows: jax.Array) -> Any:
             rows = jnp.take_along_axis(rows.astype(self.dtype), taken, axis=1).swapaxes(1, 2)  # [B, K, C, H]
             old = cache[index] if isinstance(cache, tuple) else layer_at(cache, index)
-            one = jnp.where((at >= 0)[:, None, :, None], rows, old)
+            one = jnp.where(fresh[:, None, :, None], rows, old)
             if isinstance(cache, tuple):
                 return (*cache[:index], one, *cache[index + 1 :])
             return jax.lax.dynamic_update_index_in_dim(cache, one, index, 0)
 
-        return KVCache(put(self.keys, keys), put(self.values, values))
+        return dataclasses.replace(self, keys=put(self.keys, keys), values=put(self.values, values))
 
     def before(self, index: jax.Array | int, starts: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
         """Keys and values [B, count, K, H] of the `count` positions before `starts` in a ring; below 0 anything."""
-        at = ((starts[:, None] - count + jnp.arange(count)) % self.length)[:, None, :, None]
-        keys, values = (jnp.take_along_axis(x, at, axis=2).swapaxes(1, 2) for x in self.stored(index))
+        at = self.front + (starts[:, None] - count + jnp.arange(count)) % self.ring
+        keys, values = (jnp.take_along_axis(x, at[:, None, :, None], axis=2).swapaxes(1, 2) for x in self.stored(index))
         return keys, values
+
+    @property
+    def ring(self) -> int:
+        """R."""
+        return self.length - 2 * self.front + 1
 
     @property
     def length(self) -> int:
@@ -146,10 +151,26 @@ class KVCache:
         return keys.swapaxes(1, 2), values.swapaxes(1, 2)
 
 
-def ring_rows(window: int, block: int) -> int:
-    """C of a ring for a window of `window` rows, where passes write `block` rows of which some may be taken back.
+def _put(cache: Any, rows: jax.Array, index: jax.Array | int, starts: jax.Array) -> Any:
+    """Keys or values with rows [B, T, K, H] at starts [B] of layer `index`."""
+    if isinstance(cache, tuple):
+        assert isinstance(index, int), "separate caches are for layers laid out one by one"
+        return (*cache[:index], _put(cache[index][None], rows, 0, starts)[0], *cache[index + 1 :])
+    rows = rows.astype(cache.dtype).swapaxes(1, 2)[None]  # [1, B, K, T, H]
+    if rows.shape[1] == 1:  # updated in place; on a CPU the other way is a slow loop
+        return jax.lax.dynamic_update_slice(cache, rows, (index, 0, 0, starts[0], 0))
 
-    The earliest row that the first of these sees stands window - 1 in front of it, the last one block - 1 behind it.
-    Rounded up to a whole number of bfloat16 tiles (16 rows).
+    def put_request(cache: jax.Array, rows: jax.Array, start: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice(cache, rows, (index, 0, start, 0))
+
+    # A scatter of rows [K, H] would make a TPU transpose the whole cache before it and back again.
+    return jax.vmap(put_request, in_axes=(1, 1, 0), out_axes=1)(cache, rows, starts)
+
+
+def ring_rows(window: int, block: int) -> int:
+    """C of a ring for a window of `window` rows, where passes write up to `block` rows, some of them for nothing.
+
+    The earliest row that the first of these sees stands window - 1 in front of it, the last one block - 1 behind it;
+    2 block - 1 rows are around the ring. Rounded up to a whole number of bfloat16 tiles (16 rows).
     """
-    return -(-(window + block - 1) // 16) * 16
+    return -(-(window + block - 1 + 2 * block - 1) // 16) * 16

@@ -15,13 +15,12 @@ from dspark_jax.config import TargetArchitecture
 from dspark_jax.ops.cached_attention import Rows, cached_attention
 from dspark_jax.ops.product import product
 from dspark_jax.sharding import Param, constrain, gather
-from dspark_jax.target.cache import KVCache, ring_rows
+from dspark_jax.target.cache import KVCache
 from dspark_jax.target.layers import (
     FULL,
     AttentionShape,
     Layer,
     attend_in_chunks,
-    attention_shape,
     layer_at,
     normal,
     ones,
@@ -113,9 +112,8 @@ class Target(nnx.Module):
         separate = getattr(self, "separate_caches", False)
 
         def empty(kind: str) -> KVCache:
-            layers, window = len(stack_layers(self.arch, kind)), attention_shape(self.arch, kind).window
-            rows = min(length, ring_rows(window, block)) if window else length
-            return KVCache.zeros(layers, batch, rows, self.arch, self.dtype, kind, separate=separate)
+            layers = len(stack_layers(self.arch, kind))
+            return KVCache.zeros(layers, batch, length, self.arch, self.dtype, kind, separate=separate, block=block)
 
         caches = {kind: empty(kind) for kind in self.STACKS}
         return caches if len(caches) > 1 else caches[FULL]
@@ -172,12 +170,13 @@ class Target(nnx.Module):
                 own = (query, key, value)
                 if rows is not None:
                     part, heads = _attend_rows(part, index, shape, own, rows)
-                elif shape.window:
-                    part, heads = _attend_in_window(part, index, shape, own, positions[:, 0], counts)
+                elif part.front:
+                    part, heads = _attend_in_ring(part, index, shape, own, positions[:, 0], counts)
                 else:
                     part = part.write(index, key, value, positions[:, 0])
                     keys, values = part.layer(index)
-                    heads = attend_in_chunks(query, keys, values, limit, shape.scale)
+                    first = _first_rows(limit, shape.window, None)
+                    heads = attend_in_chunks(query, keys, values, limit, shape.scale, first)
                 written = {**cache, kind: part} if isinstance(cache, dict) else part
                 return heads
 
@@ -260,25 +259,33 @@ def _attend_rows(
 ) -> tuple[KVCache, jax.Array]:
     """Writes the flat rows [1, T, ...] of a pass into layer `index`, and attends with them."""
     query, key, value = (x[0] for x in own)
-    part = part.write_rows(index, key, value, rows, ring=bool(shape.window))
-    stored = part.stored(index)
-    return part, cached_attention(query, *stored, rows, scale=shape.scale, window=shape.window, finite=True)[None]
+    part = part.write_rows(index, key, value, rows)
+    return part, _attend_cached(part, index, shape, query, rows)[None]
 
 
-def _attend_in_window(
+def _attend_cached(
+    part: KVCache, index: jax.Array | int, shape: AttentionShape, query: jax.Array, rows: Rows
+) -> jax.Array:
+    """Heads [T, N, H] of flat query rows whose keys and values are in the cache."""
+    keys, values = part.stored(index)
+    return cached_attention(
+        query, keys, values, rows, scale=shape.scale, window=shape.window, front=part.front, finite=True
+    )
+
+
+def _attend_in_ring(
     part: KVCache, index: jax.Array | int, shape: AttentionShape, own: Own, starts: jax.Array, counts: jax.Array | None
 ) -> tuple[KVCache, jax.Array]:
-    """`_attend_rows` for S rows of every request, from starts [B] on, in a layer with a window, whose cache is a ring.
+    """The same for S rows of every request, from starts [B] on, in a layer with a window, whose cache is a ring.
 
     A few rows are written first. Many would take the place of rows that the first of them still see, so the window in
     front of them is read before they are written.
     """
     query, key, value = own
     batch, s = query.shape[:2]
-    if s <= part.length - shape.window + 1:
-        rows = Rows.whole(starts, s)
-        flat = [x.reshape(1, batch * s, *x.shape[2:]) for x in own]
-        part, heads = _attend_rows(part, index, shape, (flat[0], flat[1], flat[2]), rows)
+    if s <= part.front:
+        part = part.write(index, key, value, starts)
+        heads = _attend_cached(part, index, shape, query.reshape(-1, *query.shape[2:]), Rows.whole(starts, s))
         return part, heads.reshape(query.shape)
     past = shape.window - 1
     keys, values = (

@@ -82,4 +82,4 @@ def test_layers_with_a_window_keep_no_more_than_they_see(models: Any) -> None:
         Scheduler.fixed(),
     )  # fmt: skip
     caches = slots.state.target_cache
-    assert caches[FULL].length == CAPACITY and caches[SLIDING].length == 32  # 14 + 3 rounded up to tiles
+    assert caches[FULL].length == CAPACITY and caches[SLIDING].length == 32  # 14 + 3 and 7 around them, in tiles

@@ -65,20 +65,22 @@ def test_against_a_loop(implementation: str, window: int, causal: bool) -> None:
 
 
 @pytest.mark.parametrize("implementation", ("xla", "reference"))
-@pytest.mark.parametrize(("window", "most", "c"), [(1, 1, 1), (1, 3, 3), (4, 1, 4), (4, 3, 6), (5, 4, 11)])
-def test_a_window_over_a_ring(implementation: str, window: int, most: int, c: int) -> None:
-    """Position p stands in row p mod C, turns behind the first one and before it; what nobody may see is NaN."""
+@pytest.mark.parametrize(
+    ("window", "most", "front", "ring"), [(1, 1, 1, 1), (1, 3, 3, 3), (4, 1, 2, 4), (4, 3, 4, 6), (5, 4, 4, 11)]
+)
+def test_a_window_over_a_ring(implementation: str, window: int, most: int, front: int, ring: int) -> None:
+    """Position p stands in row front + p mod R, in the first turn and later; what nobody may see is NaN."""
     counts, positions, (n, k, h) = [most, 1, 0, most], [0, 23, 9, 40], (4, 2, 8)
-    rng = np.random.default_rng(c)
+    rng = np.random.default_rng(ring)
     query = rng.normal(size=(sum(counts) + 1, n, h)).astype(np.float32)
     keys, values = rng.normal(size=(2, len(counts), k, 64, h)).astype(np.float32)
-    ring = np.full((2, len(counts), k, c, h), np.nan, np.float32)
+    cache = np.full((2, len(counts), k, front + ring + front - 1, h), np.nan, np.float32)
     for b, (count, start) in enumerate(zip(counts, positions, strict=True)):
         for position in range(max(0, start + 1 - window), start + count):
-            ring[:, b, :, position % c] = keys[b, :, position], values[b, :, position]
+            cache[:, b, :, front + position % ring] = keys[b, :, position], values[b, :, position]
     rows = Rows.of(jnp.asarray(counts), jnp.asarray(positions), size=len(query), most=most)
-    how = {"scale": 0.37, "window": window, "implementation": implementation}
-    got = jax.jit(lambda *given: cached_attention(*given, **how))(jnp.asarray(query), *map(jnp.asarray, ring), rows)
+    how = {"scale": 0.37, "window": window, "front": front, "implementation": implementation}
+    got = jax.jit(lambda *given: cached_attention(*given, **how))(jnp.asarray(query), *map(jnp.asarray, cache), rows)
     wanted = loop(query.astype(np.float64), keys, values, counts, positions, window=window, causal=True)
     np.testing.assert_allclose(got, wanted, rtol=0, atol=3e-6 * h)
 
@@ -126,6 +128,8 @@ def test_what_does_not_fit_is_refused() -> None:
         ((query[:, :3], key, key, rows), {}, "3 query heads"),
         ((query[:3], key, key, rows), {}, "rows are for"),
         ((query, key, key, rows), {"window": 2, "causal": False}, "needs causal"),
+        ((query, key, key, rows), {"window": 4, "front": 2}, "no room for window=4 and blocks of 2"),
+        ((query, key, key, rows), {"front": 1}, "no room for window=0"),
         ((query, key, key, rows), {"implementation": "cuda"}, "'cuda' is not one of"),
     ):
         with pytest.raises(ValueError, match=message):

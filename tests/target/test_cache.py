@@ -1,5 +1,6 @@
 """The cache of keys and values: rows written where they belong, and, for a TPU, without moving the rest."""
 
+import dataclasses
 import functools
 import importlib.util
 import os
@@ -67,39 +68,44 @@ def test_flat_rows_go_to_their_owners_or_nowhere(separate: bool) -> None:
     np.testing.assert_array_equal(stored(found), expected)
 
 
+RING, FRONT = 9, 2
+assert LENGTH == FRONT + RING + FRONT - 1
+
+
 @pytest.mark.parametrize("separate", (False, True))
-def test_rows_of_every_request_go_where_those_of_some_do(separate: bool) -> None:
-    cache, positions = filled(3, separate), jnp.asarray([4, 31, 10])
-    keys, values = (part.reshape(9, *part.shape[2:]) for part in rows(3, 3))
-    written = [
-        cache.write_rows(1, keys, values, where, ring=True)
-        for where in (Rows.whole(positions, 3), Rows.of(jnp.full((3,), 3), positions, size=9, most=3))
-    ]
-    np.testing.assert_array_equal(stored(written[0]), stored(written[1]))
+@pytest.mark.parametrize("batch", (1, 3))
+def test_a_ring_is_written_across_its_seam(batch: int, separate: bool) -> None:
+    """Two rows of each request: as far as the ring goes and no row of it besides, and one row."""
+    positions = np.asarray([8, 31, 27][:batch])  # rows 8 and 0, 4 and 5, 0 and 1 of the ring
+    for count in (1, 2):
+        cache, (keys, values) = dataclasses.replace(filled(batch, separate), front=FRONT), rows(batch, count)
+        expected = stored(cache)[:, :, :, :, FRONT : FRONT + RING]
+        for part, new in zip(expected, (keys, values), strict=True):
+            for request in range(batch):
+                for step in range(count):
+                    part[1, request, :, (positions[request] + step) % RING] = new[request, step]
+        found = jax.jit(lambda cache, *given: cache.write(1, *given))(cache, keys, values, jnp.asarray(positions))
+        np.testing.assert_array_equal(stored(found)[:, :, :, :, FRONT : FRONT + RING], expected)
+        flat = [part.reshape(-1, *part.shape[2:]) for part in (keys, values)]
+        found = cache.write_rows(1, *flat, Rows.whole(jnp.asarray(positions), count))
+        np.testing.assert_array_equal(stored(found)[:, :, :, :, FRONT : FRONT + RING], expected)
 
 
 @pytest.mark.parametrize("separate", (False, True))
 @pytest.mark.parametrize("count", (5, 29))
 def test_a_ring_keeps_the_last_rows(count: int, separate: bool) -> None:
-    """Prompts of any lengths go into a ring of twelve rows, further rows behind them; it is read across its seam."""
-    cache, (keys, values) = filled(3, separate), rows(3, count)
+    """Prompts of any lengths go into it; it is read across its seam."""
+    cache, (keys, values) = dataclasses.replace(filled(3, separate), front=FRONT), rows(3, count)
     starts, counts = np.asarray([0, 7, 30]), np.asarray([count, count - 4, 1])
-    more = Rows.of(jnp.asarray([2, 0, 1]), jnp.asarray(starts + counts), size=4, most=2)
-    flat = [part[0, :4] for part in rows(1, 5)]
     expected = stored(cache)
-    for part, new, behind in zip(expected, (keys, values), flat, strict=True):
+    for part, new in zip(expected, (keys, values), strict=True):
         for request in range(3):
             for step in range(counts[request]):
-                part[1, request, :, (starts[request] + step) % LENGTH] = new[request, step]
-        for at, (request, step) in enumerate([(0, 0), (0, 1), (2, 0)]):
-            part[1, request, :, (starts + counts)[request] % LENGTH + step if request else (count + step) % LENGTH] = (
-                behind[at]
-            )
+                part[1, request, :, FRONT + (starts[request] + step) % RING] = new[request, step]
 
     @jax.jit
     def run(cache: KVCache, keys: jax.Array, values: jax.Array) -> tuple[KVCache, tuple[jax.Array, jax.Array]]:
         cache = cache.write_last(1, keys, values, jnp.asarray(starts), jnp.asarray(counts))
-        cache = cache.write_rows(1, *flat, more, ring=True)
         return cache, cache.before(1, jnp.asarray(starts + counts), 4)
 
     found, read = run(cache, keys, values)
@@ -107,13 +113,13 @@ def test_a_ring_keeps_the_last_rows(count: int, separate: bool) -> None:
     for part, got in zip(expected, read, strict=True):
         for request, end in enumerate(starts + counts):
             for step in range(4):
-                np.testing.assert_array_equal(got[request, step], part[1, request, :, (end - 4 + step) % LENGTH])
+                np.testing.assert_array_equal(got[request, step], part[1, request, :, FRONT + (end - 4 + step) % RING])
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
-@pytest.mark.parametrize("flat", (False, True))
-def test_a_tpu_keeps_the_cache_where_it_is(flat: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Writing and reading layer by layer needs far less memory than another copy of the cache."""
+@pytest.mark.parametrize(("flat", "front"), [(False, 0), (True, 0), (False, 8)])
+def test_a_tpu_keeps_the_cache_where_it_is(flat: bool, front: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Writing and reading layer by layer, rings too, needs far less memory than another copy of the cache."""
     from dspark_jax.planning.topology import devices_of
 
     for name in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD", "TPU_WORKER_HOSTNAMES", "TPU_ACCELERATOR_TYPE"):
@@ -139,7 +145,10 @@ def test_a_tpu_keeps_the_cache_where_it_is(flat: bool, monkeypatch: pytest.Monke
         return jax.lax.scan(layer, (cache, x), jnp.arange(layers))[0]
 
     zeros = functools.partial(KVCache.zeros, layers, batch, length, arch, jnp.bfloat16)
-    shapes = (jax.eval_shape(zeros), jax.ShapeDtypeStruct((batch, count, 8, 128), jnp.bfloat16))
+    shapes = (
+        dataclasses.replace(jax.eval_shape(zeros), front=front),
+        jax.ShapeDtypeStruct((batch, count, 8, 128), jnp.bfloat16),
+    )
     given = [*shapes, jax.ShapeDtypeStruct((batch,), jnp.int32)]
     arguments = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), given)
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes[0]))

@@ -105,7 +105,7 @@ def test_cached_decoding_equals_transformers(pair):
     tokens = np.random.default_rng(1).integers(0, 199, (2, 30))
     (expected, *_), (error, *_) = oracle(model, tokens, taps)
     cache = target.init_cache(2, 48, block=5)
-    assert cache[SLIDING].length == 16
+    assert cache[SLIDING].ring == 23
     starts = np.array([0, 0])
     features = np.full((2, 30, expected.shape[-1]), np.nan)
     step = jax.jit(lambda t, p, c, n: target.forward(t, p, c, taps=taps, counts=n))

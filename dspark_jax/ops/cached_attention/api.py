@@ -16,6 +16,7 @@ def cached_attention(
     *,
     scale: float,
     window: int = 0,
+    front: int = 0,
     causal: bool = True,
     finite: bool = False,
     implementation: str | None = None,
@@ -26,8 +27,9 @@ def cached_attention(
     or, without `causal`, all rows up to its request's last one (a drafter's block). Its own keys and values must be in
     the cache already. Cache rows that nobody sees may hold anything, even NaN.
 
-    With a window the cache may be a ring: position p stands in row p mod C, and C is at least window + W - 1, so that
-    no row of a block has taken the place of one that another row of it sees.
+    With a window the cache may be a ring of R = C - 2 front + 1 rows, with `front` rows that nobody sees before it and
+    front - 1 behind it: position p stands in row front + p mod R. R is at least window + W - 1, so that no row of a
+    block has taken the place of one that another row of it sees.
 
     Args:
       query: [T, N, H], with positional rotation applied; N is a multiple of K, and query head n reads key head
@@ -37,6 +39,7 @@ def cached_attention(
       rows: which flat rows belong to which request, and where they stand; positions + counts <= C but for a ring.
       scale: factor of the scores.
       window: cache rows that a row sees at most, the last ones, its own included; 0 is all.
+      front: rows before a ring; 0 = position p stands in row p.
       causal: whether a row sees no later row of its own block.
       finite: promise that the whole cache is finite, which saves clearing what nobody sees.
       implementation: None (the best one here), 'xla' or 'reference' (the definition).
@@ -60,7 +63,12 @@ def cached_attention(
         )
     if window < 0 or (window and not causal):
         raise ValueError(f"cached_attention: window={window} must be 0 or more, and needs causal=True")
+    if front and (not window or c - 2 * front + 1 < window + rows.most - 1):
+        raise ValueError(
+            f"cached_attention: a ring behind front={front} of {c} rows has no room for window={window} and blocks of "
+            f"{rows.most}"
+        )
     if implementation not in (None, *_IMPLEMENTATIONS):
         raise ValueError(f"cached_attention: implementation {implementation!r} is not one of {list(_IMPLEMENTATIONS)}")
     run = _IMPLEMENTATIONS[implementation or "xla"]
-    return run(query, key, value, rows, scale=scale, window=window, causal=causal, finite=finite)
+    return run(query, key, value, rows, scale=scale, window=window, front=front, causal=causal, finite=finite)

@@ -14,6 +14,7 @@ def cached_attention(
     *,
     scale: float,
     window: int,
+    front: int,
     causal: bool,
     finite: bool,
 ) -> jax.Array:
@@ -24,7 +25,11 @@ def cached_attention(
     groups = query.shape[1] // k
     last = rows.at if causal else rows.positions[owner] + rows.counts[owner] - 1
     row = jnp.arange(c)
-    position = row + (last[:, None] - row) // c * c if window else row  # the latest one that may stand in a ring row
+    position = jnp.broadcast_to(row, (rows.at.shape[0], c))
+    if front:  # the latest one up to the last that may stand in a row of the ring
+        ring = c - 2 * front + 1
+        position = row - front + (last[:, None] - (row - front)) // ring * ring
+        position = jnp.where((row >= front) & (row < front + ring), position, -1)
     seen = (position <= last[:, None]) & (position >= 0) & rows.real[:, None]  # [T, C]
     if window:
         seen &= position > last[:, None] - window

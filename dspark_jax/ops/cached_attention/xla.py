@@ -16,6 +16,7 @@ def cached_attention(
     *,
     scale: float,
     window: int,
+    front: int,
     causal: bool,
     finite: bool,
 ) -> jax.Array:
@@ -29,8 +30,11 @@ def cached_attention(
     last = rows.positions[:, None] + jnp.arange(w) if causal else jnp.broadcast_to(ends[:, None] - 1, (b, w))
     row = jnp.arange(c)
     last = last[..., None]
-    # With a window: how far back each cache row lies, in a ring too.
-    visible = (last - row) % c < jnp.minimum(window, last + 1) if window else row <= last
+    if front:
+        row, ring = row - front, c - 2 * front + 1
+        visible = ((last - row) % ring < jnp.minimum(window, last + 1)) & (row >= 0) & (row < ring)
+    else:
+        visible = (row <= last) & (row > last - window) if window else row <= last
     visible &= own[..., None]  # [B, W, C]
     if not finite:
         # A weight of exactly 0 times NaN is NaN. Masked scores are replaced whatever they are, so keys may stay.

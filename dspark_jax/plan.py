@@ -137,10 +137,12 @@ def describe(name: str, found: dict[str, Any]) -> Iterator[str]:
         yield f"  {'compiler estimate':<20} {found['compiler_seconds']:8.3f} s, nothing overlapped"
     bounds = ", ".join(f"{bound} {seconds:.3f}" for bound, seconds in found["roofline"].items())
     yield f"  {'roofline':<20} {found['roofline_seconds']:8.3f} s ({bounds})"
+    if "incomplete" in found:
+        yield f"  {'far too short':<20} {found['incomplete']}"
     if "hours" in found:
         yield (
             f"  {'whole run':<20} {found['hours']:8.1f} h, {found['chip_hours']:.0f} chip-hours, "
-            f"{found['tokens_per_second']:.0f} tokens/s"
+            f"{found['tokens_per_second']:.0f} tokens/s" + " at the best" * ("incomplete" in found)
         )
     if "tokens_per_second_by_accepted_length" in found:
         low, high = found["tokens_per_second_by_accepted_length"].values()

@@ -178,8 +178,8 @@ def test_a_batch_that_the_mesh_cannot_divide_is_refused(config):
 class Compiled:
     """A program of matrices [8, 100] f32, compiled: to HLO, and to this much memory, or not at all."""
 
-    def __init__(self, message=""):
-        self.message = message
+    def __init__(self, message="", text=HLO):
+        self.message, self.text = message, text
 
     def lower(self):
         return self
@@ -190,7 +190,11 @@ class Compiled:
         return self
 
     def as_text(self):
-        return HLO
+        if not self.text:
+            raise jax.errors.JaxRuntimeError(
+                "INTERNAL: RET_CHECK failure async-update instruction should have 1 operands"
+            )
+        return self.text
 
     def memory_analysis(self):
         return SimpleNamespace(
@@ -236,6 +240,19 @@ def test_a_step_of_several_calls_is_added_up():
         assert step["roofline"][name] == pytest.approx(4 * once["roofline"][name])
     assert step["compiler_seconds"] == pytest.approx(4 * once["compiler_seconds"])
     assert step["collectives"]["all-gather"] == {"count": 32, "bytes": 4 * once["collectives"]["all-gather"]["bytes"]}
+
+
+def test_of_a_program_that_cannot_be_printed_only_the_operations_are_known(config):
+    """As libtpu's for v5p and v6e often cannot: the time is said to be far too short."""
+    report = estimated(Compiled(text=""))
+    assert report["roofline_seconds"] == report["estimated_seconds"] == 2e6 / CHIPS["v5e"].flops
+    said = "\n".join(plan.describe("train step", plan._of_training(report | {"verdict": "fits"}, config, 4)))
+    assert "far too short        memory traffic and collectives are not known" in said
+    assert said.endswith("tokens/s at the best")
+    whole = "\n".join(
+        plan.describe("train step", plan._of_training(estimated(Compiled()) | {"verdict": ""}, config, 4))
+    )
+    assert "far too short" not in whole and "at the best" not in whole
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,8 @@ def _times(flops: float, memory: dict[str, Any], cost: Cost | None, chip: Chip) 
 
     The compiler's adds up its cycles of every operation and the time the collectives take at the full rate of all
     links, as if nothing were hidden behind anything else. The roofline is the slowest of operations, memory traffic and
-    collectives, each at the chip's full rate.
+    collectives, each at the chip's full rate. Where the program cannot be printed, operations are all that is known;
+    `incomplete` says so.
     """
     times = {"flops": flops / chip.flops}
     found: dict[str, Any] = {"roofline": times, "collectives": None, "hbm_bytes_per_chip": None}
@@ -85,6 +86,8 @@ def _times(flops: float, memory: dict[str, Any], cost: Cost | None, chip: Chip) 
         kinds = {kind: {"count": t.count, "bytes": t.bytes} for kind, t in cost.collectives.items()}
         found |= {"collectives": kinds, "hbm_bytes_per_chip": cost.hbm_bytes, "unknown_loops": cost.unknown_loops}
         found["compiler_seconds"] = cost.cycles / chip.clock + times["collectives"]
+    else:
+        found["incomplete"] = "memory traffic and collectives are not known: this libtpu cannot print the program"
     found["roofline_seconds"] = max(times.values())
     found["estimated_seconds"] = max(found.get("compiler_seconds", 0.0), found["roofline_seconds"])
     return found

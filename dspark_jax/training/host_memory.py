@@ -48,7 +48,9 @@ def feature_memory(config: Config, mesh: Mesh) -> int:
 
 def describe_feature_memory(config: Config, mesh: Mesh, lengths: Sequence[int]) -> str:
     """What training from disk takes of this host, in one line; `lengths` are the samples' numbers of tokens."""
-    line = f"features: {ON_HOST} micro-batches take at most {feature_memory(config, mesh) / 1e9:.2f} GB of host memory"
+    size = feature_memory(config, mesh)
+    amount = f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.2f} MB"
+    line = f"features: {ON_HOST} micro-batches take at most {amount} of host memory"
     full = sum(lengths) / (len(lengths) * config.data.max_length)
     if config.data.pack or full > 0.5:
         return line

@@ -87,7 +87,10 @@ def _times(flops: float, memory: dict[str, Any], cost: Cost | None, chip: Chip) 
         found |= {"collectives": kinds, "hbm_bytes_per_chip": cost.hbm_bytes, "unknown_loops": cost.unknown_loops}
         found["compiler_seconds"] = cost.cycles / chip.clock + times["collectives"]
     else:
-        found["incomplete"] = "memory traffic and collectives are not known: this libtpu cannot print the program"
+        found["incomplete"] = (
+            "memory traffic and collectives are not known: this libtpu cannot print the program, the one that belongs to "
+            "this jax can (pip install 'dspark-jax[tpu]')"
+        )
     found["roofline_seconds"] = max(times.values())
     found["estimated_seconds"] = max(found.get("compiler_seconds", 0.0), found["roofline_seconds"])
     return found

@@ -88,8 +88,8 @@ def _times(flops: float, memory: dict[str, Any], cost: Cost | None, chip: Chip) 
         found["compiler_seconds"] = cost.cycles / chip.clock + times["collectives"]
     else:
         found["incomplete"] = (
-            "memory traffic and collectives are not known: this libtpu cannot print the program, the one that belongs to "
-            "this jax can (pip install 'dspark-jax[tpu]')"
+            "memory traffic and collectives are not known: this libtpu cannot print the program, the one that belongs "
+            "to this jax can (pip install 'dspark-jax[tpu]')"
         )
     found["roofline_seconds"] = max(times.values())
     found["estimated_seconds"] = max(found.get("compiler_seconds", 0.0), found["roofline_seconds"])

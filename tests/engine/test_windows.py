@@ -17,6 +17,7 @@ from dspark_jax.engine.schedule import Scheduler
 from dspark_jax.engine.serving import Engine
 from dspark_jax.engine.slots import open_slots
 from dspark_jax.sharding import make_mesh
+from dspark_jax.target.cache import ring_rows
 from dspark_jax.target.gemma4 import Gemma4
 from dspark_jax.target.layers import FULL, SLIDING
 
@@ -82,4 +83,7 @@ def test_layers_with_a_window_keep_no_more_than_they_see(models: Any) -> None:
         Scheduler.fixed(),
     )  # fmt: skip
     caches = slots.state.target_cache
+    for window, block in ((1, 1), (9, 8), (10, 8), (11, 8), (1024, 8), (1026, 17)):
+        rows = ring_rows(window, block)
+        assert window + block - 1 <= rows - 2 * block + 1 < window + block - 1 + 16 and rows % 16 == 0
     assert caches[FULL].length == CAPACITY and caches[SLIDING].length == 32  # 14 + 3 and 7 around them, in tiles

@@ -1,6 +1,7 @@
 """Keys and values of a layer stack, of a target or a drafter."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -86,14 +87,11 @@ class KVCache:
         at = self.front + rows.at % self.ring if self.front else rows.at
 
         def put(cache: Any, flat: jax.Array) -> Any:
-            flat = flat.astype(self.dtype)
             # Head by head: see `_put`.
             where = (rows.owner[:, None], jnp.arange(flat.shape[1]), at[:, None])
-            if isinstance(cache, tuple):
-                assert isinstance(index, int), "separate caches are for layers laid out one by one"
-                one = cache[index].at[where].set(flat, mode="drop")
-                return (*cache[:index], one, *cache[index + 1 :])
-            return cache.at[(index, *where)].set(flat, mode="drop")
+            return _changed(
+                cache, index, lambda stack, number: stack.at[(number, *where)].set(flat.astype(self.dtype), mode="drop")
+            )
 
         return dataclasses.replace(self, keys=put(self.keys, keys), values=put(self.values, values))
 
@@ -109,11 +107,12 @@ class KVCache:
 
         def put(cache: Any, rows: jax.Array) -> Any:
             rows = jnp.take_along_axis(rows.astype(self.dtype), taken, axis=1).swapaxes(1, 2)  # [B, K, C, H]
-            old = cache[index] if isinstance(cache, tuple) else layer_at(cache, index)
-            one = jnp.where(fresh[:, None, :, None], rows, old)
-            if isinstance(cache, tuple):
-                return (*cache[:index], one, *cache[index + 1 :])
-            return jax.lax.dynamic_update_index_in_dim(cache, one, index, 0)
+
+            def change(stack: jax.Array, number: jax.Array | int) -> jax.Array:
+                one = jnp.where(fresh[:, None, :, None], rows, layer_at(stack, number))
+                return jax.lax.dynamic_update_index_in_dim(stack, one, number, 0)
+
+            return _changed(cache, index, change)
 
         return dataclasses.replace(self, keys=put(self.keys, keys), values=put(self.values, values))
 
@@ -151,20 +150,29 @@ class KVCache:
         return keys.swapaxes(1, 2), values.swapaxes(1, 2)
 
 
-def _put(cache: Any, rows: jax.Array, index: jax.Array | int, starts: jax.Array) -> Any:
-    """Keys or values with rows [B, T, K, H] at starts [B] of layer `index`."""
+def _changed(cache: Any, index: jax.Array | int, change: Callable[[jax.Array, jax.Array | int], jax.Array]) -> Any:
+    """Keys or values after `change` of layer `index`, which is given a stack of layers and the layer's number in it."""
     if isinstance(cache, tuple):
         assert isinstance(index, int), "separate caches are for layers laid out one by one"
-        return (*cache[:index], _put(cache[index][None], rows, 0, starts)[0], *cache[index + 1 :])
-    rows = rows.astype(cache.dtype).swapaxes(1, 2)[None]  # [1, B, K, T, H]
-    if rows.shape[1] == 1:  # updated in place; on a CPU the other way is a slow loop
-        return jax.lax.dynamic_update_slice(cache, rows, (index, 0, 0, starts[0], 0))
+        return (*cache[:index], change(cache[index][None], 0)[0], *cache[index + 1 :])
+    return change(cache, index)
 
-    def put_request(cache: jax.Array, rows: jax.Array, start: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice(cache, rows, (index, 0, start, 0))
 
-    # A scatter of rows [K, H] would make a TPU transpose the whole cache before it and back again.
-    return jax.vmap(put_request, in_axes=(1, 1, 0), out_axes=1)(cache, rows, starts)
+def _put(cache: Any, rows: jax.Array, index: jax.Array | int, starts: jax.Array) -> Any:
+    """Keys or values with rows [B, T, K, H] at starts [B] of layer `index`."""
+
+    def change(stack: jax.Array, number: jax.Array | int) -> jax.Array:
+        new = rows.astype(stack.dtype).swapaxes(1, 2)[None]  # [1, B, K, T, H]
+        if new.shape[1] == 1:  # updated in place; on a CPU the other way is a slow loop
+            return jax.lax.dynamic_update_slice(stack, new, (number, 0, 0, starts[0], 0))
+
+        def put_request(stack: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_update_slice(stack, new, (number, 0, start, 0))
+
+        # A scatter of rows [K, H] would make a TPU transpose the whole cache before it and back again.
+        return jax.vmap(put_request, in_axes=(1, 1, 0), out_axes=1)(stack, new, starts)
+
+    return _changed(cache, index, change)
 
 
 def ring_rows(window: int, block: int) -> int:

@@ -135,14 +135,6 @@ def accumulate(
     return jax.lax.scan(lambda carry, micro: (_add(carry, one(micro)), None), zeros, batch)[0]
 
 
-def gradients(
-    params: Params, drafter: AnyDrafter, target: Target, batch: Batch, step: jax.Array, config: Config
-) -> tuple[Params, LossSums]:
-    """Gradient of the normalised loss over C micro-batches, and the summed terms."""
-    total = accumulate(params, drafter, target, batch, step, config)
-    return total.normalised(), total.sums
-
-
 def train_step(
     state: TrainState,
     target_params: Params,

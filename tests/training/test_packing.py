@@ -11,7 +11,7 @@ from dspark_jax.kinds import as_kind
 from dspark_jax.target.loading import load_target
 from dspark_jax.training.optim import make_optimizer
 from dspark_jax.training.state import abstract_drafter, init_state, to_module, to_params
-from dspark_jax.training.step import gradients, place_batch
+from dspark_jax.training.step import accumulate, place_batch
 
 LENGTH, VOCAB = 24, 67
 
@@ -43,7 +43,8 @@ def compute(config, meshes, request):
 
     def run(batch):
         def grads(params, frozen, batch):
-            return gradients(params, drafter, to_module(target, frozen), batch, jnp.int32(0), config)
+            total = accumulate(params, drafter, to_module(target, frozen), batch, jnp.int32(0), config)
+            return total.normalised(), total.sums
 
         with jax.set_mesh(mesh):
             compiled = jax.jit(grads)

@@ -25,11 +25,11 @@ from dspark_jax.training.state import (
 )
 from dspark_jax.training.step import (
     FINITE,
+    accumulate,
     add_metrics,
     anchor_keys,
     batch_layout,
     check_batch,
-    gradients,
     make_train_step,
     place_batch,
 )
@@ -64,7 +64,8 @@ def summed_gradients(config, mesh, batch, count, params):
     params = jax.device_put(params, param_shardings(drafter, mesh))
 
     def run(params, frozen, batch):
-        return gradients(params, drafter, to_module(target, frozen), batch, jnp.int32(0), config)
+        total = accumulate(params, drafter, to_module(target, frozen), batch, jnp.int32(0), config)
+        return total.normalised(), total.sums
 
     with jax.set_mesh(mesh):
         compiled = jax.jit(run)

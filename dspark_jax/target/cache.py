@@ -166,11 +166,19 @@ def _put(cache: Any, rows: jax.Array, index: jax.Array | int, starts: jax.Array)
         if new.shape[1] == 1:  # updated in place; on a CPU the other way is a slow loop
             return jax.lax.dynamic_update_slice(stack, new, (number, 0, 0, starts[0], 0))
 
-        def put_request(stack: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_update_slice(stack, new, (number, 0, start, 0))
-
-        # A scatter of rows [K, H] would make a TPU transpose the whole cache before it and back again.
-        return jax.vmap(put_request, in_axes=(1, 1, 0), out_axes=1)(stack, new, starts)
+        # One piece [K, T, H] per request. With pieces [K, H], or requests as a batching dimension (`vmap`), a TPU would
+        # transpose the whole cache before it and back again; with indices that are clipped, a mesh would collect it.
+        return jax.lax.scatter(
+            stack,
+            jnp.stack([jnp.full_like(starts, number), jnp.arange(starts.size, dtype=starts.dtype), starts], axis=-1),
+            new[0],
+            jax.lax.ScatterDimensionNumbers(
+                update_window_dims=(1, 2, 3), inserted_window_dims=(0, 1), scatter_dims_to_operand_dims=(0, 1, 3)
+            ),
+            indices_are_sorted=True,
+            unique_indices=True,
+            mode="drop",
+        )
 
     return _changed(cache, index, change)
 

@@ -112,6 +112,8 @@ def evaluate(
     rates = parse_rates(traffic) if traffic else ()
     if rates and min(traffic_requests, traffic_slots) < 1:
         raise InputError(f"--traffic_requests={traffic_requests} and --traffic_slots={traffic_slots} must be positive")
+    if rates and jax.process_count() > 1:
+        raise InputError(f"--traffic={traffic}: hosts would not launch the same rounds; leave out --distributed")
     started = time.monotonic()
     mesh = make_mesh(config.mesh) if mesh is None else mesh
     engine = open_engine(config, workdir, mesh, target=target, drafter=drafter, tokenizer=tokenizer)
@@ -202,7 +204,7 @@ def _speeds(
     settings = config.eval
     if not requests.items:
         return [None] * len(settings.temperatures)
-    if settings.speed_threads and jax.default_backend() == "cpu":
+    if settings.speed_threads and jax.default_backend() == "cpu" and jax.process_count() == 1:
         speeds = measure_speed_apart(config, workdir, requests, settings.temperatures, settings.speed_threads)
         advance(len(requests.items) * len(speeds))
         return [*speeds]

@@ -87,6 +87,11 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, mesh))
 
 
+def whole(tree: Any) -> Any:
+    """Pins all arrays of a tree to be whole on every device: a host can only fetch what its own devices hold."""
+    return jax.tree.map(lambda x: constrain(x, *(None,) * x.ndim), tree)
+
+
 def gather(x: jax.Array, *axes: str | None) -> jax.Array:
     """Collects the `embed` shards of a weight where it is used (FSDP); its other axes stay split."""
     return constrain(x, *(None if name == "embed" else name for name in axes))

@@ -234,7 +234,7 @@ def refused(config: Config, workdir: Path, cost_table: str | None = None, **fiel
     return str(error.value)
 
 
-def test_bad_input_is_one_line(run: Run, tmp_path: Path):
+def test_bad_input_is_one_line(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     config = run.config
     assert "eval.prompts is empty" in refused(config, run.workdir, prompts=())
     assert "eval.temperatures is empty" in refused(config, run.workdir, temperatures=())
@@ -247,6 +247,9 @@ def test_bad_input_is_one_line(run: Run, tmp_path: Path):
     long = tmp_path / "long.jsonl"
     long.write_text(json.dumps({"prompt": "x" * 300}))
     assert "long.jsonl: none of its prompts can be asked (1 " in refused(config, run.workdir, prompts=(str(long),))
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(InputError, match=r"^--traffic=3: hosts would not launch the same rounds; leave out --distr"):
+        evaluate(config, run.workdir, traffic="3")
 
 
 def test_the_command_reports_bad_input_with_status_2(capsys: pytest.CaptureFixture[str], tmp_path: Path):

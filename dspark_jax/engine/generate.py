@@ -22,7 +22,7 @@ from dspark_jax.engine.schedule import Scheduler, check_scheduler, drafts_now
 from dspark_jax.engine.state import DecodeState, Pending, RoundLog, draft_cache, round_rows
 from dspark_jax.ops.product import has_matrix_units
 from dspark_jax.ops.sampling import Sampling, sample
-from dspark_jax.sharding import constrain
+from dspark_jax.sharding import constrain, whole
 from dspark_jax.target.layers import decode_layout
 from dspark_jax.target.model import Target
 
@@ -195,7 +195,7 @@ def decode(
     body = alternate if scheduler.alternates else step
     state, log, _ = jax.lax.while_loop(running, body, (state, log, jnp.int32(0)))
     # The caches end here; returning them would only cost their copies.
-    return dataclasses.replace(state, target_cache=None, draft_cache=None, history=None, pending=None), log
+    return whole((dataclasses.replace(state, target_cache=None, draft_cache=None, history=None, pending=None), log))
 
 
 @functools.partial(jax.jit, static_argnames=("batch_size",))

@@ -47,6 +47,9 @@ class Engine:
 
     Either `start()` it (or use it in a `with` statement): a thread of its own then drives it. Or drive it with
     `step()`; waiting for a request does so as well. All methods may be called from any thread.
+
+    On a mesh over several hosts, each has an engine and drives it with `step()`, and all are given the same requests in
+    the same order: hosts launch the same programs, or wait for each other for ever.
     """
 
     def __init__(
@@ -248,7 +251,13 @@ class Engine:
     # Driving.
 
     def start(self) -> Self:
-        """Starts the thread that drives the engine; waits for nothing."""
+        """Starts the thread that drives the engine; waits for nothing.
+
+        Raises:
+          InputError: the mesh is one of several hosts.
+        """
+        if self._mesh is not None and self._mesh.is_multi_process:
+            raise InputError("Engine.start: several hosts would not launch the same rounds; drive it with step()")
         with self._lock:
             self._raise_if_over()
             if self._thread is None:

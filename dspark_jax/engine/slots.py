@@ -20,7 +20,7 @@ from dspark_jax.engine.sampling import request_keys, round_uniforms
 from dspark_jax.engine.schedule import Scheduler, next_capacity
 from dspark_jax.engine.state import DecodeState, Round, draft_cache
 from dspark_jax.ops.sampling import Sampling, sample
-from dspark_jax.sharding import constrain
+from dspark_jax.sharding import constrain, whole
 
 
 @jax.tree_util.register_dataclass
@@ -266,7 +266,7 @@ def prefill_chunk(
     )
     slots = Slots(state, sampling, put(slots.stop_tokens, chunk.stop_tokens))
     report = Committed(first[:, None], complete[None].astype(jnp.int32), finished[None], stopped[None], None)
-    return pin(target, drafter, slots), report
+    return pin(target, drafter, slots), whole(report)
 
 
 def _extend_row(
@@ -331,4 +331,4 @@ def serve_round(
     tokens = jnp.take_along_axis(after.tokens, jnp.minimum(at, after.tokens.shape[1] - 1), axis=1)
     capacity = next_capacity(scheduler, after.history, ~after.finished) if size else None
     report = Committed(tokens, after.lengths - before.lengths, after.finished, after.stopped, entry, capacity)
-    return pin(target, drafter, dataclasses.replace(slots, state=after)), report
+    return pin(target, drafter, dataclasses.replace(slots, state=after)), whole(report)

@@ -1,4 +1,4 @@
-"""The train command: killed and continued bit for bit, on another mesh, out of numbers, out of disk, finished.
+"""The train command: killed and continued bit for bit, on another mesh or hosts, out of numbers or disk, finished.
 
 The runs that die do so in their own process (tiny_run.py), on one device; the others run here, on eight.
 """
@@ -11,6 +11,7 @@ import subprocess
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,7 +20,9 @@ import pytest
 from dspark_jax import train
 from dspark_jax.config import Config, InputError, MeshConfig, from_json, to_json
 from dspark_jax.data.sources import Sample, write_samples
+from dspark_jax.engine import generate
 from dspark_jax.sharding import make_mesh
+from dspark_jax.target.loading import load_target
 from dspark_jax.training.checkpoint import Checkpoints, load_drafter
 from dspark_jax.training.optim import make_optimizer
 from dspark_jax.training.state import abstract_drafter, state_layout, to_params
@@ -32,6 +35,14 @@ def rows(workdir: Path) -> list[dict]:
     """metrics.jsonl without what a clock has measured."""
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     return [{name: value for name, value in json.loads(line).items() if name not in CLOCK} for line in lines]
+
+
+def assert_close(found: list[dict], expected: list[dict]) -> None:
+    """Rows of runs that add in another order."""
+    for ours, theirs in zip(found, expected, strict=True):
+        assert set(ours) == set(theirs)
+        for name, value in theirs.items():
+            np.testing.assert_allclose(ours[name], value, rtol=2e-5, atol=1e-6, err_msg=name)
 
 
 def steps_saved(workdir: Path) -> set[str]:
@@ -54,11 +65,25 @@ def launch(tmp_path_factory, target_directory, make_tiny_config):
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
 
-    def run(workdir: Path, *moment: str) -> subprocess.CompletedProcess:
+    def run(workdir: Path, *moment: str, hosts: int = 1) -> Any:
         script = [sys.executable, str(Path(__file__).with_name("tiny_run.py")), str(folder / "tiny.py"), str(workdir)]
-        return subprocess.run([*script, *moment], env=environment, capture_output=True, text=True, timeout=600)
+        jobs = [environment | (_slurm(host, hosts) if hosts > 1 else {}) for host in range(hosts)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        started = [subprocess.Popen([*script, *moment], env=job, **pipes) for job in jobs]
+        said = [process.communicate(timeout=600) for process in started]
+        done = [
+            subprocess.CompletedProcess(one.args, one.returncode, *pair)
+            for one, pair in zip(started, said, strict=True)
+        ]
+        return done if hosts > 1 else done[0]
 
     return run
+
+
+def _slurm(host: int, hosts: int) -> dict[str, str]:
+    """SLURM's variables, which tell `jax.distributed.initialize` what it has to know, for hosts on this machine."""
+    described = {"JOB_ID": os.getpid(), "STEP_NODELIST": "localhost", "NTASKS": hosts, "PROCID": host, "LOCALID": host}
+    return {f"SLURM_{name}": str(value) for name, value in described.items()}
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +148,21 @@ def test_a_run_told_to_stop_keeps_its_steps(launch, uninterrupted, tmp_path):
         np.testing.assert_array_equal(ours[name], value)
 
 
+def test_two_hosts_train_and_decode_as_one(launch, uninterrupted, config, meshes, tmp_path):
+    """Each with its own process and device, which are all that it can see; the other one holds half of everything."""
+    workdir = tmp_path / "run"
+    shutil.copytree(uninterrupted / "data", workdir / "data")
+    for done in launch(workdir, "decode", hosts=2):
+        assert done.returncode == 0, done.stderr
+    assert_close(rows(workdir), rows(uninterrupted))
+    one, other = (json.loads((workdir / f"answers{host}.json").read_text()) for host in range(2))
+    mesh = meshes["one"]
+    models = load_target(config.target, mesh), load_drafter(workdir, mesh)[1]
+    expected = [tokens.tolist() for tokens in generate(*models, one["prompts"], max_new_tokens=one["budget"]).tokens]
+    assert one == other and one["together"] == one["served"] == expected
+    assert one["refused"].endswith("several hosts would not launch the same rounds; drive it with step()")
+
+
 def test_a_full_disk_is_one_line_and_status_2(launch, uninterrupted, tmp_path):
     workdir = shutil.copytree(uninterrupted, tmp_path / "run")
     shutil.rmtree(workdir / "checkpoints" / "8")
@@ -153,10 +193,7 @@ def test_a_checkpoint_continues_on_another_mesh(here, config, uninterrupted, tmp
     shutil.rmtree(workdir / "checkpoints" / "8")
     config.train.steps = 8
     here(config, workdir)
-    for found, expected in zip(rows(workdir), rows(uninterrupted), strict=True):
-        assert set(found) == set(expected)
-        for name, value in expected.items():
-            np.testing.assert_allclose(found[name], value, rtol=2e-5, atol=1e-6, err_msg=name)
+    assert_close(rows(workdir), rows(uninterrupted))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(here, config, uninterrupted, tmp_path, capsys):

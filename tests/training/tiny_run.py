@@ -1,8 +1,11 @@
-"""Runs the train command in its own process and lets it die at a given moment: see test_train.
+"""Runs the train command in its own process and lets it die at a given moment, or decode afterwards: see test_train.
 
-python tiny_run.py CONFIG WORKDIR [between|during|after|told|full]
+python tiny_run.py CONFIG WORKDIR [between|during|after|told|full|decode]
+
+Several processes that SLURM's variables describe train together.
 """
 
+import json
 import os
 import resource
 import signal
@@ -10,12 +13,20 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from dspark_jax import command, train
+from dspark_jax.config import InputError
 from dspark_jax.data.sources import Sample, write_samples
+from dspark_jax.engine import generate
+from dspark_jax.engine.serving import Engine
+from dspark_jax.sharding import make_mesh
+from dspark_jax.target.loading import load_target
+from dspark_jax.training.checkpoint import load_drafter, saved_config
 
 LENGTH, VOCAB = 24, 67
+PROMPTS, BUDGET = ([3, 5, 7], [11, 2], [1, 4, 9, 16, 25], [8]), 12
 
 
 def fake_prepare(config, workdir):
@@ -64,9 +75,37 @@ def arm(moment: str, checkpoints: Path) -> None:
     sys.addaudithook(audit)
 
 
+def decode(workdir: Path) -> None:
+    """Writes the greedy answers that this process gets from `generate` and from the serving engine."""
+    config = saved_config(workdir)
+    mesh = make_mesh(config.mesh)
+    models = load_target(config.target, mesh), load_drafter(workdir, mesh)[1]
+    with jax.set_mesh(mesh):
+        together = generate(*models, PROMPTS, max_new_tokens=BUDGET).tokens
+        engine = Engine(*models, slots=2, capacity=32)
+        requests = [engine.submit(prompt, max_new_tokens=BUDGET) for prompt in PROMPTS]
+        refused = ""
+        try:
+            engine.start()
+        except InputError as error:
+            refused = str(error)
+        served = [list(request.result().tokens) for request in requests]
+    answers = {
+        "prompts": PROMPTS,
+        "budget": BUDGET,
+        "together": [tokens.tolist() for tokens in together],
+        "served": served,
+        "refused": refused,
+    }
+    (workdir / f"answers{jax.process_index()}.json").write_text(json.dumps(answers))
+
+
 if __name__ == "__main__":
     config_file, workdir, *moment = sys.argv[1:]
     train.prepare = fake_prepare
-    if moment:
+    if moment and moment[0] != "decode":
         arm(moment[0], Path(workdir) / "checkpoints")
-    command.run(train.train, argv=["--config", config_file, "--workdir", workdir])
+    hosts = ["--distributed", "--config.mesh.fsdp=2"] if "SLURM_NTASKS" in os.environ else []
+    command.run(train.train, argv=["--config", config_file, "--workdir", workdir, *hosts])
+    if moment == ["decode"]:
+        decode(Path(workdir))

@@ -40,8 +40,8 @@ from dspark_jax.evaluation.predictors import (
     compare_predictors,
 )
 from dspark_jax.evaluation.setup import ask, check_prompt_files, open_engine
-from dspark_jax.evaluation.summary import write_json
 from dspark_jax.evaluation.traces import Traces, record
+from dspark_jax.json_file import write_json
 from dspark_jax.progress import Progress, log
 from dspark_jax.sharding import make_mesh
 

@@ -33,13 +33,13 @@ from dspark_jax.evaluation.comparison_plots import conditional_plots, study_plot
 from dspark_jax.evaluation.comparison_runs import (
     check_run,
     contents,
-    data_fingerprint,
     is_measured,
     read_times,
     write_origin,
 )
 from dspark_jax.evaluation.rounds import PLAIN, read_rounds
-from dspark_jax.evaluation.summary import write_json
+from dspark_jax.json_file import write_json
+from dspark_jax.training.checkpoint import prepared_fingerprint
 from dspark_jax.training.preemption import STATUS
 
 _TITLES = {"depth": "Accepted length by draft depth", "length": "Accepted length by draft length"}
@@ -75,7 +75,7 @@ def _compare(config: Config, workdir: Path, plan: Plan, now: dict[str, Any], ste
     settings = _write_settings(workdir, config)
     if error := step(["dspark_jax.prepare", "--config", str(settings), "--workdir", str(workdir)], {}):
         raise InputError(f"preparing the data failed: {error}")
-    if data := data_fingerprint(workdir):
+    if data := prepared_fingerprint(workdir):
         now = {**now, "data": data}
     _check_runs(workdir, plan, now)
     failures: dict[str, str] = {}

@@ -62,10 +62,11 @@ from dspark_jax.evaluation.predictors import (
 from dspark_jax.evaluation.report import report
 from dspark_jax.evaluation.setup import ask, check_prompt_files, open_engine
 from dspark_jax.evaluation.speed import Speed, measure_speed, measure_speed_apart
-from dspark_jax.evaluation.summary import Measured, greedy_metrics, metrics_at, table, write_json
+from dspark_jax.evaluation.summary import Measured, greedy_metrics, metrics_at, table
 from dspark_jax.evaluation.threshold import sweep_thresholds
 from dspark_jax.evaluation.traces import record
 from dspark_jax.evaluation.traffic import TrafficPoint, measure_traffic, parse_rates, traffic_table
+from dspark_jax.json_file import write_json
 from dspark_jax.ops.sampling import GREEDY_BELOW
 from dspark_jax.progress import Progress, log
 from dspark_jax.sharding import make_mesh

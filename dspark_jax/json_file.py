@@ -1,8 +1,13 @@
-"""JSON files that others wrote: an object, or one line about what is wrong."""
+"""JSON files: those that others wrote, with one line about what is wrong with them, and our own."""
 
 import json
+import math
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from dspark_jax.errors import InputError
 
@@ -31,3 +36,28 @@ def read_object(path: Path, missing: str, damaged: str = "download it again") ->
     if not isinstance(found, dict):
         raise InputError(f"{path}: not a JSON object; {damaged}")
     return found
+
+
+def read_ours(path: Path) -> dict[str, Any]:
+    """The content of a file that `write_json` wrote; empty where there is none."""
+    return json.loads(path.read_text("utf-8")) if path.exists() else {}
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
+    """Writes a JSON file that is there whole or not at all; returns what it holds: NaN is null, tuples are lists."""
+    text = json.dumps(_plain(content), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, "utf-8")
+    os.replace(temporary, path)
+    return json.loads(text)
+
+
+def _plain(value: Any) -> Any:
+    """The value in types that JSON has."""
+    if isinstance(value, Mapping):
+        return {name: _plain(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple | np.ndarray):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, float | np.floating):
+        return float(value) if math.isfinite(value) else None
+    return int(value) if isinstance(value, np.integer) else value

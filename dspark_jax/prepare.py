@@ -17,7 +17,6 @@ import functools
 import hashlib
 import itertools
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -46,6 +45,7 @@ from dspark_jax.data.samples import Tally, answered_samples, describe, given_sam
 from dspark_jax.data.sources import SampleReader, write_samples
 from dspark_jax.engine.generate import generate
 from dspark_jax.engine.sampling import request_keys
+from dspark_jax.json_file import read_ours, write_json
 from dspark_jax.progress import Progress, log
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target.loading import fingerprint, load_target, tokenizer_fingerprint
@@ -103,7 +103,7 @@ def prepare_samples(config: Config, workdir: Path, decode: Decode | None = None)
     final, partial = workdir / "data", workdir / "data.partial"
     inputs = read_inputs(config)
     digest = _digest(inputs)
-    found = _read_json(final / "report.json")
+    found = read_ours(final / "report.json")
     if found.get("fingerprint") == digest and _complete(final, found["samples"]):
         shutil.rmtree(workdir / "data.old", ignore_errors=True)  # left behind by a kill during the last step
         log(f"data: {found['samples']} samples in {final} are up to date")
@@ -116,14 +116,14 @@ def prepare_samples(config: Config, workdir: Path, decode: Decode | None = None)
     if found:
         log(f"data: preparing again, {_difference(found.get('inputs', {}), inputs)}")
     with _disk_errors(workdir):
-        if _read_json(partial / "report.json").get("fingerprint") != digest:
+        if read_ours(partial / "report.json").get("fingerprint") != digest:
             _open_partial(partial, digest)
             report = _build(config, partial, decode)
-            _write_json(partial / "report.json", {"fingerprint": digest, "inputs": inputs, **report})
+            write_json(partial / "report.json", {"fingerprint": digest, "inputs": inputs, **report})
         (partial / "answers.jsonl").unlink(missing_ok=True)
         (partial / "inputs.json").unlink(missing_ok=True)
         _publish(partial, final)
-    report = _read_json(final / "report.json")
+    report = read_ours(final / "report.json")
     _summarise(report, final)
     return report
 
@@ -258,7 +258,7 @@ def _answers(
 
 def _open_partial(partial: Path, digest: str) -> None:
     """An empty `data.partial`, or the one of a preparation with the same inputs that did not end."""
-    stated = _read_json(partial / "inputs.json").get("fingerprint")
+    stated = read_ours(partial / "inputs.json").get("fingerprint")
     if stated == digest:
         return
     if stated is not None:
@@ -266,7 +266,7 @@ def _open_partial(partial: Path, digest: str) -> None:
     if partial.exists():
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
-    _write_json(partial / "inputs.json", {"fingerprint": digest})
+    write_json(partial / "inputs.json", {"fingerprint": digest})
 
 
 def _publish(partial: Path, final: Path) -> None:
@@ -318,18 +318,6 @@ def _disk_errors(workdir: Path) -> Iterator[None]:
             f"{error.filename or workdir}: {error.strerror}; make room or choose another --workdir, and run again: "
             "answers that are decoded already are kept"
         ) from None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """Content of a JSON file of ours; empty where there is none."""
-    return json.loads(path.read_text("utf-8")) if path.exists() else {}
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes a JSON file that is there whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
-    os.replace(temporary, path)
 
 
 if __name__ == "__main__":

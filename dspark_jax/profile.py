@@ -27,7 +27,7 @@ from dspark_jax.config import Config, InputError
 from dspark_jax.engine.cost import RoundShape, round_seconds
 from dspark_jax.evaluation.plots import cost_plot
 from dspark_jax.evaluation.setup import open_engine
-from dspark_jax.evaluation.summary import write_json
+from dspark_jax.json_file import write_json
 from dspark_jax.progress import Progress, log
 from dspark_jax.sharding import make_mesh
 

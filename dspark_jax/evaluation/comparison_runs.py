@@ -13,7 +13,7 @@ from typing import Any
 from dspark_jax.config import Config, InputError, from_json, to_json
 from dspark_jax.data.prompts import content_hashes, read_prompts
 from dspark_jax.evaluation.setup import check_prompt_files
-from dspark_jax.evaluation.summary import write_json
+from dspark_jax.json_file import read_ours, write_json
 from dspark_jax.target.loading import fingerprint, tokenizer_fingerprint
 from dspark_jax.training.checkpoint import checkpoint_directory
 
@@ -47,11 +47,6 @@ def contents(config: Config) -> dict[str, Any]:
     }
 
 
-def data_fingerprint(workdir: Path) -> str | None:
-    """Of the prepared data, or None if there is none."""
-    return _read(workdir / "data" / "report.json").get("fingerprint")
-
-
 def check_run(folder: Path, workdir: Path, config: Config, now: Mapping[str, Any]) -> None:
     """Refuses to go on with a run that was trained in another way: nothing would be on equal terms any more.
 
@@ -79,7 +74,7 @@ def check_run(folder: Path, workdir: Path, config: Config, now: Mapping[str, Any
                     f"{folder}: {group}.{field} was {then[group][field]!r}, now {value!r}; "
                     "compare with the old value, or use another --workdir"
                 )
-    there = _prepared_from(workdir) | _read(folder / "origin.json")
+    there = _prepared_from(workdir) | read_ours(folder / "origin.json")
     for what, value in now.items():
         if what != "eval.prompts" and there.get(what, value) != value:
             raise InputError(
@@ -116,7 +111,7 @@ def is_measured(folder: Path, config: Config, now: Mapping[str, Any]) -> bool:
     before = settings(folder)
     if before is None or not (folder / "rounds.npz").exists():
         return False
-    known = _read(folder / "origin.json").get("eval.prompts", now["eval.prompts"])
+    known = read_ours(folder / "origin.json").get("eval.prompts", now["eval.prompts"])
     return _rounds_depend_on(before) == _rounds_depend_on(config) and known == now["eval.prompts"]
 
 
@@ -127,13 +122,13 @@ def write_origin(folder: Path, now: Mapping[str, Any]) -> None:
 
 def read_times(workdir: Path, config: Config, now: Mapping[str, Any]) -> dict[str, Any]:
     """The content of `times.json` if it was measured as it would be now, else nothing."""
-    job = _read(workdir / "times_job.json")
+    job = read_ours(workdir / "times_job.json")
     if not job.get("runs"):
         return {}
     before = from_json(next(iter(job["runs"].values()))["config"])
     known = job.get("eval.prompts", now["eval.prompts"])
     same = _times_depend_on(before) == _times_depend_on(config) and known == now["eval.prompts"]
-    return _read(workdir / "times.json") if same else {}
+    return read_ours(workdir / "times.json") if same else {}
 
 
 def _rounds_depend_on(config: Config) -> list[Any]:
@@ -153,7 +148,7 @@ def _times_depend_on(config: Config) -> list[Any]:
 
 def _prepared_from(workdir: Path) -> dict[str, Any]:
     """What the report of the data says of the files it was made from, in the form of `contents`."""
-    inputs = _read(workdir / "data" / "report.json").get("inputs", {})
+    inputs = read_ours(workdir / "data" / "report.json").get("inputs", {})
     found = {"target": inputs.get("target", {}).get("weights"), "tokenizer": inputs.get("tokenizer")}
     found["data.prompts"] = inputs.get("prompts")
     return {name: value for name, value in found.items() if value is not None}
@@ -165,8 +160,3 @@ def _changed(before: Any, now: Any) -> str:
         return ""
     names = [after[0] for after in now if after not in before] + [old[0] for old in before if old not in now]
     return f" ({', '.join(dict.fromkeys(names))})" if names else " (their order)"
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """Content of a JSON file; empty where there is none."""
-    return json.loads(path.read_text("utf-8")) if path.exists() else {}

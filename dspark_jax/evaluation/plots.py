@@ -21,9 +21,9 @@ from dspark_jax.evaluation.acceptance import Acceptance
 from dspark_jax.evaluation.calibration import PositionCalibration
 from dspark_jax.evaluation.load import LoadPoint
 from dspark_jax.evaluation.predictors import CALIBRATED, DESCRIBED, HEAD, SHIFTED, Calibration
-from dspark_jax.evaluation.summary import write_json
 from dspark_jax.evaluation.threshold import ThresholdSweep
 from dspark_jax.evaluation.traffic import TrafficPoint
+from dspark_jax.json_file import write_json
 
 
 @dataclasses.dataclass(frozen=True)

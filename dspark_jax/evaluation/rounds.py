@@ -26,7 +26,7 @@ from dspark_jax.errors import reporting_errors
 from dspark_jax.evaluation.acceptance import Counts, count_rounds
 from dspark_jax.evaluation.decoding import Engine, answer
 from dspark_jax.evaluation.setup import ask, open_engine
-from dspark_jax.evaluation.summary import write_json
+from dspark_jax.json_file import write_json
 from dspark_jax.progress import Progress
 from dspark_jax.sharding import make_mesh
 

@@ -1,11 +1,7 @@
 """From decoded answers to the numbers of `eval/metrics.json` and the table that is printed."""
 
 import dataclasses
-import json
-import math
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -241,23 +237,3 @@ def _number(value: float | None, form: str, width: int) -> str:
 def _interval(bounds: Sequence[float | None]) -> str:
     low, high = (_number(bound, ".3f", 5) for bound in bounds)
     return f"{low} .. {high}"
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
-    """Writes a JSON file that is there whole or not at all; returns what it holds: NaN is null, tuples are lists."""
-    text = json.dumps(_plain(content), indent=1, allow_nan=False) + "\n"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, "utf-8")
-    os.replace(temporary, path)
-    return json.loads(text)
-
-
-def _plain(value: Any) -> Any:
-    """The value in types that JSON has."""
-    if isinstance(value, Mapping):
-        return {name: _plain(entry) for name, entry in value.items()}
-    if isinstance(value, list | tuple | np.ndarray):
-        return [_plain(entry) for entry in value]
-    if isinstance(value, float | np.floating):
-        return float(value) if math.isfinite(value) else None
-    return int(value) if isinstance(value, np.integer) else value

@@ -24,6 +24,7 @@ from jax.sharding import Mesh
 
 from dspark_jax.config import Config, InputError, TargetConfig, from_json, to_json
 from dspark_jax.drafter import AnyDrafter
+from dspark_jax.json_file import read_ours
 from dspark_jax.kinds import MASKLESS
 from dspark_jax.target.loading import fingerprint, tokenizer_fingerprint
 from dspark_jax.training.full_disk import check_space, quiet, reported_in_one_line
@@ -42,7 +43,7 @@ class Checkpoints:
         """Opens (or creates) the directory; what a killed run left half-written in it is removed."""
         self.directory = checkpoint_directory(workdir).absolute()
         self.config = config
-        self.about = _about(config) | {"data": _data_fingerprint(workdir)}
+        self.about = _about(config) | {"data": prepared_fingerprint(workdir)}
         options = ocp.CheckpointManagerOptions(
             preservation_policy=ocp.checkpoint_managers.LatestN(config.train.keep_checkpoints),
             cleanup_tmp_directories=True,
@@ -229,10 +230,9 @@ def _newest_about(workdir: Path) -> tuple[Path, dict[str, Any]] | None:
         return None if step is None else (directory / str(step), _read_about(manager, step))
 
 
-def _data_fingerprint(workdir: Path) -> str | None:
-    """Of what the samples were made of; None where they were not made by `prepare`."""
-    report = workdir / "data" / "report.json"
-    return json.loads(report.read_text("utf-8")).get("fingerprint") if report.exists() else None
+def prepared_fingerprint(workdir: Path) -> str | None:
+    """Of what the samples in `workdir/data` were made of; None where they were not made by `prepare`."""
+    return read_ours(workdir / "data" / "report.json").get("fingerprint")
 
 
 def _fingerprints(path: str) -> dict[str, str]:

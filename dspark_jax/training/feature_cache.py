@@ -1,7 +1,6 @@
 """The feature cache of a working directory: what it has to be of, writing it with the target, opening it to train."""
 
 import functools
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from dspark_jax.progress import Progress, log
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target.lender import save_lender
 from dspark_jax.target.loading import fingerprint, load_target, tokenizer_fingerprint
+from dspark_jax.training.checkpoint import prepared_fingerprint
 
 
 def feature_directory(workdir: Path) -> Path:
@@ -53,7 +53,7 @@ def feature_identity(config: Config, workdir: Path, data: str | None = None) -> 
     return Identity(
         target=fingerprint(config.target.path),
         tokenizer=tokenizer_fingerprint(config.target.path),
-        data=data or json.loads((workdir / "data" / "report.json").read_text("utf-8"))["fingerprint"],
+        data=data or prepared_fingerprint(workdir) or "",
         source="torch" if config.data.features == "torch" else "jax",
         taps=tuple(config.drafter.target_layer_ids),
         hidden_size=config.target.architecture.hidden_size,

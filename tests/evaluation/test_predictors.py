@@ -16,8 +16,8 @@ from dspark_jax.evaluation.predictors import (
     compare_predictors,
     online_survival,
 )
-from dspark_jax.evaluation.summary import write_json
 from dspark_jax.evaluation.traces import Traces
+from dspark_jax.json_file import write_json
 
 SIZE = 3
 

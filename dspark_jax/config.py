@@ -167,7 +167,9 @@ class EvalConfig:
     speed_prompts: int = 8
     """Prompts per set that are decoded at batch 1, with and without the drafter, to measure speed; 0: it is not."""
     speed_threads: int = 0
-    """On a CPU: measure speed in a process of its own with so many XLA threads (1 is best for tiny models); 0: here."""
+    """On a CPU: measure speed in a process of its own with so many XLA threads (1 is best for tiny models); 0: here.
+
+    Several hosts measure it where they are."""
     bootstrap: int = 2000
     seed: int = 0
 

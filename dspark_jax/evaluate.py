@@ -6,15 +6,15 @@ decodes the prompt sets of `config.eval` with the newest checkpoint of the worki
 `config.eval.temperatures`, prints a table per temperature, and writes `eval/metrics.json`. The first temperature gives
 the headline numbers. Speed is measured at batch 1 in the same run: plain decoding, drafting in every round, and
 drafting where it pays (`Scheduler.adaptive`), taking turns (with `eval.speed_threads`, in a process with so many CPU
-threads).
+threads; on one host only).
 
 From the rounds at the first temperature it also draws, as PNG and as the JSON behind it: acceptance by position, the
 sweep of the confidence threshold, the reliability of the confidences before and after calibration, and, replayed on a
 cost table, throughput against per-user speed and verification budget against concurrency (`eval/load.json`). The table
 has the shape of a saturating accelerator, or is that of `--cost_table`. `eval/report.html` shows all of it on one page.
 
-`--traffic=2,4,8` also drives the serving engine of this machine with open-loop traffic at so many requests per second,
-with plain decoding, fixed lengths and schedulers in turn (`eval/traffic.json`).
+`--traffic=2,4,8` also drives the serving engine of this machine, if it is the only one, with open-loop traffic at so
+many requests per second, with plain decoding, fixed lengths and schedulers in turn (`eval/traffic.json`).
 
 Prompts that cannot be used are set aside in `eval/rejected.jsonl`.
 """
@@ -103,7 +103,8 @@ def evaluate(
       The content of `eval/metrics.json`.
 
     Raises:
-      InputError: there is no checkpoint for this target, or target, tokenizer, prompts or cost table cannot be used.
+      InputError: there is no checkpoint for this target, or target, tokenizer, prompts or cost table cannot be used;
+        traffic on several hosts.
     """
     check_prompt_files(config.eval.prompts, "eval.prompts")
     if not config.eval.temperatures:

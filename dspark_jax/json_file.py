@@ -45,7 +45,7 @@ def read_ours(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
     """Writes a JSON file that is there whole or not at all; returns what it holds: NaN is null, tuples are lists."""
-    text = json.dumps(_plain(content), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+    text = json.dumps(_plain(content), indent=1, allow_nan=False) + "\n"
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text, "utf-8")
     os.replace(temporary, path)

@@ -48,8 +48,8 @@ class Engine:
     Either `start()` it (or use it in a `with` statement): a thread of its own then drives it. Or drive it with
     `step()`; waiting for a request does so as well. All methods may be called from any thread.
 
-    On a mesh over several hosts, each has an engine and drives it with `step()`, and all are given the same requests in
-    the same order: hosts launch the same programs, or wait for each other for ever.
+    On a mesh over several hosts, each has an engine and drives it with `step()`, and all are given the same requests
+    and cancellations between the same steps: hosts launch the same programs, or wait for each other for ever.
     """
 
     def __init__(

@@ -19,6 +19,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from dspark_jax.config import Config, from_json, to_json
 from dspark_jax.drafter.interface import is_confident
@@ -75,6 +76,8 @@ def measure_speed(
         run(0, column)
     plain, drafting = (_seconds_per_round(one, requests, temperature) for one in engines)
     cost = drafting / plain
+    if jax.process_count() > 1:  # hosts that were told different costs would not run the same rounds
+        cost = float(multihost_utils.broadcast_one_to_all(np.float32(cost)))
     tokens, seconds = np.zeros((len(requests.items), 3)), np.zeros((len(requests.items), 3))
     for number in range(len(requests.items)):
         for column in range(3):

@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from dspark_jax.config import Config, InputError, TargetConfig, from_json, to_json
@@ -223,7 +224,10 @@ def _read_about(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
 def _newest_about(workdir: Path) -> tuple[Path, dict[str, Any]] | None:
     """Directory and `about` of the newest checkpoint, where there is one."""
     directory = checkpoint_directory(workdir).absolute()
-    if not directory.is_dir():
+    there = directory.is_dir()
+    if jax.process_count() > 1:  # hosts open it together or not at all, and the first one to go on makes it
+        multihost_utils.sync_global_devices("looked for checkpoints")
+    if not there:
         return None
     with ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
         step = manager.latest_step()

@@ -46,14 +46,18 @@ def feature_identity(config: Config, workdir: Path, data: str | None = None) -> 
       data: fingerprint of the samples, where they are not there yet.
 
     Raises:
-      InputError: the target is missing or damaged, or not of the shape that the config states.
+      InputError: the samples' fingerprint is not known, or the target is missing, damaged, or not of the shape that the
+        config states.
     """
+    data = data or prepared_fingerprint(workdir)
+    if data is None:
+        raise InputError(f"{workdir / 'data'}: has no report.json with a fingerprint; run prepare again")
     found = TargetArchitecture.of_any_model(local_directory(config.target.path))
     config.target.architecture.refuse_other(found, config.target.path)
     return Identity(
         target=fingerprint(config.target.path),
         tokenizer=tokenizer_fingerprint(config.target.path),
-        data=data or prepared_fingerprint(workdir) or "",
+        data=data,
         source="torch" if config.data.features == "torch" else "jax",
         taps=tuple(config.drafter.target_layer_ids),
         hidden_size=config.target.architecture.hidden_size,

@@ -160,6 +160,7 @@ def test_two_hosts_train_and_decode_as_one(launch, uninterrupted, config, meshes
     models = load_target(config.target, mesh), load_drafter(workdir, mesh)[1]
     expected = [tokens.tolist() for tokens in generate(*models, one["prompts"], max_new_tokens=one["budget"]).tokens]
     assert one == other and one["together"] == one["served"] == expected
+    assert one["round_cost"] == pytest.approx(1.9) and np.all(np.asarray(one["tokens"]) == one["budget"])
     assert one["refused"].endswith("several hosts would not launch the same rounds; drive it with step()")
 
 

@@ -49,11 +49,11 @@ def feature_identity(config: Config, workdir: Path, data: str | None = None) -> 
       InputError: the samples' fingerprint is not known, or the target is missing, damaged, or not of the shape that the
         config states.
     """
+    found = TargetArchitecture.of_any_model(local_directory(config.target.path))
+    config.target.architecture.refuse_other(found, config.target.path)
     data = data or prepared_fingerprint(workdir)
     if data is None:
         raise InputError(f"{workdir / 'data'}: has no report.json with a fingerprint; run prepare again")
-    found = TargetArchitecture.of_any_model(local_directory(config.target.path))
-    config.target.architecture.refuse_other(found, config.target.path)
     return Identity(
         target=fingerprint(config.target.path),
         tokenizer=tokenizer_fingerprint(config.target.path),

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +27,15 @@ from dspark_jax.data.prompts import Prompt
 from dspark_jax.data.regenerate import Conversation
 from dspark_jax.engine.generate import decode
 from dspark_jax.evaluate import evaluate
-from dspark_jax.evaluation.decoding import Engine, Requests, answer, compare_greedy, first_difference, first_requests
+from dspark_jax.evaluation.decoding import (
+    Engine,
+    Request,
+    Requests,
+    answer,
+    compare_greedy,
+    first_difference,
+    first_requests,
+)
 from dspark_jax.evaluation.load import replay
 from dspark_jax.evaluation.summary import table
 from dspark_jax.sharding import make_mesh
@@ -250,6 +259,16 @@ def test_bad_input_is_one_line(run: Run, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(InputError, match=r"^--traffic=3: hosts would not launch the same rounds; leave out --distr"):
         evaluate(config, run.workdir, traffic="3")
+
+
+def test_only_a_host_alone_measures_speed_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch):
+    module = sys.modules["dspark_jax.evaluate"]
+    monkeypatch.setattr(module, "measure_speed_apart", lambda *_: ["apart", "apart"])
+    monkeypatch.setattr(module, "measure_speed", lambda *_: "here")
+    config, requests = Config(eval=EvalConfig(speed_threads=1)), Requests([Request([1], 0, 0, 0)], 1)
+    for hosts, expected in ((1, "apart"), (2, "here")):
+        monkeypatch.setattr(jax, "process_count", lambda hosts=hosts: hosts)
+        assert module._speeds(config, None, requests, Path(), lambda done: None) == [expected] * 2
 
 
 def test_the_command_reports_bad_input_with_status_2(capsys: pytest.CaptureFixture[str], tmp_path: Path):

@@ -1,5 +1,6 @@
 """Tiny models for the engine's tests: targets and drafters that are simple enough to be oracles."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -124,3 +125,24 @@ class Models:
 @pytest.fixture(scope="session")
 def models() -> type[Models]:
     return Models
+
+
+class ByteTokenizer:
+    """32 tokens; each is a few bytes, not always whole characters."""
+
+    def __init__(self) -> None:
+        self.pieces = [b"a", b"b", b"ab", b"abc", b"c", b" ", b"\n", b"\xc3", b"\xa9", "é".encode(), "😀".encode()[:2]]
+        self.pieces += ["😀".encode()[2:], b"", b"xyz", b"yz", b"z"]
+        self.pieces += [bytes([97 + i]) * 2 for i in range(32 - len(self.pieces))]
+
+    def decode(self, ids: Sequence[int], **_: Any) -> str:
+        return b"".join(self.pieces[i] for i in ids).decode("utf-8", errors="replace")
+
+    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": [self.pieces.index(character.encode()) for character in text]}
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer() -> ByteTokenizer:
+    """A tokenizer whose tokens end in the middle of characters."""
+    return ByteTokenizer()

@@ -17,7 +17,7 @@ from dspark_jax.drafter import make_drafter
 from dspark_jax.engine import batch as batch_module
 from dspark_jax.engine import generate
 from dspark_jax.engine.estimator import EstimateSettings
-from dspark_jax.engine.request import Request, TextStream
+from dspark_jax.engine.request import Request
 from dspark_jax.engine.sampling import request_keys
 from dspark_jax.engine.schedule import Scheduler
 from dspark_jax.engine.serving import Engine, EngineClosed, EngineFailed, QueueFull
@@ -27,19 +27,6 @@ from dspark_jax.sharding import make_mesh
 from dspark_jax.target.qwen3 import Qwen3
 
 VOCAB, SIZE, SLOTS, CAPACITY, CHUNK = 32, 3, 3, 50, 8
-PIECES = [b"a", b"b", b"ab", b"abc", b"c", b" ", b"\n", b"\xc3", b"\xa9", "é".encode(), "😀".encode()[:2]]
-PIECES += ["😀".encode()[2:], b"", b"xyz", b"yz", b"z"]
-PIECES += [bytes([97 + i]) * 2 for i in range(VOCAB - len(PIECES))]
-
-
-class ByteTokenizer:
-    """A token is a few bytes, not always whole characters; number 12 is special."""
-
-    def decode(self, ids: Sequence[int], **_: Any) -> str:
-        return b"".join(PIECES[i] for i in ids).decode("utf-8", errors="replace")
-
-    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
-        return {"input_ids": [PIECES.index(character.encode()) for character in text]}
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +44,12 @@ def drafter(target: Qwen3) -> Any:
 
 
 @pytest.fixture(scope="module")
-def serve(target: Qwen3, drafter: Any) -> Any:
+def serve(target: Qwen3, drafter: Any, byte_tokenizer: Any) -> Any:
     """Engines that share their executables."""
 
     def make(**options: Any) -> Engine:
         sizes: dict[str, Any] = {"slots": SLOTS, "capacity": CAPACITY, "prefill_chunk": CHUNK, "max_stop_tokens": 4}
-        return Engine(target, drafter, **(sizes | {"tokenizer": ByteTokenizer()} | options))
+        return Engine(target, drafter, **(sizes | {"tokenizer": byte_tokenizer} | options))
 
     return make
 
@@ -273,50 +260,11 @@ def test_a_cancelled_request_costs_nothing_further(serve: Any) -> None:
     assert [one.finish_reason for one in handles] == ["length", "cancelled", "length"]
 
 
-def test_text_is_shown_as_far_as_it_is_certain() -> None:
-    """Against the definition: the text up to the earliest stop string, known at the first token that completes it.
-
-    Characters end in later tokens, stop strings begin in one token and end in another, or in the middle of one.
-    """
-    tokenizer, rng = ByteTokenizer(), np.random.default_rng(0)
-    stopped = 0
-    for trial in range(1500):
-        stops = [["abc", "cab"], ["é"], ["bb\n", "b b"], ["aba", "ab"], []][trial % 5]
-        ids = rng.integers(0, 12, 12).tolist()
-        stream, shown, used = TextStream(tokenizer, stops), "", len(ids)
-        for number, token in enumerate(ids):
-            shown += stream.push(token)
-            text = tokenizer.decode(ids[: number + 1])
-            assert text.rstrip("\ufffd").startswith(shown.rstrip("\ufffd"))
-            assert not any(stop in shown for stop in stops)
-            if stream.stopped:
-                used = number + 1
-                break
-        else:
-            shown += stream.flush()
-        text = tokenizer.decode(ids)
-        ends = [text.find(stop) for stop in stops if stop in text]
-        assert shown == (text[: min(ends)] if ends else text)
-        if ends:
-            stopped += 1
-            before = tokenizer.decode(ids[: used - 1])
-            assert not any(stop in before for stop in stops)
-    assert stopped > 300
-
-
-def test_held_back_text_is_the_shortest_possible() -> None:
-    stream = TextStream(ByteTokenizer(), ["abc"])
-    assert [stream.push(PIECES.index(piece)) for piece in (b"c", b"ab", b"ab", b"c")] == ["c", "", "ab", ""]
-    assert stream.stopped
-    stream = TextStream(ByteTokenizer(), ["abc"])
-    assert [stream.push(2), stream.flush()] == ["", "ab"]
-
-
-def test_stop_strings_and_stop_tokens_of_a_request(serve: Any, reference: Any) -> None:
+def test_stop_strings_and_stop_tokens_of_a_request(serve: Any, reference: Any, byte_tokenizer: Any) -> None:
     requests = asks(6, seed=6, sampled=False)
     for one in requests:
         one |= {"max_new_tokens": 24, "prompt": one["prompt"][:24]}
-    expected, tokenizer = reference(requests), ByteTokenizer()
+    expected, tokenizer = reference(requests), byte_tokenizer
     engine = serve()
     plain = [engine.submit(**one) for one in requests]
     chosen = next(i for i, tokens in enumerate(expected) if len(set(tokens[4:10])) > 3)

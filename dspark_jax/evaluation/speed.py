@@ -75,9 +75,8 @@ def measure_speed(
     for column in range(3):
         run(0, column)
     plain, drafting = (_seconds_per_round(one, requests, temperature) for one in engines)
-    cost = drafting / plain
-    if jax.process_count() > 1:  # hosts that were told different costs would not run the same rounds
-        cost = float(multihost_utils.broadcast_one_to_all(np.float32(cost)))
+    # Hosts that were told different costs would not run the same rounds.
+    cost = float(multihost_utils.broadcast_one_to_all(drafting / plain))
     tokens, seconds = np.zeros((len(requests.items), 3)), np.zeros((len(requests.items), 3))
     for number in range(len(requests.items)):
         for column in range(3):

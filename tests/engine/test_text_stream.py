@@ -40,12 +40,8 @@ def test_text_is_shown_as_far_as_it_is_certain(byte_tokenizer: Any) -> None:
 
 def test_held_back_text_is_the_shortest_possible(byte_tokenizer: Any) -> None:
     stream = TextStream(byte_tokenizer, ["abc"])
-    assert [stream.push(byte_tokenizer.pieces.index(piece)) for piece in (b"c", b"ab", b"ab", b"c")] == [
-        "c",
-        "",
-        "ab",
-        "",
-    ]
+    ids = [byte_tokenizer.pieces.index(piece) for piece in (b"c", b"ab", b"ab", b"c")]
+    assert [stream.push(token) for token in ids] == ["c", "", "ab", ""]
     assert stream.stopped
     stream = TextStream(byte_tokenizer, ["abc"])
     assert [stream.push(2), stream.flush()] == ["", "ab"]

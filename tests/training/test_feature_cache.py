@@ -16,7 +16,7 @@ from dspark_jax.hub import with_architecture
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target.lender import read_lender
 from dspark_jax.training.checkpoint import Checkpoints
-from dspark_jax.training.feature_cache import feature_pass, open_features, prepare_features
+from dspark_jax.training.feature_cache import feature_identity, feature_pass, open_features, prepare_features
 
 LENGTH, VOCAB = 24, 67
 TORCH = Identity("target", "tokenizer", "data", "torch", (-1, 0), 32, "bfloat16")
@@ -220,3 +220,8 @@ def test_shapes_of_other_families(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(names | {"n_layer": 2, "d_model": "24"}))
     with pytest.raises(InputError, match='hidden_size "24" is not a positive whole number'):
         TargetArchitecture.of_any_model(tmp_path)
+
+
+def test_samples_that_nobody_describes_are_refused(config, tmp_path):
+    with pytest.raises(InputError, match=r"/data: has no report\.json with a fingerprint; run prepare again"):
+        feature_identity(config, tmp_path)

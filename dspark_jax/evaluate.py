@@ -30,7 +30,7 @@ import jax
 from absl import flags
 from jax.sharding import Mesh
 
-from dspark_jax import command
+from dspark_jax import command, platform
 from dspark_jax.config import Config, InputError
 from dspark_jax.data.samples import Tally, describe
 from dspark_jax.evaluation.acceptance import count_rounds
@@ -206,7 +206,7 @@ def _speeds(
     settings = config.eval
     if not requests.items:
         return [None] * len(settings.temperatures)
-    if settings.speed_threads and jax.default_backend() == "cpu" and jax.process_count() == 1:
+    if settings.speed_threads and platform.computes_on_cpu() and jax.process_count() == 1:
         speeds = measure_speed_apart(config, workdir, requests, settings.temperatures, settings.speed_threads)
         advance(len(requests.items) * len(speeds))
         return [*speeds]

@@ -5,7 +5,7 @@ knows which mesh axis each of them is split over. Axes are Auto: the compiler pr
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -95,6 +95,37 @@ def whole(tree: Any) -> Any:
 def gather(x: jax.Array, *axes: str | None) -> jax.Array:
     """Collects the `embed` shards of a weight where it is used (FSDP); its other axes stay split."""
     return constrain(x, *(None if name == "embed" else name for name in axes))
+
+
+def devices_here() -> int:
+    """Devices of the mesh that is set; 1 without one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.size
+
+
+def per_device(
+    run: Callable[..., Any], inputs: Sequence[Sequence[str | None]], outputs: Sequence[Sequence[str | None]]
+) -> Callable[..., tuple[Any, ...]]:
+    """`run` on every device's own part of the arrays, for kernels, which the compiler cannot split.
+
+    What `run` computes must need nothing of another device. Gradients do not pass through it.
+
+    Args:
+      run: arrays -> a tuple of arrays.
+      inputs: logical axes of each array.
+      outputs: logical axes of each result.
+    """
+    if devices_here() == 1:
+        return run
+    mesh = jax.sharding.get_abstract_mesh()
+
+    def split(*arrays: jax.Array) -> tuple[Any, ...]:
+        shapes = jax.eval_shape(run, *arrays)
+        in_specs = tuple(spec(axes, x.shape, mesh) for axes, x in zip(inputs, arrays, strict=True))
+        out_specs = tuple(spec(axes, x.shape, mesh) for axes, x in zip(outputs, shapes, strict=True))
+        return jax.shard_map(run, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*arrays)
+
+    return split
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

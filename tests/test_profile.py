@@ -67,7 +67,7 @@ def test_rounds_without_and_with_drafts_begin_where_they_should(models_of: Any) 
     target, drafter = models_of
     for tokens in (0, 2, 8):
         state = cost.midway(target, drafter, cost.Scheduler.fixed(), 2, 2, 9)
-        ran = cost._rounds(target, drafter, state, cost.Scheduler.fixed(), np.int32(3), tokens, unroll=False)
+        ran = cost._rounds(target, drafter, state, cost.Scheduler.fixed(), np.int32(3), tokens)
         assert (ran[:, :9] == state.tokens[:, :9]).all() and (ran[:, 9] != state.tokens[:, 9]).any()
 
 

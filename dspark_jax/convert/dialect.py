@@ -312,7 +312,7 @@ def _context(drafter: Any, features: jax.Array, tokens: jax.Array, positions: ja
     count, length = positions.shape[0], tokens.shape[0]
     rows = jnp.broadcast_to(features.reshape(length, -1), (count, length, features.shape[1] * features.shape[2]))
     every = jnp.broadcast_to(jnp.arange(length), (count, length))
-    cache = drafter.init_cache(count, length)
+    cache = drafter.init_cache(count, length + drafter.block_size + 1)  # a block is written behind its context
     return drafter.extend(cache, rows, jnp.broadcast_to(tokens, (count, length)), every, positions)
 
 
@@ -338,7 +338,7 @@ def _block_overlaps(
     """`_overlaps` of a block drafter; its sequential head sees the answer's tokens."""
     cache, size = _context(drafter, features, tokens, positions), drafter.block_size
     inputs = block_tokens(tokens[positions], 0, size).at[:, 1:].set(mask)
-    states = drafter.backbone.decode(target.embed(inputs).astype(drafter.dtype), cache, positions)
+    states, _ = drafter.backbone.decode(target.embed(inputs).astype(drafter.dtype), cache, positions)
     states = states if anchor_first else states[:, 1:]
     rows = positions[:, None] + jnp.arange(states.shape[1])  # the target's rows, whose tokens come before each draft
     logits = target.unembed(states)
@@ -356,7 +356,7 @@ def _chain_overlaps(
     count, size = positions.shape[0], drafter.block_size
     cache = _context(drafter, features, tokens, positions)
     uniforms = jnp.zeros((count, size))
-    proposal = drafter.propose(target, cache, tokens[positions], positions, uniforms, Sampling.constant(0.0, count))
+    proposal, _ = drafter.propose(target, cache, tokens[positions], positions, uniforms, Sampling.constant(0.0, count))
     rows = positions[:, None] + jnp.arange(size)
     agree = jnp.cumprod(proposal.tokens[:, :-1] == tokens[rows[:, 1:]], axis=1)
     return _shared(proposal.logits, target, hidden, rows) * jnp.pad(agree, ((0, 0), (1, 0)), constant_values=1)

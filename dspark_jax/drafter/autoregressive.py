@@ -19,6 +19,7 @@ from dspark_jax.config import DrafterConfig, TargetArchitecture
 from dspark_jax.drafter.blocks import Anchors, anchor_candidates
 from dspark_jax.drafter.interface import BlockOutputs, Proposal
 from dspark_jax.ops.block_attention import block_attention
+from dspark_jax.ops.cached_attention import Rows, cached_attention
 from dspark_jax.ops.markov_sample import sample_chain
 from dspark_jax.ops.sampling import Sampling
 from dspark_jax.sharding import constrain
@@ -204,33 +205,28 @@ class Autoregressive(nnx.Module):
         positions: jax.Array,
         uniforms: jax.Array,
         sampling: Sampling,
-    ) -> Proposal:
-        """Drafts G tokens after each anchor; see `drafter.interface.Drafter`."""
+    ) -> tuple[Proposal, RowCache]:
+        """Drafts G tokens after each anchor; see `drafter.interface.Drafter`.
+
+        The rows of the drafts are written behind those of the committed tokens, and see all before them.
+        """
         layer = layer_at(self.layers, 0)
-        context_key, context_value = cache.rows.layer(0)
-        start = (positions - 1)[:, None]  # the row of the newest feature and the anchor
-        keep = jnp.ones_like(start, bool)
+        start = positions - 1  # the row of the newest feature and the anchor
 
         def step(k: int, state: Any, previous: jax.Array) -> tuple[jax.Array, Any]:
-            hidden, keys, values = state
+            hidden, rows = state
             embedded = target.embed(previous[:, None]).astype(self.dtype)
             normed, residual = self.join(layer, embedded, hidden)
-            query, key, value = layer.attention.all(normed, start + k)
-            keys, values = [*keys, key], [*values, value]
-            own_key, own_value = jnp.stack(keys, axis=2), jnp.stack(values, axis=2)
-            heads = block_attention(
-                query[:, :, None],
-                context_key,
-                context_value,
-                own_key,
-                own_value,
-                start,
-                keep,
-                scale=layer.attention.shape.scale,
-            )
-            hidden = layer(residual, lambda *_: heads[:, :, 0])
+            query, key, value = layer.attention.all(normed, (start + k)[:, None])
+            rows = rows.write(0, key, value, start + k)
+            keys, values = rows.stored(0)
+            scale, last = layer.attention.shape.scale, Rows.whole(start + k, 1)
+            heads = cached_attention(query[:, 0], keys, values, last, scale=scale, finite=True)
+            hidden = layer(residual, lambda *_: heads[:, None])
             logits = target.unembed(rms_norm(hidden, self.norm[...], self.arch.rms_norm_eps)[:, 0])
-            return logits, (hidden, keys, values)
+            return logits, (hidden, rows)
 
-        tokens, logits = sample_chain(step, (cache.newest[:, None], [], []), anchors, uniforms.T, sampling)
-        return Proposal(tokens.T, logits.swapaxes(0, 1), None)
+        start_of_all = (cache.newest[:, None], cache.rows)
+        tokens, logits, (_, rows) = sample_chain(step, start_of_all, anchors, uniforms.T, sampling)
+        proposal = Proposal(tokens.T, logits.swapaxes(0, 1), None)
+        return proposal, dataclasses.replace(cache, rows=rows)

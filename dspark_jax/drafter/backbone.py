@@ -8,6 +8,7 @@ from flax import nnx
 
 from dspark_jax.config import DrafterConfig, TargetArchitecture
 from dspark_jax.ops.block_attention import block_attention
+from dspark_jax.ops.cached_attention import Rows, cached_attention
 from dspark_jax.sharding import constrain
 from dspark_jax.target.cache import KVCache
 from dspark_jax.target.layers import Attention, Layer, dense, layer_at, normal, ones, rms_norm, run_layers
@@ -31,8 +32,8 @@ class Backbone(nnx.Module):
         self.layers = Layer(arch, stack=(config.num_layers,), scale=scale, rngs=rngs)
         self.norm = ones((), d)
 
-    def lay_out(self, dtype: Any) -> None:
-        """See `target.layers.decode_layout`."""
+    def fuse_weights(self, dtype: Any) -> None:
+        """See `target.decode_weights`."""
         self.fc[...] = self.fc[...].astype(dtype)
 
     def context(self, features: jax.Array) -> jax.Array:
@@ -69,7 +70,7 @@ class Backbone(nnx.Module):
             return self._layer(at, x, at.attention.keys_values(context, positions), anchors, keep, first)
 
         x = embedded
-        # Few layers, and laid out one by one they save a loop's stacking of residuals; the backward recomputes each.
+        # Few layers, and one by one they save a loop's stacking of residuals; the backward recomputes each.
         for index in range(self.num_layers):
             x = jax.checkpoint(layer, static_argnums=1)(x, index)
         return rms_norm(x, self.norm[...], self.arch.rms_norm_eps)
@@ -113,21 +114,38 @@ class Backbone(nnx.Module):
             key, value = layer_at(self.layers, index).attention.keys_values(context, positions)
             return cache.write(index, key, value, positions[:, 0])
 
-        return run_layers(body, cache, 0, self.num_layers, unroll=True)
+        return run_layers(body, cache, 0, self.num_layers, one_by_one=True)
 
-    def decode(self, embedded: jax.Array, cache: KVCache, anchors: jax.Array) -> jax.Array:
+    def decode(self, embedded: jax.Array, cache: KVCache, anchors: jax.Array) -> tuple[jax.Array, KVCache]:
         """Decoding pass over one block per request: the training pass with A = 1 and the context from the cache.
 
         Args:
           embedded: [B, G, D].
-          cache: context rows 0..anchors[b]-1 are read; the block's own keys and values are not kept.
+          cache: context rows 0..anchors[b]-1 are read. The block's own keys and values are written behind them, so
+            there is room for G more, and overwritten by what is committed.
           anchors: [B] absolute positions.
 
         Returns:
-          [B, G, D] after the final norm.
+          [B, G, D] after the final norm, and the cache.
         """
-        x = embedded[:, None]
-        keep, starts = jnp.ones((x.shape[0], 1), bool), jnp.zeros((x.shape[0], 1), jnp.int32)
+        b, g, _ = embedded.shape
+        positions, rows = anchors[:, None] + jnp.arange(g), Rows.whole(anchors, g)
+
+        def attention(projections: Attention, normed: jax.Array) -> jax.Array:
+            nonlocal cache
+            query, key, value = projections.all(normed, positions)
+            cache = cache.write(index, key, value, anchors)
+            heads = cached_attention(
+                query.reshape(b * g, *query.shape[2:]),
+                *cache.stored(index),
+                rows,
+                scale=projections.shape.scale,
+                causal=False,
+                finite=True,
+            )
+            return heads.reshape(query.shape)
+
+        x = embedded
         for index in range(self.num_layers):
-            x = self._layer(layer_at(self.layers, index), x, cache.layer(index), anchors[:, None], keep, starts)
-        return rms_norm(x[:, 0], self.norm[...], self.arch.rms_norm_eps)
+            x = constrain(layer_at(self.layers, index)(x, attention), "batch", None, None)
+        return rms_norm(x, self.norm[...], self.arch.rms_norm_eps), cache

@@ -84,10 +84,10 @@ class DSpark(nnx.Module):
         positions: jax.Array,
         uniforms: jax.Array,
         sampling: Sampling,
-    ) -> Proposal:
+    ) -> tuple[Proposal, KVCache]:
         """Drafts G tokens after each anchor; see `drafter.interface.Drafter`."""
         embedded = target.embed(block_tokens(anchors, self.mask_token, self.block_size)).astype(self.dtype)
-        hidden = self.backbone.decode(embedded, cache, positions)
+        hidden, cache = self.backbone.decode(embedded, cache, positions)
         base = target.unembed(hidden)
         if self.markov is None:
             tokens = jax.vmap(sample, in_axes=(1, None, 1), out_axes=1)(base, sampling, uniforms)
@@ -99,4 +99,4 @@ class DSpark(nnx.Module):
             tokens, logits = tokens.T, logits.swapaxes(0, 1)
             previous = self.markov.embed(jnp.concatenate([anchors[:, None], tokens[:, :-1]], axis=1))
         confidence = None if self.confidence is None else self.confidence(hidden, previous)
-        return Proposal(tokens, logits, confidence)
+        return Proposal(tokens, logits, confidence), cache

@@ -44,8 +44,8 @@ class Eagle3(Autoregressive):
         self.fc = normal(rngs, (), (len(config.target_layer_ids) * d, d), ("features", "embed"), scale)
         self.layers = Eagle3Layer(arch, stack=(1,), scale=scale, rngs=rngs)
 
-    def lay_out(self, dtype: Any) -> None:
-        """See `target.layers.decode_layout`."""
+    def fuse_weights(self, dtype: Any) -> None:
+        """See `target.decode_weights`."""
         self.fc[...] = self.fc[...].astype(dtype)
 
     def fuse(self, features: jax.Array) -> jax.Array:

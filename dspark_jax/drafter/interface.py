@@ -83,16 +83,19 @@ class Drafter(Protocol):
         positions: jax.Array,
         uniforms: jax.Array,
         sampling: Sampling,
-    ) -> Proposal:
+    ) -> tuple[Proposal, Any]:
         """Drafts `block_size` tokens after each anchor.
 
         Args:
           target: lends `embed` and `unembed`.
-          cache: holds the features of all positions before the anchors.
+          cache: holds the features of all positions before the anchors, with room for `block_size` rows more.
           anchors: [B] newest token of each request (not yet seen by the target).
           positions: [B] the anchors' absolute positions.
           uniforms: [B, G] in [0, 1), one per drafted token.
           sampling: applied to every draft position.
+
+        Returns:
+          The drafts, and the cache: what it holds from the anchors on is stale, and the next `extend` overwrites it.
         """
         ...
 

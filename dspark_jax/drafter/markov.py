@@ -34,13 +34,18 @@ class MarkovHead(nnx.Module):
         self.w1 = normal(rngs, (), (vocab_size, *rows), axes, scale)
         self.w2 = normal(rngs, (), (vocab_size, rank), ("vocab", "rank"), scale)
 
+    def fuse_weights(self, dtype: Any) -> None:
+        """See `target.decode_weights`: W2 is read anew for every draft."""
+        self.w1[...], self.w2[...] = self.w1[...].astype(dtype), self.w2[...].astype(dtype)
+
     def embed(self, tokens: jax.Array) -> jax.Array:
-        """Previous tokens [...] -> W1 rows [..., R] in float32."""
+        """Previous tokens [...] -> W1 rows [..., R] in the weights' type."""
         return self.w1[...][tokens].reshape(*tokens.shape, self.rank)
 
     def bias(self, latent: jax.Array) -> jax.Array:
         """Latent vectors [..., R] -> float32 logit bias [..., V]."""
-        return jnp.einsum("...r,vr->...v", latent, self.w2[...], preferred_element_type=jnp.float32)
+        w2 = self.w2[...]
+        return jnp.einsum("...r,vr->...v", latent.astype(w2.dtype), w2, preferred_element_type=jnp.float32)
 
     def latent(self, hidden: jax.Array, prev_embedding: jax.Array) -> jax.Array:
         """Teacher-forced latent vectors of whole blocks, all positions at once where the head allows it.
@@ -96,7 +101,7 @@ class GatedHead(MarkovHead):
         def step(k: int, state: None, previous: jax.Array) -> tuple[jax.Array, None]:
             return base_logits[k] + self.bias(self.latent(hidden[k], self.embed(previous))), state
 
-        return sample_chain(step, None, anchors, uniforms, sampling)
+        return sample_chain(step, None, anchors, uniforms, sampling)[:2]
 
 
 class RNNHead(MarkovHead):
@@ -141,7 +146,7 @@ class RNNHead(MarkovHead):
             return base_logits[k] + self.bias(latent), state
 
         start = jnp.zeros((anchors.shape[0], self.rank), jnp.float32)
-        return sample_chain(step, start, anchors, uniforms, sampling)
+        return sample_chain(step, start, anchors, uniforms, sampling)[:2]
 
 
 _HEADS: dict[str, type[MarkovHead]] = {"vanilla": MarkovHead, "gated": GatedHead, "rnn": RNNHead}

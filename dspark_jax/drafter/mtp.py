@@ -28,8 +28,8 @@ class MTP(Autoregressive):
         self.projection = normal(rngs, (), (2 * d, d), ("features", "embed"), scale)
         self.layers = Layer(arch, stack=(1,), scale=scale, rngs=rngs)
 
-    def lay_out(self, dtype: Any) -> None:
-        """See `target.layers.decode_layout`."""
+    def fuse_weights(self, dtype: Any) -> None:
+        """See `target.decode_weights`."""
         self.projection[...] = self.projection[...].astype(dtype)
 
     def fuse(self, features: jax.Array) -> jax.Array:

@@ -12,7 +12,8 @@ import jax
 import numpy as np
 
 from dspark_jax.drafter.interface import Drafter
-from dspark_jax.engine.generate import flat_sizes, laid_out
+from dspark_jax.engine.generate import flat_sizes
+from dspark_jax.engine.models import for_decoding
 from dspark_jax.engine.request import EngineMetrics, FinishReason, Request, Settings, TracedRound
 from dspark_jax.engine.schedule import Scheduler
 from dspark_jax.engine.slots import Chunk, Committed, Mode, open_slots, prefill_chunk, serve_round
@@ -69,8 +70,7 @@ class Batch:
         self._rows = min(int(np.asarray(most)), block_size) + 1  # of a request in a round
         self.sizes = flat_sizes(verify_sizes, slots * self._rows)
         self._wanted = slots * self._rows  # tokens that a scheduler which knows them ahead wants to verify
-        self._models = laid_out(target, drafter, batch_size=slots)
-        self._unroll = jax.default_backend() == "cpu"
+        self._models = for_decoding(target, drafter, batch_size=slots)
         self._device = open_slots(*self._models, scheduler, count=slots, rows=rows, stops=stops)
         self._requests: list[Request | None] = [None] * slots
         self._read = [0] * slots  # prompt tokens of each slot's request that have been launched
@@ -144,7 +144,7 @@ class Batch:
 
     def _prefill(self, chunk: Chunk) -> Committed:
         target, drafter = self._models
-        self._device, outcome = prefill_chunk(target, drafter, self._device, chunk, self.scheduler, unroll=self._unroll)
+        self._device, outcome = prefill_chunk(target, drafter, self._device, chunk, self.scheduler)
         return outcome
 
     def _size(self, requests: int) -> int:
@@ -160,7 +160,7 @@ class Batch:
         target, drafter = self._models
         released, self._released = self._released, np.zeros_like(self._released)
         self._device, outcome = serve_round(
-            target, drafter, self._device, released, self.scheduler, mode=mode, size=size, unroll=self._unroll
+            target, drafter, self._device, released, self.scheduler, mode=mode, size=size
         )
         return outcome
 

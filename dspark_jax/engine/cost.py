@@ -6,12 +6,13 @@ The tokens do not matter: without filters, the time of a round depends on shapes
 import dataclasses
 import functools
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from dspark_jax.engine.generate import laid_out
+from dspark_jax.engine.models import for_decoding
 from dspark_jax.engine.round import catch_up, drafting_round, plain_round
 from dspark_jax.engine.sampling import request_keys, round_uniforms
 from dspark_jax.engine.schedule import Scheduler
@@ -59,27 +60,32 @@ def round_seconds(target: Any, drafter: Any, shape: RoundShape, *, rounds: int =
       rounds: that are timed together.
       repeats: runs.
     """
-    target, drafter = laid_out(target, drafter, batch_size=shape.slots)
-    per_request = round_rows(drafter)
-    active = min(shape.tokens, shape.slots) or shape.slots
-    share = min(shape.tokens // active, per_request)
-    scheduler = Scheduler.fixed(max(share - 1, 0))
-    state = midway(target, drafter, scheduler, shape.slots, active, shape.context)
+    run = rounds_of(target, drafter, shape)
 
-    def run(count: int) -> float:
+    def timed(count: int) -> float:
         started = time.perf_counter()
-        unroll = jax.default_backend() == "cpu"
-        jax.block_until_ready(_rounds(target, drafter, state, scheduler, jnp.int32(count), shape.tokens, unroll=unroll))
+        jax.block_until_ready(run(count))
         return time.perf_counter() - started
 
-    run(1)  # compiles
+    timed(1)  # compiles
     # One round more and less than all, so that the caches' first copies do not count.
-    return max((min(run(1 + rounds) for _ in range(repeats)) - min(run(1) for _ in range(repeats))) / rounds, 1e-9)
+    seconds = min(timed(1 + rounds) for _ in range(repeats)) - min(timed(1) for _ in range(repeats))
+    return max(seconds / rounds, 1e-9)
 
 
-@functools.partial(jax.jit, static_argnames=("size", "unroll"))
+def rounds_of(target: Any, drafter: Any, shape: RoundShape) -> Callable[[int], jax.Array]:
+    """What `round_seconds` times: decodes so many rounds of this shape in one program."""
+    target, drafter = for_decoding(target, drafter, batch_size=shape.slots)
+    active = min(shape.tokens, shape.slots) or shape.slots
+    share = min(shape.tokens // active, round_rows(drafter))
+    scheduler = Scheduler.fixed(max(share - 1, 0))
+    state = midway(target, drafter, scheduler, shape.slots, active, shape.context)
+    return lambda count: _rounds(target, drafter, state, scheduler, jnp.int32(count), shape.tokens)
+
+
+@functools.partial(jax.jit, static_argnames=("size",))
 def _rounds(
-    target: Any, drafter: Any, state: DecodeState, scheduler: Scheduler, count: jax.Array, size: int, *, unroll: bool
+    target: Any, drafter: Any, state: DecodeState, scheduler: Scheduler, count: jax.Array, size: int
 ) -> jax.Array:
     """Tokens after `count` rounds that all begin at the same place."""
     slots = state.lengths.shape[0]
@@ -93,9 +99,9 @@ def _rounds(
         settings = (at, round_uniforms(at.keys, at.positions, block_size), sampling, stops)
         if size or drafter is None:
             sizes = (size,) if size else ()
-            after = drafting_round(target, drafter, *settings, scheduler, sizes=sizes, unroll=unroll)[0]
+            after = drafting_round(target, drafter, *settings, scheduler, sizes=sizes)[0]
         else:
-            after = plain_round(target, drafter, *settings, unroll=unroll)[0]
+            after = plain_round(target, drafter, *settings)[0]
             assert after.pending is not None
             after = catch_up(drafter, after, after.pending.full)
         return dataclasses.replace(after, lengths=at.lengths, finished=at.finished, stopped=at.stopped)

@@ -15,15 +15,14 @@ import numpy as np
 from dspark_jax.config import InputError
 from dspark_jax.drafter.interface import Drafter, is_confident
 from dspark_jax.engine.commit import is_stop
+from dspark_jax.engine.models import for_decoding
 from dspark_jax.engine.result import DecodeResult, collect
 from dspark_jax.engine.round import catch_up, drafting_round, plain_round
 from dspark_jax.engine.sampling import request_keys, request_sampling, round_uniforms
 from dspark_jax.engine.schedule import Scheduler, check_scheduler, drafts_now
 from dspark_jax.engine.state import DecodeState, Pending, RoundLog, draft_cache, round_rows
-from dspark_jax.ops.product import has_matrix_units
 from dspark_jax.ops.sampling import Sampling, sample
 from dspark_jax.sharding import constrain, whole
-from dspark_jax.target.layers import decode_layout
 from dspark_jax.target.model import Target
 
 
@@ -39,7 +38,6 @@ def prefill(
     stop_tokens: jax.Array,
     *,
     capacity: int,
-    unroll: bool = False,
 ) -> DecodeState:
     """Runs the prompts through the target, shows them to the drafter, and draws each request's first token.
 
@@ -54,13 +52,12 @@ def prefill(
       sampling: temperatures and filters of the requests.
       stop_tokens: [K] ids that end a request.
       capacity: C, at least limits + G: a round that starts below the limit writes G + 1 rows.
-      unroll: lay the target's layers out one by one.
     """
     batch, width = prompts.shape
     positions = jnp.broadcast_to(jnp.arange(width), prompts.shape)
     taps = () if drafter is None else drafter.taps
     cache = target.init_cache(batch, capacity, round_rows(drafter))
-    output = target.forward(prompts, positions, cache, taps=taps, counts=prompt_lengths, unroll=unroll)
+    output = target.forward(prompts, positions, cache, taps=taps, counts=prompt_lengths)
     last = jnp.take_along_axis(output.last_hidden, (prompt_lengths - 1)[:, None, None], axis=1)[:, 0]
     first = sample(target.unembed(last), sampling, uniform)
     shown = draft_cache(drafter, batch, capacity)
@@ -101,14 +98,12 @@ class Shape:
       capacity: C, rows of the caches.
       rounds: R, rows of the log.
       trace: log drafted tokens and confidences.
-      unroll: lay layers out one by one (CPU).
       sizes: of flat verification, see `round.drafting_round`.
     """
 
     capacity: int
     rounds: int
     trace: bool
-    unroll: bool
     sizes: tuple[int, ...] = ()
 
 
@@ -119,7 +114,7 @@ def decode_shape(width: int, max_new_tokens: int, drafter: Drafter | None, *, tr
     """
     block_size = 0 if drafter is None else drafter.block_size
     budget = -(-max_new_tokens // 16) * 16
-    return Shape(width + budget + block_size, budget, trace, unroll=jax.default_backend() == "cpu")
+    return Shape(width + budget + block_size, budget, trace)
 
 
 Carry = tuple[DecodeState, RoundLog, jax.Array]  # of the loop; last the number of rounds so far
@@ -144,8 +139,7 @@ def decode(
     confident = is_confident(drafter)
     prompts = constrain(prompts, "batch", None)
     uniform = round_uniforms(keys, prompt_lengths - 1, 0).next
-    if shape.unroll:
-        target, drafter = _lay_out(target, drafter, prompts.shape[0])
+    target, drafter = for_decoding(target, drafter, batch_size=prompts.shape[0])
     state = prefill(
         target,
         drafter,
@@ -157,7 +151,6 @@ def decode(
         sampling,
         stop_tokens,
         capacity=shape.capacity,
-        unroll=shape.unroll,
     )
     state = begin(target, drafter, scheduler, state)
     log = RoundLog.empty(shape.rounds, prompts.shape[0], block_size, trace=shape.trace, confidence=confident)
@@ -168,10 +161,10 @@ def decode(
         active = ~state.finished
         settings = (state, uniforms, sampling, stop_tokens)
         if drafts:
-            state, entry = drafting_round(target, drafter, *settings, scheduler, sizes=shape.sizes, unroll=shape.unroll)
+            state, entry = drafting_round(target, drafter, *settings, scheduler, sizes=shape.sizes)
         else:
             assert drafter is not None
-            state, entry = plain_round(target, drafter, *settings, unroll=shape.unroll)
+            state, entry = plain_round(target, drafter, *settings)
         return state, log.put(row, entry, active), row + 1
 
     def running(carry: Carry) -> jax.Array:
@@ -196,32 +189,6 @@ def decode(
     state, log, _ = jax.lax.while_loop(running, body, (state, log, jnp.int32(0)))
     # The caches end here; returning them would only cost their copies.
     return whole((dataclasses.replace(state, target_cache=None, draft_cache=None, history=None, pending=None), log))
-
-
-@functools.partial(jax.jit, static_argnames=("batch_size",))
-def laid_out(target: Target, drafter: Any, *, batch_size: int) -> tuple[Target, Any]:
-    """Target and drafter with their weights as decoding `batch_size` requests wants them here; for repeated calls.
-
-    `generate` does this itself at every call, which on a CPU takes some milliseconds; elsewhere nothing is changed.
-    """
-    return _lay_out(target, drafter, batch_size) if jax.default_backend() == "cpu" else (target, drafter)
-
-
-def _lay_out(target: Target, drafter: Any, batch_size: int) -> tuple[Target, Any]:
-    rows = batch_size * round_rows(drafter)
-    separate = batch_size > 1
-    target = decode_layout(target, _weight_type(target, rows), separate_caches=separate)
-    return target, None if drafter is None else decode_layout(drafter, drafter.dtype, separate_caches=separate)
-
-
-def _weight_type(target: Target, rows: int) -> Any:
-    """Type in which a CPU keeps a target's matrices while it decodes `rows` tokens at a time.
-
-    Bfloat16 loses nothing where the checkpoint was bfloat16 (`ops.product.exact`) and is faster for several rows; one
-    row is fastest as a float32 product.
-    """
-    narrow = target.narrow and rows > 1 and has_matrix_units()
-    return jnp.bfloat16 if narrow or target.dtype == jnp.bfloat16 else jnp.float32
 
 
 def generate(

@@ -30,7 +30,6 @@ def decode_round(
     *,
     scheduler: Scheduler | None = None,
     sizes: tuple[int, ...] = (),
-    unroll: bool = False,
 ) -> tuple[DecodeState, Round]:
     """One round: draft, schedule (all drafts without a scheduler), verify, commit.
 
@@ -39,10 +38,10 @@ def decode_round(
     scheduler = scheduler or Scheduler.fixed()
     settings = (uniforms, sampling, stop_tokens)
     if drafter is None or not scheduler.alternates:
-        return drafting_round(target, drafter, state, *settings, scheduler, sizes=sizes, unroll=unroll)
+        return drafting_round(target, drafter, state, *settings, scheduler, sizes=sizes)
     kinds = (
-        lambda at: drafting_round(target, drafter, at[0], *settings, scheduler, sizes=sizes, unroll=unroll),
-        lambda at: plain_round(target, drafter, at[0], *settings, unroll=unroll),
+        lambda at: drafting_round(target, drafter, at[0], *settings, scheduler, sizes=sizes),
+        lambda at: plain_round(target, drafter, at[0], *settings),
     )
     # Two loops of at most one turn: unlike the branches of a conditional, they update the caches in place.
     entry = no_round(drafter, state.lengths.shape[0])
@@ -63,7 +62,6 @@ def drafting_round(
     scheduler: Scheduler,
     *,
     sizes: tuple[int, ...] = (),
-    unroll: bool = False,
 ) -> tuple[DecodeState, Round]:
     """A round in which the drafter drafts, whatever the scheduler admits.
 
@@ -73,13 +71,13 @@ def drafting_round(
     """
     taps = () if drafter is None else drafter.taps
     active = ~state.finished
-    proposal = draft(target, drafter, state, uniforms, sampling)
+    proposal, state = draft(target, drafter, state, uniforms, sampling)
     lengths, history = schedule(scheduler, proposal, active, state.history)
     scheduled = (proposal, lengths, uniforms, sampling)
     if sizes:
-        verdict, output = _verify_flat(target, state, *scheduled, sizes=sizes, taps=taps, unroll=unroll)
+        verdict, output = _verify_flat(target, state, *scheduled, sizes=sizes, taps=taps)
     else:
-        verdict, output = verify(target, state, *scheduled, taps=taps, unroll=unroll)
+        verdict, output = verify(target, state, *scheduled, taps=taps)
     after, entry = commit(drafter, state, proposal, lengths, verdict, output, stop_tokens)
     seen = (entry.proposed, entry.accepted, active)
     history = observe(history, *seen, drafted=True, expected=expected(scheduler, proposal))
@@ -96,16 +94,13 @@ def _verify_flat(
     *,
     sizes: tuple[int, ...],
     taps: tuple[int, ...],
-    unroll: bool,
 ) -> tuple[Verdict, TargetOutput]:
     """`verify_flat` at the smallest of `sizes` that holds the scheduled tokens; the last one holds any."""
 
     def run(cache: Any, size: int) -> tuple[Verdict, jax.Array, Any]:
         """Verdict, features and cache: what a round goes on with."""
         before = dataclasses.replace(state, target_cache=cache)
-        verdict, output = verify_flat(
-            target, before, proposal, lengths, uniforms, sampling, size=size, taps=taps, unroll=unroll
-        )
+        verdict, output = verify_flat(target, before, proposal, lengths, uniforms, sampling, size=size, taps=taps)
         return verdict, output.features, output.cache
 
     def output_of(features: jax.Array, cache: Any) -> TargetOutput:
@@ -134,14 +129,12 @@ def plain_round(
     uniforms: Uniforms,
     sampling: Sampling,
     stop_tokens: jax.Array,
-    *,
-    unroll: bool = False,
 ) -> tuple[DecodeState, Round]:
     """A round without drafts: one token per request, which is left pending for the drafter's cache to learn."""
     batch, active = state.lengths.shape[0], ~state.finished
-    nothing, none = draft(target, None, state, uniforms, sampling), jnp.zeros((batch,), jnp.int32)
+    nothing, none = draft(target, None, state, uniforms, sampling)[0], jnp.zeros((batch,), jnp.int32)
     own = Uniforms(uniforms.draft[:, :0], uniforms.accept[:, :0], uniforms.next)
-    verdict, output = verify(target, state, nothing, none, own, sampling, taps=drafter.taps, unroll=unroll)
+    verdict, output = verify(target, state, nothing, none, own, sampling, taps=drafter.taps)
     after, entry = commit(None, state, nothing, none, verdict, output, stop_tokens)
     history = observe(state.history, none, none, active, drafted=False)
     pending = postpone(state, output.features, active)

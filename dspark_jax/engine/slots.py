@@ -196,9 +196,9 @@ def open_slots(target: Any, drafter: Any, scheduler: Scheduler, *, count: int, r
     return pin(target, drafter, Slots(state, sampling, jnp.full((count, stops), -1, jnp.int32)))
 
 
-@functools.partial(jax.jit, static_argnames=("unroll",), donate_argnames=("slots",))
+@functools.partial(jax.jit, donate_argnames=("slots",))
 def prefill_chunk(
-    target: Any, drafter: Any, slots: Slots, chunk: Chunk, scheduler: Scheduler, *, unroll: bool
+    target: Any, drafter: Any, slots: Slots, chunk: Chunk, scheduler: Scheduler
 ) -> tuple[Slots, Committed]:
     """Reads one chunk of a prompt into its slot; the last chunk draws the first token and lets the slot decode.
 
@@ -213,7 +213,7 @@ def prefill_chunk(
     taps = () if drafter is None else drafter.taps
     row = jax.tree.map(lambda values, axis: take_row(values, slot, axis), state.target_cache, axes)
     count = jnp.reshape(chunk.count, (1,))
-    output = target.forward(tokens, positions, row, taps=taps, counts=count, unroll=unroll)
+    output = target.forward(tokens, positions, row, taps=taps, counts=count)
     target_cache = jax.tree.map(
         lambda values, new, axis: put_row(values, new, slot, axis), state.target_cache, output.cache, axes
     )
@@ -286,7 +286,7 @@ def _given(values: jax.Array | None) -> jax.Array:
     return values
 
 
-@functools.partial(jax.jit, static_argnames=("mode", "size", "unroll"), donate_argnames=("slots",))
+@functools.partial(jax.jit, static_argnames=("mode", "size"), donate_argnames=("slots",))
 def serve_round(
     target: Any,
     drafter: Any,
@@ -296,12 +296,11 @@ def serve_round(
     *,
     mode: Mode,
     size: int = 0,
-    unroll: bool,
 ) -> tuple[Slots, Committed]:
     """One decoding round of all slots.
 
     Args:
-      target: laid out for decoding where that applies.
+      target: with the weights that decoding wants here (`models.for_decoding`).
       drafter: likewise, or None.
       slots: donated.
       released: [B] bool, slots whose requests the host has ended (cancelled, or at a stop string).
@@ -309,7 +308,6 @@ def serve_round(
       mode: must hold for all requests that are decoding.
       size: verify the scheduled tokens as one flat batch of so many; it must hold all that may be scheduled, except
         under `lagged`, which fills it. 0: G + 1 tokens of every slot.
-      unroll: lay the target's layers out one by one (CPU).
     """
     before = dataclasses.replace(slots.state, finished=slots.state.finished | released)
     if size and scheduler.name == "lagged":
@@ -325,7 +323,6 @@ def serve_round(
         slots.stop_tokens,
         scheduler=scheduler,
         sizes=(size,) if size else (),
-        unroll=unroll,
     )
     at = before.lengths[:, None] + jnp.arange(block_size + 1)
     tokens = jnp.take_along_axis(after.tokens, jnp.minimum(at, after.tokens.shape[1] - 1), axis=1)

@@ -136,7 +136,6 @@ def verify(
     sampling: Sampling,
     *,
     taps: tuple[int, ...],
-    unroll: bool = False,
 ) -> tuple[Verdict, TargetOutput]:
     """Runs the target over the anchor and the drafts, and judges them.
 
@@ -146,7 +145,7 @@ def verify(
     """
     tokens = jnp.concatenate([state.anchors[:, None], proposal.tokens], axis=1)  # [B, G + 1]
     positions = state.positions[:, None] + jnp.arange(tokens.shape[1])
-    output = target.forward(tokens, positions, state.target_cache, taps=taps, unroll=unroll)
+    output = target.forward(tokens, positions, state.target_cache, taps=taps)
     logits: Any = target.unembed(output.last_hidden)
     return judge(logits, proposal, lengths, uniforms, sampling), output
 
@@ -161,7 +160,6 @@ def verify_flat(
     *,
     size: int,
     taps: tuple[int, ...],
-    unroll: bool = False,
 ) -> tuple[Verdict, TargetOutput]:
     """`verify` over the scheduled tokens alone: the target computes `size` rows, whatever B and G are.
 
@@ -174,7 +172,6 @@ def verify_flat(
       sampling: of the requests.
       size: T, static.
       taps: layers whose outputs the drafter wants.
-      unroll: lay the target's layers out one by one.
 
     Returns:
       What `verify` returns. Rows of `features` behind a request's scheduled tokens are those of other requests, and
@@ -184,7 +181,7 @@ def verify_flat(
     counts = jnp.where(state.finished, 0, lengths + 1)
     rows = Rows.of(counts, state.positions, size=size, most=tokens.shape[1])
     flat = rows.flatten(tokens)[None]  # [1, T]
-    output = target.forward(flat, rows.at[None], state.target_cache, taps=taps, rows=rows, unroll=unroll)
+    output = target.forward(flat, rows.at[None], state.target_cache, taps=taps, rows=rows)
     logits = target.unembed(output.last_hidden[0])  # [T, V]
     padded = dataclasses.replace(
         output, features=rows.pad(output.features[0]), last_hidden=rows.pad(output.last_hidden[0])

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 from dspark_jax.config import Config, InputError, from_json
 from dspark_jax.data.samples import Tally
-from dspark_jax.engine.generate import laid_out
+from dspark_jax.engine.models import for_decoding
 from dspark_jax.errors import reporting_errors
 from dspark_jax.evaluation.acceptance import Counts, count_rounds
 from dspark_jax.evaluation.decoding import Engine, answer
@@ -89,7 +89,7 @@ def measure_times(runs: Mapping[str, tuple[Config, Path]]) -> dict[str, dict[str
         engines[PLAIN] = loaded
         with Progress("time", len(quick.items) * len(engines), unit="answer") as progress:
             for name, engine in engines.items():
-                target, drafter = laid_out(engine.target, None if name == PLAIN else engine.drafter, batch_size=1)
+                target, drafter = for_decoding(engine.target, None if name == PLAIN else engine.drafter, batch_size=1)
                 engines[name] = type(engine)(**{**vars(engine), "target": target, "drafter": drafter})
                 engines[name].decode(quick.take([0]), settings.temperatures[0], speculative=name != PLAIN, batch_size=1)
                 found[name] = {"seconds": [], "rounds": [], "tokens": []}

@@ -23,7 +23,8 @@ from jax.experimental import multihost_utils
 
 from dspark_jax.config import Config, from_json, to_json
 from dspark_jax.drafter.interface import is_confident
-from dspark_jax.engine.generate import decode, decode_shape, laid_out, padded_stops
+from dspark_jax.engine.generate import decode, decode_shape, padded_stops
+from dspark_jax.engine.models import for_decoding
 from dspark_jax.engine.result import DecodeResult
 from dspark_jax.engine.sampling import fold_keys, request_keys, request_sampling
 from dspark_jax.engine.schedule import Scheduler
@@ -54,12 +55,12 @@ def measure_speed(
 ) -> Speed:
     """Decodes every request in all ways in turn, so that they see the same state of the machine.
 
-    Compilation happens in a first decoding of each kind that is not counted, and the weights are laid out before. What
-    a round with drafts costs is measured on the first request, which is decoded once more for it.
+    Compilation happens in a first decoding of each kind that is not counted, and the weights get their form before it.
+    What a round with drafts costs is measured on the first request, which is decoded once more for it.
     """
     engines: list[Engine] = []
     for drafter in (None, engine.drafter):
-        target, drafter = laid_out(engine.target, drafter, batch_size=1)
+        target, drafter = for_decoding(engine.target, drafter, batch_size=1)
         engines.append(dataclasses.replace(engine, target=target, drafter=drafter))
 
     def run(number: int, column: int, round_cost: float = 2.0) -> tuple[float, DecodeResult]:

@@ -5,19 +5,12 @@ transpose; only then does it reach the bfloat16 matrix units (AMX), which are th
 the bytes. The products here, forward and backward, are written so that they do.
 """
 
-import functools
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
-
-@functools.cache
-def has_matrix_units() -> bool:
-    """Whether this process computes on a CPU with bfloat16 matrix units (asked of Linux; elsewhere False)."""
-    information = Path("/proc/cpuinfo")
-    return jax.default_backend() == "cpu" and information.exists() and "amx_bf16" in information.read_text()
+from dspark_jax import platform
+from dspark_jax.platform import has_matrix_units
 
 
 def product(rows: jax.Array, matrix: jax.Array, result: jax.typing.DTypeLike | None = None) -> jax.Array:
@@ -29,7 +22,7 @@ def product(rows: jax.Array, matrix: jax.Array, result: jax.typing.DTypeLike | N
       result: type of the result; the rows' type by default.
     """
     result = rows.dtype if result is None else result
-    if rows.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
+    if rows.dtype == jnp.bfloat16 and platform.current() == "cpu":
         return bfloat16_product(rows, matrix).astype(result)
     if rows.dtype == jnp.float32 and matrix.dtype == jnp.bfloat16 and has_matrix_units():
         return exact(rows, matrix).astype(result)

@@ -122,7 +122,7 @@ def decode_program(config: Config, mesh: Mesh) -> Program:
         lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), scheduler, everywhere
     )
     with jax.set_mesh(mesh):
-        traced = serve_round.trace(*models, state, released, scheduler, mode=Mode(greedy=False), unroll=False)
+        traced = serve_round.trace(*models, state, released, scheduler, mode=Mode(greedy=False))
     parts = {
         "target_parameters": models[0],
         "drafter_parameters": models[1],

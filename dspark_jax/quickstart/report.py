@@ -54,13 +54,13 @@ def sample(
 
     def body(state: Any) -> Any:
         step, tokens, entropy, current, cache, done = state
-        out = model.forward(current[:, None], (ends + step)[:, None], cache, unroll=True)
+        out = model.forward(current[:, None], (ends + step)[:, None], cache)
         token, spread = draw(model.unembed(out.last_hidden[:, 0]), step + 1)
         return (step + 1, tokens.at[:, step + 1].set(token), entropy.at[:, step + 1].set(spread), token, out.cache,
                 done | (token == eos))  # fmt: skip
 
     positions = jnp.broadcast_to(jnp.arange(width), (batch, width))
-    out = model.forward(jnp.asarray(prompts), positions, model.init_cache(batch, width + ANSWER_ROOM), unroll=True)
+    out = model.forward(jnp.asarray(prompts), positions, model.init_cache(batch, width + ANSWER_ROOM))
     last = jnp.take_along_axis(out.last_hidden, ends[:, None, None] - 1, axis=1)[:, 0]
     token, spread = draw(model.unembed(last), jnp.int32(0))
     tokens = jnp.zeros((batch, ANSWER_ROOM), jnp.int32).at[:, 0].set(token)

@@ -27,7 +27,7 @@ class KVCache:
 
     Attributes:
       keys: [L, B, K, C, H], heads before rows, as the products of attention want them; or one array per layer, which
-        only layers laid out one by one can read (see `decode_layout`).
+        only lists of layers can read (see `decode_weights`).
       values: likewise.
       front: static: rows in front of a ring, the most that `write` takes; C = front + R + front - 1. 0 = no ring.
     """
@@ -140,7 +140,7 @@ class KVCache:
     def stored(self, index: jax.Array | int) -> tuple[jax.Array, jax.Array]:
         """Keys and values of one layer as they are stored, [B, K, C, H]."""
         if isinstance(self.keys, tuple):
-            assert isinstance(index, int), "separate caches are for layers laid out one by one"
+            assert isinstance(index, int), "separate caches are for lists of layers"
             return self.keys[index], self.values[index]
         return layer_at((self.keys, self.values), index)
 
@@ -153,7 +153,7 @@ class KVCache:
 def _changed(cache: Any, index: jax.Array | int, change: Callable[[jax.Array, jax.Array | int], jax.Array]) -> Any:
     """Keys or values after `change` of layer `index`, which is given a stack of layers and the layer's number in it."""
     if isinstance(cache, tuple):
-        assert isinstance(index, int), "separate caches are for layers laid out one by one"
+        assert isinstance(index, int), "separate caches are for lists of layers"
         return (*cache[:index], change(cache[index][None], 0)[0], *cache[index + 1 :])
     return change(cache, index)
 

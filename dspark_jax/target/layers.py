@@ -21,8 +21,6 @@ from dspark_jax.sharding import Param, gather
 FULL, SLIDING = "full_attention", "sliding_attention"
 """Kinds of layers: all earlier rows are visible, or a window of them. Layers of drafters are full."""
 
-_MASKED = -1e30  # finite, so that a fully masked row gives a mean instead of NaN; such rows are zeroed or unused
-
 
 def normal(
     rngs: nnx.Rngs, stack: tuple[int, ...], shape: tuple[int, ...], axes: tuple[str, ...], scale: float
@@ -68,66 +66,6 @@ def rope(x: jax.Array, positions: jax.Array, theta: float, share: float = 1.0) -
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x.dtype)
-
-
-def attend(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    limit: jax.Array,
-    scale: float,
-    starts: jax.Array | None = None,
-) -> jax.Array:
-    """Softmax attention in which row t of request b sees the keys starts[b, t]..limit[b, t]-1.
-
-    Args:
-      query: [B, T, N, H].
-      key: [B, S, K, H], N a multiple of K.
-      value: [B, S, K, H].
-      limit: [B, T], above `starts`.
-      scale: factor of the scores.
-      starts: [B, T]; None is 0 everywhere.
-
-    Returns:
-      [B, T, N, H] in the query's type; scores and softmax are float32.
-    """
-    b, t, n, h = query.shape
-    s, k = key.shape[1], key.shape[2]
-    # One product per key/value head over its whole group of query rows: the layout that CPU matmuls take uncopied.
-    rows = query.reshape(b, t, k, n // k, h).transpose(0, 2, 3, 1, 4).reshape(b, k, n // k * t, h)
-    key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
-    scores = jnp.einsum("bkrh,bksh->bkrs", rows, key, preferred_element_type=jnp.float32) * scale
-    visible = jnp.arange(s) < limit[..., None]  # [B, T, S]
-    if starts is not None:
-        visible &= jnp.arange(s) >= starts[..., None]
-    scores = jnp.where(visible[:, None, None], scores.reshape(b, k, n // k, t, s), _MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype).reshape(b, k, n // k * t, s)
-    return (weights @ value).reshape(b, k, n // k, t, h).transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
-
-
-def attend_in_chunks(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    limit: jax.Array,
-    scale: float,
-    starts: jax.Array | None = None,
-    chunk: int = 512,
-) -> jax.Array:
-    """`attend` over `chunk` query rows at a time, so that scores never take more than [B, N, chunk, S]."""
-    b, t, n, h = query.shape
-    if t <= chunk:
-        return attend(query, key, value, limit, scale, starts)
-    pad = -t % chunk
-
-    def split(x: jax.Array, filler: int) -> jax.Array:
-        """[B, T, ...] -> [count, B, chunk, ...]."""
-        x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2), constant_values=filler)
-        return x.reshape(b, -1, chunk, *x.shape[2:]).swapaxes(0, 1)
-
-    parts = split(query, 0), split(limit, 1), None if starts is None else split(starts, 0)
-    out = jax.lax.map(lambda part: attend(part[0], key, value, part[1], scale, part[2]), parts)
-    return out.swapaxes(0, 1).reshape(b, t + pad, n, h)[:, :t]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,7 +137,7 @@ class Attention(nnx.Module):
         return self._turn(key, self.key_norm[...], positions), self._values(value)
 
     def all(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """`queries` and `keys_values` of the same rows; in one product after `lay_out`."""
+        """`queries` and `keys_values` of the same rows; in one product after `fuse_weights`."""
         if getattr(self, "joint", None) is None:
             return self.queries(x, positions), *self.keys_values(x, positions)
         n, k = self.shape.heads, self.shape.kv_heads
@@ -213,8 +151,8 @@ class Attention(nnx.Module):
     def _values(self, value: jax.Array) -> jax.Array:
         return rms_norm(value, None, self.eps) if self.shape.value_norm else value
 
-    def lay_out(self, dtype: Any) -> None:
-        """See `decode_layout`; for a single layer."""
+    def fuse_weights(self, dtype: Any) -> None:
+        """See `decode_weights`; for a single layer."""
         query, key = self.query[...].astype(dtype), self.key[...].astype(dtype)
         parts = [query, key]
         if self.value is not None:
@@ -250,8 +188,8 @@ class MLP(nnx.Module):
         gate = jax.nn.gelu(gate, approximate=True) if self.gelu else jax.nn.silu(gate)
         return dense(gate * up, self.down[...])
 
-    def lay_out(self, dtype: Any) -> None:
-        """See `decode_layout`; for a single layer."""
+    def fuse_weights(self, dtype: Any) -> None:
+        """See `decode_weights`; for a single layer."""
         self.joint = Param(jnp.concatenate([self.gate[...], self.up[...]], axis=1).astype(dtype), axes=(None,) * 2)
         self.down[...] = self.down[...].astype(dtype)
 
@@ -296,8 +234,8 @@ class Layer(nnx.Module):
 
 def layer_at(layers: Any, index: jax.Array | int) -> Any:
     """Layer `index` of a stack (leading axis L), its weights gathered; inside a loop the stack is never copied."""
-    if isinstance(layers, nnx.List):  # see `decode_layout`
-        assert isinstance(index, int), "a laid-out stack is indexed at trace time"
+    if isinstance(layers, nnx.List):  # see `decode_weights`
+        assert isinstance(index, int), "a list of layers is indexed at trace time"
         return layers[index]
 
     def pick(leaf: Any) -> Any:
@@ -308,44 +246,9 @@ def layer_at(layers: Any, index: jax.Array | int) -> Any:
     return jax.tree.map(pick, layers, is_leaf=lambda leaf: isinstance(leaf, Param))
 
 
-def decode_layout(module: Any, dtype: Any, *, separate_caches: bool = False) -> Any:
-    """A copy of a target or drafter with weights as decoding on a CPU wants them; for use inside jit, before the loop.
-
-    - Layer stacks become lists. XLA CPU slices a stack anew in every turn of a loop (measured: five sixths of a
-      decoding step at batch 1); sliced here, the layers are plain operands of it.
-    - With `separate_caches`, so do caches that `init_cache` makes. That is for batches (measured at batch 32: a plain
-      step 21 -> 16 ms, a round with drafts 74 -> 49 ms); at batch 1 separate arrays get copied (0.25 ms).
-    - Modules with a method `lay_out(dtype)` join matrices that read the same rows, store the LM head the other way
-      round, and hold matrices as `dtype`: fewer and larger products from fewer bytes.
-
-    A module that is laid out already is returned as it is.
-    """
-    if is_laid_out(module):
-        return module
-    copy = jax.tree.map(lambda leaf: leaf, module)
-    for _, part in nnx.iter_modules(copy) if isinstance(copy, nnx.Module) else ():
-        for name, layers in list(vars(part).items()):
-            if isinstance(layers, Layer) and layers.attention_norm[...].ndim == 2:
-                depth = layers.attention_norm[...].shape[0]
-                setattr(part, name, nnx.List([layer_at(layers, index) for index in range(depth)]))
-                holder: Any = part
-                holder.separate_caches = separate_caches
-    for _, part in nnx.iter_modules(copy) if isinstance(copy, nnx.Module) else ():
-        lay_out = getattr(part, "lay_out", None)
-        if lay_out is not None:
-            lay_out(dtype)
-    return copy
-
-
-def is_laid_out(module: Any) -> bool:
-    """Whether `decode_layout` made this module."""
-    parts = [part for _, part in nnx.iter_modules(module)] if isinstance(module, nnx.Module) else []
-    return any(isinstance(getattr(part, "layers", None), nnx.List) for part in parts)
-
-
-def run_layers(body: Callable[[Any, Any], Any], carry: Any, start: int, stop: int, *, unroll: bool) -> Any:
-    """Applies `body(carry, index) -> carry` for the layers start..stop-1, as one loop or unrolled."""
-    if unroll or stop - start == 1:
+def run_layers(body: Callable[[Any, Any], Any], carry: Any, start: int, stop: int, *, one_by_one: bool) -> Any:
+    """Applies `body(carry, index) -> carry` for the layers start..stop-1, as one loop or one by one."""
+    if one_by_one or stop - start == 1:
         for index in range(start, stop):
             carry = body(carry, index)
         return carry
@@ -353,7 +256,7 @@ def run_layers(body: Callable[[Any, Any], Any], carry: Any, start: int, stop: in
 
 
 def run_pattern(
-    pattern: Sequence[str], body: Callable[[Any, str, Any, Any], Any], carry: Any, count: int, *, unroll: bool
+    pattern: Sequence[str], body: Callable[[Any, str, Any, Any], Any], carry: Any, count: int, *, one_by_one: bool
 ) -> Any:
     """Applies `body(carry, kind, index, number) -> carry` for all layers of a model of several kinds of layers.
 
@@ -362,10 +265,10 @@ def run_pattern(
 
     Args:
       pattern: kinds of a period.
-      body: one layer; the numbers are Python's own where the layers are laid out one by one.
+      body: one layer; the numbers are Python's own where the layers go one by one.
       carry: goes from layer to layer.
       count: layers, a multiple of the period.
-      unroll: lay them out one by one.
+      one_by_one: no loop; lists of layers have none.
     """
     period = len(pattern)
     assert count % period == 0, "the pattern repeats itself"
@@ -379,8 +282,8 @@ def run_pattern(
             def step(carry: Any, offset: Any, kind: str = kind, before: Any = before, first: Any = first) -> Any:
                 return body(carry, kind, before + offset, first + offset)
 
-            carry = run_layers(step, carry, 0, length, unroll=unroll)
+            carry = run_layers(step, carry, 0, length, one_by_one=one_by_one)
             first, seen[kind] = first + length, seen[kind] + length
         return carry
 
-    return run_layers(cycle, carry, 0, count // period, unroll=unroll)
+    return run_layers(cycle, carry, 0, count // period, one_by_one=one_by_one)

@@ -22,6 +22,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dspark_jax import platform
 from dspark_jax.config import InputError, TargetArchitecture, TargetConfig
 from dspark_jax.hub import local_directory
 from dspark_jax.progress import Progress
@@ -39,9 +40,7 @@ _DTYPES: dict[str, Any] = {
 
 def compute_dtype(name: str) -> Any:
     """`float32`, `bfloat16`, or `auto`: bfloat16 on accelerators, float32 on CPU."""
-    if name == "auto":
-        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[name]
+    return {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[platform.compute_dtype() if name == "auto" else name]
 
 
 _REMEDY = "download the file again"

@@ -12,21 +12,25 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dspark_jax.config import TargetArchitecture
+from dspark_jax.ops.attention import attention
 from dspark_jax.ops.cached_attention import Rows, cached_attention
 from dspark_jax.ops.product import product
-from dspark_jax.sharding import Param, constrain, gather
+from dspark_jax.sharding import constrain, gather
 from dspark_jax.target.cache import KVCache
+from dspark_jax.target.decode_weights import head_columns
 from dspark_jax.target.layers import (
     FULL,
     AttentionShape,
     Layer,
-    attend_in_chunks,
     layer_at,
     normal,
     ones,
     rms_norm,
     run_pattern,
 )
+
+FEW_ROWS = 64
+"""Rows per request that are attended with as a decoding round's are; more are a prompt's."""
 
 Cache = KVCache | dict[str, KVCache]
 """Keys and values of a target: one stack, or one for each kind of layers."""
@@ -91,17 +95,18 @@ class Target(nnx.Module):
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """hidden [..., D] -> float32 logits [..., V], soft-capped, padded vocabulary rows included."""
-        if getattr(self, "columns", None) is not None:
-            logits = product(hidden.reshape(-1, hidden.shape[-1]), self.columns[...], jnp.float32)
+        columns: Any = getattr(self, "columns", None)
+        if columns is not None:
+            logits = product(hidden.reshape(-1, hidden.shape[-1]), columns[...], jnp.float32)
             logits = logits.reshape(*hidden.shape[:-1], -1)
         else:
             head = self.head.astype(hidden.dtype)
             logits = jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
         return self.softcap * jnp.tanh(logits / self.softcap) if self.softcap else logits
 
-    def lay_out(self, dtype: Any) -> None:
-        """See `layers.decode_layout`."""
-        self.columns = Param(self.head.T.astype(dtype), axes=(None,) * 2)
+    def fuse_weights(self, dtype: Any) -> None:
+        """See `decode_weights`."""
+        self.columns = head_columns(self.head, dtype)
 
     def init_cache(self, batch: int, length: int, block: int = 1) -> Cache:
         """An empty cache for `length` positions of `batch` requests.
@@ -128,7 +133,6 @@ class Target(nnx.Module):
         starts: jax.Array | None = None,
         rows: Rows | None = None,
         counts: jax.Array | None = None,
-        unroll: bool = False,
     ) -> TargetOutput:
         """Runs the model.
 
@@ -146,46 +150,45 @@ class Target(nnx.Module):
           counts: [B] real rows of each request, the first ones (None: all S). With a cache, a pass that is padded by
             more rows than `init_cache` was told of has to say so: in a layer with a window the padding would take the
             place of rows that are still seen.
-          unroll: lay the layers out one by one instead of in a loop (faster decoding on CPU, more to compile).
 
         Returns:
           `TargetOutput`; M = len(taps), features are [B, S, 0] without taps.
         """
-        row_limit = jnp.broadcast_to(jnp.arange(tokens.shape[1]) + 1, tokens.shape)
-        limit = row_limit if cache is None else positions + 1
 
         def body(carry: Any, kind: str, index: jax.Array | int, number: jax.Array | int) -> Any:
             x, cache, features = carry
             layer = layer_at(getattr(self, self.STACKS[kind]), index)
             written = cache
 
-            def attention(projections: Any, normed: jax.Array) -> jax.Array:
+            def heads_of(projections: Any, normed: jax.Array) -> jax.Array:
                 nonlocal written
                 shape = projections.shape
                 query, key, value = projections.all(normed, positions)
                 if cache is None:
-                    first = _first_rows(limit, shape.window, starts)
-                    return attend_in_chunks(query, key, value, limit, shape.scale, first)
+                    return attention(query, key, value, scale=shape.scale, window=shape.window, starts=starts)
                 part = cache[kind] if isinstance(cache, dict) else cache
                 own = (query, key, value)
                 if rows is not None:
                     part, heads = _attend_rows(part, index, shape, own, rows)
                 elif part.front:
                     part, heads = _attend_in_ring(part, index, shape, own, positions[:, 0], counts)
+                elif tokens.shape[1] <= FEW_ROWS:
+                    part, heads = _attend_few(part, index, shape, own, positions[:, 0])
                 else:
                     part = part.write(index, key, value, positions[:, 0])
                     keys, values = part.layer(index)
-                    first = _first_rows(limit, shape.window, None)
-                    heads = attend_in_chunks(query, keys, values, limit, shape.scale, first)
+                    settings = {"scale": shape.scale, "window": shape.window}
+                    heads = attention(query, keys, values, limit=positions + 1, **settings)
                 written = {**cache, kind: part} if isinstance(cache, dict) else part
                 return heads
 
-            x = constrain(layer(x, attention), "batch", None, None)
+            x = constrain(layer(x, heads_of), "batch", None, None)
             return x, written, features.put(number, x)
 
         x = constrain(self.embed(tokens), "batch", None, None)
-        carry = x, cache, Features.start(taps, x, unroll=unroll)
-        carry = run_pattern(self.pattern, body, carry, self.arch.num_hidden_layers, unroll=unroll)
+        one_by_one = isinstance(getattr(self, self.STACKS[FULL]), nnx.List)
+        carry = x, cache, Features.start(taps, x, one_by_one=one_by_one)
+        carry = run_pattern(self.pattern, body, carry, self.arch.num_hidden_layers, one_by_one=one_by_one)
         x, cache, features = carry
         return TargetOutput(features.joined(x), rms_norm(x, self.norm[...], self.arch.rms_norm_eps), cache)
 
@@ -196,7 +199,7 @@ class Features:
     """Outputs of the tapped layers, collected while the layers run.
 
     Attributes:
-      rows: M arrays [B, S, D] where the layers are laid out one by one. For a loop, which cannot grow a tuple, one
+      rows: M arrays [B, S, D] where the layers go one by one. For a loop, which cannot grow a tuple, one
         array [M + 1, B, S, D], whose last entry takes what no tap asks for.
       taps: ascending layer ids, static.
     """
@@ -205,9 +208,9 @@ class Features:
     taps: tuple[int, ...] = dataclasses.field(metadata={"static": True})
 
     @classmethod
-    def start(cls, taps: tuple[int, ...], embedded: jax.Array, *, unroll: bool) -> "Features":
+    def start(cls, taps: tuple[int, ...], embedded: jax.Array, *, one_by_one: bool) -> "Features":
         """Before the first layer, whose input [B, S, D] is layer -1."""
-        if unroll or not taps:
+        if one_by_one or not taps:
             return cls((), taps).put(-1, embedded)
         rows = jnp.zeros((len(taps) + 1, *embedded.shape), embedded.dtype)
         return cls(constrain(rows, None, "batch", None, None), taps).put(-1, embedded)
@@ -243,14 +246,6 @@ def stack_layers(arch: TargetArchitecture, kind: str) -> tuple[int, ...]:
     return tuple(i for i, k in enumerate(kinds) if k == kind)
 
 
-def _first_rows(limit: jax.Array, window: int, starts: jax.Array | None) -> jax.Array | None:
-    """The first row that each row may attend to, [B, S]: that of its window or its document; None = row 0 for all."""
-    if not window:
-        return starts
-    first = jnp.maximum(limit - window, 0)
-    return first if starts is None else jnp.maximum(first, starts)
-
-
 Own = tuple[jax.Array, jax.Array, jax.Array]  # queries [B, S, N, H], keys and values [B, S, K, H] of a pass
 
 
@@ -273,6 +268,16 @@ def _attend_cached(
     )
 
 
+def _attend_few(
+    part: KVCache, index: jax.Array | int, shape: AttentionShape, own: Own, starts: jax.Array
+) -> tuple[KVCache, jax.Array]:
+    """Writes S rows of every request into layer `index`, from `starts` [B] on, and attends with them."""
+    query, key, value = own
+    part = part.write(index, key, value, starts)
+    heads = _attend_cached(part, index, shape, query.reshape(-1, *query.shape[2:]), Rows.whole(starts, query.shape[1]))
+    return part, heads.reshape(query.shape)
+
+
 def _attend_in_ring(
     part: KVCache, index: jax.Array | int, shape: AttentionShape, own: Own, starts: jax.Array, counts: jax.Array | None
 ) -> tuple[KVCache, jax.Array]:
@@ -284,16 +289,14 @@ def _attend_in_ring(
     query, key, value = own
     batch, s = query.shape[:2]
     if s <= part.front:
-        part = part.write(index, key, value, starts)
-        heads = _attend_cached(part, index, shape, query.reshape(-1, *query.shape[2:]), Rows.whole(starts, s))
-        return part, heads.reshape(query.shape)
+        return _attend_few(part, index, shape, own, starts)
     past = shape.window - 1
     keys, values = (
         jnp.concatenate([old.astype(new.dtype), new], axis=1)
         for old, new in zip(part.before(index, starts, past), (key, value), strict=True)
     )
     limit = jnp.broadcast_to(past + 1 + jnp.arange(s), (batch, s))
-    first = jnp.maximum(limit - shape.window, (past - starts)[:, None])  # positions below 0 do not exist
-    heads = attend_in_chunks(query, keys, values, limit, shape.scale, first)
+    exist = jnp.broadcast_to(jnp.maximum(past - starts, 0)[:, None], limit.shape)  # positions below 0 do not
+    heads = attention(query, keys, values, limit=limit, starts=exist, scale=shape.scale, window=shape.window)
     counts = jnp.full((batch,), s) if counts is None else counts
     return part.write_last(index, key, value, starts, counts), heads

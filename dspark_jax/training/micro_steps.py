@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from dspark_jax.config import Config
 from dspark_jax.drafter import AnyDrafter
+from dspark_jax.platform import train_step_options
 from dspark_jax.sharding import replicated
 from dspark_jax.target.model import Target
 from dspark_jax.training.state import Params, TrainState, state_layout, to_module, to_params
@@ -28,7 +29,6 @@ from dspark_jax.training.step import (
     accumulate,
     apply_gradients,
     batch_layout,
-    cpu_options,
     place_batch,
 )
 
@@ -76,7 +76,7 @@ class MicroSteps:
         self.total = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, where)
         zeros = functools.partial(jax.tree.map, lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         apply = functools.partial(apply_gradients, optimizer=optimizer, shardings=shardings.params)
-        options = cpu_options(mesh)
+        options = train_step_options(mesh)
         self.zeros: Any = jax.jit(zeros, out_shardings=sums)
         self.add: Any = jax.jit(
             add, donate_argnums=0, keep_unused=True, out_shardings=(sums, everywhere), compiler_options=options

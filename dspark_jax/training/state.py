@@ -14,6 +14,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
+from dspark_jax import platform
 from dspark_jax.config import Config
 from dspark_jax.drafter import AnyDrafter, make_drafter
 from dspark_jax.sharding import replicated, state_shardings
@@ -100,5 +101,6 @@ def init_state(config: Config, optimizer: optax.GradientTransformation, mesh: Me
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
     # It runs once: on CPU, optimising the random number generator would take longer than running it.
-    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    return jax.jit(init, out_shardings=shardings, compiler_options=options)(jax.random.key(config.train.seed))
+    return jax.jit(init, out_shardings=shardings, compiler_options=platform.unoptimised())(
+        jax.random.key(config.train.seed)
+    )

@@ -16,6 +16,7 @@ from dspark_jax.data.feature_codec import dequantise, group_size
 from dspark_jax.drafter import AnyDrafter
 from dspark_jax.drafter.blocks import sample_anchors
 from dspark_jax.metrics import Ratio
+from dspark_jax.platform import train_step_options
 from dspark_jax.sharding import constrain, replicated, sharding
 from dspark_jax.target.model import Target
 from dspark_jax.training.loss import EPSILON, LossSums, drafter_loss
@@ -203,13 +204,8 @@ def make_train_step(
         train_step, drafter=drafter, target=target, optimizer=optimizer, config=config, shardings=shardings.params
     )
     return jax.jit(
-        step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)), compiler_options=cpu_options(mesh)
+        step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)), compiler_options=train_step_options(mesh)
     )
-
-
-def cpu_options(mesh: Mesh) -> dict[str, bool] | None:
-    """XLA options. The newer code generator takes 300 MB more to compile this step on CPU and makes it no faster."""
-    return {"xla_cpu_use_fusion_emitters": False} if mesh.devices.flat[0].platform == "cpu" else None
 
 
 def check_batch(config: Config, mesh: Mesh) -> None:

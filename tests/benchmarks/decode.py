@@ -43,7 +43,8 @@ from dspark_jax.engine.commit import commit
 from dspark_jax.engine.cost import midway
 from dspark_jax.engine.draft import draft
 from dspark_jax.engine.estimator import EstimateSettings
-from dspark_jax.engine.generate import ladder, laid_out
+from dspark_jax.engine.generate import ladder
+from dspark_jax.engine.models import for_decoding
 from dspark_jax.engine.sampling import round_uniforms
 from dspark_jax.engine.schedule import Scheduler, observe, schedule
 from dspark_jax.engine.state import DecodeState
@@ -142,7 +143,7 @@ def parts(target: Any, drafter: Any, scheduler: Scheduler, batch: int, context: 
     Draft, verify and commit are differences of loops that do more and more of a round. Scheduling is too short for
     that: it is looped alone.
     """
-    target, drafter = laid_out(target, drafter, batch_size=batch)
+    target, drafter = for_decoding(target, drafter, batch_size=batch)
     size = 0 if drafter is None else drafter.block_size
     state = midway(target, drafter, scheduler, batch, batch, context)
     sampling, stops = Sampling.constant(0.0, batch), jnp.full((1,), -1, jnp.int32)
@@ -150,13 +151,13 @@ def parts(target: Any, drafter: Any, scheduler: Scheduler, batch: int, context: 
 
     def turn(target: Any, drafter: Any, scheduler: Scheduler, at: DecodeState, depth: int) -> DecodeState:
         uniforms = round_uniforms(at.keys, at.positions, size)
-        proposal = draft(target, drafter, at, uniforms, sampling)
+        proposal, at = draft(target, drafter, at, uniforms, sampling)
         anchor = proposal.tokens[:, :1].sum(axis=1)  # the next round depends on everything this one did
         if proposal.confidence is not None:
             anchor += (proposal.confidence.sum(axis=1) + proposal.logits[:, :, 0].sum(axis=1) > 1e9).astype(jnp.int32)
         if depth > 0:
             lengths, history = schedule(scheduler, proposal, active, at.history)
-            output = verify(target, at, proposal, lengths, uniforms, sampling, taps=taps, unroll=True)
+            output = verify(target, at, proposal, lengths, uniforms, sampling, taps=taps)
             verdict, passed = output
             anchor = verdict.next_token + (passed.features.sum(axis=(1, 2)) > 1e9)
             after = dataclasses.replace(at, target_cache=passed.cache, history=history)
@@ -302,8 +303,8 @@ def compare(
 ) -> dict[str, dict[str, Any]]:
     """Our engine and, at batch 1, Hugging Face on the same weights and prompts; prints the table."""
     width = ladder(max(map(len, prompts)))
-    layouts = {True: laid_out(target, drafter, batch_size=arguments.batch)}
-    layouts[False] = laid_out(target, None, batch_size=arguments.batch)
+    layouts = {True: for_decoding(target, drafter, batch_size=arguments.batch)}
+    layouts[False] = for_decoding(target, None, batch_size=arguments.batch)
 
     def ours(drafts: bool, temperature: float, scheduler: Scheduler | None = None) -> Callable[[], Any]:
         model, helper = layouts[drafts]

@@ -121,7 +121,7 @@ def test_decoding_equals_training(case):
         untouched = extend(cache, rows, jnp.zeros((batch, 12), jnp.int32), positions + end - begin, 0 * counts)
         np.testing.assert_array_equal(untouched.newest, cache.newest)
     propose = jax.jit(lambda *args: drafter.propose(target, *args, Sampling.constant(0.0, batch)))
-    proposal = propose(cache, tokens[:, start], jnp.full((batch,), start), jnp.zeros((batch, 7)))
+    proposal, _ = propose(cache, tokens[:, start], jnp.full((batch,), start), jnp.zeros((batch, 7)))
     forced = tokens.at[:, start + 1 : start + 8].set(proposal.tokens)
     embedded = jnp.concatenate([target.embed(forced), features[..., target.arch.hidden_size :]], axis=-1)
     anchors = Anchors(jnp.full((batch, 1), start - 1), jnp.ones((batch, 1), bool))

@@ -98,7 +98,7 @@ def test_decoding_pass_equals_training_pass(case):
         counts = jnp.full((batch,), end - begin)
         cache = drafter.extend(cache, rows, jnp.zeros((batch, 12), jnp.int32), positions, counts)
     at = jnp.full((batch,), start)
-    proposal = drafter.propose(
+    proposal, _ = drafter.propose(
         target, cache, tokens[:, start], at, jnp.zeros((batch, g)), Sampling.constant(0.0, batch)
     )
     anchors = Anchors(at[:, None], jnp.ones((batch, 1), bool))

@@ -36,9 +36,7 @@ class BigramTarget(nnx.Module):
     def init_cache(self, batch: int, length: int, block: int = 1) -> jax.Array:
         return jnp.zeros((batch, 0))
 
-    def forward(
-        self, tokens: jax.Array, positions: Any, cache: Any, *, taps: Any = (), counts: Any = None, unroll: Any = 0
-    ) -> Any:
+    def forward(self, tokens: jax.Array, positions: Any, cache: Any, *, taps: Any = (), counts: Any = None) -> Any:
         return TargetOutput(jnp.zeros((*tokens.shape, 0)), jax.nn.one_hot(tokens, self.arch.vocab_size), cache)
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
@@ -73,7 +71,7 @@ class BigramDrafter(nnx.Module):
 
     def propose(
         self, target: Any, cache: Any, anchors: jax.Array, positions: Any, uniforms: jax.Array, sampling: Sampling
-    ) -> Proposal:
+    ) -> tuple[Proposal, Any]:
         tokens, logits, previous = [], [], [anchors]
         for k in range(self.block_size):
             logits.append(self.table[...][previous[-1]])
@@ -82,7 +80,7 @@ class BigramDrafter(nnx.Module):
         confidence = None
         if self.confidence is not None:
             confidence = self.confidence[...][jnp.stack(previous[:-1], axis=1)]
-        return Proposal(jnp.stack(tokens, axis=1), jnp.stack(logits, axis=1), confidence)
+        return Proposal(jnp.stack(tokens, axis=1), jnp.stack(logits, axis=1), confidence), cache
 
 
 class Models:

@@ -46,11 +46,11 @@ def load(golden: Path, case: str) -> tuple[Any, Any, list[dict[str, Any]]]:
 
 @functools.partial(jax.jit, static_argnames=("capacity",))
 def jitted_prefill(*args: Any, capacity: int) -> Any:
-    return prefill(*args, capacity=capacity, unroll=True)
+    return prefill(*args, capacity=capacity)
 
 
 jitted_draft = jax.jit(draft)
-jitted_round = jax.jit(functools.partial(decode_round, unroll=True))
+jitted_round = jax.jit(decode_round)
 
 
 def within_budget(run: dict[str, Any]) -> int:

@@ -200,14 +200,14 @@ def test_a_slot_is_handed_over_clean(models: Any, target: Qwen3) -> None:
     nobody = np.zeros(2, bool)
     for start, count in ((0, 4), (4, 2)):
         # A round moves the history on, and writes cache rows of slots that take no part in it.
-        slots, _ = serve_round(target, drafter, slots, nobody, scheduler, mode=Mode(), unroll=True)
+        slots, _ = serve_round(target, drafter, slots, nobody, scheduler, mode=Mode())
         tokens = np.zeros(4, np.int32)
         tokens[:count] = prompt[start : start + count]
         numbers = [np.int32(n) for n in (count, start, 1, 6, 9, 0)]
         chunk = Chunk(
             tokens, *numbers, np.float32(0), np.int32(0), np.float32(1), np.float32(0), np.full(1, -1, np.int32)
         )
-        slots, committed = prefill_chunk(target, drafter, slots, chunk, scheduler, unroll=True)
+        slots, committed = prefill_chunk(target, drafter, slots, chunk, scheduler)
         assert committed.counts.tolist() == [int(start == 4)]
         assert slots.state.lengths.tolist() == [1, start + count + 1]
         assert slots.state.finished.tolist() == [True, start == 0]

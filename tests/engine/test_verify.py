@@ -102,7 +102,7 @@ def one_round(target: Any, drafter: Any, anchors: jax.Array, sampling: Sampling,
     )
     ones, none = jnp.ones(batch, jnp.int32), jnp.zeros(batch, bool)
     state = DecodeState(anchors[:, None], ones, ones, ones, none, none, ones, ones, target.init_cache(batch, 1), None)
-    proposal = drafter.propose(target, None, anchors, ones, uniforms.draft, sampling)
+    proposal, _ = drafter.propose(target, None, anchors, ones, uniforms.draft, sampling)
     lengths = jnp.full(batch, size)
     return proposal.tokens, verify(target, state, proposal, lengths, uniforms, sampling, taps=())[0]
 

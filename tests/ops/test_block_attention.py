@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 
 from dspark_jax.config import MeshConfig
-from dspark_jax.ops.block_attention import block_attention, xla
+from dspark_jax.ops.block_attention import block_attention, pallas_gpu, xla
+from dspark_jax.ops.block_attention.pallas_gpu import Tile, Tiles
 from dspark_jax.sharding import make_mesh, sharding
 
 NAMES = ("query", "context_key", "context_value", "block_key", "block_value")
 
 
-def problem(b=2, a=4, g=3, s=11, n=4, k=2, h=8, dtype=np.float32, seed=0):
+def problem(b=2, a=4, g=3, s=11, n=4, k=2, h=16, dtype=np.float32, seed=0):
     """Arrays, anchors (0, the end and in between), keep (one False per sequence) and a cotangent of the output."""
     rng = np.random.default_rng(seed)
     shapes = ((b, a, g, n, h), (b, s, k, h), (b, s, k, h), (b, a, g, k, h), (b, a, g, k, h))
@@ -67,11 +68,16 @@ def run(arrays, anchors, keep, cotangent, scale, attention=block_attention, star
     return both([jnp.asarray(x) for x in arrays])
 
 
+# Tiles that end in the middle of blocks, and of the context; full ones, too, in the longer problem.
+SMALL = Tiles(Tile(16, 16, 4, 1), Tile(32, 16, 4, 1), Tile(16, 32, 4, 1), Tile(16, 0, 4, 1))
+gpu_kernels = functools.partial(pallas_gpu.block_attention, tiles=SMALL)
+
 IMPLEMENTATIONS = {
     "xla": block_attention,
     "reference": functools.partial(block_attention, implementation="reference"),
     "chunks of one block": functools.partial(xla.block_attention, max_scores=1),
     "three chunks, last one short": functools.partial(xla.block_attention, max_scores=2 * 4 * 3 * 11),
+    "kernels for GPUs": gpu_kernels,
 }
 
 
@@ -133,11 +139,17 @@ def test_huge_scores_do_not_overflow():
     assert all(np.isfinite(grad).all() for grad in grads)
 
 
-@pytest.mark.parametrize("max_scores", [1, 1 << 24])
-def test_unseen_nan_reaches_neither_output_nor_gradient(max_scores):
+BOUNDED = {
+    "chunks of one block": functools.partial(xla.block_attention, max_scores=1),
+    "one chunk": functools.partial(xla.block_attention, max_scores=1 << 24),
+    "kernels for GPUs": gpu_kernels,
+}
+
+
+@pytest.mark.parametrize("attention", BOUNDED.values(), ids=BOUNDED)
+def test_unseen_nan_reaches_neither_output_nor_gradient(attention):
     arrays, anchors, keep, cotangent = problem()
     anchors[1] = np.minimum(anchors[1], 6)
-    attention = functools.partial(xla.block_attention, max_scores=max_scores)
     want = run(arrays, anchors, keep, cotangent, 0.3, attention)
     for index in (1, 2):
         arrays[index][1, 6:] = np.nan  # behind every anchor of sequence 1
@@ -157,6 +169,23 @@ def test_nothing_kept_gives_zeros():
     assert all(not np.asarray(grad).any() for grad in grads)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("e", [7, 3])
+def test_kernels_for_gpus_at_a_longer_context(e):
+    """Tiles that are seen whole, documents, blocks of other lengths than their keys, and an odd group of heads."""
+    rng = np.random.default_rng(e)
+    arrays, anchors, keep, cotangent = problem(b=2, a=13, g=7, s=200, n=6, k=2)
+    arrays[3:] = [x[:, :, :e] for x in arrays[3:]]
+    anchors = np.sort(rng.integers(0, 201, anchors.shape), axis=1).astype(np.int32)
+    starts = (anchors // 70 * 70).astype(np.int32)
+    data = arrays, anchors, keep, cotangent
+    out, grads = run(*data, 0.3, gpu_kernels, starts)
+    want, want_grads = loops(*data, 0.3, starts)
+    np.testing.assert_allclose(out, want, atol=4e-6)
+    for name, got, grad in zip(NAMES, grads, want_grads, strict=True):
+        np.testing.assert_allclose(got, grad, atol=2e-5, err_msg=name)
+
+
 def test_memory_is_bounded_by_the_score_budget():
     def temporary(blocks, attention):
         arrays, anchors, keep, cotangent = problem(b=1, a=blocks, g=4, s=512, n=4, k=2, h=4)
@@ -171,10 +200,9 @@ def test_memory_is_bounded_by_the_score_budget():
     assert temporary(64, block_attention) - temporary(16, block_attention) > 48 * scores
 
 
-@pytest.mark.parametrize("max_scores", [1, 1 << 24])
-def test_eight_devices_equal_one(max_scores):
+@pytest.mark.parametrize("attention", BOUNDED.values(), ids=BOUNDED)
+def test_eight_devices_equal_one(attention):
     data = problem(b=4, n=4, k=2)
-    attention = functools.partial(xla.block_attention, max_scores=max_scores)
     want, want_grads = run(*data, 0.3, attention)
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     arrays, anchors, keep, cotangent = data

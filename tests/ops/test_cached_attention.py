@@ -1,13 +1,18 @@
 """`cached_attention` against a float64 loop over rows, heads and cache rows, at hostile shapes."""
 
+import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dspark_jax.ops.cached_attention import Rows, cached_attention
+from dspark_jax.config import MeshConfig
+from dspark_jax.ops.cached_attention import Rows, cached_attention, pallas_gpu
+from dspark_jax.ops.dispatch import Unsupported
+from dspark_jax.sharding import make_mesh
 
 
 def loop(
@@ -37,13 +42,33 @@ CASES = [
     ([2, 2, 2], [0, 1, 8], 6, 3, 6, 2, 4, 10),
     ([1, 5], [11, 0], 8, 5, 3, 3, 7, 12),
 ]
+KERNEL_CASES = [
+    # of which tiles of 16 rows are seen whole, in part and not at all
+    ([3, 0, 1, 4, 2], [5, 2, 0, 37, 60], 11, 4, 6, 2, 16, 70),
+    ([1, 0], [3, 0], 1, 1, 1, 1, 16, 9),
+]
 
 
-@pytest.mark.parametrize("implementation", ("xla", "reference"))
+def kernels(splits: int) -> Callable[..., jax.Array]:
+    """The kernels for GPUs, interpreted, with the api's defaults."""
+    defaults = {"window": 0, "front": 0, "causal": True, "finite": False, "keys": 16, "splits": splits}
+    return lambda *arrays, **how: pallas_gpu.cached_attention(*arrays, **{**defaults, **how})
+
+
+ATTENTION = {
+    "xla": cached_attention,
+    "reference": functools.partial(cached_attention, implementation="reference"),
+    "kernels for GPUs": kernels(1),
+    "kernels for GPUs, split": kernels(4),
+}
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
 @pytest.mark.parametrize(("window", "causal"), [(0, True), (1, True), (3, True), (0, False)])
-def test_against_a_loop(implementation: str, window: int, causal: bool) -> None:
+def test_against_a_loop(attention: str, window: int, causal: bool) -> None:
     """Lengths 0 and 1, grouped heads, windows; everything that nobody may see is NaN."""
-    for seed, (counts, positions, size, most, n, k, h, c) in enumerate(CASES):
+    cases = KERNEL_CASES if "GPU" in attention else CASES
+    for seed, (counts, positions, size, most, n, k, h, c) in enumerate(cases):
         rng = np.random.default_rng(seed)
         query = rng.normal(size=(size, n, h)).astype(np.float32)
         key, value = rng.normal(size=(2, len(counts), k, c, h)).astype(np.float32)
@@ -55,8 +80,7 @@ def test_against_a_loop(implementation: str, window: int, causal: bool) -> None:
 
         @jax.jit
         def run(query: jax.Array, key: jax.Array, value: jax.Array, rows: Rows) -> jax.Array:
-            how = {"scale": 0.37, "window": window, "causal": causal, "implementation": implementation}
-            return cached_attention(query, key, value, rows, **how)
+            return ATTENTION[attention](query, key, value, rows, scale=0.37, window=window, causal=causal)
 
         got = run(*map(jnp.asarray, (query, key, value)), rows)
         wanted = loop(query.astype(np.float64), key, value, counts, positions, window=window, causal=causal)
@@ -64,13 +88,13 @@ def test_against_a_loop(implementation: str, window: int, causal: bool) -> None:
         assert not np.asarray(got)[sum(counts) :].any()
 
 
-@pytest.mark.parametrize("implementation", ("xla", "reference"))
+@pytest.mark.parametrize("attention", ATTENTION)
 @pytest.mark.parametrize(
     ("window", "most", "front", "ring"), [(1, 1, 1, 1), (1, 3, 3, 3), (4, 1, 2, 4), (4, 3, 4, 6), (5, 4, 4, 11)]
 )
-def test_a_window_over_a_ring(implementation: str, window: int, most: int, front: int, ring: int) -> None:
+def test_a_window_over_a_ring(attention: str, window: int, most: int, front: int, ring: int) -> None:
     """Position p stands in row front + p mod R, in the first turn and later; what nobody may see is NaN."""
-    counts, positions, (n, k, h) = [most, 1, 0, most], [0, 23, 9, 40], (4, 2, 8)
+    counts, positions, (n, k, h) = [most, 1, 0, most], [0, 23, 9, 40], (4, 2, 16)
     rng = np.random.default_rng(ring)
     query = rng.normal(size=(sum(counts) + 1, n, h)).astype(np.float32)
     keys, values = rng.normal(size=(2, len(counts), k, 64, h)).astype(np.float32)
@@ -79,8 +103,10 @@ def test_a_window_over_a_ring(implementation: str, window: int, most: int, front
         for position in range(max(0, start + 1 - window), start + count):
             cache[:, b, :, front + position % ring] = keys[b, :, position], values[b, :, position]
     rows = Rows.of(jnp.asarray(counts), jnp.asarray(positions), size=len(query), most=most)
-    how = {"scale": 0.37, "window": window, "front": front, "implementation": implementation}
-    got = jax.jit(lambda *given: cached_attention(*given, **how))(jnp.asarray(query), *map(jnp.asarray, cache), rows)
+    how = {"scale": 0.37, "window": window, "front": front}
+    got = jax.jit(lambda *given: ATTENTION[attention](*given, **how))(
+        jnp.asarray(query), *map(jnp.asarray, cache), rows
+    )
     wanted = loop(query.astype(np.float64), keys, values, counts, positions, window=window, causal=True)
     np.testing.assert_allclose(got, wanted, rtol=0, atol=3e-6 * h)
 
@@ -99,6 +125,21 @@ def test_a_finite_cache_needs_no_clearing_and_bfloat16_stays() -> None:
     assert got.dtype == jnp.bfloat16
     wanted = loop(*(np.asarray(x, np.float64) for x in narrow), counts, positions, window=0, causal=True)
     np.testing.assert_allclose(np.asarray(got, np.float64), wanted, atol=2**-8 * 4 * np.abs(wanted).max())
+
+
+def test_kernels_on_eight_devices_equal_one() -> None:
+    """Rows of every request, which the kernels split over devices; ragged ones of several devices they refuse."""
+    rng = np.random.default_rng(5)
+    query, (key, value) = rng.normal(size=(12, 4, 16)), rng.normal(size=(2, 4, 2, 40, 16))
+    arrays = [jnp.asarray(x, jnp.float32) for x in (query, key, value)]
+    rows = Rows.whole(jnp.asarray([0, 9, 20, 37]), 3)
+    run = jax.jit(lambda *given: kernels(2)(*given, scale=0.37))
+    wanted = cached_attention(*arrays, rows, scale=0.37)
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
+        np.testing.assert_allclose(run(*arrays, rows), wanted, atol=1e-6)
+        ragged = Rows.of(jnp.full((4,), 3), rows.positions, size=12, most=3)
+        with pytest.raises(Unsupported, match="flat rows of several devices"):
+            run(*arrays, ragged)
 
 
 def test_rows_of_requests() -> None:

@@ -9,8 +9,9 @@ from flax import nnx
 from dspark_jax.config import MeshConfig, TargetArchitecture, TargetConfig
 from dspark_jax.ops.cached_attention import Rows
 from dspark_jax.sharding import make_mesh
+from dspark_jax.target.decode_weights import decode_weights
 from dspark_jax.target.gemma4 import Gemma4
-from dspark_jax.target.layers import FULL, SLIDING, decode_layout
+from dspark_jax.target.layers import FULL, SLIDING
 from dspark_jax.target.loading import load_target
 from dspark_jax.target.model import layer_pattern, stack_layers
 
@@ -150,19 +151,19 @@ def test_flat_rows_are_the_rows_of_their_requests():
         np.testing.assert_allclose(found[0, 3:5], expected[1, :2], atol=1e-5)
 
 
-def test_decode_layout_changes_no_result(tmp_path):
+def test_decode_weights_change_no_result(tmp_path):
     *shape, taps = SHAPES["irregular"]
     write_model(tmp_path, *shape)
     target = load(tmp_path)
     tokens = jax.random.randint(jax.random.key(3), (2, 12), 0, 199)
     positions = jnp.broadcast_to(jnp.arange(12), tokens.shape)
 
-    def run(model, unroll):
-        out = model.forward(tokens, positions, model.init_cache(2, 14), taps=taps, unroll=unroll)
+    def run(model):
+        out = model.forward(tokens, positions, model.init_cache(2, 14), taps=taps)
         return out.features, model.unembed(out.last_hidden), out.cache
 
-    expected = jax.jit(lambda model: run(model, False))(target)
-    found = jax.jit(lambda model: run(decode_layout(model, jnp.float32), True))(target)
+    expected = jax.jit(run)(target)
+    found = jax.jit(lambda model: run(decode_weights(model, jnp.float32)))(target)
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5 * float(jnp.abs(b).max()))

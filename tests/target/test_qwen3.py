@@ -8,7 +8,7 @@ import pytest
 from dspark_jax.config import MeshConfig, TargetArchitecture, TargetConfig
 from dspark_jax.ops.cached_attention import Rows
 from dspark_jax.sharding import make_mesh
-from dspark_jax.target.layers import attend, attend_in_chunks, decode_layout
+from dspark_jax.target.decode_weights import decode_weights
 from dspark_jax.target.loading import load_target
 
 torch = pytest.importorskip("torch")
@@ -74,33 +74,38 @@ def test_forward_equals_transformers(pair):
     model, target = pair
     tokens = np.random.default_rng(0).integers(0, 199, (2, 37))
     positions = jnp.broadcast_to(jnp.arange(37), tokens.shape)
-    for unroll in (False, True):
-        out = jax.jit(lambda t, unroll=unroll: target.forward(t, positions, taps=TAPS, unroll=unroll))(tokens)
+    for model_form in (target, decode_weights(target, jnp.float32)):
+        out = jax.jit(lambda t, form=model_form: form.forward(t, positions, taps=TAPS))(tokens)
         features, last_hidden, logits = oracle(model, tokens)
         assert_close(out.features, features)
         assert_close(out.last_hidden, last_hidden)
         assert_close(target.unembed(out.last_hidden), logits)
 
 
-def test_decode_layout_changes_no_result(pair):
+def test_decode_weights_change_no_result(pair):
     _, target = pair
     # Rounded to bfloat16, the weights are the same in either type.
     target = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(x.dtype), target)
     tokens = jax.random.randint(jax.random.key(3), (2, 9), 0, 199)
     positions = jnp.broadcast_to(jnp.arange(9), tokens.shape)
 
-    def run(model, unroll):
-        out = model.forward(tokens, positions, model.init_cache(2, 12), taps=TAPS, unroll=unroll)
+    def run(model):
+        out = model.forward(tokens, positions, model.init_cache(2, 12), taps=TAPS)
         return out.features, model.unembed(out.last_hidden), out.cache
 
-    expected = jax.jit(lambda model: run(model, False))(target)
+    expected = jax.jit(run)(target)
     for dtype in (jnp.float32, jnp.bfloat16):
-        found = jax.jit(lambda model, dtype=dtype: run(decode_layout(model, dtype), True))(target)
+        found = jax.jit(lambda model, dtype=dtype: run(decode_weights(model, dtype)))(target)
         assert jax.tree.structure(found) == jax.tree.structure(expected)
         for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(a, b, atol=2e-5 * float(jnp.abs(b).max()))
-    apart = jax.jit(lambda model: run(decode_layout(model, jnp.float32, separate_caches=True), True))(target)
+    apart = jax.jit(lambda model: run(decode_weights(model, jnp.float32, separate_caches=True)))(target)
     assert len(apart[2].keys) == len(apart[2].values) == target.arch.num_hidden_layers
+    given = jax.tree.map(jnp.copy, target)
+    eager = jax.jit(run)(decode_weights(given, jnp.float32, consume=True))  # one program per kind of array
+    for a, b in zip(jax.tree.leaves(eager), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5 * float(jnp.abs(b).max()))
+    assert given.layers.mlp.down[...].is_deleted() and not given.embedding[...].is_deleted()
     stacked = (*apart[:2], jnp.stack(apart[2].keys), jnp.stack(apart[2].values))
     for a, b in zip(stacked, (*expected[:2], expected[2].keys, expected[2].values), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5 * float(jnp.abs(b).max()))
@@ -147,18 +152,6 @@ def test_sharded_checkpoint_on_a_mesh_equals_one_device(tmp_path):
     assert_close(results[1], results[0])
 
 
-def test_attention_in_chunks_equals_attention():
-    rng = np.random.default_rng(3)
-    query, key, value = (jnp.asarray(rng.normal(size=(2, 11, n, 4)), jnp.float32) for n in (6, 2, 2))
-    limit = jnp.asarray(rng.integers(1, 12, (2, 11)))
-    whole = attend(query, key, value, limit, 0.5)
-    np.testing.assert_allclose(attend_in_chunks(query, key, value, limit, 0.5, chunk=4), whole, atol=1e-6)
-    # float64 loop over one row
-    scores = np.array([query[1, 5, 4] @ key[1, s, 1] for s in range(int(limit[1, 5]))], np.float64) * 0.5
-    weights = np.exp(scores - scores.max()) / np.exp(scores - scores.max()).sum()
-    np.testing.assert_allclose(whole[1, 5, 4], weights @ np.asarray(value[1, : len(weights), 1], np.float64), atol=1e-6)
-
-
 def test_rows_of_requests_one_behind_the_other(pair):
     """A ragged pass over flat rows gives what each request's own rows give, with either layout of the cache."""
     _, target = pair
@@ -168,15 +161,15 @@ def test_rows_of_requests_one_behind_the_other(pair):
     whole = jax.jit(lambda model: model.forward(tokens, positions, model.init_cache(3, 12), taps=TAPS))(target)
     rows = Rows.of(counts, starts, size=7, most=4)
 
-    def ragged(model, separate, unroll):
-        model = decode_layout(model, jnp.float32, separate_caches=separate) if unroll else model
-        cache = model.forward(tokens[:, :8], positions[:, :8], model.init_cache(3, 12), unroll=unroll).cache
+    def ragged(model, separate, unstack):
+        model = decode_weights(model, jnp.float32, separate_caches=separate) if unstack else model
+        cache = model.forward(tokens[:, :8], positions[:, :8], model.init_cache(3, 12)).cache
         flat = tokens[jnp.minimum(rows.owner, 2), rows.at]
-        out = model.forward(flat[None], rows.at[None], cache, taps=TAPS, rows=rows, unroll=unroll)
+        out = model.forward(flat[None], rows.at[None], cache, taps=TAPS, rows=rows)
         return out.features[0], out.last_hidden[0]
 
-    for separate, unroll in ((False, False), (False, True), (True, True)):
-        found = jax.jit(lambda model, how=(separate, unroll): ragged(model, *how))(target)
+    for separate, unstack in ((False, False), (False, True), (True, True)):
+        found = jax.jit(lambda model, how=(separate, unstack): ragged(model, *how))(target)
         for got, wanted in zip(found, (whole.features, whole.last_hidden), strict=True):
             wanted = np.concatenate([wanted[0, 3:7], wanted[2, 8:9]])
             np.testing.assert_allclose(got[:5], wanted, atol=2e-5 * np.abs(wanted).max())

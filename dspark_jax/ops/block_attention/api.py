@@ -3,9 +3,11 @@
 import jax
 import jax.numpy as jnp
 
-from dspark_jax.ops.block_attention import reference, xla
+from dspark_jax.ops.dispatch import Operation
 
-_IMPLEMENTATIONS = {"xla": xla.block_attention, "reference": reference.block_attention}
+OPERATION = Operation(
+    "block_attention", {"cpu": ["xla"], "gpu": ["pallas_gpu", "xla"], "tpu": ["xla"]}, others=["reference"]
+)
 
 
 def block_attention(
@@ -41,7 +43,8 @@ def block_attention(
       keep: [B, A] bool.
       starts: [B, A] int32, first row of the document that the anchor is in; None is 0 everywhere.
       scale: factor of the scores.
-      implementation: None (the best one here), 'xla' (bounded memory) or 'reference' (the definition).
+      implementation: None (the best one here), 'xla' (bounded memory), 'pallas_gpu' (no array of scores at all) or
+        'reference' (the definition).
 
     Returns:
       [B, A, G, N, H] in the query's type; scores and softmax are float32. Differentiable in the first five arguments.
@@ -69,9 +72,6 @@ def block_attention(
         raise ValueError(f"block_attention: {n} query heads are no multiple of {k} key heads")
     if keep.dtype != jnp.bool_ or not jnp.issubdtype(anchors.dtype, jnp.integer):
         raise ValueError(f"block_attention: anchors {anchors.dtype} must be integers and keep {keep.dtype} bool")
-    if implementation not in (None, *_IMPLEMENTATIONS):
-        raise ValueError(f"block_attention: implementation {implementation!r} is not one of {list(_IMPLEMENTATIONS)}")
-    run = _IMPLEMENTATIONS[implementation or "xla"]
     starts = jnp.zeros_like(anchors) if starts is None else starts
     arrays = (query, context_key, context_value, block_key, block_value, anchors, keep, starts)
-    return run(*map(jnp.asarray, arrays), scale=scale)
+    return OPERATION(implementation, *map(jnp.asarray, arrays), scale=scale)

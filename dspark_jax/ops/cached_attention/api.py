@@ -2,10 +2,12 @@
 
 import jax
 
-from dspark_jax.ops.cached_attention import reference, xla
 from dspark_jax.ops.cached_attention.rows import Rows
+from dspark_jax.ops.dispatch import Operation
 
-_IMPLEMENTATIONS = {"xla": xla.cached_attention, "reference": reference.cached_attention}
+OPERATION = Operation(
+    "cached_attention", {"cpu": ["xla"], "gpu": ["pallas_gpu", "xla"], "tpu": ["xla"]}, others=["reference"]
+)
 
 
 def cached_attention(
@@ -42,7 +44,8 @@ def cached_attention(
       front: rows before a ring; 0 = position p stands in row p.
       causal: whether a row sees no later row of its own block.
       finite: promise that the whole cache is finite, which saves clearing what nobody sees.
-      implementation: None (the best one here), 'xla' or 'reference' (the definition).
+      implementation: None (the best one here), 'xla', 'pallas_gpu' (reads nothing that nobody sees) or 'reference' (the
+        definition).
 
     Returns:
       [T, N, H] in the query's type; zeros in rows that belong to nobody. Scores and softmax are float32.
@@ -68,7 +71,5 @@ def cached_attention(
             f"cached_attention: a ring behind front={front} of {c} rows has no room for window={window} and blocks of "
             f"{rows.most}"
         )
-    if implementation not in (None, *_IMPLEMENTATIONS):
-        raise ValueError(f"cached_attention: implementation {implementation!r} is not one of {list(_IMPLEMENTATIONS)}")
-    run = _IMPLEMENTATIONS[implementation or "xla"]
-    return run(query, key, value, rows, scale=scale, window=window, front=front, causal=causal, finite=finite)
+    settings = {"scale": scale, "window": window, "front": front, "causal": causal, "finite": finite}
+    return OPERATION(implementation, query, key, value, rows, **settings)

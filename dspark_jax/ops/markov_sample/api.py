@@ -2,10 +2,10 @@
 
 import jax
 
-from dspark_jax.ops.markov_sample import reference
+from dspark_jax.ops.dispatch import Operation
 from dspark_jax.ops.sampling import Sampling
 
-_IMPLEMENTATIONS = {"reference": reference.markov_sample}
+OPERATION = Operation("markov_sample", {"cpu": ["xla"], "gpu": ["xla"], "tpu": ["xla"]})
 
 
 def markov_sample(
@@ -29,7 +29,7 @@ def markov_sample(
       anchors: [B] tokens x_0.
       uniforms: [G, B] in [0, 1), one per draw.
       sampling: temperature and filters per request.
-      implementation: `reference` (plain jnp), or None for the default of this platform.
+      implementation: None (the best one here), 'xla' (the definition, in plain jnp) or 'pallas_gpu' (no filters).
 
     Returns:
       tokens [G, B] int32 and biased logits [G, B, V] float32, before temperature and filters.
@@ -43,7 +43,4 @@ def markov_sample(
     for name, array in {"w1": w1, "w2": w2, "anchors": anchors, "uniforms": uniforms}.items():
         if array.shape != expected[name] and not (name == "w1" and array.shape == (v, rank // 128, 128)):
             raise ValueError(f"{name} has shape {array.shape}, expected {expected[name]}")
-    name = implementation or "reference"
-    if name not in _IMPLEMENTATIONS:
-        raise ValueError(f"implementation {name!r} is unknown; use one of: {', '.join(_IMPLEMENTATIONS)}")
-    return _IMPLEMENTATIONS[name](base_logits, w1, w2, anchors, uniforms, sampling)
+    return OPERATION(implementation, base_logits, w1, w2, anchors, uniforms, sampling)

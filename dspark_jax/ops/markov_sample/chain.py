@@ -14,10 +14,10 @@ Step = Callable[[int, Any, jax.Array], tuple[jax.Array, Any]]
 
 def sample_chain(
     step: Step, state: Any, anchors: jax.Array, uniforms: jax.Array, sampling: Sampling
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, Any]:
     """Samples x_k from the logits that `step` gives after x_{k-1}, k = 0..G-1.
 
-    G is small and static, so the steps are laid out one by one.
+    G is small and static, so there is no loop.
 
     Args:
       step: logits of the next token; carries what it likes from draft to draft.
@@ -27,7 +27,7 @@ def sample_chain(
       sampling: temperature and filters per request.
 
     Returns:
-      tokens [G, B] int32 and logits [G, B, V] float32, before temperature and filters.
+      tokens [G, B] int32, logits [G, B, V] float32, before temperature and filters, and the last state.
     """
     tokens, rows, previous = [], [], anchors
     for k, uniform in enumerate(uniforms):
@@ -36,4 +36,4 @@ def sample_chain(
         previous = sample(logits, sampling, uniform)
         tokens.append(previous)
         rows.append(logits)
-    return jnp.stack(tokens), jnp.stack(rows)
+    return jnp.stack(tokens), jnp.stack(rows), state

@@ -3,12 +3,12 @@
 import jax
 import jax.numpy as jnp
 
-from dspark_jax.ops.vocab_loss import reference, xla
+from dspark_jax.ops.dispatch import Operation
 from dspark_jax.ops.vocab_loss.result import VocabLoss
 
 __all__ = ["VocabLoss", "vocab_loss"]
 
-_IMPLEMENTATIONS = {"xla": xla.vocab_loss, "reference": reference.vocab_loss}
+OPERATION = Operation("vocab_loss", {"cpu": ["xla"], "gpu": ["xla"], "tpu": ["xla"]}, others=["reference"])
 
 
 def vocab_loss(
@@ -84,8 +84,6 @@ def vocab_loss(
         raise ValueError(f"vocab_loss: chunk {chunk} must be positive and labels {labels.dtype} integers")
     if block < 1 or t % block:
         raise ValueError(f"vocab_loss: {t} rows are no multiple of block {block}")
-    if implementation not in (None, *_IMPLEMENTATIONS):
-        raise ValueError(f"vocab_loss: implementation {implementation!r} is not one of {list(_IMPLEMENTATIONS)}")
-    run = _IMPLEMENTATIONS[implementation or "xla"]
     arrays = jax.tree.map(jnp.asarray, (hidden, prev_embedding, teacher, head, markov_w2, labels, weights))
-    return run(*arrays, ce=ce, l1=l1, soft_ce=soft_ce, length=length, block=block, softcap=softcap, chunk=chunk)
+    settings = {"ce": ce, "l1": l1, "soft_ce": soft_ce, "length": length, "block": block, "softcap": softcap}
+    return OPERATION(implementation, *arrays, **settings, chunk=chunk)

@@ -1,4 +1,4 @@
-"""The definition of `markov_sample` in plain jnp."""
+"""`markov_sample` in plain jnp, which is its definition as well."""
 
 import jax
 import jax.numpy as jnp
@@ -22,4 +22,4 @@ def markov_sample(
         bias = jnp.einsum("br,vr->bv", rows, w2, preferred_element_type=jnp.float32)
         return base_logits[k].astype(jnp.float32) + bias, state
 
-    return sample_chain(step, None, anchors, uniforms, sampling)
+    return sample_chain(step, None, anchors, uniforms, sampling)[:2]

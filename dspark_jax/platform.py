@@ -1,0 +1,65 @@
+"""What programs run on: the only module that asks for a backend or a processor."""
+
+import functools
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+_NAMES = {"cuda": "gpu", "rocm": "gpu"}
+
+
+def current() -> str:
+    """cpu, gpu or tpu: that of the mesh that is set, which may be one that is only compiled for, or of this process."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    name = jax.default_backend() if device is None else device.platform
+    return _NAMES.get(name, name)
+
+
+def computes_on_cpu() -> bool:
+    """Whether this process has no accelerator."""
+    return jax.default_backend() == "cpu"
+
+
+@functools.cache
+def has_matrix_units() -> bool:
+    """Whether this process computes on a CPU with bfloat16 matrix units (asked of Linux; elsewhere False)."""
+    information = Path("/proc/cpuinfo")
+    return computes_on_cpu() and information.exists() and "amx_bf16" in information.read_text()
+
+
+def compute_dtype() -> str:
+    """The type that `auto` means here."""
+    return "float32" if computes_on_cpu() else "bfloat16"
+
+
+def unstacks_layers() -> bool:
+    """Whether decoding wants its layers one by one.
+
+    A CPU slices a stack anew in every turn of a loop (five sixths of a decoding step at batch 1), a GPU's products
+    cannot read a slice of one and copy it first (half of a decoding step of Qwen3-4B on an H100). A TPU reads slices
+    in place, and a loop compiles faster.
+    """
+    return current() != "tpu"
+
+
+def gpu_shared_memory() -> int:
+    """Bytes of shared memory that a block of this process's GPU may have; an H100's where there is none to ask."""
+    if jax.default_backend() != "gpu":
+        return _SHARED["9.0"]
+    return _SHARED.get(str(getattr(jax.local_devices()[0], "compute_capability", "")), _LEAST_SHARED)
+
+
+_SHARED = {"8.0": 163 << 10, "9.0": 227 << 10, "10.0": 227 << 10, "10.3": 227 << 10}
+_LEAST_SHARED = 99 << 10
+"""By compute capability, after NVIDIA's table of technical specifications; all later ones than 8.0 have the least."""
+
+
+def unoptimised() -> dict[str, int] | None:
+    """Compiler options for a program that runs once."""
+    return {"xla_backend_optimization_level": 0} if computes_on_cpu() else None
+
+
+def train_step_options(mesh: Mesh) -> dict[str, bool] | None:
+    """XLA options. The newer code generator takes 300 MB more to compile a train step on CPU and makes it no faster."""
+    return {"xla_cpu_use_fusion_emitters": False} if mesh.devices.flat[0].platform == "cpu" else None

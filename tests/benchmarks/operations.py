@@ -1,0 +1,106 @@
+"""Times every implementation of every operation at the shapes of Qwen3-4B; run by released.py."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dspark_jax import platform
+from dspark_jax.ops.attention import attention
+from dspark_jax.ops.attention.api import OPERATION as ATTENTION
+from dspark_jax.ops.block_attention import block_attention
+from dspark_jax.ops.block_attention.api import OPERATION as BLOCK_ATTENTION
+from dspark_jax.ops.cached_attention import Rows, cached_attention
+from dspark_jax.ops.cached_attention.api import OPERATION as CACHED_ATTENTION
+from dspark_jax.ops.dispatch import Operation, Unsupported
+
+HEADS, KEY_HEADS, WIDTH = 32, 8, 128
+
+
+def here(operation: Operation) -> list[str]:
+    """Implementations that this platform asks, in its order."""
+    return operation.order[platform.current()]
+
+
+def normal(seed: int, *shape: int) -> jax.Array:
+    """A random bfloat16 array."""
+    return jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
+
+
+def operations(rates: Any, row: Callable[..., Any], best: Callable[..., float], quick: bool) -> list[Any]:
+    """Lines as `row` makes them."""
+    return [
+        *_attention(rates, row, best, 256 if quick else 4096),
+        *_block_attention(rates, row, best, *((8, 256) if quick else (512, 4096))),
+        *_cached_attention(rates, row, best, quick),
+    ]
+
+
+def _attention(rates: Any, row: Any, best: Any, length: int) -> list[Any]:
+    arrays = normal(0, 1, length, HEADS, WIDTH), *(normal(i, 1, length, KEY_HEADS, WIDTH) for i in (1, 2))
+    starts = (jnp.arange(length) // (length // 4) * (length // 4))[None]
+    floor = rates.floor(2 * sum(x.nbytes for x in arrays), 2 * HEADS * WIDTH * length * length)
+    found = []
+    for name in here(ATTENTION):
+        for label, more in (("causal", {}), ("window 512", {"window": 512}), ("four documents", {"starts": starts})):
+            run = jax.jit(functools.partial(attention, scale=0.1, implementation=name, **more))
+            try:
+                found.append(row(f"attention {length}, {label}: {name}", best(run, *arrays), floor))
+            except Unsupported as refusal:
+                print(f"attention, {label}: {name} refuses: {refusal}")
+    return found
+
+
+def _block_attention(rates: Any, row: Any, best: Any, blocks: int, length: int) -> list[Any]:
+    size = 7
+    context = [normal(i, 1, length, KEY_HEADS, WIDTH) for i in (1, 2)]
+    own = [normal(i, 1, blocks, size, KEY_HEADS, WIDTH) for i in (3, 4)]
+    query = normal(0, 1, blocks, size, HEADS, WIDTH)
+    anchors = jnp.sort(jax.random.randint(jax.random.key(5), (1, blocks), 0, length - size), axis=1)
+    keep, found, first = jnp.ones((1, blocks), bool), [], jnp.zeros(())
+    seen = float(jnp.sum(anchors)) * size * HEADS
+    for name in here(BLOCK_ATTENTION):
+        run = functools.partial(block_attention, scale=WIDTH**-0.5, implementation=name)
+
+        def both(*arrays: jax.Array, run: Any = run) -> Any:
+            out, pull = jax.vjp(lambda *x: run(*x, anchors, keep), *arrays)
+            return pull(out)
+
+        arrays = (query, *context, *own)
+        forward = jax.jit(lambda *x, run=run: run(*x, anchors, keep))
+        out = forward(*arrays).astype(jnp.float32)
+        first = out if name == here(BLOCK_ATTENTION)[0] else first
+        print(f"    differs from the first by {float(jnp.linalg.norm(out - first) / jnp.linalg.norm(first)):.1e}")
+        for label, call, products in (("forward", forward, 2), ("forward and backward", jax.jit(both), 7)):
+            seconds = best(call, *arrays)
+            found.append(row(f"block_attention {label}: {name}", seconds, rates.floor(0, products * 2 * seen * WIDTH)))
+    return found
+
+
+def _cached_attention(rates: Any, row: Any, best: Any, quick: bool) -> list[Any]:
+    found, first = [], jnp.zeros(())
+    for batch, length in ((2, 64),) if quick else ((1, 1024), (1, 8192), (32, 1024), (32, 4096), (128, 1024)):
+        caches = [[normal(9 * i + j, batch, KEY_HEADS, length, WIDTH) for j in (1, 2)] for i in range(4)]
+        query, rows = normal(0, batch * 8, HEADS, WIDTH), Rows.whole(jnp.full((batch,), length - 8), 8)
+        for name in here(CACHED_ATTENTION):
+
+            def run(query: jax.Array, caches: Any, name: str = name, rows: Rows = rows) -> jax.Array:
+                def once(_: Any, query: jax.Array) -> jax.Array:
+                    for key, value in caches:  # several, so that the second-level cache does not hold them
+                        query, key, value = jax.lax.optimization_barrier((query, key, value))
+                        out = cached_attention(query, key, value, rows, scale=0.1, finite=True, implementation=name)
+                        query = query + 0.001 * out
+                    return query
+
+                return jax.lax.fori_loop(0, 10, once, query)
+
+            call = jax.jit(functools.partial(cached_attention, scale=0.1, finite=True, implementation=name))
+            out = call(query, *caches[0], rows).astype(jnp.float32)
+            first = out if name == here(CACHED_ATTENTION)[0] else first
+            print(f"    differs from the first by {float(jnp.linalg.norm(out - first) / jnp.linalg.norm(first)):.1e}")
+            seconds = best(jax.jit(run), query, caches, calls=1) / 40
+            floor = rates.floor(caches[0][0].nbytes * 2)
+            found.append(row(f"cached_attention {batch} x {length}: {name}", seconds, floor))
+    return found

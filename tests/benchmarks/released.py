@@ -1,0 +1,286 @@
+"""Decoding rounds, train steps and operations at the released shapes, with random weights built on the device.
+
+    python tests/benchmarks/released.py --model qwen3_4b --parts decode,train,ops --json released.json
+
+For one accelerator, in under ten minutes. Every line gives the time, the floor (the larger of the bytes that must be
+read at the rate of a copy and of the operations at the rate of a large product, both measured here first), their ratio,
+and what the PyTorch reference took on an H100 where that was measured. `--profile` adds the kernels that take the time.
+Without `--parts` all parts run; `--quick` is a tiny model, to try this file on any machine.
+"""
+
+import argparse
+import collections
+import dataclasses
+import glob
+import gzip
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dspark_jax.config import Config, DrafterConfig, MeshConfig, TargetArchitecture
+from dspark_jax.drafter import make_drafter
+from dspark_jax.engine.cost import RoundShape, round_seconds, rounds_of
+from dspark_jax.engine.models import for_decoding
+from dspark_jax.sharding import make_mesh
+from dspark_jax.target.qwen3 import Qwen3
+from dspark_jax.training.optim import make_optimizer
+from dspark_jax.training.state import abstract_drafter, init_state, to_params
+from dspark_jax.training.step import make_train_step, place_batch
+
+REFERENCE = {"train step, features given": 0.1137}
+"""Seconds of the PyTorch reference (compiled, flex attention) on one H100 80GB HBM3, Qwen3-4B, 1 x 4096 tokens."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rates:
+    """What this device reaches: bytes read or written per second in a copy, operations per second in a product."""
+
+    bytes: float
+    flops: float
+
+    @classmethod
+    def measured(cls, quick: bool) -> "Rates":
+        """Of a large copy and a large bfloat16 product."""
+        size, side = (1 << 24, 512) if quick else (1 << 30, 8192)
+        row = jnp.ones((size,), jnp.bfloat16)
+        square = jnp.ones((side, side), jnp.bfloat16)
+        copy = best(jax.jit(lambda x: x + 1), row)
+        product = best(jax.jit(lambda x: x @ x), square)
+        return cls(4 * size / copy, 2 * side**3 / product)
+
+    def floor(self, moved: float, operations: float = 0.0) -> float:
+        """Seconds."""
+        return max(moved / self.bytes, operations / self.flops)
+
+
+def best(run: Callable[..., Any], *args: Any, repeats: int = 5, calls: int = 10) -> float:
+    """Seconds of one of several calls in a row (so that the device does not wait for the host), the best of several."""
+    jax.block_until_ready(run(*args))
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        for _ in range(calls):
+            out = run(*args)
+        jax.block_until_ready(out)
+        times.append((time.perf_counter() - start) / calls)
+    return min(times)
+
+
+def released(model: str) -> Config:
+    """The config of a released drafter's training; `quick` is a tiny one."""
+    from importlib import import_module
+
+    if model == "quick":
+        config = import_module("configs.dspark_qwen3_4b").get_config()
+        arch = TargetArchitecture("qwen3", 1000, 64, 4, 4, 2, 16, 128, 1e-6, 1e6, True, 4096)
+        drafter = DrafterConfig(num_layers=2, target_layer_ids=(0, 2), mask_token_id=999, markov_rank=128)
+        config = dataclasses.replace(config, drafter=drafter)
+        config.target.architecture, config.data.max_length, config.train.num_anchors = arch, 128, 8
+        return config
+    return import_module(f"configs.dspark_{model}").get_config()
+
+
+def narrow(module: Any) -> Any:
+    """Matrices in bfloat16, as checkpoints have them."""
+    return jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.ndim > 1 else x, module)
+
+
+def models(config: Config) -> tuple[Any, Any]:
+    """Target (bfloat16) and drafter (float32 parameters) with random weights."""
+    arch = config.target.architecture
+    target = jax.jit(lambda: narrow(Qwen3(arch, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)))()
+    drafter = jax.jit(lambda: make_drafter(arch, config.drafter, rngs=nnx.Rngs(1), dtype=jnp.bfloat16))()
+    return target, drafter
+
+
+def size_of(tree: Any) -> int:
+    """Bytes of all arrays."""
+    return sum(x.nbytes for x in jax.tree.leaves(tree))
+
+
+def row(name: str, seconds: float, floor: float, **more: Any) -> dict[str, Any]:
+    """Prints a line and returns it."""
+    extra = "".join(f", {key} {value}" for key, value in more.items())
+    if name in REFERENCE:
+        extra += f", reference on an H100 {1e3 * REFERENCE[name]:.1f} ms"
+    print(
+        f"{name:44} {1e3 * seconds:9.3f} ms, floor {1e3 * floor:8.3f}, ratio {seconds / floor:5.2f}{extra}", flush=True
+    )
+    return {"name": name, "seconds": seconds, "floor": floor, **more}
+
+
+def profile(run: Callable[[], Any], top: int = 16) -> None:
+    """Prints the kernels of one call by their share."""
+    folder = tempfile.mkdtemp()
+    jax.block_until_ready(run())
+    with jax.profiler.trace(folder):
+        jax.block_until_ready(run())
+    files = glob.glob(folder + "/**/*.trace.json.gz", recursive=True)
+    if not files:
+        return
+    with gzip.open(files[0]) as file:
+        events = json.load(file)["traceEvents"]
+    processes = {e["pid"]: e["args"]["name"] for e in events if e.get("name") == "process_name"}
+    threads = {(e["pid"], e["tid"]): e["args"]["name"] for e in events if e.get("name") == "thread_name"}
+    total, count = collections.Counter(), collections.Counter()
+    for event in events:
+        where = (event.get("pid"), event.get("tid"))
+        if event.get("ph") == "X" and "GPU" in processes.get(where[0], "") and "Stream" in threads.get(where, ""):
+            total[event["name"]] += event["dur"]
+            count[event["name"]] += 1
+    busy = sum(total.values())
+    print(f"    kernels {sum(count.values())}, busy {busy / 1e3:.3f} ms")
+    for name, microseconds in total.most_common(top):
+        print(f"    {microseconds / 1e3:9.4f} ms x{count[name]:5}  {100 * microseconds / busy:5.1f} %  {name[:100]}")
+
+
+def decoding(config: Config, rates: Rates, quick: bool, show: bool) -> list[dict[str, Any]]:
+    """Plain steps and drafted rounds, greedy, every request at 1024 tokens."""
+    arch, context = config.target.architecture, 32 if quick else 1024
+    target, drafter = for_decoding(*models(config), batch_size=1, consume=True)
+    embedding = 0 if arch.tie_word_embeddings else arch.vocab_size * arch.hidden_size * 2
+    weights, drafts = size_of(target) - embedding, size_of(drafter) - size_of(drafter.markov.w1)
+    head = arch.vocab_size * arch.hidden_size * 2
+    heads = config.drafter.block_size * size_of(drafter.markov.w2) - size_of(drafter.markov.w2)
+    found = []
+    for batch in (1, 32):
+        cache = 2 * arch.num_key_value_heads * arch.head_dim * context * batch * 2
+        plain = rates.floor(weights + arch.num_hidden_layers * cache)
+        moved = weights + drafts + head + heads + (arch.num_hidden_layers + config.drafter.num_layers) * cache
+        rows = batch * (config.drafter.block_size + 1)
+        operations = 2 * rows * (weights + drafts + head) / 2
+        for name, helper, tokens, floor in (
+            (f"plain step, batch {batch}", None, 0, plain),
+            (f"drafted round, batch {batch}", drafter, rows, rates.floor(moved, operations)),
+        ):
+            shape = RoundShape(batch, context, tokens)
+            start = time.perf_counter()
+            seconds = round_seconds(target, helper, shape, rounds=16)
+            found.append(row(name, seconds, floor, compiled=f"{time.perf_counter() - start:.0f} s"))
+            if show:
+                run = rounds_of(target, helper, shape)
+                profile(lambda run=run: run(2))
+    stats = jax.devices()[0].memory_stats() or {}
+    peak, both = stats.get("peak_bytes_in_use", 0) / 2**30, (size_of(target) + size_of(drafter)) / 2**30
+    print(f"    memory in use at most {peak:.1f} GiB, of which models {both:.1f}")
+    return found
+
+
+def training(config: Config, rates: Rates, show: bool) -> list[dict[str, Any]]:
+    """One sequence of 4096 tokens, 512 anchors; and four, with the target in the step."""
+    from tests.benchmarks.train_step import floor_flops
+
+    config = dataclasses.replace(
+        config,
+        target=dataclasses.replace(config.target, dtype="bfloat16"),
+        drafter=dataclasses.replace(config.drafter, dtype="bfloat16"),
+        mesh=MeshConfig(1, 1, 1),
+    )
+    found = []
+    for name, batch, online in (
+        ("train step, features given", 1, False),
+        ("train step, online target", 1, True),
+        ("train step, online target, 4 sequences", 4, True),
+    ):
+        train = dataclasses.replace(config.train, steps=1000, batch_size=batch, accumulate=1)
+        case = dataclasses.replace(config, train=train)
+        seconds, memory, compiled, run = train_step(case, online)
+        floor = rates.floor(0, sum(floor_flops(case, online).values()))
+        tokens = batch * case.data.max_length / seconds
+        more = {"tokens_per_second": int(tokens), "memory": memory, "compiled": f"{compiled:.0f} s"}
+        found.append(row(name, seconds, floor, **more))
+        if show:
+            profile(run, top=24)
+        del run
+    return found
+
+
+def train_step(config: Config, online: bool) -> tuple[float, str, float, Callable[[], Any]]:
+    """(seconds, memory, seconds of compiling, a step to profile)."""
+    arch, batch, length = config.target.architecture, config.train.batch_size, config.data.max_length
+    mesh, rng = make_mesh(config.mesh, jax.devices()[:1]), np.random.default_rng(0)
+    given = {
+        "tokens": rng.integers(0, arch.vocab_size, (batch, length), np.int32),
+        "loss_mask": np.broadcast_to(np.arange(length) >= length // 20, (batch, length)).astype(np.uint8),
+        "lengths": np.full((batch,), length, np.int32),
+        "sample_id": np.arange(batch, dtype=np.int32),
+    }
+    if not online:
+        import ml_dtypes
+
+        wide = arch.hidden_size * len(config.drafter.target_layer_ids)
+        for name, width in (("features", wide), ("last_hidden", arch.hidden_size)):
+            given[name] = rng.standard_normal((batch, length, width), np.float32).astype(ml_dtypes.bfloat16)
+    with jax.set_mesh(mesh):
+        target = jax.jit(lambda: narrow(Qwen3(arch, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)))()
+        optimizer = make_optimizer(config.optim, 1000)
+        state, frozen = init_state(config, optimizer, mesh), to_params(target)
+        placed = place_batch(given, 1, mesh)
+        start = time.perf_counter()
+        lowered = make_train_step(config, abstract_drafter(config), target, optimizer, mesh).lower(
+            state, frozen, placed
+        )
+        step = lowered.compile()
+        compiled, analysis, times = time.perf_counter() - start, step.memory_analysis(), []
+        holder = [state]
+        del state
+
+        def run() -> Any:
+            holder[0], metrics = step(holder[0], frozen, placed)
+            return metrics
+
+        for _ in range(8):
+            start = time.perf_counter()
+            jax.block_until_ready((run(), holder[0]))
+            times.append(time.perf_counter() - start)
+    memory = f"{analysis.argument_size_in_bytes / 2**30:.1f} + {analysis.temp_size_in_bytes / 2**30:.1f} GiB"
+    return statistics.median(times[2:]), memory, compiled, run
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="qwen3_4b", help="qwen3_4b, qwen3_8b or qwen3_14b")
+    parser.add_argument("--parts", default="decode,train,ops", help="some of decode, train, ops")
+    parser.add_argument("--profile", action="store_true", help="the kernels that take the time")
+    parser.add_argument("--quick", action="store_true", help="a tiny model")
+    parser.add_argument("--json", help="file for the figures")
+    options = parser.parse_args()
+    device = jax.devices()[0]
+    rates = Rates.measured(options.quick)
+    print(
+        f"{device.device_kind}, jax {jax.__version__}: copy {rates.bytes / 1e12:.2f} TB/s, "
+        f"product {rates.flops / 1e12:.0f} TFLOP/s",
+        flush=True,
+    )
+    config, found = released("quick" if options.quick else options.model), []
+    parts = options.parts.split(",")
+    if "ops" in parts:
+        from tests.benchmarks.operations import operations
+
+        found += operations(rates, row, best, options.quick)
+    if "decode" in parts:
+        found += decoding(config, rates, options.quick, options.profile)
+    if "train" in parts:
+        found += training(config, rates, options.profile)
+    if options.json:
+        about = {"device": device.device_kind, "jax": jax.__version__, **dataclasses.asdict(rates)}
+        Path(options.json).write_text(json.dumps({**about, "model": options.model, "figures": found}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

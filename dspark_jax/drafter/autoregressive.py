@@ -232,5 +232,6 @@ class Autoregressive(nnx.Module):
             logits = target.unembed(rms_norm(hidden, self.norm[...], self.arch.rms_norm_eps)[:, 0])
             return logits, (hidden, keys, values)
 
-        tokens, logits = sample_chain(step, (cache.newest[:, None], [], []), anchors, uniforms.T, sampling)
+        draws = uniforms.swapaxes(0, 1)
+        tokens, logits = sample_chain(step, (cache.newest[:, None], [], []), anchors, draws, sampling)
         return Proposal(tokens.T, logits.swapaxes(0, 1), None)

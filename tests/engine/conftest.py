@@ -37,7 +37,14 @@ class BigramTarget(nnx.Module):
         return jnp.zeros((batch, 0))
 
     def forward(
-        self, tokens: jax.Array, positions: Any, cache: Any, *, taps: Any = (), counts: Any = None, unroll: Any = 0
+        self,
+        tokens: jax.Array,
+        positions: Any,
+        cache: Any = None,
+        *,
+        taps: Any = (),
+        counts: Any = None,
+        unroll: Any = 0,
     ) -> Any:
         return TargetOutput(jnp.zeros((*tokens.shape, 0)), jax.nn.one_hot(tokens, self.arch.vocab_size), cache)
 
@@ -57,7 +64,8 @@ class BigramDrafter(nnx.Module):
         self.table = Param(table)
         self.block_size = block_size
         self.taps = taps
-        self.confidence = None if confidence is None else Param(confidence)  # [V] logits by the token before the draft
+        # Logits by the token before the draft, [V] or, by position too, [G, V].
+        self.confidence = None if confidence is None else Param(confidence)
 
     def init_cache(self, batch: int, length: int) -> tuple[jax.Array, jax.Array]:
         return jnp.full((batch, length, WIDTH * len(self.taps)), jnp.nan), jnp.full((batch, length), -1)
@@ -81,7 +89,8 @@ class BigramDrafter(nnx.Module):
             previous.append(tokens[-1])
         confidence = None
         if self.confidence is not None:
-            confidence = self.confidence[...][jnp.stack(previous[:-1], axis=1)]
+            table = jnp.broadcast_to(self.confidence[...], (self.block_size, logits[0].shape[-1]))
+            confidence = table[jnp.arange(self.block_size), jnp.stack(previous[:-1], axis=1)]
         return Proposal(jnp.stack(tokens, axis=1), jnp.stack(logits, axis=1), confidence)
 
 

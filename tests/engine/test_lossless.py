@@ -396,7 +396,7 @@ def test_judge_follows_the_enumerated_probabilities(sampling: str) -> None:
     for n, length in [(0, 0), (0, 1), (0, 3), (1, 1), (1, 3), (2, 2), (2, 3), (3, 3)]:
         accepting = jnp.asarray(uniform[:, n] if n < size else below)
         verdict = verdicts(accepting, jnp.full(paths, length))
-        possible = (accept[:, :n] > 0).all(axis=1) & ((n == length) | (accept[:, min(n, size - 1)] < 0.999))
+        possible = (accept[:, :n] > 1e-12).all(axis=1) & ((n == length) | (accept[:, min(n, size - 1)] < 0.999))
         assert (np.asarray(verdict.accepted)[:, possible] == n).all()
         expected = rejected[:, n] if n < length else complete[:, n]
         shares = np.stack([(np.asarray(verdict.next_token) == v).mean(axis=0) for v in range(request.vocab)], axis=1)

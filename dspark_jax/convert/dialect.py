@@ -355,7 +355,7 @@ def _chain_overlaps(
     """`_overlaps` of a drafter that goes by its own greedy drafts: nothing counts behind one that leaves the answer."""
     count, size = positions.shape[0], drafter.block_size
     cache = _context(drafter, features, tokens, positions)
-    uniforms = jnp.zeros((count, size))
+    uniforms = jnp.zeros((count, size, 2), jnp.int32)
     proposal, _ = drafter.propose(target, cache, tokens[positions], positions, uniforms, Sampling.constant(0.0, count))
     rows = positions[:, None] + jnp.arange(size)
     agree = jnp.cumprod(proposal.tokens[:, :-1] == tokens[rows[:, 1:]], axis=1)

@@ -227,6 +227,7 @@ class Autoregressive(nnx.Module):
             return logits, (hidden, rows)
 
         start_of_all = (cache.newest[:, None], cache.rows)
-        tokens, logits, (_, rows) = sample_chain(step, start_of_all, anchors, uniforms.T, sampling)
+        draws = uniforms.swapaxes(0, 1)
+        tokens, logits, (_, rows) = sample_chain(step, start_of_all, anchors, draws, sampling)
         proposal = Proposal(tokens.T, logits.swapaxes(0, 1), None)
         return proposal, dataclasses.replace(cache, rows=rows)

@@ -94,7 +94,7 @@ class DSpark(nnx.Module):
             logits, previous = base, None
         else:
             tokens, logits = self.markov.sample(
-                base.swapaxes(0, 1), hidden.swapaxes(0, 1), anchors, uniforms.T, sampling
+                base.swapaxes(0, 1), hidden.swapaxes(0, 1), anchors, uniforms.swapaxes(0, 1), sampling
             )
             tokens, logits = tokens.T, logits.swapaxes(0, 1)
             previous = self.markov.embed(jnp.concatenate([anchors[:, None], tokens[:, :-1]], axis=1))

@@ -91,7 +91,7 @@ class Drafter(Protocol):
           cache: holds the features of all positions before the anchors, with room for `block_size` rows more.
           anchors: [B] newest token of each request (not yet seen by the target).
           positions: [B] the anchors' absolute positions.
-          uniforms: [B, G] in [0, 1), one per drafted token.
+          uniforms: [B, G, 2] int32, one per drafted token; see `ops.sampling.words`.
           sampling: applied to every draft position.
 
         Returns:

@@ -69,7 +69,7 @@ class MarkovHead(nnx.Module):
           base_logits: [G, B, V] of the backbone.
           hidden: [G, B, D].
           anchors: [B] tokens before the first draft.
-          uniforms: [G, B].
+          uniforms: [G, B, 2].
           sampling: per request.
 
         Returns:

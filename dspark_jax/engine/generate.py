@@ -48,7 +48,7 @@ def prefill(
       prompt_lengths: [B], at least 1.
       limits: [B] length at which a request ends; at its prompt's length it is finished before it starts.
       keys: [B] request keys, kept in the state.
-      uniform: [B] draws the first token.
+      uniform: [B, 2] draws the first token.
       sampling: temperatures and filters of the requests.
       stop_tokens: [K] ids that end a request.
       capacity: C, at least limits + G: a round that starts below the limit writes G + 1 rows.

@@ -25,12 +25,12 @@ _RANGES = {
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Uniforms:
-    """Everything random about one decoding round, in [0, 1).
+    """Everything random about one decoding round: int32 pairs of 30 bits each, see `ops.sampling.words`.
 
     Attributes:
-      draft: [B, G] draws the drafted tokens.
-      accept: [B, G] accepts or rejects them; all are spent, also those behind a rejection.
-      next: [B] draws the token that follows the accepted ones.
+      draft: [B, G, 2] draws the drafted tokens.
+      accept: [B, G, 2] accepts or rejects them; all are spent, also those behind a rejection.
+      next: [B, 2] draws the token that follows the accepted ones.
     """
 
     draft: jax.Array
@@ -60,7 +60,8 @@ def round_uniforms(keys: jax.Array, positions: jax.Array, block_size: int) -> Un
       block_size: G; 0 leaves only `next`.
     """
     folded = jax.vmap(jax.random.fold_in)(keys, positions)
-    rows = jax.vmap(lambda key: jax.random.uniform(key, (2 * block_size + 1,), jnp.float32))(folded)
+    bits = jax.vmap(lambda key: jax.random.bits(key, (2 * block_size + 1, 2), jnp.uint32))(folded)
+    rows = (bits >> 2).astype(jnp.int32)
     return Uniforms(rows[:, :block_size], rows[:, block_size : 2 * block_size], rows[:, -1])
 
 

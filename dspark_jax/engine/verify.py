@@ -16,10 +16,10 @@ from dspark_jax.drafter.interface import Proposal
 from dspark_jax.engine.sampling import Uniforms
 from dspark_jax.engine.state import DecodeState
 from dspark_jax.ops.cached_attention import Rows
-from dspark_jax.ops.sampling import GREEDY_BELOW, Sampling, allowed, distribution, draw, largest
+from dspark_jax.ops.sampling import Sampling, distribution, draw, is_below, largest, token_probabilities
 from dspark_jax.target.model import Target, TargetOutput
 
-_FLOOR = 1e-8  # smallest draft probability and smallest residual mass that are divided by
+_FLOOR = 1e-8  # smallest residual mass that is divided by
 
 
 @jax.tree_util.register_dataclass
@@ -36,30 +36,12 @@ class Verdict:
     next_token: jax.Array
 
 
-def token_probabilities(logits: jax.Array, tokens: jax.Array, sampling: Sampling) -> jax.Array:
-    """`distribution(logits, sampling)[tokens]` without the array of all probabilities.
-
-    Args:
-      logits: [B, T, V].
-      tokens: [B, T].
-      sampling: of the B requests.
-
-    Returns:
-      [B, T] float32; 0 for a token that a filter removes.
-    """
-    logits = allowed(logits, sampling)
-    greedy = (sampling.temperature < GREEDY_BELOW)[:, None]
-    scale = 1.0 / jnp.where(greedy, 1.0, sampling.temperature[:, None])
-    top = jnp.max(logits, axis=-1)
-    total = jnp.sum(jnp.exp((logits - top[..., None]) * scale[..., None]), axis=-1)
-    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
-    soft = jnp.exp((chosen - top) * scale) / total
-    return jnp.where(greedy, (largest(logits) == tokens).astype(jnp.float32), soft)
-
-
 def acceptance_probabilities(draft: jax.Array, target: jax.Array) -> jax.Array:
-    """min(1, q(x) / p(x)) of the drafted tokens, from their probabilities under drafter and target, of any shape."""
-    return jnp.minimum(1.0, target / jnp.maximum(draft, _FLOOR))
+    """min(1, q(x) / p(x)) of the drafted tokens, from their probabilities under drafter and target, of any shape.
+
+    No floor but float32's own: of a large vocabulary much mass is in tokens of less than 1e-8 each.
+    """
+    return jnp.minimum(1.0, target / jnp.maximum(draft, jnp.finfo(jnp.float32).tiny))
 
 
 def residual(target: jax.Array, draft: jax.Array) -> jax.Array:
@@ -109,7 +91,7 @@ def judge(
         return _judge_greedy(largest(target_logits), proposal, lengths)
     draft = token_probabilities(proposal.logits, proposal.tokens, sampling)
     target = token_probabilities(target_logits[:, : proposal.tokens.shape[1]], proposal.tokens, sampling)
-    agree = uniforms.accept < acceptance_probabilities(draft, target)
+    agree = is_below(uniforms.accept, acceptance_probabilities(draft, target))
     accepted = _prefix(agree, lengths)
     weights = next_distribution(target_logits, proposal.logits, accepted, lengths, sampling)
     return Verdict(accepted, draw(weights, uniforms.next))

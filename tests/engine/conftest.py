@@ -36,7 +36,9 @@ class BigramTarget(nnx.Module):
     def init_cache(self, batch: int, length: int, block: int = 1) -> jax.Array:
         return jnp.zeros((batch, 0))
 
-    def forward(self, tokens: jax.Array, positions: Any, cache: Any, *, taps: Any = (), counts: Any = None) -> Any:
+    def forward(
+        self, tokens: jax.Array, positions: Any, cache: Any = None, *, taps: Any = (), counts: Any = None
+    ) -> Any:
         return TargetOutput(jnp.zeros((*tokens.shape, 0)), jax.nn.one_hot(tokens, self.arch.vocab_size), cache)
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
@@ -55,7 +57,8 @@ class BigramDrafter(nnx.Module):
         self.table = Param(table)
         self.block_size = block_size
         self.taps = taps
-        self.confidence = None if confidence is None else Param(confidence)  # [V] logits by the token before the draft
+        # Logits by the token before the draft, [V] or, by position too, [G, V].
+        self.confidence = None if confidence is None else Param(confidence)
 
     def init_cache(self, batch: int, length: int) -> tuple[jax.Array, jax.Array]:
         return jnp.full((batch, length, WIDTH * len(self.taps)), jnp.nan), jnp.full((batch, length), -1)
@@ -79,7 +82,8 @@ class BigramDrafter(nnx.Module):
             previous.append(tokens[-1])
         confidence = None
         if self.confidence is not None:
-            confidence = self.confidence[...][jnp.stack(previous[:-1], axis=1)]
+            table = jnp.broadcast_to(self.confidence[...], (self.block_size, logits[0].shape[-1]))
+            confidence = table[jnp.arange(self.block_size), jnp.stack(previous[:-1], axis=1)]
         return Proposal(jnp.stack(tokens, axis=1), jnp.stack(logits, axis=1), confidence), cache
 
 

@@ -16,7 +16,7 @@ from dspark_jax.drafter.interface import is_confident
 from dspark_jax.engine import Uniforms, decode_round, generate, prefill
 from dspark_jax.engine.draft import draft
 from dspark_jax.engine.schedule import Scheduler
-from dspark_jax.ops.sampling import Sampling
+from dspark_jax.ops.sampling import Sampling, words
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target.loading import load_target
 
@@ -66,11 +66,10 @@ def within_budget(run: dict[str, Any]) -> int:
 def uniforms_of(run: dict[str, Any], index: int, block_size: int) -> Uniforms:
     """The recorded uniforms of a round; halves where the run is greedy and none were drawn."""
     if "uniforms" not in run:
-        half = np.full((1, block_size), 0.5, np.float32)
-        return Uniforms(half, half, half[:, 0])  # type: ignore[arg-type]
+        half = words(jnp.full((1, block_size), 0.5))
+        return Uniforms(half, half, half[:, 0])
     drawn = run["uniforms"]["rounds"][index]
-    rows = [np.asarray([drawn[name]], np.float32) for name in ("u_draft", "u_accept")]
-    return Uniforms(*rows, np.asarray([drawn["u_next"]], np.float32))  # type: ignore[arg-type]
+    return Uniforms(*(words(jnp.asarray([drawn[name]], jnp.float32)) for name in ("u_draft", "u_accept", "u_next")))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -83,7 +82,7 @@ def test_every_trace_round_by_round(golden: Path, case: str) -> None:
         prompt = jnp.asarray([run["prompt_ids"] + [7] * (24 - size)], jnp.int32)
         sampling = Sampling.constant(run["temperature"], 1)
         stops = jnp.asarray((run["stop_token_ids"] or []) + [-1, -1], jnp.int32)[:2]
-        first = jnp.asarray(run["uniforms"]["u_init"] if "uniforms" in run else 0.5, jnp.float32).reshape(1)
+        first = words(jnp.asarray([run["uniforms"]["u_init"] if "uniforms" in run else 0.5], jnp.float32))
         length = jnp.full(1, size)
         keys = jax.random.split(jax.random.key(0), 1)
         state = jitted_prefill(

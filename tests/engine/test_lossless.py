@@ -22,8 +22,8 @@ from dspark_jax.engine.estimator import EstimateSettings
 from dspark_jax.engine.rules import lagged, survival
 from dspark_jax.engine.sampling import Uniforms
 from dspark_jax.engine.schedule import History, Scheduler, drafts_now, schedule
-from dspark_jax.engine.verify import acceptance_probabilities, judge, next_distribution, token_probabilities
-from dspark_jax.ops.sampling import Sampling, distribution
+from dspark_jax.engine.verify import acceptance_probabilities, judge, next_distribution
+from dspark_jax.ops.sampling import Sampling, distribution, token_probabilities, words
 
 TOLERANCE = 1e-6  # of the total variation; float32 rounding gives about 2e-7
 Lengths = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (tokens, confidence) [N, 2, G] -> lengths [N, 2]
@@ -387,7 +387,7 @@ def test_judge_follows_the_enumerated_probabilities(sampling: str) -> None:
     @functools.partial(jax.jit, static_argnames="greedy")
     def verdicts(accepting: jax.Array, lengths: jax.Array, greedy: bool = False) -> Any:
         def one(u: jax.Array) -> Any:
-            drawn = Uniforms(accepting, accepting, jnp.full(paths, u))
+            drawn = Uniforms(words(accepting), words(accepting), words(jnp.full(paths, u)))
             chosen = Sampling(setting.temperature, greedy=True) if greedy else setting
             return judge(jnp.asarray(request.target), proposal, lengths, drawn, chosen)
 
@@ -396,7 +396,7 @@ def test_judge_follows_the_enumerated_probabilities(sampling: str) -> None:
     for n, length in [(0, 0), (0, 1), (0, 3), (1, 1), (1, 3), (2, 2), (2, 3), (3, 3)]:
         accepting = jnp.asarray(uniform[:, n] if n < size else below)
         verdict = verdicts(accepting, jnp.full(paths, length))
-        possible = (accept[:, :n] > 0).all(axis=1) & ((n == length) | (accept[:, min(n, size - 1)] < 0.999))
+        possible = (accept[:, :n] > 1e-12).all(axis=1) & ((n == length) | (accept[:, min(n, size - 1)] < 0.999))
         assert (np.asarray(verdict.accepted)[:, possible] == n).all()
         expected = rejected[:, n] if n < length else complete[:, n]
         shares = np.stack([(np.asarray(verdict.next_token) == v).mean(axis=0) for v in range(request.vocab)], axis=1)

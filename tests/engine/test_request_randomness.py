@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dspark_jax.engine.sampling import request_keys, round_uniforms
+from dspark_jax.ops.sampling import UNIT
 
 
 def test_draws_depend_on_key_and_position_alone() -> None:
@@ -22,8 +23,11 @@ def test_no_two_draws_are_the_same() -> None:
     for seed in (0, 1):
         for position in (5, 6):
             uniforms = round_uniforms(request_keys(seed, jnp.arange(8)), jnp.full(8, position), 3)
-            assert uniforms.draft.shape == uniforms.accept.shape == (8, 3) and uniforms.next.shape == (8,)
-            drawn += [np.ravel(leaf) for leaf in jax.tree.leaves(uniforms)]
+            assert uniforms.draft.shape == uniforms.accept.shape == (8, 3, 2) and uniforms.next.shape == (8, 2)
+            drawn += [np.reshape(leaf, (-1, 2)) for leaf in jax.tree.leaves(uniforms)]
     values = np.concatenate(drawn)
-    assert len(np.unique(values)) == len(values) == 2 * 2 * 8 * 7
-    assert values.min() >= 0 and values.max() < 1 and 0.4 < values.mean() < 0.6
+    assert values.dtype == np.int32 and len(np.unique(values)) == values.size == 2 * 2 * 2 * 8 * 7
+    assert values.min() >= 0 and values.max() < UNIT
+    for word in range(2):  # every one of the 30 bits is a coin
+        ones = (values[:, word, None] >> np.arange(30) & 1).mean(axis=0)
+        assert ((ones > 0.3) & (ones < 0.7)).all()

@@ -22,10 +22,9 @@ from dspark_jax.engine.verify import (
     judge,
     next_distribution,
     residual,
-    token_probabilities,
     verify,
 )
-from dspark_jax.ops.sampling import Sampling, draw, probabilities
+from dspark_jax.ops.sampling import Sampling, draw, probabilities, token_probabilities, words
 
 FLOAT32 = 2e-6  # a few roundings of numbers up to 1
 
@@ -61,7 +60,9 @@ def test_golden_verify(golden: Path, static_greedy: bool) -> None:
     tokens = np.maximum(io["tokens"][rows], 0).astype(np.int32)
     proposal = Proposal(jnp.asarray(tokens), jnp.asarray(io["draft_logits"][rows]), None)
     lengths = jnp.asarray([trial["draft_token_count"] for trial in trials])
-    uniforms = Uniforms(jnp.zeros(tokens.shape), jnp.abs(io["u_accept"][rows]), jnp.full(len(rows), 0.4))
+    uniforms = Uniforms(
+        words(jnp.zeros(tokens.shape)), words(jnp.abs(io["u_accept"][rows])), words(jnp.full(len(rows), 0.4))
+    )
     temperature = jnp.asarray([trial["temperature"] for trial in trials], jnp.float32)
     sampling = Sampling(temperature, greedy=static_greedy)
     target_logits = jnp.asarray(io["target_logits"][rows])
@@ -80,7 +81,8 @@ def test_golden_verify(golden: Path, static_greedy: bool) -> None:
             assert ended[0] and int(entry.emitted[0]) == trial["accepted_draft_tokens"], trial
             continue
         np.testing.assert_allclose(following[row], io["next_dist"][trial["i"]], atol=FLOAT32, err_msg=str(trial))
-        assert int(verdict.next_token[row]) == int(draw(jnp.asarray(io["next_dist"][trial["i"]]), jnp.float32(0.4)))
+        drawn = draw(jnp.asarray(io["next_dist"][trial["i"]]), words(jnp.float32(0.4)))
+        assert int(verdict.next_token[row]) == int(drawn)
         assert int(entry.emitted[0]) == trial["accepted_draft_tokens"] + 1, trial
 
 
@@ -96,9 +98,9 @@ def one_round(target: Any, drafter: Any, anchors: jax.Array, sampling: Sampling,
     batch, size = len(anchors), drafter.block_size
     draft, accept, following = jax.random.split(key, 3)
     uniforms = Uniforms(
-        jax.random.uniform(draft, (batch, size)),
-        jax.random.uniform(accept, (batch, size)),
-        jax.random.uniform(following, (batch,)),
+        words(jax.random.uniform(draft, (batch, size))),
+        words(jax.random.uniform(accept, (batch, size))),
+        words(jax.random.uniform(following, (batch,))),
     )
     ones, none = jnp.ones(batch, jnp.int32), jnp.zeros(batch, bool)
     state = DecodeState(anchors[:, None], ones, ones, ones, none, none, ones, ones, target.init_cache(batch, 1), None)
@@ -164,7 +166,8 @@ def test_accepting_needs_a_smaller_uniform_and_the_prefix() -> None:
     proposal = Proposal(jnp.asarray([[0, 1]]), jnp.log(jnp.asarray([[[0.5, 0.5], [0.5, 0.5]]])), None)
     sampling = Sampling.constant(1.0, 1)
     for first, expected in ((0.49, 2), (0.51, 0)):
-        uniforms = Uniforms(jnp.zeros((1, 2)), jnp.asarray([[first, 0.0]]), jnp.asarray([0.9]))
+        drawn = (jnp.zeros((1, 2)), jnp.asarray([[first, 0.0]]), jnp.asarray([0.9]))
+        uniforms = Uniforms(*map(words, drawn))
         verdict = judge(target_logits, proposal, jnp.asarray([2]), uniforms, sampling)
         assert int(verdict.accepted[0]) == expected
     assert not bool(jnp.float32(1.0) < acceptance_probabilities(jnp.float32(0.5), jnp.float32(0.5)))

@@ -15,9 +15,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from dspark_jax.engine.verify import token_probabilities
 from dspark_jax.ops import sampling as sampling_module
-from dspark_jax.ops.sampling import Sampling, allowed, draw, probabilities, sample
+from dspark_jax.ops.sampling import Sampling, allowed, draw, probabilities, sample, token_probabilities, words
 
 distribution = jax.jit(sampling_module.distribution)
 
@@ -98,7 +97,7 @@ def test_requests_of_one_batch_do_not_see_each_other() -> None:
 
 def test_tokens_are_drawn_from_the_filtered_distribution() -> None:
     logits = jax.random.normal(jax.random.key(2), (400, 3, 90))
-    uniforms = jax.random.uniform(jax.random.key(3), (400, 3))
+    uniforms = words(jax.random.uniform(jax.random.key(3), (400, 3)))
     sampling = Sampling(jnp.full(400, 0.8), top_p=jnp.full(400, 0.5))
     tokens = jax.jit(jax.vmap(sample, in_axes=(1, None, 1), out_axes=1))(logits, sampling, uniforms)
     weights = distribution(logits, sampling)
@@ -111,7 +110,7 @@ def test_without_filters_nothing_is_computed_for_them() -> None:
     logits = jnp.zeros((2, 64))
 
     def operations(sampling: Sampling) -> set[str]:
-        traced = jax.make_jaxpr(lambda x, s: sample(x, s, jnp.zeros(2)))(logits, sampling)
+        traced = jax.make_jaxpr(lambda x, s: sample(x, s, jnp.zeros((2, 2), jnp.int32)))(logits, sampling)
         return set(re.findall(r"= ([a-z_]+)", str(traced)))
 
     costly, filters = {"while", "sort", "top_k"}, {"top_p": jnp.ones(2)}

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dspark_jax.ops.markov_sample import markov_sample
-from dspark_jax.ops.sampling import Sampling, distribution, draw
+from dspark_jax.ops.sampling import Sampling, distribution, draw, words
 
 G, B, V, R = 4, 3, 37, 6
 
@@ -21,7 +21,7 @@ def test_against_a_float64_loop(temperature):
     base, w1, w2, anchors, uniforms = problem()
     f32 = [jnp.asarray(x, jnp.float32) for x in (base, w1, w2)]
     sampling = Sampling.constant(temperature, B)
-    tokens, logits = markov_sample(*f32, jnp.asarray(anchors), jnp.asarray(uniforms, jnp.float32), sampling)
+    tokens, logits = markov_sample(*f32, jnp.asarray(anchors), words(jnp.asarray(uniforms)), sampling)
     for b in range(B):
         previous = anchors[b]
         for k in range(G):
@@ -41,16 +41,17 @@ def test_filters_cut_the_biased_distribution():
     base, w1, w2, anchors, uniforms = (jnp.asarray(x, jnp.float32) for x in problem())
     heat = jnp.asarray([0.7, 1.0, 0.0])
     sampling = Sampling(heat, jnp.asarray([3, 0, 0]), jnp.asarray([1.0, 0.6, 1.0]), jnp.asarray([0.0, 0.1, 0.5]))
-    tokens, logits = jax.jit(markov_sample)(base, w1, w2, anchors.astype(int), uniforms, sampling)
+    tokens, logits = jax.jit(markov_sample)(base, w1, w2, anchors.astype(int), words(uniforms), sampling)
     for k, weights in enumerate(jax.jit(jax.vmap(distribution, (0, None)))(logits, sampling)):
         assert 1 <= (weights[0] > 0).sum() <= 3 and (weights[1] > 0).sum() < V and (weights[2] > 0).sum() == 1
-        assert tokens[k].tolist() == draw(weights, uniforms[k]).tolist()
+        assert tokens[k].tolist() == draw(weights, words(uniforms)[k]).tolist()
         previous = anchors.astype(int) if k == 0 else tokens[k - 1]
         np.testing.assert_allclose(logits[k], base[k] + w1[previous] @ w2.T, atol=1e-5)
 
 
 def test_rows_stored_in_lanes_give_the_same():
     base, w1, w2, anchors, uniforms = (jnp.asarray(x) for x in problem(rank=256))
+    uniforms = words(uniforms)
     flat = markov_sample(base, w1, w2, anchors, uniforms, Sampling.constant(1.0, B))
     lanes = markov_sample(base, w1.reshape(V, 2, 128), w2, anchors, uniforms, Sampling.constant(1.0, B))
     for ours, theirs in zip(lanes, flat, strict=True):
@@ -59,6 +60,9 @@ def test_rows_stored_in_lanes_give_the_same():
 
 def test_bad_shapes_and_names_are_refused():
     base, w1, w2, anchors, uniforms = (jnp.asarray(x) for x in problem())
+    with pytest.raises(ValueError, match=r"uniforms has shape \(4, 3\), expected \(4, 3, 2\)"):
+        markov_sample(base, w1, w2, anchors, uniforms, Sampling.constant(1.0, B))
+    uniforms = words(uniforms)
     with pytest.raises(ValueError, match=r"w1 has shape \(36, 6\), expected \(37, 6\)"):
         markov_sample(base, w1[1:], w2, anchors, uniforms, Sampling.constant(1.0, B))
     with pytest.raises(ValueError, match=r"'cuda' is not one of"):

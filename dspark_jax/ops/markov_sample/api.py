@@ -27,7 +27,7 @@ def markov_sample(
       w1: [V, R] or [V, R/128, 128] rows of the previous tokens.
       w2: [V, R].
       anchors: [B] tokens x_0.
-      uniforms: [G, B] in [0, 1), one per draw.
+      uniforms: [G, B, 2] int32, one per draw; see `ops.sampling.words`.
       sampling: temperature and filters per request.
       implementation: None (the best one here), 'xla' (the definition, in plain jnp) or 'pallas_gpu' (no filters).
 
@@ -39,7 +39,7 @@ def markov_sample(
     """
     g, b, v = base_logits.shape
     rank = w2.shape[-1]
-    expected = {"w1": (v, rank), "w2": (v, rank), "anchors": (b,), "uniforms": (g, b)}
+    expected = {"w1": (v, rank), "w2": (v, rank), "anchors": (b,), "uniforms": (g, b, 2)}
     for name, array in {"w1": w1, "w2": w2, "anchors": anchors, "uniforms": uniforms}.items():
         if array.shape != expected[name] and not (name == "w1" and array.shape == (v, rank // 128, 128)):
             raise ValueError(f"{name} has shape {array.shape}, expected {expected[name]}")

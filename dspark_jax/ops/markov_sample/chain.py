@@ -23,7 +23,7 @@ def sample_chain(
       step: logits of the next token; carries what it likes from draft to draft.
       state: what the first call gets.
       anchors: [B] tokens before the first draft.
-      uniforms: [G, B] in [0, 1), one per draw.
+      uniforms: [G, B, 2] int32, one per draw; see `ops.sampling.words`.
       sampling: temperature and filters per request.
 
     Returns:

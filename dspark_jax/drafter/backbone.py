@@ -11,7 +11,7 @@ from dspark_jax.ops.block_attention import block_attention
 from dspark_jax.ops.cached_attention import Rows, cached_attention
 from dspark_jax.sharding import constrain
 from dspark_jax.target.cache import KVCache
-from dspark_jax.target.layers import Attention, Layer, dense, layer_at, normal, ones, rms_norm, run_layers
+from dspark_jax.target.layers import Attention, Layer, dense, layer_at, narrow, normal, ones, rms_norm, run_layers
 
 
 class Backbone(nnx.Module):
@@ -30,11 +30,12 @@ class Backbone(nnx.Module):
         self.fc = normal(rngs, (), (width, d), ("features", "embed"), scale)
         self.hidden_norm = ones((), d)
         self.layers = Layer(arch, stack=(config.num_layers,), scale=scale, rngs=rngs)
+        self.layers.attention.reads_context = True
         self.norm = ones((), d)
 
     def fuse_weights(self, dtype: Any) -> None:
         """See `target.decode_weights`."""
-        self.fc[...] = self.fc[...].astype(dtype)
+        narrow(self.fc, dtype)
 
     def context(self, features: jax.Array) -> jax.Array:
         """Target features [B, S, M*D] -> context states [B, S, D]."""

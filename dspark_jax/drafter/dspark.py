@@ -88,15 +88,14 @@ class DSpark(nnx.Module):
         """Drafts G tokens after each anchor; see `drafter.interface.Drafter`."""
         embedded = target.embed(block_tokens(anchors, self.mask_token, self.block_size)).astype(self.dtype)
         hidden, cache = self.backbone.decode(embedded, cache, positions)
-        base = target.unembed(hidden)
+        positions_first, draws = hidden.swapaxes(0, 1), uniforms.swapaxes(0, 1)
+        base = target.unembed(positions_first)  # [G, B, V]
         if self.markov is None:
-            tokens = jax.vmap(sample, in_axes=(1, None, 1), out_axes=1)(base, sampling, uniforms)
-            logits, previous = base, None
+            tokens, logits = jax.vmap(sample, in_axes=(0, None, 0))(base, sampling, draws), base
         else:
-            tokens, logits = self.markov.sample(
-                base.swapaxes(0, 1), hidden.swapaxes(0, 1), anchors, uniforms.swapaxes(0, 1), sampling
-            )
-            tokens, logits = tokens.T, logits.swapaxes(0, 1)
+            tokens, logits = self.markov.sample(base, positions_first, anchors, draws, sampling)
+        tokens, logits, previous = tokens.T, logits.swapaxes(0, 1), None
+        if self.markov is not None:
             previous = self.markov.embed(jnp.concatenate([anchors[:, None], tokens[:, :-1]], axis=1))
         confidence = None if self.confidence is None else self.confidence(hidden, previous)
         return Proposal(tokens, logits, confidence), cache

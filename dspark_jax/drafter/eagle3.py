@@ -8,7 +8,7 @@ from flax import nnx
 
 from dspark_jax.config import DrafterConfig, TargetArchitecture
 from dspark_jax.drafter.autoregressive import Autoregressive
-from dspark_jax.target.layers import Attention, Layer, dense, normal, ones, rms_norm
+from dspark_jax.target.layers import Attention, Layer, dense, narrow, normal, ones, rms_norm
 
 
 class WideAttention(Attention):
@@ -43,10 +43,11 @@ class Eagle3(Autoregressive):
         d, scale = arch.hidden_size, config.initializer_range
         self.fc = normal(rngs, (), (len(config.target_layer_ids) * d, d), ("features", "embed"), scale)
         self.layers = Eagle3Layer(arch, stack=(1,), scale=scale, rngs=rngs)
+        self.layers.attention.reads_context = True
 
     def fuse_weights(self, dtype: Any) -> None:
         """See `target.decode_weights`."""
-        self.fc[...] = self.fc[...].astype(dtype)
+        narrow(self.fc, dtype)
 
     def fuse(self, features: jax.Array) -> jax.Array:
         """See `Autoregressive.fuse`; a linear map without norm or bias."""

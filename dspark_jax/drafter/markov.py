@@ -14,7 +14,7 @@ from flax import nnx
 from dspark_jax.ops.markov_sample import markov_sample, sample_chain
 from dspark_jax.ops.sampling import Sampling
 from dspark_jax.sharding import Param
-from dspark_jax.target.layers import normal
+from dspark_jax.target.layers import narrow, normal
 
 _LANES = 128
 
@@ -36,7 +36,8 @@ class MarkovHead(nnx.Module):
 
     def fuse_weights(self, dtype: Any) -> None:
         """See `target.decode_weights`: W2 is read anew for every draft."""
-        self.w1[...], self.w2[...] = self.w1[...].astype(dtype), self.w2[...].astype(dtype)
+        narrow(self.w1, dtype)
+        narrow(self.w2, dtype)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """Previous tokens [...] -> W1 rows [..., R] in the weights' type."""

@@ -13,7 +13,7 @@ from flax import nnx
 
 from dspark_jax.config import DrafterConfig, TargetArchitecture
 from dspark_jax.drafter.autoregressive import Autoregressive
-from dspark_jax.target.layers import Layer, dense, normal, ones, rms_norm
+from dspark_jax.target.layers import Layer, dense, narrow, normal, ones, rms_norm
 
 
 class MTP(Autoregressive):
@@ -27,10 +27,11 @@ class MTP(Autoregressive):
         self.embedding_norm = ones((), d)
         self.projection = normal(rngs, (), (2 * d, d), ("features", "embed"), scale)
         self.layers = Layer(arch, stack=(1,), scale=scale, rngs=rngs)
+        self.layers.attention.reads_context = True
 
     def fuse_weights(self, dtype: Any) -> None:
         """See `target.decode_weights`."""
-        self.projection[...] = self.projection[...].astype(dtype)
+        narrow(self.projection, dtype)
 
     def fuse(self, features: jax.Array) -> jax.Array:
         """See `Autoregressive.fuse`: the hidden state as it is."""

@@ -15,7 +15,10 @@ from dspark_jax.ops.filtering import kept
 GREEDY_BELOW = 1e-5
 """Temperatures below this mean greedy decoding: a one-hot distribution on the first largest logit."""
 
-UNIT = 1 << 30
+WORD_BITS = 30
+"""Of each of the two words of a uniform."""
+
+UNIT = 1 << WORD_BITS
 """Both words of a uniform are below this."""
 
 
@@ -134,7 +137,7 @@ def draw(weights: jax.Array, uniform: jax.Array) -> jax.Array:
     scale = UNIT / jnp.sum(sums, axis=-1)
     masses = _Fixed.of(sums * scale[..., None])
     whole = _Fixed(jnp.full_like(uniform[..., 0], UNIT), jnp.zeros_like(uniform[..., 0]))
-    block, rest = _position(masses, _Fixed(uniform[..., 0], uniform[..., 1] >> 30 - _BITS), whole)
+    block, rest = _position(masses, _Fixed(uniform[..., 0], uniform[..., 1] >> WORD_BITS - FRACTION_BITS), whole)
     chosen = jnp.take_along_axis(blocks, block[..., None, None], axis=-2)[..., 0, :]
     inside, _ = _position(_Fixed.of(chosen * scale[..., None]), rest, masses.at(block))
     return jnp.minimum(block * blocks.shape[-1] + inside, weights.shape[-1] - 1)
@@ -147,7 +150,8 @@ def _blocks(weights: jax.Array) -> jax.Array:
     return jnp.pad(weights, pad).reshape(*lead, -1, size)
 
 
-_BITS = 20  # of a fraction; the sum of up to 2047 of them fits into an int32
+FRACTION_BITS = 20
+"""Of a fraction; the sum of up to 2047 of them fits into an int32."""
 
 
 class _Fixed(NamedTuple):
@@ -160,11 +164,11 @@ class _Fixed(NamedTuple):
     def of(cls, values: jax.Array) -> "_Fixed":
         """Of float32 values >= 0, rounded up, so that nothing positive becomes zero."""
         whole = jnp.floor(values)
-        return cls(whole.astype(jnp.int32), jnp.ceil((values - whole) * (1 << _BITS)).astype(jnp.int32))
+        return cls(whole.astype(jnp.int32), jnp.ceil((values - whole) * (1 << FRACTION_BITS)).astype(jnp.int32))
 
     def carried(self) -> "_Fixed":
         """The same numbers with 0 <= part < 2^20."""
-        return _Fixed(self.whole + (self.part >> _BITS), self.part & (1 << _BITS) - 1)
+        return _Fixed(self.whole + (self.part >> FRACTION_BITS), self.part & (1 << FRACTION_BITS) - 1)
 
     def at(self, index: jax.Array) -> "_Fixed":
         """Entries [...] at index [...] of [..., N]."""
@@ -172,7 +176,7 @@ class _Fixed(NamedTuple):
 
     def float(self) -> jax.Array:
         """Rounded to float32."""
-        return self.whole.astype(jnp.float32) + self.part.astype(jnp.float32) * 2.0**-_BITS
+        return self.whole.astype(jnp.float32) + self.part.astype(jnp.float32) * 2.0**-FRACTION_BITS
 
 
 def _position(masses: _Fixed, threshold: _Fixed, total: _Fixed) -> tuple[jax.Array, _Fixed]:
@@ -185,7 +189,7 @@ def _position(masses: _Fixed, threshold: _Fixed, total: _Fixed) -> tuple[jax.Arr
     missing = _Fixed(last.whole - total.whole, last.part - total.part).float()
     stretch = threshold.float() * (missing / total.float())
     whole = jnp.floor(stretch)
-    part = ((stretch - whole) * (1 << _BITS)).astype(jnp.int32)
+    part = ((stretch - whole) * (1 << FRACTION_BITS)).astype(jnp.int32)
     threshold = _Fixed(threshold.whole + whole.astype(jnp.int32), threshold.part + part).carried()
 
     limit = _Fixed(*(words[..., None] for words in threshold))

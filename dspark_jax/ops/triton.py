@@ -4,7 +4,7 @@ JAX announces that this backend will be removed one day; docs/kernels.md says wh
 missing the kernels refuse, and the operations go on to their next implementation.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -49,6 +49,7 @@ def call(
     grid: tuple[int, ...],
     warps: int,
     stages: int,
+    aliases: Mapping[int, int] | None = None,
 ) -> Any:
     """`pallas_call` with the Triton backend; interpreted where there is no GPU to run on.
 
@@ -61,6 +62,7 @@ def call(
       grid: at most three axes.
       warps: of 32 threads, of one program.
       stages: loads of so many turns of a loop are under way at once.
+      aliases: inputs whose memory outputs take, by number.
     """
     assert triton is not None
     return pl.pallas_call(
@@ -70,6 +72,7 @@ def call(
         out_specs=out_specs,
         out_shape=out_shape,
         compiler_params=triton.CompilerParams(num_warps=warps, num_stages=stages),
+        input_output_aliases=dict(aliases or {}),
         interpret=platform.current() != "gpu",
     )(*inputs)
 

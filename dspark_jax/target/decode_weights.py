@@ -72,11 +72,6 @@ def _unstacked(layers: Layer, *, consume: bool) -> list[Layer]:
     return [jax.tree.unflatten(structure, [row[index] for row in rows]) for index in range(depth)]
 
 
-def matrix(value: jax.Array, dtype: Any) -> jax.Array:
-    """A matrix in the type that decoding reads."""
-    return value if value.dtype == dtype else value.astype(dtype)
-
-
 def head_columns(head: jax.Array, dtype: Any) -> Param | None:
     """The LM head [V, D] the other way round, [D, V], where products want it so: a CPU does, others read either."""
     return Param(head.T.astype(dtype), axes=(None,) * 2) if platform.current() == "cpu" else None

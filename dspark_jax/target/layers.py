@@ -35,6 +35,12 @@ def ones(stack: tuple[int, ...], size: int, axis: str = "norm") -> Param:
     return Param(jnp.ones((*stack, size), jnp.float32), axes=("layers",) * len(stack) + (axis,))
 
 
+def narrow(weight: Param | None, dtype: Any) -> None:
+    """Holds a matrix as `dtype` from now on. (Setting `weight[...]` would convert it back to the type it had.)"""
+    if weight is not None and weight[...].dtype != dtype:
+        weight.set_value(weight[...].astype(dtype))
+
+
 def dense(x: jax.Array, weight: jax.Array, inputs: int = 1) -> jax.Array:
     """Contracts the last `inputs` axes of x with the first ones of weight, as one 2-D product (CPU's fast path).
 
@@ -116,15 +122,16 @@ class Attention(nnx.Module):
     ):
         self.shape = attention_shape(arch, kind)
         d, n, k, h = arch.hidden_size, self.shape.heads, self.shape.kv_heads, self.shape.width
-        self.query = normal(rngs, stack, (d, n, h), ("embed", "heads", "head_width"), scale)
-        self.key = normal(rngs, stack, (d, k, h), ("embed", "kv_heads", "head_width"), scale)
+        self.query: Any = normal(rngs, stack, (d, n, h), ("embed", "heads", "head_width"), scale)
+        self.key: Any = normal(rngs, stack, (d, k, h), ("embed", "kv_heads", "head_width"), scale)
         own = not self.shape.value_is_key
         value = normal(rngs, stack, (d, k, h), ("embed", "kv_heads", "head_width"), scale) if own else None
         self.value: Any = value
         self.out = normal(rngs, stack, (n, h, d), ("heads", "head_width", "embed"), scale)
-        self.query_norm = ones(stack, h)
-        self.key_norm = ones(stack, h)
+        self.query_norm: Any = ones(stack, h)
+        self.key_norm: Any = ones(stack, h)
         self.eps = arch.rms_norm_eps
+        self.reads_context = False  # keys and values are asked for alone as well: a drafter's
 
     def queries(self, x: jax.Array, positions: jax.Array) -> jax.Array:
         """x [B, T, D], positions [B, T] -> normed and rotated queries [B, T, N, H]."""
@@ -153,16 +160,18 @@ class Attention(nnx.Module):
 
     def fuse_weights(self, dtype: Any) -> None:
         """See `decode_weights`; for a single layer."""
-        query, key = self.query[...].astype(dtype), self.key[...].astype(dtype)
-        parts = [query, key]
-        if self.value is not None:
-            self.value[...] = self.value[...].astype(dtype)
-            parts.append(self.value[...])
+        for weight in (self.query, self.key, self.value, self.out):
+            narrow(weight, dtype)
+        query, key = self.query[...], self.key[...]
+        parts = [query, key] if self.value is None else [query, key, self.value[...]]
         self.joint = Param(jnp.concatenate(parts, axis=1), axes=(None,) * 3)
         norms = [jnp.broadcast_to(norm[...], (part.shape[1], part.shape[2])) for norm, part in
                  ((self.query_norm, query), (self.key_norm, key))]  # fmt: skip
         self.joint_norm = Param(jnp.concatenate(norms), axes=(None,) * 2)
-        self.key[...], self.out[...] = key, self.out[...].astype(dtype)
+        # Nothing is kept twice but what a drafter reads of a context alone.
+        self.query = self.query_norm = None
+        if not self.reads_context:
+            self.key = self.key_norm = self.value = None
 
     def output(self, x: jax.Array) -> jax.Array:
         """Heads [B, T, N, H] -> [B, T, D]."""
@@ -174,8 +183,8 @@ class MLP(nnx.Module):
 
     def __init__(self, arch: TargetArchitecture, *, stack: tuple[int, ...], scale: float, rngs: nnx.Rngs):
         d, f = arch.hidden_size, arch.intermediate_size
-        self.gate = normal(rngs, stack, (d, f), ("embed", "mlp"), scale)
-        self.up = normal(rngs, stack, (d, f), ("embed", "mlp"), scale)
+        self.gate: Any = normal(rngs, stack, (d, f), ("embed", "mlp"), scale)
+        self.up: Any = normal(rngs, stack, (d, f), ("embed", "mlp"), scale)
         self.down = normal(rngs, stack, (f, d), ("mlp", "embed"), scale)
         self.gelu = arch.model_type == "gemma4"
 
@@ -190,8 +199,9 @@ class MLP(nnx.Module):
 
     def fuse_weights(self, dtype: Any) -> None:
         """See `decode_weights`; for a single layer."""
-        self.joint = Param(jnp.concatenate([self.gate[...], self.up[...]], axis=1).astype(dtype), axes=(None,) * 2)
-        self.down[...] = self.down[...].astype(dtype)
+        joint = jnp.concatenate([self.gate[...].astype(dtype), self.up[...].astype(dtype)], axis=1)
+        self.joint, self.gate, self.up = Param(joint, axes=(None,) * 2), None, None
+        narrow(self.down, dtype)
 
 
 class Layer(nnx.Module):

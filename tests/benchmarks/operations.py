@@ -15,6 +15,11 @@ from dspark_jax.ops.block_attention.api import OPERATION as BLOCK_ATTENTION
 from dspark_jax.ops.cached_attention import Rows, cached_attention
 from dspark_jax.ops.cached_attention.api import OPERATION as CACHED_ATTENTION
 from dspark_jax.ops.dispatch import Operation, Unsupported
+from dspark_jax.ops.markov_sample import markov_sample
+from dspark_jax.ops.markov_sample.api import OPERATION as MARKOV_SAMPLE
+from dspark_jax.ops.sampling import Sampling
+from dspark_jax.ops.speculative_verify import speculative_verify
+from dspark_jax.ops.speculative_verify.api import OPERATION as SPECULATIVE_VERIFY
 
 HEADS, KEY_HEADS, WIDTH = 32, 8, 128
 
@@ -35,6 +40,8 @@ def operations(rates: Any, row: Callable[..., Any], best: Callable[..., float], 
         *_attention(rates, row, best, 256 if quick else 4096),
         *_block_attention(rates, row, best, *((8, 256) if quick else (512, 4096))),
         *_cached_attention(rates, row, best, quick),
+        *_markov_sample(rates, row, best, quick),
+        *_speculative_verify(rates, row, best, quick),
     ]
 
 
@@ -103,4 +110,56 @@ def _cached_attention(rates: Any, row: Any, best: Any, quick: bool) -> list[Any]
             seconds = best(jax.jit(run), query, caches, calls=1) / 40
             floor = rates.floor(caches[0][0].nbytes * 2)
             found.append(row(f"cached_attention {batch} x {length}: {name}", seconds, floor))
+    return found
+
+
+def _logits(seed: int, *shape: int) -> jax.Array:
+    return 2 * jax.random.normal(jax.random.key(seed), shape, jnp.float32)
+
+
+def _uniforms(*shape: int) -> jax.Array:
+    return jax.random.randint(jax.random.key(6), (*shape, 2), 0, 1 << 30)
+
+
+def _markov_sample(rates: Any, row: Any, best: Any, quick: bool) -> list[Any]:
+    """Milliseconds of a whole block; the floor reads W2 for every draft and reads and writes the logits."""
+    found = []
+    for batch, size in ((2, 3),) if quick else ((1, 7), (32, 7), (128, 7), (128, 16)):
+        v, rank = (1000, 128) if quick else (151936, 256)
+        base, w1, w2 = _logits(0, size, batch, v), normal(1, v, rank), normal(2, v, rank)
+        anchors = jnp.arange(batch, dtype=jnp.int32)
+        floor = rates.floor(size * w2.nbytes + 2 * base.nbytes)
+        for label, heat in (("greedy", 0.0), ("sampled", 1.0)):
+            for name in here(MARKOV_SAMPLE):
+                run = jax.jit(functools.partial(markov_sample, implementation=name))
+                arguments = (base, w1, w2, anchors, _uniforms(size, batch), Sampling.constant(heat, batch))
+                title = f"markov_sample {size} x {batch}, {label}: {name}"
+                found.append(row(title, best(run, *arguments, calls=5), floor))
+    return found
+
+
+def _verify(target: jax.Array, draft: jax.Array, *rest: Any, implementation: str) -> Any:
+    """With the drafter's logits [G, B, V], as drafters leave them."""
+    return speculative_verify(target, draft.swapaxes(0, 1), *rest, implementation=implementation)
+
+
+def _speculative_verify(rates: Any, row: Any, best: Any, quick: bool) -> list[Any]:
+    """The floor reads every row of both logits once; greedy, the target's alone."""
+    found = []
+    for batch, size in ((2, 3),) if quick else ((1, 7), (32, 7), (128, 7)):
+        v = 1000 if quick else 151936
+        draft = _logits(0, size, batch, v)
+        target = _logits(1, batch * (size + 1), v)
+        first = jnp.arange(0, batch * (size + 1), size + 1, dtype=jnp.int32)
+        lengths = jnp.full((batch,), size)
+        for label, heat in (("greedy", 0.0), ("sampled", 1.0)):
+            floor = rates.floor(target.nbytes + (draft.nbytes if heat else 0))
+            for name in here(SPECULATIVE_VERIFY):
+                run = functools.partial(_verify, implementation=name)
+                tokens = jnp.argmax(draft, axis=-1).T
+                rest = (_uniforms(batch, size), _uniforms(batch), Sampling.constant(heat, batch))
+                title = f"speculative_verify {batch} x {size + 1}, {label}: {name}"
+                found.append(
+                    row(title, best(jax.jit(run), target, draft, first, tokens, lengths, *rest, calls=5), floor)
+                )
     return found

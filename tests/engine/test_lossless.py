@@ -22,8 +22,10 @@ from dspark_jax.engine.estimator import EstimateSettings
 from dspark_jax.engine.rules import lagged, survival
 from dspark_jax.engine.sampling import Uniforms
 from dspark_jax.engine.schedule import History, Scheduler, drafts_now, schedule
-from dspark_jax.engine.verify import acceptance_probabilities, judge, next_distribution
+from dspark_jax.engine.verify import judge
 from dspark_jax.ops.sampling import Sampling, distribution, token_probabilities, words
+from dspark_jax.ops.speculative_verify import acceptance_probabilities
+from dspark_jax.ops.speculative_verify.xla import next_distribution
 
 TOLERANCE = 1e-6  # of the total variation; float32 rounding gives about 2e-7
 Lengths = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (tokens, confidence) [N, 2, G] -> lengths [N, 2]

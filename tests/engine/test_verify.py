@@ -16,15 +16,10 @@ from dspark_jax.engine.generate import decode, decode_shape
 from dspark_jax.engine.sampling import Uniforms, request_keys
 from dspark_jax.engine.schedule import Scheduler
 from dspark_jax.engine.state import DecodeState
-from dspark_jax.engine.verify import (
-    Verdict,
-    acceptance_probabilities,
-    judge,
-    next_distribution,
-    residual,
-    verify,
-)
+from dspark_jax.engine.verify import Verdict, judge, verify
 from dspark_jax.ops.sampling import Sampling, draw, probabilities, token_probabilities, words
+from dspark_jax.ops.speculative_verify import acceptance_probabilities, residual
+from dspark_jax.ops.speculative_verify.xla import next_distribution
 
 FLOAT32 = 2e-6  # a few roundings of numbers up to 1
 

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dspark_jax.engine.verify import acceptance_probabilities, next_distribution
 from dspark_jax.ops.sampling import (
     UNIT,
     Sampling,
@@ -16,6 +15,8 @@ from dspark_jax.ops.sampling import (
     token_probabilities,
     words,
 )
+from dspark_jax.ops.speculative_verify import acceptance_probabilities
+from dspark_jax.ops.speculative_verify.xla import next_distribution
 
 TOLERANCE = 1e-6  # of the total variation
 SIZES = [4096, pytest.param(151_936, marks=pytest.mark.slow)]

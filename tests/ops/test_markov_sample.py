@@ -1,27 +1,36 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dspark_jax.ops.markov_sample import markov_sample
+from dspark_jax.ops.dispatch import Unsupported
+from dspark_jax.ops.markov_sample import markov_sample, pallas_gpu
 from dspark_jax.ops.sampling import Sampling, distribution, draw, words
 
 G, B, V, R = 4, 3, 37, 6
 
 
-def problem(rank=R):
+def problem(rank=R, v=V):
     rng = np.random.default_rng(0)
-    base = rng.normal(size=(G, B, V)) * 2
-    w1, w2 = rng.normal(size=(V, rank)), rng.normal(size=(V, rank)) * rank**-0.5
+    base = rng.normal(size=(G, B, v)) * 2
+    w1, w2 = rng.normal(size=(v, rank)), rng.normal(size=(v, rank)) * rank**-0.5
     return base, w1, w2, np.array([5, 36, 0]), rng.random((G, B))
 
 
+KERNELS = functools.partial(pallas_gpu.markov_sample, parts=3, tile=16)  # parts of two tiles, the last one not full
+
+
+@pytest.mark.parametrize(
+    ("run", "sizes"), [(markov_sample, (R, V)), (KERNELS, (16, 93)), (KERNELS, (16, 37))], ids=["xla", "gpu", "small"]
+)
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
-def test_against_a_float64_loop(temperature):
-    base, w1, w2, anchors, uniforms = problem()
+def test_against_a_float64_loop(temperature, run, sizes):
+    base, w1, w2, anchors, uniforms = problem(*sizes)
     f32 = [jnp.asarray(x, jnp.float32) for x in (base, w1, w2)]
     sampling = Sampling.constant(temperature, B)
-    tokens, logits = markov_sample(*f32, jnp.asarray(anchors), words(jnp.asarray(uniforms)), sampling)
+    tokens, logits = jax.jit(run)(*f32, jnp.asarray(anchors), words(jnp.asarray(uniforms)), sampling)
     for b in range(B):
         previous = anchors[b]
         for k in range(G):
@@ -35,6 +44,18 @@ def test_against_a_float64_loop(temperature):
                 expected = np.argmax(cdf > uniforms[k, b])
             assert tokens[k, b] == expected
             previous = expected
+
+
+def test_kernels_take_greedy_requests_beside_others_and_bfloat16():
+    base, w1, w2, anchors, uniforms = problem(16, 93)
+    arrays = (jnp.asarray(base, jnp.float32), *(jnp.asarray(x, jnp.bfloat16) for x in (w1, w2)))
+    rest = jnp.asarray(anchors), words(jnp.asarray(uniforms)), Sampling(jnp.asarray([0.0, 1.0, 0.3]))
+    for ours, theirs in zip(jax.jit(KERNELS)(*arrays, *rest), jax.jit(markov_sample)(*arrays, *rest), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    with pytest.raises(Unsupported, match="there are filters"):
+        KERNELS(*arrays, *rest[:2], Sampling(rest[2].temperature, jnp.asarray([3, 3, 3])))
+    with pytest.raises(Unsupported, match="part of the vocabulary is too long"):
+        pallas_gpu.markov_sample(jnp.zeros((1, 1, 5000)), jnp.zeros((5000, 16)), jnp.zeros((5000, 16)), *rest, parts=2)
 
 
 def test_filters_cut_the_biased_distribution():

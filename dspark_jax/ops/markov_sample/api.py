@@ -5,7 +5,7 @@ import jax
 from dspark_jax.ops.dispatch import Operation
 from dspark_jax.ops.sampling import Sampling
 
-OPERATION = Operation("markov_sample", {"cpu": ["xla"], "gpu": ["xla"], "tpu": ["xla"]})
+OPERATION = Operation("markov_sample", {"cpu": ["xla"], "gpu": ["pallas_gpu", "xla"], "tpu": ["xla"]})
 
 
 def markov_sample(

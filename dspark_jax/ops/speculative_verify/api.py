@@ -1,0 +1,59 @@
+"""Contract and dispatch of `speculative_verify`."""
+
+import jax
+
+from dspark_jax.ops.dispatch import Operation
+from dspark_jax.ops.sampling import Sampling
+
+OPERATION = Operation("speculative_verify", {"cpu": ["xla"], "gpu": ["pallas_gpu", "xla"], "tpu": ["xla"]})
+
+
+def speculative_verify(
+    target_logits: jax.Array,
+    draft_logits: jax.Array,
+    first_rows: jax.Array,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    accept: jax.Array,
+    following: jax.Array,
+    sampling: Sampling,
+    *,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Accepts a prefix of each request's drafts and draws the token behind it (`rule`).
+
+    Row first_rows[b] + k of the target's logits is what it expects after the anchor of request b and k drafts. Rows
+    from lengths[b] + 1 on may be those of other requests.
+
+    Args:
+      target_logits: [T, V] float32.
+      draft_logits: [B, G, V] float32, which the drafts were drawn from; G may be 0, which is plain decoding.
+      first_rows: [B] int32.
+      tokens: [B, G] the drafts.
+      lengths: [B] how many of them count.
+      accept: [B, G, 2] int32 uniforms (`ops.sampling.words`), one per draft.
+      following: [B, 2] int32, draws the next token.
+      sampling: of the requests; temperature and filters cut both distributions.
+      implementation: None (the best one here), 'xla' (the definition) or 'pallas_gpu' (no filters).
+
+    Returns:
+      Accepted drafts [B] int32 in 0..lengths, and the next token [B] int32: the correction after a rejection, the bonus
+      token after none.
+
+    Raises:
+      ValueError: shapes do not fit together, or the implementation is unknown.
+    """
+    b, g, v = draft_logits.shape
+    expected = {
+        "target_logits": (target_logits, (target_logits.shape[0], v)),
+        "first_rows": (first_rows, (b,)),
+        "tokens": (tokens, (b, g)),
+        "lengths": (lengths, (b,)),
+        "accept": (accept, (b, g, 2)),
+        "following": (following, (b, 2)),
+    }
+    for name, (array, shape) in expected.items():
+        if array.shape != shape:
+            raise ValueError(f"speculative_verify: {name} has shape {array.shape}, it must be {shape}")
+    arrays = (target_logits, draft_logits, first_rows, tokens, lengths, accept, following, sampling)
+    return OPERATION(implementation, *arrays)

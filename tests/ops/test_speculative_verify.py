@@ -1,0 +1,119 @@
+"""The acceptance rule as an operation: every implementation against the rule in float64, row by row."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dspark_jax.ops.dispatch import Unsupported
+from dspark_jax.ops.sampling import Sampling, words
+from dspark_jax.ops.speculative_verify import pallas_gpu, speculative_verify
+
+B, G, V = 5, 3, 75
+KERNELS = functools.partial(pallas_gpu.speculative_verify, size=16)
+IMPLEMENTATIONS = {"xla": speculative_verify, "kernels for GPUs": KERNELS}
+CLOSE = 3e-6  # of a uniform to a border: either side is right
+
+
+def problem(seed, temperature, ragged=False):
+    """Arguments of the operation. Flat rows overlap where requests have fewer than G + 1."""
+    rng = np.random.default_rng(seed)
+    lengths = np.array([3, 1, 0, 2, 3]) if ragged else np.full(B, G)
+    counts = lengths + 1
+    first = np.concatenate([[0], np.cumsum(counts)[:-1]])
+    draft = rng.normal(size=(B, G, V)).astype(np.float32)
+    target = np.full((counts.sum(), V), 9.0, np.float32)
+    tokens = np.zeros((B, G), np.int64)
+    for b in range(B):
+        for k in range(counts[b]):
+            near = draft[b, min(k, G - 1)]
+            target[first[b] + k] = near + 0.7 * rng.normal(size=V)  # like the drafter, so that some drafts are accepted
+        for k in range(G):
+            tokens[b, k] = draft[b, k].argmax() if temperature[b] == 0 else rng.choice(V, p=soft(draft[b, k], 1.0))
+    uniforms = rng.random((B, G + 1)).astype(np.float32)
+    arrays = (target, draft, first.astype(np.int32), tokens.astype(np.int32), lengths.astype(np.int32))
+    return arrays, uniforms, Sampling(jnp.asarray(temperature, jnp.float32), greedy=not any(temperature))
+
+
+def soft(logits, temperature):
+    logits = np.asarray(logits, np.float64)
+    if temperature == 0:
+        return (np.arange(len(logits)) == logits.argmax()).astype(np.float64)
+    weights = np.exp((logits - logits.max()) / temperature)
+    return weights / weights.sum()
+
+
+def run(implementation, arrays, uniforms, sampling):
+    accept, following = words(jnp.asarray(uniforms[:, :G])), words(jnp.asarray(uniforms[:, G]))
+    return jax.jit(IMPLEMENTATIONS[implementation])(*map(jnp.asarray, arrays), accept, following, sampling)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("temperature", [[0.0] * 5, [1.0, 0.0, 0.7, 1.0, 1.3]], ids=["greedy", "mixed"])
+@pytest.mark.parametrize("ragged", [False, True])
+def test_equals_the_rule(implementation, temperature, ragged):
+    counts = set()
+    for seed in range(4):
+        arrays, uniforms, sampling = problem(seed, temperature, ragged)
+        target, draft, first, tokens, lengths = arrays
+        accepted, following = run(implementation, arrays, uniforms, sampling)
+        for b, heat in enumerate(temperature):
+            n = 0
+            while n < lengths[b]:
+                q, p = soft(target[first[b] + n], heat), soft(draft[b, n], heat)
+                chance = min(1.0, q[tokens[b, n]] / max(p[tokens[b, n]], 1e-37))
+                assert abs(uniforms[b, n] - chance) > CLOSE, "draw other numbers"
+                if uniforms[b, n] >= chance:
+                    break
+                n += 1
+            assert int(accepted[b]) == n
+            counts.add(n)
+            q = soft(target[first[b] + n], heat)
+            weights = np.maximum(q - soft(draft[b, n], heat), 0) if n < lengths[b] else q
+            ends = np.cumsum(weights) / weights.sum()
+            token = int(following[b])
+            assert weights[token] > 0
+            assert ends[token] - weights[token] / weights.sum() - CLOSE <= uniforms[b, G] <= ends[token] + CLOSE
+    assert len(counts) > 2  # some rejected at once, some later
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_plain_decoding_draws_from_the_target(implementation):
+    rng = np.random.default_rng(1)
+    logits = jnp.asarray(rng.normal(size=(B, V)), jnp.float32)
+    uniforms = words(jnp.asarray([0.0, 0.999999, 0.3, 0.5, 0.7], jnp.float32))
+    none = jnp.zeros((B,), jnp.int32)
+    empty = (jnp.zeros((B, 0, V)), jnp.arange(B, dtype=jnp.int32), jnp.zeros((B, 0), jnp.int32), none)
+    arguments = (logits, *empty, jnp.zeros((B, 0, 2), jnp.int32), uniforms, Sampling.constant(1.0, B))
+    accepted, tokens = jax.jit(IMPLEMENTATIONS[implementation])(*arguments)
+    assert not accepted.any() and tokens[0] == 0 and tokens[1] == V - 1
+    for b in range(2, B):
+        assert int(tokens[b]) == int(np.argmax(np.cumsum(soft(logits[b], 1.0)) > [0, 0, 0.3, 0.5, 0.7][b]))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_equal_distributions_leave_no_residual(implementation):
+    """p = q: every draft is accepted with probability 1, whatever the uniform."""
+    arrays, uniforms, sampling = problem(2, [1.0] * B)
+    draft = arrays[1]
+    target = np.concatenate([draft, draft[:, :1]], axis=1).reshape(-1, V)
+    uniforms[:, :G] = np.float32(1 - 2**-24)
+    accepted, following = run(implementation, (target, *arrays[1:]), uniforms, sampling)
+    assert (np.asarray(accepted) == G).all()
+    for b in range(B):
+        assert int(following[b]) == int(np.argmax(np.cumsum(soft(draft[b, 0], 1.0)) > uniforms[b, G]))
+
+
+def test_kernels_leave_filters_to_others():
+    arrays, uniforms, sampling = problem(2, [1.0] * B)
+    cut = Sampling(sampling.temperature, jnp.full((B,), 3))
+    with pytest.raises(Unsupported, match="there are filters"):
+        KERNELS(*map(jnp.asarray, arrays), words(uniforms[:, :G]), words(uniforms[:, G]), cut)
+
+
+def test_shapes_are_checked():
+    arrays, uniforms, sampling = problem(2, [1.0] * B)
+    with pytest.raises(ValueError, match=r"following has shape \(5,\), it must be \(5, 2\)"):
+        speculative_verify(*map(jnp.asarray, arrays), words(uniforms[:, :G]), uniforms[:, G], sampling)

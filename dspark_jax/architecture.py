@@ -308,7 +308,9 @@ def _full_heads(raw: Mapping[str, Any], kinds: tuple[str, ...], where: str) -> t
     others = [f"layer {i}" for i in own if i not in map(str, range(len(kinds)))]
     others += [name for layer in own.values() for name in layer if name not in ("head_dim", "num_key_value_heads")]
     if others and kinds:
-        raise Unsupported(where, f"per_layer_config of {others[0]}", "use a dense Gemma 4 such as google/gemma-4-12B-it")
+        raise Unsupported(
+            where, f"per_layer_config of {others[0]}", "use a dense Gemma 4 such as google/gemma-4-12B-it"
+        )
     heads: dict[str, set[tuple[Any, Any]]] = {_FULL: set(), _SLIDING: {usual}}
     for i, kind in enumerate(kinds):
         layer = own.get(str(i), {})

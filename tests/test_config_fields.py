@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from dspark_jax.config import InputError, TargetArchitecture
-from dspark_jax.config_fields import FAMILIES, GEMMA4, GEMMA4_UNIFIED, GEMMA4_WHOLE, QWEN3, ROPE, Field, Unsupported
+from dspark_jax.config_fields import GEMMA4, GEMMA4_UNIFIED, GEMMA4_WHOLE, QWEN3, ROPE, Field, Unsupported
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

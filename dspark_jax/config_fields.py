@@ -135,7 +135,7 @@ GEMMA4 = {
 """Fields of `Gemma4TextConfig`: the `text_config` of a model with other modalities, or the whole file."""
 
 GEMMA4_UNIFIED = {
-    **{name: field for name, field in GEMMA4.items() if name not in ("enable_moe_block", "num_experts")},
+    **GEMMA4,
     "sliding_window": dataclasses.replace(GEMMA4["sliding_window"], absent=1024),
     "use_bidirectional_attention": must("vision", None, note="text is causal"),
     "hidden_size_per_layer_input": must(0, note="layers have no inputs of their own", own=False),

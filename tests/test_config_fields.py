@@ -6,13 +6,15 @@ That a field is irrelevant is not believed: transformers computes the same logit
 import ast
 import dataclasses
 import inspect
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dspark_jax.config import InputError, TargetArchitecture
-from dspark_jax.config_fields import GEMMA4, GEMMA4_UNIFIED, GEMMA4_WHOLE, QWEN3, ROPE, Field, Unsupported
+from dspark_jax.config_fields import COMMON, GEMMA4, GEMMA4_UNIFIED, GEMMA4_WHOLE, QWEN3, ROPE, Field, Unsupported
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -272,3 +274,36 @@ def test_is_causal_of_a_drafter_is_about_its_blocks():
     with pytest.raises(Unsupported, match="is_causal false"):
         TargetArchitecture.from_hf(raw)
     assert TargetArchitecture.from_hf(raw | {"block_size": 7}) == TargetArchitecture.from_hf(small("Qwen3Config"))
+
+
+PAGE = Path(__file__).parents[1] / "docs" / "targets.md"
+
+
+def taken_as(field: Field) -> str:
+    """How the page says it."""
+    if field.treatment == "irrelevant":
+        return field.treatment
+    values = [f"`{json.dumps(value)}`" for value in field.values if value != {} or len(field.values) == 1]
+    stated = " or ".join(values) or "read"
+    return stated if field.absent in (None, *field.values) else f"{stated} (absent: `{json.dumps(field.absent)}`)"
+
+
+@pytest.mark.parametrize(
+    ("title", "table", "base"),
+    [
+        ("Every language model", COMMON, {}),
+        ("Qwen3", QWEN3, COMMON),
+        ("Gemma 4", GEMMA4, COMMON),
+        ("Gemma 4 unified", GEMMA4_UNIFIED, GEMMA4),
+        ("Gemma 4 with other modalities", GEMMA4_WHOLE, COMMON),
+        ("`rope_parameters`", ROPE, {}),
+    ],
+)
+def test_the_page_says_what_the_list_says(title, table, base):
+    section = PAGE.read_text().split(f"\n## {title}\n")[1].split("\n## ")[0]
+    rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| `")]
+    found = {name.strip("`"): (how, note) for names, how, note in rows for name in names.split(", ")}
+    expected = {name: (taken_as(field), field.note) for name, field in table.items()}
+    usual = {name: (taken_as(field), field.note) for name, field in base.items()}
+    shorter = {name: entry for name, entry in expected.items() if usual.get(name) != entry}
+    assert found == {**shorter, **{name: expected[name] for name in found if name in expected}}

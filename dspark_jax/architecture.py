@@ -1,25 +1,22 @@
-"""The shape of a target, as the config.json of a Hugging Face directory states it: dense Qwen3 and Gemma 4."""
+"""The shape of a target, as the config.json of a Hugging Face directory states it: dense Qwen3 and Gemma 4.
+
+What becomes of every field of such a file is listed in `config_fields`, family by family.
+"""
 
 import dataclasses
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from dspark_jax.config_fields import FAMILIES, Unsupported, check_rope, refuse_quantised, refuse_unsupported
 from dspark_jax.errors import InputError
 from dspark_jax.json_file import read_object
 
 _GEMMA = {"gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"}
 """Values of `model_type` of Gemma 4, with and without other modalities; all are `gemma4` here."""
-
-
-class Unsupported(InputError):
-    """A model of a known family that uses what has no implementation here; `what` names it."""
-
-    def __init__(self, where: str, what: str, remedy: str):
-        super().__init__(f"{where}: {what} is not supported; {remedy}")
-        self.what = what
 
 
 @dataclasses.dataclass
@@ -71,20 +68,16 @@ class TargetArchitecture:
         model_type = raw.get("model_type")
         if model_type not in ("qwen3", *_GEMMA):
             raise InputError(f"{where}: model_type {model_type!r} is not supported; use one of: qwen3, gemma4")
-        if model_type == "qwen3":
-            _check_numbers(raw, where)
-            values = _qwen_values(raw, where)
-        else:
-            raw = {**raw, **_part(raw, "text_config", where)}
-            _check_numbers(raw, where)
-            values = _gemma_values(raw, where)
-        fields = {field.name: field for field in dataclasses.fields(cls)}
-        optional = {"tie_word_embeddings", "head_dim"} | {name for name, field in fields.items() if not field.repr}
-        missing = [name for name in fields if values.get(name) is None and name not in optional]
-        if missing:
-            raise InputError(f"{where}: missing {', '.join(missing)}; this is not a complete {model_type} config.json")
-        values.setdefault("head_dim", values["hidden_size"] // values["num_attention_heads"])
-        return cls(**{name: values[name] for name in fields if values.get(name) is not None})
+        raw = _language_model(raw, where) if model_type in _GEMMA else raw
+        _check_values(raw, where)
+        _require(raw, ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"), model_type, where)
+        refuse_unsupported(raw, model_type, where)
+        read = {name: field.absent for name, field in FAMILIES[model_type].items() if field.treatment == "read"}
+        values = {name: raw.get(name, absent) for name, absent in read.items() if name in raw or absent is not None}
+        values |= _gemma_values(values, where) if model_type in _GEMMA else _qwen_values(values, where)
+        _require(values, _PLAIN_FIELDS, model_type, where)
+        names = [field.name for field in dataclasses.fields(cls)]
+        return cls(**{name: values[name] for name in names if values.get(name) is not None})
 
     @classmethod
     def of_any_model(cls, directory: str | os.PathLike[str]) -> "TargetArchitecture":
@@ -108,7 +101,7 @@ class TargetArchitecture:
         rope = _part(rope, "full_attention", where) or rope
         if rope.get("rope_theta") is not None:
             text["rope_theta"] = rope["rope_theta"]
-        _check_numbers(text, where)
+        _check_values(text, where)
         if text.get("num_key_value_heads") is None:
             text["num_key_value_heads"] = text["num_attention_heads"]
         sizes = [name for name in _PLAIN_FIELDS if name.startswith(("num_", "vocab", "hidden", "max_"))]
@@ -173,6 +166,7 @@ _OTHER_NAMES = {
 
 _PLAIN_FIELDS = [field.name for field in dataclasses.fields(TargetArchitecture) if field.repr]
 _NUMBERS = {field.name: field.type for field in dataclasses.fields(TargetArchitecture) if field.type in (int, float)}
+_FLAGS = [field.name for field in dataclasses.fields(TargetArchitecture) if field.type is bool]
 
 
 def _read(source: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
@@ -192,85 +186,136 @@ def _part(raw: Mapping[str, Any], name: str, where: str) -> Mapping[str, Any]:
     return found or {}
 
 
-def _check_numbers(raw: Mapping[str, Any], where: str) -> None:
-    """Refuses sizes that are not positive whole numbers and other numbers that are not numbers; null is absent."""
+def _require(values: Mapping[str, Any], names: Iterable[str], model_type: str, where: str) -> None:
+    """Refuses a config without one of these fields."""
+    missing = [name for name in names if values.get(name) is None]
+    if missing:
+        raise InputError(f"{where}: missing {', '.join(missing)}; this is not a complete {model_type} config.json")
+
+
+def _check_values(raw: Mapping[str, Any], where: str) -> None:
+    """Refuses sizes that are not positive whole numbers, other numbers that are none, and flags; null is absent."""
     for name, kind in _NUMBERS.items():
         value = raw.get(name)
         if value is None or (name in _MAY_BE_ZERO and value == 0):
             continue
         good = isinstance(value, int) if kind is int else isinstance(value, int | float)
-        if not good or isinstance(value, bool) or value <= 0:
+        if not good or isinstance(value, bool) or not 0 < value < math.inf:
             whole = "a positive whole number" if kind is int else "a positive number"
             raise InputError(f"{where}: {name} {json.dumps(value)} is not {whole}; download it again")
+    for name in _FLAGS:
+        value = raw.get(name)
+        if not isinstance(value, bool | None):
+            raise InputError(f"{where}: {name} {json.dumps(value)} is neither true nor false; download it again")
 
 
 _MAY_BE_ZERO = ("sliding_window", "final_logit_softcapping", "global_head_dim", "num_global_key_value_heads")
 """Where zero is none."""
 
 
-def _rope_type(rope: Mapping[str, Any]) -> Any:
-    """The kind of RoPE, which older files call `type`."""
-    return rope.get("rope_type", rope.get("type", "default"))
-
-
-def _refuse(raw: Mapping[str, Any], where: str, wanted: Mapping[str, Any], remedy: str) -> None:
-    """Refuses a Hugging Face config with another value than the only one that is implemented; absent is fine."""
-    for name, value in wanted.items():
-        if raw.get(name) is not None and raw[name] != value:
-            raise Unsupported(where, f"{name} {json.dumps(raw[name])}", remedy)
-
-
 def _qwen_values(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Fields of a Qwen3 config."""
-    values = {name: raw[name] for name in _PLAIN_FIELDS if name in raw}
+    """Fields of a Qwen3 config that are not simply there."""
+    values, stated = dict[str, Any](), list[Mapping[str, Any]]()
     for name in ("rope_scaling", "rope_parameters"):
         rope = _part(raw, name, where)
-        _check_numbers(rope, where)
-        if rope.get("rope_theta") is not None:
-            values["rope_theta"] = rope["rope_theta"]
-        if _rope_type(rope) != "default":
-            raise Unsupported(where, f"rope_type {_rope_type(rope)!r}", "use a model with default RoPE")
-    _refuse(raw, where, {"attention_bias": False, "use_sliding_window": False}, "use a plain Qwen3 model")
-    values.setdefault("tie_word_embeddings", False)
+        _check_values(rope, where)
+        check_rope(rope, ("default",), where)
+        if any(isinstance(value, Mapping) for value in rope.values()):
+            raise Unsupported(where, f"{name} by kind of layers", "use a plain Qwen3 model")
+        if rope and rope not in stated:
+            stated.append(rope)
+    if len(stated) > 1:
+        raise Unsupported(where, "rope_scaling beside another rope_parameters", "keep the right one of the two")
+    if stated and stated[0].get("rope_theta") is not None:
+        values["rope_theta"] = stated[0]["rope_theta"]
+    if "num_key_value_heads" in raw and raw["num_key_value_heads"] is None:
+        values["num_key_value_heads"] = raw.get("num_attention_heads")
     return values
 
 
+def _language_model(raw: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """What a Gemma 4 config says of its language model: all of it, where there are no other modalities."""
+    text = _part(raw, "text_config", where)
+    if not text:
+        return raw
+    tied = [json.dumps(part.get("tie_word_embeddings", True)) for part in (raw, text)]
+    if tied[0] != tied[1]:
+        raise InputError(
+            f"{where}: tie_word_embeddings is {tied[0]}, and {tied[1]} in text_config; "
+            "write into both whether the LM head is the embedding"
+        )
+    refuse_quantised(raw, where)
+    return text
+
+
 def _gemma_values(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Fields of the text part of a Gemma 4 config, of which the released files mix several dialects (trap 23)."""
-    only = {"attention_bias": False, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0}
-    only |= {"enable_moe_block": False, "hidden_activation": "gelu_pytorch_tanh"}
-    _refuse(raw, where, only, "use a dense Gemma 4 such as google/gemma-4-12B-it")
-    if raw.get("use_bidirectional_attention") == "all":
-        raise Unsupported(where, "use_bidirectional_attention all", "use a causal Gemma 4")
-    values = {field.name: raw[field.name] for field in dataclasses.fields(TargetArchitecture) if field.name in raw}
-    values |= {"model_type": "gemma4"}
-    values.setdefault("tie_word_embeddings", True)
+    """Fields of Gemma 4 that are not simply there; the released files mix several dialects (trap 23)."""
+    kinds = _layer_kinds(raw, where)
+    values: dict[str, Any] = {"model_type": "gemma4", "layer_types": kinds}
+    values["global_head_dim"], values["num_global_key_value_heads"] = _full_heads(raw, kinds, where)
+    if _SLIDING in kinds and not raw.get("sliding_window"):
+        raise InputError(f"{where}: missing sliding_window, which {_SLIDING} layers need; download it again")
+    ropes = _part(raw, "rope_parameters", where) or _DEFAULT_ROPES
+    for kind, known in ((_FULL, ("proportional", "default")), (_SLIDING, ("default",))):
+        rope = _part(ropes, kind, where)
+        _check_values(rope, where)
+        found = check_rope(rope, known, where)
+        if kind in kinds and rope.get("rope_theta") is None:
+            raise InputError(f"{where}: missing rope_theta in rope_parameters.{kind}; download it again")
+        rope = rope or _DEFAULT_ROPES[kind]  # of layers that are not there
+        values["rope_theta" if kind == _FULL else "sliding_rope_theta"] = rope["rope_theta"]
+        if kind == _FULL:
+            share = rope.get("partial_rotary_factor") if found == "proportional" else None
+            if share is not None and share > 1:
+                raise InputError(f"{where}: partial_rotary_factor {share} is above 1; download it again")
+            values["partial_rotary_factor"] = 1.0 if share is None else share
+    values["final_logit_softcapping"] = raw.get("final_logit_softcapping") or 0.0
+    return values
+
+
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+_DEFAULT_ROPES: Mapping[str, Any] = {
+    _FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6},
+    _SLIDING: {"rope_type": "default", "rope_theta": 1e4},
+}
+"""What transformers takes where a Gemma 4 config has no `rope_parameters`."""
+
+
+def _layer_kinds(raw: Mapping[str, Any], where: str) -> tuple[str, ...]:
+    """Kinds of the layers of a Gemma 4, the last of which always sees everything."""
     layers = raw.get("num_hidden_layers") or 0
-    kinds = raw.get("layer_types") or [
-        "full_attention" if (i + 1) % 6 == 0 else "sliding_attention" for i in range(layers)
-    ]
+    kinds = raw.get("layer_types") or [_SLIDING if (i + 1) % 6 else _FULL for i in range(layers)]
     kinds = list(kinds) if isinstance(kinds, list | tuple) else [json.dumps(kinds)]
-    if layers and (len(kinds) != layers or set(map(str, kinds)) - {"full_attention", "sliding_attention"}):
+    if layers and (len(kinds) != layers or set(map(str, kinds)) - {_FULL, _SLIDING}):
         raise InputError(
             f"{where}: layer_types has {len(kinds)} entries {sorted(set(map(str, kinds)))} for {layers} layers; "
             "one of sliding_attention and full_attention is needed for each"
         )
-    values["layer_types"] = tuple(kinds[:-1]) + ("full_attention",) if layers else ()
-    # Newer files give what full layers have of their own layer by layer, older ones by name.
-    layers_own = _part(raw, "per_layer_config", where)
-    own = _part(layers_own, next(iter(layers_own), ""), where)
-    _check_numbers(own, where)
-    values["global_head_dim"] = own.get("head_dim", raw.get("global_head_dim") or 512)
-    few = raw.get("num_global_key_value_heads") if raw.get("attention_k_eq_v") else None
-    values["num_global_key_value_heads"] = own.get("num_key_value_heads", few or raw.get("num_key_value_heads"))
-    rope = _part(raw, "rope_parameters", where)
-    full = _part(rope, "full_attention", where) or {"rope_type": "proportional", "partial_rotary_factor": 0.25}
-    sliding = _part(rope, "sliding_attention", where)
-    for entry, known in ((full, ("proportional", "default")), (sliding, ("default",))):
-        _check_numbers(entry, where)
-        if _rope_type(entry) not in known:
-            raise Unsupported(where, f"rope_type {_rope_type(entry)!r}", f"use one of: {known}")
-    values["rope_theta"], values["sliding_rope_theta"] = full.get("rope_theta", 1e6), sliding.get("rope_theta", 1e4)
-    values["partial_rotary_factor"] = full.get("partial_rotary_factor", 1.0)
-    values["final_logit_softcapping"] = raw.get("final_logit_softcapping") or 0.0
-    return values
+    return (*kinds[:-1], _FULL) if layers else ()
+
+
+def _full_heads(raw: Mapping[str, Any], kinds: tuple[str, ...], where: str) -> tuple[Any, Any]:
+    """(width, key and value heads) of the full layers of a Gemma 4, in which they may differ from the sliding ones.
+
+    Newer files say it layer by layer, where it does differ; older ones by name.
+    """
+    usual = raw.get("head_dim"), raw.get("num_key_value_heads")
+    if "per_layer_config" not in raw:
+        few = raw.get("num_global_key_value_heads") if raw.get("attention_k_eq_v") else None
+        return raw.get("global_head_dim") or 512, few or usual[1]
+    stated = _part(raw, "per_layer_config", where)
+    own = {name.lstrip("0") or "0": _part(stated, name, where) for name in stated}
+    others = [f"layer {i}" for i in own if i not in map(str, range(len(kinds)))]
+    others += [name for layer in own.values() for name in layer if name not in ("head_dim", "num_key_value_heads")]
+    if others and kinds:
+        raise Unsupported(
+            where, f"per_layer_config of {others[0]}", "use a dense Gemma 4 such as google/gemma-4-12B-it"
+        )
+    heads: dict[str, set[tuple[Any, Any]]] = {_FULL: set(), _SLIDING: {usual}}
+    for i, kind in enumerate(kinds):
+        layer = own.get(str(i), {})
+        _check_values(layer, where)
+        heads[kind].add((layer.get("head_dim", usual[0]), layer.get("num_key_value_heads", usual[1])))
+    if max(map(len, heads.values())) > 1:
+        raise Unsupported(where, "per_layer_config that differs among layers of a kind", "use a dense Gemma 4")
+    return heads[_FULL].pop() if kinds else usual

@@ -30,6 +30,7 @@ import numpy as np
 from dspark_jax import command
 from dspark_jax.config import Config, InputError
 from dspark_jax.data.chat import load_tokenizer, stop_tokens
+from dspark_jax.data.mask_token import mask_warning
 from dspark_jax.data.prompts import Prompt, content_hashes, read_prompts
 from dspark_jax.data.regenerate import (
     Answered,
@@ -46,6 +47,7 @@ from dspark_jax.data.sources import SampleReader, write_samples
 from dspark_jax.engine.generate import generate
 from dspark_jax.engine.sampling import request_keys
 from dspark_jax.json_file import read_ours, write_json
+from dspark_jax.kinds import MASKLESS
 from dspark_jax.progress import Progress, log
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target.loading import fingerprint, load_target, tokenizer_fingerprint
@@ -102,6 +104,7 @@ def prepare_samples(config: Config, workdir: Path, decode: Decode | None = None)
     """
     final, partial = workdir / "data", workdir / "data.partial"
     inputs = read_inputs(config)
+    _warn_of_mask(config)
     digest = _digest(inputs)
     found = read_ours(final / "report.json")
     if found.get("fingerprint") == digest and _complete(final, found["samples"]):
@@ -153,6 +156,15 @@ def read_inputs(config: Config) -> dict[str, Any]:
 def data_fingerprint(config: Config) -> str:
     """What `fingerprint` in `data/report.json` will be, without preparing anything; raises as `read_inputs`."""
     return _digest(read_inputs(config))
+
+
+def _warn_of_mask(config: Config) -> None:
+    """Says so if the drafter's mask token is a part of texts."""
+    if config.drafter.kind not in MASKLESS:
+        rows = config.target.architecture.vocab_size
+        warning = mask_warning(load_tokenizer(config.target.path), config.drafter.mask_token_id, rows)
+        if warning:
+            log(f"warning: {warning}")
 
 
 def _digest(inputs: dict[str, Any]) -> str:

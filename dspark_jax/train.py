@@ -271,9 +271,9 @@ class Journal:
         self.writer.write(step, row)
         self.progress.update(self.progress.done, _headline(row))
         if sums.not_finite != FINITE:
-            self._stop(int(sums.not_finite))
+            self._stop(int(sums.not_finite), of_target=bool(sums.target_not_finite <= sums.not_finite))
 
-    def _stop(self, step: int) -> None:
+    def _stop(self, step: int, *, of_target: bool) -> None:
         self.checkpoints.wait()
         last = self.checkpoints.latest()
         good = (
@@ -281,10 +281,27 @@ class Journal:
             if last is not None
             else "there is no checkpoint yet"
         )
-        raise InputError(
-            f"loss or gradient is not finite at step {step}; {good}; "
-            f"lower optim.learning_rate={self.config.optim.learning_rate} or look at the data of that step"
+        what, remedy = not_finite(self.config, step, of_target=of_target)
+        raise InputError(f"{what}; {good}; {remedy}")
+
+
+def not_finite(config: Config, step: int, *, of_target: bool) -> tuple[str, str]:
+    """What is not finite at a step, the target's features or else the loss, and what is to be done."""
+    data, loss = "look at the data of that step", f"loss or gradient is not finite at step {step}"
+
+    def wider(field: str, dtype: str) -> str:
+        return data if np.dtype(compute_dtype(dtype)) == np.float32 else f"set {field}={dtype} to float32, or {data}"
+
+    if of_target and config.data.features == "online":
+        what = (
+            f"the target's features are not finite at step {step}, though its weights are"  # `load_target` has looked
         )
+        return what, wider("target.dtype", config.target.dtype)
+    if of_target:
+        return f"the target's features on disk are not finite at step {step}", "remove features/ and prepare it again"
+    if step == 1:
+        return f"{loss}, before anything is learned", wider("drafter.dtype", config.drafter.dtype)
+    return loss, f"lower optim.learning_rate={config.optim.learning_rate} or {data}"
 
 
 _FIRST = ("loss", "ce", "tv", "confidence", "tau_expected")

@@ -86,14 +86,14 @@ def test_resolve_reads_the_target_and_refuses_a_contradiction(tmp_path):
         ({"use_sliding_window": True}, "use_sliding_window"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, "rope_type 'yarn'"),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type 'yarn'"),
-        ({"model_type": "gemma4", "rope_parameters": {"full_attention": {"type": "yarn"}}}, "rope_type 'yarn'"),
+        ({"model_type": "gemma4_unified", "rope_parameters": {"full_attention": {"type": "yarn"}}}, "rope_type 'yarn'"),
         ({"hidden_size": None}, "missing hidden_size"),
         ({"hidden_size": "32", "head_dim": None}, 'hidden_size "32" is not a positive whole number'),
         ({"num_attention_heads": 0, "head_dim": None}, "num_attention_heads 0 is not a positive whole number"),
         ({"rope_parameters": [1]}, r"rope_parameters \[1\] is not an object"),
         ({"rope_theta": "1e6"}, 'rope_theta "1e6" is not a positive number'),
-        ({"model_type": "gemma4", "layer_types": 3}, r"layer_types has 1 entries \['3'\] for 6 layers"),
-        ({"model_type": "gemma4", "per_layer_config": {"5": 1}}, "5 1 is not an object"),
+        ({"model_type": "gemma4_unified", "layer_types": 3}, r"layer_types has 1 entries \['3'\] for 6 layers"),
+        ({"model_type": "gemma4_unified", "per_layer_config": {"5": 1}}, "5 1 is not an object"),
     ],
 )
 def test_unsupported_hugging_face_configs_are_refused(change, message):
@@ -110,7 +110,8 @@ def test_unsupported_hugging_face_configs_are_refused(change, message):
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 5e5}}, "qwen3 with rope_type 'yarn'"),
         ({"model_type": "gemma4_text", "hidden_size_per_layer_input": 256},
          "gemma4_text with hidden_size_per_layer_input 256"),
-        ({"model_type": "gemma4_text", "enable_moe_block": True}, "gemma4_text with enable_moe_block true"),
+        ({"model_type": "gemma4_text", "hidden_size_per_layer_input": 0, "enable_moe_block": True},
+         "gemma4_text with enable_moe_block true"),
     ],
 )  # fmt: skip
 def test_relatives_of_a_known_family_lend_their_features(tmp_path, change, what):

@@ -6,7 +6,19 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "dspark_jax"
 
-BASE = {"architecture", "config", "errors", "hub", "json_file", "kinds", "platform", "sharding", "metrics", "progress"}
+BASE = {
+    "architecture",
+    "config",
+    "config_fields",
+    "errors",
+    "hub",
+    "json_file",
+    "kinds",
+    "metrics",
+    "platform",
+    "progress",
+    "sharding",
+}
 ALLOWED = {
     **{name: BASE for name in BASE},
     "ops": BASE | {"ops"},

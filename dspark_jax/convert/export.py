@@ -26,6 +26,7 @@ from dspark_jax.convert.hf import expected_tensors
 from dspark_jax.convert.mapping import FROZEN
 from dspark_jax.convert.output import built_beside, check_output, write_text
 from dspark_jax.convert.safetensors_file import write_safetensors
+from dspark_jax.target.checks import refuse_two_heads
 from dspark_jax.target.loading import read_checkpoint
 
 FORMATS = ("universal", "deepspec", "speculators")
@@ -151,7 +152,7 @@ def frozen_tensors(directory: str | Path) -> dict[str, np.ndarray]:
     """Embedding and LM head (the embedding again where they are tied) of a model directory, memory-mapped.
 
     Raises:
-      InputError: there is no embedding in it, or more than one.
+      InputError: there is no embedding in it, or more than one, or its config says tied beside a head that differs.
     """
     tensors = read_checkpoint(Path(directory))
     found = [name for name in tensors if name.rpartition("embed_tokens")[2] == ".weight"]
@@ -159,6 +160,8 @@ def frozen_tensors(directory: str | Path) -> dict[str, np.ndarray]:
     if len(text) != 1:
         raise InputError(f"{directory}: {len(text)} tensors are called embed_tokens.weight; one is needed")
     heads = [name for name in tensors if name.rpartition("lm_head")[2] == ".weight"]
+    if heads and TargetArchitecture.from_hf(directory).tie_word_embeddings:
+        refuse_two_heads(tensors, text[0], heads[0], str(directory))
     return {FROZEN[0]: tensors[text[0]], FROZEN[1]: tensors[heads[0] if heads else text[0]]}
 
 

@@ -135,7 +135,8 @@ def import_drafter(directory: str | Path, mesh: Mesh, *, dtype: Any = np.float32
       dtype: compute type of the drafter.
 
     Raises:
-      InputError: the directory is incomplete, damaged, or holds an unknown tensor or another kind of drafter.
+      InputError: the directory is incomplete, damaged, or holds an unknown tensor, one that is not finite, or another
+        kind of drafter.
     """
     directory = Path(directory)
     arch, config = read_drafter_config(directory)
@@ -143,9 +144,15 @@ def import_drafter(directory: str | Path, mesh: Mesh, *, dtype: Any = np.float32
 
 
 def load_tensors(
-    directory: Path, arch: TargetArchitecture, config: DrafterConfig, mesh: Mesh, *, dtype: Any = np.float32
+    directory: Path,
+    arch: TargetArchitecture,
+    config: DrafterConfig,
+    mesh: Mesh,
+    *,
+    dtype: Any = np.float32,
+    finite: bool = True,
 ) -> AnyDrafter:
-    """The drafter of a directory whose config has been read already; see `import_drafter`."""
+    """The drafter of a directory whose config has been read already; see `import_drafter` and `fill_module`."""
     tensors = read_checkpoint(directory)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     compare_tensors(str(directory), shapes, expected_tensors(arch, config), config.kind)
@@ -154,7 +161,7 @@ def load_tensors(
             raise InputError(f"{directory}: tensor {name} is not 1, which is not supported; scale the layer's weights")
     drafter = abstract_drafter(arch, config, dtype=dtype)
     weights = drafter_weights(config, parameter_paths(drafter))
-    fill_module(drafter, tensors, weights, str(directory), mesh, np.float32)
+    fill_module(drafter, tensors, weights, str(directory), mesh, np.float32, finite=finite)
     return drafter
 
 

@@ -28,6 +28,7 @@ from dspark_jax.hub import local_directory
 from dspark_jax.progress import Progress
 from dspark_jax.sharding import state_shardings
 from dspark_jax.target import gemma4, qwen3
+from dspark_jax.target.checks import all_finite, no_weights, refuse_quantised_tensors, refuse_two_heads
 from dspark_jax.target.model import Target
 from dspark_jax.target.weights import Weight
 
@@ -111,10 +112,13 @@ def read_checkpoint(directory: Path) -> dict[str, np.ndarray]:
     """Memory-mapped tensors of a model directory: `model.safetensors`, or the shards its index names.
 
     Raises:
-      InputError: a file is missing or damaged, or the index names a tensor that its shard does not hold.
+      InputError: a file is missing or damaged, the index names a tensor that its shard does not hold, or two shards
+        hold the same one.
     """
     index_path = directory / "model.safetensors.index.json"
     if not index_path.exists():
+        if not (directory / "model.safetensors").exists():
+            raise no_weights(directory)
         return read_safetensors(directory / "model.safetensors")
     try:
         weight_map = json.loads(index_path.read_text("utf-8"))["weight_map"]
@@ -126,7 +130,10 @@ def read_checkpoint(directory: Path) -> dict[str, np.ndarray]:
             raise InputError(f"{index_path}: {shard!r} is no name of a file beside it; {_REMEDY}")
     tensors: dict[str, np.ndarray] = {}
     for shard in shards:
-        tensors |= read_safetensors(directory / shard)
+        found = read_safetensors(directory / shard)
+        for name in found.keys() & tensors.keys():
+            raise InputError(f"{directory / shard}: tensor {name} is in another shard as well; {_REMEDY}")
+        tensors |= found
     for name, shard in weight_map.items():
         if name not in tensors:
             raise InputError(f"{directory / shard}: tensor {name} is in the index but not in the file; {_REMEDY}")
@@ -148,6 +155,7 @@ def fill_module(
     dtype: Any,
     *,
     title: str = "",
+    finite: bool = True,
 ) -> None:
     """Puts checkpoint tensors into a module's (abstract) parameters, tensor by tensor and shard by shard.
 
@@ -161,9 +169,10 @@ def fill_module(
       mesh: gives each parameter's sharding.
       dtype: type of the parameters in memory.
       title: shows progress under this name, in megabytes of the files; empty = silently.
+      finite: refuse values that are not.
 
     Raises:
-      InputError: a tensor is missing, has another shape, or holds no floating point numbers.
+      InputError: a tensor is missing, has another shape, holds no floating point numbers, or some that are not finite.
     """
     parameters = parameter_paths(module)
     for path, variable in parameters.items():
@@ -173,7 +182,7 @@ def fill_module(
     progress = Progress(title, -(-total >> 20), unit="MB") if title else None
     done = 0
     for path, variable in parameters.items():
-        stored = [tensors[name] for name in needed[path]]
+        stored = {f"{where}: tensor {name}": tensors[name] for name in needed[path]}
         shape, sharding = variable.get_value().shape, state_shardings(variable, mesh).get_value()
 
         def read(count: int) -> None:
@@ -182,7 +191,7 @@ def fill_module(
             if progress is not None:
                 progress.update(done >> 20)
 
-        variable.set_value(_load(weights[path], stored, shape, sharding, dtype, read))
+        variable.set_value(_load(weights[path], stored, shape, sharding, dtype, read, finite=finite))
     if progress is not None:
         progress.update(progress.total)
         progress.close()
@@ -200,43 +209,45 @@ def _check_tensors(tensors: Mapping[str, np.ndarray], weight: Weight, shape: tup
                 f"{where}: tensor {name} has shape {found.shape}, the config gives {expected}; "
                 "config.json and weights are not of the same model"
             )
-        if not jnp.issubdtype(found.dtype, jnp.floating):
-            raise InputError(
-                f"{where}: tensor {name} has dtype {found.dtype}, so it is quantised or damaged; "
-                "use a checkpoint in bfloat16 or float32"
-            )
+        refuse_quantised_tensors({name: found}, where)
 
 
 def _load(
     weight: Weight,
-    stored: list[np.ndarray],
+    tensors: Mapping[str, np.ndarray],
     shape: tuple[int, ...],
     sharding: NamedSharding,
     dtype: Any,
     read: Callable[[int], None],
+    *,
+    finite: bool,
 ) -> jax.Array:
-    """A parameter on its devices; `read` is told the bytes of every tensor that is done.
+    """A parameter on its devices, of tensors by what messages call them; `read` is told the bytes of each that is done.
 
     Slices are handed over as views of the mapped file: turning them round is much faster there than in NumPy.
     """
     single = shape[1:] if weight.stacked else shape
+    titles, stored = list(tensors), list(tensors.values())
 
-    def cut(tensor: np.ndarray, index: Any) -> np.ndarray:
-        part = weight.load(tensor, single)[index]
-        return part if part.dtype == dtype else part.astype(dtype)
+    def cut(i: int, index: Any) -> np.ndarray:
+        part = weight.load(stored[i], single)[index]
+        part = part if part.dtype == dtype else part.astype(dtype)
+        if finite and not all_finite(part):
+            raise InputError(f"{titles[i]} holds values that are not finite in {np.dtype(dtype)}; {_REMEDY}")
+        return part
 
     def finished(tensor: np.ndarray) -> None:
         read(tensor.nbytes)
         _give_back(tensor)
 
     if not weight.stacked:  # copied, as a CPU device would go on using the mapped file
-        value = _put(shape, sharding, lambda index: np.array(cut(stored[0], index), order="K"))
+        value = _put(shape, sharding, lambda index: np.array(cut(0, index), order="K"))
         finished(stored[0])
         return value
     if np.prod(shape) * np.dtype(dtype).itemsize <= _AT_ONCE:
 
         def stack(index: Any) -> np.ndarray:
-            return np.stack([cut(stored[i], index[1:]) for i in range(*index[0].indices(len(stored)))])
+            return np.stack([cut(i, index[1:]) for i in range(*index[0].indices(len(stored)))])
 
         value = _put(shape, sharding, stack)
         for tensor in stored:
@@ -245,7 +256,7 @@ def _load(
     of_layer = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
     value = jax.jit(functools.partial(jnp.zeros, shape, dtype), out_shardings=sharding)()
     for i, tensor in enumerate(stored):
-        layer = _put(single, of_layer, functools.partial(cut, tensor))
+        layer = _put(single, of_layer, functools.partial(cut, i))
         value = jax.block_until_ready(_placer(sharding)(value, layer, i))  # or the layers would queue up
         del layer
         finished(tensor)
@@ -294,8 +305,8 @@ def load_target(config: TargetConfig, mesh: Mesh) -> Target:
     """Loads the target of a resolved config onto `mesh`, in its compute type; from the hub where its path is an id.
 
     Raises:
-      InputError: a file or tensor is missing, damaged or of another shape, a tensor is unknown, or the model's config
-        says another shape than ours.
+      InputError: a file or tensor is missing, damaged, quantised, not finite or of another shape, a tensor is unknown,
+        or the model's config says another shape than ours, or tied embeddings beside a head that differs from them.
     """
     directory, arch, dtype = local_directory(config.path), config.architecture, compute_dtype(config.dtype)
     if arch.foreign:
@@ -310,12 +321,15 @@ def load_target(config: TargetConfig, mesh: Mesh) -> Target:
     if arch.model_type == "gemma4":
         tensors = {name: tensor for name, tensor in tensors.items() if not gemma4.of_another_tower(name)}
         weights = gemma4.weights(arch, tensors)
+    refuse_quantised_tensors(tensors, str(directory))
     known = {name for weight in weights.values() for name in weight.names(arch.num_hidden_layers)}
     for name in tensors:
         if name not in known:
             raise InputError(
                 f"{directory}: tensor {name} is unknown to {arch.model_type}; use a plain checkpoint of it"
             )
+    if arch.tie_word_embeddings:
+        refuse_two_heads(tensors, weights["embedding"].name, weights["lm_head"].name, str(directory))
     large = sum(tensor.nbytes for tensor in tensors.values()) > _AT_ONCE
     fill_module(target, tensors, weights, str(directory), mesh, dtype, title="loading" if large else "")
     target.narrow = all(tensor.dtype == ml_dtypes.bfloat16 for tensor in tensors.values())

@@ -6,6 +6,7 @@ one program adds a micro-batch to the sums, another one ends the step. What they
 """
 
 import collections
+import dataclasses
 import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -61,7 +62,7 @@ class MicroSteps:
         self._running: collections.deque[jax.Array] = collections.deque()
         everywhere = replicated(mesh)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self._layout)
-        sums: Any = Accumulated(shardings.params, everywhere, everywhere)  # pyright: ignore[reportArgumentType]
+        sums: Any = Accumulated(shardings.params, *(everywhere,) * 3)  # pyright: ignore[reportArgumentType]
 
         def micro(state: TrainState, frozen: Params, batch: Batch) -> Accumulated:
             found = accumulate(state.params, drafter, to_module(target, frozen), batch, state.step, config)
@@ -72,7 +73,7 @@ class MicroSteps:
             return jax.tree.map(jnp.add, total, found), found.sums.total
 
         shapes = jax.eval_shape(micro, self._layout, to_params(target), batch_layout(config, mesh))
-        where = Accumulated(shardings.params, *jax.tree.map(lambda _: everywhere, (shapes.sums, shapes.tokens)))
+        where: Any = dataclasses.replace(jax.tree.map(lambda _: everywhere, shapes), gradients=shardings.params)
         self.total = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, where)
         zeros = functools.partial(jax.tree.map, lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         apply = functools.partial(apply_gradients, optimizer=optimizer, shardings=shardings.params)

@@ -40,10 +40,13 @@ class StepMetrics:
     Attributes:
       ratios: numerators and denominators over the global batch, by name.
       not_finite: int32, the first step (counted from 1) with a loss or gradient that is not finite; `FINITE` if none.
+      target_not_finite: the same of the target's last hidden states. What is not finite in any of its layers is not
+        finite behind them.
     """
 
     ratios: dict[str, Ratio]
     not_finite: jax.Array
+    target_not_finite: jax.Array
 
 
 @jax.tree_util.register_dataclass
@@ -55,11 +58,13 @@ class Accumulated:
       gradients: of the un-normalised loss, by parameter.
       sums: the loss and its terms.
       tokens: int32 scalar.
+      not_finite: int32, micro-batches in which the target's last hidden states are not finite.
     """
 
     gradients: Params
     sums: LossSums
     tokens: jax.Array
+    not_finite: jax.Array
 
     def normalised(self) -> Params:
         """Gradients of the loss of all of them."""
@@ -69,7 +74,11 @@ class Accumulated:
 @functools.partial(jax.jit, donate_argnums=0)
 def add_metrics(sums: StepMetrics, more: StepMetrics) -> StepMetrics:
     """Metrics of the steps of both."""
-    return StepMetrics(_add(sums.ratios, more.ratios), jnp.minimum(sums.not_finite, more.not_finite))
+    return StepMetrics(
+        _add(sums.ratios, more.ratios),
+        jnp.minimum(sums.not_finite, more.not_finite),
+        jnp.minimum(sums.target_not_finite, more.target_not_finite),
+    )
 
 
 def _add(a: Any, b: Any) -> Any:
@@ -84,8 +93,8 @@ def anchor_keys(seed: int, step: jax.Array, sample_id: jax.Array) -> jax.Array:
 
 def loss_sums(
     params: Params, drafter: AnyDrafter, target: Target, batch: Batch, step: jax.Array, config: Config
-) -> tuple[jax.Array, LossSums]:
-    """Un-normalised loss of one micro-batch (no leading C) and its terms; differentiable in `params`.
+) -> tuple[jax.Array, tuple[LossSums, jax.Array]]:
+    """Un-normalised loss of one micro-batch (no leading C), differentiable in `params`.
 
     Args:
       params: the drafter's parameters.
@@ -94,6 +103,9 @@ def loss_sums(
       batch: B sequences.
       step: int32 scalar.
       config: resolved.
+
+    Returns:
+      The loss, and with it its terms and whether the target's last hidden states are finite.
     """
     batch = {name: constrain(x, "batch", *(None,) * (x.ndim - 1)) for name, x in batch.items()}
     tokens, loss_mask, starts = batch["tokens"], batch["loss_mask"], batch.get("starts")
@@ -112,7 +124,7 @@ def loss_sums(
     model = to_module(drafter, params)
     outputs = model(target, features, tokens, loss_mask, anchors, starts)
     sums = drafter_loss(model, target, outputs, last_hidden, config.loss, vocab_chunk=config.train.vocab_chunk)
-    return sums.total, sums
+    return sums.total, (sums, jnp.isfinite(last_hidden).all())
 
 
 def accumulate(
@@ -126,8 +138,8 @@ def accumulate(
     grad = jax.grad(loss_sums, has_aux=True)
 
     def one(micro: Batch) -> Accumulated:
-        found, sums = grad(params, drafter, target, micro, step, config)
-        return Accumulated(found, sums, jnp.sum(micro["lengths"]))
+        found, (sums, finite) = grad(params, drafter, target, micro, step, config)
+        return Accumulated(found, sums, jnp.sum(micro["lengths"]), jnp.where(finite, 0, 1))
 
     first = jax.tree.map(lambda x: x[0], batch)
     if batch["tokens"].shape[0] == 1:
@@ -189,7 +201,8 @@ def apply_gradients(
     }
     finite = jnp.isfinite(sums.total) & jnp.isfinite(norm)
     step = state.step + 1
-    return TrainState(step, params, optimizer_state), StepMetrics(ratios, jnp.where(finite, FINITE, step))
+    metrics = StepMetrics(ratios, jnp.where(finite, FINITE, step), jnp.where(total.not_finite == 0, FINITE, step))
+    return TrainState(step, params, optimizer_state), metrics
 
 
 def make_train_step(

@@ -1,12 +1,14 @@
 """The Gemma 4 target against transformers in PyTorch on small random models, beyond the sliding window."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from dspark_jax.config import MeshConfig, TargetArchitecture, TargetConfig
+from dspark_jax.config import InputError, MeshConfig, TargetArchitecture, TargetConfig
 from dspark_jax.ops.cached_attention import Rows
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target.decode_weights import decode_weights
@@ -210,3 +212,8 @@ def test_tensors_of_other_towers_are_left_out(tmp_path):
     extra = {"model.vision_embedder.pos_norm.weight": np.ones(3, np.float32), "model.embed_audio.x": np.ones(2)}
     save_file(renamed | extra, tmp_path / "model.safetensors")
     assert load(tmp_path).norm[...].shape == (48,)
+    name = "model.language_model.embed_tokens.weight"
+    for head, same in ((renamed[name], True), (2 * renamed[name], False)):
+        save_file({**renamed, "lm_head.weight": head}, tmp_path / "model.safetensors")
+        with contextlib.nullcontext() if same else pytest.raises(InputError, match=f"lm_head.weight is not {name}"):
+            load(tmp_path)

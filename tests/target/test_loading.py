@@ -12,8 +12,10 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from dspark_jax.config import InputError, MeshConfig, TargetArchitecture, TargetConfig
+from dspark_jax.convert.export import frozen_tensors
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target import loading
+from dspark_jax.target.checks import all_finite
 from dspark_jax.target.loading import fingerprint, load_target, parameter_paths, read_safetensors, tokenizer_fingerprint
 from dspark_jax.target.qwen3 import WEIGHTS, Qwen3
 
@@ -123,6 +125,106 @@ def rewrite(directory, change):
     change(tensors)
     (directory / "model.safetensors.index.json").unlink(missing_ok=True)
     save_file(tensors, directory / "model.safetensors")
+
+
+def test_a_tensor_in_two_shards(directory):
+    """Which of the two is the model's depends on who reads them."""
+    tensors = dict(read_safetensors(directory / "model-2.safetensors"))
+    name = next(iter(read_safetensors(directory / "model-1.safetensors")))
+    save_file(tensors | {name: read_safetensors(directory / "model-1.safetensors")[name]}, directory / "b.safetensors")
+    (directory / "b.safetensors").replace(directory / "model-2.safetensors")
+    with pytest.raises(InputError, match=f"model-2.safetensors: tensor {name} is in another shard as well"):
+        load(directory)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ((), "and no other weights; give the directory of a whole model"),
+        (("training_args.bin", "optimizer.pt"), "and no other weights"),
+        (("pytorch_model.bin",), r"only weights that PyTorch has pickled \(pytorch_model.bin\); .*save_pretrained"),
+        (("pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json"), "only weights that PyTorch has pickled"),
+        (("adapter_model.safetensors",), r"only an adapter \(adapter_model.safetensors\); merge it"),
+        (("model-00001-of-00002.safetensors",), "only shards without their model.safetensors.index.json"),
+        (("model-Q4_K_M.gguf",), r"only weights of llama.cpp \(model-Q4_K_M.gguf\)"),
+        (("weights.safetensors",), r"only tensors under another name \(weights.safetensors\)"),
+    ],
+)
+def test_what_is_there_instead_of_weights_is_named(tmp_path, files, message):
+    for name in files:
+        (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(InputError, match=f"model.safetensors: no such file, {message}"):
+        loading.read_checkpoint(tmp_path)
+
+
+def tied(directory, head, prefix="model."):
+    """Rewrites the config as tied, and one of the shards with an LM head; returns the names of both."""
+    tensors = dict(read_safetensors(directory / "model-2.safetensors"))
+    parts = [read_safetensors(directory / f"model-{i}.safetensors") for i in (1, 2)]
+    embedding = (parts[0] | parts[1])[f"{prefix}embed_tokens.weight"]
+    save_file({**tensors, "lm_head.weight": head(np.array(embedding))}, directory / "b.safetensors")
+    (directory / "b.safetensors").replace(directory / "model-2.safetensors")
+    raw = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(raw | {"tie_word_embeddings": True}))
+
+
+def untied_head(embedding):
+    embedding[-1, -1] += 1
+    return embedding
+
+
+@pytest.fixture
+def without_head(directory):
+    """The same without an LM head, in two shards still."""
+    tensors = dict(read_safetensors(directory / "model-1.safetensors"))
+    del tensors["lm_head.weight"]
+    save_file(tensors, directory / "a.safetensors")
+    (directory / "a.safetensors").replace(directory / "model-1.safetensors")
+    index = json.loads((directory / "model.safetensors.index.json").read_text())
+    del index["weight_map"]["lm_head.weight"]
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    return directory
+
+
+def test_a_head_beside_tied_embeddings_must_be_the_same(without_head):
+    """The config says the embedding, transformers and servers take the stored head."""
+    tied(without_head, lambda embedding: embedding)
+    assert not hasattr(load(without_head), "lm_head")
+    assert set(frozen_tensors(without_head)) == {"embed_tokens.weight", "lm_head.weight"}
+
+
+@pytest.mark.parametrize("head", [untied_head, lambda x: x[:-1], lambda x: x.astype(np.float32) * 2])
+def test_another_head_beside_tied_embeddings_is_refused(without_head, head):
+    tied(without_head, head)
+    message = "tie_word_embeddings true, but lm_head.weight is not model.embed_tokens.weight; set it to false if"
+    for read in (load, frozen_tensors):
+        with pytest.raises(InputError, match=message):
+            read(without_head)
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+@pytest.mark.parametrize("at_once", [0, 1 << 30])
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.down_proj.weight", "model.norm.weight", "lm_head.weight"])
+def test_a_tensor_that_is_not_finite_is_named(directory, name, at_once, value, monkeypatch):
+    def change(tensors):
+        tensors[name].reshape(-1)[-1] = value
+
+    rewrite(directory, change)
+    monkeypatch.setattr(loading, "_AT_ONCE", at_once)
+    with pytest.raises(InputError, match=f"tensor {name} holds values that are not finite in float32; download"):
+        load(directory)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_a_single_value_that_is_not_finite_is_found_wherever_it_is(dtype):
+    values = np.full((300, 3, 1000), np.finfo(np.float32).max / 2).astype(dtype)
+    for view in (values, values.T, values[::2, :, :7], values[0, 0, 0]):
+        assert all_finite(view)
+    for at in ((0, 0, 0), (299, 2, 999), (298, 1, 3)):
+        values[at] = np.nan
+        assert not all_finite(values) and not all_finite(values.T) and not all_finite(values[at])
+        values[at] = 1.0
+    assert all_finite(np.zeros((0, 3), dtype))
 
 
 def test_missing_tensor(directory):
@@ -240,6 +342,22 @@ def test_a_model_in_eight_bits_has_a_fingerprint_and_is_refused(directory):
     assert len(fingerprint(directory)) == 32
     with pytest.raises(InputError, match=r"model.norm.weight has dtype uint8, so it is quantised"):
         load(directory)
+
+
+@pytest.mark.parametrize("name", ["weight_scale_inv", "qweight", "weight_packed"])
+def test_what_comes_with_quantised_tensors_is_called_so(directory, name):
+    """Before an unknown tensor is: `weight_scale_inv` says nothing to those who do not know how FP8 is stored."""
+    rewrite(directory, lambda t: t.update({f"model.layers.0.mlp.up_proj.{name}": np.ones((1, 1), np.float32)}))
+    with pytest.raises(InputError, match=f"up_proj.{name} scales quantised ones; use the"):
+        load(directory)
+
+
+def test_a_config_that_says_quantised(directory):
+    raw = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(raw | {"quantization_config": {"quant_method": "fp8"}}))
+    with pytest.raises(InputError, match='quantised checkpoint .*quant_method "fp8".* use the checkpoint in bfloat16'):
+        load(directory)
+    assert "quantised" in TargetArchitecture.of_any_model(directory).foreign  # PyTorch may run it
 
 
 def test_reading_is_lazy(directory):

@@ -201,7 +201,17 @@ def test_the_first_step_that_is_not_finite_is_named(batch, meshes, compiled_step
     for _ in range(2):
         state, metrics = step(state, frozen, placed)
         total = add_metrics(total, metrics)
-    assert int(total.not_finite) == 2
+    assert int(total.not_finite) == 2 and int(total.target_not_finite) == FINITE
+
+
+def test_a_target_that_is_not_finite_is_told_from_a_loss_that_is_not(batch, meshes, compiled_step):
+    state, frozen, step = compiled_step("one")
+    placed = place_batch(batch, 1, meshes["one"])
+    state, total = step(state, frozen, placed)
+    poisoned = {**frozen, "layers.mlp.up": frozen["layers.mlp.up"].at[0, 3].set(jnp.inf)}
+    state, metrics = step(state, poisoned, placed)
+    total = add_metrics(total, metrics)
+    assert int(total.not_finite) == 2 and int(total.target_not_finite) == 2
 
 
 def test_anchors_depend_on_step_and_sample_only():

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -209,6 +210,43 @@ def test_a_loss_that_is_not_finite_stops_the_run(here, config, uninterrupted, tm
     assert "/checkpoints/6; lower optim.learning_rate=1e+38" in message and "\n" not in message
     assert steps_saved(workdir) == {"6"}
     assert rows(workdir)[-1]["step"] == 8 and rows(workdir)[-1]["loss"] is None
+
+
+@pytest.mark.parametrize(
+    ("features", "step", "of_target", "message"),
+    [
+        ("online", 1, True, "the target's features are not finite at step 1, though its weights are"),
+        ("cache", 3, True, "the target's features on disk are not finite at step 3"),
+        ("online", 1, False, "loss or gradient is not finite at step 1, before anything is learned"),
+    ],
+)
+def test_what_is_not_finite_is_named(config, features, step, of_target, message):
+    """A learning rate is to blame from the second step on only."""
+    config.data.features, config.target.dtype, config.drafter.dtype = features, "bfloat16", "bfloat16"
+    what, remedy = train.not_finite(config, step, of_target=of_target)
+    assert what == message and "learning_rate" not in remedy
+    assert ("dtype=bfloat16 to float32, or look at the data" in remedy) == (features == "online")
+
+
+@pytest.mark.slow
+def test_a_target_that_overflows_stops_the_run(here, config, tmp_path, uninterrupted, monkeypatch):
+    """All of its weights are finite numbers."""
+    workdir = tmp_path / "run"
+    shutil.copytree(uninterrupted / "data", workdir / "data")
+    load = train.load_target
+
+    def overflowing(*args):
+        target = load(*args)
+        target.norm.set_value(jnp.full_like(target.norm[...], 3e38))
+        return target
+
+    monkeypatch.setattr(train, "load_target", overflowing)
+    with pytest.raises(InputError) as error:
+        here(config, workdir)
+    assert str(error.value) == (
+        "the target's features are not finite at step 1, though its weights are; there is no checkpoint yet; "
+        "look at the data of that step"
+    )
 
 
 def test_a_finished_run_only_evaluates(here, config, uninterrupted, tmp_path, monkeypatch):

@@ -1,0 +1,309 @@
+"""Every field of a target's config is read, refused or irrelevant: the lists against transformers' config classes.
+
+That a field is irrelevant is not believed: transformers computes the same logits whatever it says.
+"""
+
+import ast
+import dataclasses
+import inspect
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dspark_jax.config import InputError, TargetArchitecture
+from dspark_jax.config_fields import COMMON, GEMMA4, GEMMA4_UNIFIED, GEMMA4_WHOLE, QWEN3, ROPE, Field, Unsupported
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+CLASSES: dict[str, tuple[str, Mapping[str, Field]]] = {  # config class -> model class, its list
+    "Qwen3Config": ("Qwen3ForCausalLM", QWEN3),
+    "Gemma4TextConfig": ("Gemma4ForCausalLM", GEMMA4),
+    "Gemma4UnifiedTextConfig": ("Gemma4UnifiedForCausalLM", GEMMA4_UNIFIED),
+}
+WHOLE = ("Gemma4Config", "Gemma4UnifiedConfig")
+SMALL = {
+    "vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "initializer_range": 0.3,
+}  # fmt: skip
+GEMMA_SMALL = {
+    "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4, "global_head_dim": 16,
+    "num_global_key_value_heads": 1, "attention_k_eq_v": True, "hidden_size_per_layer_input": 0,
+    "final_logit_softcapping": 5.0,
+}  # fmt: skip
+OTHER: dict[str, Any] = {  # field -> another value than the one of a small model
+    **{name: 2 * value for name, value in SMALL.items() if isinstance(value, int)},
+    "num_hidden_layers": 1, "num_key_value_heads": 4, "initializer_range": 0.1, "rms_norm_eps": 1e-3,
+    "hidden_act": "gelu", "hidden_activation": "silu", "attention_bias": True, "is_causal": False,
+    "quantization_config": {"quant_method": "fp8"}, "compression_config": {"quant_method": "compressed-tensors"},
+    "attention_dropout": 0.5, "dtype": "bfloat16", "torch_dtype": "bfloat16", "pad_token_id": 7, "bos_token_id": 9,
+    "eos_token_id": [5, 6], "use_cache": False, "output_hidden_states": True, "return_dict": False,
+    "tie_last_hidden_states": False, "architectures": ["Other"], "transformers_version": "4.0.0",
+    "id2label": {0: "a"}, "label2id": {"a": 0}, "problem_type": "regression", "chunk_size_feed_forward": 3,
+    "is_encoder_decoder": True, "_attn_implementation": "eager", "attn_implementation": "eager",
+    "auto_map": {"AutoModelForCausalLM": "modeling.Other"}, "tie_word_embeddings": None,
+    "rope_theta": 500.0, "partial_rotary_factor": 0.5, "use_sliding_window": True, "sliding_window": 3,
+    "max_window_layers": 1, "final_logit_softcapping": 3.0, "attention_k_eq_v": False, "global_head_dim": 32,
+    "num_global_key_value_heads": 4, "use_bidirectional_attention": "all", "num_kv_shared_layers": 1,
+    "enable_moe_block": True, "use_double_wide_mlp": True, "vocab_size_per_layer_input": 5, "num_experts": 4,
+    "top_k_experts": 2, "moe_intermediate_size": 8, "model_type": "other",
+    "layer_types": ["full_attention", "sliding_attention"],
+    "per_layer_config": {"1": {"num_key_value_heads": 4}},
+}  # fmt: skip
+GEMMA_OTHER = {
+    "layer_types": ["full_attention"] * 2, "hidden_size_per_layer_input": 4,
+    "rope_parameters": {kind: {"rope_theta": 77.0, "rope_type": "default"} for kind in GEMMA_SMALL["layer_types"]},
+    "rope_scaling": {"rope_type": "yarn", "factor": 2.0},
+}  # fmt: skip
+QWEN_OTHER = {"rope_parameters": {"rope_theta": 77.0}, "rope_scaling": {"rope_theta": 77.0}}
+WITHOUT = {"rope_theta": "rope_parameters", "rope_scaling": "rope_parameters"}  # of older files, which have no other
+MASKS = ("create_causal_mask", "create_sliding_window_causal_mask")
+DERIVED = {"kv_sharing_modes": "num_kv_shared_layers", "get_text_config": "text_config"}
+
+
+def small(kind: str) -> dict[str, Any]:
+    """What transformers writes of a small model."""
+    sizes = SMALL if kind == "Qwen3Config" else SMALL | GEMMA_SMALL
+    raw = getattr(transformers, kind)(**sizes).to_dict()
+    if kind != "Qwen3Config":  # in the older form, in which all of its fields can be changed
+        del raw["per_layer_config"]
+        raw |= sizes
+    return raw
+
+
+def changed(kind: str, name: str) -> dict[str, Any]:
+    """The same with another value of a field."""
+    raw = small(kind)
+    others = OTHER | (QWEN_OTHER if kind == "Qwen3Config" else GEMMA_OTHER)
+    value = not raw["tie_word_embeddings"] if name == "tie_word_embeddings" else others[name]
+    assert raw.get(name) != value, f"give {name} another value"
+    if kind == "Qwen3Config":
+        raw.pop(WITHOUT.get(name, ""), None)
+    return raw | {name: value}
+
+
+@pytest.mark.parametrize("kind", [*CLASSES, *WHOLE])
+def test_every_field_of_the_class_is_listed(kind):
+    table = CLASSES[kind][1] if kind in CLASSES else GEMMA4_WHOLE
+    fields = {field.name: field.default for field in dataclasses.fields(getattr(transformers, kind))}
+    listed = {name for name, field in table.items() if field.own}
+    unlisted, gone = sorted(set(fields) - listed), sorted(listed - set(fields))
+    assert not unlisted, f"say in config_fields what becomes of {unlisted}"
+    assert not gone, f"transformers' {kind} has no {gone} any more"
+    for name in listed:
+        if table[name].absent is not None and fields[name] is not None:
+            assert table[name].absent == fields[name], f"what an absent {name} means"
+
+
+def test_every_key_of_rope_parameters_is_listed():
+    from transformers.modeling_rope_utils import RopeParameters
+
+    assert set(RopeParameters.__annotations__) == set(ROPE)
+
+
+def names_read(source: Any) -> set[str]:
+    """Attributes of a config that a class or function of transformers reads."""
+    found = set()
+    for node in ast.walk(ast.parse(inspect.getsource(source))):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value).endswith("config"):
+            found.add(node.attr)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "getattr":
+            of, name = node.args[:2]
+            if ast.unparse(of).endswith("config") and isinstance(name, ast.Constant):
+                found.add(name.value)
+    return found
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_what_the_models_code_reads_is_listed(kind):
+    """Some of it is no field of the class: `is_causal` turns a causal model into one that sees everything."""
+    from transformers import masking_utils
+
+    model, table = CLASSES[kind]
+    module = inspect.getmodule(getattr(transformers, model))
+    of_text = (kind.removesuffix("Config"), model, model.removesuffix("ForCausalLM") + "TextModel", "Qwen3")
+    classes = [value for name, value in vars(module).items() if inspect.isclass(value) and name.startswith(of_text)]
+    assert len(classes) >= 6
+    read = set().union(*map(names_read, classes), *(names_read(getattr(masking_utils, name)) for name in MASKS))
+    read = {DERIVED.get(name, name) for name in read} - {"text_config"}
+    assert {"num_hidden_layers", "rms_norm_eps", "is_causal", "attention_bias"} <= read
+    assert not read - set(table), "say in config_fields what becomes of them"
+
+
+@pytest.fixture(scope="module")
+def models():
+    """Config class -> a model, and its logits on some tokens."""
+    torch.manual_seed(0)
+    tokens = torch.randint(0, SMALL["vocab_size"], (1, 11))
+    made = {kind: build(kind, small(kind)) for kind in CLASSES}
+    return {kind: (model, tokens, logits(model, tokens)) for kind, model in made.items()}
+
+
+def build(kind: str, raw: dict[str, Any]) -> Any:
+    return getattr(transformers, CLASSES[kind][0])(getattr(transformers, kind).from_dict(raw)).eval()
+
+
+def logits(model: Any, tokens: Any) -> Any:
+    model.config.return_dict = True  # or transformers' own code could not call its model
+    with torch.no_grad():
+        return model(tokens).logits
+
+
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, (_, table) in CLASSES.items() for name in table])
+def test_a_field_is_what_the_list_says(models, kind, name):
+    field, raw = CLASSES[kind][1][name], changed(kind, name)
+    if field.treatment == "must":
+        with pytest.raises(Unsupported, match=name):
+            TargetArchitecture.from_hf(raw)
+        return
+    before = TargetArchitecture.from_hf(small(kind))
+    if field.treatment == "read":
+        try:
+            assert TargetArchitecture.from_hf(raw) != before
+        except InputError as error:
+            assert name in str(error) or "layer_types has" in str(error)  # for so many layers
+        return
+    assert TargetArchitecture.from_hf(raw) == before
+    model, tokens, expected = models[kind]
+    other = build(kind, raw)
+    other.load_state_dict(model.state_dict())
+    torch.testing.assert_close(logits(other, tokens), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ROPE)
+def test_a_key_of_rope_parameters_is_what_the_list_says(models, name):
+    values = {"rope_theta": 5.0, "rope_type": "linear", "mrope_section": [1, 1, 2], "truncate": True}
+    raw = small("Qwen3Config")
+    rope = {"rope_theta": 10000.0, "rope_type": "default"}
+    before = TargetArchitecture.from_hf(raw | {"rope_parameters": rope})
+    raw |= {"rope_parameters": rope | {name: values.get(name, 0.5)}}
+    if ROPE[name].treatment == "must":
+        with pytest.raises(Unsupported, match=name):
+            TargetArchitecture.from_hf(raw)
+        return
+    assert (TargetArchitecture.from_hf(raw) == before) == (ROPE[name].treatment == "irrelevant")
+    if ROPE[name].treatment == "irrelevant":
+        model, tokens, expected = models["Qwen3Config"]
+        other = build("Qwen3Config", raw)
+        other.load_state_dict(model.state_dict())
+        torch.testing.assert_close(logits(other, tokens), expected, rtol=0, atol=0)
+
+
+ROPES = {"full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6}}
+ROPES |= {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}, "missing rope_theta in .*full_attention"),
+        ({"rope_parameters": {"full_attention": ROPES["full_attention"]}}, "missing rope_theta in .*sliding_attention"),
+        ({"full_attention": {"factor": 2.0}}, "factor 2.0 of rope_type 'proportional' is not supported"),
+        ({"full_attention": {"rope_type": "default"}}, "partial_rotary_factor 0.25 of rope_type 'default'"),
+        ({"full_attention": {"partial_rotary_factor": 1.5}}, "partial_rotary_factor 1.5 is above 1"),
+        ({"sliding_attention": {"rope_type": "proportional"}}, "rope_type 'proportional' is not supported"),
+        ({"sliding_attention": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5 of rope_type 'default'"),
+        ({"per_layer_config": {"0": {"head_dim": 16}, "1": {"head_dim": 16}, "3": {"head_dim": 16}}}, "among layers"),
+        ({"per_layer_config": {"1": {"head_dim": 16}, "3": {"head_dim": 8}}}, "differs among layers of a kind"),
+        ({"per_layer_config": {"1": {"head_dim": 16}}}, "differs among layers of a kind"),
+        ({"per_layer_config": {"3": {"intermediate_size": 16}}}, "per_layer_config of intermediate_size is not"),
+        ({"per_layer_config": {"7": {"head_dim": 16}}}, "per_layer_config of layer 7 is not"),
+        ({"sliding_window": 0}, "missing sliding_window"),
+        ({"attention_k_eq_v": "false"}, 'attention_k_eq_v "false" is neither true nor false'),
+        ({"head_dim": None}, "missing head_dim"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps NaN is not a positive number"),
+    ],
+)
+def test_what_a_gemma_may_not_say(change, message):
+    raw = small("Gemma4TextConfig") | {"num_hidden_layers": 4, "rope_parameters": ROPES}
+    raw |= {"layer_types": ["sliding_attention", "full_attention"] * 2}
+    assert TargetArchitecture.from_hf(raw).partial_rotary_factor == 0.25
+    ropes = {kind: rope | change.get(kind, {}) for kind, rope in ROPES.items()}
+    raw |= {"rope_parameters": ropes} | {name: value for name, value in change.items() if name not in ROPES}
+    with pytest.raises(InputError, match=message):
+        TargetArchitecture.from_hf(raw)
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_an_absent_field_means_what_transformers_takes(kind):
+    table, raw = CLASSES[kind][1], small(kind)
+    given = {name for name, field in table.items() if field.treatment == "read" and field.absent is not None}
+    assert {"head_dim", "tie_word_embeddings"} <= given
+    raw = {name: value for name, value in raw.items() if name not in given}
+    ours, theirs = TargetArchitecture.from_hf(raw), getattr(transformers, kind).from_dict(raw)
+    for name in given - {"global_head_dim"}:
+        if hasattr(ours, name) and name not in (theirs.per_layer_attributes or ()):
+            assert getattr(ours, name) == getattr(theirs, name), name
+    if kind != "Qwen3Config":
+        heads = [(layer.head_dim, layer.num_key_value_heads) for layer in theirs.per_layer_config]
+        assert heads == [
+            (ours.head_dim, ours.num_key_value_heads),
+            (ours.global_head_dim, ours.num_global_key_value_heads),
+        ]
+
+
+def test_full_heads_that_do_not_differ_are_stated_by_nothing():
+    """transformers leaves out of `per_layer_config` what is as in the other layers."""
+    same = {"global_head_dim": 8, "num_global_key_value_heads": 2}
+    raw = transformers.Gemma4TextConfig(**SMALL | GEMMA_SMALL | same).to_dict()
+    assert "global_head_dim" not in raw
+    found = TargetArchitecture.from_hf(raw)
+    assert (found.global_head_dim, found.num_global_key_value_heads) == (8, 2)
+
+
+def test_a_qwen_without_key_value_heads_has_as_many_as_heads():
+    raw = small("Qwen3Config") | {"num_key_value_heads": None}
+    assert TargetArchitecture.from_hf(raw).num_key_value_heads == 4
+
+
+def test_the_whole_model_and_its_text_agree():
+    text = small("Gemma4TextConfig")
+    whole = {"model_type": "gemma4", "text_config": text, "vision_config": None, "hidden_size": 3, "attention_bias": 1}
+    assert TargetArchitecture.from_hf(whole) == TargetArchitecture.from_hf(text)
+    with pytest.raises(InputError, match="tie_word_embeddings is false, and true in text_config"):
+        TargetArchitecture.from_hf(whole | {"tie_word_embeddings": False})
+    with pytest.raises(Unsupported, match='quantised checkpoint .*quant_method "fp8"'):
+        TargetArchitecture.from_hf(whole | {"quantization_config": {"quant_method": "fp8"}})
+
+
+def test_is_causal_of_a_drafter_is_about_its_blocks():
+    raw = small("Qwen3Config") | {"is_causal": False}
+    with pytest.raises(Unsupported, match="is_causal false"):
+        TargetArchitecture.from_hf(raw)
+    assert TargetArchitecture.from_hf(raw | {"block_size": 7}) == TargetArchitecture.from_hf(small("Qwen3Config"))
+
+
+PAGE = Path(__file__).parents[1] / "docs" / "targets.md"
+
+
+def taken_as(field: Field) -> str:
+    """How the page says it."""
+    if field.treatment == "irrelevant":
+        return field.treatment
+    values = [f"`{json.dumps(value)}`" for value in field.values if value != {} or len(field.values) == 1]
+    stated = " or ".join(values) or "read"
+    return stated if field.absent in (None, *field.values) else f"{stated} (absent: `{json.dumps(field.absent)}`)"
+
+
+@pytest.mark.parametrize(
+    ("title", "table", "base"),
+    [
+        ("Every language model", COMMON, {}),
+        ("Qwen3", QWEN3, COMMON),
+        ("Gemma 4", GEMMA4, COMMON),
+        ("Gemma 4 unified", GEMMA4_UNIFIED, GEMMA4),
+        ("Gemma 4 with other modalities", GEMMA4_WHOLE, COMMON),
+        ("`rope_parameters`", ROPE, {}),
+    ],
+)
+def test_the_page_says_what_the_list_says(title, table, base):
+    section = PAGE.read_text().split(f"\n## {title}\n")[1].split("\n## ")[0]
+    rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| `")]
+    found = {name.strip("`"): (how, note) for names, how, note in rows for name in names.split(", ")}
+    expected = {name: (taken_as(field), field.note) for name, field in table.items()}
+    usual = {name: (taken_as(field), field.note) for name, field in base.items()}
+    shorter = {name: entry for name, entry in expected.items() if usual.get(name) != entry}
+    assert found == {**shorter, **{name: expected[name] for name in found if name in expected}}

@@ -13,6 +13,7 @@ from typing import Any
 
 from dspark_jax.architecture import TargetArchitecture
 from dspark_jax.errors import InputError
+from dspark_jax.paths import check_local
 
 
 @dataclasses.dataclass
@@ -239,9 +240,26 @@ def _feature_problems(config: Config) -> Iterator[str]:
         yield "data.features='torch' cannot tap the last layer, whose output transformers gives normed; use 'cache'"
 
 
+PATHS = ("target.path", "data.prompts", "train.init_from", "eval.prompts")
+"""Fields that are local paths; a target may be an id on the hub instead."""
+
+
+def _path_problems(config: Config) -> Iterator[str]:
+    """Paths that are none here."""
+    for field in PATHS:
+        group, name = field.split(".")
+        given = getattr(getattr(config, group), name)
+        try:
+            for path in [given] if isinstance(given, str) else given:
+                check_local(field, path)
+        except InputError as error:
+            yield str(error)
+
+
 def problems(config: Config) -> Iterator[str]:
     """Yields one line per fact about a config that does not hold: field, value, remedy."""
     target, drafter, data, train = config.target.architecture, config.drafter, config.data, config.train
+    yield from _path_problems(config)
     if not target.vocab_size:
         yield (
             f"target.path={config.target.path!r} has no config.json and target.architecture is not stated; "

@@ -275,4 +275,4 @@ def _define(values: flags.FlagValues) -> None:
 
 
 if __name__ == "__main__":
-    command.run(generate, define=_define)
+    command.run(generate, define=_define, writes=False)

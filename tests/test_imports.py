@@ -6,7 +6,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "dspark_jax"
 
-BASE = {"architecture", "config", "errors", "hub", "json_file", "kinds", "sharding", "metrics", "progress"}
+BASE = {"architecture", "config", "errors", "experiments", "hub", "json_file", "kinds", "paths", "run_lock"}
+BASE |= {"sharding", "metrics", "progress"}
 ALLOWED = {
     **{name: BASE for name in BASE},
     "ops": BASE | {"ops"},
@@ -19,6 +20,7 @@ ALLOWED = {
     "evaluation": BASE | {"ops", "data", "target", "drafter", "training", "engine", "convert", "evaluation"},
     "planning": BASE | {"ops", "target", "drafter", "training", "engine", "planning"},
     "command": BASE,
+    "__main__": BASE,
 }
 COMMANDS = {"prepare", "train", "evaluate", "calibrate", "compare", "generate", "plan", "profile"}
 BUILDER = {"quickstart"}  # rebuilds the embedded target; nothing may import it

@@ -43,6 +43,7 @@ def test_a_wheel_has_them_inside(tmp_path: Path, monkeypatch: Any) -> None:
 
 
 def test_the_package_lists_its_commands(capsys: Any, monkeypatch: Any) -> None:
+    monkeypatch.delitem(sys.modules, "dspark_jax.__main__")
     monkeypatch.setattr(sys, "argv", ["dspark_jax"])
     runpy.run_module("dspark_jax", run_name="__main__")
     shown = re.findall(r"^  (\w+) +(\S.*)$", capsys.readouterr().out, re.MULTILINE)
@@ -66,7 +67,9 @@ def test_a_wheel_is_built_installed_and_used(tmp_path: Path) -> None:
     for file in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, tmp_path / "source")
     pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check"]
-    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, tmp_path / "source"], check=True)
+    subprocess.run(
+        [*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, tmp_path / "source"], check=True
+    )
     (wheel,) = tmp_path.glob("*.whl")
     venv.create(tmp_path / "venv", with_pip=False)
     python = tmp_path / "venv" / "bin" / "python"

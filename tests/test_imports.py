@@ -7,7 +7,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "dspark_jax"
 
 BASE = {"architecture", "config", "errors", "experiments", "hub", "json_file", "kinds", "paths", "run_lock"}
-BASE |= {"sharding", "metrics", "progress"}
+BASE |= {"ranges", "sharding", "metrics", "progress"}
 ALLOWED = {
     **{name: BASE for name in BASE},
     "ops": BASE | {"ops"},

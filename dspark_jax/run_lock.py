@@ -160,7 +160,10 @@ def _acquire(path: Path, ours: _Holder, option: str) -> _Held | None:
     """Waits, if that decides it, and takes the file; None if the process that started this one has it."""
     while True:
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        except FileNotFoundError:  # another process has just removed the directory as one that it had made for nothing
+            make_directory(path.parent, option)
+            continue
         except OSError as error:
             raise _refused(path.parent, error, option) from error
         kept = False

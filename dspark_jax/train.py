@@ -20,6 +20,7 @@ import optax
 from jax.sharding import Mesh
 
 from dspark_jax import command
+from dspark_jax.attached import STATUS
 from dspark_jax.config import Config, InputError, to_json
 from dspark_jax.convert.hf import abstract_drafter as abstract_import
 from dspark_jax.convert.hf import import_drafter, read_drafter_config
@@ -43,7 +44,7 @@ from dspark_jax.training.feature_cache import feature_directory, open_features
 from dspark_jax.training.host_memory import check_host_memory, describe_feature_memory, return_freed_memory
 from dspark_jax.training.micro_steps import MicroSteps
 from dspark_jax.training.optim import learning_rate, make_optimizer
-from dspark_jax.training.preemption import STATUS, Preemption
+from dspark_jax.training.preemption import Preemption
 from dspark_jax.training.state import TrainState, abstract_drafter, init_state, state_layout, to_params
 from dspark_jax.training.step import (
     FINITE,

@@ -6,7 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "dspark_jax"
 
-BASE = {"architecture", "config", "errors", "experiments", "hub", "json_file", "kinds", "paths", "run_lock"}
+BASE = {"architecture", "attached", "config", "errors", "experiments", "hub", "json_file", "kinds", "paths", "run_lock"}
 BASE |= {"ranges", "sharding", "metrics", "progress"}
 ALLOWED = {
     **{name: BASE for name in BASE},

@@ -87,13 +87,24 @@ def fit(config: Config, workdir: Path, mesh: Mesh, checkpoints: Checkpoints) -> 
     """Runs the optimizer steps that are still to do, under `jax.set_mesh(mesh)`."""
     steps, every = config.train.steps, config.train.checkpoint_every
     cached = config.data.features != "online"
+    latest = checkpoints.latest()
+    start = latest or 0
+    if start > steps:
+        raise InputError(
+            f"{checkpoints.path(start)}: {start} steps are done, and train.steps={steps} asks for fewer; "
+            "give at least as many, or use another --workdir"
+        )
+    if jax.process_index() == 0:
+        (workdir / "config.json").write_text(to_json(config))
+    if start == steps:
+        log(f"training is finished: {checkpoints.path(start)} is the last of {steps} steps; raise train.steps to go on")
+        return
     data = _open_data(config, workdir, mesh)
 
     # The state: fresh, with imported parameters, or that of the newest checkpoint.
     drafter = abstract_drafter(config)
     optimizer = make_optimizer(config.optim, steps)
-    layout, latest = state_layout(drafter, optimizer, mesh), checkpoints.latest()
-    start = latest or 0
+    layout = state_layout(drafter, optimizer, mesh)
     if latest is None:
         state = _fresh_state(config, optimizer, mesh)
     elif latest == 0:
@@ -104,10 +115,6 @@ def fit(config: Config, workdir: Path, mesh: Mesh, checkpoints: Checkpoints) -> 
         state, position = checkpoints.restore(layout)
         data.set_state(position)
         log(f"continuing from step {start}: {checkpoints.path(start)}")
-    if jax.process_index() == 0:
-        (workdir / "config.json").write_text(to_json(config))
-    if start >= steps:
-        return
 
     # The step, compiled before the clock starts.
     if cached:

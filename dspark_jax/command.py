@@ -179,9 +179,10 @@ def _join_hosts() -> None:
     try:
         jax.distributed.initialize()
     except (ValueError, RuntimeError) as error:  # JAX knows no coordinator, or cannot reach it
+        reason = str(error).partition("\n")[0]
         raise InputError(
-            f"--distributed: the other hosts cannot be joined ({str(error).splitlines()[0]}); start it where JAX "
-            "finds them (a TPU slice, SLURM, GKE) or set JAX_COORDINATOR_ADDRESS, or leave the flag out on one host"
+            f"--distributed: the other hosts cannot be joined ({reason}); start it where JAX finds them (a TPU slice, "
+            "SLURM, GKE), or leave the flag out on one host"
         ) from error
 
 

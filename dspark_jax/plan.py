@@ -46,11 +46,11 @@ def plan(config: Config, workdir: Path, *, topology: str, parts: Sequence[str] =
     """
     if not parts or set(parts) - set(PARTS):
         raise InputError(f"--parts {','.join(parts)!r} is unknown; use one or both of: {','.join(PARTS)}")
-    make_directory(workdir)
     jax.config.update("jax_platforms", "cpu")  # the TPU here is only compiled for
     chip, devices = devices_of(topology)
     config = with_dtypes(config)
     mesh = make_mesh(config.mesh, devices)
+    make_directory(workdir)
     chips = len(devices) // chip.per_chip
     shape = {name: size for name, size in mesh.shape.items() if size > 1}
     report: dict[str, Any] = {"config": config.name, "topology": topology, "chips": chips, "mesh": shape}

@@ -10,6 +10,7 @@ from absl import flags
 
 from dspark_jax import command
 from dspark_jax.config import Config, InputError
+from dspark_jax.run_lock import locked
 
 CONFIG = """
 from dspark_jax.config import Config, DrafterConfig, TargetArchitecture, TargetConfig, TrainConfig
@@ -215,6 +216,25 @@ def test_hosts_that_cannot_be_joined_are_one_line(config_file, capsys, monkeypat
     error = capsys.readouterr().err
     assert error.startswith("error: --distributed: the other hosts cannot be joined (coordinator_address should be")
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_one_host_takes_the_lock_for_all(config_file, monkeypatch, process):
+    """And where it is refused, those end that did not ask for it, too."""
+    told = []
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(jax, "process_index", lambda: process)
+    monkeypatch.setattr(command.multihost_utils, "broadcast_one_to_all", lambda value: told.append(value) or int(taken))
+    taken = False
+    with command._locked_by_one(Path("here"), "train"):
+        assert Path("here/lock.json").exists() == (process == 0)
+    assert told == [0] and not Path("here").exists()
+    taken = True
+    with locked(Path("here"), "evaluate"):
+        message = "here: in use by evaluate" if process == 0 else "here: cannot be used; process 0 says why"
+        with pytest.raises(InputError, match=message), command._locked_by_one(Path("here"), "train"):
+            pytest.fail("it ran")
+    assert told[1:] == [process == 0]
 
 
 def test_help_lists_flags_fields_values_and_their_meaning(config_file, capsys):

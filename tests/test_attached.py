@@ -49,6 +49,8 @@ def test_who_is_killed_takes_them_along(tmp_path: Path, function: str) -> None:
     (tmp_path / "training.py").write_text(
         "import pathlib, signal, sys, time\n"
         "def stop(number, frame):\n"
+        "    print('told to stop', flush=True)\n"
+        "    print('told to stop', file=sys.stderr, flush=True)\n"
         f"    pathlib.Path({str(tmp_path / 'saved')!r}).touch()\n"
         "    sys.exit(143)\n"
         "signal.signal(signal.SIGTERM, stop)\n"

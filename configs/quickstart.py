@@ -8,6 +8,7 @@ DSpark, or one of the other kinds of `dspark_jax.kinds`: dflash, eagle3, mtp, ga
 
 from pathlib import Path
 
+import dspark_jax
 from dspark_jax.config import (
     Config,
     DataConfig,
@@ -19,7 +20,7 @@ from dspark_jax.config import (
 )
 from dspark_jax.kinds import as_kind
 
-QUICKSTART = Path(__file__).resolve().parents[1] / "dspark_jax" / "quickstart"
+QUICKSTART = Path(dspark_jax.__file__).resolve().parent / "quickstart"
 DOMAINS = ("math", "code", "chat")
 
 

@@ -47,6 +47,9 @@ from dspark_jax.sharding import make_mesh
 
 PREFERRED = 1.0
 """The sampling temperature whose calibration gets the plain file name."""
+FEW = 500
+"""Rounds below which a calibration comes with a warning. With so many an ECE of 6 % is chance (20 bins, confidences
+evenly spread; 10 % with 200, 33 % with 4), and later positions see a fraction of the rounds."""
 
 
 def calibrate(
@@ -104,6 +107,7 @@ def calibrate(
             rejected.unlink()
         for number, (temperature, (fit, scored)) in enumerate(zip(sampled, traces, strict=True)):
             calibration = compare_predictors(fit, scored, seed=config.eval.seed)
+            _warn_if_few(fit, fit_on)
             if number:
                 print()
             suffix = "" if temperature == _main(sampled) else f"_t{temperature:g}"
@@ -149,6 +153,17 @@ def decode(
                 "score; name more prompts in eval.prompts or raise eval.limit"
             )
     return pairs
+
+
+def _warn_if_few(fit: Traces, fit_on: str) -> None:
+    """Says that temperatures were fitted on too little to be more than chance."""
+    rounds = len(fit.accepted)
+    if rounds < FEW:
+        files = "eval.prompts" if fit_on == "heldout" else "data.prompts"
+        log(
+            f"calibrate: WARNING: fitted on {rounds} rounds only, so the temperatures are mostly chance; "
+            f"name more prompts in {files} or raise eval.limit, {FEW} rounds are the least to rely on"
+        )
 
 
 def sglang(calibration: Calibration, dataset: str) -> dict[str, Any]:

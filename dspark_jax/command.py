@@ -9,6 +9,7 @@ Exit status: 0 done, 2 bad input (`error: ...` on stderr), 130 interrupted.
 """
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import importlib.util
@@ -23,13 +24,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from absl import flags, logging
+from jax.experimental import multihost_utils
 from ml_collections import config_flags
 
 from dspark_jax import config as config_module
+from dspark_jax import experiments
 from dspark_jax.config import Config, InputError, resolve
 from dspark_jax.errors import reporting_errors
 from dspark_jax.hub import with_architecture
+from dspark_jax.paths import check_local
+from dspark_jax.run_lock import locked
 
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]*)")
 
@@ -40,6 +46,7 @@ def run(
     define: Callable[[flags.FlagValues], None] | None = None,
     argv: Sequence[str] | None = None,
     distributed: bool = True,
+    writes: bool = True,
 ) -> None:
     """Runs a command and ends the process with status 2 on bad input.
 
@@ -49,6 +56,7 @@ def run(
       define: adds the command's own absl flags to the given `FlagValues`.
       argv: the command line without the program's name; that of the process if None.
       distributed: whether it can run on several hosts.
+      writes: whether it writes in the working directory, which is then locked as long as it runs.
     """
     logging.set_verbosity(logging.ERROR)  # Orbax and TFDS warn about their own defaults; what fails is raised
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -62,8 +70,10 @@ def run(
         if extra.pop("distributed"):
             if not distributed:
                 raise InputError(f"--distributed: {main.__name__} runs on one host; leave the flag out")
-            jax.distributed.initialize()
-        main(resolve(with_architecture(config)), workdir, **extra)
+            _join_hosts()
+        config = resolve(with_architecture(config))
+        with _locked_by_one(workdir, main.__name__) if writes else contextlib.nullcontext():
+            main(config, workdir, **extra)
 
 
 def parse(
@@ -72,7 +82,7 @@ def parse(
     """Reads a command line.
 
     Args:
-      argv: `--config FILE[:ARG]`, overrides such as `--config.train.steps=100`, `--workdir DIR`, and own flags.
+      argv: `--config NAME|FILE[:ARG]`, overrides such as `--config.train.steps=100`, `--workdir DIR`, and own flags.
       define: as in `run`.
 
     Returns:
@@ -98,7 +108,7 @@ def parse(
         raise InputError(f"unexpected argument {rest[0]!r}; flags look like --config FILE and --config.train.steps=100")
     found: Any = values["config"].value
     if not isinstance(found, Config):
-        raise InputError("--config is missing; name an experiment, e.g. --config configs/quickstart.py")
+        raise InputError(f"--config is missing; give a file, or one of {', '.join(experiments.names())}")
     _check_types(found, Config, "config")
     extra = {name: values[name].value for name in values if name not in ("config", "workdir")}
     extra = {name: value for name, value in extra.items() if not name.startswith("config.")}
@@ -110,7 +120,8 @@ def load_config(spec: str) -> Config:
     """Calls `get_config` of a config file.
 
     Args:
-      spec: FILE or FILE:ARG; ARG is handed to `get_config`. FILE may also be a `config.json` that a run has written.
+      spec: FILE or FILE:ARG; ARG is handed to `get_config`. FILE may also be a `config.json` that a run has written, or
+        the name of a config that comes with the package (`experiments.names()`).
 
     Returns:
       Its config; an empty name becomes the file's stem, with ARG behind it.
@@ -118,12 +129,9 @@ def load_config(spec: str) -> Config:
     Raises:
       InputError: no such file, no `get_config`, or an error in the file itself (named with its line).
     """
+    check_local("--config", spec)
     file, _, argument = spec.partition(":")
-    path = Path(file)
-    if not path.is_file():
-        near = difflib.get_close_matches(str(path), [str(p) for p in path.parent.glob("*.py")], n=1, cutoff=0.5)
-        remedy = f"did you mean {near[0]}?" if near else "check the path"
-        raise InputError(f"--config {file}: no such file; {remedy}")
+    path = experiments.find(file)
     if path.suffix == ".json":
         try:
             return config_module.from_json(path.read_text("utf-8"))
@@ -148,6 +156,53 @@ def load_config(spec: str) -> Config:
         raise InputError(f"{file}: get_config returned {type(config).__name__}; return a dspark_jax.config.Config")
     config.name = config.name or path.stem + (f"-{argument}" if argument else "")
     return config
+
+
+def define_path(values: flags.FlagValues, name: str, text: str) -> None:
+    """Adds a flag that is a local path, or not given."""
+    flags.DEFINE(_LocalPath(name), name, None, text, flag_values=values)
+
+
+class _LocalPath(flags.ArgumentParser):
+    """Reads a flag that is a path."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def parse(self, argument: str) -> str:
+        """The path, if it is local."""
+        check_local(f"--{self.name}", argument)
+        return argument
+
+
+def _join_hosts() -> None:
+    try:
+        jax.distributed.initialize()
+    except (ValueError, RuntimeError) as error:  # JAX knows no coordinator, or cannot reach it
+        reason = str(error).partition("\n")[0]
+        raise InputError(
+            f"--distributed: the other hosts cannot be joined ({reason}); start it where JAX finds them (a TPU slice, "
+            "SLURM, GKE), or leave the flag out on one host"
+        ) from error
+
+
+@contextlib.contextmanager
+def _locked_by_one(workdir: Path, command: str) -> Iterator[None]:
+    """Process 0 holds the lock for all; where it is refused, all end."""
+    if not jax.distributed.is_initialized():
+        with locked(workdir, command):
+            yield
+        return
+    refusal = None
+    with contextlib.ExitStack() as stack:
+        if jax.process_index() == 0:
+            try:
+                stack.enter_context(locked(workdir, command))
+            except InputError as error:
+                refusal = error
+        if multihost_utils.broadcast_one_to_all(np.int32(refusal is not None)):
+            raise refusal or InputError(f"--workdir {workdir}: cannot be used; process 0 says why")
+        yield
 
 
 def field_paths() -> dict[str, dataclasses.Field[Any]]:
@@ -175,9 +230,7 @@ def _innermost(error: BaseException) -> tuple[str, int]:
 def _flags(define: Callable[[flags.FlagValues], None] | None, argv: Sequence[str]) -> flags.FlagValues:
     """The flags of a command: ours and its own, without those that libraries define globally."""
     values = flags.FlagValues()
-    flags.DEFINE_string(
-        "workdir", None, "Where everything is written and found again. Default: runs/<config name>.", flag_values=values
-    )
+    define_path(values, "workdir", "Where everything is written and found again. Default: runs/<config name>.")
     flags.DEFINE_boolean(
         "distributed",
         False,
@@ -189,7 +242,7 @@ def _flags(define: Callable[[flags.FlagValues], None] | None, argv: Sequence[str
     config_flags.DEFINE_config_dataclass(
         "config",
         Config(),
-        "The experiment: FILE or FILE:ARG.",
+        "The experiment: a file, or the name of one that comes with the package; :ARG behind it is for the file.",
         flag_values=values,
         parse_fn=load_config,
         sys_argv=["command", *argv],
@@ -209,7 +262,7 @@ def _config_first(argv: Sequence[str]) -> list[str]:
         else:
             rest.append(argument)
     if waiting:
-        raise InputError("--config needs a file, e.g. --config configs/quickstart.py")
+        raise InputError("--config needs a name or a file, e.g. --config quickstart")
     return first + rest
 
 
@@ -292,7 +345,10 @@ def _help(name: str, text: str, define: Callable[[flags.FlagValues], None] | Non
     with_config = any(re.match(r"--?config(=|$)", argument) for argument in argv)
     config = parse(argv, define)[0] if with_config else Config()
     values = _flags(define, [])
-    lines = [f"usage: python -m dspark_jax.{name} --config FILE[:ARG] [--config.FIELD=VALUE ...] [--workdir DIR]", ""]
+    lines = [
+        f"usage: python -m dspark_jax.{name} --config NAME|FILE[:ARG] [--config.FIELD=VALUE ...] [--workdir DIR]",
+        "",
+    ]
     lines += [text.strip(), "", "Flags:"]
     for flag in ("config", *sorted(set(values) - {"config"})):
         default = f" (default: {values[flag].value})" if values[flag].value not in (None, False) else ""

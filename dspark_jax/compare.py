@@ -16,9 +16,7 @@ status 143, after the checkpoint of the run in training. Writes `compare.json` (
 import contextlib
 import os
 import signal
-import subprocess
 import sys
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from typing import Any
 from absl import flags
 
 from dspark_jax import command
+from dspark_jax.attached import STATUS, run_module
 from dspark_jax.config import Config, InputError, to_json
 from dspark_jax.evaluation.comparison import Standing, describe, growth, round_times, standing, study_table, table
 from dspark_jax.evaluation.comparison_plan import STUDIES, Plan, make_plan, with_measured
@@ -40,7 +39,6 @@ from dspark_jax.evaluation.comparison_runs import (
 from dspark_jax.evaluation.rounds import PLAIN, read_rounds
 from dspark_jax.json_file import write_json
 from dspark_jax.training.checkpoint import prepared_fingerprint
-from dspark_jax.training.preemption import STATUS
 
 _TITLES = {"depth": "Accepted length by draft depth", "length": "Accepted length by draft length"}
 
@@ -90,57 +88,6 @@ def _compare(config: Config, workdir: Path, plan: Plan, now: dict[str, Any], ste
     print(_text(config, plan, report), flush=True)
     _draw(workdir, plan, report, _standings(config, workdir, plan))
     return failures
-
-
-def run_module(arguments: Sequence[str], environment: Mapping[str, str]) -> str | None:
-    """Runs `python -m ARGUMENTS`, showing its output; returns its last words if it failed.
-
-    When this process is told to stop, so is that one, and it is waited for: it may be writing a checkpoint.
-
-    Raises:
-      KeyboardInterrupt: it was interrupted.
-      SystemExit: it was told to stop.
-    """
-    process = subprocess.Popen(
-        [sys.executable, "-m", *arguments],
-        env={**os.environ, **environment},
-        stderr=subprocess.PIPE,
-        encoding="utf-8",
-        errors="replace",
-    )
-    last: deque[str] = deque(maxlen=50)
-    assert process.stderr is not None
-    try:
-        for line in process.stderr:
-            sys.stderr.write(line)
-            last.append(line.strip())
-        status = process.wait()
-    finally:
-        if process.poll() is None:  # we are leaving early: nobody else would stop it
-            _stop(process)
-    if status in (130, -signal.SIGINT):
-        raise KeyboardInterrupt
-    if status in (STATUS, -signal.SIGTERM):
-        raise SystemExit(STATUS)
-    if not status:
-        return None
-    said = [line for line in last if line]
-    errors = [line.removeprefix("error: ") for line in said if line.startswith("error: ")]
-    if status < 0:
-        return f"killed by signal {-status}, perhaps for its memory ({arguments[0]})"
-    reason = errors[-1] if errors else said[-1] if said else "no message"
-    return f"{reason} ({arguments[0]}, status {status})"
-
-
-def _stop(process: subprocess.Popen[str]) -> None:
-    """Tells a process to stop and waits until it has; who is told to stop a second time does not wait any more."""
-    process.terminate()
-    try:
-        said = process.communicate()[1]
-    except BaseException:
-        process.kill()
-        raise
-    sys.stderr.write(said)
 
 
 @contextlib.contextmanager
@@ -197,6 +144,8 @@ def _measure_times(
     config: Config, workdir: Path, plan: Plan, now: Mapping[str, Any], failures: dict[str, str], step: Step
 ) -> dict[str, dict[str, float]]:
     """Time per round of all runs that did not fail, measured together; measured again when a run has joined."""
+    if not config.eval.speed_prompts:
+        return {}
     runs = {name: sub for name, sub in plan.runs.items() if name not in failures}
     found = read_times(workdir, config, now)
     if runs and not {*runs, PLAIN} <= {name for name, one in found.items() if "error" not in one}:

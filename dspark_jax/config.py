@@ -13,6 +13,8 @@ from typing import Any
 
 from dspark_jax.architecture import TargetArchitecture
 from dspark_jax.errors import InputError
+from dspark_jax.paths import check_local
+from dspark_jax.ranges import range_problems
 
 
 @dataclasses.dataclass
@@ -239,9 +241,26 @@ def _feature_problems(config: Config) -> Iterator[str]:
         yield "data.features='torch' cannot tap the last layer, whose output transformers gives normed; use 'cache'"
 
 
+PATHS = ("target.path", "data.prompts", "train.init_from", "eval.prompts")
+"""Fields that are local paths; a target may be an id on the hub instead."""
+
+
+def _path_problems(config: Config) -> Iterator[str]:
+    """Paths that are none here."""
+    for field in PATHS:
+        group, name = field.split(".")
+        given = getattr(getattr(config, group), name)
+        try:
+            for path in [given] if isinstance(given, str) else given:
+                check_local(field, path)
+        except InputError as error:
+            yield str(error)
+
+
 def problems(config: Config) -> Iterator[str]:
     """Yields one line per fact about a config that does not hold: field, value, remedy."""
     target, drafter, data, train = config.target.architecture, config.drafter, config.data, config.train
+    yield from _path_problems(config)
     if not target.vocab_size:
         yield (
             f"target.path={config.target.path!r} has no config.json and target.architecture is not stated; "
@@ -255,27 +274,7 @@ def problems(config: Config) -> Iterator[str]:
             f"target num_attention_heads={target.num_attention_heads} is no multiple of num_key_value_heads="
             f"{target.num_key_value_heads}; check the model's config.json"
         )
-    positive = {
-        "drafter.num_layers": drafter.num_layers,
-        "drafter.block_size": drafter.block_size,
-        "train.steps": train.steps,
-        "train.batch_size": train.batch_size,
-        "train.accumulate": train.accumulate,
-        "train.num_anchors": train.num_anchors,
-        "train.checkpoint_every": train.checkpoint_every,
-        "train.log_every": train.log_every,
-        "train.vocab_chunk": train.vocab_chunk,
-        "data.max_length": data.max_length,
-        "data.max_prompt_length": data.max_prompt_length,
-        "data.repeats": data.repeats,
-        "data.decode_batch_size": data.decode_batch_size,
-        "eval.batch_size": config.eval.batch_size,
-        "eval.max_new_tokens": config.eval.max_new_tokens,
-        "loss.decay": config.loss.decay,
-        "optim.learning_rate": config.optim.learning_rate,
-        "optim.muon_learning_rate": config.optim.muon_learning_rate,
-    }
-    yield from (f"{name}={value} must be positive" for name, value in positive.items() if value <= 0)
+    yield from range_problems(config)
     if train.accumulate > 0 and train.batch_size % train.accumulate:
         yield f"train.batch_size={train.batch_size} is not divisible by train.accumulate={train.accumulate}"
     if data.max_prompt_length >= data.max_length:
@@ -288,9 +287,6 @@ def problems(config: Config) -> Iterator[str]:
             f"data.max_length={data.max_length} exceeds the target's max_position_embeddings="
             f"{target.max_position_embeddings}; lower it"
         )
-    temperatures = {"data.temperature": (data.temperature,), "eval.temperatures": config.eval.temperatures}
-    for name, values in temperatures.items():
-        yield from (f"{name} contains {value}; temperatures are 0 or above" for value in values if value < 0)
     if config.optim.kind not in ("adamw", "muon"):
         yield f"optim.kind={config.optim.kind!r} is unknown; use adamw or muon"
     for name, value in {"target.dtype": config.target.dtype, "drafter.dtype": drafter.dtype}.items():

@@ -12,6 +12,7 @@ class InputError(ValueError):
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def is_full_disk(error: Exception) -> bool:
@@ -21,16 +22,20 @@ def is_full_disk(error: Exception) -> bool:
 
 @contextlib.contextmanager
 def reporting_errors() -> Iterator[None]:
-    """Turns `InputError` and a full disk into `error: ...` on stderr and status 2, Ctrl-C into one line and 130."""
+    """Turns what the user can mend into one line on stderr, `error: ...`, and status 2; Ctrl-C into one and 130.
+
+    That is `InputError`, and of the operating system's errors a full disk and a file that may not be used.
+    """
     try:
         yield
     except InputError as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         raise SystemExit(2) from error
     except OSError as error:
-        if error.errno not in _FULL:
+        if error.errno not in _FULL + _FORBIDDEN:
             raise
-        print(f"error: {error.filename or 'a file'}: {error.strerror}; free space and run again", file=sys.stderr)
+        remedy = "free space and run again" if error.errno in _FULL else "change its permissions, or use another place"
+        print(f"error: {error.filename or 'a file'}: {error.strerror}; {remedy}", file=sys.stderr)
         raise SystemExit(2) from error
     except KeyboardInterrupt as error:
         print("interrupted", file=sys.stderr)

@@ -273,12 +273,11 @@ def _first_of_each(sets: Sequence[str], most: int) -> list[int]:
 
 
 def _define(values: flags.FlagValues) -> None:
-    flags.DEFINE_string(
+    command.define_path(
+        values,
         "cost_table",
-        None,
         "JSON file with steps per second against tokens in the batch (SGLang's layout, as `profile` writes it). "
         "Default: a saturating accelerator.",
-        flag_values=values,
     )
     flags.DEFINE_string(
         "traffic",

@@ -44,11 +44,11 @@ from dspark_jax.engine.request import Piece, Request, TracedRound
 from dspark_jax.engine.schedule import Scheduler
 from dspark_jax.engine.serving import Engine
 from dspark_jax.evaluation.load import read_cost_table, saturating
+from dspark_jax.evaluation.setup import open_drafter
 from dspark_jax.ops.sampling import GREEDY_BELOW
 from dspark_jax.progress import log
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target.loading import load_target
-from dspark_jax.training.checkpoint import load_drafter
 
 SCHEDULERS = ("fixed", "threshold", "early_stop", "lagged", "adaptive")
 _COLOURS = {"+": "32", "-": "31", ".": "90", "=": "1"}  # green, red, grey, bold
@@ -75,7 +75,8 @@ def generate(
     """Answers one prompt on standard output.
 
     Args:
-      config: resolved; `target`, `mesh`, and of `data` the system prompt are used.
+      config: resolved; `target`, `mesh`, and of `data` the system prompt are used, and `drafter` is compared with the
+        checkpoint's.
       workdir: of the training run.
       mesh: of the models; that of the config if None.
       prompt: the user's message; standard input if None.
@@ -94,14 +95,15 @@ def generate(
       The request, which has ended.
 
     Raises:
-      InputError: no prompt, a setting out of range, no checkpoint, or options that exclude each other.
+      InputError: no prompt, a setting out of range, no checkpoint or one of another drafter, or options that exclude
+        each other.
     """
     name = _check_options(scheduler, threshold, plain, explain)
     text = _read_prompt() if prompt is None else prompt
     if not text.strip():
         raise InputError("the prompt is empty; give --prompt TEXT, or text on standard input")
     mesh = make_mesh(config.mesh) if mesh is None else mesh
-    drafter = None if plain else load_drafter(workdir, mesh, config.target)[1]
+    drafter = None if plain else open_drafter(config, workdir, mesh)[1]
     rule = Scheduler.fixed() if drafter is None else _scheduler(name, threshold, drafter, workdir)
     tokenizer = load_tokenizer(config.target.path)
     ids = prompt_tokens(tokenizer, with_system([{"role": "user", "content": text}], config.data.system_prompt))
@@ -275,4 +277,4 @@ def _define(values: flags.FlagValues) -> None:
 
 
 if __name__ == "__main__":
-    command.run(generate, define=_define)
+    command.run(generate, define=_define, writes=False)

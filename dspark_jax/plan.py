@@ -8,7 +8,6 @@ it fits or what to change. Needs the TPU compiler: pip install 'dspark-jax[tpu]'
 TPU: times are the compiler's own estimates and rooflines.
 """
 
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -20,10 +19,12 @@ from absl import flags
 
 from dspark_jax import command
 from dspark_jax.config import Config, InputError
+from dspark_jax.json_file import write_json
 from dspark_jax.planning.apart import PROGRAMS, estimate_apart
 from dspark_jax.planning.programs import with_dtypes
 from dspark_jax.planning.topology import GIB, devices_of, listing
 from dspark_jax.progress import Progress, log
+from dspark_jax.run_lock import make_directory
 from dspark_jax.sharding import make_mesh
 
 PARTS = tuple(PROGRAMS)
@@ -49,6 +50,7 @@ def plan(config: Config, workdir: Path, *, topology: str, parts: Sequence[str] =
     chip, devices = devices_of(topology)
     config = with_dtypes(config)
     mesh = make_mesh(config.mesh, devices)
+    make_directory(workdir)
     chips = len(devices) // chip.per_chip
     shape = {name: size for name, size in mesh.shape.items() if size > 1}
     report: dict[str, Any] = {"config": config.name, "topology": topology, "chips": chips, "mesh": shape}
@@ -69,8 +71,7 @@ def plan(config: Config, workdir: Path, *, topology: str, parts: Sequence[str] =
         report[part] = {"skipped": why, "verdict": f"not planned: {why}"}
     for part in parts:
         print("\n".join(describe(NAMES[part], report[part])), flush=True)
-    workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / "plan.json").write_text(json.dumps(report, indent=1) + "\n")
+    write_json(workdir / "plan.json", report)
     log(f"written to {workdir / 'plan.json'}")
     return report
 
@@ -160,4 +161,4 @@ if __name__ == "__main__":
     if {"--topology=list", "list"} & set(sys.argv[1:]):
         print(listing())
     else:
-        command.run(plan, define=_define)
+        command.run(plan, define=_define, writes=False)  # one file, whole: it may run beside others

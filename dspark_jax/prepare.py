@@ -46,6 +46,7 @@ from dspark_jax.data.samples import Tally, answered_samples, describe, given_sam
 from dspark_jax.data.sources import SampleReader, write_samples
 from dspark_jax.engine.generate import generate
 from dspark_jax.engine.sampling import request_keys
+from dspark_jax.errors import is_full_disk
 from dspark_jax.json_file import read_ours, write_json
 from dspark_jax.kinds import MASKLESS
 from dspark_jax.progress import Progress, log
@@ -324,10 +325,11 @@ def _disk_errors(workdir: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
+        if not is_full_disk(error) and error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise
+        remedy = "make room" if is_full_disk(error) else "change its permissions"
         raise InputError(
-            f"{error.filename or workdir}: {error.strerror}; make room or choose another --workdir, and run again: "
+            f"{error.filename or workdir}: {error.strerror}; {remedy} or choose another --workdir, and run again: "
             "answers that are decoded already are kept"
         ) from None
 

@@ -20,6 +20,7 @@ import optax
 from jax.sharding import Mesh
 
 from dspark_jax import command
+from dspark_jax.attached import STATUS
 from dspark_jax.config import Config, InputError, to_json
 from dspark_jax.convert.hf import abstract_drafter as abstract_import
 from dspark_jax.convert.hf import import_drafter, read_drafter_config
@@ -43,7 +44,7 @@ from dspark_jax.training.feature_cache import feature_directory, open_features
 from dspark_jax.training.host_memory import check_host_memory, describe_feature_memory, return_freed_memory
 from dspark_jax.training.micro_steps import MicroSteps
 from dspark_jax.training.optim import learning_rate, make_optimizer
-from dspark_jax.training.preemption import STATUS, Preemption
+from dspark_jax.training.preemption import Preemption
 from dspark_jax.training.state import TrainState, abstract_drafter, init_state, state_layout, to_params
 from dspark_jax.training.step import (
     FINITE,
@@ -86,13 +87,24 @@ def fit(config: Config, workdir: Path, mesh: Mesh, checkpoints: Checkpoints) -> 
     """Runs the optimizer steps that are still to do, under `jax.set_mesh(mesh)`."""
     steps, every = config.train.steps, config.train.checkpoint_every
     cached = config.data.features != "online"
+    latest = checkpoints.latest()
+    start = latest or 0
+    if start > steps:
+        raise InputError(
+            f"{checkpoints.path(start)}: {start} steps are done, and train.steps={steps} asks for fewer; "
+            "give at least as many, or use another --workdir"
+        )
+    if jax.process_index() == 0:
+        (workdir / "config.json").write_text(to_json(config))
+    if start == steps:
+        log(f"training is finished: {checkpoints.path(start)} is the last of {steps} steps; raise train.steps to go on")
+        return
     data = _open_data(config, workdir, mesh)
 
     # The state: fresh, with imported parameters, or that of the newest checkpoint.
     drafter = abstract_drafter(config)
     optimizer = make_optimizer(config.optim, steps)
-    layout, latest = state_layout(drafter, optimizer, mesh), checkpoints.latest()
-    start = latest or 0
+    layout = state_layout(drafter, optimizer, mesh)
     if latest is None:
         state = _fresh_state(config, optimizer, mesh)
     elif latest == 0:
@@ -103,10 +115,6 @@ def fit(config: Config, workdir: Path, mesh: Mesh, checkpoints: Checkpoints) -> 
         state, position = checkpoints.restore(layout)
         data.set_state(position)
         log(f"continuing from step {start}: {checkpoints.path(start)}")
-    if jax.process_index() == 0:
-        (workdir / "config.json").write_text(to_json(config))
-    if start >= steps:
-        return
 
     # The step, compiled before the clock starts.
     if cached:

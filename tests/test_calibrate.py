@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from dspark_jax import command
-from dspark_jax.calibrate import _define, calibrate
+from dspark_jax.calibrate import FEW, _define, _warn_if_few, calibrate
 from dspark_jax.config import (
     Config,
     DataConfig,
@@ -78,6 +79,16 @@ def test_the_files_have_the_layout_that_sglang_reads(run: Run):
         assert content["dataset"] == "heldout" and content["num_samples"] > 0
         for key in ("ece_before", "ece_after"):
             assert len(content[key]) == BLOCK and all(0 <= value <= 1 for value in content[key])
+
+
+def test_too_few_rounds_are_said(run: Run, capsys: Any):
+    rounds = run.written[1.0]["num_samples"]
+    assert rounds < FEW
+    warning = f"calibrate: WARNING: fitted on {rounds} rounds only, so the temperatures are mostly chance; name more"
+    assert run.printed.count(warning) == 1
+    for count in (FEW, FEW - 1):
+        _warn_if_few(SimpleNamespace(accepted=range(count)), "train")
+        assert ("prompts in data.prompts or raise eval.limit" in capsys.readouterr().err) == (count < FEW)
 
 
 def test_what_was_measured_is_written_and_printed(run: Run):

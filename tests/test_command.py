@@ -1,13 +1,16 @@
 """The commands' entry: flags to config, and one line with exit status 2 for what cannot be used."""
 
 import errno
+import json
 from pathlib import Path
 
+import jax
 import pytest
 from absl import flags
 
 from dspark_jax import command
 from dspark_jax.config import Config, InputError
+from dspark_jax.run_lock import locked
 
 CONFIG = """
 from dspark_jax.config import Config, DrafterConfig, TargetArchitecture, TargetConfig, TrainConfig
@@ -117,8 +120,13 @@ def test_bad_flags_give_one_line_and_status_2(config_file, capsys, case):
     "argv, expected",
     [
         ([], "--config is missing"),
-        (["--config"], "--config needs a file"),
+        (["--config"], "--config needs a name or a file"),
         (["--config=configs/tniy.py"], "no such file; did you mean configs/tiny.py?"),
+        (["--config=configs/quickstart.py"], "no such file; did you mean quickstart, which comes with the package?"),
+        (["--config=quickstrat"], "no config of this name; did you mean quickstart?"),
+        (["--config=another"], "no config of this name; use one of compare_quickstart, "),
+        (["--config=configs/tiny"], "no such file; did you mean configs/tiny.py?"),
+        (["--config=configs/notes.txt"], "a config is a .py file, or a config.json"),
         (["--config=configs/tiny.py:typo"], "configs/tiny.py:13: "),
         (["--config=configs/tiny.py:typo"], "did you mean 'steps'?"),
         (["--config=configs/tiny.py:attribute"], "config.drafter.num_layer: no such field; did you mean"),
@@ -131,6 +139,7 @@ def test_bad_flags_give_one_line_and_status_2(config_file, capsys, case):
 def test_bad_config_files_give_one_line_and_status_2(config_file, capsys, argv, expected):
     Path("configs/broken.py").write_text("a = 1\nb = (\n")
     Path("configs/empty.py").write_text("")
+    Path("configs/notes.txt").write_text("")
     with pytest.raises(SystemExit) as stop:
         command.run(lambda config, workdir: pytest.fail("the command ran"), argv=argv)
     assert stop.value.code == 2
@@ -158,6 +167,74 @@ def test_a_full_disk_is_one_line(config_file, capsys):
     assert capsys.readouterr().err == (
         "error: runs/x/metrics.jsonl: No space left on device; free space and run again\n"
     )
+
+
+def test_a_file_that_may_not_be_written_is_one_line(config_file, capsys):
+    def work(config, workdir):
+        raise OSError(errno.EROFS, "Read-only file system", "runs/x/eval")
+
+    with pytest.raises(SystemExit) as stop:
+        command.run(work, argv=["--config", config_file])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == (
+        "error: runs/x/eval: Read-only file system; change its permissions, or use another place\n"
+    )
+
+
+def test_a_run_is_locked_while_a_command_writes_in_it(config_file, capsys):
+    lock = Path("here/lock.json")
+
+    def work(config, workdir):
+        assert json.loads(lock.read_text())["command"] == "work"
+        with pytest.raises(SystemExit) as stop:
+            command.run(lambda config, workdir: pytest.fail("it ran"), argv=argv)
+        assert stop.value.code == 2
+        command.run(read, argv=argv, writes=False)
+        (workdir / "written").touch()
+
+    read_by = []
+
+    def read(config, workdir):
+        read_by.append(workdir)
+
+    argv = ["--config", config_file, "--workdir=here"]
+    command.run(work, argv=argv)
+    assert capsys.readouterr().err.startswith("error: here: in use by work (process ")
+    assert read_by == [Path("here")] and not lock.exists() and Path("here/written").exists()
+    command.run(read, argv=["--config", config_file, "--workdir=elsewhere/run"])
+    assert not Path("elsewhere").exists()
+
+
+def test_hosts_that_cannot_be_joined_are_one_line(config_file, capsys, monkeypatch):
+    def initialize():
+        raise ValueError("coordinator_address should be defined.\nmore")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    with pytest.raises(SystemExit) as stop:
+        command.run(lambda config, workdir: pytest.fail("it ran"), argv=["--config", config_file, "--distributed"])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: --distributed: the other hosts cannot be joined (coordinator_address should be")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_one_host_takes_the_lock_for_all(config_file, monkeypatch, process):
+    """And where it is refused, those end that did not ask for it, too."""
+    told = []
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(jax, "process_index", lambda: process)
+    monkeypatch.setattr(command.multihost_utils, "broadcast_one_to_all", lambda value: told.append(value) or int(taken))
+    taken = False
+    with command._locked_by_one(Path("here"), "train"):
+        assert Path("here/lock.json").exists() == (process == 0)
+    assert told == [0] and not Path("here").exists()
+    taken = True
+    with locked(Path("here"), "evaluate"):
+        message = "here: in use by evaluate" if process == 0 else "here: cannot be used; process 0 says why"
+        with pytest.raises(InputError, match=message), command._locked_by_one(Path("here"), "train"):
+            pytest.fail("it ran")
+    assert told[1:] == [process == 0]
 
 
 def test_help_lists_flags_fields_values_and_their_meaning(config_file, capsys):

@@ -1,8 +1,13 @@
+import copy
 import dataclasses
+import functools
 import json
+import math
+import typing
 
 import pytest
 
+from dspark_jax.command import field_paths
 from dspark_jax.config import (
     Config,
     InputError,
@@ -13,6 +18,7 @@ from dspark_jax.config import (
     resolve,
     to_json,
 )
+from dspark_jax.ranges import RANGES
 
 ARCH = TargetArchitecture("qwen3", 512, 64, 6, 4, 2, 16, 128, 1e-6, 1e6, True, 4096)
 
@@ -47,8 +53,13 @@ def test_a_valid_config_has_no_problems():
         ({"train": {"accumulate": 3}}, ["batch_size=512 is not divisible by train.accumulate=3"]),
         ({"data": {"max_prompt_length": 4096}}, ["max_prompt_length=4096 leaves no room"]),
         ({"data": {"max_length": 5000}}, ["max_length=5000 exceeds", "4096"]),
-        ({"data": {"temperature": -1.0}}, ["data.temperature contains -1.0"]),
-        ({"eval": {"temperatures": (1.0, -0.5)}}, ["eval.temperatures contains -0.5"]),
+        ({"data": {"temperature": -1.0}}, ["data.temperature=-1.0 must be 0 or above"]),
+        ({"eval": {"temperatures": (1.0, -0.5)}}, ["eval.temperatures contains -0.5; each must be 0 or above"]),
+        ({"eval": {"temperatures": (math.nan,)}}, ["eval.temperatures contains nan"]),
+        ({"optim": {"learning_rate": math.inf}}, ["optim.learning_rate=inf must be positive, and finite"]),
+        ({"optim": {"b2": 1.0}}, ["optim.b2=1.0 must be at least 0 and below 1"]),
+        ({"optim": {"warmup_ratio": 4.0}}, ["optim.warmup_ratio=4.0 must be from 0 to 1"]),
+        ({"train": {"seed": 2**31}}, ["train.seed=2147483648 must be a whole number from 0 to 2147483647"]),
         ({"target": {"dtype": "fp8"}}, ["target.dtype='fp8'", "bfloat16"]),
         ({"mesh": {"data": -1}}, ["mesh=(-1, -1, 1)"]),
         ({"target": {"architecture": TargetArchitecture()}}, ["target.path=''", "Hugging Face"]),
@@ -61,6 +72,28 @@ def test_each_wrong_fact_is_one_line_with_value_and_remedy(parts, expected):
         assert text in found[0]
     with pytest.raises(InputError, match=r".+"):
         resolve(valid(**parts))
+
+
+OTHER = {"drafter.mask_token_id", "drafter.markov_rank", "drafter.target_layer_ids", "mesh.data", "mesh.fsdp"}
+OTHER |= {"mesh.tensor"}  # their ranges follow from other fields
+
+
+def test_every_number_has_a_range_that_no_infinity_is_in():
+    numbers = {name: field.type for name, field in field_paths().items() if field.type in NUMBERS}
+    shape = {name for name, kind in numbers.items() if name.startswith("target.architecture.") and kind is int}
+    assert set(numbers) == set(RANGES) | OTHER | shape
+    for name in RANGES:
+        values = [-1] if numbers[name] in WHOLE else [-1.0, math.nan, math.inf, -math.inf]
+        for value in values:
+            config = copy.deepcopy(valid())
+            *groups, last = name.split(".")
+            owner = functools.reduce(getattr, groups, config)
+            setattr(owner, last, (value,) if typing.get_origin(numbers[name]) else value)
+            assert any(problem.startswith((f"{name}=", f"{name} contains")) for problem in problems(config)), name
+
+
+WHOLE = (int, tuple[int, ...])
+NUMBERS = (*WHOLE, float, tuple[float, ...])
 
 
 def test_json_round_trip():

@@ -1,5 +1,6 @@
 """The generate command: a random drafter for the tiny target answers on the terminal."""
 
+import dataclasses
 import io
 import json
 import re
@@ -25,6 +26,7 @@ from dspark_jax.config import (
 from dspark_jax.data.chat import answer_text, load_tokenizer, prompt_tokens, stop_tokens
 from dspark_jax.engine import generate as decode
 from dspark_jax.engine.request import Piece, TracedRound
+from dspark_jax.evaluation.setup import open_drafter, open_engine
 from dspark_jax.generate import _define, _explained, _mark, _marks, _scheduler, generate
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target.loading import load_target
@@ -197,6 +199,29 @@ def test_bad_options_are_one_line(run: Run, options: dict[str, Any], message: st
     with pytest.raises(InputError) as error:
         answer(run, **options)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "difference"),
+    [
+        ({"kind": "dflash", "markov_rank": 0, "confidence_head": False}, "drafter.kind is 'dspark' there and 'dflash'"),
+        ({"block_size": 4}, "drafter.block_size is 3 there and 4 in the config"),
+        ({"dtype": "bfloat16"}, "drafter.dtype is 'auto' there and 'bfloat16' in the config"),
+    ],
+)
+def test_another_drafter_than_the_config_states_is_refused(run: Run, changes: Any, difference: str) -> None:
+    """By all that open one: `generate`, and `open_engine` of `evaluate`, `calibrate`, `profile` and `compare`."""
+    config = dataclasses.replace(run.config, drafter=dataclasses.replace(run.config.drafter, **changes))
+    whole = f"{run.workdir}/checkpoints/1: {difference}"
+    for opened in (
+        lambda: generate(config, run.workdir, mesh=run.mesh, prompt=PROMPT),
+        lambda: open_engine(config, run.workdir, run.mesh),
+    ):
+        with pytest.raises(InputError) as error:
+            opened()
+        assert str(error.value).startswith(whole) and f"; use --config {run.workdir}/config.json" in str(error.value)
+    unused = dataclasses.replace(run.config.drafter, initializer_range=0.5)
+    assert open_drafter(dataclasses.replace(run.config, drafter=unused), run.workdir, run.mesh)[0] == 1
 
 
 def test_the_command(run: Run, capsys: Any, tmp_path: Path) -> None:

@@ -8,15 +8,20 @@ PACKAGE = ROOT / "dspark_jax"
 
 BASE = {
     "architecture",
+    "attached",
     "config",
     "config_fields",
     "errors",
+    "experiments",
     "hub",
     "json_file",
     "kinds",
     "metrics",
+    "paths",
     "platform",
     "progress",
+    "ranges",
+    "run_lock",
     "sharding",
 }
 ALLOWED = {
@@ -31,6 +36,7 @@ ALLOWED = {
     "evaluation": BASE | {"ops", "data", "target", "drafter", "training", "engine", "convert", "evaluation"},
     "planning": BASE | {"ops", "target", "drafter", "training", "engine", "planning"},
     "command": BASE,
+    "__main__": BASE,
 }
 COMMANDS = {"prepare", "train", "evaluate", "calibrate", "compare", "generate", "plan", "profile"}
 BUILDER = {"quickstart"}  # rebuilds the embedded target; nothing may import it

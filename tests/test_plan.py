@@ -313,17 +313,17 @@ def test_without_the_compiler_one_line_says_what_to_install(tmp_path):
 @pytest.mark.parametrize("crashed", (("train",), ("train", "decode")))
 def test_a_crash_of_the_compiler_costs_one_program_only(config, tmp_path, monkeypatch, capsys, crashed):
     """The process that compiles is ended by a signal, as a failed check of libtpu ends it."""
-    real, program = subprocess.run, "import os, sys; print('F0 x.cc:1] Check failed: pad', file=sys.stderr); os.abort()"
+    program = "import os, sys; print('F0 x.cc:1] Check failed: pad', file=sys.stderr); os.abort()"
 
-    def run(command, **options):
-        job = json.loads((Path(command[-1]) / "job.json").read_text())
+    def run(arguments, environment):
+        job = json.loads((Path(arguments[-1]) / "job.json").read_text())
         if job["part"] in crashed:
-            return real([sys.executable, "-c", program], **options)
-        (Path(command[-1]) / "result.json").write_text(json.dumps(result))
-        return subprocess.CompletedProcess(command, 0, "", "")
+            return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+        (Path(arguments[-1]) / "result.json").write_text(json.dumps(result))
+        return subprocess.CompletedProcess(arguments, 0, "", "")
 
     result = found(1.0, True) | {"flops": 1e12, "flops_per_chip": 1e12}
-    monkeypatch.setattr(apart.subprocess, "run", run)
+    monkeypatch.setattr(apart, "run_quietly", run)
     monkeypatch.setattr(plan, "devices_of", lambda topology: (CHIPS["v5e"], jax.devices()))
     plan.plan(config, tmp_path, topology="v5e:2x4")
     report, said = json.loads((tmp_path / "plan.json").read_text()), capsys.readouterr().out
@@ -342,7 +342,7 @@ def test_bad_input_of_the_compiling_process_is_told_as_such(config, tmp_path, mo
     with pytest.raises(SystemExit, match="2"):
         apart.main(tmp_path)
     done = subprocess.CompletedProcess([], 2, "", "a warning\nerror: train.batch_size=6 is wrong\n")
-    monkeypatch.setattr(apart.subprocess, "run", lambda *args, **options: done)
+    monkeypatch.setattr(apart, "run_quietly", lambda *arguments: done)
     with pytest.raises(InputError, match="^train.batch_size=6 is wrong$"):
         apart.estimate_apart(config, "v5e:2x4", "train")
 

@@ -254,9 +254,10 @@ def test_bad_input_is_one_line_and_leaves_no_data(
     target = dataclasses.replace(config.target, architecture=small)
     with pytest.raises(InputError, match="the tokenizer has 295 ids, the model 290 rows"):
         prepare(dataclasses.replace(config, target=target), run, Decoder())
-    with pytest.raises(InputError, match="No space left on device; make room"):
-        monkeypatch.setattr(command, "write_samples", full_disk)
-        prepare(config, run, Decoder())
+    for failing, message in ((full_disk, "No space left on device; make room"), (read_only, "system; change its perm")):
+        monkeypatch.setattr(command, "write_samples", failing)
+        with pytest.raises(InputError, match=message):
+            prepare(config, run, Decoder())
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(InputError, match="not prepared for this config; run python -m dspark_jax.prepare on one host"):
         prepare(config, run, Decoder())
@@ -265,6 +266,10 @@ def test_bad_input_is_one_line_and_leaves_no_data(
 
 def full_disk(*_: object) -> int:
     raise OSError(28, "No space left on device")
+
+
+def read_only(*_: object) -> int:
+    raise OSError(30, "Read-only file system")
 
 
 def test_the_command_line(config: Config, tmp_path: Path) -> None:

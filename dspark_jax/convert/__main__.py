@@ -47,7 +47,9 @@ from dspark_jax.engine.generate import generate
 from dspark_jax.hub import local_directory, with_architecture
 from dspark_jax.json_file import read_object
 from dspark_jax.kinds import as_kind
+from dspark_jax.paths import check_local
 from dspark_jax.progress import log
+from dspark_jax.run_lock import locked
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target.loading import fingerprint, load_target, read_checkpoint
 from dspark_jax.training.checkpoint import Checkpoints, load_step
@@ -205,12 +207,13 @@ def import_(options: argparse.Namespace) -> Path:
     fitting(directory, arch, options.target, config.target.architecture, whole=True)
     mesh = make_mesh(config.mesh)
     imported = import_drafter(directory, mesh)[1]
-    with Checkpoints(workdir, config) as checkpoints:
-        if checkpoints.latest() is not None:
-            raise InputError(f"{checkpoints.directory}: has checkpoints already; import to another --workdir")
-        state = init_state(config, make_optimizer(config.optim, config.train.steps), mesh)
-        checkpoints.save(0, dataclasses.replace(state, params=to_params(imported)), {})
-    (workdir / "config.json").write_text(to_json(config))
+    with locked(workdir, "convert import"):
+        with Checkpoints(workdir, config) as checkpoints:
+            if checkpoints.latest() is not None:
+                raise InputError(f"{checkpoints.directory}: has checkpoints already; import to another --workdir")
+            state = init_state(config, make_optimizer(config.optim, config.train.steps), mesh)
+            checkpoints.save(0, dataclasses.replace(state, params=to_params(imported)), {})
+        (workdir / "config.json").write_text(to_json(config))
     log(f"import: {directory} is checkpoint 0 of {workdir}")
     return workdir
 
@@ -337,7 +340,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--drafter", required=True, help="its directory or hub id")
     one.add_argument("--target", required=True, help="the target's directory or hub id")
     one.add_argument("--workdir", required=True, help="working directory to make")
-    one.add_argument("--config", help="FILE[:ARG] with the other settings: data, evaluation, mesh")
+    one.add_argument("--config", help="NAME|FILE[:ARG] with the other settings: data, evaluation, mesh")
 
     one = add("check", check, "Tell whether a drafter directory will work where it is served.")
     one.add_argument("--drafter", required=True, help="its directory or hub id")
@@ -363,7 +366,20 @@ def main(argv: Sequence[str] | None = None) -> Any:
     options = parser().parse_args(argv)
     logging.set_verbosity(logging.ERROR)  # Orbax warns about its own defaults
     with command.reporting_errors():
+        check_paths(options)
         return options.function(options)
+
+
+PATHS = ("workdir", "drafter", "target", "output", "prompts", "json")
+"""Options that are local paths (or ids on the hub)."""
+
+
+def check_paths(options: argparse.Namespace) -> None:
+    """Refuses paths that are none here, whichever option has them."""
+    for name in PATHS:
+        given = getattr(options, name, None) or ()
+        for path in [given] if isinstance(given, str) else given:
+            check_local(f"--{name}", path)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,12 @@
 import contextlib
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from dspark_jax.config import DrafterConfig, InputError
 from dspark_jax.convert.layouts import read_config, read_layout
+from dspark_jax.run_lock import locked
 
 SIDE_FILES = ("calibration.json", "cost_table.json")
 """What servers can use beside config and weights, if there is any of it."""
@@ -69,22 +69,38 @@ def _no_export(directory: Path) -> str:
 def built_beside(output: Path) -> Iterator[Path]:
     """A fresh directory on the same disk that becomes `output` at the end; nothing is left of it after an error.
 
+    It lies in `.NAME.partial/`, which one process at a time has. What a killed one has left there is removed, but for
+    the old `output` if that was just being replaced: it is put back first.
+
     Where `output` is a symbolic link, what it points to is replaced.
+
+    Raises:
+      InputError: another process is writing the same export, or nothing can be written there.
     """
     output = output.resolve()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    work = output.with_name(f".{output.name}.partial")
+    new, old = work / "new", work / "old"
     try:
-        yield folder
-        folder.chmod(0o755)  # mkdtemp makes it private
-        if output.exists():
-            old = folder.with_name(folder.name + ".old")
-            output.rename(old)
-            folder.rename(output)
-            shutil.rmtree(old)
-        else:
-            folder.rename(output)
+        with locked(work, "convert export", option="--output"):
+            _settle(output, new, old)
+            try:
+                new.mkdir()
+                yield new
+                if output.exists():
+                    output.rename(old)
+                new.rename(output)
+            finally:
+                _settle(output, new, old)
     finally:
+        with contextlib.suppress(OSError):  # gone; or another process has it by now
+            work.rmdir()
+
+
+def _settle(output: Path, new: Path, old: Path) -> None:
+    """Puts `old` back where nothing has taken its place, and removes what is not needed."""
+    if old.exists() and not output.exists():
+        old.rename(output)
+    for folder in (new, old):
         shutil.rmtree(folder, ignore_errors=True)
 
 

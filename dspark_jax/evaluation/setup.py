@@ -1,5 +1,6 @@
 """What `evaluate` and `calibrate` begin with: the newest checkpoint as an engine, and prompts that can be asked."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ from dspark_jax.data.chat import load_tokenizer, stop_tokens
 from dspark_jax.data.prompts import read_prompts
 from dspark_jax.data.regenerate import Conversation, Rejected, conversations
 from dspark_jax.data.samples import Tally, describe
+from dspark_jax.drafter import AnyDrafter
 from dspark_jax.evaluation.decoding import Engine, Requests, first_requests
+from dspark_jax.kinds import MASKLESS
 from dspark_jax.target.loading import load_target
-from dspark_jax.training.checkpoint import load_step
+from dspark_jax.training.checkpoint import checkpoint_directory, load_step
 
 
 def open_engine(
@@ -30,11 +33,11 @@ def open_engine(
       tokenizer: the target's, or None to load it.
 
     Raises:
-      InputError: there is no checkpoint for this target, or target or tokenizer cannot be used.
+      InputError: as `open_drafter`; or target or tokenizer cannot be used.
     """
     step = None
     if drafter is None:
-        step, _, drafter = load_step(workdir, mesh, config.target)
+        step, drafter = open_drafter(config, workdir, mesh)
     target = load_target(config.target, mesh) if target is None else target
     tokenizer = load_tokenizer(config.target.path) if tokenizer is None else tokenizer
     return Engine(
@@ -47,6 +50,24 @@ def open_engine(
         seed=config.eval.seed,
         step=step,
     )
+
+
+def open_drafter(config: Config, workdir: Path, mesh: Mesh) -> tuple[int, AnyDrafter]:
+    """The newest checkpoint's step and drafter.
+
+    Raises:
+      InputError: there is no checkpoint for the config's target, or its drafter is another one than the config states.
+    """
+    step, saved, drafter = load_step(workdir, mesh, config.target)
+    unused = {"initializer_range", *(["mask_token_id"] if saved.drafter.kind in MASKLESS else [])}
+    for field in dataclasses.fields(saved.drafter):
+        there, stated = getattr(saved.drafter, field.name), getattr(config.drafter, field.name)
+        if there != stated and field.name not in unused:
+            raise InputError(
+                f"{checkpoint_directory(workdir) / str(step)}: drafter.{field.name} is {there!r} there and {stated!r} "
+                f"in the config; use --config {workdir / 'config.json'}, or the --workdir of such a drafter"
+            )
+    return step, drafter
 
 
 def ask(

@@ -8,8 +8,6 @@ takes 3.4 ms with two threads and 2.3 ms with one), and the number is fixed when
 
 import dataclasses
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
+from dspark_jax.attached import run_quietly
 from dspark_jax.config import Config, from_json, to_json
 from dspark_jax.drafter.interface import is_confident
 from dspark_jax.engine.generate import decode, decode_shape, padded_stops
@@ -139,9 +138,8 @@ def measure_speed_apart(
             "temperatures": list(temperatures),
         }
         (Path(folder) / "job.json").write_text(json.dumps(job), "utf-8")
-        environment = os.environ | {"NPROC": str(threads), "JAX_PLATFORMS": "cpu"}
-        command = [sys.executable, "-m", "dspark_jax.evaluation.speed", folder]
-        run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        environment = {"NPROC": str(threads), "JAX_PLATFORMS": "cpu"}
+        run = run_quietly(["dspark_jax.evaluation.speed", folder], environment)
         if run.returncode:
             raise RuntimeError(f"measuring speed in a process of its own failed: {run.stderr.strip()[-2000:]}")
         with np.load(Path(folder) / "speed.npz") as file:

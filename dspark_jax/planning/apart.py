@@ -5,7 +5,6 @@ figures along, and it must not look like a crash of ours. Besides, two processes
 """
 
 import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import jax
 
+from dspark_jax.attached import run_quietly
 from dspark_jax.config import Config, InputError, from_json, to_json
 from dspark_jax.planning.estimate import compile_and_estimate
 from dspark_jax.planning.programs import decode_program, train_program
@@ -40,8 +40,7 @@ def estimate_apart(config: Config, topology: str, part: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         job = {"config": to_json(config), "topology": topology, "part": part}
         (Path(folder) / "job.json").write_text(json.dumps(job), "utf-8")
-        command = [sys.executable, "-m", "dspark_jax.planning.apart", folder]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = run_quietly(["dspark_jax.planning.apart", folder], {})
         result = Path(folder) / "result.json"
         if done.returncode == 0:
             return json.loads(result.read_text("utf-8"))

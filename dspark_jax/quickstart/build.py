@@ -17,6 +17,8 @@ from pathlib import Path
 import jax
 from tokenizers import Tokenizer
 
+from dspark_jax.errors import InputError
+from dspark_jax.paths import check_local
 from dspark_jax.quickstart import pretrain
 from dspark_jax.quickstart.card import model_card
 from dspark_jax.quickstart.corpus import DOMAINS, Library, conversations, libraries
@@ -72,6 +74,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--no-report", action="store_true", help="skip sampling answers; report held-out losses only")
     args = parser.parse_args(arguments)
     args.work = args.work or args.out / "work"
+    try:
+        check_local("--out", args.out)
+        check_local("--work", args.work)
+    except InputError as error:
+        parser.error(str(error))
     exists = checkpoint_of(args.work).exists()
     if args.export_only and not exists:
         parser.error(f"--export-only: no checkpoint in {args.work}; train first, or give its folder with --work")

@@ -8,9 +8,6 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-STATUS = 128 + signal.SIGTERM
-"""With which a process ends that was told to, so that whoever started it can tell that it is to be started again."""
-
 
 class Preemption:
     """While it is entered, SIGTERM is noted instead of ending the process; a second one ends it.

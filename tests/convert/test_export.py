@@ -2,7 +2,10 @@
 
 import functools
 import json
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,11 +26,12 @@ from dspark_jax.convert.hf import (
     stored_tensors,
 )
 from dspark_jax.convert.mapping import FROZEN
-from dspark_jax.convert.output import check_repository
+from dspark_jax.convert.output import built_beside, check_repository
 from dspark_jax.drafter.blocks import Anchors
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target.loading import parameter_paths
 
+ROOT = Path(__file__).resolve().parents[2]
 DSPARK = DrafterConfig(num_layers=2, block_size=5, target_layer_ids=(-1, 0), mask_token_id=319, markov_rank=8)
 VARIANTS = {
     "dspark": DSPARK,
@@ -226,6 +230,46 @@ def test_an_interrupted_export_leaves_nothing(tiny_target, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write_export(tmp_path / "drafter", replace(source, tensors=failing))
     assert list(tmp_path.iterdir()) == []
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from dspark_jax.convert.output import built_beside
+moved = Path.rename
+Path.rename = lambda path, to: os.kill(os.getpid(), 9) if path.name == "new" else moved(path, to)
+with built_beside(Path(sys.argv[1])):
+    pass
+"""  # between the two renamings: of what was there, and of what takes its place
+
+
+def test_a_killed_export_leaves_nothing_for_ever(tiny_target, tmp_path):
+    """What it leaves is removed by the next one, which first puts back what was just being replaced."""
+    source, _ = make_source(tiny_target, DSPARK)
+    directory, left = tmp_path / "drafter", tmp_path / ".drafter.partial"
+    write_export(directory, source, files={"README.md": "first"})
+    done = subprocess.run([sys.executable, "-c", KILLED, directory], env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == -9
+    assert {path.name for path in tmp_path.iterdir()} == {".drafter.partial"}
+    assert {path.name for path in left.iterdir()} == {"new", "old", "lock.json"}
+
+    def failing():
+        yield from list(source.tensors())[:3]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_export(directory, replace(source, tensors=failing))
+    assert (directory / "README.md").read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["drafter"]
+
+
+def test_two_exports_to_one_place(tiny_target, tmp_path):
+    source, _ = make_source(tiny_target, DSPARK)
+    with (
+        built_beside(tmp_path / "drafter"),
+        pytest.raises(InputError, match=r"\.drafter\.partial: in use by convert exp"),
+    ):
+        write_export(tmp_path / "drafter", source)
 
 
 def test_an_export_is_replaced_only_on_request(tiny_target, tmp_path):

@@ -249,7 +249,7 @@ def test_a_target_that_overflows_stops_the_run(here, config, tmp_path, uninterru
     )
 
 
-def test_a_finished_run_only_evaluates(here, config, uninterrupted, tmp_path, monkeypatch):
+def test_a_finished_run_only_evaluates(here, config, uninterrupted, tmp_path, monkeypatch, capsys):
     workdir = shutil.copytree(uninterrupted, tmp_path / "run")
     evaluated = []
     module = types.SimpleNamespace(evaluate=lambda config, workdir: evaluated.append(workdir))
@@ -258,6 +258,17 @@ def test_a_finished_run_only_evaluates(here, config, uninterrupted, tmp_path, mo
     before = rows(workdir)
     here(config, workdir)
     assert evaluated == [workdir] and rows(workdir) == before
+    said = capsys.readouterr().err
+    assert f"training is finished: {workdir}/checkpoints/8 is the last of 8 steps; raise train.steps to go on" in said
+    assert "continuing" not in said
+
+
+def test_fewer_steps_than_are_done_are_refused(here, config, uninterrupted, tmp_path):
+    workdir = shutil.copytree(uninterrupted, tmp_path / "run")
+    config.train.steps = 5
+    with pytest.raises(InputError, match="checkpoints/8: 8 steps are done, and train.steps=5 asks for fewer; give at"):
+        here(config, workdir)
+    assert from_json((workdir / "config.json").read_text()).train.steps == 8
 
 
 class Reached(Exception):

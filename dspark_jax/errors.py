@@ -6,6 +6,8 @@ import os
 import sys
 from collections.abc import Iterator
 
+from dspark_jax import interrupt
+
 
 class InputError(ValueError):
     """Something the user gave cannot be used. The message is one line: what, where, the value, the remedy."""
@@ -23,7 +25,8 @@ def is_full_disk(error: Exception) -> bool:
 def reporting_errors() -> Iterator[None]:
     """Turns `InputError` and a full disk into `error: ...` on stderr and status 2, Ctrl-C into one line and 130."""
     try:
-        yield
+        with interrupt.interruptible():
+            yield
     except InputError as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         raise SystemExit(2) from error
@@ -34,4 +37,4 @@ def reporting_errors() -> Iterator[None]:
         raise SystemExit(2) from error
     except KeyboardInterrupt as error:
         print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from error
+        raise SystemExit(interrupt.STATUS) from error

@@ -1,4 +1,4 @@
-"""Ctrl-C: one line and status 130 while modules are imported, while XLA compiles, and while the first one is handled."""
+"""Ctrl-C: one line and status 130 while modules are imported, while XLA compiles, and at a second one."""
 
 import os
 import signal

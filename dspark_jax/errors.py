@@ -16,6 +16,18 @@ class InputError(ValueError):
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
+"""Numbers of errors that say that a path cannot be written, whatever room there is."""
+
+
+def as_os_error(error: Exception, path: str | os.PathLike[str]) -> OSError | None:
+    """The error of the operating system that a writer in another language reports as text; None if it is another."""
+    for number in (*_FULL, *UNWRITABLE):
+        if os.strerror(number) in str(error):
+            return OSError(number, os.strerror(number), str(path))
+    return None
+
+
 def is_full_disk(error: Exception) -> bool:
     """Whether an error says that the disk is full: by its number, or, as writers in other languages do, in its text."""
     return getattr(error, "errno", None) in _FULL or any(os.strerror(number) in str(error) for number in _FULL)

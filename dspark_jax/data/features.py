@@ -29,7 +29,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from dspark_jax.config import InputError
 from dspark_jax.data.feature_codec import AGAIN, REMEDY, Coded, FeatureSample, Identity, decode, encode
 from dspark_jax.data.sources import Sample, Samples
-from dspark_jax.errors import is_full_disk
+from dspark_jax.errors import as_os_error, is_full_disk
 from dspark_jax.json_file import read_object
 
 FORMAT = 1
@@ -112,7 +112,9 @@ def _full_disk_in_one_line(shard: Path) -> Iterator[None]:
         yield
     except RuntimeError as error:
         if not is_full_disk(error):
-            raise
+            if (found := as_os_error(error, shard)) is None:
+                raise
+            raise found from error
         shard.unlink(missing_ok=True)
         raise InputError(
             f"{shard.with_suffix('')}: the disk is full; the shards before it are kept, free space and run again"

@@ -6,6 +6,8 @@ import os
 import sys
 from collections.abc import Iterator
 
+from dspark_jax import interrupt
+
 
 class InputError(ValueError):
     """Something the user gave cannot be used. The message is one line: what, where, the value, the remedy."""
@@ -13,6 +15,18 @@ class InputError(ValueError):
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
+"""Numbers of errors that say that a path cannot be written, whatever room there is."""
+
+
+def as_os_error(error: Exception, path: str | os.PathLike[str]) -> OSError | None:
+    """The error of the operating system that a writer in another language reports as text; None if it is another."""
+    for number in (*_FULL, *UNWRITABLE):
+        if os.strerror(number) in str(error):
+            return OSError(number, os.strerror(number), str(path))
+    return None
 
 
 def is_full_disk(error: Exception) -> bool:
@@ -27,7 +41,8 @@ def reporting_errors() -> Iterator[None]:
     That is `InputError`, and of the operating system's errors a full disk and a file that may not be used.
     """
     try:
-        yield
+        with interrupt.interruptible():
+            yield
     except InputError as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         raise SystemExit(2) from error
@@ -39,4 +54,4 @@ def reporting_errors() -> Iterator[None]:
         raise SystemExit(2) from error
     except KeyboardInterrupt as error:
         print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from error
+        raise SystemExit(interrupt.STATUS) from error

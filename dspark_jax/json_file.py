@@ -39,8 +39,12 @@ def read_object(path: Path, missing: str, damaged: str = "download it again") ->
 
 
 def read_ours(path: Path) -> dict[str, Any]:
-    """The content of a file that `write_json` wrote; empty where there is none."""
-    return json.loads(path.read_text("utf-8")) if path.exists() else {}
+    """The content of a file that `write_json` wrote; empty where there is none.
+
+    Raises:
+      InputError: it is damaged: `write_json` leaves no half of it.
+    """
+    return read_object(path, "", "remove it and run again") if path.exists() else {}
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:

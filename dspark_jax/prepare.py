@@ -12,7 +12,6 @@ training does not run the target. That, too, says beforehand how much it takes, 
 """
 
 import contextlib
-import errno
 import functools
 import hashlib
 import itertools
@@ -46,7 +45,7 @@ from dspark_jax.data.samples import Tally, answered_samples, describe, given_sam
 from dspark_jax.data.sources import SampleReader, write_samples
 from dspark_jax.engine.generate import generate
 from dspark_jax.engine.sampling import request_keys
-from dspark_jax.errors import is_full_disk
+from dspark_jax.errors import UNWRITABLE, is_full_disk
 from dspark_jax.json_file import read_ours, write_json
 from dspark_jax.kinds import MASKLESS
 from dspark_jax.progress import Progress, log
@@ -54,7 +53,7 @@ from dspark_jax.sharding import make_mesh
 from dspark_jax.target.loading import fingerprint, load_target, tokenizer_fingerprint
 from dspark_jax.training.feature_cache import check_features, prepare_features
 
-FORMAT = 1
+FORMAT = 2
 """Raised when the same inputs would give other samples."""
 
 FIELDS = (
@@ -108,7 +107,7 @@ def prepare_samples(config: Config, workdir: Path, decode: Decode | None = None)
     _warn_of_mask(config)
     digest = _digest(inputs)
     found = read_ours(final / "report.json")
-    if found.get("fingerprint") == digest and _complete(final, found["samples"]):
+    if found.get("fingerprint") == digest and _complete(final, found.get("samples")):
         shutil.rmtree(workdir / "data.old", ignore_errors=True)  # left behind by a kill during the last step
         log(f"data: {found['samples']} samples in {final} are up to date")
         return found
@@ -200,11 +199,12 @@ def target_decoder(config: Config) -> Decode:
     return decode
 
 
-def _complete(final: Path, samples: int) -> bool:
-    """Whether the samples that the report speaks of are there."""
+def _complete(final: Path, samples: int | None) -> bool:
+    """Whether the samples that the report speaks of are there; says what is wrong with them."""
     try:
         return len(SampleReader(final)) == samples
-    except InputError:
+    except InputError as error:
+        log(f"data: {str(error).rpartition(';')[0]}")  # without the remedy, which follows
         return False
 
 
@@ -219,6 +219,7 @@ def _build(config: Config, partial: Path, decode: Decode | None) -> dict[str, An
         )
     with contextlib.closing(Tally(partial / "rejected.jsonl")) as tally:
         prompts = read_prompts(data.prompts, data.limit, tally.malformed)
+        tally.read(prompts)
         if data.regenerate:
             answered = _answers(config, tokenizer, prompts, partial, decode, tally)
             samples = answered_samples(tokenizer, answered, data, tally)
@@ -315,19 +316,27 @@ def _summarise(report: dict[str, Any], final: Path) -> None:
             f"data: {report['cut_answers']} answers ran into data.max_length; "
             f"{report['shortened']} conversations end before their last turn"
         )
+    if report["thoughts_cut"]:
+        log(f"data: of {report['thoughts_cut']} conversations the chat template leaves think blocks out")
+    if report["unused"]:
+        names = ", ".join(f"`{name}` of {count}" for name, count in report["unused"].items())
+        log(f"data: fields of prompts that are not used: {names}")
     if report["rejected"]:
         log(f"data: set aside in {final / 'rejected.jsonl'}: {describe(report['rejected'])}")
 
 
 @contextlib.contextmanager
 def _disk_errors(workdir: Path) -> Iterator[None]:
-    """Turns a full or read-only disk into an InputError; other errors are not the user's."""
+    """Turns a full disk, or a place that cannot be written, into an InputError; other errors are not the user's."""
     try:
         yield
     except OSError as error:
-        if not is_full_disk(error) and error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if is_full_disk(error):
+            remedy = "make room"
+        elif error.errno in UNWRITABLE:
+            remedy = "make it writable"
+        else:
             raise
-        remedy = "make room" if is_full_disk(error) else "change its permissions"
         raise InputError(
             f"{error.filename or workdir}: {error.strerror}; {remedy} or choose another --workdir, and run again: "
             "answers that are decoded already are kept"

@@ -14,6 +14,7 @@ BASE = {
     "errors",
     "experiments",
     "hub",
+    "interrupt",
     "json_file",
     "kinds",
     "metrics",

@@ -1,6 +1,7 @@
 import dataclasses
 import itertools
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -262,6 +263,57 @@ def test_bad_input_is_one_line_and_leaves_no_data(
     with pytest.raises(InputError, match="not prepared for this config; run python -m dspark_jax.prepare on one host"):
         prepare(config, run, Decoder())
     assert not (run / "data").exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [(28, "make room or"), (122, "make room or"), (13, "make it writable or"), (30, "make it writable or")],
+)
+def test_a_disk_that_takes_nothing_is_one_line(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, remedy: str
+) -> None:
+    def fail(*_: object) -> int:
+        raise OSError(number, os.strerror(number), "here")
+
+    monkeypatch.setattr(command, "write_samples", fail)
+    with pytest.raises(InputError, match=f"^here: {os.strerror(number)}; {remedy} choose another --workdir"):
+        prepare(config, tmp_path / "run", Decoder())
+
+
+def test_a_file_in_the_place_of_the_working_directory_is_one_line(config: Config, tmp_path: Path) -> None:
+    (tmp_path / "run").touch()
+    with pytest.raises(InputError, match="Not a directory; make it writable or choose another --workdir"):
+        prepare(config, tmp_path / "run", Decoder())
+
+
+def test_damaged_data_is_made_again_and_said(
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepare(config, tmp_path, Decoder())
+    (shard,) = (tmp_path / "data").rglob("*.array_record*")
+    shard.write_bytes(shard.read_bytes()[:65536])
+    prepare(config, tmp_path, Decoder())
+    shown = capsys.readouterr().err
+    assert f"data: {shard}: damaged (" in shown and "remove" not in shown
+    assert len(SampleReader(tmp_path / "data")) == 10
+    (tmp_path / "data" / "report.json").write_text("{")
+    with pytest.raises(InputError, match=r"data/report\.json:1: not valid JSON .*; remove it and run again"):
+        prepare(config, tmp_path, Decoder())
+
+
+def test_what_is_not_used_of_the_prompts_is_said(
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "odd.jsonl"
+    calls = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": [{"id": "c"}]}]
+    lines = [{"prompt": "how much", "turns": ["is one"]}, {"prompt": "two", "id": 1}, {"messages": calls}]
+    path.write_text("\ufeff" + "\n".join(json.dumps(line) for line in lines) + "\n", "utf-8")
+    report = prepare(changed(config, prompts=(str(path),)), tmp_path / "run", Decoder())
+    assert report["rejected"] == {"tools": 1} and report["samples"] == 2
+    assert report["unused"] == {"prompt beside turns": 1, "id": 1}
+    shown = capsys.readouterr().err
+    assert "fields of prompts that are not used: `prompt beside turns` of 1, `id` of 1" in shown
+    assert "1 with tools" in shown
 
 
 def full_disk(*_: object) -> int:

@@ -6,7 +6,6 @@ token ids, and templates that treat the last turn differently from earlier ones 
 before the last answer only) need no special case. Token offsets then carry the spans over to tokens.
 """
 
-import json
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -14,9 +13,13 @@ from typing import Any
 from dspark_jax.config import InputError
 from dspark_jax.data.prompts import Message
 from dspark_jax.hub import local_directory
+from dspark_jax.json_file import read_object
 
 PROBE = "\u2400answer\u2400"
 """Stands in for an answer; no template rewrites it and it must not occur in a conversation."""
+
+THINK_END = "</think>"
+"""Behind an assistant's thoughts, where they stand in the text of its answer."""
 
 TEMPLATE_OPTIONS = {"enable_thinking": False}
 """Passed to every template; drafters are trained on non-thinking answers (paper, section 4). Others ignore it."""
@@ -25,24 +28,48 @@ TEMPLATE_OPTIONS = {"enable_thinking": False}
 class ChatError(InputError):
     """A conversation that this chat template cannot render so that its answers can be told from the rest."""
 
+    reason = "template"
+    """Under which it is counted."""
+
+
+class ReasoningError(ChatError):
+    """The same for an answer with a think block."""
+
+    reason = "reasoning"
+
+
+_EXPRESSIONS = (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError)
+"""What expressions of a template may raise, as those of Python do."""
+
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Any:
     """The tokenizer of a Hugging Face model directory.
 
     Raises:
-      InputError: none is there, it gives no token offsets, or it has no chat template.
+      InputError: none is there, it gives no token offsets, or it has no chat template that is used by default.
     """
     from transformers import AutoTokenizer  # takes seconds to import
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        why = str(error).strip().split("\n")[0]
+    except Exception as error:
+        # Of files with another structure transformers raises what their use happens to raise, and the tokenizers
+        # library `Exception` itself; nothing of ours runs here.
+        why = f"{type(error).__name__}: {str(error).strip()}".split("\n")[0]
         raise InputError(f"{path}: no usable tokenizer ({why}); put tokenizer.json and its config there") from None
     if not tokenizer.is_fast:
         raise InputError(f"{path}: the tokenizer gives no character offsets; add its tokenizer.json")
-    if not tokenizer.chat_template:
+    template = tokenizer.chat_template
+    if not template:
         raise InputError(f"{path}: the tokenizer has no chat template; add `chat_template` to tokenizer_config.json")
+    if isinstance(template, dict) and "default" not in template:
+        names = ", ".join(map(repr, template))
+        raise InputError(
+            f"{path}: the tokenizer has the chat templates {names} and none for default; "
+            "name the one for conversations 'default' in tokenizer_config.json, or put it into chat_template.jinja"
+        )
+    if not isinstance(template, str | dict):
+        raise InputError(f"{path}: the tokenizer's chat_template is {template!r}; text in Jinja's language is needed")
     return tokenizer
 
 
@@ -53,18 +80,16 @@ def stop_tokens(path: str | os.PathLike[str], tokenizer: Any) -> tuple[int, ...]
       InputError: `generation_config.json` cannot be read, or no such id is known.
     """
     file = local_directory(path) / "generation_config.json"
-    ids: set[int] = set()
-    if file.exists():
-        try:
-            found = json.loads(file.read_text("utf-8")).get("eos_token_id")
-        except (OSError, ValueError, AttributeError) as error:
-            raise InputError(f"{file}: cannot be read ({error}); download it again") from None
-        ids.update(found if isinstance(found, list) else [] if found is None else [found])
+    found = read_object(file, "").get("eos_token_id") if file.exists() else None
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    for one in ids:
+        if type(one) is not int or not 0 <= one < 2**31:
+            raise InputError(f"{file}: eos_token_id {found!r}; a token id or a list of them is needed, correct it")
     if tokenizer.eos_token_id is not None:
-        ids.add(tokenizer.eos_token_id)
+        ids = [*ids, tokenizer.eos_token_id]
     if not ids:
         raise InputError(f"{path}: neither generation_config.json nor the tokenizer names an end-of-sequence token")
-    return tuple(sorted(ids))
+    return tuple(sorted(set(ids)))
 
 
 def with_system(messages: Sequence[Message], system_prompt: str) -> tuple[Message, ...]:
@@ -78,9 +103,10 @@ def render(tokenizer: Any, messages: Sequence[Message], generation_prompt: bool 
     """Text of a conversation as the target sees it; with `generation_prompt`, up to where its next answer begins.
 
     Raises:
-      ChatError: the template refuses the conversation (roles that it does not know, for instance).
+      ChatError: the template refuses the conversation (roles that it does not know, for instance), or fails on it.
+      InputError: it is no template.
     """
-    from jinja2 import TemplateError
+    from jinja2 import TemplateError, TemplateSyntaxError
 
     try:
         return tokenizer.apply_chat_template(
@@ -89,9 +115,15 @@ def render(tokenizer: Any, messages: Sequence[Message], generation_prompt: bool 
             add_generation_prompt=generation_prompt,
             **TEMPLATE_OPTIONS,
         )
+    except TemplateSyntaxError as error:
+        raise InputError(f"the chat template is not valid: line {error.lineno}: {error.message}; correct it") from None
     except TemplateError as error:
         roles = ", ".join(message["role"] for message in messages)
         raise ChatError(f"the chat template refuses the roles {roles} ({error}); change the conversation") from None
+    except _EXPRESSIONS as error:
+        roles = ", ".join(message["role"] for message in messages)
+        why = f"{type(error).__name__}: {error}"
+        raise ChatError(f"the chat template fails on the roles {roles} ({why}); correct the template") from None
 
 
 def encode(tokenizer: Any, text: str, **options: Any) -> Any:
@@ -127,12 +159,25 @@ def answer_spans(
         start, end = len(before), len(text) - len(after)
         kept = text.startswith(before) and text.endswith(after) and after.startswith(closing)
         if not found or PROBE in text or start > end or not kept:
+            if THINK_END in message["content"]:
+                raise ReasoningError(
+                    f"message {i + 1}: has a think block, and the chat template, which is asked for answers without "
+                    "thinking, shows it apart; take the block out (with data.regenerate=True the target answers "
+                    "itself, without thinking)"
+                )
             raise ChatError(
                 f"message {i + 1}: the chat template does not show this assistant turn as it is in the conversation; "
                 "use data.regenerate=True, or a template that leaves earlier turns alone"
             )
         spans.append((start, end + len(closing)))
     return text, spans
+
+
+def thoughts_cut(tokenizer: Any, messages: Sequence[Message]) -> bool:
+    """Whether the template leaves out a think block that stands in the text of an answer."""
+    answers = [message["content"] for message in messages if message["role"] == "assistant"]
+    thoughts = [answer.partition(THINK_END)[0].strip() for answer in answers if THINK_END in answer]
+    return bool(thoughts) and any(one not in render(tokenizer, messages) for one in thoughts)
 
 
 def turn_end(tokenizer: Any, messages: Sequence[Message]) -> str:

@@ -8,7 +8,7 @@ A record holds the rows [length, (M+1) D] of a sample, the M tapped layers and t
 `data.feature_codec`.
 
 Shards are written under another name and renamed; the manifest lists those that are whole. After a kill the writer goes
-on behind the last one. ArrayRecord keeps a hash of every record, the manifest one of every shard.
+on behind the last one. ArrayRecord keeps a hash of every record, the manifest one of every shard and of the lender.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from dspark_jax.config import InputError
 from dspark_jax.data.feature_codec import AGAIN, REMEDY, Coded, FeatureSample, Identity, decode, encode
 from dspark_jax.data.sources import Sample, Samples
-from dspark_jax.errors import is_full_disk
+from dspark_jax.errors import as_os_error, is_full_disk
 from dspark_jax.json_file import read_object
 
 FORMAT = 1
@@ -79,6 +79,7 @@ def write_features(
     check_room(directory, identity, left)
     progress(done)
     run = compute() if done < len(lengths) or not (directory / LENDER).exists() else None
+    lender = read_manifest(directory).get("lender") if run is None else _digest(directory / LENDER)
     computed = _computed(samples, lengths, done, run, batch_size, pass_tokens) if run is not None else iter(())
     while done < len(lengths):
         name = f"shard-{len(shards):05d}.array_record"
@@ -98,11 +99,19 @@ def write_features(
             writer.close()
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        shards.append({"file": name, "bytes": temporary.stat().st_size, "sha256": digest, "lengths": written})
+        entry = {"file": name, "bytes": temporary.stat().st_size, "sha256": _digest(temporary), "lengths": written}
+        shards.append(entry)
         temporary.rename(directory / name)
-        _write_manifest(directory, identity, shards, complete=done == len(lengths))
-    _write_manifest(directory, identity, shards, complete=True)
+        _write_manifest(directory, identity, shards, lender, complete=done == len(lengths))
+    _write_manifest(directory, identity, shards, lender, complete=True)
+
+
+def _digest(path: Path) -> str | None:
+    """Hash of a file; None where there is none."""
+    if not path.exists():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager
@@ -112,7 +121,9 @@ def _full_disk_in_one_line(shard: Path) -> Iterator[None]:
         yield
     except RuntimeError as error:
         if not is_full_disk(error):
-            raise
+            if (found := as_os_error(error, shard)) is None:
+                raise
+            raise found from error
         shard.unlink(missing_ok=True)
         raise InputError(
             f"{shard.with_suffix('')}: the disk is full; the shards before it are kept, free space and run again"
@@ -213,6 +224,9 @@ class CachedSamples:
         for shard in manifest["shards"]:
             if not _is_whole(directory, shard):
                 raise InputError(f"{directory / shard['file']}: missing or not of {shard['bytes']} bytes; {AGAIN}")
+        lender = manifest.get("lender")  # older versions do not say
+        if lender is not None and _digest(directory / LENDER) not in (None, lender):
+            raise InputError(f"{directory / LENDER}: damaged (it has changed since it was written); {REMEDY}")
         try:
             self._records = ArrayRecordDataSource([str(directory / file) for file in self._files])
         except RuntimeError as error:  # ArrayRecord's own kind for damaged files
@@ -251,13 +265,8 @@ def damaged_shards(directory: Path) -> list[str]:
     """Names of shards that are not as they were written (reads all of them)."""
     found = []
     for shard in read_manifest(directory).get("shards", []):
-        path = directory / shard["file"]
-        if not path.exists():
+        if _digest(directory / shard["file"]) != shard["sha256"]:
             found.append(shard["file"])
-            continue
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != shard["sha256"]:
-                found.append(shard["file"])
     return found
 
 
@@ -348,9 +357,11 @@ def _open_partial(directory: Path) -> list[dict[str, Any]]:
     return shards
 
 
-def _write_manifest(directory: Path, identity: Identity, shards: list[dict[str, Any]], *, complete: bool) -> None:
+def _write_manifest(
+    directory: Path, identity: Identity, shards: list[dict[str, Any]], lender: str | None, *, complete: bool
+) -> None:
     """Replaces the manifest in one step."""
-    content = {"format": FORMAT, "identity": _plain(identity), "complete": complete, "shards": shards}
+    content = {"format": FORMAT, "identity": _plain(identity), "complete": complete, "lender": lender, "shards": shards}
     temporary = directory / "manifest.tmp"
     with temporary.open("w", encoding="utf-8") as file:
         json.dump(content, file)

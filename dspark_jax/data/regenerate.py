@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from dspark_jax.config import InputError
 from dspark_jax.data.chat import ChatError, answer_text, prompt_tokens, with_system
 from dspark_jax.data.prompts import Message, Prompt
 
@@ -87,16 +88,24 @@ class AnswerLog:
     """
 
     def __init__(self, path: Path):
-        """Reads what is there and opens the file for more."""
+        """Reads what is there and opens the file for more.
+
+        Raises:
+          InputError: a whole line of it is damaged.
+        """
         self._parts: dict[tuple[int, int, int], np.ndarray] = {}
         self._file = path.open("a+b")
         self._file.seek(0)
         end = 0
-        for line in self._file:
+        for number, line in enumerate(self._file, start=1):
             if not line.endswith(b"\n"):
                 break
-            entry = json.loads(line)
-            self._parts[entry["id"], entry["turn"], entry["part"]] = np.asarray(entry["tokens"], np.int32)
+            try:
+                entry = json.loads(line)
+                self._parts[entry["id"], entry["turn"], entry["part"]] = np.asarray(entry["tokens"], np.int32)
+            except (ValueError, TypeError, LookupError, OverflowError):
+                self._file.close()
+                raise InputError(f"{path}:{number}: damaged; remove the lines from it on and run again") from None
             end += len(line)
         self._file.truncate(end)
 

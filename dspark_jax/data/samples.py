@@ -16,6 +16,7 @@ from dspark_jax.data.chat import (
     encode,
     prompt_tokens,
     render,
+    thoughts_cut,
     tokens_and_mask,
     with_system,
 )
@@ -25,6 +26,8 @@ from dspark_jax.data.sources import Sample
 
 REASONS = {
     "malformed": "malformed line",
+    "tools": "with tools",
+    "reasoning": "with reasoning",
     "template": "refused by the chat template",
     "prompt_too_long": "prompt too long",
     "empty_answer": "empty answer",
@@ -40,26 +43,34 @@ class Tally:
     Attributes:
       rejected: number of lines and conversations set aside, by reason.
       counts: cut_answers (ran into the length limit), shortened (later turns are missing), split_differently (the text
-        of the answer tokenises to other ids than those that were generated).
+        of the answer tokenises to other ids than those that were generated), thoughts_cut (the chat template leaves
+        think blocks of answers out, as it does when the target is asked).
+      unused: number of prompts that have a field which is not used, by its name.
       prompt_sets: samples, tokens and loss_tokens of each prompt set.
     """
 
     def __init__(self, path: Path):
         """Starts an empty file at `path`."""
         self.rejected: Counter[str] = Counter()
-        self.counts: Counter[str] = Counter(cut_answers=0, shortened=0, split_differently=0)
+        self.counts: Counter[str] = Counter(cut_answers=0, shortened=0, split_differently=0, thoughts_cut=0)
+        self.unused: Counter[str] = Counter()
         self.prompt_sets: dict[str, Counter[str]] = {}
         self._file = path.open("w", encoding="utf-8")
 
     def malformed(self, line: Malformed) -> None:
         """Sets aside a line of a prompt file."""
-        self._put("malformed", {"file": line.file, "line": line.line, "detail": line.reason, "text": line.text})
+        self._put(line.kind, {"file": line.file, "line": line.line, "detail": line.reason, "text": line.text})
 
     def reject(self, sample_id: int, prompt: Prompt, error: Rejected) -> None:
         """Sets aside a conversation."""
         messages = [dict(message) for message in prompt.messages]
         where = {"file": prompt.file, "line": prompt.line, "sample_id": sample_id}
         self._put(error.reason, {**where, "detail": str(error), "messages": messages})
+
+    def read(self, prompts: Iterable[Prompt]) -> None:
+        """Counts fields of prompts that are not used."""
+        for prompt in prompts:
+            self.unused.update(prompt.unused)
 
     def add(self, sample: Sample) -> None:
         """Counts a sample."""
@@ -70,7 +81,8 @@ class Tally:
         """All counts, JSON-able."""
         totals = sum(self.prompt_sets.values(), Counter())
         sets = {name: dict(counts) for name, counts in self.prompt_sets.items()}
-        return {**totals, "rejected": dict(self.rejected), **self.counts, "prompt_sets": sets}
+        counts = {"rejected": dict(self.rejected), **self.counts, "unused": dict(self.unused)}
+        return {**totals, **counts, "prompt_sets": sets}
 
     def _put(self, reason: str, entry: dict[str, Any]) -> None:
         self.rejected[reason] += 1
@@ -113,12 +125,19 @@ def given_samples(tokenizer: Any, prompts: Sequence[Prompt], config: DataConfig,
             messages = with_system(prompt.messages, config.system_prompt)
             if messages[-1]["role"] != "assistant":
                 raise Rejected("unanswered", "the last message is not the assistant's, and data.regenerate is off")
+            if prompt.reasoning:
+                raise Rejected(
+                    "reasoning",
+                    f"it has `{prompt.reasoning}`, and answers are trained without thinking; take it out if they are "
+                    "answers without it (with data.regenerate=True the target answers itself, without thinking)",
+                )
             if not messages[-1]["content"].strip():
                 raise Rejected("empty_answer", "the last answer is empty")
             length = len(prompt_tokens(tokenizer, messages[:-1]))
             if length > config.max_prompt_length:
                 raise Rejected("prompt_too_long", f"{length} tokens, data.max_prompt_length={config.max_prompt_length}")
             ids, mask = tokens_and_mask(tokenizer, messages)
+            tally.counts["thoughts_cut"] += int(thoughts_cut(tokenizer, messages))
             tally.counts["cut_answers"] += int(len(ids) > config.max_length)
             return ids, mask
 
@@ -141,7 +160,7 @@ def _sample(
                 "too_few_loss_tokens", f"{sum(mask)} supervised tokens, data.min_loss_tokens={config.min_loss_tokens}"
             )
     except ChatError as error:
-        tally.reject(sample_id, prompt, Rejected("template", str(error)))
+        tally.reject(sample_id, prompt, Rejected(error.reason, str(error)))
     except Rejected as error:
         tally.reject(sample_id, prompt, error)
     else:

@@ -6,7 +6,6 @@ be opened with `tfds.data_source`, TFDS's own tools or any ArrayRecord reader.
 
 import contextlib
 import dataclasses
-import errno
 import io
 import itertools
 import os
@@ -18,8 +17,12 @@ from typing import Any, Protocol
 
 import numpy as np
 import tensorflow_datasets as tfds
+from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]  (no type stubs)
+from google.protobuf.json_format import ParseError
 
 from dspark_jax.config import InputError
+from dspark_jax.errors import as_os_error
+from dspark_jax.json_file import read_object
 
 SPLIT = "train"
 
@@ -112,10 +115,9 @@ def write_samples(directory: str | os.PathLike[str], samples: Iterable[Sample]) 
         try:
             builder.download_and_prepare(download_dir=scratch)
         except RuntimeError as error:  # ArrayRecord knows no error numbers
-            full = os.strerror(errno.ENOSPC)
-            if full not in str(error):
+            if (found := as_os_error(error, directory)) is None:
                 raise
-            raise OSError(errno.ENOSPC, full, str(directory)) from error
+            raise found from error
     return builder.info.splits[SPLIT].num_examples
 
 
@@ -123,14 +125,43 @@ class SampleReader:
     """Random access to the samples that `write_samples` has written below `directory`.
 
     Raises:
-      InputError: there is no complete dataset.
+      InputError: there is no complete dataset, or it is damaged; ArrayRecord keeps a hash of every record.
     """
 
     def __init__(self, directory: str | os.PathLike[str]):
         self._path = Path(directory) / DsparkSamples.name / str(DsparkSamples.VERSION)
+        self._directory = directory
         if not (self._path / "dataset_info.json").exists():
             raise InputError(f"{directory}: no prepared samples; run python -m dspark_jax.prepare first")
-        self._records = tfds.builder_from_directory(str(self._path)).as_data_source(split=SPLIT)  # pyright: ignore[reportCallIssue]  (its decorator hides the signature)
+        for name in ("dataset_info.json", "features.json"):
+            read_object(self._path / name, self._remedy, self._remedy)
+        try:
+            builder = tfds.builder_from_directory(str(self._path))
+            split = builder.info.splits[SPLIT]
+            counts = zip(map(str, split.filepaths), split.shard_lengths, strict=True)
+            self._records = builder.as_data_source(split=SPLIT)  # pyright: ignore[reportCallIssue]  (its decorator hides the signature)
+        except _UNREADABLE as error:
+            raise InputError(f"{self._path}: damaged ({_first_line(error)}); {self._remedy}") from None
+        for file, count in counts:
+            self._check_shard(file, count)
+
+    @property
+    def _remedy(self) -> str:
+        return f"remove {self._directory} and run python -m dspark_jax.prepare again"
+
+    def _check_shard(self, file: str, count: int) -> None:
+        """Refuses a shard without the list of its `count` records, which stands at its end."""
+        try:
+            reader = array_record_module.ArrayRecordReader(file)
+            found = reader.num_records()
+            reader.close()
+        except RuntimeError as error:
+            why = _first_line(error) or "a part is missing"
+        else:
+            if found == count:
+                return
+            why = f"{found} of {count} records are left"
+        raise InputError(f"{file}: damaged ({why}); {self._remedy}")
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -138,9 +169,21 @@ class SampleReader:
 
     def __getitem__(self, index: int) -> Sample:
         """The sample at `index` in 0..len-1."""
-        record = self._records[index]
+        try:
+            record = self._records[index]
+        except RuntimeError as error:
+            where = f"{self._path}: sample {index} is damaged"
+            raise InputError(f"{where} ({_first_line(error)}); {self._remedy}") from None
         return Sample(record["tokens"], record["loss_mask"], record["prompt_set"].decode(), int(record["sample_id"]))
 
     def __repr__(self) -> str:
         """Names the data, and only that: grain prints it in its error messages."""
         return f"SampleReader({str(self._path)!r})"
+
+
+_UNREADABLE = (ParseError, ValueError, TypeError, LookupError, AttributeError, RuntimeError)
+"""What TFDS raises of descriptions that are JSON, but not those of a dataset."""
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split("\n")[0].split())[:200]

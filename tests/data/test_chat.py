@@ -1,4 +1,6 @@
 import itertools
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +155,37 @@ def test_a_template_that_drops_earlier_turns_is_refused(qwen3: Any) -> None:
         chat.tokens_and_mask(qwen3, messages("a", "b"))
 
 
+@pytest.mark.parametrize(
+    ("expression", "message"),
+    [
+        ("'a' + 1", "TypeError: can only concatenate str"),
+        ("messages[0].content.index('#')", "ValueError: substring not found"),
+        ("1 // 0", "ZeroDivisionError"),
+        ("range(1000000)", "OverflowError"),
+    ],
+)
+def test_a_template_that_fails_is_said_in_one_line(qwen3: Any, expression: str, message: str) -> None:
+    qwen3.chat_template = f"{{{{ {expression} }}}}"
+    with pytest.raises(chat.ChatError, match=rf"fails on the roles user \({message}.*\); correct the template"):
+        chat.prompt_tokens(qwen3, messages("a"))
+
+
+def test_a_template_that_is_none_concerns_no_single_conversation(qwen3: Any) -> None:
+    qwen3.chat_template = "a\n{% if %}"
+    with pytest.raises(InputError, match="not valid: line 2: Expected an expression") as error:
+        chat.prompt_tokens(qwen3, messages("a"))
+    assert not isinstance(error.value, chat.ChatError)
+
+
+def test_a_think_block_that_the_template_shows_apart_is_named(qwen3: Any) -> None:
+    """As Qwen3's own does with the last answer. Answering again is no way to think: it is asked for without."""
+    thoughts = "m.content.split('</think>')[0].split('<think>')[-1].strip('\\n') if '</think>' in m.content else ''"
+    qwen3.chat_template = QWEN3.replace("'<think>\\n\\n</think>", f"'<think>\\n' + ({thoughts}) + '\\n</think>", 1)
+    assert "hm" in chat.render(qwen3, messages("q", "<think>\nhm\n</think>\n\nyes"))
+    with pytest.raises(chat.ReasoningError, match="message 2: has a think block.* answers itself, without thinking"):
+        chat.tokens_and_mask(qwen3, messages("q", "<think>\nhm\n</think>\n\nyes"))
+
+
 def test_a_system_prompt_is_put_in_front_only_where_there_is_none() -> None:
     plain, own = messages("a"), messages("a", system="mine")
     assert chat.with_system(plain, "S") == ({"role": "system", "content": "S"}, *plain)
@@ -168,7 +201,14 @@ def test_stop_tokens_are_those_of_the_generation_config_and_the_tokenizer(tmp_pa
         config.write_text(content)
         assert chat.stop_tokens(tmp_path, tokenizer) == tuple(sorted(ids))
     config.write_text("{")
-    with pytest.raises(InputError, match=r"generation_config\.json: cannot be read"):
+    with pytest.raises(InputError, match=r"generation_config\.json:1: not valid JSON"):
+        chat.stop_tokens(tmp_path, tokenizer)
+
+
+@pytest.mark.parametrize("ids", ['"<|im_end|>"', "[3, null]", "-1", "1.5", "true", "{}", "1e30"])
+def test_stop_tokens_that_are_no_ids_are_refused(tmp_path: Path, tokenizer: Any, ids: str) -> None:
+    (tmp_path / "generation_config.json").write_text(f'{{"eos_token_id": {ids}}}')
+    with pytest.raises(InputError, match=r"generation_config\.json: eos_token_id .*; a token id or a list of them"):
         chat.stop_tokens(tmp_path, tokenizer)
 
 
@@ -177,3 +217,43 @@ def test_a_directory_without_a_usable_tokenizer_is_refused(tmp_path: Path) -> No
         chat.load_tokenizer(tmp_path)
     with pytest.raises(InputError, match="no usable tokenizer"):
         chat.load_tokenizer(tmp_path / "nowhere")
+
+
+def copy_with(tiny_target: Path, folder: Path, **settings: Any) -> Path:
+    """The tokenizer of `tiny_target` with other settings."""
+    shutil.copy(tiny_target / "tokenizer.json", folder)
+    stated = json.loads((tiny_target / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(stated | settings))
+    return folder
+
+
+def test_several_chat_templates_need_one_for_default(tiny_target: Path, tmp_path: Path) -> None:
+    named = [{"name": "tool_use", "template": "x"}, {"name": "rag", "template": "y"}]
+    path = copy_with(tiny_target, tmp_path, chat_template=named)
+    with pytest.raises(InputError, match="has the chat templates 'tool_use', 'rag' and none for default; name the one"):
+        chat.load_tokenizer(path)
+    copy_with(tiny_target, tmp_path, chat_template=[*named, {"name": "default", "template": "a"}])
+    assert chat.render(chat.load_tokenizer(path), messages("q")) == "a"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"chat_template": 5}, "chat_template is 5; text in Jinja's language is needed"),
+        ({"chat_template": [1]}, r"no usable tokenizer \(TypeError"),
+        ({"eos_token": 3}, r"no usable tokenizer \(TypeError: Special token eos_token"),
+    ],
+)
+def test_a_tokenizer_with_settings_of_another_type_is_refused(
+    tiny_target: Path, tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        chat.load_tokenizer(copy_with(tiny_target, tmp_path, **settings))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("content", [b"", b"{", b"null", b"[]", b"\xff", b'{"model": {"type": "none"}}'])
+def test_a_damaged_tokenizer_is_one_line(tiny_target: Path, tmp_path: Path, name: str, content: bytes) -> None:
+    (copy_with(tiny_target, tmp_path) / name).write_bytes(content)
+    with pytest.raises(InputError, match=r"^[^\n]*no (usable tokenizer|chat template)[^\n]*$"):
+        chat.load_tokenizer(tmp_path)

@@ -241,6 +241,25 @@ def test_a_corrupted_record_is_named(tmp_path):
         CachedSamples(samples, tmp_path / "f", IDENTITY)
 
 
+def test_a_damaged_lender_is_named(tmp_path):
+    """It has no hashes in itself, and a wrong embedding would train without a word."""
+    lender = tmp_path / "f" / LENDER
+
+    def compute():
+        lender.write_bytes(bytes(range(200)))
+        return run
+
+    samples = write(tmp_path / "f", compute=compute)
+    CachedSamples(samples, tmp_path / "f", IDENTITY)
+    lender.write_bytes(bytes(reversed(range(200))))
+    write(tmp_path / "f", compute=lambda: pytest.fail("nothing is missing"))  # does not take it for what was written
+    with pytest.raises(InputError, match=f"{LENDER}: damaged .*; remove it and run python -m dspark_jax.prepare again"):
+        CachedSamples(samples, tmp_path / "f", IDENTITY)
+    lender.unlink()
+    write(tmp_path / "f", compute=compute)
+    CachedSamples(samples, tmp_path / "f", IDENTITY)
+
+
 def test_other_samples_are_noticed(tmp_path):
     samples = write(tmp_path / "f")
     changed = list(samples)

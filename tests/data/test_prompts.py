@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -44,21 +45,26 @@ def test_every_layout_is_read_into_the_same_form(tmp_path: Path) -> None:
 
 
 BAD = {
-    b'{"turns": ["a"': "not valid JSON",
-    b'{"turns": ["caf\xe9"]}': "not UTF-8 at byte 15",
-    b'["a"]': "a JSON list",
-    b'{"question": "a"}': "none of the fields",
-    b'{"turns": []}': "not empty",
+    b'{"turns": ["a"': "not valid JSON at column 15 .*; write one whole JSON object on each line$",
+    b"What is 1 + 1?": r"not valid JSON at column 1 .*, a line of text belongs in \{\"prompt\": \"...\"\}$",
+    b'{"turns": ["caf\xe9"]}': "not UTF-8 at byte 15; save the file as UTF-8 text",
+    b'\xff\xfe{\x00"\x00': "not UTF-8 at byte 0; save the file as UTF-8 text",
+    b'["a"]': "a JSON list where an object is needed; .*, not in a list",
+    b'{"question": "a", "id": 3}': r"none of the fields .* \(it has 'question', 'id'\); rename the one",
+    b"{}": r"\(it has none\)",
+    b'{"turns": []}': "must be a list that is not empty; put the user's questions into it",
     b'{"turns": "a"}': "must be a list",
-    b'{"turns": ["a", 3]}': "JSON int",
-    b'{"prompt": "  "}': "empty",
+    b'{"messages": {}}': "must be a list that is not empty; put messages into it",
+    b'{"turns": ["a", 3]}': "JSON int, not a string; only text",
+    b'{"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}': "JSON list, not a string; only",
+    b'{"prompt": "  "}': "empty; remove the line or write a question",
     b'{"prompt": null}': "JSON NoneType",
-    b'{"prompt": "\\ud800"}': "surrogate",
-    b'{"messages": ["a"]}': "object with `role`",
-    b'{"messages": [{"role": "tool", "content": "a"}]}': "role 'tool'",
-    b'{"messages": [{"role": "assistant", "content": "a"}]}': "does not follow a user",
-    b'{"messages": [{"role": "system", "content": "a"}]}': "no user message",
-    b'{"messages": [{"role": "user", "content": "a"}, {"role": "system", "content": "a"}]}': "not the first",
+    b'{"prompt": "\\ud800"}': "surrogate pair; remove that escape",
+    b'{"messages": ["a"]}': "object with `role` and `content`; add what is missing",
+    b'{"messages": [{"role": "developer", "content": "a"}]}': "role 'developer' is unknown; use one of human, user",
+    b'{"messages": [{"role": "assistant", "content": "a"}]}': "does not follow a user message; remove it",
+    b'{"messages": [{"role": "system", "content": "a"}]}': "no user message; add the question",
+    b'{"messages": [{"role": "user", "content": "a"}, {"role": "system", "content": "a"}]}': "not the first; move it",
     b"[" * 100000: "nested too deeply",
 }
 
@@ -70,7 +76,8 @@ def test_a_malformed_line_is_handed_over_and_the_rest_is_read(tmp_path: Path, li
     prompts = read_prompts([path], on_malformed=malformed.append)
     assert [roles(prompt)[0][1] for prompt in prompts] == ["a", "b"]
     assert [(entry.file, entry.line) for entry in malformed] == [(str(path), 2)]
-    assert reason in malformed[0].reason
+    assert re.search(reason, malformed[0].reason) and malformed[0].kind == "malformed"
+    assert "turns" not in malformed[0].reason or b"turns" in line or "none of the fields" in malformed[0].reason
     assert malformed[0].text == line.decode("utf-8", "replace")
 
 
@@ -78,6 +85,59 @@ def test_a_malformed_line_is_an_error_where_nobody_takes_it(tmp_path: Path) -> N
     path = write(tmp_path / "p.jsonl", {"prompt": "a"}, b"{")
     with pytest.raises(InputError, match=r"p\.jsonl:2: not valid JSON"):
         read_prompts([path])
+
+
+TOOLS = {
+    "`tools`": {"tools": [{"type": "function"}], "prompt": "a"},
+    "`functions`": {"functions": "[]", "conversations": [{"from": "human", "value": "a"}]},
+    "`tool_calls`": {
+        "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [{"id": "c"}]}]
+    },
+    "`function_call`": {"messages": [{"role": "assistant", "content": None, "function_call": {"name": "f"}}]},
+    "role 'tool'": {
+        "messages": [{"role": "user", "content": "a"}, {"role": "tool", "content": "12", "tool_call_id": "c"}]
+    },
+    "role 'observation'": {"conversations": [{"from": "human", "value": "a"}, {"from": "observation", "value": "b"}]},
+}
+
+
+@pytest.mark.parametrize("where", TOOLS)
+def test_conversations_with_tools_are_set_aside_as_such(tmp_path: Path, where: str) -> None:
+    """Without the calls, an answer that is one would be trained as an empty answer."""
+    path = write(tmp_path / "p.jsonl", TOOLS[where], {"prompt": "b", "tools": [], "functions": None})
+    aside: list[Malformed] = []
+    (prompt,) = read_prompts([path], on_malformed=aside.append)
+    assert roles(prompt) == [("user", "b")] and not prompt.unused
+    assert aside[0].kind == "tools" and where in aside[0].reason and "not supported yet" in aside[0].reason
+
+
+def test_fields_that_are_not_used_are_named(tmp_path: Path) -> None:
+    question = {"role": "user", "content": "a", "name": "Ann", "from": "human", "weight": 0}
+    answer = {"role": "assistant", "content": "b", "reasoning_content": "hm", "thinking": "", "tool_calls": None}
+    path = write(
+        tmp_path / "p.jsonl",
+        {"prompt": "a", "turns": ["b", "c"], "id": 7, "empty": []},
+        {"messages": [question, answer, question], "chat_template_kwargs": {"enable_thinking": True}},
+        {"conversations": [{"from": "human", "value": "a"}]},
+        {"prompt": "a", "thinking": True},
+    )
+    both, talk, plain, flag = read_prompts([path])
+    assert roles(both) == [("user", "b"), ("user", "c")] and both.unused == ("prompt beside turns", "id")
+    assert talk.unused == (
+        "chat_template_kwargs",
+        "messages[].name",
+        "messages[].from",
+        "messages[].weight",
+        "messages[].reasoning_content",
+    )
+    assert plain.unused == () and flag.unused == ("thinking",)
+    assert [one.reasoning for one in (both, talk, plain, flag)] == ["", "messages[].reasoning_content", "", ""]
+
+
+def test_byte_order_marks_are_skipped(tmp_path: Path) -> None:
+    first, second = b'\xef\xbb\xbf{"prompt": "a"}', b'\xef\xbb\xbf{"prompt": "b"}\r'  # a file behind another one
+    prompts = read_prompts([write(tmp_path / "p.jsonl", first, second, b"\xef\xbb\xbf")])
+    assert [roles(prompt)[0][1] for prompt in prompts] == ["a", "b"]
 
 
 def test_limit_counts_prompts_of_each_file_and_not_lines(tmp_path: Path) -> None:
@@ -90,7 +150,12 @@ def test_limit_counts_prompts_of_each_file_and_not_lines(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "cannot be read"), (b"", "holds no prompt"), (b"\n{\n", r"holds no prompt \(.*\(2\): not valid JSON")],
+    [
+        (None, "cannot be read"),
+        (b"", r'holds no prompt; the file is empty; write \{"prompt": "..."\} on its lines'),
+        (b"\n{\n", "holds no prompt; line 2: not valid JSON .*; write one whole JSON object on each line"),
+        (b'{"messages": [{"role": "tool", "content": "a"}]}', "holds no prompt; line 1: a message of role 'tool'; "),
+    ],
 )
 def test_a_file_without_prompts_is_refused(tmp_path: Path, content: bytes | None, message: str) -> None:
     path = tmp_path / "p.jsonl"

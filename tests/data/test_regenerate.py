@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dspark_jax.config import InputError
 from dspark_jax.data import chat
 from dspark_jax.data.prompts import Prompt
 from dspark_jax.data.regenerate import (
@@ -194,3 +195,10 @@ def test_no_batch_asks_for_more_positions_than_the_target_has() -> None:
     limits = Limits(max_prompt_length=110, max_length=128, max_positions=128, batch_size=8)
     for batch, most in plan_batches(prompts, limits, 64):
         assert most >= 1 and max(len(prompts[i]) for i in batch) + most <= 128
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"id": 1}', '{"id": 1, "turn": 0, "part": 0, "tokens": ["a"]}'])
+def test_a_damaged_line_of_the_log_is_named(tmp_path: Path, line: str) -> None:
+    (tmp_path / "log").write_text(f'{{"id": 1, "turn": 0, "part": 0, "tokens": [3]}}\n{line}\n')
+    with pytest.raises(InputError, match="log:2: damaged; remove the lines from it on and run again"):
+        AnswerLog(tmp_path / "log")

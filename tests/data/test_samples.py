@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ def test_generated_answers_keep_their_ids_and_other_splits_are_counted(tokenizer
         ids = [*item.answer.tolist(), *tail]
         assert sample.tokens.tolist() == chat.prompt_tokens(tokenizer, item.messages) + ids
         assert sample.loss_mask.sum() == len(ids) and sample.loss_mask[-len(ids) :].all()
-    assert dict(tally.counts) == {"cut_answers": 1, "shortened": 0, "split_differently": 1}
+    assert dict(tally.counts) == {"cut_answers": 1, "shortened": 0, "split_differently": 1, "thoughts_cut": 0}
 
 
 def test_a_template_that_refuses_a_conversation_sets_it_aside(tiny_target: Path, tmp_path: Path) -> None:
@@ -86,3 +87,44 @@ def test_a_template_that_refuses_a_conversation_sets_it_aside(tiny_target: Path,
         config = DataConfig(regenerate=False, min_loss_tokens=1)
         assert not list(given_samples(tokenizer, [prompt("a", "b", "c", "d")], config, tally))
     assert dict(tally.rejected) == {"template": 1}
+
+
+def test_reasoning_is_set_aside_and_what_is_not_used_is_counted(tokenizer: Any, tmp_path: Path) -> None:
+    answer = "the answer is the sum of the numbers"
+    thoughtful, plain = prompt("q", answer, line=1), prompt("q", answer, line=2)
+    thoughtful = dataclasses.replace(thoughtful, unused=("id", "messages[].reasoning_content"))
+    plain = dataclasses.replace(plain, unused=("id", "prompt beside turns"))
+    path = tmp_path / "rejected.jsonl"
+    with contextlib.closing(Tally(path)) as tally:
+        tally.malformed(Malformed("set.jsonl", 9, "a message has `tool_calls`", "{}", "tools"))
+        tally.read([thoughtful, plain])
+        kept = list(given_samples(tokenizer, [thoughtful, plain], DataConfig(min_loss_tokens=1), tally))
+        report = tally.report()
+    assert [sample.sample_id for sample in kept] == [1]
+    assert report["rejected"] == {"tools": 1, "reasoning": 1}
+    assert report["unused"] == {"id": 2, "messages[].reasoning_content": 1, "prompt beside turns": 1}
+    assert describe(report["rejected"]) == "1 with tools, 1 with reasoning"
+    detail = json.loads(path.read_text().splitlines()[1])["detail"]
+    assert "it has `messages[].reasoning_content`" in detail and "answers itself, without thinking" in detail
+
+
+def test_thoughts_that_the_template_leaves_out_are_counted(tiny_target: Path, tmp_path: Path) -> None:
+    tokenizer = chat.load_tokenizer(tiny_target)
+    thoughtful = prompt("q", "<think>\nhm\n</think>\n\nyes", "q", "no")
+    config = DataConfig(regenerate=False, min_loss_tokens=1)
+    with contextlib.closing(Tally(tmp_path / "rejected.jsonl")) as tally:
+        assert list(given_samples(tokenizer, [thoughtful], config, tally)) and tally.counts["thoughts_cut"] == 0
+        cut = "(m.content.split('</think>')[-1].lstrip('\\n') if m.role == 'assistant' else m.content)"
+        tokenizer.chat_template = f"{{% for m in messages %}}{{{{ m.role + '\\n' + {cut} + '\\n' }}}}{{% endfor %}}"
+        assert list(given_samples(tokenizer, [thoughtful], config, tally)) and tally.counts["thoughts_cut"] == 1
+
+
+def test_a_think_block_that_cannot_be_told_apart_counts_as_reasoning(tiny_target: Path, tmp_path: Path) -> None:
+    tokenizer = chat.load_tokenizer(tiny_target)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role + ('*' if '</think>' in m.content else '+') + m.content }}{% endfor %}"
+    )
+    with contextlib.closing(Tally(tmp_path / "rejected.jsonl")) as tally:
+        config = DataConfig(regenerate=False, min_loss_tokens=1)
+        assert not list(given_samples(tokenizer, [prompt("a", "<think>b</think>c")], config, tally))
+    assert dict(tally.rejected) == {"reasoning": 1}

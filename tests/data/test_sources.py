@@ -1,4 +1,5 @@
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -80,3 +81,57 @@ def test_tfds_opens_the_directory_without_our_code_and_without_tensorflow(tmp_pa
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path, env=dict(os.environ)
     )
     assert run.stdout.strip() == "[0, 1, 2] False"
+
+
+DAMAGED = {
+    "missing": lambda path: path.unlink(),
+    "empty": lambda path: path.write_bytes(b""),
+    "cut": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "cut at the end": lambda path: path.write_bytes(path.read_bytes()[:-40]),
+    "null": lambda path: path.write_text("null"),
+    "an object": lambda path: path.write_text("{}"),
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    write_samples(folder, [sample(i, 50) for i in range(40)])
+    return folder
+
+
+@pytest.mark.parametrize("how", DAMAGED)
+@pytest.mark.parametrize("name", ["dataset_info.json", "features.json", "dspark_samples-train.array_record*"])
+def test_damaged_samples_are_one_line(whole: Path, tmp_path: Path, name: str, how: str) -> None:
+    shutil.copytree(whole, tmp_path / "data")
+    (path,) = (tmp_path / "data").rglob(name)
+    DAMAGED[how](path)
+    with pytest.raises(InputError, match=r"^[^\n]*/data[/:][^\n]*run python -m dspark_jax\.prepare[^\n]*$"):
+        SampleReader(tmp_path / "data")
+
+
+def test_a_damaged_sample_is_named_and_the_others_are_read(whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "data")
+    (path,) = (tmp_path / "data").rglob("*.array_record*")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 50] ^= 4
+    path.write_bytes(content)
+    reader, damaged = SampleReader(tmp_path / "data"), []
+    for index in range(40):
+        try:
+            reader[index]
+        except InputError as error:
+            damaged.append(str(error))
+    assert len(damaged) == 1 and "sample 5 is damaged (Corrupted" in damaged[0]
+    assert damaged[0].endswith(f"; remove {tmp_path / 'data'} and run python -m dspark_jax.prepare again")
+
+
+def test_a_place_that_cannot_be_written_is_an_os_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: DsparkSamples, **_: object) -> None:
+        raise RuntimeError("open() failed: Permission denied; opening data/x.array_record")
+
+    monkeypatch.setattr(DsparkSamples, "download_and_prepare", fail)
+    with pytest.raises(PermissionError) as error:
+        write_samples(tmp_path, [sample(0, 5)])
+    assert error.value.filename == str(tmp_path)

@@ -92,17 +92,16 @@ def fit(config: Config, workdir: Path, mesh: Mesh, checkpoints: Checkpoints) -> 
     drafter = abstract_drafter(config)
     optimizer = make_optimizer(config.optim, steps)
     layout, latest = state_layout(drafter, optimizer, mesh), checkpoints.latest()
-    start = latest or 0
     if latest is None:
-        state = _fresh_state(config, optimizer, mesh)
-    elif latest == 0:
-        params = checkpoints.restore_params(layout.params)
-        state = dataclasses.replace(init_state(config, optimizer, mesh), params=params)
-        log(f"starting from the imported parameters of {checkpoints.path(0)}")
+        start, state = 0, _fresh_state(config, optimizer, mesh)
     else:
-        state, position = checkpoints.restore(layout)
-        data.set_state(position)
-        log(f"continuing from step {start}: {checkpoints.path(start)}")
+        start, state, position = checkpoints.restore(layout)
+        if start:
+            data.set_state(position)
+            log(f"continuing from step {start}: {checkpoints.path(start)}")
+        else:
+            state = dataclasses.replace(init_state(config, optimizer, mesh), params=state.params)
+            log(f"starting from the imported parameters of {checkpoints.path(0)}")
     if jax.process_index() == 0:
         (workdir / "config.json").write_text(to_json(config))
     if start >= steps:

@@ -70,7 +70,7 @@ class TargetArchitecture:
         where, raw = _read(source)
         model_type = raw.get("model_type")
         if model_type not in ("qwen3", *_GEMMA):
-            raise InputError(f"{where}: model_type {model_type!r} is not supported; use one of: qwen3, gemma4")
+            raise Unsupported(where, f"model_type {model_type!r}", "use one of: qwen3, gemma4")
         if model_type == "qwen3":
             _check_numbers(raw, where)
             values = _qwen_values(raw, where)

@@ -245,7 +245,12 @@ def examine(options: argparse.Namespace, *, mesh: Mesh | None = None, target: An
     options.target = str(local_directory(options.target))
     with jax.set_mesh(mesh):
         if target is None:
-            architecture = TargetArchitecture.from_hf(options.target)
+            architecture = TargetArchitecture.of_any_model(options.target)
+            if architecture.foreign:
+                raise InputError(
+                    f"--target {options.target}: a {architecture.foreign} has no definition here, and check decodes "
+                    "with the target; the README.md that export writes says what servers make of the drafter"
+                )
             target = load_target(TargetConfig(path=options.target, architecture=architecture), mesh)
         prompts, masks = check_prompts(options, target.arch.vocab_size)
         written = generate(target, None, prompts, max_new_tokens=options.tokens, batch_size=len(prompts)).tokens

@@ -115,7 +115,7 @@ def _open_all(
     for name, (config, workdir) in runs.items():
         try:
             engines[name] = open_engine(config, workdir, mesh, target=target)
-        except (ValueError, OSError) as error:  # also what Orbax raises where files of a checkpoint are missing
+        except InputError as error:
             errors[name] = {"error": " ".join(str(error).split())[:200]}
         else:
             target = engines[name].target

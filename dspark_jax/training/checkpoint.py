@@ -100,7 +100,7 @@ class Checkpoints:
           layout: shapes and shardings to restore onto; any mesh will do.
 
         Returns:
-          Its step, the state, and the data iterator's state. Of checkpoint 0 the optimizer is None.
+          Its step, the state, and the data iterator's state. Of checkpoint 0 the optimizer is empty.
 
         Raises:
           InputError: the checkpoint belongs to another target or drafter, the data order would change, or all of them
@@ -124,7 +124,7 @@ class Checkpoints:
         _check_about(where, about, self.about, self.config.target.path)
         if step == 0:
             params = _restore_params(self.manager, where, about, layout.params)
-            return step, TrainState(jnp.zeros((), jnp.int32), params, None), {}
+            return step, TrainState(jnp.zeros((), jnp.int32), params, ()), {}
         arrays = {"params": layout.params, "optimizer": {"step": layout.step, "state": layout.optimizer}}
         items = {name: ocp.args.StandardRestore(value) for name, value in arrays.items()}
         args = ocp.args.Composite(**items, data=ocp.args.JsonRestore())

@@ -152,6 +152,17 @@ def test_export_of_a_drafter_for_a_target_without_a_definition(llama_run, tmp_pa
     )
 
 
+def test_check_says_what_it_cannot_do_for_such_a_target(llama_run, tmp_path, capsys):
+    workdir, target, _ = llama_run
+    main(["export", f"--workdir={workdir}", f"--output={tmp_path / 'a'}"])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as status:
+        main(["check", f"--drafter={tmp_path / 'a'}", f"--target={target}"])
+    said = capsys.readouterr().err
+    assert status.value.code == 2 and len(said.splitlines()) == 1
+    assert "a llama has no definition here, and check decodes with the target; the README.md that export writes" in said
+
+
 def test_a_directory_is_converted(run, tiny_target, tmp_path):
     main(["export", f"--workdir={run}", f"--output={tmp_path / 'a'}"])
     source = [f"--drafter={tmp_path / 'a'}", f"--target={tiny_target}"]

@@ -12,6 +12,13 @@ class InputError(ValueError):
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+_MISPLACED = (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ELOOP, errno.ENAMETOOLONG)
+_REMEDIES = {
+    _FULL: "free space and run again",
+    _FORBIDDEN: "change its permissions, or use another place",
+    _MISPLACED: "put back what belongs there, or use another place",
+}
 
 
 def is_full_disk(error: Exception) -> bool:
@@ -21,16 +28,21 @@ def is_full_disk(error: Exception) -> bool:
 
 @contextlib.contextmanager
 def reporting_errors() -> Iterator[None]:
-    """Turns `InputError` and a full disk into `error: ...` on stderr and status 2, Ctrl-C into one line and 130."""
+    """Turns what the user can mend into one line on stderr, `error: ...`, and status 2; Ctrl-C into one and 130.
+
+    That is `InputError`, and of the operating system's errors a full disk, a file that may not be used, and a path at
+    which something else is than should be.
+    """
     try:
         yield
     except InputError as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         raise SystemExit(2) from error
     except OSError as error:
-        if error.errno not in _FULL:
+        known = [remedy for numbers, remedy in _REMEDIES.items() if error.errno in numbers]
+        if not known or (error.errno in _MISPLACED and error.filename is None):
             raise
-        print(f"error: {error.filename or 'a file'}: {error.strerror}; free space and run again", file=sys.stderr)
+        print(f"error: {error.filename or 'a file'}: {error.strerror}; {known[0]}", file=sys.stderr)
         raise SystemExit(2) from error
     except KeyboardInterrupt as error:
         print("interrupted", file=sys.stderr)

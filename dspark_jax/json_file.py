@@ -39,8 +39,18 @@ def read_object(path: Path, missing: str, damaged: str = "download it again") ->
 
 
 def read_ours(path: Path) -> dict[str, Any]:
-    """The content of a file that `write_json` wrote; empty where there is none."""
-    return json.loads(path.read_text("utf-8")) if path.exists() else {}
+    """The content of a file that `write_json` wrote; empty where there is none.
+
+    Raises:
+      InputError: it cannot be read, or holds no JSON object.
+    """
+    return read_object(path, "put it back", "put it back from a copy, or remove it") if path.exists() else {}
+
+
+def part(content: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """An object inside an object; empty where there is none, or something else."""
+    found = content.get(name)
+    return found if isinstance(found, dict) else {}
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:

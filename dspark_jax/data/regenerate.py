@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from dspark_jax.config import InputError
 from dspark_jax.data.chat import ChatError, answer_text, prompt_tokens, with_system
 from dspark_jax.data.prompts import Message, Prompt
 
@@ -92,11 +93,14 @@ class AnswerLog:
         self._file = path.open("a+b")
         self._file.seek(0)
         end = 0
-        for line in self._file:
+        for number, line in enumerate(self._file, 1):
             if not line.endswith(b"\n"):
                 break
-            entry = json.loads(line)
-            self._parts[entry["id"], entry["turn"], entry["part"]] = np.asarray(entry["tokens"], np.int32)
+            try:
+                entry = json.loads(line)
+                self._parts[entry["id"], entry["turn"], entry["part"]] = np.asarray(entry["tokens"], np.int32)
+            except (ValueError, KeyError, TypeError):
+                raise InputError(f"{path}:{number}: no answer; remove this line, it will be decoded again") from None
             end += len(line)
         self._file.truncate(end)
 

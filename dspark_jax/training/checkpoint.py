@@ -60,7 +60,7 @@ class Checkpoints:
         )
         if self.directory.exists() and not self.directory.is_dir():
             raise InputError(f"{self.directory}: a file, where a directory is needed; remove it")
-        with quiet(), reported_in_one_line(self.directory):
+        with quiet(), _naming_metadata(self.directory), reported_in_one_line(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
             self.manager = ocp.CheckpointManager(self.directory, options=options)
 
@@ -239,8 +239,34 @@ def load_step(
 def _opened(directory: Path) -> Iterator[ocp.CheckpointManager]:
     """The checkpoints in a directory, for reading."""
     options = ocp.CheckpointManagerOptions(read_only=True)
-    with quiet(), ocp.CheckpointManager(directory, options=options) as manager:
+    with quiet(), contextlib.ExitStack() as stack:
+        with _naming_metadata(directory):
+            manager = stack.enter_context(ocp.CheckpointManager(directory, options=options))
         yield manager
+
+
+@contextlib.contextmanager
+def _naming_metadata(directory: Path) -> Iterator[None]:
+    """Turns what Orbax raises when the file in which it notes how it wrote a checkpoint is damaged into one line.
+
+    It does without the file, and without one that is no JSON.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        files = [file for file in sorted(directory.glob("*/_CHECKPOINT_METADATA")) if not _is_metadata(file)]
+        where = files[0] if files else directory / "*" / "_CHECKPOINT_METADATA"
+        raise InputError(f"{where}: damaged ({error}); remove it, the checkpoint is read without it") from error
+
+
+def _is_metadata(file: Path) -> bool:
+    """Whether a file is JSON of the shape of Orbax's notes, or none at all."""
+    try:
+        content = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError):
+        return True
+    parts = ("item_handlers", "metrics", "performance_metrics", "custom_metadata")
+    return isinstance(content, dict) and all(isinstance(content.get(name) or {}, dict) for name in parts)
 
 
 def _newest_whole(

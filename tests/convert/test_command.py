@@ -205,9 +205,9 @@ def test_bad_input_is_one_line(run, tiny_target, tmp_path, monkeypatch, capsys, 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_import_refuses_a_drafter_of_another_width(run, golden, tmp_path, capsys):
+def test_import_refuses_a_drafter_of_another_width(run, golden_vanilla_case, tmp_path, capsys):
     main(["export", f"--workdir={run}", f"--output={tmp_path / 'a'}"])
-    target = golden / "targets" / "qwen3_tied"
+    target = golden_vanilla_case.target
     with pytest.raises(SystemExit):
         main(["import", f"--drafter={tmp_path / 'a'}", f"--target={target}", f"--workdir={tmp_path / 'w'}"])
     assert "vocab_size is 320" in capsys.readouterr().err
@@ -242,9 +242,9 @@ def test_what_gemma_layers_read_must_be_the_targets_and_nothing_else(name):
         fitting(Path("d"), other, "t", target, whole=True)
 
 
-def test_export_refuses_a_target_of_another_vocabulary(run, tmp_path, golden, capsys):
+def test_export_refuses_a_target_of_another_vocabulary(run, tmp_path, golden_vanilla_case, capsys):
     main(["export", f"--workdir={run}", f"--output={tmp_path / 'a'}"])
-    argv = ["export", f"--drafter={tmp_path / 'a'}", f"--target={golden / 'targets' / 'qwen3_tied'}"]
+    argv = ["export", f"--drafter={tmp_path / 'a'}", f"--target={golden_vanilla_case.target}"]
     error = error_of(capsys, [*argv, f"--output={tmp_path / 'b'}"])
     assert "vocab_size is 320" in error and error.endswith("this drafter is for another target")
 

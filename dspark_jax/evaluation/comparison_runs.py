@@ -129,7 +129,8 @@ def read_times(workdir: Path, config: Config, now: Mapping[str, Any]) -> dict[st
         return {}
     known = job.get("eval.prompts", now["eval.prompts"])
     same = _times_depend_on(before) == _times_depend_on(config) and known == now["eval.prompts"]
-    return read_ours(workdir / "times.json") if same else {}
+    found = read_ours(workdir / "times.json") if same else {}
+    return found if all(isinstance(one, dict) for one in found.values()) else {}
 
 
 def _rounds_depend_on(config: Config) -> list[Any]:

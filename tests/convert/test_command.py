@@ -152,6 +152,15 @@ def test_export_of_a_drafter_for_a_target_without_a_definition(llama_run, tmp_pa
     )
 
 
+def test_export_names_figures_of_another_type(run, tmp_path, capsys):
+    file = run / "eval" / "metrics.json"
+    before = file.read_text()
+    file.write_text(json.dumps(json.loads(before) | {"temperature": None}))
+    said = error_of(capsys, ["export", f"--workdir={run}", f"--output={tmp_path / 'a'}"])
+    file.write_text(before)
+    assert "metrics.json: temperature is None; remove it, and make it anew" in said and not (tmp_path / "a").exists()
+
+
 def test_check_says_what_it_cannot_do_for_such_a_target(llama_run, tmp_path, capsys):
     workdir, target, _ = llama_run
     main(["export", f"--workdir={workdir}", f"--output={tmp_path / 'a'}"])

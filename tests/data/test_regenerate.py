@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dspark_jax.config import InputError
 from dspark_jax.data import chat
 from dspark_jax.data.prompts import Prompt
 from dspark_jax.data.regenerate import (
@@ -194,3 +195,10 @@ def test_no_batch_asks_for_more_positions_than_the_target_has() -> None:
     limits = Limits(max_prompt_length=110, max_length=128, max_positions=128, batch_size=8)
     for batch, most in plan_batches(prompts, limits, 64):
         assert most >= 1 and max(len(prompts[i]) for i in batch) + most <= 128
+
+
+def test_a_damaged_answer_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    path.write_text('{"id": 1, "turn": 0, "part": 0, "tokens": [3]}\n{"id": 2}\n')
+    with pytest.raises(InputError, match=r"answers.jsonl:2: no answer; remove this line, it will be decoded again"):
+        AnswerLog(path)

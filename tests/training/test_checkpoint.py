@@ -307,3 +307,17 @@ def test_checkpoints_from_before_there_were_sums_are_read(two, meshes, tmp_path)
     file.write_text(json.dumps({name: about[name] for name in ("config", "target", "tokenizer", "data")}))
     with Checkpoints(tmp_path, config) as checkpoints:
         assert_states_equal(checkpoints.restore(layout(config, meshes["one"]))[1], states[6])
+
+
+@pytest.mark.parametrize("content", ["[1]", '{"metrics": "x"}'])
+def test_damaged_notes_of_orbax_are_named(two, meshes, tmp_path, content):
+    config, source, _ = two
+    shutil.copytree(source / "checkpoints", tmp_path / "checkpoints")
+    (tmp_path / "checkpoints/6/_CHECKPOINT_METADATA").write_text(content)
+    message = r"checkpoints/6/_CHECKPOINT_METADATA: damaged .*; remove it, the checkpoint is read without it"
+    with pytest.raises(InputError, match=message):
+        load_drafter(tmp_path, meshes["one"])
+    with pytest.raises(InputError, match=message):
+        Checkpoints(tmp_path, config)
+    (tmp_path / "checkpoints/6/_CHECKPOINT_METADATA").unlink()
+    assert load_step(tmp_path, meshes["one"])[0] == 6

@@ -67,7 +67,7 @@ class TargetArchitecture:
         where, raw = _read(source)
         model_type = raw.get("model_type")
         if model_type not in ("qwen3", *_GEMMA):
-            raise InputError(f"{where}: model_type {model_type!r} is not supported; use one of: qwen3, gemma4")
+            raise Unsupported(where, f"model_type {model_type!r}", "use one of: qwen3, gemma4")
         raw = _language_model(raw, where) if model_type in _GEMMA else raw
         _check_values(raw, where)
         _require(raw, ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"), model_type, where)

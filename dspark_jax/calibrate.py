@@ -44,6 +44,7 @@ from dspark_jax.evaluation.traces import Traces, record
 from dspark_jax.json_file import write_json
 from dspark_jax.progress import Progress, log
 from dspark_jax.sharding import make_mesh
+from dspark_jax.training.checkpoint import saved_config
 
 PREFERRED = 1.0
 """The sampling temperature whose calibration gets the plain file name."""
@@ -89,9 +90,11 @@ def calibrate(
     mesh = make_mesh(config.mesh) if mesh is None else mesh
     engine = open_engine(config, workdir, mesh, target=target, drafter=drafter, tokenizer=tokenizer)
     if not is_confident(engine.drafter):
+        kind = ((saved_config(workdir) if drafter is None else None) or config).drafter.kind
+        kinds = "drafter.kind='dspark', the only kind that has one"
+        remedy = "drafter.confidence_head=True" if kind == "dspark" else kinds
         raise InputError(
-            f"{workdir}: its drafter (kind {config.drafter.kind!r}) has no confidence head to calibrate; "
-            "train one with drafter.confidence_head=True"
+            f"{workdir}: its drafter (kind {kind!r}) has no confidence head to calibrate; train one with {remedy}"
         )
     primary = jax.process_index() == 0
     folder = Path(workdir) / "eval"

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dspark_jax.architecture import TargetArchitecture
+from dspark_jax.architecture import TargetArchitecture, Unsupported
 from dspark_jax.errors import InputError
 from dspark_jax.paths import check_local
 from dspark_jax.ranges import range_problems
@@ -214,7 +214,10 @@ def resolve(config: Config) -> Config:
     if (Path(config.target.path) / "config.json").exists():
         foreign = config.data.features == "torch"
         read = TargetArchitecture.of_any_model if foreign else TargetArchitecture.from_hf
-        found = read(config.target.path)
+        try:
+            found = read(config.target.path)
+        except Unsupported as error:
+            raise InputError(f"{error}, or train from its features with data.features=torch") from None
         if architecture.vocab_size:
             architecture.refuse_other(found, config.target.path)
         architecture = found
@@ -236,7 +239,10 @@ def _feature_problems(config: Config) -> Iterator[str]:
         yield f"data.feature_dtype={data.feature_dtype!r} is unknown; use int8 or bfloat16"
     if target.foreign and (data.regenerate or config.train.evaluate):
         field = "data.regenerate" if data.regenerate else "train.evaluate"
-        yield f"{field}=True needs a target that runs here, {target.foreign} does not; set {field}=False"
+        yield (
+            f"{field}=True needs a target that runs here, {target.foreign} does not; set {field}=False "
+            "(a drafter can be trained for it and exported, but not evaluated here)"
+        )
     if data.features == "torch" and target.num_hidden_layers - 1 in config.drafter.target_layer_ids:
         yield "data.features='torch' cannot tap the last layer, whose output transformers gives normed; use 'cache'"
 

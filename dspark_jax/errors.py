@@ -15,6 +15,12 @@ class InputError(ValueError):
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+_MISPLACED = (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ELOOP, errno.ENAMETOOLONG)
+_REMEDIES = {
+    _FULL: "free space and run again",
+    _FORBIDDEN: "change its permissions, or use another place",
+    _MISPLACED: "put back what belongs there, or use another place",
+}
 
 
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
@@ -38,7 +44,8 @@ def is_full_disk(error: Exception) -> bool:
 def reporting_errors() -> Iterator[None]:
     """Turns what the user can mend into one line on stderr, `error: ...`, and status 2; Ctrl-C into one and 130.
 
-    That is `InputError`, and of the operating system's errors a full disk and a file that may not be used.
+    That is `InputError`, and of the operating system's errors a full disk, a file that may not be used, and a path at
+    which something else is than should be.
     """
     try:
         with interrupt.interruptible():
@@ -47,10 +54,10 @@ def reporting_errors() -> Iterator[None]:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         raise SystemExit(2) from error
     except OSError as error:
-        if error.errno not in _FULL + _FORBIDDEN:
+        known = [remedy for numbers, remedy in _REMEDIES.items() if error.errno in numbers]
+        if not known or (error.errno in _MISPLACED and error.filename is None):
             raise
-        remedy = "free space and run again" if error.errno in _FULL else "change its permissions, or use another place"
-        print(f"error: {error.filename or 'a file'}: {error.strerror}; {remedy}", file=sys.stderr)
+        print(f"error: {error.filename or 'a file'}: {error.strerror}; {known[0]}", file=sys.stderr)
         raise SystemExit(2) from error
     except KeyboardInterrupt as error:
         print("interrupted", file=sys.stderr)

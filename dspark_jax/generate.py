@@ -162,6 +162,11 @@ def _scheduler(name: str, threshold: float | None, drafter: Any, workdir: Path) 
     if name == "fixed":
         return Scheduler.fixed()
     block_size, confident = drafter.block_size, is_confident(drafter)
+    if name != "adaptive" and not confident:
+        raise InputError(
+            f"--scheduler={name}: it reads a confidence head, which the drafter in {workdir} does not have; "
+            "use --scheduler=fixed, or adaptive, which learns from what is accepted"
+        )
     bounds = _calibration(workdir / "calibration.json", block_size)
     if name == "threshold":
         return Scheduler.threshold(0.5 if threshold is None else threshold, **bounds)

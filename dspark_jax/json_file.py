@@ -47,6 +47,12 @@ def read_ours(path: Path) -> dict[str, Any]:
     return read_object(path, "", "remove it and run again") if path.exists() else {}
 
 
+def part(content: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """An object inside an object; empty where there is none, or something else."""
+    found = content.get(name)
+    return found if isinstance(found, dict) else {}
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
     """Writes a JSON file that is there whole or not at all; returns what it holds: NaN is null, tuples are lists."""
     text = json.dumps(_plain(content), indent=1, allow_nan=False) + "\n"

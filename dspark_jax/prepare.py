@@ -46,7 +46,7 @@ from dspark_jax.data.sources import SampleReader, write_samples
 from dspark_jax.engine.generate import generate
 from dspark_jax.engine.sampling import request_keys
 from dspark_jax.errors import UNWRITABLE, is_full_disk
-from dspark_jax.json_file import read_ours, write_json
+from dspark_jax.json_file import part, read_ours, write_json
 from dspark_jax.kinds import MASKLESS
 from dspark_jax.progress import Progress, log
 from dspark_jax.sharding import make_mesh
@@ -117,7 +117,7 @@ def prepare_samples(config: Config, workdir: Path, decode: Decode | None = None)
             "with a --workdir that all hosts see"
         )
     if found:
-        log(f"data: preparing again, {_difference(found.get('inputs', {}), inputs)}")
+        log(f"data: preparing again, {_difference(part(found, 'inputs'), inputs)}")
     with _disk_errors(workdir):
         if read_ours(partial / "report.json").get("fingerprint") != digest:
             _open_partial(partial, digest)
@@ -297,7 +297,7 @@ def _publish(partial: Path, final: Path) -> None:
 
 def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
     """What has changed between two sets of inputs, in one line."""
-    fields, new = before.get("data", {}), now["data"]
+    fields, new = part(before, "data"), now["data"]
     changed = [f"data.{name}={new[name]!r}, was {fields.get(name)!r}" for name in new if fields.get(name) != new[name]]
     others = [name for name in now if name != "data" and before.get(name) != now[name]]
     changed += [f"the {name.replace('_', ' ')} changed" for name in others]

@@ -127,14 +127,15 @@ def _truncate(path: Path, last: int) -> None:
     """Keeps the rows up to step `last`; a line that was being written when the process died is no row."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text().splitlines():
+    kept, lines = [], path.read_text("utf-8", errors="replace").splitlines()
+    for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if row["step"] <= last:
-            kept.append(line + "\n")
+            step = json.loads(line)["step"]
+            if step <= last:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            if number < len(lines):
+                log(f"{path}:{number}: left out, it is no row of metrics")
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(kept))
     os.replace(temporary, path)

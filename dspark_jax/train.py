@@ -94,9 +94,8 @@ def fit(config: Config, workdir: Path, mesh: Mesh, checkpoints: Checkpoints) -> 
             f"{checkpoints.path(start)}: {start} steps are done, and train.steps={steps} asks for fewer; "
             "give at least as many, or use another --workdir"
         )
-    if jax.process_index() == 0:
-        (workdir / "config.json").write_text(to_json(config))
     if start == steps:
+        _state_config(config, workdir)
         log(f"training is finished: {checkpoints.path(start)} is the last of {steps} steps; raise train.steps to go on")
         return
     data = _open_data(config, workdir, mesh)
@@ -107,14 +106,15 @@ def fit(config: Config, workdir: Path, mesh: Mesh, checkpoints: Checkpoints) -> 
     layout = state_layout(drafter, optimizer, mesh)
     if latest is None:
         state = _fresh_state(config, optimizer, mesh)
-    elif latest == 0:
-        params = checkpoints.restore_params(layout.params)
-        state = dataclasses.replace(init_state(config, optimizer, mesh), params=params)
-        log(f"starting from the imported parameters of {checkpoints.path(0)}")
     else:
-        state, position = checkpoints.restore(layout)
-        data.set_state(position)
-        log(f"continuing from step {start}: {checkpoints.path(start)}")
+        start, state, position = checkpoints.restore(layout)
+        if start:
+            data.set_state(position)
+            log(f"continuing from step {start}: {checkpoints.path(start)}")
+        else:
+            state = dataclasses.replace(init_state(config, optimizer, mesh), params=state.params)
+            log(f"starting from the imported parameters of {checkpoints.path(0)}")
+    _state_config(config, workdir)
 
     # The step, compiled before the clock starts.
     if cached:
@@ -158,6 +158,12 @@ def fit(config: Config, workdir: Path, mesh: Mesh, checkpoints: Checkpoints) -> 
                 checkpoints.wait()
                 log(f"told to stop: {checkpoints.path(step)} is written, the same command continues from it")
                 raise SystemExit(STATUS)
+
+
+def _state_config(config: Config, workdir: Path) -> None:
+    """Writes the config that the run has from now on."""
+    if jax.process_index() == 0:
+        (workdir / "config.json").write_text(to_json(config))
 
 
 def _open_data(config: Config, workdir: Path, mesh: Mesh) -> Any:

@@ -1,6 +1,8 @@
 """Shared by all tests: eight host devices on CPU, and the golden vectors where they are present."""
 
+import dataclasses
 import gc
+import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,13 +37,63 @@ def few_executables() -> Iterator[None]:
         gc.collect()
 
 
+NO_GOLDEN = "golden vectors are not beside this checkout (../shared/golden)"
+
+
 @pytest.fixture(scope="session")
 def golden() -> Path:
     """The numeric test vectors of the PyTorch reference, kept beside the checkout and not part of the project."""
     path = SHARED / "golden"
     if not path.exists():
-        pytest.skip("golden vectors are not beside this checkout (../shared/golden)")
+        pytest.skip(NO_GOLDEN)
     return path
+
+
+@dataclasses.dataclass(frozen=True)
+class GoldenCase:
+    """A drafter of the golden vectors, as its `case.json` describes it.
+
+    Attributes:
+      folder: has `draft/`, `io.json`, `io.safetensors`, `grads.safetensors` and `decode.json`.
+      target: the directory of its target.
+      about: family (qwen3, gemma4), kind (dspark, DFlash included; eagle3), head, ...
+    """
+
+    folder: Path
+    target: Path
+    about: dict[str, Any] = dataclasses.field(hash=False)
+
+    def read(self, name: str) -> Any:
+        """The content of a JSON file of the case."""
+        return json.loads((self.folder / name).read_text("utf-8"))
+
+
+GOLDEN_CASES: dict[str, dict[str, Any]] = {
+    "golden_case": {},
+    "golden_block_case": {"kind": "dspark"},
+    "golden_vanilla_case": {"kind": "dspark", "family": "qwen3", "head": "vanilla"},
+    "golden_eagle3_case": {"kind": "eagle3", "family": "qwen3"},
+    "golden_gemma4_block_case": {"kind": "dspark", "family": "gemma4"},
+    "golden_gemma4_eagle3_case": {"kind": "eagle3", "family": "gemma4"},
+}
+"""Argument of a test or fixture -> which cases it is given in turn: whatever lies there is read, under any name."""
+
+
+def golden_cases(wanted: dict[str, Any]) -> list[Any]:
+    """The cases with these facts as parameters of a test; one that is skipped where there are none."""
+    found = []
+    for file in sorted((SHARED / "golden" / "cases").glob("*/case.json")):
+        content = json.loads(file.read_text("utf-8"))
+        case = GoldenCase(file.parent, (file.parent / content["target"]).resolve(), content["case"])
+        if all(case.about.get(name) == value for name, value in wanted.items()):
+            found.append(pytest.param(case, id=file.parent.name))
+    return found or [pytest.param(None, id="none", marks=pytest.mark.skip(reason=NO_GOLDEN))]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Gives every test the golden cases that it asks for."""
+    for name in set(GOLDEN_CASES) & set(metafunc.fixturenames):
+        metafunc.parametrize(name, golden_cases(GOLDEN_CASES[name]), scope="session")
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -138,7 +139,12 @@ def test_a_drafter_without_a_head_is_refused(save_untrained: Any, run: Run, tmp_
     drafter = dataclasses.replace(run.config.drafter, kind="dflash", markov_rank=0, confidence_head=False)
     config = dataclasses.replace(run.config, drafter=drafter)
     save_untrained(config, tmp_path, run.mesh)
-    assert "no confidence head" in refused(run, tmp_path, config)
+    advice = r"kind 'dflash'\) has no confidence head to calibrate; train one with drafter.kind='dspark', the only"
+    assert re.search(advice, refused(run, tmp_path, config))
+    assert re.search(advice, refused(run, tmp_path))  # the run's own kind counts
+    config.drafter.kind, config.drafter.markov_rank = "dspark", 8
+    save_untrained(config, tmp_path / "headless", run.mesh)
+    assert "train one with drafter.confidence_head=True" in refused(run, tmp_path / "headless", config)
     assert not (tmp_path / "calibration.json").exists()
 
 

@@ -244,3 +244,17 @@ def test_help_lists_flags_fields_values_and_their_meaning(config_file, capsys):
     assert "Sequences per optimizer step" in general
     command.run(command.load_config, argv=["--config", f"{config_file}:wide", "--help"])
     assert "--config.drafter.markov_rank=512" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("break_it", [Path.mkdir, Path.touch], ids=["a directory", "a file"])
+def test_what_stands_in_the_place_of_something_else_is_one_line(tmp_path, capsys, break_it):
+    path = tmp_path / "x"
+    break_it(path)
+    with pytest.raises(SystemExit) as status, command.reporting_errors():
+        path.read_text() if path.is_dir() else (path / "y").mkdir()
+        pytest.fail("it can be used")
+    said = capsys.readouterr().err
+    assert status.value.code == 2 and len(said.splitlines()) == 1
+    assert said.startswith(f"error: {path}") and "put back what belongs there" in said
+    with pytest.raises(OSError), command.reporting_errors():
+        raise OSError(errno.ENOENT, "no file is named")

@@ -174,6 +174,11 @@ def test_schedulers_read_what_the_working_directory_knows(tmp_path: Path) -> Non
     assert shifted.bias == measured.bias and measured.online.confident
     headless = _scheduler("adaptive", None, SimpleNamespace(block_size=BLOCK, confidence=None), tmp_path)
     assert not headless.online.confident and headless.bias is None
+    for name in ("threshold", "early_stop", "lagged"):
+        with pytest.raises(
+            InputError, match=f"--scheduler={name}: it reads a confidence head.*use --scheduler=fixed, or"
+        ):
+            _scheduler(name, None, SimpleNamespace(block_size=BLOCK, confidence=None), tmp_path)
     for content, message in (("{}", "no calibration"), ('{"temperatures": [1]}', "has 1 temperatures; 3 positive")):
         (tmp_path / "calibration.json").write_text(content)
         with pytest.raises(InputError, match=message):

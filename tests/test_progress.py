@@ -75,3 +75,13 @@ def test_a_bar_on_a_terminal(capsys, monkeypatch):
         progress.print("saved")
     err = capsys.readouterr().err
     assert "train" in err and "10/10" in err and "loss=2" in err and "saved" in err
+
+
+def test_a_damaged_row_is_left_out_and_named(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"st\xf0p": 2}\n[3]\n{"step": 4}\n{"step')
+    with MetricsWriter(tmp_path, start=4):
+        pass
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 4]
+    said = capsys.readouterr().err.splitlines()
+    assert said == [f"{path}:{number}: left out, it is no row of metrics" for number in (2, 3)]

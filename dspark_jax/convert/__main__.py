@@ -129,11 +129,21 @@ def run_files(workdir: Path, target: str, step: int) -> dict[str, Any]:
         if not file.exists():
             continue
         content = read_object(file, "", "remove it")
+        for field, kind in _FIELDS.get(key, {}).items():
+            if not isinstance(content.get(field), kind):
+                raise InputError(f"{file}: {field} is {content.get(field)!r}; remove it, and make it anew")
         if content.get("step") in (None, step):  # older files do not say
             files[key] = file if key in SIDE_FILES else content
         else:
             log(f"export: {file} is left out: it is of step {content['step']}, the drafter of step {step}")
     return files
+
+
+_FIELDS = {
+    "data": {"samples": int, "tokens": int, "loss_tokens": int, "prompt_sets": dict},
+    "metrics": {"temperature": int | float, "prompt_sets": dict},
+}
+"""What the card takes from the files of a run."""
 
 
 def directory_source(directory: Path, options: argparse.Namespace) -> tuple[Source, dict[str, Any]]:
@@ -248,7 +258,12 @@ def examine(options: argparse.Namespace, *, mesh: Mesh | None = None, target: An
     options.target = str(local_directory(options.target))
     with jax.set_mesh(mesh):
         if target is None:
-            architecture = TargetArchitecture.from_hf(options.target)
+            architecture = TargetArchitecture.of_any_model(options.target)
+            if architecture.foreign:
+                raise InputError(
+                    f"--target {options.target}: a {architecture.foreign} has no definition here, and check decodes "
+                    "with the target; the README.md that export writes says what servers make of the drafter"
+                )
             target = load_target(TargetConfig(path=options.target, architecture=architecture), mesh)
         prompts, masks = check_prompts(options, target.arch.vocab_size)
         written = generate(target, None, prompts, max_new_tokens=options.tokens, batch_size=len(prompts)).tokens

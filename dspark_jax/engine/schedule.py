@@ -324,7 +324,7 @@ def check_scheduler(scheduler: Scheduler, drafter: Any, requests: int) -> None:
         if scheduler.online.confident and not is_confident(drafter):
             raise InputError(f"scheduler {name!r} is to learn from a confidence head; this drafter has none")
     elif name != "fixed" and not is_confident(drafter):
-        raise InputError(f"scheduler {name!r} needs a drafter with a confidence head; use fixed, or give `online`")
+        raise InputError(f"scheduler {name!r} needs a drafter with a confidence head; use fixed or adaptive")
     for field in ("steps_per_second", "plain_steps_per_second"):
         table = getattr(scheduler, field)
         rates = np.ones(1) if table is None else np.asarray(table)

@@ -13,7 +13,7 @@ from typing import Any
 from dspark_jax.config import Config, InputError, from_json, to_json
 from dspark_jax.data.prompts import content_hashes, read_prompts
 from dspark_jax.evaluation.setup import check_prompt_files
-from dspark_jax.json_file import read_ours, write_json
+from dspark_jax.json_file import part, read_ours, write_json
 from dspark_jax.target.loading import fingerprint, tokenizer_fingerprint
 from dspark_jax.training.checkpoint import checkpoint_directory
 
@@ -123,12 +123,14 @@ def write_origin(folder: Path, now: Mapping[str, Any]) -> None:
 def read_times(workdir: Path, config: Config, now: Mapping[str, Any]) -> dict[str, Any]:
     """The content of `times.json` if it was measured as it would be now, else nothing."""
     job = read_ours(workdir / "times_job.json")
-    if not job.get("runs"):
+    try:
+        before = from_json(next(iter(job["runs"].values()))["config"])
+    except (ValueError, TypeError, AttributeError, KeyError, StopIteration):  # of another version: measured again
         return {}
-    before = from_json(next(iter(job["runs"].values()))["config"])
     known = job.get("eval.prompts", now["eval.prompts"])
     same = _times_depend_on(before) == _times_depend_on(config) and known == now["eval.prompts"]
-    return read_ours(workdir / "times.json") if same else {}
+    found = read_ours(workdir / "times.json") if same else {}
+    return found if all(isinstance(one, dict) for one in found.values()) else {}
 
 
 def _rounds_depend_on(config: Config) -> list[Any]:
@@ -148,8 +150,8 @@ def _times_depend_on(config: Config) -> list[Any]:
 
 def _prepared_from(workdir: Path) -> dict[str, Any]:
     """What the report of the data says of the files it was made from, in the form of `contents`."""
-    inputs = read_ours(workdir / "data" / "report.json").get("inputs", {})
-    found = {"target": inputs.get("target", {}).get("weights"), "tokenizer": inputs.get("tokenizer")}
+    inputs = part(read_ours(workdir / "data" / "report.json"), "inputs")
+    found = {"target": part(inputs, "target").get("weights"), "tokenizer": inputs.get("tokenizer")}
     found["data.prompts"] = inputs.get("prompts")
     return {name: value for name, value in found.items() if value is not None}
 

@@ -11,6 +11,8 @@ import json
 import os
 import sys
 import time
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,10 +62,17 @@ def measure_rounds(config: Config, workdir: Path, out: Path) -> None:
 
 
 def read_rounds(path: Path) -> tuple[list[str], Counts]:
-    """What `measure_rounds` has written: prompt set of every prompt, and its counts."""
-    with np.load(path) as file:
-        names = [str(name) for name in file["prompt_sets"]]
-        return names, Counts(**{name: file[name] for name in file.files if name != "prompt_sets"})
+    """What `measure_rounds` has written: prompt set of every prompt, and its counts.
+
+    Raises:
+      InputError: it is damaged.
+    """
+    try:
+        with np.load(path) as file:
+            names = [str(name) for name in file["prompt_sets"]]
+            return names, Counts(**{name: file[name] for name in file.files if name != "prompt_sets"})
+    except (ValueError, TypeError, KeyError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise InputError(f"{path}: damaged ({error}); remove it, it will be measured again") from None
 
 
 def measure_times(runs: Mapping[str, tuple[Config, Path]]) -> dict[str, dict[str, Any]]:
@@ -115,7 +124,7 @@ def _open_all(
     for name, (config, workdir) in runs.items():
         try:
             engines[name] = open_engine(config, workdir, mesh, target=target)
-        except (ValueError, OSError) as error:  # also what Orbax raises where files of a checkpoint are missing
+        except InputError as error:
             errors[name] = {"error": " ".join(str(error).split())[:200]}
         else:
             target = engines[name].target

@@ -311,7 +311,8 @@ def load_target(config: TargetConfig, mesh: Mesh) -> Target:
     directory, arch, dtype = local_directory(config.path), config.architecture, compute_dtype(config.dtype)
     if arch.foreign:
         raise InputError(
-            f"{directory}: model_type {arch.foreign} has no definition here; it can only lend its features"
+            f"{directory}: a {arch.foreign} has no definition here, so nothing can be decoded with it; train a "
+            "drafter from its features (data.features=torch), export it, and measure it where the target is served"
         )
     if (directory / "config.json").exists():  # of a model on the hub, nobody has compared it before
         arch.refuse_other(TargetArchitecture.from_hf(directory), config.path)

@@ -3,22 +3,27 @@
     checkpoints/500/params      the drafter's parameters
     checkpoints/500/optimizer   the optimizer's state and the step
     checkpoints/500/data        the data iterator's state, the same for every process
-    checkpoints/500/about       the resolved config, fingerprints of target, tokenizer and data
+    checkpoints/500/about       the resolved config, fingerprints of target, tokenizer and data, and of all the above
 
 Saving copies the state off the device and returns; the files are written in the background and the directory appears
 under its name only when it is complete. The random numbers of a step are functions of seed, step and sample id, so the
 step and the config are all the state that randomness has.
 
 Checkpoint 0 is an imported drafter: of it, only the parameters count, whatever optimizer and data a run goes on with.
+
+Where the newest checkpoint is damaged, the newest one that is whole is taken, and a line says so.
 """
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
@@ -27,9 +32,13 @@ from dspark_jax.config import Config, InputError, TargetConfig, from_json, to_js
 from dspark_jax.drafter import AnyDrafter
 from dspark_jax.json_file import read_ours
 from dspark_jax.kinds import MASKLESS
+from dspark_jax.progress import log
 from dspark_jax.target.loading import fingerprint, tokenizer_fingerprint
 from dspark_jax.training.full_disk import check_space, quiet, reported_in_one_line
+from dspark_jax.training.integrity import Damaged, array_sums, check_sums, digest, naming_damage
 from dspark_jax.training.state import Params, TrainState, abstract_drafter, param_shardings, to_module, to_params
+
+Found = TypeVar("Found")
 
 
 def checkpoint_directory(workdir: Path) -> Path:
@@ -49,7 +58,9 @@ class Checkpoints:
             preservation_policy=ocp.checkpoint_managers.LatestN(config.train.keep_checkpoints),
             cleanup_tmp_directories=True,
         )
-        with reported_in_one_line(self.directory):
+        if self.directory.exists() and not self.directory.is_dir():
+            raise InputError(f"{self.directory}: a file, where a directory is needed; remove it")
+        with quiet(), _naming_metadata(self.directory), reported_in_one_line(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
             self.manager = ocp.CheckpointManager(self.directory, options=options)
 
@@ -72,51 +83,58 @@ class Checkpoints:
         Raises:
           InputError: the disk is full, now or during the save before this one.
         """
-        items = {
-            "params": ocp.args.StandardSave(state.params),
-            "optimizer": ocp.args.StandardSave({"step": state.step, "state": state.optimizer}),
-            "data": ocp.args.JsonSave(data),
-            "about": ocp.args.JsonSave(self.about),
-        }
+        arrays = {"params": state.params, "optimizer": {"step": state.step, "state": state.optimizer}}
+        about = self.about | {"sums": array_sums(arrays), "position": digest(data)}
+        items = {name: ocp.args.StandardSave(value) for name, value in arrays.items()}
+        items |= {"data": ocp.args.JsonSave(data), "about": ocp.args.JsonSave(about | {"digest": digest(about)})}
         with reported_in_one_line(self.directory):
             self.manager.wait_until_finished()
         check_space(self.directory, state)
         with reported_in_one_line(self.directory):
             self.manager.save(step, args=ocp.args.Composite(**items))
 
-    def restore(self, layout: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """The newest checkpoint.
+    def restore(self, layout: TrainState) -> tuple[int, TrainState, dict[str, Any]]:
+        """The newest checkpoint that is whole; damaged ones that are newer are renamed, so that they can be made anew.
 
         Args:
           layout: shapes and shardings to restore onto; any mesh will do.
 
         Returns:
-          The state, and the data iterator's state.
+          Its step, the state, and the data iterator's state. Of checkpoint 0 the optimizer is empty.
 
         Raises:
-          InputError: the checkpoint belongs to another target or drafter, or the data order would change.
+          InputError: the checkpoint belongs to another target or drafter, the data order would change, or all of them
+            are damaged.
         """
-        step = self._checked()
-        items = {
-            "params": ocp.args.StandardRestore(layout.params),
-            "optimizer": ocp.args.StandardRestore({"step": layout.step, "state": layout.optimizer}),
-            "data": ocp.args.JsonRestore(),
-        }
-        found = self.manager.restore(step, args=ocp.args.Composite(**items))
+        steps = sorted(self.manager.all_steps(), reverse=True)
+        found = _newest_whole(self.directory, steps, lambda step: self._restore(step, layout))
+        for step in (step for step in steps if step > found[0]):
+            aside = self.directory / f"{step}.damaged"
+            if aside.exists():
+                shutil.rmtree(aside)
+            self.path(step).rename(aside)
+            log(f"the damaged checkpoint is now {aside}; remove it when you do not need it")
+        self.manager.reload()
+        return found
+
+    def _restore(self, step: int, layout: TrainState) -> tuple[int, TrainState, dict[str, Any]]:
+        """The checkpoint of one step."""
+        where = self.path(step)
+        about = _read_about(self.manager, where)
+        _check_about(where, about, self.about, self.config.target.path)
+        if step == 0:
+            params = _restore_params(self.manager, where, about, layout.params)
+            return step, TrainState(jnp.zeros((), jnp.int32), params, ()), {}
+        arrays = {"params": layout.params, "optimizer": {"step": layout.step, "state": layout.optimizer}}
+        items = {name: ocp.args.StandardRestore(value) for name, value in arrays.items()}
+        args = ocp.args.Composite(**items, data=ocp.args.JsonRestore())
+        with naming_damage(where, ("params", "optimizer", "data")):
+            found = self.manager.restore(step, args=args)
+        check_sums(where, {name: found[name] for name in arrays}, about.get("sums", {}))
+        if about.get("position", digest(found["data"])) != digest(found["data"]):
+            raise Damaged(f"{where / 'data'}: damaged (it is not what was saved)")
         state = TrainState(found["optimizer"]["step"], found["params"], found["optimizer"]["state"])
-        return state, found["data"]
-
-    def restore_params(self, layout: Params) -> Params:
-        """The parameters of the newest checkpoint alone; otherwise as `restore`."""
-        args = ocp.args.Composite(params=ocp.args.StandardRestore(layout))
-        return self.manager.restore(self._checked(), args=args)["params"]
-
-    def _checked(self) -> int:
-        """Step of the newest checkpoint, if a run of this config can go on from it."""
-        step = self.latest()
-        assert step is not None
-        _check_about(self.path(step), _read_about(self.manager, step), self.about, self.config.target.path)
-        return step
+        return step, state, found["data"]
 
     def wait(self) -> None:
         """Returns when everything is on disk. Raises InputError if the disk is full."""
@@ -193,32 +211,116 @@ def load_step(
     missing = InputError(f"{directory}: no checkpoint here; train first, or point --workdir at a trained run")
     if not directory.is_dir():
         raise missing
-    with ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
-        step = manager.latest_step()
-        if step is None:
+    with _opened(directory) as manager:
+        steps = sorted(manager.all_steps(), reverse=True)
+        if not steps:
             raise missing
-        about = _read_about(manager, step)
-        config = from_json(json.dumps(about["config"]))
-        if target is not None:
-            config = dataclasses.replace(config, target=target)
-        if not any_target:
-            _check_target(directory / str(step), about, _fingerprints(config.target.path), config.target.path)
-        abstract = abstract_drafter(config)
-        shapes, shardings = to_params(abstract), param_shardings(abstract, mesh)
-        layout = {
-            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings[name])
-            for name, leaf in shapes.items()
-        }
-        found = manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(layout)))
-    return step, config, to_module(abstract, found["params"])
+
+        def read(step: int) -> tuple[int, Config, AnyDrafter]:
+            where = directory / str(step)
+            about = _read_about(manager, where)
+            config = from_json(json.dumps(about["config"]))
+            if target is not None:
+                config = dataclasses.replace(config, target=target)
+            if not any_target:
+                _check_target(where, about, _fingerprints(config.target.path), config.target.path)
+            abstract = abstract_drafter(config)
+            shapes, shardings = to_params(abstract), param_shardings(abstract, mesh)
+            layout = {
+                name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings[name])
+                for name, leaf in shapes.items()
+            }
+            return step, config, to_module(abstract, _restore_params(manager, where, about, layout))
+
+        return _newest_whole(directory, steps, read)
+
+
+@contextlib.contextmanager
+def _opened(directory: Path) -> Iterator[ocp.CheckpointManager]:
+    """The checkpoints in a directory, for reading."""
+    options = ocp.CheckpointManagerOptions(read_only=True)
+    with quiet(), contextlib.ExitStack() as stack:
+        with _naming_metadata(directory):
+            manager = stack.enter_context(ocp.CheckpointManager(directory, options=options))
+        yield manager
+
+
+@contextlib.contextmanager
+def _naming_metadata(directory: Path) -> Iterator[None]:
+    """Turns what Orbax raises when the file in which it notes how it wrote a checkpoint is damaged into one line.
+
+    It does without the file, and without one that is no JSON.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        files = [file for file in sorted(directory.glob("*/_CHECKPOINT_METADATA")) if not _is_metadata(file)]
+        where = files[0] if files else directory / "*" / "_CHECKPOINT_METADATA"
+        raise InputError(f"{where}: damaged ({error}); remove it, the checkpoint is read without it") from error
+
+
+def _is_metadata(file: Path) -> bool:
+    """Whether a file is JSON of the shape of Orbax's notes, or none at all."""
+    try:
+        content = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError):
+        return True
+    parts = ("item_handlers", "metrics", "performance_metrics", "custom_metadata")
+    return isinstance(content, dict) and all(isinstance(content.get(name) or {}, dict) for name in parts)
+
+
+def _newest_whole(
+    directory: Path, steps: Sequence[int], read: Callable[[int], Found], say: Callable[[str], None] = log
+) -> Found:
+    """What `read` gives of the first of `steps` that is not damaged; says which ones are.
+
+    Raises:
+      InputError: all are, or several hosts read: each would have to take the same.
+    """
+    for number, step in enumerate(steps):
+        try:
+            found = read(step)
+        except Damaged as error:
+            older = [f"{directory / str(one)}" for one in steps[number + 1 :]]
+            if not older:
+                raise InputError(
+                    f"{error}; no older checkpoint is whole: put it back from a copy, or remove {directory} and train"
+                ) from error
+            if jax.process_count() > 1:
+                raise InputError(f"{error}; move this checkpoint away to go on from {older[0]}") from error
+            say(f"{error}; looking at the checkpoint before it")
+        else:
+            if number:
+                say(f"using {directory / str(step)}, the newest checkpoint that is whole")
+            return found
+    raise AssertionError("there is a last step")
+
+
+def _restore_params(manager: ocp.CheckpointManager, where: Path, about: dict[str, Any], layout: Params) -> Params:
+    """The parameters of a checkpoint alone."""
+    args = ocp.args.Composite(params=ocp.args.StandardRestore(layout))
+    with naming_damage(where, ("params",)):
+        params = manager.restore(int(where.name), args=args)["params"]
+    check_sums(where, {"params": params}, about.get("sums", {}))
+    return params
 
 
 def _about(config: Config) -> dict[str, Any]:
     return {"config": json.loads(to_json(config)), **_fingerprints(config.target.path)}
 
 
-def _read_about(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
-    return manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
+def _read_about(manager: ocp.CheckpointManager, where: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself. Raises Damaged."""
+    with naming_damage(where, ("about",)):
+        about = manager.restore(int(where.name), args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
+        stated = {name: value for name, value in about.items() if name != "digest"}
+        if about.get("digest", digest(stated)) != digest(stated) or not set(about) >= _ABOUT:
+            raise Damaged(f"{where / 'about'}: damaged (it is not what was saved)")
+        from_json(json.dumps(about["config"]))
+    return about
+
+
+_ABOUT = {"config", "target", "tokenizer"}
 
 
 def _newest_about(workdir: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -229,9 +331,15 @@ def _newest_about(workdir: Path) -> tuple[Path, dict[str, Any]] | None:
         multihost_utils.sync_global_devices("looked for checkpoints")
     if not there:
         return None
-    with ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
-        step = manager.latest_step()
-        return None if step is None else (directory / str(step), _read_about(manager, step))
+    with _opened(directory) as manager:
+        steps = sorted(manager.all_steps(), reverse=True)
+
+        def read(step: int) -> tuple[Path, dict[str, Any]]:
+            where = directory / str(step)
+            return where, _read_about(manager, where)
+
+        # Silently: whoever reads the rest of the checkpoint will say it.
+        return _newest_whole(directory, steps, read, say=lambda line: None) if steps else None
 
 
 def prepared_fingerprint(workdir: Path) -> str | None:

@@ -1,6 +1,6 @@
 """One clear line when a checkpoint does not fit on the disk.
 
-Orbax writes in several threads and reports a failed write in each of them: as log records with tracebacks, as asyncio
+Orbax works in several threads and reports a failure in each of them: as log records with tracebacks, as asyncio
 complaints, as unraisable exceptions of file callbacks, and at last as the exception that we handle. Only that one is of
 use, so the others are dropped here, and nothing but them.
 """
@@ -10,6 +10,7 @@ import logging
 import shutil
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -65,25 +66,34 @@ def _remove_partial(directory: Path) -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Drops Orbax's other reports of a failed save. After a failure they stay dropped: the last ones come late."""
+    """Drops Orbax's other reports of a failure. After one they stay dropped: the last ones come late."""
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     hook = sys.unraisablehook
 
-    def without_closed_loops(unraisable: Any) -> None:
-        if not isinstance(unraisable.exc_value, RuntimeError) or str(unraisable.exc_value) != "Event loop is closed":
+    def without_orbax(unraisable: Any) -> None:
+        code = getattr(unraisable.object, "cr_code", None)  # of a coroutine that nobody waited for
+        if str(unraisable.exc_value) != "Event loop is closed" and "orbax" not in getattr(code, "co_filename", ""):
             hook(unraisable)
 
+    def keep(record: logging.LogRecord) -> bool:  # another one for each use: leaving an inner one must not end ours
+        return _is_not_orbax_error(record)
+
     for logger in loggers:
-        logger.addFilter(_is_not_orbax_error)
-    sys.unraisablehook = without_closed_loops
+        logger.addFilter(keep)
+    sys.unraisablehook = without_orbax
     yield
     sys.unraisablehook = hook
     for logger in loggers:
-        logger.removeFilter(_is_not_orbax_error)
+        logger.removeFilter(keep)
 
 
 def _is_not_orbax_error(record: logging.LogRecord) -> bool:
-    return record.levelno < logging.ERROR or not ("orbax" in record.pathname or "orbax" in record.getMessage())
+    if record.levelno < logging.ERROR:
+        return True
+    raised_in = traceback.extract_tb(record.exc_info[2]) if record.exc_info else []
+    return not any(
+        "orbax" in text for text in (record.pathname, record.getMessage(), *(at.filename for at in raised_in))
+    )
 
 
 def _line(directory: Path, cause: str) -> str:

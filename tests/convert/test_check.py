@@ -173,19 +173,25 @@ def test_blocks_of_one_row_have_one_reading():
         find_dialect(None, None, dataclasses.replace(stated, anchor_first=False), [Answer(np.arange(20), 1)])
 
 
-@pytest.mark.parametrize("case", ["case5_qwen3_eagle3", "case6_gemma4_dspark_vanilla"])
-def test_golden_drafters_are_best_as_they_are(golden, case):
+def test_golden_eagle3_is_best_as_it_is(golden_eagle3_case):
+    best_as_it_is(golden_eagle3_case, serves=False)  # no server takes the reference's own EAGLE-3 directory
+
+
+def test_golden_dspark_of_gemma4_is_best_as_it_is(golden_gemma4_block_case):
+    best_as_it_is(golden_gemma4_block_case, serves=True)
+
+
+def best_as_it_is(case, *, serves):
     """Trained by the reference: along its own greedy answers every other reading is worse by more than chance."""
-    folder, mesh = golden / "cases" / case, make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
-    path = golden / "targets" / Path(json.loads((folder / "case.json").read_text())["target"]).name
+    folder, path, mesh = case.folder, case.target, make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
     target = load_target(TargetConfig(str(path), "float32", TargetArchitecture.from_hf(path)), mesh)
-    runs = json.loads((folder / "decode.json").read_text())["runs"][:3]
+    runs = case.read("decode.json")["runs"][:3]
     answers = [Answer(np.asarray(run["output_ids"], np.int32), run["num_input_tokens"]) for run in runs]
-    found = check_directory(folder / "draft", target, path, answers, mesh, masks=[511])
+    found = check_directory(folder / "draft", target, path, answers, mesh, masks=[target.arch.vocab_size - 1])
     assert found.problems == ()
     stated = found.dialect.stated
     assert [stated.beats(other) for other in found.dialect.scores[1:]] == [True] * (len(found.dialect.scores) - 1)
-    assert found.good == ("gemma4" in case)  # no server takes the reference's own EAGLE-3 directory
+    assert found.good == serves
 
 
 def test_a_pre_norm_teacher_is_named(world, copy):
@@ -220,8 +226,8 @@ def test_values_that_are_not_finite_are_named(world, copy):
     assert len(found) == 1 and "lm_head.weight is not the target's" in found[0]
 
 
-def test_a_drafter_for_a_target_of_another_size_is_named(world, copy, golden):
-    found = report(world, golden / "cases" / "case1_qwen3_dspark_vanilla" / "draft")
+def test_a_drafter_for_a_target_of_another_size_is_named(world, copy, golden_vanilla_case):
+    found = report(world, golden_vanilla_case.folder / "draft")
     assert found.dialect is None and not found.good
     assert any(re.match(r"it is for another target: hidden size \d+, the target has 32$", p) for p in found.problems)
     assert any(re.match(r"it is for another target: vocab size \d+, the target has 48$", p) for p in found.problems)

@@ -152,6 +152,26 @@ def test_export_of_a_drafter_for_a_target_without_a_definition(llama_run, tmp_pa
     )
 
 
+def test_export_names_figures_of_another_type(run, tmp_path, capsys):
+    file = run / "eval" / "metrics.json"
+    before = file.read_text()
+    file.write_text(json.dumps(json.loads(before) | {"temperature": None}))
+    said = error_of(capsys, ["export", f"--workdir={run}", f"--output={tmp_path / 'a'}"])
+    file.write_text(before)
+    assert "metrics.json: temperature is None; remove it, and make it anew" in said and not (tmp_path / "a").exists()
+
+
+def test_check_says_what_it_cannot_do_for_such_a_target(llama_run, tmp_path, capsys):
+    workdir, target, _ = llama_run
+    main(["export", f"--workdir={workdir}", f"--output={tmp_path / 'a'}"])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as status:
+        main(["check", f"--drafter={tmp_path / 'a'}", f"--target={target}"])
+    said = capsys.readouterr().err
+    assert status.value.code == 2 and len(said.splitlines()) == 1
+    assert "a llama has no definition here, and check decodes with the target; the README.md that export writes" in said
+
+
 def test_a_directory_is_converted(run, tiny_target, tmp_path):
     main(["export", f"--workdir={run}", f"--output={tmp_path / 'a'}"])
     source = [f"--drafter={tmp_path / 'a'}", f"--target={tiny_target}"]
@@ -194,9 +214,9 @@ def test_bad_input_is_one_line(run, tiny_target, tmp_path, monkeypatch, capsys, 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_import_refuses_a_drafter_of_another_width(run, golden, tmp_path, capsys):
+def test_import_refuses_a_drafter_of_another_width(run, golden_vanilla_case, tmp_path, capsys):
     main(["export", f"--workdir={run}", f"--output={tmp_path / 'a'}"])
-    target = golden / "targets" / "qwen3_tied"
+    target = golden_vanilla_case.target
     with pytest.raises(SystemExit):
         main(["import", f"--drafter={tmp_path / 'a'}", f"--target={target}", f"--workdir={tmp_path / 'w'}"])
     assert "vocab_size is 320" in capsys.readouterr().err
@@ -231,9 +251,9 @@ def test_what_gemma_layers_read_must_be_the_targets_and_nothing_else(name):
         fitting(Path("d"), other, "t", target, whole=True)
 
 
-def test_export_refuses_a_target_of_another_vocabulary(run, tmp_path, golden, capsys):
+def test_export_refuses_a_target_of_another_vocabulary(run, tmp_path, golden_vanilla_case, capsys):
     main(["export", f"--workdir={run}", f"--output={tmp_path / 'a'}"])
-    argv = ["export", f"--drafter={tmp_path / 'a'}", f"--target={golden / 'targets' / 'qwen3_tied'}"]
+    argv = ["export", f"--drafter={tmp_path / 'a'}", f"--target={golden_vanilla_case.target}"]
     error = error_of(capsys, [*argv, f"--output={tmp_path / 'b'}"])
     assert "vocab_size is 320" in error and error.endswith("this drafter is for another target")
 

@@ -13,17 +13,13 @@ from dspark_jax.convert.hf import import_drafter, stored_tensors
 from dspark_jax.convert.mapping import FROZEN
 from dspark_jax.sharding import make_mesh
 
-CASES = ("case1_qwen3_dspark_vanilla", "case2_qwen3_dspark_gated", "case3_qwen3_dspark_rnn", "case4_qwen3_dflash")
-CASES += ("case5_qwen3_eagle3", "case6_gemma4_dspark_vanilla", "case7_gemma4_eagle3")
-
 
 def mesh():
     return make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_round_trip_is_exact(golden, case):
-    directory = golden / "cases" / case / "draft"
+def test_round_trip_is_exact(golden_case):
+    directory = golden_case.folder / "draft"
     config, drafter = import_drafter(directory, mesh())
     stored, ours = load_file(directory / "model.safetensors"), dict(stored_tensors(drafter, config))
     assert set(ours) == set(stored) - set(FROZEN)
@@ -33,8 +29,8 @@ def test_round_trip_is_exact(golden, case):
 
 
 @pytest.fixture
-def copy(golden, tmp_path):
-    shutil.copytree(golden / "cases" / CASES[0] / "draft", tmp_path / "draft")
+def copy(golden_vanilla_case, tmp_path):
+    shutil.copytree(golden_vanilla_case.folder / "draft", tmp_path / "draft")
     return tmp_path / "draft"
 
 

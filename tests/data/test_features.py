@@ -374,8 +374,9 @@ def test_golden_cache(golden, tmp_path):
     from dspark_jax.sharding import make_mesh
     from dspark_jax.target.loading import load_target
 
-    path, expected = golden / "targets" / "qwen3_tied", load_file(golden / "target_cache_expected.safetensors")
+    expected = load_file(golden / "target_cache_expected.safetensors")
     manifest = json.loads((golden / "target_cache" / "manifest.json").read_text())
+    path = golden / "targets" / Path(manifest["target_model_name_or_path"]).name
     target = load_target(
         TargetConfig(str(path), "float32", TargetArchitecture.from_hf(path)),
         make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1]),

@@ -1,6 +1,5 @@
-"""EAGLE-3 against the PyTorch reference (golden case 5): every step's logits, the loss, all gradients."""
+"""EAGLE-3 against the PyTorch reference: every step's logits, the loss, all gradients."""
 
-import json
 import math
 
 import jax
@@ -19,15 +18,14 @@ from dspark_jax.sharding import make_mesh
 from dspark_jax.target.loading import load_target
 from dspark_jax.training.loss import drafter_loss
 
-CASE = "case5_qwen3_eagle3"
 LOGITS = 4e-5  # as in test_golden
 
 
 @pytest.fixture(scope="module")
-def case(golden):
+def case(golden_eagle3_case):
     """Target, drafter, its config, recorded arrays, and our features: embeddings first, then the recorded taps."""
-    directory, mesh = golden / "cases" / CASE, make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
-    path = golden / "targets" / "qwen3_tied"
+    directory, path = golden_eagle3_case.folder, golden_eagle3_case.target
+    mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
     arch = TargetArchitecture.from_hf(path)
     target = load_target(TargetConfig(path=str(path), dtype="float32", architecture=arch), mesh)
     config, drafter = import_drafter(directory / "draft", mesh)
@@ -59,34 +57,36 @@ def trained(case):
     return step(drafter)
 
 
-def test_every_step_of_the_training_time_test(case, trained):
+def test_every_step_of_the_training_time_test(case, trained, golden_eagle3_case):
     target, config, drafter, io, _, _ = case
-    assert config.kind == "eagle3" and drafter.block_size == 7 and drafter.taps == (-1, 0, 1, 2, 3, 4)
+    steps, about = io["step_position_mask"].shape[0], golden_eagle3_case.about
+    assert config.kind == "eagle3" and drafter.block_size == steps == about["ttt"]
+    assert drafter.taps == (-1, *about["ids"])
     outputs = trained[0][1][1]
     logits = np.asarray(target.unembed(outputs.hidden))
     masks = np.asarray(outputs.mask)
-    for step in range(7):
+    lengths, rows = io["attention_mask"].sum(1, keepdims=True), np.arange(masks.shape[1])
+    for step in range(steps):
         want = io["step_position_mask"][step].astype(bool)
         np.testing.assert_array_equal(masks[:, :, step], want, f"step {step}")
-        real = want | (np.arange(32) < 20)  # rows whose tokens are all there, supervised or not
-        real[1, 25 - 2 - step :] = False
+        real = want | (rows < lengths - 2 - step)  # rows whose tokens are all there, supervised or not
         got, recorded = logits[:, :, step], io["step_draft_logits"][step]
         np.testing.assert_allclose(got[real], recorded[real], atol=LOGITS, err_msg=f"step {step}")
 
 
-def test_loss_and_metrics(case, trained, golden):
-    expected = json.loads((golden / "cases" / CASE / "io.json").read_text())
+def test_loss_and_metrics(case, trained, golden_eagle3_case):
+    expected, tokens = golden_eagle3_case.read("io.json"), case[4]
     loss, (sums, _) = trained[0]
     np.testing.assert_allclose(loss, expected["loss"]["total"], rtol=1e-6)
-    assert sums.denominator == 64
+    assert sums.denominator == tokens.size  # prompts and padding included
     got = values(sums.metrics)
-    for step in range(7):
+    for step in range(expected["ttt_length"]):
         want = expected["metrics"][f"train/accept_rate@{step}"]
         np.testing.assert_allclose(got[f"accept@{step + 1}"], want, rtol=1e-5, err_msg=f"step {step}")
 
 
-def test_gradients(case, trained, golden):
-    expected = load_file(golden / "cases" / CASE / "grads.safetensors")
+def test_gradients(case, trained, golden_eagle3_case):
+    expected = load_file(golden_eagle3_case.folder / "grads.safetensors")
     grads = drafter_tensors(trained[1], case[1])
     assert set(grads) == set(expected)
     for name, grad in expected.items():
@@ -110,7 +110,8 @@ def test_some_rows_are_those_rows_of_all(case, trained):
 def test_decoding_equals_training(case):
     """Rows come from the cache, absorbed in pieces with garbage behind them, instead of from the sequence."""
     target, _, drafter, io, tokens, features = case
-    start, batch = 17, tokens.shape[0]
+    batch, steps = tokens.shape[0], drafter.block_size
+    start = min(17, tokens.shape[1] - steps - 1)
     cache = drafter.init_cache(batch, 48)
     extend = jax.jit(drafter.extend)
     for begin, end in ((0, 9), (9, 10), (10, start)):
@@ -121,8 +122,8 @@ def test_decoding_equals_training(case):
         untouched = extend(cache, rows, jnp.zeros((batch, 12), jnp.int32), positions + end - begin, 0 * counts)
         np.testing.assert_array_equal(untouched.newest, cache.newest)
     propose = jax.jit(lambda *args: drafter.propose(target, *args, Sampling.constant(0.0, batch)))
-    proposal, _ = propose(cache, tokens[:, start], jnp.full((batch,), start), jnp.zeros((batch, 7)))
-    forced = tokens.at[:, start + 1 : start + 8].set(proposal.tokens)
+    proposal, _ = propose(cache, tokens[:, start], jnp.full((batch,), start), jnp.zeros((batch, steps, 2), jnp.int32))
+    forced = tokens.at[:, start + 1 : start + 1 + steps].set(proposal.tokens)
     embedded = jnp.concatenate([target.embed(forced), features[..., target.arch.hidden_size :]], axis=-1)
     anchors = Anchors(jnp.full((batch, 1), start - 1), jnp.ones((batch, 1), bool))
     out = jax.jit(lambda d: d(target, embedded, forced, jnp.ones_like(tokens), anchors))(drafter)

@@ -1,6 +1,4 @@
-"""EAGLE-3 on Gemma 4 against the PyTorch reference (golden case 7); DSpark (case 6) is in `test_golden`."""
-
-import json
+"""EAGLE-3 on Gemma 4 against the PyTorch reference; DSpark is in `test_golden`."""
 
 import jax
 import jax.numpy as jnp
@@ -16,17 +14,15 @@ from dspark_jax.sharding import make_mesh
 from dspark_jax.target.loading import load_target
 from dspark_jax.training.loss import drafter_loss
 
-CASE, TARGET = "case7_gemma4_eagle3", "gemma4_kv"
-
 
 def one_device():
     return make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
 
 
 @pytest.fixture(scope="module")
-def trained(golden):
+def trained(golden_gemma4_eagle3_case):
     """Recorded arrays, and our logits, loss and gradients over all rows."""
-    directory, path = golden / "cases" / CASE, golden / "targets" / TARGET
+    directory, path = golden_gemma4_eagle3_case.folder, golden_gemma4_eagle3_case.target
     arch = TargetArchitecture.from_hf(path)
     target = load_target(TargetConfig(path=str(path), dtype="float32", architecture=arch), one_device())
     config, drafter = import_drafter(directory / "draft", one_device())
@@ -51,27 +47,26 @@ def trained(golden):
 
 def test_every_step_of_the_training_time_test(trained):
     io, _, _, logits, masks, _ = trained
-    for step in range(7):
+    for step in range(len(io["step_position_mask"])):
         want = io["step_position_mask"][step].astype(bool)
         np.testing.assert_array_equal(masks[:, :, step], want, f"step {step}")
         got, recorded = logits[:, :, step], io["step_draft_logits"][step]
         np.testing.assert_allclose(got[want], recorded[want], atol=2e-4, err_msg=f"step {step}")
 
 
-def test_loss_and_gradients(trained, golden):
+def test_loss_and_gradients(trained, golden_gemma4_eagle3_case):
     _, config, loss, _, _, grads = trained
-    recorded = json.loads((golden / "cases" / CASE / "io.json").read_text())
+    recorded = golden_gemma4_eagle3_case.read("io.json")
     np.testing.assert_allclose(loss, recorded["loss"]["total"], rtol=1e-6)
-    expected, grads = load_file(golden / "cases" / CASE / "grads.safetensors"), drafter_tensors(grads, config)
+    expected, grads = load_file(golden_gemma4_eagle3_case.folder / "grads.safetensors"), drafter_tensors(grads, config)
     assert set(grads) == set(expected)
     for name, grad in expected.items():
         # Case 6, of the same layers, records an error of the reference's own float32 of 1.1e-5.
         np.testing.assert_allclose(grads[name], grad, atol=2.5e-5 * np.abs(grad).max(), err_msg=name)
 
 
-@pytest.mark.parametrize("case", ["case6_gemma4_dspark_vanilla", CASE])
-def test_names_and_values_go_back_as_they_came(golden, case):
-    directory = golden / "cases" / case / "draft"
+def test_names_and_values_go_back_as_they_came(golden_case):
+    directory = golden_case.folder / "draft"
     config, drafter = import_drafter(directory, one_device())
     stored, original = dict(stored_tensors(drafter, config)), load_file(directory / "model.safetensors")
     assert set(original) - set(stored) == {"embed_tokens.weight", "lm_head.weight"} and set(stored) <= set(original)
@@ -79,8 +74,8 @@ def test_names_and_values_go_back_as_they_came(golden, case):
         np.testing.assert_array_equal(tensor, original[name], name)
 
 
-def test_another_layer_scalar_is_refused(golden, tmp_path):
-    directory = golden / "cases" / CASE / "draft"
+def test_another_layer_scalar_is_refused(golden_gemma4_eagle3_case, tmp_path):
+    directory = golden_gemma4_eagle3_case.folder / "draft"
     tensors = load_file(directory / "model.safetensors")
     save_file(tensors | {"layers.0.layer_scalar": np.full(1, 0.5, np.float32)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text((directory / "config.json").read_text())

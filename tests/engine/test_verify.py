@@ -47,7 +47,7 @@ def test_golden_sampling(golden: Path, temperature: float) -> None:
 
 @pytest.mark.parametrize("static_greedy", (False, True))
 def test_golden_verify(golden: Path, static_greedy: bool) -> None:
-    """All 60 recorded trials in one batch of mixed temperatures; greedy ones also through the greedy shortcut."""
+    """All recorded trials in one batch of mixed temperatures; greedy ones also through the greedy shortcut."""
     io = load_file(golden / "unit" / "verify.safetensors")
     trials = json.loads((golden / "unit" / "verify.json").read_text())["trials"]
     trials = [trial for trial in trials if not static_greedy or trial["temperature"] == 0]

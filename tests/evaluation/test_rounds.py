@@ -38,3 +38,10 @@ def test_what_fails_in_a_process_is_one_line(tmp_path: Path, capsys: Any) -> Non
         rounds.main(tmp_path / "job.json")
     said = capsys.readouterr().err
     assert ended.value.code == 2 and said.startswith("error: ") and "a/checkpoints: no checkpoint here" in said
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut off", b"text"])
+def test_damaged_rounds_are_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "rounds.npz").write_bytes(content)
+    with pytest.raises(InputError, match=r"rounds.npz: damaged .*; remove it, it will be measured again"):
+        rounds.read_rounds(tmp_path / "rounds.npz")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import resource
 import shutil
 
@@ -13,7 +14,7 @@ import pytest
 
 from dspark_jax import train
 from dspark_jax.config import InputError, MeshConfig, TargetConfig
-from dspark_jax.training.checkpoint import Checkpoints, check_continuation, load_drafter
+from dspark_jax.training.checkpoint import Checkpoints, check_continuation, load_drafter, load_step
 from dspark_jax.training.state import TrainState, abstract_drafter, state_layout, to_params
 
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
@@ -51,8 +52,8 @@ def test_a_state_comes_back_on_any_mesh(config, meshes, saved, tmp_path, name):
     with Checkpoints(tmp_path, config) as checkpoints:
         assert checkpoints.latest() == 50
         wanted = layout(config, meshes[name])
-        state, data = checkpoints.restore(wanted)
-    assert data == {"next_index": 50}
+        step, state, data = checkpoints.restore(wanted)
+    assert (step, data) == (50, {"next_index": 50})
     assert_states_equal(state, saved)
     for found, stated in zip(jax.tree.leaves(state), jax.tree.leaves(wanted), strict=True):
         assert found.sharding.is_equivalent_to(stated.sharding, found.ndim)
@@ -65,7 +66,7 @@ def test_the_state_may_be_overwritten_while_it_is_written(config, meshes, saved,
         checkpoints.save(1, state, {})
         jax.block_until_ready(overwrite(state))
     with Checkpoints(tmp_path, config) as checkpoints:
-        assert_states_equal(checkpoints.restore(layout(config, meshes["one"]))[0], saved)
+        assert_states_equal(checkpoints.restore(layout(config, meshes["one"]))[1], saved)
 
 
 def test_only_the_newest_are_kept(config, saved, tmp_path):
@@ -196,8 +197,8 @@ def test_a_full_disk_leaves_one_line_and_the_earlier_checkpoint(config, meshes, 
     assert "\n" not in str(error.value)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["3"]
     with Checkpoints(tmp_path, config) as checkpoints:
-        state, data = checkpoints.restore(layout(config, meshes["one"]))
-    assert data == {"next_index": 3}
+        step, state, data = checkpoints.restore(layout(config, meshes["one"]))
+    assert (step, data) == (3, {"next_index": 3})
     assert_states_equal(state, saved)
 
 
@@ -210,3 +211,113 @@ def test_a_save_without_room_is_not_started(config, saved, tmp_path, monkeypatch
     with pytest.raises(InputError, match=message), Checkpoints(tmp_path, config) as checkpoints:
         checkpoints.save(6, saved, {})
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["3"]
+
+
+def largest(folder):
+    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path):
+    """Changes one bit in the middle."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = {  # what happens to checkpoint 6, what is said, and whether the parameters are still whole
+    "no about": (lambda at: shutil.rmtree(at / "about"), r"6/about: damaged \(the directory is missing", False),
+    "about cut": (lambda at: cut(at / "about/metadata"), r"6/about/metadata: damaged \(not valid JSON", False),
+    "about changed": (lambda at: flip(at / "about/metadata"), r"6/about: damaged \(it is not what was", False),
+    "params empty": (lambda at: (shutil.rmtree(at / "params"), (at / "params").mkdir()), r"6/params.*: damaged", False),
+    "params cut": (lambda at: cut(largest(at / "params")), r"6/params: damaged \(.*while reading \w+", False),
+    "params lost": (lambda at: largest(at / "params").unlink(), r"6/params: damaged \(.*while reading \w+", False),
+    "params changed": (
+        lambda at: flip(largest(at / "params")),
+        r"6: damaged \(the values of params\.\S+ are not",
+        False,
+    ),
+    "layout cut": (lambda at: cut(at / "params/_METADATA"), r"6/params/_METADATA: damaged \(not valid JSON", False),
+    "moments lost": (lambda at: shutil.rmtree(at / "optimizer"), r"6/optimizer: damaged \(the directory is", True),
+    "moments changed": (lambda at: flip(largest(at / "optimizer/ocdbt.process_0")), r"6.*: damaged \(", True),
+    "position lost": (lambda at: (at / "data/metadata").unlink(), r"6/data/metadata: damaged \(no such file", True),
+}
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory, target_directory, make_tiny_config, meshes):
+    """A working directory with checkpoints 3 and 6, whose parameters differ."""
+    config, workdir, rng = make_tiny_config(target_directory), tmp_path_factory.mktemp("two"), np.random.default_rng(1)
+
+    def fill(leaf):
+        return jax.device_put(rng.uniform(1, 100, leaf.shape).astype(leaf.dtype), leaf.sharding)
+
+    states = {step: jax.tree.map(fill, layout(config, meshes["one"])) for step in (3, 6)}
+    with Checkpoints(workdir, config) as checkpoints:
+        for step, state in states.items():
+            checkpoints.save(step, state, {"next_index": step})
+    return config, workdir, states
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(two, meshes, tmp_path, capfd, name):
+    config, source, states = two
+    damage, line, still_drafts = DAMAGES[name]
+    shutil.copytree(source / "checkpoints", tmp_path / "checkpoints")
+    damage(tmp_path / "checkpoints" / "6")
+    drafter = load_drafter(tmp_path, meshes["one"])[1]
+    assert_states_equal(to_params(drafter), states[6 if still_drafts else 3].params)
+    said = capfd.readouterr().err
+    assert said == "" if still_drafts else re.search(line, said) and len(said.splitlines()) == 2, said
+    assert check_continuation(config, tmp_path, lambda: "")
+
+    with Checkpoints(tmp_path, config) as checkpoints:
+        step, state, data = checkpoints.restore(layout(config, meshes["one"]))
+        assert (step, data) == (3, {"next_index": 3})
+        assert_states_equal(state, states[3])
+        checkpoints.save(6, states[6], {})  # as a run does that goes on
+    said = capfd.readouterr().err
+    assert re.search(line, said) and "using" in said and "6.damaged; remove it" in said and len(said.splitlines()) == 3
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["3", "6", "6.damaged"]
+    assert load_step(tmp_path, meshes["one"])[0] == 6
+
+
+@pytest.mark.parametrize("name", ["no about", "params cut", "params changed"])
+def test_where_no_checkpoint_is_whole_nothing_is_touched(two, meshes, tmp_path, name):
+    config, source, _ = two
+    damage, line, _ = DAMAGES[name]
+    shutil.copytree(source / "checkpoints" / "6", tmp_path / "checkpoints" / "6")
+    damage(tmp_path / "checkpoints" / "6")
+    message = f"{line}.*; no older checkpoint is whole: put it back from a copy, or remove"
+    with pytest.raises(InputError, match=message):
+        load_drafter(tmp_path, meshes["one"])
+    with Checkpoints(tmp_path, config) as checkpoints, pytest.raises(InputError, match=message):
+        checkpoints.restore(layout(config, meshes["one"]))
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["6"]
+
+
+def test_checkpoints_from_before_there_were_sums_are_read(two, meshes, tmp_path):
+    config, source, states = two
+    shutil.copytree(source / "checkpoints" / "6", tmp_path / "checkpoints" / "6")
+    file = tmp_path / "checkpoints/6/about/metadata"
+    about = json.loads(file.read_text())
+    file.write_text(json.dumps({name: about[name] for name in ("config", "target", "tokenizer", "data")}))
+    with Checkpoints(tmp_path, config) as checkpoints:
+        assert_states_equal(checkpoints.restore(layout(config, meshes["one"]))[1], states[6])
+
+
+@pytest.mark.parametrize("content", ["[1]", '{"metrics": "x"}'])
+def test_damaged_notes_of_orbax_are_named(two, meshes, tmp_path, content):
+    config, source, _ = two
+    shutil.copytree(source / "checkpoints", tmp_path / "checkpoints")
+    (tmp_path / "checkpoints/6/_CHECKPOINT_METADATA").write_text(content)
+    message = r"checkpoints/6/_CHECKPOINT_METADATA: damaged .*; remove it, the checkpoint is read without it"
+    with pytest.raises(InputError, match=message):
+        load_drafter(tmp_path, meshes["one"])
+    with pytest.raises(InputError, match=message):
+        Checkpoints(tmp_path, config)
+    (tmp_path / "checkpoints/6/_CHECKPOINT_METADATA").unlink()
+    assert load_step(tmp_path, meshes["one"])[0] == 6

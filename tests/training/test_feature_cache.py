@@ -200,7 +200,7 @@ def test_what_a_foreign_target_cannot_do_is_said(config, llama):
     assert any("cannot tap the last layer" in line for line in problems(wrong))
     from dspark_jax.target.loading import load_target
 
-    with pytest.raises(InputError, match="model_type llama has no definition here"):
+    with pytest.raises(InputError, match="a llama has no definition here, so nothing can be decoded with it; train a"):
         load_target(config.target, make_mesh(config.mesh, jax.devices()[:1]))
 
 

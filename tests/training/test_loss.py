@@ -1,6 +1,5 @@
 """The drafter's loss against float64 loops over blocks, and against the reference's terms, metrics and gradients."""
 
-import json
 from types import SimpleNamespace
 
 import jax
@@ -187,25 +186,18 @@ def test_confidence_target_is_constant_but_its_features_are_not():
     assert np.abs(got[outputs.mask]).max() > 1e-2
 
 
-CASES = {
-    "case1_qwen3_dspark_vanilla": "qwen3_tied",
-    "case2_qwen3_dspark_gated": "qwen3_untied",
-    "case3_qwen3_dspark_rnn": "qwen3_tied",
-    "case4_qwen3_dflash": "qwen3_untied",
-    "case6_gemma4_dspark_vanilla": "gemma4_keqv",
-}
 RENAMED = {"confidence_cumprod_bias": "confidence_prefix_bias", "tau_probabilistic": "tau_expected"}
 
 
-@pytest.fixture(scope="module", params=CASES)
-def case(request, golden):
+@pytest.fixture(scope="module")
+def case(golden_block_case):
     """What the reference computed, and ours with its gradient."""
-    directory, target_directory = golden / "cases" / request.param, golden / "targets" / CASES[request.param]
+    directory, target_directory = golden_block_case.folder, golden_block_case.target
     mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
     arch = TargetArchitecture.from_hf(target_directory)
     target = load_target(TargetConfig(path=str(target_directory), architecture=arch), mesh)
     config, drafter = import_drafter(directory / "draft", mesh)
-    io, expected = load_file(directory / "io.safetensors"), json.loads((directory / "io.json").read_text())
+    io, expected = load_file(directory / "io.safetensors"), golden_block_case.read("io.json")
     weights = expected["loss"]["weights"]
     loss_config = LossConfig(
         expected["loss"]["loss_decay_gamma"],

@@ -77,8 +77,10 @@ def test_clips_by_the_norm_of_all_parameters_then_adam_then_decays():
             np.testing.assert_allclose(params[name], want[name], rtol=1e-5, err_msg=f"{name} after step {step}")
 
 
-def test_six_steps_equal_the_reference(golden):
-    directory, target_directory = golden / "cases" / "case1_qwen3_dspark_vanilla", golden / "targets" / "qwen3_tied"
+def test_six_steps_equal_the_reference(golden_vanilla_case):
+    directory, target_directory = golden_vanilla_case.folder, golden_vanilla_case.target
+    if not (directory / "train6.json").exists():
+        pytest.skip(f"no training steps are on record for {directory.name}")
     recorded = json.loads((directory / "train6.json").read_text())
     mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
     arch = TargetArchitecture.from_hf(target_directory)

@@ -1,0 +1,62 @@
+"""A part of the matrix of broken files (`broken_files.py` runs all of it): no command may end in a traceback."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+def load() -> Any:
+    """The script as a module."""
+    spec = importlib.util.spec_from_file_location("broken_files", Path(__file__).with_name("broken_files.py"))
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_what_counts_as_a_clear_answer(tmp_path: Path, monkeypatch: Any) -> None:
+    """The judge itself: one line and status 2, or it worked; not a traceback, wherever it is printed."""
+    import sys
+    import traceback
+
+    matrix = load()
+
+    def ends(*lines: str, status: int | None) -> bool:
+        def run(world: Path) -> None:
+            print(*lines, sep="\n", file=sys.stderr)
+            if status is None:
+                raise KeyError("x")
+            raise SystemExit(status)
+
+        monkeypatch.setitem(matrix.COMMANDS, "evaluate", run)
+        return matrix.outcome("evaluate", tmp_path).good
+
+    assert ends("error: a/b: damaged; remove it", status=2) and ends("progress", status=0)
+    assert not ends("error: a", "error: b", status=2) and not ends("no reason", status=2)
+    assert not ends("error: a", status=1) and not ends("error: a", status=None)
+    assert not ends("error: a", "".join(traceback.format_exception(ValueError("x"))), "Traceback (most", status=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "command, files",
+    [
+        ("generate", "target/*,run/*.json,run/checkpoints/4/about*,run/checkpoints/4/params*,!*/ocdbt.process_0/*"),
+        ("train", "run,run/metrics.jsonl,run/config.json,run/checkpoints,run/checkpoints/4/data*"),
+        ("export", "run/*.json,run/eval/*,target/config.json"),
+        ("convert", "drafter/*"),
+        ("check", "drafter/*"),
+    ],
+)
+def test_no_traceback(tiny_target: Path, base: Path, command: str, files: str, capsys: Any) -> None:
+    argv = ["--target", str(tiny_target), "--base", str(base), "--commands", command, "--files", files]
+    status = load().main(argv)
+    assert status == 0, capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the first test leaves the run that all of them damage copies of."""
+    return tmp_path_factory.mktemp("matrix") / "base"

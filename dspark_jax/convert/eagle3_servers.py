@@ -87,10 +87,9 @@ def tpu_inference_eagle3(files: Files) -> Verdict:
     else:
         refusals += _width(files, 3)
         refusals += [f"it taps the inputs of layers {inputs} whatever {_IDS} says"] if raw and raw != inputs else []
-    return _read(files, "tpu-inference", refusals, inputs, "read in its code, never run")
+    return _read(files, "tpu-inference", refusals, inputs)
 
 
 def sglang_jax_eagle3(files: Files) -> Verdict:
     """sglang-jax: SGLang's class for Llama's layers."""
-    verdict = sglang_eagle3(files)
-    return dataclasses.replace(verdict, server="sglang-jax", notes=("known from its threads, never run",))
+    return dataclasses.replace(sglang_eagle3(files), server="sglang-jax")

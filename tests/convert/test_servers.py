@@ -208,8 +208,8 @@ def test_paths_mislead_vllm(world):
     assert notes[:1] == ('the path has \'dflash\' in it: state "method": "dspark" in --speculative-config',)
     eagle = raw | {"architectures": ["Eagle3Qwen3ForCausalLM"], "eagle_aux_hidden_state_layer_ids": [1, 2]}
     notes = [replay(path, eagle, shapes, ARCH)[0].notes for path in ("dflash-and-eagle3", "x", "my-dflash-runs/e3")]
-    assert notes[:2] == [(), ()]
-    assert notes[2] == ('the path has \'dflash\' in it: state "method": "eagle3" in --speculative-config',)
+    assert [note[:-1] for note in notes[:2]] == [(), ()]
+    assert notes[2][:-1] == ('the path has \'dflash\' in it: state "method": "eagle3" in --speculative-config',)
 
 
 IDS = "eagle_aux_hidden_state_layer_ids"
@@ -297,3 +297,15 @@ def test_parts_without_an_implementation_here(world, change, part):
     raw, _ = files(world)
     found = foreign_parts(raw | change)
     assert (part in found[0] and len(found) == 1) if part else found == []
+
+
+def test_servers_that_ran_are_told_from_those_whose_rules_were_read(world):
+    raw, shapes = files(world)
+    eagle = raw | {"architectures": ["Eagle3Qwen3ForCausalLM"], IDS: [1, 2]}
+    llama = LLAMA | {"architectures": ["LlamaForCausalLMEagle3"]}
+    ran = {}
+    for name, config, of in (("block", raw, shapes), ("eagle3", eagle, shapes), ("llama", llama, LLAMA_SHAPES)):
+        found = [verdict for verdict in replay("x", config, of, ARCH) if not verdict.refusals]
+        ran[name] = {verdict.server for verdict in found if verdict.notes[-1:] and "ran with" in verdict.notes[-1]}
+        assert all("known from its code" in one.notes[-1] for one in found if one.server not in ran[name])
+    assert ran == {"block": {"vLLM", "llama.cpp"}, "eagle3": {"vLLM"}, "llama": set()}

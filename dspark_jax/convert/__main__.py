@@ -10,8 +10,9 @@ transformers load (`universal`), to the reference's own format (`deepspec`), or 
 run has of calibration, cost table and evaluation goes with it. `import` makes a working directory of a drafter that was
 trained elsewhere, so that `evaluate`, `calibrate` and `generate` can use it. `check` tells what each server would make
 of a directory, and whether its config says how the drafter was trained: layer ids, block layout and mask token are
-scored on greedy answers of the target. Its exit status is 1 if something is wrong, no server can use it, or the answers
-are too short to tell.
+scored on greedy answers of the target. Its exit status is 0 if a server drafts with it as it was trained, 1 if
+something is wrong or no server can use it, and 3 if that cannot be told: it has a part that is not implemented here,
+which servers may know all the same (their rules are replayed), or the answers are too short.
 """
 
 import argparse
@@ -30,12 +31,13 @@ from jax.sharding import Mesh
 from dspark_jax import command
 from dspark_jax.config import Config, InputError, MeshConfig, TargetArchitecture, TargetConfig, resolve, to_json
 from dspark_jax.convert.card import model_card
-from dspark_jax.convert.check import Report, check_directory
+from dspark_jax.convert.check import VERDICTS, Report, check_directory
 from dspark_jax.convert.dialect import MASK_TOKENS, Answer
 from dspark_jax.convert.export import FORMATS, Source, content, frozen_tensors, write_export
 from dspark_jax.convert.hf import import_drafter, read_drafter_config, stored_tensors
 from dspark_jax.convert.hub import push
 from dspark_jax.convert.layouts import layers_config, read_config, read_layout
+from dspark_jax.convert.llama_tokenizer import split_to_tell
 from dspark_jax.convert.mapping import FROZEN
 from dspark_jax.convert.output import SIDE_FILES, check_output, check_repository
 from dspark_jax.convert.servers import replay
@@ -82,7 +84,7 @@ def export(options: argparse.Namespace) -> Path:
         options.name or output.name,
         source,
         made,
-        replay(output.name, made.config, made.shapes, source.arch),
+        replay(output.name, made.config, made.shapes, source.arch, source.split),
         fingerprint=files["fingerprint"],
         data=files.get("data"),
         metrics=files.get("metrics"),
@@ -113,6 +115,7 @@ def run_source(workdir: Path, options: argparse.Namespace) -> tuple[Source, dict
         target=read_config(directory),
         frozen={} if arch.foreign else frozen_tensors(directory),
         target_name=options.target_name or path,
+        split=split_to_tell(directory),
         num_anchors=config.train.num_anchors,
     )
     if arch.foreign:
@@ -168,6 +171,7 @@ def directory_source(directory: Path, options: argparse.Namespace) -> tuple[Sour
         target=raw,
         frozen={} if arch.foreign else frozen_tensors(place),
         target_name=options.target_name or options.target,
+        split=split_to_tell(place),
         num_anchors=layers_config(read_config(directory)).get("num_anchors", 512),
     )
     if arch.foreign:  # the drafter's own copies are right, the target's may lack a scale and have any name
@@ -229,7 +233,7 @@ def import_(options: argparse.Namespace) -> Path:
 
 
 def check(options: argparse.Namespace) -> Report:
-    """Prints what is to be expected of a drafter directory; ends with status 1 if that is nothing good.
+    """Prints what is to be expected of a drafter directory; ends with a status other than 0 unless that is good.
 
     Raises:
       InputError: drafter, target or prompts cannot be used.
@@ -237,7 +241,7 @@ def check(options: argparse.Namespace) -> Report:
     report = examine(options)
     show(report, options.json)
     if not report.good:
-        raise SystemExit(1)
+        raise SystemExit(VERDICTS[report.verdict])
     return report
 
 

@@ -5,9 +5,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dspark_jax.convert.dialect import same
+from dspark_jax.convert.drafter_files import Verdict
 from dspark_jax.convert.export import Content, Source
 from dspark_jax.convert.layouts import Layout, read_layout
-from dspark_jax.convert.servers import NO_SERVERS, Verdict
+from dspark_jax.convert.servers import NO_SERVERS
 from dspark_jax.hub import is_hub_id
 
 
@@ -152,6 +153,8 @@ def _serving(source: Source, content: Content, verdicts: Sequence[Verdict], side
         if reason:
             lines += ["", f"{verdict.server} cannot serve it: {reason}."]
             continue
+        if verdict.server not in commands:
+            continue
         about, code = commands[verdict.server]
         notes = "; ".join(note for note in (about, *verdict.notes) if note)
         lines += ["", verdict.server + (f" ({notes})" if notes else "") + ":", "", f"```\n{code}\n```"]
@@ -203,8 +206,11 @@ def _commands(source: Source, content: Content, side_files: tuple[str, ...]) -> 
     here, fetch = target, ""
     if is_hub_id(target):  # the converter wants a directory
         here, fetch = "target", f"hf download {target} --local-dir target\n"
+    tell = ""
+    if source.split:  # its converter knows tokenizers by their ids alone
+        tell = f"sed -i '/def get_vocab_base_pre/a\\        return \"{source.split}\"' conversion/base.py\n"
     llama = (
-        f"{fetch}python convert_hf_to_gguf.py {here} --outtype bf16 --outfile target.gguf\n"
+        f"{fetch}{tell}python convert_hf_to_gguf.py {here} --outtype bf16 --outfile target.gguf\n"
         f"python convert_hf_to_gguf.py DIR --target-model-dir {here} --outtype bf16 --outfile drafter.gguf\n"
         f"llama-server -m target.gguf -md drafter.gguf --spec-type draft-dspark --spec-draft-n-max {size} -fa on "
         "--jinja"

@@ -8,17 +8,25 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
+from dspark_jax.architecture import Unsupported
 from dspark_jax.config import InputError, TargetArchitecture
 from dspark_jax.convert.dialect import Answer, Dialect, find_dialect, same
+from dspark_jax.convert.drafter_files import Verdict
 from dspark_jax.convert.export import frozen_tensors
 from dspark_jax.convert.hf import drafter_config, load_tensors
-from dspark_jax.convert.layouts import Layout, layers_config, read_config, read_layout
+from dspark_jax.convert.layouts import Layout, foreign_parts, layers_config, read_config, read_layout
+from dspark_jax.convert.llama_tokenizer import split_to_tell
 from dspark_jax.convert.mapping import FROZEN, VOCABULARY_MAPS
-from dspark_jax.convert.servers import NO_SERVERS, Verdict, replay
+from dspark_jax.convert.servers import NO_SERVERS, replay
 from dspark_jax.target.loading import read_checkpoint
 
 _PART = 1 << 22
 """Values that are looked at together."""
+
+
+WORKS, WRONG, UNKNOWN = "works", "wrong", "not known here"
+VERDICTS = {WORKS: 0, WRONG: 1, UNKNOWN: 3}
+"""What is said of a drafter in the end, and the exit status that says it; 2 is bad input, as everywhere."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,38 +36,57 @@ class Report:
     Attributes:
       stated: what its config says.
       problems: what is wrong with it wherever it is served: tensors, frozen copies, dialect.
+      foreign: what of it has no implementation here, so that it cannot be scored; empty if all has.
       dialect: the scores, or None where the drafter could not be loaded here.
       verdicts: one per server.
     """
 
     stated: Layout
     problems: tuple[str, ...]
+    foreign: tuple[str, ...]
     dialect: Dialect | None
     verdicts: tuple[Verdict, ...]
 
     @property
+    def verdict(self) -> str:
+        """One of `VERDICTS`."""
+        words = {self.served(verdict)[0] for verdict in self.verdicts if verdict.server not in NO_SERVERS}
+        if self.problems or words <= {"refuses"}:
+            return WRONG
+        if self.unknown:
+            return UNKNOWN
+        return WORKS if "serves" in words else WRONG
+
+    @property
     def good(self) -> bool:
-        """Nothing is wrong with the drafter as far as can be told, and a server drafts with it as it was trained."""
-        if self.dialect and self.dialect.unknown:
-            return False
-        servers = (verdict for verdict in self.verdicts if verdict.server not in NO_SERVERS)
-        return not self.problems and any(self.served(verdict)[0] == "serves" for verdict in servers)
+        """Nothing is wrong with the drafter, and a server drafts with it as it was trained."""
+        return self.verdict == WORKS
+
+    @property
+    def unknown(self) -> str:
+        """Why it cannot be told whether the drafter is good; empty if it can."""
+        if self.foreign:
+            return f"not implemented here, so it is not scored: {', '.join(self.foreign)}"
+        return self.dialect.unknown if self.dialect else "it is not scored"
 
     def served(self, verdict: Verdict) -> tuple[str, str]:
-        """(serves, differs or refuses; why) for one server."""
+        """(serves, loads, differs or refuses; why) for one server; it loads a drafter that is not scored here."""
         if verdict.refusals:
             return "refuses", "; ".join(verdict.refusals)
         assert verdict.reading is not None
         reasons = [*verdict.wrong]
-        score = self.dialect.of(verdict.reading) if self.dialect else None
-        best = self.dialect.best if self.dialect else None
-        told = bool(self.dialect) and not self.dialect.unknown
-        if best and not same(verdict.reading, best.layout) and (score is None or not told or best.beats(score)):
+        if not self.dialect:
+            reading = f"it reads {describe(verdict.reading)}"
+            return ("differs" if reasons else "loads"), "; ".join([*reasons, reading])
+        score, best = self.dialect.of(verdict.reading), self.dialect.best
+        told = not self.dialect.unknown
+        if not same(verdict.reading, best.layout) and (score is None or not told or best.beats(score)):
             shown = f"; {score.tau:.2f} tokens per round instead of {best.tau:.2f}" if score and told else ""
             reasons.append(f"it reads {describe(verdict.reading)}{shown}")
         if reasons:
             return "differs", "; ".join(reasons)
-        return "serves", f"{score.tau:.2f} tokens per round" if score else ""
+        tau = score and (score.greedy_tau if verdict.greedy else score.tau)
+        return "serves", f"{tau:.2f} tokens per round" if tau else ""
 
     def lines(self) -> list[str]:
         """The report as text."""
@@ -69,12 +96,12 @@ class Report:
                 f"accepts {self.dialect.stated.tau:.2f} tokens per round as stated (expected at temperature 1)"
             )
         found += [f"WRONG: {problem}" for problem in self.problems]
-        found += [f"UNKNOWN: {self.dialect.unknown}"] if self.dialect and self.dialect.unknown else []
+        found += [f"UNKNOWN: {self.unknown}"] if self.unknown else []
         for verdict in self.verdicts:
             word, why = self.served(verdict)
             found.append(f"{verdict.server:<12} {word:<8} {why}".rstrip())
             found += [f"{'':<21} {note}" for note in verdict.notes if word != "refuses"]
-        return found
+        return [*found, f"verdict: {self.verdict}"]
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain values."""
@@ -87,15 +114,16 @@ class Report:
         for verdict in self.verdicts:
             word, why = self.served(verdict)
             servers[verdict.server] = {"verdict": word, "why": why, "notes": list(verdict.notes)}
-        unknown = self.dialect.unknown if self.dialect else ""
-        found = {"good": self.good, "problems": list(self.problems), "unknown": unknown}
+        found = {"verdict": self.verdict, "good": self.good, "problems": list(self.problems), "unknown": self.unknown}
         return found | {"scores": scores, "servers": servers}
 
 
 def describe(layout: Layout) -> str:
     """A reading in one line."""
     if layout.family == "eagle3":
-        return f"EAGLE-3, outputs of layers {list(layout.taps)}"
+        return (
+            f"EAGLE-3, outputs of layers {list(layout.taps)}" if layout.taps else "EAGLE-3, layers left to the server"
+        )
     order = "anchor-first" if layout.anchor_first else "fill-in"
     heads = f"{layout.markov_head_type} Markov head of rank {layout.markov_rank}" if layout.markov_rank else "no heads"
     return (
@@ -130,32 +158,41 @@ def check_directory(
     stated = read_layout(str(directory / "config.json"), raw)
     tensors = read_checkpoint(directory)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    verdicts = replay(str(directory), raw, shapes, target.arch)
+    verdicts = replay(str(directory), raw, shapes, target.arch, split_to_tell(target_directory))
     problems = [*value_problems(tensors), *frozen_problems(tensors, target_directory)]
-    dialect = None
+    others = list(other_target(raw, stated, target.arch))
+    problems += others
+    foreign, dialect = foreign_parts(raw), None
     try:
-        source = layers_config(raw)
-        arch = TargetArchitecture.from_hf(directory / "config.json" if source is raw else source)
-        config = drafter_config(str(directory / "config.json"), stated)
-        if stated.family == "block":  # scoring goes by readings; what the module knows of them only tells executables
-            config = dataclasses.replace(config, target_layer_ids=tuple(range(len(stated.taps))), mask_token_id=0)
-        drafter = load_tensors(directory, arch, config, mesh, dtype=target.dtype, finite=False)
+        drafter = None if foreign or others else _load(directory, raw, stated, mesh, target.dtype)
+    except Unsupported as error:
+        foreign.append(error.what)
     except InputError as error:
         problems.append(str(error))
     else:
-        others = list(other_target(arch, stated, target.arch))
-        problems += others
-        if not others:
+        if drafter is not None:
             dialect = find_dialect(drafter, target, stated, answers, masks)
             problems += dialect.findings()
-    return Report(stated, tuple(problems), dialect, tuple(verdicts))
+    return Report(stated, tuple(problems), tuple(foreign), dialect, tuple(verdicts))
 
 
-def other_target(arch: TargetArchitecture, stated: Layout, target: TargetArchitecture) -> Iterator[str]:
+def _load(directory: Path, raw: Mapping[str, Any], stated: Layout, mesh: Mesh, dtype: Any) -> Any:
+    """The drafter, or `InputError`; of a fill-in one too, which is only scored here."""
+    source = layers_config(raw)
+    arch = TargetArchitecture.from_hf(directory / "config.json" if source is raw else source)
+    config = drafter_config(str(directory / "config.json"), stated)
+    if stated.family == "block":  # scoring goes by readings; what the module knows of them only tells executables
+        config = dataclasses.replace(config, target_layer_ids=tuple(range(len(stated.taps))), mask_token_id=0)
+    return load_tensors(directory, arch, config, mesh, dtype=dtype, finite=False)
+
+
+def other_target(raw: Mapping[str, Any], stated: Layout, target: TargetArchitecture) -> Iterator[str]:
     """In what a drafter's shape shows that it is for another target, with which it cannot even be tried."""
-    for name in ("hidden_size", "vocab_size"):
-        mine, other = getattr(arch, name), getattr(target, name)
-        if mine != other:
+    layers = layers_config(raw)
+    width = raw.get("target_hidden_size") or layers.get("hidden_size")
+    for name, mine in (("hidden_size", width), ("vocab_size", layers.get("vocab_size"))):
+        other = getattr(target, name)
+        if mine not in (None, other):
             yield f"it is for another target: {name.replace('_', ' ')} {mine}, the target has {other}"
     last = target.num_hidden_layers - 1
     if not all(-1 <= i <= last for i in stated.taps):

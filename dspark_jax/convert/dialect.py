@@ -3,9 +3,10 @@
 A drafter that is read with layer ids one off, in the other block layout or with another mask token loads without
 complaint and accepts less, or next to nothing. So each reading is tried along greedy answers of the target, from many
 anchors: the overlap (1 - total variation) of every draft distribution with the target's own is the chance that the
-draft is accepted, and from these follow the tokens per round. Readings are compared anchor by anchor, which tells them
-apart where the mean alone would not. The overlap of the first drafts is also taken with the target's distribution
-without its final norm, from which some trainers distil by mistake (trap 11).
+draft is accepted, and from these follow the tokens per round. Readings are compared anchor by anchor; what chance can
+do to the mean shows in stretches of neighbours, which are alike, and in whether most answers agree. The overlap of the
+first drafts is also taken with the target's distribution without its final norm, from which some trainers distil by
+mistake (trap 11).
 """
 
 import dataclasses
@@ -25,11 +26,20 @@ from dspark_jax.ops.sampling import Sampling
 MASK_TOKENS = {"Qwen3": 151669, "Qwen3.5": 248070, "Gemma 4": 4, "Kimi-K3": 163824, "DeepSeek-V4": 128799}
 """Mask tokens of released drafters (trap 15)."""
 DEVIATIONS = 3.0
-"""A reading is better than another if its mean advantage over all anchors is so many standard errors ..."""
+"""A reading is better than another if its mean advantage is so many standard errors of stretches of neighbours, ..."""
+STRETCH = 8
+"""... which are so many anchors of one answer, whose blocks overlap, ..."""
+AGREE = 0.8
+"""... if it is better in this share of the answers, ..."""
 GAIN = 0.01
-"""... and so much overlap at least: less is no other dialect, however often it is seen."""
+"""... and if the advantage is so much overlap at least: less is no other dialect, however often it is seen."""
 ENOUGH = 16
-"""Anchors from which on readings are told apart."""
+"""Anchors from which on readings are told apart ..."""
+ENOUGH_ANSWERS = 3
+"""... and answers that they come from."""
+LEARNED = 1.5
+"""Tokens per round that another reading has to reach: a drafter that has learned too little has no dialect yet, and may
+draft better from other layers than its own."""
 TEACHER_MARGIN = 0.1
 """Overlap with the wrong teacher above that with the right one that is no accident."""
 NOTHING = 1.2
@@ -58,22 +68,42 @@ class Score:
       rounds: [N] expected tokens of a round from each anchor, the bonus token included, at temperature 1.
       overlap: [N] mean overlap of the drafts of each anchor with the target, without the last draft, which the fill-in
         layout does not have. It tells readings apart with the fewest anchors: `rounds` hangs on the first draft.
+      answer: [N] index of the answer that the anchor is in.
+      greedy_rounds: [N] as `rounds` if each draft is the likeliest token; the target still samples.
     """
 
     layout: Layout
     rounds: np.ndarray
     overlap: np.ndarray
+    answer: np.ndarray
+    greedy_rounds: np.ndarray
 
     @property
     def tau(self) -> float:
         """Mean tokens per round."""
         return float(self.rounds.mean())
 
+    @property
+    def greedy_tau(self) -> float:
+        """Mean tokens per round of greedy drafts."""
+        return float(self.greedy_rounds.mean())
+
+    @property
+    def enough(self) -> bool:
+        """Whether there is text enough to tell readings apart."""
+        return len(self.answer) >= ENOUGH and len(np.unique(self.answer)) >= ENOUGH_ANSWERS
+
     def beats(self, other: "Score") -> bool:
         """Whether it is better by more than chance; never where there is too little text to tell."""
-        gain = self.overlap - other.overlap
-        least = max(GAIN, DEVIATIONS * float(gain.std()) / len(gain) ** 0.5)
-        return len(gain) >= ENOUGH and float(gain.mean()) > least
+        if not self.enough:
+            return False
+        gain, starts = self.overlap - other.overlap, np.flatnonzero(np.diff(self.answer, prepend=-1))
+        answers = np.split(gain, starts[1:])
+        cuts = [np.array_split(part, max(len(part) // STRETCH, 1)) for part in answers]
+        stretches = np.asarray([stretch.mean() for parts in cuts for stretch in parts])
+        error = float(stretches.std(ddof=1)) / len(stretches) ** 0.5
+        agree = np.mean([part.mean() > 0 for part in answers])
+        return bool(float(gain.mean()) > max(GAIN, DEVIATIONS * error) and agree >= AGREE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +112,7 @@ class Dialect:
 
     Attributes:
       stated: the score of the reading that the file itself states.
-      best: that of the best one, which is `stated` unless another `beats` it and accepts more than `NOTHING`.
+      best: that of the best one, which is `stated` unless another `beats` it and accepts `LEARNED` at least.
       scores: all of them, best first.
       teacher: mean overlap (1 - total variation) of the drafter's first distribution with the target's, under `best`.
       raw_teacher: the same with the target without its final norm.
@@ -101,12 +131,13 @@ class Dialect:
     @property
     def unknown(self) -> str:
         """Why nothing can be said; empty if there is text enough."""
-        anchors = len(self.stated.overlap)
-        if anchors >= ENOUGH:
+        if self.stated.enough:
             return ""
+        anchors, answers = len(self.stated.answer), len(np.unique(self.stated.answer))
         return (
-            f"too little text to tell its dialect: the target's answers have {anchors} places to draft from, {ENOUGH} "
-            "are needed; give more prompts, or such with longer answers (--prompts, --limit, --tokens)"
+            f"too little text to tell its dialect: {answers} answers of the target have {anchors} places to draft "
+            f"from, {ENOUGH} in {ENOUGH_ANSWERS} answers are needed; give more prompts, or such with longer answers "
+            "(--prompts, --limit, --tokens)"
         )
 
     def findings(self) -> list[str]:
@@ -186,12 +217,18 @@ def find_dialect(
             _overlaps(
                 drafter, target, features[:, chosen], last, trial, layout.mask_token_id,
                 anchor_first=layout.anchor_first, block=layout.family == "block",
-            )[: trial.distinct]
+            )[:, : trial.distinct]
             for trial, (features, last) in zip(rounds, run, strict=True)
         ]  # fmt: skip
-        overlaps = np.concatenate(drawn)
+        sampled, greedy = np.concatenate(drawn, axis=1)
         common = max(stated.block_size - 1, 1)
-        return Score(layout, 1 + np.cumprod(overlaps, axis=1).sum(axis=1), overlaps[:, :common].mean(axis=1))
+        return Score(
+            layout,
+            rounds=1 + np.cumprod(sampled, axis=1).sum(axis=1),
+            overlap=sampled[:, :common].mean(axis=1),
+            answer=np.repeat(np.arange(len(rounds)), [trial.distinct for trial in rounds]),
+            greedy_rounds=1 + np.cumprod(greedy, axis=1).sum(axis=1),
+        )
 
     scores = {layout: score(layout) for layout in readings(stated, layers)}
     if stated.family == "block":
@@ -205,7 +242,7 @@ def find_dialect(
             if layout not in scores:
                 scores[layout] = score(layout)
     ordered = sorted(scores.values(), key=_closeness, reverse=True)
-    better = ordered[0].beats(scores[stated]) and ordered[0].tau >= NOTHING
+    better = ordered[0].beats(scores[stated]) and ordered[0].tau >= LEARNED
     best = ordered[0] if better else scores[stated]
     chosen, layout = [taps.index(i) for i in best.layout.taps], best.layout
     teachers = [
@@ -214,7 +251,7 @@ def find_dialect(
                 _overlaps(
                     drafter, target, features[:, chosen], hidden, trial, layout.mask_token_id,
                     anchor_first=layout.anchor_first, block=layout.family == "block",
-                )[: trial.distinct, 0].mean()
+                )[0, : trial.distinct, 0].mean()
             )
             for hidden in (last, features[:, -1])
         ]
@@ -285,7 +322,9 @@ def _overlaps(
     anchor_first: bool,
     block: bool,
 ) -> np.ndarray:
-    """[A, G] chance that each draft is accepted if all before it are; one column fewer in the fill-in layout.
+    """[2, A, G] chance that each draft is accepted if all before it are; one column fewer in the fill-in layout.
+
+    The first is that of drafts which are sampled, the second that of the likeliest tokens, both at temperature 1.
 
     Args:
       drafter: any.
@@ -317,10 +356,13 @@ def _context(drafter: Any, features: jax.Array, tokens: jax.Array, positions: ja
 
 
 def _shared(logits: jax.Array, target: Any, hidden: jax.Array, rows: jax.Array) -> jax.Array:
-    """1 - total variation of draft logits [A, G, V] with the target's behind sequence rows [A, G]."""
+    """[2, A, G] of draft logits [A, G, V] and the target behind sequence rows [A, G]: 1 - total variation, and the
+    target's probability of the likeliest draft."""
     draft, teacher = (jax.nn.softmax(x.astype(jnp.float32), axis=-1) for x in (logits, target.unembed(hidden[rows])))
     shared = jnp.minimum(draft, teacher).sum(axis=-1)
-    return jnp.where(jnp.isfinite(draft).all(axis=-1), shared, 0.0)  # the smaller of NaN and a number may be either
+    likeliest = jnp.take_along_axis(teacher, draft.argmax(axis=-1, keepdims=True), axis=-1)[..., 0]
+    finite = jnp.isfinite(draft).all(axis=-1)  # the smaller of NaN and a number may be either
+    return jnp.where(finite, jnp.stack([shared, likeliest]), 0.0)
 
 
 @functools.partial(jax.jit, static_argnames=("anchor_first",))

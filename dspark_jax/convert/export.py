@@ -55,6 +55,7 @@ class Source:
       num_anchors: blocks per sequence in training; a note in the reference's config.
       notes: sentences about the target that belong on the card.
       own_embedding: why a server goes wrong that takes the embedding from the target; empty if none does.
+      split: what llama.cpp's converter has to be told of the target's tokenizer (`llama_tokenizer.split_to_tell`).
     """
 
     tensors: Tensors
@@ -66,6 +67,7 @@ class Source:
     num_anchors: int = 512
     notes: tuple[str, ...] = ()
     own_embedding: str = ""
+    split: str = ""
 
     @property
     def gemma(self) -> bool:
@@ -275,16 +277,17 @@ def _eagle3_keys(source: Source, family: str) -> dict[str, Any]:
 def universal_config(source: Source, dtype: str) -> dict[str, Any]:
     """The reference's config, and the same settings wherever another reader looks for them first.
 
-    `sample_from_anchor` is stated because readers guess it differently; RoPE is written in the old and the new form.
-    There is no `eagle_aux_hidden_state_layer_ids`: servers prefer it and disagree about what it counts (trap 13).
+    `sample_from_anchor` is stated because readers guess it differently; not in `dflash_config`, where vLLM refuses it
+    whatever the method is, and nobody needs it. RoPE is written in the old and the new form. There is no
+    `eagle_aux_hidden_state_layer_ids`: servers prefer it and disagree about what it counts (trap 13).
     """
     config = deepspec_config(source, dtype)
     if source.config.kind == "eagle3":
         return _vllm_eagle3(source, config)
     config["sample_from_anchor"] = True
-    keys = ("block_size", "mask_token_id", "target_layer_ids", "markov_rank", "markov_head_type", "sample_from_anchor")
+    keys = ("block_size", "mask_token_id", "target_layer_ids", "markov_rank", "markov_head_type")
     nested = {key: config[key] for key in keys}
-    config |= {"dflash_config": nested, "dspark_config": dict(nested)}
+    config |= {"dflash_config": nested, "dspark_config": nested | {"sample_from_anchor": True}}
     return config | ({} if source.gemma else flat_rope(source.arch))
 
 

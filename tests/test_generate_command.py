@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -182,10 +183,14 @@ def test_schedulers_read_what_the_working_directory_knows(tmp_path: Path) -> Non
     ("options", "message"),
     [
         ({"prompt": " \n"}, "the prompt is empty; give --prompt TEXT"),
+        (
+            {"prompt": "caf\udce9"},
+            "--prompt is not UTF-8: it has the byte 0xe9 as its character 3; convert it to UTF-8",
+        ),
         ({"prompt": "a", "temperature": -1.0}, "temperature=-1.0 is out of range"),
         ({"prompt": "a", "top_p": 0.0}, "top_p=0.0 is out of range"),
         ({"prompt": "a", "seed": -4}, "seed=-4 is out of range"),
-        ({"prompt": "a", "max_new_tokens": 0}, "max_new_tokens=0 leaves nothing to generate"),
+        ({"prompt": "a", "max_new_tokens": 0}, "max_new_tokens=0 is out of range; use 1 or more"),
         ({"prompt": "a", "max_new_tokens": 600}, "exceed the engine's capacity=512"),
         ({"prompt": "a", "plain": True, "explain": True}, "--plain decodes without drafts, --explain needs them"),
         ({"prompt": "a", "plain": True, "scheduler": "lagged"}, "--scheduler=lagged needs them"),
@@ -197,6 +202,30 @@ def test_bad_options_are_one_line(run: Run, options: dict[str, Any], message: st
     with pytest.raises(InputError) as error:
         answer(run, **options)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("stream", "message"),
+    [
+        (io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), "utf-8"), "standard input is not UTF-8: it has the byte 0xe9 at 3"),
+        (io.TextIOWrapper(io.BytesIO(b"\xe9"), "utf-8", "surrogateescape"), "it has the byte 0xe9 as its character 0"),
+        (io.StringIO(" "), "the prompt is empty"),
+        (None, "there is no standard input; give --prompt TEXT"),
+    ],
+)
+def test_standard_input_that_is_no_text(run: Run, monkeypatch: Any, stream: Any, message: str) -> None:
+    monkeypatch.setattr("sys.stdin", stream)
+    with pytest.raises(InputError, match=message):
+        answer(run)
+
+
+def test_a_folder_as_standard_input(run: Run, monkeypatch: Any, tmp_path: Path) -> None:
+    """As a shell opens it: Python notices with the first byte."""
+    folder = os.open(tmp_path, os.O_RDONLY)
+    with pytest.raises(InputError, match="standard input cannot be read .*; give --prompt TEXT"):
+        monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: False, read=lambda: os.read(folder, 1)))
+        answer(run)
+    os.close(folder)
 
 
 def test_the_command(run: Run, capsys: Any, tmp_path: Path) -> None:

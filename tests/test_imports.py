@@ -6,7 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "dspark_jax"
 
-BASE = {"architecture", "config", "errors", "hub", "json_file", "kinds", "sharding", "metrics", "progress"}
+BASE = {"architecture", "config", "errors", "hub", "json_file", "kinds", "sharding", "metrics", "progress", "unicode"}
 ALLOWED = {
     **{name: BASE for name in BASE},
     "ops": BASE | {"ops"},

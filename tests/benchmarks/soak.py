@@ -53,7 +53,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"prompt": [5, 1 << 20]}, "outside the vocabulary"),
     ({"prompt": {"role": "user"}}, "give a list of token ids, or text"),
     ({"max_new_tokens": "many"}, "an integer is needed"),
-    ({"max_new_tokens": 0}, "leaves nothing to generate"),
+    ({"max_new_tokens": 0}, "is out of range; use 1 or more"),
     ({"temperature": "hot"}, "a number is needed"),
     ({"top_p": 7.0}, "out of range"),
     ({"stop_strings": "stop"}, "is no list of texts"),

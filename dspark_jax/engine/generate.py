@@ -299,7 +299,8 @@ def generate(
         keys = request_keys(arguments.integer("seed", seed, least=0), jnp.arange(len(token_rows)))
     arguments.check_keys(keys, len(token_rows))
     block_size = 0 if drafter is None else drafter.block_size
-    stops = padded_stops(arguments.token_ids("stop_tokens", stop_tokens, target.arch.vocab_size).tolist())
+    # Some tokenizers name one that their model does not have; it ends nothing.
+    stops = padded_stops(arguments.token_ids("stop_tokens", stop_tokens, arguments.MOST).tolist())
     order = sorted(range(len(token_rows)), key=lambda i: (len(token_rows[i]), i))
     parts = []
     for start in range(0, len(order), batch_size):

@@ -51,7 +51,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"prompt": ""}, "the prompt is empty"),
     ({"prompt": [5] * CAPACITY}, "exceed the engine's capacity"),
     ({"prompt": [5, 1 << 20]}, "outside the vocabulary"),
-    ({"prompt": {"role": "user"}}, "give a list of token ids, or text"),
+    ({"prompt": {"role": "user"}}, "give a list of token ids"),
     ({"max_new_tokens": "many"}, "an integer is needed"),
     ({"max_new_tokens": 0}, "is out of range; use 1 or more"),
     ({"temperature": "hot"}, "a number is needed"),

@@ -70,7 +70,11 @@ GENERATE: dict[str, list[Any]] = {
     "top_k": [None, "1", True, 1.5, -1, [1, 2]],
     "top_p": [None, "1", True, 0, 1.5, 1e-50],
     "min_p": [None, "1", True, -1, 1.5],
-    "stop_tokens": [None, "5", *NO_TOKENS],
+    "stop_tokens": [
+        None,
+        "5",
+        *(one for one in NO_TOKENS if repr(one) != f"[{VOCAB}]"),
+    ],  # a token beyond it ends nothing
     "seed": NO_INTEGER,
     "keys": ["a", 1, [1], np.ones(1), jnp.ones(1), jax.random.key(0), jax.random.split(jax.random.key(0), 2)],
     "confidence_threshold": [*NO_NUMBER, -0.5, 1.5],

@@ -159,7 +159,7 @@ def _read_prompt() -> str:
     except UnicodeDecodeError as error:
         where = f"it has the byte 0x{error.object[error.start]:02x} at {error.start}"
         raise InputError(f"standard input is not {error.encoding.upper()}: {where}; convert it") from None
-    except OSError as error:  # a folder
+    except OSError as error:  # a terminal that is gone
         raise InputError(f"standard input cannot be read ({error.strerror}); give --prompt TEXT") from None
     return check_unicode("standard input", text)
 

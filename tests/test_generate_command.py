@@ -1,5 +1,6 @@
 """The generate command: a random drafter for the tiny target answers on the terminal."""
 
+import errno
 import io
 import json
 import os
@@ -219,13 +220,15 @@ def test_standard_input_that_is_no_text(run: Run, monkeypatch: Any, stream: Any,
         answer(run)
 
 
-def test_a_folder_as_standard_input(run: Run, monkeypatch: Any, tmp_path: Path) -> None:
-    """As a shell opens it: Python notices with the first byte."""
-    folder = os.open(tmp_path, os.O_RDONLY)
+def test_standard_input_that_cannot_be_read(run: Run, monkeypatch: Any) -> None:
+    """A terminal that is gone."""
+
+    def read() -> str:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: False, read=read))
     with pytest.raises(InputError, match="standard input cannot be read .*; give --prompt TEXT"):
-        monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: False, read=lambda: os.read(folder, 1)))
         answer(run)
-    os.close(folder)
 
 
 def test_the_command(run: Run, capsys: Any, tmp_path: Path) -> None:

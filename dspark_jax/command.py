@@ -36,6 +36,7 @@ from dspark_jax.errors import reporting_errors
 from dspark_jax.hub import with_architecture
 from dspark_jax.paths import check_local
 from dspark_jax.run_lock import locked
+from dspark_jax.unicode import check_unicode
 
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]*)")
 
@@ -89,8 +90,11 @@ def parse(
       The config with the overrides applied (types checked, facts not yet), the working directory, the other flags.
 
     Raises:
-      InputError: an unknown flag or field, a value of the wrong type, a missing or broken config file.
+      InputError: an unknown flag or field, a value of the wrong type, text that is not UTF-8, a missing or broken
+        config file.
     """
+    for number, argument in enumerate(argv, start=1):
+        check_unicode(f"argument {number} ({ascii(argument)})", argument)
     argv = _config_first(argv)
     for argument in argv:
         if match := _OVERRIDE.match(argument):

@@ -3,8 +3,9 @@
     python -m dspark_jax.evaluate --config configs/quickstart.py --workdir runs/quickstart_dspark
 
 decodes the prompt sets of `config.eval` with the newest checkpoint of the working directory at every temperature of
-`config.eval.temperatures`, prints a table per temperature, and writes `eval/metrics.json`. The first temperature gives
-the headline numbers. Speed is measured at batch 1 in the same run: plain decoding, drafting in every round, and
+`config.eval.temperatures` and writes `eval/metrics.json`. It ends in some twenty lines: accepted length, speed,
+losslessness, and where the report is; `--details` prints every table of the report before them. The first temperature
+gives the headline numbers. Speed is measured at batch 1 in the same run: plain decoding, drafting in every round, and
 drafting where it pays (`Scheduler.adaptive`), taking turns (with `eval.speed_threads`, in a process with so many CPU
 threads; on one host only).
 
@@ -62,7 +63,7 @@ from dspark_jax.evaluation.predictors import (
 from dspark_jax.evaluation.report import report
 from dspark_jax.evaluation.setup import ask, check_prompt_files, open_engine
 from dspark_jax.evaluation.speed import Speed, measure_speed, measure_speed_apart
-from dspark_jax.evaluation.summary import Measured, greedy_metrics, metrics_at, table
+from dspark_jax.evaluation.summary import Measured, greedy_metrics, metrics_at, overview, table
 from dspark_jax.evaluation.threshold import sweep_thresholds
 from dspark_jax.evaluation.traces import record
 from dspark_jax.evaluation.traffic import TrafficPoint, measure_traffic, parse_rates, traffic_table
@@ -84,6 +85,7 @@ def evaluate(
     traffic: str = "",
     traffic_requests: int = 60,
     traffic_slots: int = 8,
+    details: bool = False,
 ) -> dict[str, Any]:
     """Evaluates the newest checkpoint of `workdir`, or models that are loaded already.
 
@@ -98,6 +100,7 @@ def evaluate(
       traffic: rates in requests per second at which the serving engine is driven, e.g. "2,4,8"; empty for none.
       traffic_requests: at every rate.
       traffic_slots: requests decoded together.
+      details: print every table, not only what they come to.
 
     Returns:
       The content of `eval/metrics.json`.
@@ -145,12 +148,41 @@ def evaluate(
         else:
             rejected.unlink()
         metrics = write_json(folder / "metrics.json", metrics)
-        print(table(metrics), flush=True)
         if curves:
-            print("", traffic_table(curves), sep="\n", flush=True)
             write_json(folder / "traffic.json", {name: [vars(one) for one in row] for name, row in curves.items()})
-        write_analysis(config, metrics, measured[0], costs, folder, curves)
+        predicted, load = write_analysis(config, metrics, measured[0], costs, folder, curves)
+        show(metrics, predicted, load, curves, folder / "report.html", details=details)
     return metrics
+
+
+def show(
+    metrics: Mapping[str, Any],
+    predicted: Mapping[str, Any] | None,
+    load: Mapping[str, Any] | None,
+    traffic: Mapping[str, Sequence[TrafficPoint]],
+    page: Path,
+    *,
+    details: bool,
+) -> None:
+    """Prints what the command ends in.
+
+    Args:
+      metrics: content of `eval/metrics.json`.
+      predicted: content of `eval/calibration.json`, or None.
+      load: content of `eval/load.json`, or None.
+      traffic: what `--traffic` has measured, empty if it was not asked for.
+      page: `eval/report.html`.
+      details: print all of them, not only the traffic and the overview.
+    """
+    parts = []
+    if details:
+        parts.append(table(metrics))
+        if predicted is not None and load is not None:
+            title = f"{metrics['name']}, temperature {metrics['temperature']:g}"
+            parts += [calibration_table(predicted, title), load_table(load)]
+    if traffic:
+        parts.append(traffic_table(traffic))
+    print("\n\n".join([*parts, overview(metrics, page)]), flush=True)
 
 
 def measure(config: Config, engine: Engine, tally: Tally, workdir: Path) -> tuple[dict[str, Any], list[Measured]]:
@@ -220,10 +252,13 @@ def write_analysis(
     costs: CostTable,
     folder: Path,
     traffic: Mapping[str, Sequence[TrafficPoint]],
-) -> None:
+) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
     """Everything that follows from the rounds at the first temperature: figures, replays under load, the report.
 
     Half of the prompts are used to fit temperatures; calibration and load are shown on the other half.
+
+    Returns:
+      The contents of `eval/calibration.json` and `eval/load.json`, None each where there are too few rounds.
     """
     traces, seed = headline.traces, config.eval.seed
     assert traces is not None
@@ -245,7 +280,6 @@ def write_analysis(
             plots += [throughput_plot(shown, title, costs.name), budget_plot(shown, title, costs.name)]
         predicted = write_json(folder / "calibration.json", calibration_data(calibration))
         load = write_json(folder / "load.json", load_data(curves, costs, traces.block_size))
-        print("", calibration_table(predicted, title), "", load_table(load), sep="\n", flush=True)
     if traffic:
         plots.append(traffic_plot(traffic, title))
     for name in _FIGURES - {plot.name for plot in plots}:  # of an earlier run, to which it applied
@@ -253,7 +287,8 @@ def write_analysis(
             (folder / f"{name}.{ending}").unlink(missing_ok=True)
     for plot in plots:
         plot.write(folder)
-    (folder / "report.html").write_text(report(metrics, predicted, load, plots), "utf-8")
+    (folder / "report.html").write_text(report(metrics, predicted, load, traffic, plots), "utf-8")
+    return predicted, load
 
 
 _FIGURES = {"conditional_acceptance", "survival", "threshold", "throughput", "budget", "traffic"}
@@ -287,6 +322,7 @@ def _define(values: flags.FlagValues) -> None:
     )
     flags.DEFINE_integer("traffic_requests", 60, "Requests at every rate of --traffic.", flag_values=values)
     flags.DEFINE_integer("traffic_slots", 8, "Requests decoded together under --traffic.", flag_values=values)
+    flags.DEFINE_boolean("details", False, "Print every table of the report before the overview.", flag_values=values)
 
 
 if __name__ == "__main__":

@@ -49,6 +49,7 @@ from dspark_jax.ops.sampling import GREEDY_BELOW
 from dspark_jax.progress import log
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target.loading import load_target
+from dspark_jax.unicode import check_unicode
 
 SCHEDULERS = ("fixed", "threshold", "early_stop", "lagged", "adaptive")
 _COLOURS = {"+": "32", "-": "31", ".": "90", "=": "1"}  # green, red, grey, bold
@@ -99,7 +100,7 @@ def generate(
         each other.
     """
     name = _check_options(scheduler, threshold, plain, explain)
-    text = _read_prompt() if prompt is None else prompt
+    text = _read_prompt() if prompt is None else check_unicode("--prompt", prompt)
     if not text.strip():
         raise InputError("the prompt is empty; give --prompt TEXT, or text on standard input")
     mesh = make_mesh(config.mesh) if mesh is None else mesh
@@ -146,9 +147,23 @@ def _check_options(scheduler: str | None, threshold: float | None, plain: bool, 
 
 
 def _read_prompt() -> str:
+    """The whole of standard input.
+
+    Raises:
+      InputError: there is none, or it is not UTF-8.
+    """
+    if sys.stdin is None:  # closed
+        raise InputError("there is no standard input; give --prompt TEXT")
     if sys.stdin.isatty():
         log("prompt (end it with Ctrl-D on a line of its own):")
-    return sys.stdin.read().strip()
+    try:
+        text = sys.stdin.read().strip()
+    except UnicodeDecodeError as error:
+        where = f"it has the byte 0x{error.object[error.start]:02x} at {error.start}"
+        raise InputError(f"standard input is not {error.encoding.upper()}: {where}; convert it") from None
+    except OSError as error:  # a terminal that is gone
+        raise InputError(f"standard input cannot be read ({error.strerror}); give --prompt TEXT") from None
+    return check_unicode("standard input", text)
 
 
 def _capacity(prompt: int, budget: int, most: int) -> int:

@@ -101,6 +101,10 @@ BAD = {
     "fact": (["--config.drafter.target_layer_ids=0,2"], "the last layer"),
     "flag": (["--wrkdir=x"], "Did you mean: workdir"),
     "positional": (["now"], "unexpected argument 'now'"),
+    "encoding": (
+        ["--config.data.system_prompt=caf\udce9"],
+        r"argument 3 ('--config.data.system_prompt=caf\udce9') is not UTF-8: it has the byte 0xe9 as its character 31",
+    ),
     "no value": (["--config.train.steps"], "Missing value for flag --config.train.steps"),
 }
 

@@ -26,7 +26,7 @@ from dspark_jax.data.chat import load_tokenizer, prompt_tokens, stop_tokens
 from dspark_jax.data.prompts import Prompt
 from dspark_jax.data.regenerate import Conversation
 from dspark_jax.engine.generate import decode
-from dspark_jax.evaluate import evaluate
+from dspark_jax.evaluate import _define, evaluate, show
 from dspark_jax.evaluation.decoding import (
     Engine,
     Request,
@@ -37,7 +37,7 @@ from dspark_jax.evaluation.decoding import (
     first_requests,
 )
 from dspark_jax.evaluation.load import replay
-from dspark_jax.evaluation.summary import table
+from dspark_jax.evaluation.summary import overview, table
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target.loading import load_target
 from dspark_jax.training.checkpoint import load_drafter
@@ -184,15 +184,57 @@ def test_report_shows_the_run(run: Run):
     assert page.count("<img") == 9 and "costs.json" in page
 
 
-def test_table(run: Run):
-    assert table(run.metrics) in run.printed
-    assert "tiny, temperature 1: fitted on" in run.printed
-    assert "load, replayed on costs.json" in run.printed
+def test_the_command_ends_in_twenty_lines(run: Run):
+    """Accepted length with intervals by prompt set, speed, losslessness and the report, and the traffic asked for."""
+    page = run.workdir / "eval/report.html"
+    shown = overview(run.metrics, page)
+    before = run.printed.removesuffix(shown)
+    assert len(before) < len(run.printed) and before.count("open-loop traffic") == 1
+    assert not any(word in before for word in ("ECE", "load, replayed", "macro average"))
+    lines = shown.splitlines()
+    assert len(lines) <= 20 and max(map(len, lines[:-1])) <= 80 and str(page) in lines[-1]
+    (math,) = (line for line in lines if line.startswith("math "))
+    greedy = run.metrics["temperatures"]["0.0"]
+    for one in (run.metrics, greedy):
+        tau, (low, high) = one["prompt_sets"]["math"]["tau"], one["prompt_sets"]["math"]["tau_ci95"]
+        assert f" {tau:.2f} ({low:.2f} to {high:.2f})" in math
+        assert f" {one['tau']:.2f} (" in shown and f" x {one['adaptive_speedup']:.2f} (" in shown
+        assert f"{one['baseline_tokens_per_second']:.0f} tokens/s" in shown
+    assert "all 9 answers are token-identical" in shown
+    unmeasured = dict.fromkeys(("tokens_per_second", "baseline_tokens_per_second"))
+    silent = overview(run.metrics | unmeasured | {"temperatures": {"0.0": greedy | unmeasured}}, page)
+    assert len(silent.splitlines()) == len(lines) - 4 and "tokens/s" not in silent
+
+
+def test_every_table_is_printed_where_details_are_wanted(run: Run, capsys: pytest.CaptureFixture[str]):
+    folder = run.workdir / "eval"
+    predicted, load = (json.loads((folder / f"{name}.json").read_text()) for name in ("calibration", "load"))
+    show(run.metrics, predicted, load, {}, folder / "report.html", details=True)
+    printed = capsys.readouterr().out
+    assert printed.startswith(table(run.metrics)) and printed.endswith(
+        overview(run.metrics, folder / "report.html") + "\n"
+    )
+    assert "tiny, temperature 1: fitted on" in printed and "load, replayed on costs.json" in printed
     for temperature in ("1.0", "0.0"):
-        assert f"tiny: temperature {temperature}, up to {BUDGET} new tokens" in run.printed
-    assert f"{run.metrics['prompt_sets']['math']['tau']:.3f}" in run.printed
-    assert run.printed.count("ratio ") == 4 and run.printed.count("macro average") == 2
-    assert "all 9 answers are token-identical" in run.printed
+        assert f"tiny: temperature {temperature}, up to {BUDGET} new tokens" in printed
+    assert f"{run.metrics['prompt_sets']['math']['tau']:.3f}" in printed and printed.count("ratio ") == 4
+    different = run.metrics | {"greedy_identical": False, "greedy_different": 1}
+    different["greedy_differences"] = [
+        {"prompt": 2, "file": "math.jsonl", "line": 3, "position": 7, "speculative_token": 5, "plain_token": 6}
+        | {"logit_gap": 0.0125}
+    ]
+    show(different, None, None, {}, folder / "report.html", details=False)
+    assert (
+        "1 of 9 answers differ from plain decoding, the first at prompt 2 (math.jsonl:3), token 7: 5 instead of 6 "
+        in (capsys.readouterr().out)
+    )
+
+
+def test_details_are_a_flag(tmp_path: Path):
+    experiment = tmp_path / "x.py"
+    experiment.write_text("from dspark_jax.config import Config\ndef get_config(arg=''):\n    return Config()\n")
+    for flag, expected in (((), False), (("--details",), True)):
+        assert command.parse(["--config", str(experiment), *flag], _define)[2]["details"] is expected
 
 
 def engine_of(run: Run) -> Engine:

@@ -1,8 +1,10 @@
 """The generate command: a random drafter for the tiny target answers on the terminal."""
 
 import dataclasses
+import errno
 import io
 import json
+import os
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -189,10 +191,14 @@ def test_schedulers_read_what_the_working_directory_knows(tmp_path: Path) -> Non
     ("options", "message"),
     [
         ({"prompt": " \n"}, "the prompt is empty; give --prompt TEXT"),
+        (
+            {"prompt": "caf\udce9"},
+            "--prompt is not UTF-8: it has the byte 0xe9 as its character 3; convert it to UTF-8",
+        ),
         ({"prompt": "a", "temperature": -1.0}, "temperature=-1.0 is out of range"),
         ({"prompt": "a", "top_p": 0.0}, "top_p=0.0 is out of range"),
         ({"prompt": "a", "seed": -4}, "seed=-4 is out of range"),
-        ({"prompt": "a", "max_new_tokens": 0}, "max_new_tokens=0 leaves nothing to generate"),
+        ({"prompt": "a", "max_new_tokens": 0}, "max_new_tokens=0 is out of range; use 1 or more"),
         ({"prompt": "a", "max_new_tokens": 600}, "exceed the engine's capacity=512"),
         ({"prompt": "a", "plain": True, "explain": True}, "--plain decodes without drafts, --explain needs them"),
         ({"prompt": "a", "plain": True, "scheduler": "lagged"}, "--scheduler=lagged needs them"),
@@ -227,6 +233,32 @@ def test_another_drafter_than_the_config_states_is_refused(run: Run, changes: An
         assert str(error.value).startswith(whole) and f"; use --config {run.workdir}/config.json" in str(error.value)
     unused = dataclasses.replace(run.config.drafter, initializer_range=0.5)
     assert open_drafter(dataclasses.replace(run.config, drafter=unused), run.workdir, run.mesh)[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("stream", "message"),
+    [
+        (io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), "utf-8"), "standard input is not UTF-8: it has the byte 0xe9 at 3"),
+        (io.TextIOWrapper(io.BytesIO(b"\xe9"), "utf-8", "surrogateescape"), "it has the byte 0xe9 as its character 0"),
+        (io.StringIO(" "), "the prompt is empty"),
+        (None, "there is no standard input; give --prompt TEXT"),
+    ],
+)
+def test_standard_input_that_is_no_text(run: Run, monkeypatch: Any, stream: Any, message: str) -> None:
+    monkeypatch.setattr("sys.stdin", stream)
+    with pytest.raises(InputError, match=message):
+        answer(run)
+
+
+def test_standard_input_that_cannot_be_read(run: Run, monkeypatch: Any) -> None:
+    """A terminal that is gone."""
+
+    def read() -> str:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: False, read=read))
+    with pytest.raises(InputError, match="standard input cannot be read .*; give --prompt TEXT"):
+        answer(run)
 
 
 def test_the_command(run: Run, capsys: Any, tmp_path: Path) -> None:

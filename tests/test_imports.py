@@ -24,6 +24,7 @@ BASE = {
     "ranges",
     "run_lock",
     "sharding",
+    "unicode",
 }
 ALLOWED = {
     **{name: BASE for name in BASE},

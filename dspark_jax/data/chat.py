@@ -14,6 +14,7 @@ from dspark_jax.config import InputError
 from dspark_jax.data.prompts import Message
 from dspark_jax.hub import local_directory
 from dspark_jax.json_file import read_object
+from dspark_jax.unicode import check_unicode
 
 PROBE = "\u2400answer\u2400"
 """Stands in for an answer; no template rewrites it and it must not occur in a conversation."""
@@ -127,8 +128,12 @@ def render(tokenizer: Any, messages: Sequence[Message], generation_prompt: bool 
 
 
 def encode(tokenizer: Any, text: str, **options: Any) -> Any:
-    """The tokenizer's encoding of rendered text: its special tokens are those in the text, of any length."""
-    return tokenizer(text, add_special_tokens=False, verbose=False, **options)
+    """The tokenizer's encoding of rendered text: its special tokens are those in the text, of any length.
+
+    Raises:
+      InputError: the text is not Unicode (a system prompt in another encoding, for instance).
+    """
+    return tokenizer(check_unicode("the conversation", text), add_special_tokens=False, verbose=False, **options)
 
 
 def prompt_tokens(tokenizer: Any, messages: Sequence[Message]) -> list[int]:

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from dspark_jax.config import InputError
+from dspark_jax.engine import arguments
 
 
 @jax.tree_util.register_dataclass
@@ -84,7 +85,7 @@ class EstimateSettings:
 
     def start(self, batch: int, block_size: int) -> AcceptanceEstimate:
         """The estimate before any round."""
-        counts = {name: value for name, value in dataclasses.asdict(self).items() if name != "confident"}
+        counts = {name: float(value) for name, value in dataclasses.asdict(self).items() if name != "confident"}
         return empty_estimate(batch, block_size, **counts)
 
     def check(self) -> None:
@@ -93,6 +94,9 @@ class EstimateSettings:
         Raises:
           InputError: which one, and its range.
         """
+        for field in dataclasses.fields(self):
+            check = arguments.boolean if field.name == "confident" else arguments.real
+            check(f"{field.name} of the running estimate", getattr(self, field.name))
         ranges = {
             "strength": (0 < self.strength < float("inf"), "a positive number of rounds"),
             "discount": (0 < self.discount <= 1, "above 0 and at most 1, which forgets nothing"),

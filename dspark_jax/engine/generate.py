@@ -14,12 +14,15 @@ import numpy as np
 
 from dspark_jax.config import InputError
 from dspark_jax.drafter.interface import Drafter, is_confident
+from dspark_jax.engine import arguments
+from dspark_jax.engine.admission import prompt_rows
 from dspark_jax.engine.commit import is_stop
 from dspark_jax.engine.models import for_decoding
 from dspark_jax.engine.result import DecodeResult, collect
 from dspark_jax.engine.round import catch_up, drafting_round, plain_round
 from dspark_jax.engine.sampling import request_keys, request_sampling, round_uniforms
-from dspark_jax.engine.schedule import Scheduler, check_scheduler, drafts_now
+from dspark_jax.engine.schedule import Scheduler, drafts_now
+from dspark_jax.engine.scheduler_check import check_scheduler
 from dspark_jax.engine.state import DecodeState, Pending, RoundLog, draft_cache, round_rows
 from dspark_jax.ops.sampling import Sampling, sample
 from dspark_jax.sharding import constrain, whole
@@ -240,25 +243,31 @@ def generate(
       prompt_width: pads prompts to at least so many tokens and batches to `batch_size` rows, so that several calls
         share one executable; 0 picks both from the ladder.
       verify_sizes: verify the scheduled tokens of all requests as one flat batch of the smallest of these sizes that
-        holds them, or of all there can be; for schedulers that admit few drafts. None: G + 1 tokens of every request.
+        holds them, or of all there can be; for schedulers that admit few drafts. Without any, G + 1 tokens of every
+        request.
       trace: keep drafted tokens and confidence logits of every round.
       progress: called with the number of requests that have just been finished.
 
     Raises:
       InputError: an empty prompt, a token outside the vocabulary, a budget below 1, more positions than the target
-        has, a setting out of range, or a scheduler for a drafter without a confidence head.
+        has, a setting of the wrong type or out of range, or a scheduler for a drafter without a confidence head.
     """
-    token_rows = [np.asarray(prompt, np.int32).reshape(-1) for prompt in prompts]
-    if batch_size < 1:
-        raise InputError(f"batch_size={batch_size} decodes nothing; use 1 or more")
+    arguments.check_models(target, drafter)
+    token_rows = prompt_rows(prompts, max_new_tokens, target.arch)
+    batch_size = arguments.integer("batch_size", batch_size, least=1)
+    prompt_width = arguments.integer("prompt_width", prompt_width, least=0)
+    trace = arguments.boolean("trace", trace)
+    if progress is not None and not callable(progress):
+        raise InputError(f"progress is {type(progress).__name__}; give a function of a number, or None")
     sampling = request_sampling(len(token_rows), temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     scheduler = _scheduler(scheduler, confidence_threshold)
     check_scheduler(scheduler, drafter, len(token_rows))
-    _check(target, token_rows, max_new_tokens)
     if keys is None:
-        keys = request_keys(seed, jnp.arange(len(token_rows)))
+        keys = request_keys(arguments.integer("seed", seed, least=0), jnp.arange(len(token_rows)))
+    arguments.check_keys(keys, len(token_rows))
     block_size = 0 if drafter is None else drafter.block_size
-    stops = padded_stops(stop_tokens)
+    # Some tokenizers name one that their model does not have; it ends nothing.
+    stops = padded_stops(arguments.token_ids("stop_tokens", stop_tokens, arguments.MOST).tolist())
     order = sorted(range(len(token_rows)), key=lambda i: (len(token_rows[i]), i))
     parts = []
     for start in range(0, len(order), batch_size):
@@ -312,11 +321,10 @@ def flat_sizes(wanted: Sequence[int], most: int) -> tuple[int, ...]:
     """Sizes of flat verification, rising, the last one `most`; none where none are wanted.
 
     Raises:
-      InputError: a size below 1.
+      InputError: something else than integers from 1.
     """
-    if any(size < 1 for size in wanted):
-        raise InputError(f"verify_sizes={tuple(wanted)} must be numbers of tokens from 1; drop what is below")
-    return (*sorted({int(size) for size in wanted if size < most}), most) if wanted else ()
+    given = arguments.sizes("verify_sizes", wanted)
+    return (*sorted({size for size in given if size < most}), most) if given else ()
 
 
 def padded_stops(stop_tokens: Sequence[int]) -> np.ndarray:
@@ -332,34 +340,10 @@ def ladder(size: int) -> int:
 
 def _scheduler(scheduler: Scheduler | None, confidence_threshold: float) -> Scheduler:
     """The scheduler of a call, from either of its two arguments."""
-    if not 0 <= confidence_threshold <= 1:
+    if not 0 <= arguments.real("confidence_threshold", confidence_threshold) <= 1:
         raise InputError(f"confidence_threshold={confidence_threshold} is no probability; use a value from 0 to 1")
     if not confidence_threshold:
-        return scheduler or Scheduler.fixed()
+        return Scheduler.fixed() if scheduler is None else scheduler
     if scheduler is not None:
-        raise InputError(
-            f"confidence_threshold={confidence_threshold} and scheduler {scheduler.name!r} exclude each other; "
-            "give one of them"
-        )
+        raise InputError(f"confidence_threshold={confidence_threshold} and a scheduler exclude each other; give one")
     return Scheduler.threshold(confidence_threshold)
-
-
-def _check(target: Target, prompts: list[np.ndarray], max_new_tokens: int) -> None:
-    """Refuses what cannot be decoded."""
-    arch = target.arch
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens={max_new_tokens} leaves nothing to generate; use 1 or more")
-    for number, prompt in enumerate(prompts):
-        if not len(prompt):
-            raise InputError(f"prompt {number} is empty; give at least one token")
-        if prompt.min() < 0 or prompt.max() >= arch.vocab_size:
-            raise InputError(
-                f"prompt {number} has a token outside the vocabulary 0..{arch.vocab_size - 1}; "
-                "tokenise it with the target's own tokenizer"
-            )
-        longest = len(prompt) + max_new_tokens
-        if arch.max_position_embeddings and longest > arch.max_position_embeddings:
-            raise InputError(
-                f"prompt {number} of {len(prompt)} tokens and max_new_tokens={max_new_tokens} exceed the target's "
-                f"max_position_embeddings={arch.max_position_embeddings}; shorten one of them"
-            )

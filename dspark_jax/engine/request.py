@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from dspark_jax.engine import arguments
+
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 FINISH_REASONS: tuple[FinishReason, ...] = ("stop", "length", "cancelled", "error")
 
@@ -196,10 +198,11 @@ class Request:
         prompt: np.ndarray,
         settings: Settings,
         stream: TextStream | None,
-        drive: Callable[[], bool],
+        drive: Callable[[float | None], bool],
         ended: Callable[["Request"], None],
     ):
-        """`drive` advances the engine, or returns False if its thread does; `ended` is called once."""
+        """`drive` advances the engine if it can within some seconds, or returns False if the engine's thread does;
+        `ended` is called once."""
         self.number = number
         self.prompt = prompt
         self.settings = settings
@@ -230,9 +233,10 @@ class Request:
         """Waits until it has ended.
 
         Raises:
-          TimeoutError: it has not ended after `timeout` seconds.
+          TimeoutError: it has not ended after `timeout` seconds; see `Engine` for what they are without a thread.
+          InputError: `timeout` is no number of seconds.
         """
-        self._until(lambda: self.done, timeout)
+        self._until(lambda: self.done, arguments.seconds("timeout", timeout))
         assert self.finish_reason is not None
         tokens = tuple(token for piece in self.pieces for token in piece.tokens)
         text = "".join(piece.text for piece in self.pieces)
@@ -244,7 +248,7 @@ class Request:
             left = None if timeout is None else timeout - (time.monotonic() - started)
             if left is not None and left <= 0:
                 raise TimeoutError(f"request {self.number} has not ended after {timeout} seconds")
-            if not self._drive():
+            if not self._drive(left):
                 with self.changed:
                     self.changed.wait_for(ready, left)
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dspark_jax.config import InputError
+from dspark_jax.engine import arguments
 from dspark_jax.ops.sampling import GREEDY_BELOW, Sampling
 
 _RANGES = {
@@ -100,13 +101,12 @@ def request_sampling(
 def _setting(name: str, given: float | Sequence[float], count: int) -> np.ndarray:
     """A setting as an array of `count` rows, checked."""
     holds, remedy = _RANGES[name]
-    try:
-        values = np.asarray(given, np.float64)
-    except (TypeError, ValueError):
-        raise InputError(f"{name}={given!r} is no number; {remedy}") from None
+    values = np.asarray(arguments.numeric(name, given), np.float64)
     if values.ndim and values.shape != (count,):
         raise InputError(f"{name} has shape {values.shape} for {count} requests; give one value, or one per request")
-    wrong = np.flatnonzero(~(holds(values) & np.isfinite(values)))
+    with np.errstate(over="ignore"):
+        rounded = values.astype(np.float32)  # as the device gets it: infinite if it is too large
+    wrong = np.flatnonzero(~(holds(values) & holds(rounded) & np.isfinite(rounded)))
     if len(wrong):
         value = f"{name}={np.asarray(given).reshape(-1)[wrong[0]]}"
         where = f" of request {wrong[0]}" if values.ndim else ""

@@ -11,11 +11,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from dspark_jax.config import InputError
-from dspark_jax.drafter.interface import Proposal, is_confident
-from dspark_jax.engine import estimator, rules
+from dspark_jax.drafter.interface import Proposal
+from dspark_jax.engine import arguments, estimator, rules
 from dspark_jax.engine.estimator import AcceptanceEstimate, EstimateSettings
 
 NAMES = ("fixed", "threshold", "early_stop", "lagged", "adaptive")
@@ -88,23 +86,24 @@ class Scheduler:
     @classmethod
     def fixed(cls, length: Any = None) -> "Scheduler":
         """Verifies the first `length` drafts ([] or [B]), by default all."""
-        return cls("fixed", maximum=None if length is None else jnp.asarray(length, jnp.int32))
+        return cls("fixed", maximum=None if length is None else arguments.array("length", length, jnp.int32))
 
     @classmethod
     def threshold(cls, confidence: Any, **bounds: Any) -> "Scheduler":
-        """Verifies the drafts before the first one below `confidence`; `bounds` are further attributes."""
-        return cls("threshold", confidence=jnp.float32(confidence), **_arrays(bounds))
+        """Verifies the drafts before the first one below `confidence` []; `bounds` are further attributes."""
+        return cls("threshold", confidence=_floats("confidence", confidence), **_checked("threshold", bounds))
 
     @classmethod
     def early_stop(cls, steps_per_second: Any, **bounds: Any) -> "Scheduler":
         """Algorithm 1 over a cost table; `bounds` are further attributes."""
-        return cls("early_stop", steps_per_second=jnp.asarray(steps_per_second, jnp.float32), **_arrays(bounds))
+        table = _floats("steps_per_second", steps_per_second)
+        return cls("early_stop", steps_per_second=table, **_checked("early_stop", bounds))
 
     @classmethod
     def lagged(cls, steps_per_second: Any, prior: Any, **bounds: Any) -> "Scheduler":
         """The production variant; `prior` might be the mean survival so far; `bounds` are further attributes."""
-        table, prior = (jnp.asarray(values, jnp.float32) for values in (steps_per_second, prior))
-        return cls("lagged", steps_per_second=table, prior=prior, **_arrays(bounds))
+        table, prior = _floats("steps_per_second", steps_per_second), _floats("prior", prior)
+        return cls("lagged", steps_per_second=table, prior=prior, **_checked("lagged", bounds))
 
     @classmethod
     def adaptive(
@@ -134,13 +133,17 @@ class Scheduler:
           online: of the estimate; by default it expects much of a new request and forgets within some thirty rounds.
           **bounds: further attributes.
         """
-        rates = [jnp.atleast_1d(jnp.asarray(v, jnp.float32)) for v in (steps_per_second, plain_steps_per_second)]
+        rates = [
+            jnp.atleast_1d(_floats("steps_per_second", steps_per_second)),
+            jnp.atleast_1d(_floats("plain_steps_per_second", plain_steps_per_second)),
+        ]
         if online is None:
-            if confident:
+            if arguments.boolean("confident", confident):
                 online = EstimateSettings(strength=0.1, discount=0.95, prior=0.65, confident=True)
             else:
                 online = EstimateSettings(strength=1.0, discount=0.97, prior=0.8)
-        return cls("adaptive", None, *rates, probe=jnp.int32(probe), online=online, **_arrays(bounds))
+        probe_after = arguments.array("probe", probe, jnp.int32)
+        return cls("adaptive", None, *rates, probe=probe_after, online=online, **_checked("adaptive", bounds))
 
     @property
     def alternates(self) -> bool:
@@ -170,13 +173,29 @@ class Scheduler:
         )
 
 
-def _arrays(bounds: dict[str, Any]) -> dict[str, Any]:
-    """Attributes as arrays, so that numbers do not become constants of an executable."""
-    kinds = {"minimum": jnp.int32, "maximum": jnp.int32, "temperatures": jnp.float32, "bias": jnp.float32}
-    return {
-        name: jnp.asarray(value, kinds[name]) if name in kinds and value is not None else value
-        for name, value in bounds.items()
-    }
+def _floats(name: str, values: Any) -> jax.Array:
+    return arguments.array(name, values, jnp.float32)
+
+
+_BOUNDS = {"minimum": jnp.int32, "maximum": jnp.int32, "temperatures": jnp.float32, "bias": jnp.float32}
+
+
+def _checked(rule: str, bounds: dict[str, Any]) -> dict[str, Any]:
+    """Further attributes of a rule, as arrays, so that numbers do not become constants of an executable.
+
+    Raises:
+      InputError: one that the rule does not have, or of the wrong type.
+    """
+    known = [*_BOUNDS, "online", *(["capacities"] if rule in ("lagged", "adaptive") else [])]
+    found = {}
+    for name, value in bounds.items():
+        arguments.check_known(f"Scheduler.{rule}", name, known)
+        if name in _BOUNDS and value is not None:
+            value = arguments.array(name, value, _BOUNDS[name])
+        elif name == "capacities" and value is not None:
+            value = arguments.sizes(name, value)
+        found[name] = value
+    return found
 
 
 def drafts_now(scheduler: Scheduler, history: History | None, active: jax.Array) -> jax.Array:
@@ -305,52 +324,3 @@ def _logits(scheduler: Scheduler, proposal: Proposal, history: History | None) -
 def _within(lengths: jax.Array, active: jax.Array, minimum: Any, maximum: Any) -> jax.Array:
     """Lengths [B] of a prefix rule between the bounds, 0 for inactive requests; neither bound knows any draft."""
     return jnp.where(active, jnp.minimum(jnp.maximum(lengths, minimum), maximum), 0).astype(jnp.int32)
-
-
-def check_scheduler(scheduler: Scheduler, drafter: Any, requests: int) -> None:
-    """Refuses a scheduler that cannot work for `requests` requests with this drafter (or None).
-
-    Raises:
-      InputError: no confidence head, a table or prior of the wrong shape or with impossible values, or settings per
-        request that are not as many as the requests.
-    """
-    size, name = 0 if drafter is None else drafter.block_size, scheduler.name
-    if name not in NAMES:
-        raise InputError(f"scheduler {name!r} is unknown; use one of {', '.join(NAMES)}")
-    if scheduler.online is not None:
-        if drafter is None:
-            raise InputError(f"scheduler {name!r} estimates how drafts are accepted; give a drafter, or use fixed")
-        scheduler.online.check()
-        if scheduler.online.confident and not is_confident(drafter):
-            raise InputError(f"scheduler {name!r} is to learn from a confidence head; this drafter has none")
-    elif name != "fixed" and not is_confident(drafter):
-        raise InputError(f"scheduler {name!r} needs a drafter with a confidence head; use fixed or adaptive")
-    for field in ("steps_per_second", "plain_steps_per_second"):
-        table = getattr(scheduler, field)
-        rates = np.ones(1) if table is None else np.asarray(table)
-        if rates.ndim != 1 or not rates.size or not (np.isfinite(rates) & (rates >= 0)).all():
-            raise InputError(
-                f"{field} of scheduler {name!r} has shape {rates.shape} or an impossible value; give one finite rate "
-                "of 0 or more for each number of tokens from 0"
-            )
-    prior = scheduler.prior
-    if prior is not None and (prior.shape != (size,) or not ((prior >= 0) & (prior <= 1)).all()):
-        raise InputError(
-            f"prior of scheduler {name!r} has shape {prior.shape} or a value outside 0..1; "
-            f"give {size} survival probabilities"
-        )
-    for field in ("minimum", "maximum", "bias"):
-        value = getattr(scheduler, field)
-        if np.shape(value) not in ((), (requests,)):
-            raise InputError(
-                f"{field} of scheduler {name!r} has shape {np.shape(value)} for {requests} requests; give one each"
-            )
-    heat = scheduler.temperatures
-    if heat is not None and (heat.shape not in ((size,), (requests, size)) or not (heat > 0).all()):
-        raise InputError(
-            f"temperatures of scheduler {name!r} have shape {heat.shape} or a value of 0 or less; "
-            f"give {size} positive ones"
-        )
-    rungs = scheduler.capacities
-    if rungs is not None and (not rungs or [*rungs] != sorted({*rungs}) or rungs[0] < 1):
-        raise InputError(f"capacities={rungs} of scheduler {name!r} are not rising sizes from 1; sort them")

@@ -14,7 +14,8 @@ import collections
 import contextlib
 import sys
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import jax
@@ -22,10 +23,12 @@ from jax.sharding import Mesh
 
 from dspark_jax.config import InputError
 from dspark_jax.drafter.interface import Drafter
-from dspark_jax.engine.admission import check_engine, prompt_ids, request_settings
+from dspark_jax.engine.admission import check_engine, check_fits, prompt_ids, request_settings
+from dspark_jax.engine.arguments import boolean, check_models, seconds
 from dspark_jax.engine.batch import Batch
-from dspark_jax.engine.request import EngineMetrics, Request, Settings, TextStream
-from dspark_jax.engine.schedule import Scheduler, check_scheduler
+from dspark_jax.engine.request import EngineMetrics, Request, TextStream
+from dspark_jax.engine.schedule import Scheduler
+from dspark_jax.engine.scheduler_check import check_scheduler
 from dspark_jax.engine.slots import Mode
 from dspark_jax.target.model import Target
 
@@ -46,7 +49,8 @@ class Engine:
     """Decodes requests as they come, in a fixed number of slots.
 
     Either `start()` it (or use it in a `with` statement): a thread of its own then drives it. Or drive it with
-    `step()`; waiting for a request does so as well. All methods may be called from any thread.
+    `step()`; waiting for a request does so as well. A step is not broken off, so that a time to wait is then looked at
+    between steps, the first of which also compile. All methods may be called from any thread.
 
     On a mesh over several hosts, each has an engine and drives it with `step()`, and all are given the same requests
     and cancellations between the same steps: hosts launch the same programs, or wait for each other for ever.
@@ -86,12 +90,13 @@ class Engine:
           verify_sizes: a round verifies the scheduled tokens of all requests as one flat batch of the smallest of these
             sizes that surely holds them (the largest there can be is always among them): with few requests, or under
             `lagged`, whose capacity is known ahead, rounds take less time. Every size is an executable of its own.
-            None: G + 1 tokens of every slot.
+            Without any, G + 1 tokens of every slot.
 
         Raises:
-          InputError: a size or stop token that is out of range, or a scheduler that this drafter cannot feed.
+          InputError: a value of the wrong type or out of range, or a scheduler that this drafter cannot feed.
         """
-        self.scheduler = scheduler or Scheduler.fixed()
+        check_models(target, drafter)
+        self.scheduler = Scheduler.fixed() if scheduler is None else scheduler
         sizes = {
             "slots": slots,
             "max_queue": max_queue,
@@ -99,7 +104,7 @@ class Engine:
             "prefill_chunks": 1 if prefill_chunks is None else prefill_chunks,
             "max_stop_tokens": max_stop_tokens,
         }
-        check_engine(target, sizes, capacity, stop_tokens)
+        check_engine(target, sizes, capacity, stop_tokens, tokenizer)
         check_scheduler(self.scheduler, drafter, slots)
         self.slots, self.capacity, self.max_queue = slots, capacity, max_queue
         self.tokenizer, self.stop_tokens, self.max_stop_tokens = tokenizer, tuple(stop_tokens), max_stop_tokens
@@ -161,7 +166,7 @@ class Engine:
           stop_tokens: ids that end it, besides the engine's; the stop token is the last of its tokens.
           stop_strings: texts that end it, wherever tokens end; the text stops before them.
           trace: keep what every round drafted, admitted and accepted in its pieces.
-          block: wait for room when the queue is full.
+          block: wait for room when the queue is full; without a thread, drive the engine until there is some.
           timeout: seconds to wait at most; None waits as long as it takes.
           **unknown: refused, with the nearest known name.
 
@@ -183,9 +188,10 @@ class Engine:
             "trace": trace,
         }
         try:
+            block, timeout = boolean("block", block), seconds("timeout", timeout)
             settings = request_settings(given, unknown, self.arch, self.stop_tokens, self.max_stop_tokens)
             ids = prompt_ids(prompt, self.tokenizer, self.arch)
-            self._check_fits(len(ids), settings)
+            check_fits(len(ids), settings, self.capacity, self.tokenizer)
         except InputError:
             with self._lock:
                 self.metrics.rejected += 1
@@ -201,29 +207,14 @@ class Engine:
             self._changed.notify_all()
         return request
 
-    def _check_fits(self, prompt: int, settings: Settings) -> None:
-        if settings.stop_strings and self.tokenizer is None:
-            raise InputError("stop_strings need the tokenizer; make the Engine with tokenizer=...")
-        if prompt + settings.max_new_tokens > self.capacity:
-            raise InputError(
-                f"prompt of {prompt} tokens and max_new_tokens={settings.max_new_tokens} exceed the engine's "
-                f"capacity={self.capacity}; shorten one of them"
-            )
-
     def _wait_for_room(self, block: bool, timeout: float | None) -> None:
         """Returns when the queue has room; under `_changed`."""
 
         def open_or_over() -> bool:
             return len(self._queue) < self.max_queue or self._closed or self._failure is not None
 
-        if block and self._thread is not None:
-            self._changed.wait_for(open_or_over, timeout)
-        while block and self._thread is None and not open_or_over():
-            self._changed.release()
-            try:
-                self.step()
-            finally:
-                self._changed.acquire()
+        if block:
+            self._wait_until(open_or_over, timeout)
         self._raise_if_over()
         if len(self._queue) >= self.max_queue:
             self.metrics.refused += 1
@@ -232,9 +223,12 @@ class Engine:
                 "with block=True"
             )
 
-    def _raise_if_over(self) -> None:
+    def _raise_if_failed(self) -> None:
         if self._failure is not None:
             raise EngineFailed(f"the engine has stopped: {_describe(self._failure)}") from self._failure
+
+    def _raise_if_over(self) -> None:
+        self._raise_if_failed()
         if self._closed:
             raise EngineClosed("the engine is closed and takes no more requests; make another one")
 
@@ -268,16 +262,37 @@ class Engine:
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._live or self._batch.pending or self._closed)
-                if self._closed and not self._live and not self._batch.pending:
+                self._changed.wait_for(lambda: self._busy() or self._closed)
+                if self._closed and not self._busy():
                     return
             self.step()
 
-    def _drive(self) -> bool:
-        """Advances the engine for somebody who waits, unless its thread does."""
+    def _drive(self, timeout: float | None) -> bool:
+        """Advances the engine for somebody who waits, unless its thread does, or others do for all of `timeout`."""
         if self._thread is not None and self._thread is not threading.current_thread():
             return False
-        self.step()
+        if self._driving.acquire(timeout=-1 if timeout is None else timeout):
+            try:
+                self._advance()
+            finally:
+                self._driving.release()
+        return True
+
+    def _wait_until(self, ready: Callable[[], bool], timeout: float | None) -> bool:
+        """Waits until `ready()`, driving the engine if need be; False after `timeout` seconds. Under `_changed`."""
+        end = None if timeout is None else time.monotonic() + timeout
+        while not ready():
+            left = None if end is None else end - time.monotonic()
+            if left is not None and left <= 0:
+                return False
+            if self._thread is not None:
+                self._changed.wait_for(ready, left)
+                continue
+            self._changed.release()
+            try:
+                self._drive(left)
+            finally:
+                self._changed.acquire()
         return True
 
     def step(self) -> bool:
@@ -290,22 +305,28 @@ class Engine:
           EngineFailed: an earlier step has failed.
         """
         with self._driving:
-            with self._lock:
-                if self._failure is not None:
-                    raise EngineFailed(f"the engine has stopped: {_describe(self._failure)}") from self._failure
-            completed = False
-            try:
-                with _use(self._mesh):
-                    self._batch.release()
-                    self._admit()
-                    self._batch.advance()
-                completed = True
-            finally:
-                # Whatever it is, it goes on to the caller (or ends the thread); nobody is left waiting for a result.
-                if not completed:
-                    self._fail(sys.exception())
+            self._advance()
         with self._lock:
-            return bool(self._live or self._batch.pending)
+            return self._busy()
+
+    def _advance(self) -> None:
+        """One step, under `_driving`."""
+        with self._lock:
+            self._raise_if_failed()
+        completed = False
+        try:
+            with _use(self._mesh):
+                self._batch.release()
+                self._admit()
+                self._batch.advance()
+            completed = True
+        finally:
+            # Whatever it is, it goes on to the caller (or ends the thread); nobody is left waiting for a result.
+            if not completed:
+                self._fail(sys.exception())
+
+    def _busy(self) -> bool:
+        return bool(self._live or self._batch.pending)
 
     def _admit(self) -> None:
         """Gives free slots to those that wait longest."""
@@ -332,7 +353,10 @@ class Engine:
 
         Raises:
           RuntimeError: requests are being decoded.
+          InputError: an argument is neither True nor False.
         """
+        for name, value in (("greedy", greedy), ("sampled", sampled), ("filtered", filtered)):
+            boolean(name, value)
         wanted = {Mode(): greedy, Mode(greedy=False): sampled, Mode(greedy=False, filtered=True): filtered}
         with self._driving, _use(self._mesh):
             if self._batch.busy:
@@ -347,17 +371,17 @@ class Engine:
         Raises:
           TimeoutError: they have not after `timeout` seconds.
           EngineFailed: an unexpected error ended them.
+          InputError: `timeout` is no number of seconds.
         """
+        left = seconds("timeout", timeout)
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-            thread = self._thread
-            if thread is not None and not self._changed.wait_for(lambda: not self._live, timeout):
+            # Without a thread, nobody else reads what the last step has launched.
+            ended = self._wait_until(lambda: not (self._live if self._thread else self._busy()), left)
+            self._raise_if_failed()
+            if not ended:
                 raise TimeoutError(f"{len(self._live)} requests have not ended after {timeout} seconds")
-        while thread is None and self._failure is None and self.step():
-            pass
-        if self._failure is not None:
-            raise EngineFailed(f"the engine has stopped: {_describe(self._failure)}") from self._failure
 
     def close(self) -> None:
         """Cancels what has not ended, and stops the thread. May be called again."""

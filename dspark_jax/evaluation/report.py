@@ -6,10 +6,12 @@ their own where a screen is too narrow, never the page.
 
 import base64
 import html
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from dspark_jax.evaluation.plots import DARK, LIGHT, Plot
+from dspark_jax.evaluation.traffic import TrafficPoint
 
 STYLE = f"""
 :root {{ color-scheme: light dark; --paper: {LIGHT.paper}; --ink: {LIGHT.ink}; --faint: #d9d9d9; --soft: #5a5a5a; }}
@@ -51,6 +53,7 @@ def report(
     metrics: Mapping[str, Any],
     calibration: Mapping[str, Any] | None,
     load: Mapping[str, Any] | None,
+    traffic: Mapping[str, Sequence[TrafficPoint]],
     plots: Sequence[Plot],
 ) -> str:
     """The page.
@@ -59,6 +62,7 @@ def report(
       metrics: content of `eval/metrics.json`.
       calibration: `predictors.calibration_data`, None entries where a score is not defined; None without traces.
       load: `load.load_data`, or None.
+      traffic: measured points by contender; empty if it was not asked for.
       plots: the figures, in their order.
     """
     name = _text(metrics["name"])
@@ -86,6 +90,8 @@ def report(
         ]
     if load is not None and any(row["concurrency"] for row in load["curves"].values()):
         parts += ["<h2>Under load</h2>", shown("throughput", "budget"), *_load(load)]
+    if traffic:
+        parts += ["<h2>Traffic on this machine</h2>", shown("traffic"), _traffic(traffic)]
     parts.append(shown(*figures))
     body = "\n".join(part for part in parts if part)
     return (
@@ -138,14 +144,27 @@ def _temperature(one: Mapping[str, Any], block_size: int) -> list[str]:
             f"({_range(one['speedup_ci95'], '.2f')}); {one['adaptive_tokens_per_second']:.0f} drafting where it pays, "
             f"ratio {one['adaptive_speedup']:.2f} ({_range(one['adaptive_speedup_ci95'], '.2f')}).</p>"
         )
+    if one["calibration"] is not None:
+        scores = (f"{title} {_number(one['calibration'][name], '.3f')}" for name, title in _SCORES.items())
+        parts.append(f"<p>Confidence head over all rounds, mean over positions: {', '.join(scores)}.</p>")
     return parts
+
+
+_SCORES = {"ece": "calibration error", "auc": "AUC", "brier": "Brier score"}
 
 
 def _lossless(metrics: Mapping[str, Any]) -> str:
     compared, different = metrics["greedy_compared"], metrics["greedy_different"]
     if metrics["greedy_identical"]:
         return f"<p>All {compared} greedy answers are token-identical to plain decoding.</p>"
-    return f"<p>{different} of {compared} greedy answers differ from plain decoding; metrics.json lists them.</p>"
+    rows = [
+        [f"{one['file']}:{one['line']}", one["turn"] + 1, one["position"], one["speculative_token"], one["plain_token"],
+         _number(one["logit_gap"], ".2g")]
+        for one in metrics["greedy_differences"]
+    ]  # fmt: skip
+    heads = ["prompt", "turn", "position", "token", "plain decoding's", "difference of their logits"]
+    found = f"<p>{different} of {compared} greedy answers differ from plain decoding.</p>"
+    return found + _table("Where answers first differ", heads, rows)
 
 
 def _calibration(data: Mapping[str, Any]) -> list[str]:
@@ -201,7 +220,25 @@ def _load(load: Mapping[str, Any]) -> list[str]:
     ):
         rows = [[name, *(_number(v, form) for v in row[key])] for name, row in curves.items()]
         parts.append(_table(caption, heads, rows))
+    least = ("least_ratio_to_plain", "least_ratio_to_fixed", "ratio_to_fixed_at_most_users")
+    heads = ["scheduler", "least, to plain decoding", "least, to verifying everything", f"that at {users[-1]} users"]
+    rows = [[name, *(_number(row[key], ".3f") for key in least)] for name, row in load["checks"].items()]
+    if rows:
+        parts.append(_table("Ratios of tokens per second", heads, rows))
     return parts
+
+
+def _traffic(curves: Mapping[str, Sequence[TrafficPoint]]) -> str:
+    heads = ["contender", "requests per second", "served", "refused", "tokens per second", "per user",
+             "first token, median (s)", "95 % (s)", "tau", "verified per round"]  # fmt: skip
+    rows = [
+        [name, f"{one.offered:g}", one.served, one.refused, _defined(one.tokens_per_second, ".1f"),
+         _defined(one.per_user, ".1f"), _defined(one.first_token_p50, ".2f"), _defined(one.first_token_p95, ".2f"),
+         _defined(one.accepted_length, ".2f"), _defined(one.budget, ".2f")]
+        for name, points in curves.items()
+        for one in points
+    ]  # fmt: skip
+    return _table("Requests that arrive at random times, on the serving engine of this machine", heads, rows)
 
 
 def _figure(plot: Plot) -> str:
@@ -236,6 +273,10 @@ def _text(value: Any) -> str:
 
 def _number(value: float | None, form: str, scale: float = 1) -> str:
     return "–" if value is None else format(scale * value, form)
+
+
+def _defined(value: float, form: str) -> str:
+    return _number(None if math.isnan(value) else value, form)
 
 
 def _range(bounds: Sequence[float | None], form: str) -> str:

@@ -1,7 +1,8 @@
-"""From decoded answers to the numbers of `eval/metrics.json` and the table that is printed."""
+"""From decoded answers to the numbers of `eval/metrics.json` and what is printed of them."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -180,24 +181,58 @@ def greedy_metrics(
     }
 
 
-def table(metrics: Mapping[str, Any]) -> str:
-    """What `evaluate` prints, from the content of `eval/metrics.json`."""
-    lines = []
-    for one in (metrics, *metrics["temperatures"].values()):
-        lines += ["", *_temperature_lines(one, metrics)]
+def overview(metrics: Mapping[str, Any], report: Path) -> str:
+    """What `evaluate` ends in: accepted length, speed, losslessness, and where the rest is.
+
+    Args:
+      metrics: content of `eval/metrics.json`.
+      report: the page with everything.
+    """
+    every = [metrics, *metrics["temperatures"].values()]
+    width = max(23, *(len(name) for name in metrics["prompt_sets"]))
+
+    def row(name: str, cells: Sequence[str]) -> str:
+        return f"{name:{width}}" + "".join(f"  {cell:23}" for cell in cells).rstrip()
+
+    def cell(value: float | None, bounds: Sequence[float | None]) -> str:
+        low, high = (_number(bound, ".2f", 0) for bound in bounds)
+        return f"{_number(value, '.2f', 0)} ({low} to {high})"
+
+    lines = [
+        f"{metrics['name']}, step {metrics['step']}: {metrics['prompts']} held-out prompts, up to "
+        f"{metrics['max_new_tokens']} new tokens",
+        "",
+        row("tokens per round (tau)", [f"temperature {one['temperature']:g}" for one in every]),
+    ]
+    for name in metrics["prompt_sets"]:
+        rows = [one["prompt_sets"][name] for one in every]
+        lines.append(row(name, [cell(one["tau"], one["tau_ci95"]) for one in rows]))
+    lines.append(row("macro average", [cell(one["tau"], one["tau_ci95"]) for one in every]))
+    if metrics["tokens_per_second"] is not None:
+        plain = [f"{one['baseline_tokens_per_second']:.0f} tokens/s" for one in every]
+        lines += ["", row("plain, one at a time", plain)]
+        for name, what in (("speedup", "drafting every round"), ("adaptive_speedup", "drafting where it pays")):
+            lines.append(row(what, ["x " + cell(one[name], one[f"{name}_ci95"]) for one in every]))
+    return "\n".join([*lines, "", _greedy_line(metrics), f"in brackets: 95 % intervals; everything else: {report}"])
+
+
+def _greedy_line(metrics: Mapping[str, Any]) -> str:
     compared = metrics["greedy_compared"]
     if metrics["greedy_identical"]:
-        lines += ["", f"greedy: all {compared} answers are token-identical to plain decoding"]
-    else:
-        first = metrics["greedy_differences"][0]
-        gap = f"{first['logit_gap']:.2g}" if first["logit_gap"] is not None else "-"
-        lines += [
-            "",
-            f"greedy: {metrics['greedy_different']} of {compared} answers differ from plain decoding, the first at "
-            f"prompt {first['prompt']} ({first['file']}:{first['line']}), token {first['position']}: "
-            f"{first['speculative_token']} instead of {first['plain_token']} (difference of their logits: {gap})",
-        ]
-    return "\n".join(lines[1:])
+        return f"greedy: all {compared} answers are token-identical to plain decoding"
+    first = metrics["greedy_differences"][0]
+    gap = f"{first['logit_gap']:.2g}" if first["logit_gap"] is not None else "-"
+    return (
+        f"greedy: {metrics['greedy_different']} of {compared} answers differ from plain decoding, the first at "
+        f"prompt {first['prompt']} ({first['file']}:{first['line']}), token {first['position']}: "
+        f"{first['speculative_token']} instead of {first['plain_token']} (difference of their logits: {gap})"
+    )
+
+
+def table(metrics: Mapping[str, Any]) -> str:
+    """Everything that `eval/metrics.json` has by prompt set; `evaluate --details` prints it."""
+    every = (metrics, *metrics["temperatures"].values())
+    return "\n\n".join("\n".join(_temperature_lines(one, metrics)) for one in every)
 
 
 def _temperature_lines(one: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[str]:

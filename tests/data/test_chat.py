@@ -186,6 +186,12 @@ def test_a_think_block_that_the_template_shows_apart_is_named(qwen3: Any) -> Non
         chat.tokens_and_mask(qwen3, messages("q", "<think>\nhm\n</think>\n\nyes"))
 
 
+def test_text_that_no_tokenizer_can_encode_is_refused(tokenizer: Any) -> None:
+    """A system prompt of a config file, for instance."""
+    with pytest.raises(InputError, match="the conversation is not UTF-8: it has the byte 0xe9 as its character"):
+        chat.prompt_tokens(tokenizer, messages("a", system="caf\udce9"))
+
+
 def test_a_system_prompt_is_put_in_front_only_where_there_is_none() -> None:
     plain, own = messages("a"), messages("a", system="mine")
     assert chat.with_system(plain, "S") == ({"role": "system", "content": "S"}, *plain)

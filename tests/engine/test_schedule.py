@@ -13,7 +13,8 @@ from dspark_jax.drafter.interface import Proposal
 from dspark_jax.engine import estimator
 from dspark_jax.engine.estimator import EstimateSettings
 from dspark_jax.engine.rules import capacity, drafting_pays, early_stop, fixed, lagged, survival, threshold
-from dspark_jax.engine.schedule import History, Scheduler, check_scheduler, drafts_now, expected, observe, schedule
+from dspark_jax.engine.schedule import History, Scheduler, drafts_now, expected, observe, schedule
+from dspark_jax.engine.scheduler_check import check_scheduler
 
 
 def loop(confidence: np.ndarray, minimum: float) -> list[int]:

@@ -1,8 +1,10 @@
 """Serving: whatever else is running, a request's tokens are those of `generate`; nothing is lost; errors are clear."""
 
 import collections
+import contextlib
 import dataclasses
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -289,12 +291,13 @@ def test_stop_strings_and_stop_tokens_of_a_request(serve: Any, reference: Any, b
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"prompt": []}, "the prompt is empty; give at least one token"),
     ({"prompt": ""}, "the prompt is empty"),
-    ({"prompt": 7}, "the prompt is int; give a list of token ids, or text"),
-    ({"prompt": [1, 2.5]}, "the prompt has 2.5, which is no token id"),
-    ({"prompt": [VOCAB]}, "the prompt has token 32 outside the vocabulary 0..31"),
-    ({"prompt": [-1]}, "the prompt has token -1 outside"),
+    ({"prompt": "\ud800"}, "the prompt is not UTF-8: it has the lone surrogate U+D800 as its character 0"),
+    ({"prompt": 7}, "prompt=7 is int; give a list of token ids"),
+    ({"prompt": [1, 2.5]}, "prompt has 2.5, which is no token id"),
+    ({"prompt": [VOCAB]}, "prompt has token 32 outside the vocabulary 0..31"),
+    ({"prompt": [-1]}, "prompt has token -1 outside"),
     ({"prompt": [1] * 46}, "prompt of 46 tokens and max_new_tokens=5 exceed the engine's capacity=50"),
-    ({"max_new_tokens": 0}, "max_new_tokens=0 leaves nothing to generate"),
+    ({"max_new_tokens": 0}, "max_new_tokens=0 is out of range; use 1 or more"),
     ({"max_new_tokens": "9"}, "max_new_tokens='9' is str; an integer is needed"),
     ({"temperature": "hot"}, "temperature='hot' is str; a number is needed"),
     ({"temperature": -1.0}, "temperature=-1.0 is out of range"),
@@ -305,7 +308,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"min_p": 2}, "min_p=2.0 is out of range"),
     ({"seed": -1}, "seed=-1 is out of range"),
     ({"stop_tokens": [40]}, "stop_tokens has token 40 outside"),
-    ({"stop_tokens": "5"}, "stop_tokens='5' is no list"),
+    ({"stop_tokens": "5"}, "stop_tokens='5' is str; give a list of token ids"),
     ({"stop_tokens": [1, 2, 3, 4, 6]}, "at most max_stop_tokens=4"),
     ({"stop_tokens": [1, 2, 3, 4]}, "with the engine's own 5; at most max_stop_tokens=4"),
     ({"stop_strings": "end"}, "stop_strings='end' is no list"),
@@ -338,7 +341,7 @@ def test_bad_requests_are_refused_in_one_line_and_touch_nothing(serve: Any, refe
     ("options", "message"),
     [
         ({"slots": 0}, "slots=0"),
-        ({"capacity": 1}, "capacity=1 has no room"),
+        ({"capacity": 1}, "capacity=1 is out of range; use 2 or more"),
         ({"capacity": 129}, "exceeds the target's max_position_embeddings=128"),
         ({"prefill_chunk": 2.0}, "prefill_chunk=2.0 is float"),
         ({"stop_tokens": [99]}, "stop_tokens has token 99"),
@@ -362,6 +365,31 @@ def test_a_full_queue_pushes_back(serve: Any) -> None:
     assert [one.finish_reason for one in (*first, again, waited)] == ["cancelled", "length", "length", "length"]
     assert (engine.metrics.refused, engine.metrics.submitted) == (1, 4)
     assert first[0].result().tokens == ()
+
+
+@pytest.mark.parametrize("others", (False, True))
+def test_a_wait_ends_in_time_without_a_thread(serve: Any, others: bool) -> None:
+    """Between steps that get nowhere, and while somebody else is in the middle of a step."""
+    engine = serve(max_queue=2)
+    waiting = [engine.submit([1], max_new_tokens=9) for _ in range(2)]
+    end = time.monotonic() + 60
+
+    def advance() -> None:
+        assert time.monotonic() < end, "the timeout was ignored"
+        time.sleep(0.002)
+
+    engine._admit = engine._batch.advance = advance
+    with engine._driving if others else contextlib.nullcontext():
+        began = time.monotonic()
+        with pytest.raises(TimeoutError, match="request 0 has not ended after 0.02 seconds"):
+            waiting[0].result(timeout=0.02)
+        with pytest.raises(QueueFull):
+            engine.submit([2], max_new_tokens=9, block=True, timeout=0.02)
+        with pytest.raises(TimeoutError, match="2 requests have not ended after 0.02 seconds"):
+            engine.drain(timeout=0.02)
+        assert 0.06 <= time.monotonic() - began < 30
+    engine.close()
+    engine.drain(timeout=0)  # there is nothing to wait for
 
 
 @pytest.fixture

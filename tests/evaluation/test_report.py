@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from dspark_jax.evaluation.plots import DARK, LIGHT, Plot, Theme
 from dspark_jax.evaluation.report import report
+from dspark_jax.evaluation.traffic import TrafficPoint
 
 VOID = {"meta", "link", "img", "source", "br"}
 
@@ -59,15 +60,22 @@ def at_temperature(temperature: float) -> dict[str, Any]:
         "temperature": temperature, "prompts": 7, "prompt_sets": {"a<b": row}, "tau": 2.5, "tau_ci95": [None, None],
         "rounds": 40, "tokens_per_second": 300.0, "baseline_tokens_per_second": 100.0, "speedup": 3.0,
         "speedup_ci95": [2.5, 3.5], "adaptive_tokens_per_second": 320.0, "adaptive_speedup": 3.2,
-        "adaptive_speedup_ci95": [2.6, 3.6],
+        "adaptive_speedup_ci95": [2.6, 3.6], "calibration": {"ece": 0.0456, "auc": 0.789, "brier": None},
     }  # fmt: skip
 
 
 def make_metrics() -> dict[str, Any]:
     return {
         "name": "run <x>", "block_size": 2, "max_new_tokens": 16, **at_temperature(1.0), "greedy_identical": False,
-        "greedy_compared": 9, "greedy_different": 2, "temperatures": {"0.0": at_temperature(0.0)},
+        "greedy_compared": 9, "greedy_different": 2, "greedy_differences": make_differences(),
+        "temperatures": {"0.0": at_temperature(0.0) | {"calibration": None}},
     }  # fmt: skip
+
+
+def make_differences() -> list[dict[str, Any]]:
+    one = {"file": "a.jsonl", "turn": 0, "plain_token": 71, "logit_gap": None}
+    return [one | {"line": 4, "position": 17, "speculative_token": 72}, one | {"line": 5, "position": 0} |
+            {"speculative_token": 73, "logit_gap": 1e-7}]  # fmt: skip
 
 
 def make_calibration() -> dict[str, Any]:
@@ -82,13 +90,21 @@ def make_calibration() -> dict[str, Any]:
 
 def make_load() -> dict[str, Any]:
     row = {"concurrency": [1, 2], "tokens_per_second": [51.4, 99.6], "budget": [1.0, 2.5]}
-    return {"cost_table": "table & co", "curves": {"plain": row}, "checks": {}}
+    ratios = ("least_ratio_to_plain", "least_ratio_to_fixed", "ratio_to_fixed_at_most_users")
+    checks = {"early stop, head": dict(zip(ratios, (1.0625, 0.9375, 6.54), strict=True))}
+    return {"cost_table": "table & co", "curves": {"plain": row}, "checks": checks}
+
+
+def make_traffic() -> dict[str, list[TrafficPoint]]:
+    nothing = float("nan")
+    point = TrafficPoint(2.0, 58, 3, 123.4, nothing, 0.27, 0.58, 0.1, 1.97, 4.5)
+    return {"plain": [], "fixed 2": [point]}
 
 
 @pytest.fixture(scope="module")
 def text() -> str:
     plots = [plot(name) for name in ("conditional_acceptance", "reliability", "throughput", "another")]
-    return report(make_metrics(), make_calibration(), make_load(), plots)
+    return report(make_metrics(), make_calibration(), make_load(), make_traffic(), plots)
 
 
 def test_language_headings_and_viewport(text: str):
@@ -97,7 +113,7 @@ def test_language_headings_and_viewport(text: str):
     assert page.all("html")[0][0]["lang"] == "en"
     assert page.all("title")[0][1] == "run <x>: evaluation"
     assert [heading for _, heading in page.all("h1")] == ["run <x>"]
-    assert len(page.all("h2")) == 5 and len(page.all("main")) == 1
+    assert len(page.all("h2")) == 6 and len(page.all("main")) == 1
     assert any(one.get("name") == "viewport" and "width=device-width" in one["content"] for one, _ in page.all("meta"))
 
 
@@ -124,7 +140,7 @@ def test_every_figure_has_words_and_a_dark_version(text: str):
 def test_tables_have_captions_and_headings_and_the_numbers(text: str):
     page = Page(text)
     tables = page.all("table")
-    assert len(tables) == len(page.all("caption")) == 2 * 3 + 1 + 6 + 2
+    assert len(tables) == len(page.all("caption")) == 2 * 3 + 1 + 1 + 6 + 3 + 1
     scopes = [one.get("scope") for one, _ in page.all("th")]
     assert set(scopes) == {"col", "row"}
     assert all(
@@ -138,6 +154,10 @@ def test_tables_have_captions_and_headings_and_the_numbers(text: str):
     everything = "".join(part for _, _, parts in page.elements[:1] for part in parts)
     assert "2 of 9 greedy answers differ" in everything and "320 drafting where it pays, ratio 3.20" in everything
     assert "table & co" in everything
+    for shown in ("1.062", "0.938", "6.540", "123.4", "58", "0.27", "4.50", "17", "72", "71", "1e-07"):
+        assert shown in cells, shown
+    assert "a.jsonl:4" in rows and "early stop, head" in rows and "fixed 2" in rows
+    assert "calibration error 0.046, AUC 0.789, Brier score –" in everything
 
 
 def test_a_run_without_speed_calibration_load_and_figures():
@@ -145,7 +165,7 @@ def test_a_run_without_speed_calibration_load_and_figures():
     for one in (metrics, metrics["temperatures"]["0.0"]):
         one.update(dict.fromkeys(("tokens_per_second", "baseline_tokens_per_second", "speedup", "speedup_ci95")))
     metrics.update(greedy_identical=True, greedy_different=0)
-    page = Page(report(metrics, None, None, []))
+    page = Page(report(metrics, None, None, {}, []))
     assert not page.all("img") and len(page.all("table")) == 6
     everything = "".join(page.elements[0][2])
     assert "All 9 greedy answers are token-identical" in everything and "None" not in everything

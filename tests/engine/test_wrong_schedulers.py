@@ -86,9 +86,11 @@ def bias(tokens: list[Any]) -> float:
 
 
 def test_a_batch_of_four_shows_a_rule_that_peeks(pair: Any, rule: Callable[[Any], Scheduler]) -> None:
+    target, drafter = pair
+
     def texts(table: list[float]) -> Any:
         options: dict[str, Any] = {"max_new_tokens": 4000, "temperature": 1.0, "seed": 1}
-        return generate(*pair, [[0]] * REQUESTS, scheduler=rule(table), **options)
+        return generate(target, drafter, [[0]] * REQUESTS, scheduler=rule(table), **options)
 
     right, wrong = texts(TABLE), texts([9.0, *TABLE[1:]])
     assert right.tau > 1.9

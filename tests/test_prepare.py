@@ -255,7 +255,10 @@ def test_bad_input_is_one_line_and_leaves_no_data(
     target = dataclasses.replace(config.target, architecture=small)
     with pytest.raises(InputError, match="the tokenizer has 295 ids, the model 290 rows"):
         prepare(dataclasses.replace(config, target=target), run, Decoder())
-    for failing, message in ((full_disk, "No space left on device; make room"), (read_only, "system; change its perm")):
+    for failing, message in (
+        (full_disk, "No space left on device; make room"),
+        (read_only, "file system; make it writable"),
+    ):
         monkeypatch.setattr(command, "write_samples", failing)
         with pytest.raises(InputError, match=message):
             prepare(config, run, Decoder())

@@ -11,10 +11,12 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from dspark_jax.json_file import read_object
-from dspark_jax.quickstart.tokenizer import SPLIT
 
-QWEN2_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)" + SPLIT[SPLIT.index("|[^") :]
-"""How Qwen's tokenizers split text; `SPLIT`, the embedded target's, is the same in other words."""
+_REST = r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+QWEN2_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)" + _REST
+"""How Qwen's tokenizers split text."""
+EMBEDDED_SPLIT = r"'(?i:[sdmt]|ll|ve|re)" + _REST
+"""The same in other words, those of the embedded target's tokenizer."""
 SENTENCE = (
     "\n \n\n \n\n\n \t \t\t \t\n  \n   \n    \n     \n🚀 (normal) 😶\u200d🌫️ (multiple emojis concatenated) ✅ "
     "🦙🦙 3 33 333 3333 33333 333333 3333333 33333333 3.3 3..3 3...3 កាន់តែពិសេសអាច😁 ?我想在apple工作1314151天～ "
@@ -38,7 +40,7 @@ def split_to_tell(target: Path) -> str:
       target: the directory of the target.
     """
     file = target / "tokenizer.json"
-    if not file.exists() or _pattern(read_object(file, "", "download it again")) not in (QWEN2_SPLIT, SPLIT):
+    if not file.exists() or _pattern(read_object(file, "", "download it again")) not in (QWEN2_SPLIT, EMBEDDED_SPLIT):
         return ""
     ids = Tokenizer.from_file(str(file)).encode(SENTENCE).ids
     return "" if hashlib.sha256(str(ids).encode()).hexdigest() in KNOWN else "qwen2"

@@ -47,14 +47,13 @@ def judge(
       uniforms: `accept` and `next` are used.
       sampling: the drafter's and the target's alike.
     """
-    rows = target_logits.shape[1]
-    first = jnp.arange(0, len(lengths) * rows, rows, dtype=jnp.int32)
-    return _judge(target_logits.reshape(-1, target_logits.shape[-1]), first, proposal, lengths, uniforms, sampling)
+    flat = target_logits.reshape(-1, target_logits.shape[-1])
+    return _judge(flat, None, proposal, lengths, uniforms, sampling)
 
 
 def _judge(
     target_logits: jax.Array,
-    first_rows: jax.Array,
+    first_rows: jax.Array | None,
     proposal: Proposal,
     lengths: jax.Array,
     uniforms: Uniforms,

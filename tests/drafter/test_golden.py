@@ -90,7 +90,7 @@ def test_decoding_pass_equals_training_pass(case):
         cache = drafter.extend(cache, rows, jnp.zeros((batch, 12), jnp.int32), positions, counts)
     at = jnp.full((batch,), start)
     proposal, _ = drafter.propose(
-        target, cache, tokens[:, start], at, jnp.zeros((batch, g)), Sampling.constant(0.0, batch)
+        target, cache, tokens[:, start], at, jnp.zeros((batch, g, 2), jnp.int32), Sampling.constant(0.0, batch)
     )
     anchors = Anchors(at[:, None], jnp.ones((batch, 1), bool))
     forced = tokens.at[:, start + 1 : start + 1 + g].set(proposal.tokens)

@@ -116,6 +116,8 @@ def test_the_draft_is_the_prediction_of_the_newest_row(models):
             drafter.init_cache(1, 16), out.features, tokens, jnp.arange(S)[None], jnp.full((1,), start)
         )
         at = jnp.full((1,), start)
-        proposal, _ = drafter.propose(target, cache, tokens[:, start], at, jnp.zeros((1, 1)), Sampling.constant(0.0, 1))
+        proposal, _ = drafter.propose(
+            target, cache, tokens[:, start], at, jnp.zeros((1, 1, 2), jnp.int32), Sampling.constant(0.0, 1)
+        )
         want = target.unembed(outputs.hidden[:, start - 1])
         np.testing.assert_allclose(proposal.logits, want, atol=2e-5)

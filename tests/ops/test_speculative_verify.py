@@ -18,13 +18,13 @@ CLOSE = 3e-6  # of a uniform to a border: either side is right
 
 
 def problem(seed, temperature, ragged=False):
-    """Arguments of the operation. Flat rows overlap where requests have fewer than G + 1."""
+    """Arguments of the operation. Where requests have fewer than G + 1 rows, there are as many for nobody."""
     rng = np.random.default_rng(seed)
     lengths = np.array([3, 1, 0, 2, 3]) if ragged else np.full(B, G)
     counts = lengths + 1
     first = np.concatenate([[0], np.cumsum(counts)[:-1]])
     draft = rng.normal(size=(B, G, V)).astype(np.float32)
-    target = np.full((counts.sum(), V), 9.0, np.float32)
+    target = np.full((B * (G + 1), V), 9.0, np.float32)
     tokens = np.zeros((B, G), np.int64)
     for b in range(B):
         for k in range(counts[b]):

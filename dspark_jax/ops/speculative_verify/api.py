@@ -11,7 +11,7 @@ OPERATION = Operation("speculative_verify", {"cpu": ["xla"], "gpu": ["pallas_gpu
 def speculative_verify(
     target_logits: jax.Array,
     draft_logits: jax.Array,
-    first_rows: jax.Array,
+    first_rows: jax.Array | None,
     tokens: jax.Array,
     lengths: jax.Array,
     accept: jax.Array,
@@ -28,7 +28,7 @@ def speculative_verify(
     Args:
       target_logits: [T, V] float32.
       draft_logits: [B, G, V] float32, which the drafts were drawn from; G may be 0, which is plain decoding.
-      first_rows: [B] int32.
+      first_rows: [B] int32; None is b * (G + 1): every request has all its rows.
       tokens: [B, G] the drafts.
       lengths: [B] how many of them count.
       accept: [B, G, 2] int32 uniforms (`ops.sampling.words`), one per draft.
@@ -44,9 +44,10 @@ def speculative_verify(
       ValueError: shapes do not fit together, or the implementation is unknown.
     """
     b, g, v = draft_logits.shape
+    rows = b * (g + 1) if first_rows is None else target_logits.shape[0]
     expected = {
-        "target_logits": (target_logits, (target_logits.shape[0], v)),
-        "first_rows": (first_rows, (b,)),
+        "target_logits": (target_logits, (rows, v)),
+        "first_rows": (lengths if first_rows is None else first_rows, (b,)),
         "tokens": (tokens, (b, g)),
         "lengths": (lengths, (b,)),
         "accept": (accept, (b, g, 2)),

@@ -37,7 +37,7 @@ class _Stats(NamedTuple):
 def speculative_verify(
     target_logits: jax.Array,
     draft_logits: jax.Array,
-    first_rows: jax.Array,
+    first_rows: jax.Array | None,
     tokens: jax.Array,
     lengths: jax.Array,
     accept: jax.Array,
@@ -55,6 +55,7 @@ def speculative_verify(
         logits_of_several_devices_are_not_told_apart=devices_here() == 1,
     )
     last_row = target_logits.shape[0] - 1
+    first_rows = jnp.arange(b) * (g + 1) if first_rows is None else first_rows
     rows = jnp.minimum(first_rows[:, None] + jnp.arange(g + 1), last_row)  # [B, G + 1]
     real = jnp.arange(g + 1) <= lengths[:, None]
     factor = exponents(sampling.temperature)

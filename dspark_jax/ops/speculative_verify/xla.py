@@ -10,7 +10,7 @@ from dspark_jax.ops.speculative_verify.rule import acceptance_probabilities, acc
 def speculative_verify(
     target_logits: jax.Array,
     draft_logits: jax.Array,
-    first_rows: jax.Array,
+    first_rows: jax.Array | None,
     tokens: jax.Array,
     lengths: jax.Array,
     accept: jax.Array,
@@ -18,15 +18,13 @@ def speculative_verify(
     sampling: Sampling,
 ) -> tuple[jax.Array, jax.Array]:
     """See `api.speculative_verify`."""
-    b, g, v = draft_logits.shape
-    rows = first_rows[:, None] + jnp.arange(g + 1)
-    dense = target_logits.shape[0] == b * (g + 1)
+    b, g, _ = draft_logits.shape
 
     def per_request(values: jax.Array) -> jax.Array:
         """[T, ..] -> [B, G + 1, ..]."""
-        if dense:  # every request has all its rows
+        if first_rows is None:
             return values.reshape(b, g + 1, *values.shape[1:])
-        return values[jnp.minimum(rows, values.shape[0] - 1)]
+        return values[jnp.minimum(first_rows[:, None] + jnp.arange(g + 1), values.shape[0] - 1)]
 
     if sampling.greedy:
         best = per_request(largest(target_logits))

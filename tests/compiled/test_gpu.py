@@ -1,0 +1,152 @@
+"""Kernels and decoding rounds compiled for an H100, on a machine that has none: that they compile, and what they copy.
+
+Skipped where the CUDA plugin or ptxas are missing; `.ci/run` brings the plugin.
+"""
+
+import functools
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from dspark_jax.config import DrafterConfig, TargetArchitecture
+from dspark_jax.drafter import make_drafter
+from dspark_jax.engine.models import for_decoding
+from dspark_jax.engine.schedule import Scheduler
+from dspark_jax.engine.slots import Mode, open_slots, serve_round
+from dspark_jax.ops.block_attention import block_attention
+from dspark_jax.ops.cached_attention import Rows, cached_attention
+from dspark_jax.ops.markov_sample import markov_sample
+from dspark_jax.ops.sampling import Sampling
+from dspark_jax.ops.speculative_verify import speculative_verify
+from dspark_jax.sharding import MESH_AXES
+from dspark_jax.target.qwen3 import Qwen3
+from tests.compiled import h100
+
+pytestmark = pytest.mark.slow
+
+HEADS, KEY_HEADS, WIDTH, VOCABULARY = 32, 8, 128, 151936  # Qwen3-4B
+
+
+def mesh_of(*shape: int) -> Mesh:
+    """H100s as a mesh (data, fsdp, tensor)."""
+    devices = np.asarray(h100.devices()[: int(np.prod(shape))]).reshape(shape)
+    return Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def compiled(run: Any, *arguments: Any, mesh: Mesh) -> Any:
+    """`run` for the card; arguments are shapes, of which arrays with a first axis of 4 are split over data and fsdp."""
+
+    def placed(x: Any) -> Any:
+        spec = PartitionSpec(("data", "fsdp")) if mesh.size > 1 and x.ndim and x.shape[0] == 4 else PartitionSpec()
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+    with jax.set_mesh(mesh):
+        return jax.jit(run).lower(*jax.tree.map(placed, arguments)).compile()
+
+
+def shape(*dims: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(dims, dtype)
+
+
+@pytest.mark.parametrize(("batch", "devices"), [(1, (1, 1, 1)), (4, (2, 2, 2))])
+def test_block_attention(batch: int, devices: tuple[int, ...]) -> None:
+    """Forward and backward at the released training shape: no array of scores, and no device waits for another."""
+
+    def both(*arrays: Any) -> Any:
+        out, pull = jax.vjp(lambda *x: block_attention(*x, *arrays[5:], scale=WIDTH**-0.5), *arrays[:5])
+        return out, pull(out)
+
+    context, own = shape(batch, 4096, KEY_HEADS, WIDTH), shape(batch, 512, 7, KEY_HEADS, WIDTH)
+    anchors, keep = shape(batch, 512, dtype=jnp.int32), shape(batch, 512, dtype=jnp.bool_)
+    query = shape(batch, 512, 7, HEADS, WIDTH)
+    program = compiled(both, query, context, context, own, own, anchors, keep, mesh=mesh_of(*devices))
+    text = program.as_text()
+    assert text.count("xla.gpu.triton") >= 4
+    assert not re.search(r"= \S+ all-(gather|reduce)", text)
+    assert program.memory_analysis().temp_size_in_bytes < 40 << 20  # a dense mask takes 8.4 GB
+
+
+@pytest.mark.parametrize(("batch", "length"), [(1, 1024), (32, 4096)])
+def test_cached_attention(batch: int, length: int) -> None:
+    cache = shape(batch, KEY_HEADS, length, WIDTH)
+    for causal, window, front in ((True, 0, 0), (False, 0, 0), (True, 512, 8)):
+
+        def run(query: Any, key: Any, value: Any, positions: Any, settings: Any = (causal, window, front)) -> Any:
+            how = dict(zip(("causal", "window", "front"), settings, strict=True))
+            return cached_attention(query, key, value, Rows.whole(positions, 8), scale=0.1, **how)
+
+        query, positions = shape(batch * 8, HEADS, WIDTH), shape(batch, dtype=jnp.int32)
+        assert "xla.gpu.triton" in compiled(run, query, cache, cache, positions, mesh=mesh_of(1, 1, 1)).as_text()
+
+
+@pytest.mark.parametrize("greedy", [True, False])
+def test_the_sequential_head_and_the_acceptance_rule(greedy: bool) -> None:
+    batch, size, float32, int32 = 32, 7, jnp.float32, jnp.int32
+
+    def run(base: Any, target: Any, w1: Any, w2: Any, anchors: Any, draws: Any, accept: Any, following: Any) -> Any:
+        sampling = Sampling(jnp.full((batch,), 0.0 if greedy else 1.0), greedy=greedy)
+        tokens, logits = markov_sample(base, w1, w2, anchors, draws, sampling)
+        first, lengths = jnp.arange(0, batch * (size + 1), size + 1), jnp.full((batch,), size)
+        drafts = (logits.swapaxes(0, 1), first, tokens.T, lengths)
+        return speculative_verify(target, *drafts, accept, following, sampling)
+
+    program = compiled(
+        run,
+        shape(size, batch, VOCABULARY, dtype=float32),
+        shape(batch * (size + 1), VOCABULARY, dtype=float32),
+        shape(VOCABULARY, 2, 128),
+        shape(VOCABULARY, 256),
+        shape(batch, dtype=int32),
+        shape(size, batch, 2, dtype=int32),
+        shape(batch, size, 2, dtype=int32),
+        shape(batch, 2, dtype=int32),
+        mesh=mesh_of(1, 1, 1),
+    )
+    assert program.as_text().count("xla.gpu.triton") >= 2 * size + 1
+    logits = size * batch * VOCABULARY * 4  # one copy, since the argument is not given up
+    assert program.memory_analysis().temp_size_in_bytes < 1.2 * logits
+
+
+def large_copies(text: str, least: int) -> list[str]:
+    """Instructions of a compiled program that copy, convert or transpose an array of `least` bytes or more."""
+    sizes = {"f32": 4, "bf16": 2, "s32": 4}
+    found = []
+    for line in text.splitlines():
+        match = re.match(r"\s*(?:ROOT )?%?[\w.-]*(copy|convert|transpose)[\w.-]* = (f32|bf16|s32)\[([\d,]+)\]", line)
+        if match and np.prod([int(x) for x in match[3].split(",")]) * sizes[match[2]] >= least:
+            found.append(line.strip()[:160])
+    return found
+
+
+@pytest.mark.parametrize("greedy", [True, False])
+def test_a_decoding_round_copies_neither_weights_nor_caches(greedy: bool) -> None:
+    """A small model, in the form in which it is held: every weight and every cache is over 100 KB, nothing else is."""
+    arch = TargetArchitecture("qwen3", 3000, 256, 3, 4, 2, 64, 768, 1e-6, 1e6, True, 2048)
+    config = DrafterConfig(num_layers=2, target_layer_ids=(0, 1), mask_token_id=2999, markov_rank=128)
+    mesh = mesh_of(1, 1, 1)
+
+    def models() -> Any:
+        made = Qwen3(arch, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
+        drafter = make_drafter(arch, config, rngs=nnx.Rngs(1), dtype=jnp.bfloat16)
+        narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.ndim > 1 else x, made)
+        return for_decoding(narrow, drafter, batch_size=4)
+
+    with jax.set_mesh(mesh):
+        target, drafter = jax.eval_shape(models)
+        scheduler = jax.eval_shape(Scheduler.fixed)
+        opened = functools.partial(open_slots, count=4, rows=1024, stops=2)
+        slots = jax.eval_shape(opened, target, drafter, scheduler)
+        everything = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, PartitionSpec())),
+            (target, drafter, slots, jax.ShapeDtypeStruct((4,), jnp.bool_), scheduler),
+        )
+        program = serve_round.lower(*everything, mode=Mode(greedy=greedy), size=0).compile()
+    text = program.as_text()
+    assert "xla.gpu.triton" in text
+    assert not large_copies(text, 100_000), large_copies(text, 100_000)

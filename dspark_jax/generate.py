@@ -40,6 +40,7 @@ from dspark_jax import command
 from dspark_jax.config import Config, InputError
 from dspark_jax.data.chat import load_tokenizer, prompt_tokens, stop_tokens, with_system
 from dspark_jax.drafter.interface import is_confident
+from dspark_jax.engine.models import when_loaded
 from dspark_jax.engine.request import Piece, Request, TracedRound
 from dspark_jax.engine.schedule import Scheduler
 from dspark_jax.engine.serving import Engine
@@ -109,7 +110,7 @@ def generate(
     tokenizer = load_tokenizer(config.target.path)
     ids = prompt_tokens(tokenizer, with_system([{"role": "user", "content": text}], config.data.system_prompt))
     budget = config.eval.max_new_tokens if max_new_tokens is None else max_new_tokens
-    target = load_target(config.target, mesh)
+    target, drafter = when_loaded(load_target(config.target, mesh)), when_loaded(drafter)
     with jax.set_mesh(mesh):
         engine = Engine(
             target,

@@ -33,6 +33,16 @@ def for_decoding(target: Any, drafter: Any, *, batch_size: int, consume: bool = 
     return forms[0], forms[1] if drafter is not None else None
 
 
+def when_loaded(model: Any) -> Any:
+    """A target or drafter (or None) that has just been loaded to decode, in its form where no batch decides about it.
+
+    That is on a GPU; the given model cannot be used any more there.
+    """
+    if platform.current() != "gpu":
+        return model
+    return decode_weights(model, model.dtype, separate_caches=True, consume=True) if model is not None else None
+
+
 @functools.partial(jax.jit, static_argnames=("batch_size",))
 def _on_cpu(target: Any, drafter: Any, *, batch_size: int) -> tuple[Any, Any]:
     separate = batch_size > 1

@@ -13,6 +13,7 @@ from dspark_jax.data.prompts import read_prompts
 from dspark_jax.data.regenerate import Conversation, Rejected, conversations
 from dspark_jax.data.samples import Tally, describe
 from dspark_jax.drafter import AnyDrafter
+from dspark_jax.engine.models import when_loaded
 from dspark_jax.evaluation.decoding import Engine, Requests, first_requests
 from dspark_jax.kinds import MASKLESS
 from dspark_jax.target.loading import load_target
@@ -38,7 +39,8 @@ def open_engine(
     step = None
     if drafter is None:
         step, drafter = open_drafter(config, workdir, mesh)
-    target = load_target(config.target, mesh) if target is None else target
+        drafter = when_loaded(drafter)
+    target = when_loaded(load_target(config.target, mesh)) if target is None else target
     tokenizer = load_tokenizer(config.target.path) if tokenizer is None else tokenizer
     return Engine(
         target=target,

@@ -9,7 +9,7 @@ import pytest
 from dspark_jax.convert.llama_tokenizer import split_to_tell
 from tests.servers.conftest import TARGET, TOKENS, serve
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.servers
 
 
 @pytest.fixture(scope="session")

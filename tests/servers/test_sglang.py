@@ -7,7 +7,7 @@ from safetensors.numpy import load_file
 
 from tests.servers.conftest import serve
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.servers
 
 
 @pytest.mark.parametrize("kind", ["dspark", "dflash"])

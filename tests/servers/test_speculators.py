@@ -4,7 +4,7 @@ import pytest
 
 from tests.servers.conftest import serve
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.servers
 
 
 @pytest.mark.parametrize("kind", ["dspark", "dflash"])

@@ -6,7 +6,7 @@ import pytest
 
 from tests.servers.conftest import TARGET, TOKENS, serve, without_end
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.servers
 
 SETTINGS = {"num_speculative_tokens": 7, "draft_tensor_parallel_size": 1}
 

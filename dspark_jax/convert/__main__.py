@@ -44,7 +44,7 @@ from dspark_jax.convert.servers import replay
 from dspark_jax.convert.targets import Lent, fitting, lent, lent_by_file
 from dspark_jax.data.chat import load_tokenizer, prompt_tokens
 from dspark_jax.data.features import LENDER
-from dspark_jax.data.prompts import read_prompts
+from dspark_jax.data.prompts import Malformed, read_prompts
 from dspark_jax.engine.generate import generate
 from dspark_jax.hub import local_directory, with_architecture
 from dspark_jax.json_file import read_object
@@ -304,7 +304,14 @@ def check_prompts(options: argparse.Namespace, vocabulary: int) -> tuple[list[li
     tokenizer = load_tokenizer(options.target)
     masks += [len(tokenizer), *tokenizer.all_special_ids]
     if options.prompts:
-        read = read_prompts(options.prompts, options.limit, lambda _: None)
+        malformed: list[Malformed] = []
+        read = read_prompts(options.prompts, options.limit, malformed.append)
+        if malformed:
+            first = malformed[0]
+            log(
+                f"check: {len(malformed)} lines are no prompts and are left out, "
+                f"the first is {first.file}:{first.line}: {first.reason}"
+            )
         asked = [prompt.messages for prompt in read]
     else:
         asked = [({"role": "user", "content": text},) for text in PROMPTS[: options.limit]]

@@ -181,7 +181,7 @@ class SampleReader:
         return f"SampleReader({str(self._path)!r})"
 
 
-_UNREADABLE = (ParseError, ValueError, TypeError, LookupError, AttributeError, RuntimeError)
+_UNREADABLE = (ParseError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError)
 """What TFDS raises of descriptions that are JSON, but not those of a dataset."""
 
 

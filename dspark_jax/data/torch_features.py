@@ -5,6 +5,7 @@ With them a drafter can be trained here for a target that has no definition in J
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -106,8 +107,11 @@ class TorchTarget:
             last = self.model.base_model(input_ids=sample, use_cache=False).last_hidden_state.float()
             ours = last @ head.weight.float().T
             ours = softcap * torch.tanh(ours / softcap) if softcap else ours
-            error = float((ours - logits).abs().max() / logits.abs().max().clamp(min=1e-6))
-        if ours.shape != logits.shape or error > 0.03:  # bfloat16 products are off by up to a hundredth
+            same = ours.shape == logits.shape
+            error = float((ours - logits).abs().max() / logits.abs().max().clamp(min=1e-6)) if same else float("inf")
+        if not math.isfinite(float(logits.abs().max())):
+            raise InputError(f"{self.path}: its logits are not finite; look at its weights, or compute in float32")
+        if not error <= 0.03:  # bfloat16 products are off by up to a hundredth, and NaN is never within it
             raise InputError(
                 f"{self.path}: its logits are not those of its LM head (off by {error:.0%}), e.g. biased or scaled; "
                 "such a model is not supported"

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from dspark_jax.config import InputError, TargetArchitecture
-from dspark_jax.errors import is_full_disk
+from dspark_jax.errors import as_os_error, is_full_disk
 from dspark_jax.sharding import Param, gather, state_shardings
 from dspark_jax.target.loading import read_safetensors
 
@@ -53,6 +53,7 @@ def save_lender(path: Path, embedding: np.ndarray, head: np.ndarray, softcap: fl
 
     Raises:
       InputError: the disk is full.
+      OSError: the file cannot be written for another reason.
     """
     tensors: dict[str, np.ndarray] = {"softcap": np.asarray([softcap], np.float32)}
     for name, value in {"embedding": embedding, "head": head}.items():
@@ -64,7 +65,9 @@ def save_lender(path: Path, embedding: np.ndarray, head: np.ndarray, softcap: fl
         save_file(tensors, temporary)
     except SafetensorError as error:
         if not is_full_disk(error):
-            raise
+            if (found := as_os_error(error, path)) is None:
+                raise
+            raise found from error
         temporary.unlink(missing_ok=True)
         raise InputError(f"{path}: the disk is full; free space and run again") from error
     temporary.replace(path)

@@ -1,5 +1,6 @@
 """The command line: a run becomes a directory with everything that is served with it, and back."""
 
+import argparse
 import dataclasses
 import json
 import os
@@ -24,7 +25,7 @@ from dspark_jax.config import (
     resolve,
 )
 from dspark_jax.convert import __main__ as entry
-from dspark_jax.convert.__main__ import main, parser
+from dspark_jax.convert.__main__ import check_prompts, main, parser
 from dspark_jax.convert.check import Report
 from dspark_jax.convert.export import Source, frozen_tensors, write_export
 from dspark_jax.convert.hf import expected_tensors, import_drafter, read_drafter_config
@@ -249,6 +250,21 @@ def test_what_gemma_layers_read_must_be_the_targets_and_nothing_else(name):
     other = dataclasses.replace(target, **{name: 2 * getattr(target, name) or True})
     with pytest.raises(InputError, match=f"^d: {name} is .*, that of t is "):
         fitting(Path("d"), other, "t", target, whole=True)
+
+
+def test_check_says_which_lines_are_no_prompts(tiny_target, tmp_path, capsys):
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"prompt": "a"}\nnonsense\n{}\n')
+    options = argparse.Namespace(target=str(tiny_target), prompts=[str(file)], limit=0)
+    asked, _ = check_prompts(options, 320)
+    said = capsys.readouterr().err
+    assert len(asked) == 1 and "2 lines are no prompts and are left out, the first is" in said and "p.jsonl:2" in said
+
+
+def test_a_lender_that_cannot_be_written_is_an_os_error(tmp_path):
+    (tmp_path / LENDER).with_suffix(".tmp").mkdir()
+    with pytest.raises(OSError, match="directory"):
+        save_lender(tmp_path / LENDER, np.ones((2, 2)), np.ones((2, 2)), 0.0)
 
 
 def test_export_refuses_a_target_of_another_vocabulary(run, tmp_path, golden_vanilla_case, capsys):

@@ -111,6 +111,17 @@ def test_damaged_samples_are_one_line(whole: Path, tmp_path: Path, name: str, ho
         SampleReader(tmp_path / "data")
 
 
+def test_a_damaged_class_name_is_one_line(whole: Path, tmp_path: Path) -> None:
+    """TFDS imports the classes that features.json names."""
+    shutil.copytree(whole, tmp_path / "data")
+    (path,) = (tmp_path / "data").rglob("features.json")
+    damaged = path.read_text().replace("tensorflow_datasets.core.features", "tensorflow_datasets.core.fdatures")
+    assert damaged != path.read_text()
+    path.write_text(damaged)
+    with pytest.raises(InputError, match=r"^[^\n]*features[^\n]*run python -m dspark_jax\.prepare[^\n]*$"):
+        SampleReader(tmp_path / "data")
+
+
 def test_a_damaged_sample_is_named_and_the_others_are_read(whole: Path, tmp_path: Path) -> None:
     shutil.copytree(whole, tmp_path / "data")
     (path,) = (tmp_path / "data").rglob("*.array_record*")

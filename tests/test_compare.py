@@ -351,6 +351,7 @@ def test_several_hosts_are_refused(monkeypatch: Any, capsys: Any) -> None:
     assert capsys.readouterr().err == "error: --distributed: compare runs on one host; leave the flag out\n"
 
 
+@pytest.mark.slow
 def test_end_to_end(config: Config, tmp_path: Path, monkeypatch: Any, capfd: Any) -> None:
     """Real processes, untouched by the eight devices of the tests: one drafter from prompts to the table."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT) + os.pathsep + os.environ.get("PYTHONPATH", ""))

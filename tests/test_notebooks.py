@@ -71,6 +71,9 @@ def execute(
     return said, sum("image/png" in out.get("data", {}) for cell in book.cells for out in cell.outputs)
 
 
+pytestmark = pytest.mark.slow
+
+
 def saying(said: list[str], text: str) -> str:
     """What the one cell printed that printed `text`."""
     (found,) = [one for one in said if text in one]

@@ -306,6 +306,6 @@ def test_servers_that_ran_are_told_from_those_whose_rules_were_read(world):
     ran = {}
     for name, config, of in (("block", raw, shapes), ("eagle3", eagle, shapes), ("llama", llama, LLAMA_SHAPES)):
         found = [verdict for verdict in replay("x", config, of, ARCH) if not verdict.refusals]
-        ran[name] = {verdict.server for verdict in found if verdict.notes[-1:] and "ran with" in verdict.notes[-1]}
+        ran[name] = {verdict.server for verdict in found if verdict.notes[-1:] and "served DSpark" in verdict.notes[-1]}
         assert all("known from its code" in one.notes[-1] for one in found if one.server not in ran[name])
     assert ran == {"block": {"vLLM", "llama.cpp"}, "eagle3": set(), "llama": set()}

@@ -83,7 +83,9 @@ def drafts_everywhere(kind: str) -> list[np.ndarray]:
     return result.drafted
 
 
-@pytest.mark.parametrize("kind", ("dspark", "eagle3", "mtp"))
+@pytest.mark.parametrize(
+    "kind", ("dspark", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("eagle3", "mtp")))
+)
 def test_drafts_behind_rounds_without_drafts(kind: str) -> None:
     """The drafter catches up with what was committed without it: it drafts what it would have drafted anyway."""
     for probe in (1, 5, 20):  # at 16 pending rows it catches up though nothing is drafted

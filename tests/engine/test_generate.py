@@ -69,6 +69,7 @@ def same(first: list[np.ndarray], second: list[np.ndarray]) -> bool:
     return len(first) == len(second) and all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.slow
 def test_greedy_speculation_equals_plain_decoding_on_100_prompts(target: Any, bigram: Any, dspark: Any) -> None:
     """In batches and one by one, padded alike so that either is one program, and once padded as is customary."""
     prompts = prompts_of(100)

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from dspark_jax.config import MeshConfig, TargetArchitecture, TargetConfig
 from dspark_jax.convert.hf import import_drafter
@@ -57,7 +58,17 @@ def uniforms_of(run: dict[str, Any], index: int, block_size: int) -> Uniforms:
     return Uniforms(*(words(jnp.asarray([drawn[name]], jnp.float32)) for name in ("u_draft", "u_accept", "u_next")))
 
 
+def test_traces_of_the_vanilla_head_round_by_round(golden_vanilla_case: Any) -> None:
+    follow(golden_vanilla_case)
+
+
+@pytest.mark.slow
 def test_every_trace_round_by_round(golden_case: Any) -> None:
+    follow(golden_case)
+
+
+def follow(golden_case: Any) -> None:
+    """Every recorded round: drafts, what is accepted, the token that follows, the answer."""
     target, drafter, runs = load(golden_case)
     assert runs
     longest = max(len(run["prompt_ids"]) for run in runs)

@@ -139,6 +139,12 @@ def test_huge_scores_do_not_overflow():
     assert all(np.isfinite(grad).all() for grad in grads)
 
 
+def slow_kernels(cases):
+    """The cases as parameters; the kernels, which are interpreted, count as slow."""
+    marks = {name: pytest.mark.slow if "kernels" in name else () for name in cases}
+    return [pytest.param(run, id=name, marks=marks[name]) for name, run in cases.items()]
+
+
 BOUNDED = {
     "chunks of one block": functools.partial(xla.block_attention, max_scores=1),
     "one chunk": functools.partial(xla.block_attention, max_scores=1 << 24),
@@ -146,7 +152,7 @@ BOUNDED = {
 }
 
 
-@pytest.mark.parametrize("attention", BOUNDED.values(), ids=BOUNDED)
+@pytest.mark.parametrize("attention", slow_kernels(BOUNDED))
 def test_unseen_nan_reaches_neither_output_nor_gradient(attention):
     arrays, anchors, keep, cotangent = problem()
     anchors[1] = np.minimum(anchors[1], 6)
@@ -200,7 +206,7 @@ def test_memory_is_bounded_by_the_score_budget():
     assert temporary(64, block_attention) - temporary(16, block_attention) > 48 * scores
 
 
-@pytest.mark.parametrize("attention", BOUNDED.values(), ids=BOUNDED)
+@pytest.mark.parametrize("attention", slow_kernels(BOUNDED))
 def test_eight_devices_equal_one(attention):
     data = problem(b=4, n=4, k=2)
     want, want_grads = run(*data, 0.3, attention)

@@ -88,7 +88,10 @@ def test_against_a_loop(attention: str, window: int, causal: bool) -> None:
         assert not np.asarray(got)[sum(counts) :].any()
 
 
-@pytest.mark.parametrize("attention", ATTENTION)
+RINGS = [name if "split" not in name else pytest.param(name, marks=pytest.mark.slow) for name in ATTENTION]
+
+
+@pytest.mark.parametrize("attention", RINGS)
 @pytest.mark.parametrize(
     ("window", "most", "front", "ring"), [(1, 1, 1, 1), (1, 3, 3, 3), (4, 1, 2, 4), (4, 3, 4, 6), (5, 4, 4, 11)]
 )
@@ -127,6 +130,7 @@ def test_a_finite_cache_needs_no_clearing_and_bfloat16_stays() -> None:
     np.testing.assert_allclose(np.asarray(got, np.float64), wanted, atol=2**-8 * 4 * np.abs(wanted).max())
 
 
+@pytest.mark.slow
 def test_kernels_on_eight_devices_equal_one() -> None:
     """Rows of every request, which the kernels split over devices; ragged ones of several devices they refuse."""
     rng = np.random.default_rng(5)

@@ -22,6 +22,8 @@ SMALL = TargetArchitecture(
     num_key_value_heads=2, head_dim=8, intermediate_size=48, max_position_embeddings=512,
 )  # fmt: skip
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def small(monkeypatch):

@@ -52,6 +52,7 @@ def single_device(monkeypatch):
     monkeypatch.setattr("dspark_jax.training.feature_cache.make_mesh", one)
 
 
+@pytest.mark.slow
 def test_losses_are_those_of_online_training(config, tmp_path, single_device):
     """From disk in two micro-batches, on one device and on eight; a run that is continued gives the same, exactly."""
     config.train.steps, config.train.checkpoint_every, config.train.log_every = 4, 2, 1

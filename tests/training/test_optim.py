@@ -128,6 +128,7 @@ def test_learning_rate_never_leaves_its_bounds(total):
     assert (rates > 0).all() and rates.max() <= OptimConfig().learning_rate * (1 + 1e-6)
 
 
+@pytest.mark.slow
 def test_muon_moves_every_matrix_of_a_drafter_by_an_orthogonal_update_of_its_own() -> None:
     """After one step each layer's matrix has singular values near 1 (times optax's shape factor): layers do not mix."""
     config = OptimConfig(kind="muon", learning_rate=1e-3, muon_learning_rate=0.5, warmup_ratio=0.0, max_grad_norm=1e9)

@@ -149,6 +149,7 @@ def test_a_run_told_to_stop_keeps_its_steps(launch, uninterrupted, tmp_path):
         np.testing.assert_array_equal(ours[name], value)
 
 
+@pytest.mark.slow
 def test_two_hosts_train_and_decode_as_one(launch, uninterrupted, config, meshes, tmp_path):
     """Each with its own process and device, which are all that it can see; the other one holds half of everything."""
     workdir = tmp_path / "run"

@@ -4,7 +4,7 @@ import dataclasses
 import gc
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,11 @@ class GoldenCase:
     def read(self, name: str) -> Any:
         """The content of a JSON file of the case."""
         return json.loads((self.folder / name).read_text("utf-8"))
+
+
+def others_slow(values: Iterable[Any], *quick: Any) -> list[Any]:
+    """Parameters of a test of which only the `quick` ones belong to the short suite."""
+    return [value if value in quick else pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 GOLDEN_CASES: dict[str, dict[str, Any]] = {

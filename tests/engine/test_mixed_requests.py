@@ -17,6 +17,7 @@ from dspark_jax.engine.sampling import request_keys, request_sampling
 from dspark_jax.engine.schedule import Scheduler
 from dspark_jax.ops.sampling import distribution
 from dspark_jax.target.qwen3 import Qwen3
+from tests.conftest import others_slow
 
 VOCAB, SIZE = 16, 3
 JAGGED = [9.0, 9.0, 8.0, 7.0, 5.6, 5.4, 4.8, 4.6, 4.0, 3.9, 3.2, 3.0, 2.9, 2.8, 2.4, 2.2, 2.1]
@@ -88,7 +89,7 @@ def test_what_is_given_per_request_follows_the_request(target: Any, drafter: Any
         assert set(lengths.tolist()) == {limit}
 
 
-@pytest.mark.parametrize("name", ("fixed", "early stop", "adaptive"))
+@pytest.mark.parametrize("name", others_slow(("fixed", "early stop", "adaptive"), "fixed"))
 def test_flat_verification_changes_nothing(target: Any, drafter: Any, name: str) -> None:
     """The target computes the scheduled tokens alone, in one of several sizes; tokens and counts are those of rows of
     G + 1 for everybody, greedy and sampled, filtered or not."""
@@ -129,7 +130,7 @@ def deviation(tokens: np.ndarray, expected: np.ndarray, context: np.ndarray) -> 
     return float(jax.scipy.stats.chi2.sf(statistic, freedom))
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("name", others_slow(SCHEDULERS, "fixed", "early stop"))
 def test_sampled_tokens_are_distributed_as_the_targets(target: Any, drafter: Any, name: str) -> None:
     """102,400 tokens of a real Qwen3 in batches of four requests, by the token before and by rank."""
     groups, batch, new, width = 3200, 4, 8, 3

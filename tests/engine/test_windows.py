@@ -20,6 +20,7 @@ from dspark_jax.sharding import make_mesh
 from dspark_jax.target.cache import ring_rows
 from dspark_jax.target.gemma4 import Gemma4
 from dspark_jax.target.layers import FULL, SLIDING
+from tests.conftest import others_slow
 
 VOCAB, WINDOW, SIZE, BUDGET, CAPACITY = 23, 14, 3, 40, 80
 PROMPTS = [[int(t) for t in np.random.default_rng(i).integers(0, VOCAB, n)] for i, n in enumerate((1, 31, 6, 18, 38))]
@@ -51,7 +52,7 @@ def assert_greedy(answers: Sequence[Any]) -> None:
         assert (chosen > logits.max(axis=1) - 1e-5).all()
 
 
-@pytest.mark.parametrize("how", ("plain", "drafts", "flat"))
+@pytest.mark.parametrize("how", others_slow(("plain", "drafts", "flat"), "plain", "flat"))
 def test_batches(models: Any, how: str) -> None:
     """Prompts of several windows and of none, read in one piece; drafts are taken back all the time."""
     drafter = None if how == "plain" else models.near(target(), SIZE)
@@ -63,7 +64,7 @@ def test_batches(models: Any, how: str) -> None:
         assert (taken == 1).sum() > 20 and (taken > 1).sum() > 10
 
 
-@pytest.mark.parametrize("chunk", (2, 32))
+@pytest.mark.parametrize("chunk", others_slow((2, 32), 2))
 def test_slots(models: Any, chunk: int) -> None:
     """Prompts come in chunks while others decode, in such as a ring takes at once (on two devices) and in
     larger; slots are reused."""

@@ -71,6 +71,7 @@ def test_losses_are_those_of_online_training(config, tmp_path, single_device):
     assert [row["loss"] for row in fit(changed, tmp_path / "int8", cube)] == losses["int8"]
 
 
+@pytest.mark.slow
 def test_packed_sequences_have_the_features_of_their_samples(config, tmp_path, single_device):
     config.train.steps = config.train.log_every = config.train.checkpoint_every = 1
     config.data.pack, config.data.max_length = True, 2 * LENGTH

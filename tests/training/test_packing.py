@@ -12,6 +12,7 @@ from dspark_jax.target.loading import load_target
 from dspark_jax.training.optim import make_optimizer
 from dspark_jax.training.state import abstract_drafter, init_state, to_module, to_params
 from dspark_jax.training.step import accumulate, place_batch
+from tests.conftest import others_slow
 
 LENGTH, VOCAB = 24, 67
 
@@ -53,7 +54,7 @@ def compute(config, meshes, request):
     return run
 
 
-@pytest.mark.parametrize("compute", ["dspark", "eagle3", "mtp"], indirect=True)
+@pytest.mark.parametrize("compute", others_slow(["dspark", "eagle3", "mtp"], "dspark"), indirect=True)
 def test_packing_changes_neither_loss_nor_gradients(compute, documents):
     apart = pad_batch(documents, LENGTH)
     apart["loss_mask"][:, 0] = 0  # the first token of a document has nothing that predicts it

@@ -33,6 +33,7 @@ from dspark_jax.training.step import (
     make_train_step,
     place_batch,
 )
+from tests.conftest import others_slow
 
 
 @pytest.fixture(scope="module")
@@ -284,7 +285,7 @@ def test_rows_that_an_override_left_out_are_refused(config, meshes, kind):
         check_batch(config, meshes["one"])
 
 
-@pytest.mark.parametrize("kind", ["dflash", "eagle3", "mtp", "rnn"])
+@pytest.mark.parametrize("kind", others_slow(["dflash", "eagle3", "mtp", "rnn"], "eagle3"))
 def test_every_kind_trains_with_the_same_step_on_any_mesh(config, meshes, batch, kind):
     """Gradients reach every parameter, and are those of one device on eight."""
     config.drafter.target_layer_ids, config.drafter.block_size = (0,), 2

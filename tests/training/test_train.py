@@ -166,6 +166,7 @@ def test_two_hosts_train_and_decode_as_one(launch, uninterrupted, config, meshes
     assert one["refused"].endswith("several hosts would not launch the same rounds; drive it with step()")
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_status_2(launch, uninterrupted, tmp_path):
     workdir = shutil.copytree(uninterrupted, tmp_path / "run")
     shutil.rmtree(workdir / "checkpoints" / "8")
@@ -191,6 +192,7 @@ def here(monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_a_checkpoint_continues_on_another_mesh(here, config, uninterrupted, tmp_path):
     workdir = shutil.copytree(uninterrupted, tmp_path / "run")
     shutil.rmtree(workdir / "checkpoints" / "8")

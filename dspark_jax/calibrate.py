@@ -28,8 +28,7 @@ from jax.sharding import Mesh
 from dspark_jax import command
 from dspark_jax.config import Config, InputError
 from dspark_jax.data.samples import Tally, describe
-from dspark_jax.drafter.interface import is_confident
-from dspark_jax.evaluation.decoding import Engine, answer
+from dspark_jax.evaluation.decoding import Decoder, answer
 from dspark_jax.evaluation.plots import reliability_plots
 from dspark_jax.evaluation.predictors import (
     CALIBRATED,
@@ -39,7 +38,7 @@ from dspark_jax.evaluation.predictors import (
     calibration_table,
     compare_predictors,
 )
-from dspark_jax.evaluation.setup import ask, check_prompt_files, open_engine
+from dspark_jax.evaluation.setup import ask, check_prompt_files, open_decoder
 from dspark_jax.evaluation.traces import Traces, record
 from dspark_jax.json_file import write_json
 from dspark_jax.progress import Progress, log
@@ -88,8 +87,8 @@ def calibrate(
     if fit_on == "train":
         check_prompt_files(config.data.prompts, "data.prompts")
     mesh = make_mesh(config.mesh) if mesh is None else mesh
-    engine = open_engine(config, workdir, mesh, target=target, drafter=drafter, tokenizer=tokenizer)
-    if not is_confident(engine.drafter):
+    decoder = open_decoder(config, workdir, mesh, target=target, drafter=drafter, tokenizer=tokenizer)
+    if not decoder.models.confident:
         kind = ((saved_config(workdir) if drafter is None else None) or config).drafter.kind
         kinds = "drafter.kind='dspark', the only kind that has one"
         remedy = "drafter.confidence_head=True" if kind == "dspark" else kinds
@@ -101,7 +100,7 @@ def calibrate(
     folder.mkdir(parents=True, exist_ok=True)
     rejected = folder / "rejected.jsonl"
     with contextlib.closing(Tally(rejected if primary else Path(os.devnull))) as tally, jax.set_mesh(mesh):
-        traces = decode(config, engine, tally, sampled, fit_on)
+        traces = decode(config, decoder, tally, sampled, fit_on)
     written = {}
     if primary:
         if tally.rejected:
@@ -115,7 +114,7 @@ def calibrate(
                 print()
             suffix = "" if temperature == _main(sampled) else f"_t{temperature:g}"
             names = ", ".join(fit.set_names)
-            content = sglang(calibration, names) | {"step": engine.step}
+            content = sglang(calibration, names) | {"step": decoder.step}
             written[temperature] = write_json(Path(workdir) / f"calibration{suffix}.json", content)
             data = write_json(folder / f"calibration{suffix}.json", calibration_data(calibration))
             title = f"{config.name}, temperature {temperature:g}"
@@ -126,7 +125,7 @@ def calibrate(
 
 
 def decode(
-    config: Config, engine: Engine, tally: Tally, temperatures: Sequence[float], fit_on: str
+    config: Config, decoder: Decoder, tally: Tally, temperatures: Sequence[float], fit_on: str
 ) -> list[tuple[Traces, Traces]]:
     """Rounds to fit on and rounds of other prompts to score, for every sampling temperature.
 
@@ -134,19 +133,19 @@ def decode(
       InputError: one of the two is empty.
     """
     settings = config.eval
-    groups = [ask(config, engine, tally, settings.prompts, settings.limit)]
+    groups = [ask(config, decoder, tally, settings.prompts, settings.limit)]
     if fit_on == "train":
         limit = min((n for n in (settings.limit, config.data.limit) if n), default=0)
-        groups.append(ask(config, engine, tally, config.data.prompts, limit))
+        groups.append(ask(config, decoder, tally, config.data.prompts, limit))
     total = sum(len(one.questions) for asked, _ in groups for one in asked) * len(temperatures)
     pairs = []
     with Progress("calibrate", total, unit="answer") as progress:
         for temperature in temperatures:
             parts = []
             for asked, first in groups:
-                requests, result = answer(engine, asked, first, temperature, trace=True, advance=progress.advance)
+                requests, result = answer(decoder, asked, first, temperature, trace=True, advance=progress.advance)
                 names = [one.prompt.prompt_set for one in asked]
-                parts.append(record(result, requests.owners, names, engine.stop_tokens))
+                parts.append(record(result, requests.owners, names, decoder.stop_tokens))
             pairs.append((parts[1], parts[0]) if fit_on == "train" else parts[0].halves())
         progress.update(total)
     for fit, scored in pairs:

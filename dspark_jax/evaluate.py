@@ -35,7 +35,7 @@ from dspark_jax import command, platform
 from dspark_jax.config import Config, InputError
 from dspark_jax.data.samples import Tally, describe
 from dspark_jax.evaluation.acceptance import count_rounds
-from dspark_jax.evaluation.decoding import Engine, Requests, answer, compare_greedy
+from dspark_jax.evaluation.decoding import Decoder, Requests, answer, compare_greedy
 from dspark_jax.evaluation.load import (
     CONCURRENCIES,
     CostTable,
@@ -61,7 +61,7 @@ from dspark_jax.evaluation.predictors import (
     compare_predictors,
 )
 from dspark_jax.evaluation.report import report
-from dspark_jax.evaluation.setup import ask, check_prompt_files, open_engine
+from dspark_jax.evaluation.setup import ask, check_prompt_files, open_decoder
 from dspark_jax.evaluation.speed import Speed, measure_speed, measure_speed_apart
 from dspark_jax.evaluation.summary import Measured, greedy_metrics, metrics_at, overview, table
 from dspark_jax.evaluation.threshold import sweep_thresholds
@@ -121,18 +121,18 @@ def evaluate(
         raise InputError(f"--traffic={traffic}: hosts would not launch the same rounds; leave out --distributed")
     started = time.monotonic()
     mesh = make_mesh(config.mesh) if mesh is None else mesh
-    engine = open_engine(config, workdir, mesh, target=target, drafter=drafter, tokenizer=tokenizer)
+    decoder = open_decoder(config, workdir, mesh, target=target, drafter=drafter, tokenizer=tokenizer)
     primary = jax.process_index() == 0
     folder = Path(workdir) / "eval"
     folder.mkdir(parents=True, exist_ok=True)
     rejected = folder / "rejected.jsonl"
     with contextlib.closing(Tally(rejected if primary else Path(os.devnull))) as tally, jax.set_mesh(mesh):
-        metrics, measured = measure(config, engine, tally, workdir)
+        metrics, measured = measure(config, decoder, tally, workdir)
         curves = {}
         if rates:
             items = measured[0].requests.items
             curves = measure_traffic(
-                engine,
+                decoder,
                 [item.prompt for item in items],
                 [measured[0].conversations[item.owner].prompt.prompt_set for item in items],
                 rates,
@@ -185,7 +185,7 @@ def show(
     print("\n\n".join([*parts, overview(metrics, page)]), flush=True)
 
 
-def measure(config: Config, engine: Engine, tally: Tally, workdir: Path) -> tuple[dict[str, Any], list[Measured]]:
+def measure(config: Config, decoder: Decoder, tally: Tally, workdir: Path) -> tuple[dict[str, Any], list[Measured]]:
     """Decodes everything and computes the metrics, under `jax.set_mesh`; writes and prints nothing.
 
     Returns:
@@ -193,7 +193,7 @@ def measure(config: Config, engine: Engine, tally: Tally, workdir: Path) -> tupl
       from, one entry per temperature; the first one has traces.
     """
     settings = config.eval
-    asked, first = ask(config, engine, tally, settings.prompts, settings.limit)
+    asked, first = ask(config, decoder, tally, settings.prompts, settings.limit)
     set_names = [one.prompt.prompt_set for one in asked]
     quick = first.take(_first_of_each(set_names, settings.speed_prompts))
     greedy = next((t for t in settings.temperatures if t < GREEDY_BELOW), None)
@@ -202,11 +202,11 @@ def measure(config: Config, engine: Engine, tally: Tally, workdir: Path) -> tupl
     total = turns * runs + len(quick.items) * len(settings.temperatures)
     measured: list[Measured] = []
     with Progress("evaluate", total, unit="answer") as progress:
-        speeds = _speeds(config, engine, quick, workdir, progress.advance)
+        speeds = _speeds(config, decoder, quick, workdir, progress.advance)
         for temperature, speed in zip(settings.temperatures, speeds, strict=True):
             trace = not measured
-            requests, result = answer(engine, asked, first, temperature, trace=trace, advance=progress.advance)
-            traces = record(result, requests.owners, set_names, engine.stop_tokens) if trace else None
+            requests, result = answer(decoder, asked, first, temperature, trace=trace, advance=progress.advance)
+            traces = record(result, requests.owners, set_names, decoder.stop_tokens) if trace else None
             counts = count_rounds(result).grouped(requests.owners, len(asked))
             measured.append(Measured(temperature, asked, requests, result, counts, speed, traces))
         # Greedy decoding is compared whether or not it is among the temperatures.
@@ -214,14 +214,14 @@ def measure(config: Config, engine: Engine, tally: Tally, workdir: Path) -> tupl
             checked = measured[settings.temperatures.index(greedy)]
             requests, result = checked.requests, checked.result
         else:
-            requests, result = answer(engine, asked, first, 0.0, advance=progress.advance)
-        differences = compare_greedy(engine, requests, result.tokens, progress.advance)
+            requests, result = answer(decoder, asked, first, 0.0, advance=progress.advance)
+        differences = compare_greedy(decoder, requests, result.tokens, progress.advance)
         progress.update(total)
     described = [metrics_at(one, settings.bootstrap, settings.seed) for one in measured]
     metrics = {
         "name": config.name,
-        "step": engine.step,
-        "block_size": engine.drafter.block_size,
+        "step": decoder.step,
+        "block_size": decoder.models.block_size,
         "max_new_tokens": settings.max_new_tokens,
         **described[0],
         **greedy_metrics(differences, requests, asked),
@@ -232,7 +232,7 @@ def measure(config: Config, engine: Engine, tally: Tally, workdir: Path) -> tupl
 
 
 def _speeds(
-    config: Config, engine: Engine, requests: Requests, workdir: Path, advance: Callable[[int], None]
+    config: Config, decoder: Decoder, requests: Requests, workdir: Path, advance: Callable[[int], None]
 ) -> list[Speed | None]:
     """Speed at every temperature; None for each where there are no requests to measure it on."""
     settings = config.eval
@@ -242,7 +242,7 @@ def _speeds(
         speeds = measure_speed_apart(config, workdir, requests, settings.temperatures, settings.speed_threads)
         advance(len(requests.items) * len(speeds))
         return [*speeds]
-    return [measure_speed(engine, requests, temperature, advance) for temperature in settings.temperatures]
+    return [measure_speed(decoder, requests, temperature, advance) for temperature in settings.temperatures]
 
 
 def write_analysis(

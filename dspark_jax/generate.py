@@ -39,8 +39,9 @@ from jax.sharding import Mesh
 from dspark_jax import command
 from dspark_jax.config import Config, InputError
 from dspark_jax.data.chat import load_tokenizer, prompt_tokens, stop_tokens, with_system
-from dspark_jax.drafter.interface import is_confident
-from dspark_jax.engine.models import when_loaded
+from dspark_jax.drafter.interface import Drafter, is_confident
+from dspark_jax.drafter.none import NO_DRAFTER
+from dspark_jax.engine.models import Models, when_loaded
 from dspark_jax.engine.request import Piece, Request, TracedRound
 from dspark_jax.engine.schedule import Scheduler
 from dspark_jax.engine.serving import Engine
@@ -105,18 +106,17 @@ def generate(
     if not text.strip():
         raise InputError("the prompt is empty; give --prompt TEXT, or text on standard input")
     mesh = make_mesh(config.mesh) if mesh is None else mesh
-    drafter = None if plain else open_drafter(config, workdir, mesh)[1]
-    rule = Scheduler.fixed() if drafter is None else _scheduler(name, threshold, drafter, workdir)
+    drafter = NO_DRAFTER if plain else open_drafter(config, workdir, mesh)[1]
+    rule = _scheduler(name, threshold, drafter, workdir)
     tokenizer = load_tokenizer(config.target.path)
     ids = prompt_tokens(tokenizer, with_system([{"role": "user", "content": text}], config.data.system_prompt))
     budget = config.eval.max_new_tokens if max_new_tokens is None else max_new_tokens
-    target, drafter = when_loaded(load_target(config.target, mesh)), when_loaded(drafter)
+    models = Models(when_loaded(load_target(config.target, mesh)), when_loaded(drafter))
     with jax.set_mesh(mesh):
         engine = Engine(
-            target,
-            drafter,
+            models,
             slots=1,
-            capacity=_capacity(len(ids), budget, target.arch.max_position_embeddings),
+            capacity=_capacity(len(ids), budget, models.arch.max_position_embeddings),
             scheduler=rule,
             tokenizer=tokenizer,
             stop_tokens=stop_tokens(config.target.path, tokenizer),
@@ -173,7 +173,7 @@ def _capacity(prompt: int, budget: int, most: int) -> int:
     return min(wanted, most) if most else wanted
 
 
-def _scheduler(name: str, threshold: float | None, drafter: Any, workdir: Path) -> Scheduler:
+def _scheduler(name: str, threshold: float | None, drafter: Drafter, workdir: Path) -> Scheduler:
     """The rule of that name with what the working directory knows about costs and calibration."""
     if name == "fixed":
         return Scheduler.fixed()

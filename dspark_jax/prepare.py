@@ -44,7 +44,7 @@ from dspark_jax.data.regenerate import (
 from dspark_jax.data.samples import Tally, answered_samples, describe, given_samples
 from dspark_jax.data.sources import SampleReader, write_samples
 from dspark_jax.engine.generate import generate
-from dspark_jax.engine.models import when_loaded
+from dspark_jax.engine.models import Models, when_loaded
 from dspark_jax.engine.sampling import request_keys
 from dspark_jax.errors import UNWRITABLE, is_full_disk
 from dspark_jax.json_file import part, read_ours, write_json
@@ -181,13 +181,12 @@ def target_decoder(config: Config) -> Decode:
     data = config.data
     stops = stop_tokens(config.target.path, load_tokenizer(config.target.path))
     mesh = make_mesh(config.mesh)
-    target = when_loaded(load_target(config.target, mesh))
+    models = Models(when_loaded(load_target(config.target, mesh)))
 
     def decode(prompts: Any, streams: Any, max_new_tokens: int) -> list[np.ndarray]:
         with jax.set_mesh(mesh):
             result = generate(
-                target,
-                None,
+                models,
                 prompts,
                 max_new_tokens=max_new_tokens,
                 temperature=data.temperature,

@@ -2,9 +2,9 @@
 
     python -m dspark_jax.profile --config configs/quickstart.py --workdir runs/quickstart_dspark
 
-times rounds of the target and the newest drafter of the working directory: with drafts, over numbers of verified tokens
-(1, 2, 4, ... per request), and without, for every number of slots in `--slots` and every length in `--contexts`. The
-tokens are arbitrary; nothing else should run meanwhile.
+times rounds of the target and the newest drafter of the working directory, in the programs that the engine runs: with
+drafts, over the numbers of verified tokens that these programs have sizes for, and without, for every number of slots
+in `--slots` and every length in `--contexts`. The tokens are arbitrary; nothing else should run meanwhile.
 
 Writes `cost_table.json` in the layout that SGLang reads (`--speculative-dspark-sps-table-path`): steps per second
 against tokens in the verified batch, for the first number of slots and the first length, and `cost_table_s8.json` and
@@ -25,8 +25,9 @@ from jax.sharding import Mesh
 from dspark_jax import command
 from dspark_jax.config import Config, InputError
 from dspark_jax.engine.cost import RoundShape, round_seconds
+from dspark_jax.engine.sizes import ladder_below
 from dspark_jax.evaluation.plots import cost_plot
-from dspark_jax.evaluation.setup import open_engine
+from dspark_jax.evaluation.setup import open_decoder
 from dspark_jax.json_file import write_json
 from dspark_jax.progress import Progress, log
 from dspark_jax.sharding import make_mesh
@@ -67,22 +68,22 @@ def profile(
     if rounds < 1:
         raise InputError(f"--rounds={rounds} times nothing; use 1 or more")
     mesh = make_mesh(config.mesh) if mesh is None else mesh
-    engine = open_engine(config, workdir, mesh, target=target, drafter=drafter, tokenizer=tokenizer)
-    most, block = engine.target.arch.max_position_embeddings, engine.drafter.block_size
+    decoder = open_decoder(config, workdir, mesh, target=target, drafter=drafter, tokenizer=tokenizer)
+    most, block = decoder.models.arch.max_position_embeddings, decoder.models.block_size
     if most and max(lengths) + block + 1 > most:
         raise InputError(
             f"--contexts={max(lengths)} exceeds the target's {most} positions; use up to {most - block - 1}"
         )
     shapes = [
-        RoundShape(count, context, tokens * count)
+        RoundShape(count, context, tokens)
         for context in lengths
         for count in sizes
-        for tokens in (0, *rungs(block + 1))
+        for tokens in (0, *rungs(count * (block + 1)))
     ]
     measured = []
     with Progress("profile", len(shapes), unit="shape") as progress, jax.set_mesh(mesh):
         for shape in shapes:
-            seconds = round_seconds(engine.target, engine.drafter, shape, rounds=rounds)
+            seconds = round_seconds(decoder.models, shape, rounds=rounds)
             measured.append({**vars(shape), "milliseconds": 1e3 * seconds})
             progress.advance(1)
     where = {"engine": "dspark_jax", "device": f"{mesh.size} x {mesh.devices.flat[0].device_kind}"}
@@ -99,15 +100,19 @@ def profile(
     return tables
 
 
-def rungs(most: int) -> list[int]:
-    """Tokens per request that are measured: 1, 2, 4, ... and `most`."""
-    return sorted({min(1 << power, most) for power in range(most.bit_length() + 1)})
+def rungs(most: int) -> tuple[int, ...]:
+    """Numbers of verified tokens that are measured: the sizes that the engine has programs for."""
+    return (*ladder_below(most), most)
 
 
 def cost_table(measured: Sequence[dict[str, Any]], slots: int, context: int) -> dict[str, Any]:
     """What was measured for some slots and context in the layout of SGLang, and rounds without drafts beside it."""
     rows = [row for row in measured if (row["slots"], row["context"]) == (slots, context)]
-    drafting = {row["tokens"]: 1e3 / row["milliseconds"] for row in rows if row["tokens"]}
+    drafting: dict[int, float] = {}
+    for row in rows:
+        if row["tokens"]:  # a batch of this size takes whatever the one before does not hold
+            rate = 1e3 / row["milliseconds"]
+            drafting |= {max(drafting, default=0) + 1: rate} | {row["tokens"]: rate}
     plain = [1e3 / row["milliseconds"] for row in rows if not row["tokens"]]
     return {
         "sample_batch_tokens": list(drafting),
@@ -125,13 +130,12 @@ def describe(measured: Sequence[dict[str, Any]]) -> str:
     lines = []
     for context in dict.fromkeys(row["context"] for row in measured):
         rows = [row for row in measured if row["context"] == context]
-        shares = sorted({row["tokens"] // row["slots"] for row in rows})
-        names = ["no drafts" if not share else f"{share} verified" for share in shares]
-        lines += ["", f"milliseconds per round at {context} tokens of context, by verified tokens per request"]
-        lines.append(f"{'slots':>6}" + "".join(f"{name:>13}" for name in names))
+        lines += ["", f"milliseconds per round at {context} tokens of context, by verified tokens of all slots"]
         for slots in dict.fromkeys(row["slots"] for row in rows):
-            values = {row["tokens"] // slots: row["milliseconds"] for row in rows if row["slots"] == slots}
-            lines.append(f"{slots:>6}" + "".join(f"{values[share]:>13.2f}" for share in shares))
+            own = [row for row in rows if row["slots"] == slots]
+            names = [f"{row['tokens']} verified" if row["tokens"] else "no drafts" for row in own]
+            lines.append(f"{slots:>3} slots  " + "".join(f"{name:>14}" for name in names))
+            lines.append(" " * 11 + "".join(f"{row['milliseconds']:>14.2f}" for row in own))
     return "\n".join(lines[1:])
 
 

@@ -26,9 +26,10 @@ from dspark_jax.data.chat import load_tokenizer, prompt_tokens, stop_tokens
 from dspark_jax.data.prompts import Prompt
 from dspark_jax.data.regenerate import Conversation
 from dspark_jax.engine.generate import decode
+from dspark_jax.engine.models import Models
 from dspark_jax.evaluate import _define, evaluate, show
 from dspark_jax.evaluation.decoding import (
-    Engine,
+    Decoder,
     Request,
     Requests,
     answer,
@@ -89,7 +90,8 @@ def run(save_untrained: Any, tiny_target: Path, tmp_path_factory: pytest.TempPat
         printed: list[str] = []
         patch.setattr("builtins.print", lambda *text, sep=" ", **_: printed.append(sep.join(map(str, text))))
         # One contender in traffic, short replays, no vector graphics: the rest would only take longer.
-        patch.setattr("dspark_jax.evaluation.traffic.traffic_contenders", lambda *_: {"plain": (None, None)})
+        alone = lambda models, _: {"plain": (models.plain(), None)}  # noqa: E731
+        patch.setattr("dspark_jax.evaluation.traffic.traffic_contenders", alone)
         patch.setattr("dspark_jax.evaluation.load.replay", functools.partial(replay, steps=96))
         patch.setattr("dspark_jax.evaluation.plots.Plot.svg", lambda self, theme: "<svg/>")
         before = decode._cache_size()
@@ -237,11 +239,11 @@ def test_details_are_a_flag(tmp_path: Path):
         assert command.parse(["--config", str(experiment), *flag], _define)[2]["details"] is expected
 
 
-def engine_of(run: Run) -> Engine:
+def engine_of(run: Run) -> Decoder:
     target, tokenizer = load_target(run.config.target, run.mesh), load_tokenizer(run.config.target.path)
     drafter = load_drafter(run.workdir, run.mesh)[1]
     stops = stop_tokens(run.config.target.path, tokenizer)
-    return Engine(target, drafter, tokenizer, stops, BUDGET, batch_size=4, seed=0)
+    return Decoder(Models(target, drafter), tokenizer, stops, BUDGET, batch_size=4, seed=0)
 
 
 def test_a_later_turn_sees_the_answer_before_it_and_a_changed_token_is_found(run: Run):

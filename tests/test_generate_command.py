@@ -26,9 +26,10 @@ from dspark_jax.config import (
     resolve,
 )
 from dspark_jax.data.chat import answer_text, load_tokenizer, prompt_tokens, stop_tokens
+from dspark_jax.engine import Models
 from dspark_jax.engine import generate as decode
 from dspark_jax.engine.request import Piece, TracedRound
-from dspark_jax.evaluation.setup import open_drafter, open_engine
+from dspark_jax.evaluation.setup import open_decoder, open_drafter
 from dspark_jax.generate import _define, _explained, _mark, _marks, _scheduler, generate
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target.loading import load_target
@@ -59,7 +60,7 @@ def run(save_untrained: Any, tiny_target: Path, tmp_path_factory: pytest.TempPat
     tokenizer = load_tokenizer(tiny_target)
     ids = prompt_tokens(tokenizer, [{"role": "user", "content": PROMPT}])
     stops = stop_tokens(tiny_target, tokenizer)
-    plain = decode(load_target(config.target, mesh), None, [ids], max_new_tokens=BUDGET, stop_tokens=stops)
+    plain = decode(Models(load_target(config.target, mesh)), [ids], max_new_tokens=BUDGET, stop_tokens=stops)
     return Run(config, workdir, mesh, tokenizer, plain.tokens[0].tolist())
 
 
@@ -221,12 +222,12 @@ def test_bad_options_are_one_line(run: Run, options: dict[str, Any], message: st
     ],
 )
 def test_another_drafter_than_the_config_states_is_refused(run: Run, changes: Any, difference: str) -> None:
-    """By all that open one: `generate`, and `open_engine` of `evaluate`, `calibrate`, `profile` and `compare`."""
+    """By all that open one: `generate`, and `open_decoder` of `evaluate`, `calibrate`, `profile` and `compare`."""
     config = dataclasses.replace(run.config, drafter=dataclasses.replace(run.config.drafter, **changes))
     whole = f"{run.workdir}/checkpoints/1: {difference}"
     for opened in (
         lambda: generate(config, run.workdir, mesh=run.mesh, prompt=PROMPT),
-        lambda: open_engine(config, run.workdir, run.mesh),
+        lambda: open_decoder(config, run.workdir, run.mesh),
     ):
         with pytest.raises(InputError) as error:
             opened()

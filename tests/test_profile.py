@@ -10,7 +10,7 @@ import pytest
 
 from dspark_jax import command
 from dspark_jax.config import Config, DataConfig, DrafterConfig, InputError, MeshConfig, TargetConfig, resolve
-from dspark_jax.engine import cost
+from dspark_jax.engine import Models, cost
 from dspark_jax.evaluation.load import read_cost_table
 from dspark_jax.profile import _define, cost_table, profile, rungs
 from dspark_jax.sharding import make_mesh
@@ -38,13 +38,12 @@ def test_the_tables_are_in_the_layout_that_is_read(written: Any) -> None:
     for slots, name in ((2, "cost_table.json"), (1, "cost_table_s1.json")):
         content = json.loads((workdir / name).read_text())
         assert content == tables[slots]
-        assert (
-            content["sample_batch_tokens"] == [slots, 2 * slots, 4 * slots] and content["max_batch_tokens"] == 4 * slots
-        )
+        sizes = {2: [1, 2, 3, 4, 5, 8], 1: [1, 2, 3, 4]}[slots]
+        assert content["sample_batch_tokens"] == sizes and content["max_batch_tokens"] == 4 * slots
         assert content["engine"] == "dspark_jax" and content["device"] == "1 x cpu"
         read = read_cost_table(workdir / name)
         assert read.most_tokens == 4 * slots and read.plain is not None
-        assert read.steps_per_second[3 * slots] == pytest.approx(content["sample_steps_per_sec"][1])
+        assert read.steps_per_second[3 * slots] == pytest.approx(content["sample_steps_per_sec"][-1])
         assert read.plain.tolist() == [content["plain_steps_per_sec"][0]] * (slots + 1)
     assert "milliseconds per round at 16 tokens" in printed and "4 verified" in printed
     data = json.loads((workdir / "eval/cost.json").read_text())
@@ -55,19 +54,18 @@ def test_every_shape_is_timed_once_and_each_does_what_it_says(written: Any, monk
     """Rounds with drafts commit at least a token per active request from where they always begin."""
     config, workdir, mesh, *_ = written
     seen = []
-    monkeypatch.setattr("dspark_jax.profile.round_seconds", lambda *args, **_: seen.append(args[2]) or 0.25)
+    monkeypatch.setattr("dspark_jax.profile.round_seconds", lambda *args, **_: seen.append(args[1]) or 0.25)
     tables = profile(config, workdir, mesh=mesh, slots=[3, 3], contexts=[8, 12])
     assert [(one.slots, one.context, one.tokens) for one in seen] == [
-        (3, context, tokens) for context in (8, 12) for tokens in (0, 3, 6, 12)
+        (3, context, tokens) for context in (8, 12) for tokens in (0, 2, 3, 6, 12)
     ]
-    assert tables[3]["sample_steps_per_sec"] == [4.0] * 3 and tables[3]["plain_steps_per_sec"] == [4.0]
+    assert tables[3]["sample_steps_per_sec"] == [4.0] * 7 and tables[3]["plain_steps_per_sec"] == [4.0]
 
 
 def test_rounds_without_and_with_drafts_begin_where_they_should(models_of: Any) -> None:
-    target, drafter = models_of
-    for tokens in (0, 2, 8):
-        state = cost.midway(target, drafter, cost.Scheduler.fixed(), 2, 2, 9)
-        ran = cost._rounds(target, drafter, state, cost.Scheduler.fixed(), np.int32(3), tokens)
+    for drafts, sizes in ((False, ()), (True, (2, 4)), (True, ())):
+        state = cost.decoding_state(models_of, cost.Scheduler.fixed(), 2, 2, 9)
+        ran = cost._rounds(models_of, state, cost.Scheduler.fixed(), np.int32(3), drafts=drafts, sizes=sizes)
         assert (ran[:, :9] == state.tokens[:, :9]).all() and (ran[:, 9] != state.tokens[:, 9]).any()
 
 
@@ -77,11 +75,11 @@ def models_of(written: Any) -> Any:
     from dspark_jax.training.checkpoint import load_drafter
 
     config, workdir, mesh, *_ = written
-    return load_target(config.target, mesh), load_drafter(workdir, mesh, config.target)[1]
+    return Models(load_target(config.target, mesh), load_drafter(workdir, mesh, config.target)[1])
 
 
-def test_rungs_double_and_end_at_the_most() -> None:
-    assert rungs(8) == [1, 2, 4, 8] and rungs(6) == [1, 2, 4, 6] and rungs(2) == [1, 2]
+def test_what_is_measured_are_the_sizes_of_the_engine() -> None:
+    assert rungs(8) == (1, 2, 4, 8) and rungs(6) == (1, 2, 3, 6) and rungs(2) == (1, 2) and rungs(24) == (3, 6, 12, 24)
     rows = [{"slots": 1, "context": 4, "tokens": t, "milliseconds": 2.0} for t in (0, 1, 2)]
     assert cost_table(rows, 1, 4)["sample_steps_per_sec"] == [500.0, 500.0]
 

@@ -46,6 +46,7 @@ from dspark_jax.data.chat import load_tokenizer, prompt_tokens
 from dspark_jax.data.features import LENDER
 from dspark_jax.data.prompts import Malformed, read_prompts
 from dspark_jax.engine.generate import generate
+from dspark_jax.engine.models import Models
 from dspark_jax.hub import local_directory, with_architecture
 from dspark_jax.json_file import read_object
 from dspark_jax.kinds import as_kind
@@ -270,7 +271,7 @@ def examine(options: argparse.Namespace, *, mesh: Mesh | None = None, target: An
                 )
             target = load_target(TargetConfig(path=options.target, architecture=architecture), mesh)
         prompts, masks = check_prompts(options, target.arch.vocab_size)
-        written = generate(target, None, prompts, max_new_tokens=options.tokens, batch_size=len(prompts)).tokens
+        written = generate(Models(target), prompts, max_new_tokens=options.tokens, batch_size=len(prompts)).tokens
         answers = [
             Answer(np.asarray([*prompt, *tokens], np.int32), len(prompt))
             for prompt, tokens in zip(prompts, written, strict=True)

@@ -55,6 +55,7 @@ class Drafter(Protocol):
 
     block_size: int
     taps: tuple[int, ...]
+    dtype: Any
 
     def init_cache(self, batch: int, length: int) -> Any:
         """An empty cache for `length` positions of `batch` requests."""

@@ -13,7 +13,7 @@ from dspark_jax.unicode import check_unicode
 
 
 def check_engine(
-    target: Any,
+    arch: TargetArchitecture,
     sizes: Mapping[str, int],
     capacity: int,
     stop_tokens: Sequence[int],
@@ -22,7 +22,7 @@ def check_engine(
     """Refuses values with which an engine cannot work; see `Engine`, whose arguments these are.
 
     Args:
-      target: the language model.
+      arch: of the target.
       sizes: by name, what must be at least 1; `max_stop_tokens` is among them.
       capacity: most tokens of a request.
       stop_tokens: of the engine itself.
@@ -34,12 +34,12 @@ def check_engine(
     for name, value in sizes.items():
         arguments.integer(name, value, least=1)
     arguments.integer("capacity", capacity, least=2)  # a prompt and an answer
-    most = target.arch.max_position_embeddings
+    most = arch.max_position_embeddings
     if most and capacity > most:
         raise InputError(
             f"capacity={capacity} exceeds the target's max_position_embeddings={most}; use at most that many"
         )
-    _stops(stop_tokens, target.arch, sizes["max_stop_tokens"])
+    _stops(stop_tokens, arch, sizes["max_stop_tokens"])
     if tokenizer is not None and not (callable(tokenizer) and hasattr(tokenizer, "decode")):
         raise InputError(f"the tokenizer is {type(tokenizer).__name__}; load one with load_tokenizer, or give None")
 

@@ -121,13 +121,17 @@ def check_keys(keys: Any, count: int) -> None:
         raise InputError(f"keys is {kind}; give {count} random keys, e.g. those of request_keys")
 
 
-def check_models(target: Any, drafter: Any) -> None:
-    """Refuses what is no target and no drafter."""
+def check_models(models: Any) -> None:
+    """Refuses what is no `Models` of a target and a drafter."""
+    if not (hasattr(models, "target") and hasattr(models, "drafter")):
+        raise InputError(f"the models are {type(models).__name__}; give Models(target, drafter), or Models(target)")
+    target, drafter = models.target, models.drafter
     if not hasattr(target, "arch"):
-        raise InputError(f"the target is {type(target).__name__}; load one with load_target")
-    if drafter is not None and not hasattr(drafter, "block_size"):
+        raise InputError(f"the target of the models is {type(target).__name__}; load one with load_target")
+    if not hasattr(drafter, "block_size"):
         raise InputError(
-            f"the drafter is {type(drafter).__name__}; load one with load_drafter, or give None to decode plainly"
+            f"the drafter of the models is {type(drafter).__name__}; load one with load_drafter, or leave it out to "
+            "decode plainly"
         )
 
 

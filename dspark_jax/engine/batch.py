@@ -11,14 +11,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from dspark_jax.drafter.interface import Drafter
-from dspark_jax.engine.generate import flat_sizes
-from dspark_jax.engine.models import for_decoding
+from dspark_jax.engine.models import Models
 from dspark_jax.engine.request import EngineMetrics, FinishReason, Request, Settings, TracedRound
 from dspark_jax.engine.schedule import Scheduler
+from dspark_jax.engine.sizes import verified_sizes
 from dspark_jax.engine.slots import Chunk, Committed, Mode, open_slots, prefill_chunk, serve_round
 from dspark_jax.ops.sampling import GREEDY_BELOW
-from dspark_jax.target.model import Target
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +32,7 @@ class Batch:
 
     def __init__(
         self,
-        target: Target,
-        drafter: Drafter | None,
+        models: Models,
         scheduler: Scheduler,
         metrics: EngineMetrics,
         *,
@@ -44,13 +41,12 @@ class Batch:
         width: int,
         chunks: int,
         stops: int,
-        verify_sizes: Sequence[int] = (),
+        verify_sizes: Sequence[int] | None = None,
     ):
         """Empty slots.
 
         Args:
-          target: the language model.
-          drafter: drafts for it, or None.
+          models: target and drafter.
           scheduler: decides how many drafts are verified.
           metrics: what is launched and committed is counted there.
           slots: B.
@@ -63,15 +59,11 @@ class Batch:
         self.scheduler, self.metrics, self.stops = scheduler, metrics, stops
         self.width, self.chunks = width, chunks
         self.pending: collections.deque[_Launch] = collections.deque()
-        block_size = 0 if drafter is None else drafter.block_size
         # Room for the last round, which begins below the limit, and for the padding of the last chunk.
-        rows = max(capacity + block_size, -(-capacity // width) * width)
-        most = scheduler.maximum if scheduler.maximum is not None and np.ndim(scheduler.maximum) == 0 else block_size
-        self._rows = min(int(np.asarray(most)), block_size) + 1  # of a request in a round
-        self.sizes = flat_sizes(verify_sizes, slots * self._rows)
-        self._wanted = slots * self._rows  # tokens that a scheduler which knows them ahead wants to verify
-        self._models = for_decoding(target, drafter, batch_size=slots)
-        self._device = open_slots(*self._models, scheduler, count=slots, rows=rows, stops=stops)
+        rows = max(capacity + models.block_size, -(-capacity // width) * width)
+        self.sizes = verified_sizes(verify_sizes, scheduler, slots, models.rows, slots_may_be_empty=True)
+        self._models = models.for_decoding(batch_size=slots)
+        self._device = open_slots(self._models, scheduler, count=slots, rows=rows, stops=stops)
         self._requests: list[Request | None] = [None] * slots
         self._read = [0] * slots  # prompt tokens of each slot's request that have been launched
         self._filling: collections.deque[int] = collections.deque()  # slots with unread prompts, first come first
@@ -138,37 +130,24 @@ class Batch:
         ]
         if not owners:
             return
-        outcome = self._round(_mode([request.settings for _, request in owners]), self._size(len(owners)))
+        outcome = self._round(_mode([request.settings for _, request in owners]))
         self.metrics.rounds += 1
         self.pending.append(_Launch(owners, _fetching(outcome)))
 
     def _prefill(self, chunk: Chunk) -> Committed:
-        target, drafter = self._models
-        self._device, outcome = prefill_chunk(target, drafter, self._device, chunk, self.scheduler)
+        self._device, outcome = prefill_chunk(self._models, self._device, chunk, self.scheduler)
         return outcome
 
-    def _size(self, requests: int) -> int:
-        """Tokens of the next flat batch: room for all that these requests may be given, or for what was asked for."""
-        if not self.sizes:
-            return 0
-        tokens = requests * self._rows
-        if self.scheduler.name == "lagged" and np.all(np.asarray(self.scheduler.minimum) == 0):
-            tokens = min(tokens, max(self._wanted, requests))
-        return next(size for size in self.sizes if size >= tokens)
-
-    def _round(self, mode: Mode, size: int) -> Committed:
-        target, drafter = self._models
+    def _round(self, mode: Mode) -> Committed:
         released, self._released = self._released, np.zeros_like(self._released)
         self._device, outcome = serve_round(
-            target, drafter, self._device, released, self.scheduler, mode=mode, size=size
+            self._models, self._device, released, self.scheduler, mode=mode, sizes=self.sizes
         )
         return outcome
 
     def _collect(self, launch: _Launch) -> None:
         """Reads what a launch has committed and hands it out; those who have ended since get nothing."""
         outcome: Committed = jax.device_get(launch.outcome)
-        if outcome.capacity is not None:
-            self._wanted = int(outcome.capacity)
         for row, request in launch.owners:
             if request.done:
                 continue
@@ -185,12 +164,11 @@ class Batch:
                 self.metrics.admitted += traced.admitted
 
     def warm_up(self, modes: Sequence[Mode]) -> None:
-        """Compiles the chunk and a round of every mode and size, by running them on empty slots."""
+        """Compiles the chunk and a round of every mode, by running them on empty slots."""
         # A chunk of a prompt that goes on leaves its slot finished; the next request sets it whole.
         outcome = self._prefill(_chunk(None, 0, 0, self.width, self.stops))
         for mode in modes:
-            for size in self.sizes or (0,):
-                outcome = self._round(mode, size)
+            outcome = self._round(mode)
         jax.block_until_ready(outcome)
 
 

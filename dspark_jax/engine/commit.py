@@ -9,7 +9,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from dspark_jax.drafter.interface import Drafter, Proposal
+from dspark_jax.drafter.interface import Proposal
+from dspark_jax.engine.models import Models
 from dspark_jax.engine.state import DecodeState, Pending, Round
 from dspark_jax.engine.verify import Verdict
 from dspark_jax.target.model import TargetOutput
@@ -52,7 +53,7 @@ def append(tokens: jax.Array, lengths: jax.Array, block: jax.Array) -> jax.Array
 
 
 def commit(
-    drafter: Drafter | None,
+    models: Models,
     state: DecodeState,
     proposal: Proposal,
     lengths: jax.Array,
@@ -63,8 +64,8 @@ def commit(
     """Appends what a round produced; finished requests stay as they are.
 
     Args:
-      drafter: absorbs the target's features of the verified tokens that were kept: the anchor and the accepted drafts.
-        None: nobody does (see `postpone`).
+      models: the drafter absorbs the target's features of the verified tokens that were kept: the anchor and the
+        accepted drafts. Without one nobody does (see `postpone`).
       state: before the round.
       proposal: all drafts.
       lengths: [B] how many of them were verified.
@@ -77,7 +78,7 @@ def commit(
       though the round's `emitted` counts them.
     """
     entry, ended = settle(proposal, lengths, verdict, stop_tokens)
-    if getattr(drafter, "stops_drafting", False):
+    if getattr(models.drafter, "stops_drafting", False):
         # What it would draft behind a stop token is never used: it follows from drafts alone, and is not counted.
         drafted = until_first(is_stop(proposal.tokens, stop_tokens))
         entry = dataclasses.replace(entry, proposed=jnp.minimum(entry.proposed, drafted))
@@ -87,12 +88,10 @@ def commit(
     block = jnp.where(jnp.arange(width) == entry.accepted[:, None], entry.next_token[:, None], drafted)
     grown = jnp.minimum(state.lengths + entry.emitted, state.limits)
 
-    draft_cache = state.draft_cache
-    if drafter is not None:
-        verified = jnp.concatenate([state.anchors[:, None], proposal.tokens], axis=1)
-        positions = state.positions[:, None] + jnp.arange(width)
-        kept = jnp.where(active, entry.accepted + 1, 0)
-        draft_cache = drafter.extend(draft_cache, output.features, verified, positions, kept)
+    verified = jnp.concatenate([state.anchors[:, None], proposal.tokens], axis=1)
+    positions = state.positions[:, None] + jnp.arange(width)
+    kept = jnp.where(active, entry.accepted + 1, 0)
+    draft_cache = models.drafter.extend(state.draft_cache, output.features, verified, positions, kept)
     # A stop token that the budget cuts off was never emitted.
     stopped = ended & (state.lengths + entry.emitted <= state.limits)
     after = dataclasses.replace(
@@ -120,13 +119,13 @@ def postpone(state: DecodeState, features: jax.Array, active: jax.Array) -> Pend
     return Pending(rows, counts + active)
 
 
-def absorb(drafter: Drafter, state: DecodeState) -> DecodeState:
+def absorb(models: Models, state: DecodeState) -> DecodeState:
     """Shows the drafter what is pending; its cache then holds everything before the anchors."""
     pending = state.pending
     assert pending is not None
     rows = pending.features.shape[1]
     positions = (state.positions - pending.counts)[:, None] + jnp.arange(rows)
     tokens = jnp.take_along_axis(state.tokens, jnp.minimum(positions, state.tokens.shape[1] - 1), axis=1)
-    cache = drafter.extend(state.draft_cache, pending.features, tokens, positions, pending.counts)
+    cache = models.drafter.extend(state.draft_cache, pending.features, tokens, positions, pending.counts)
     cleared = dataclasses.replace(pending, counts=jnp.zeros_like(pending.counts))
     return dataclasses.replace(state, draft_cache=cache, pending=cleared)

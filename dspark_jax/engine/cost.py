@@ -7,16 +7,16 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from dspark_jax.engine.models import for_decoding
+from dspark_jax.engine.models import Models
 from dspark_jax.engine.round import catch_up, drafting_round, plain_round
-from dspark_jax.engine.sampling import request_keys, round_uniforms
+from dspark_jax.engine.sampling import Requests, request_keys, round_uniforms
 from dspark_jax.engine.schedule import Scheduler
-from dspark_jax.engine.state import DecodeState, Pending, round_rows
+from dspark_jax.engine.sizes import verified_sizes
+from dspark_jax.engine.state import DecodeState, Pending
 from dspark_jax.ops.sampling import Sampling
 
 
@@ -35,32 +35,30 @@ class RoundShape:
     tokens: int
 
 
-def midway(target: Any, drafter: Any, scheduler: Scheduler, slots: int, active: int, context: int) -> DecodeState:
+def decoding_state(models: Models, scheduler: Scheduler, slots: int, active: int, context: int) -> DecodeState:
     """The state of `slots` requests of `context` tokens each, of which the first `active` go on for ever."""
-    block_size = 0 if drafter is None else drafter.block_size
-    rows, row = context + block_size + 1, jnp.arange(slots, dtype=jnp.int32)
+    rows, row = context + models.rows, jnp.arange(slots, dtype=jnp.int32)
     return dataclasses.replace(
-        DecodeState.empty(target, drafter, slots, rows),
-        tokens=(row[:, None] + jnp.arange(rows, dtype=jnp.int32)) % min(target.arch.vocab_size, 1000),
+        DecodeState.empty(models, slots, rows),
+        tokens=(row[:, None] + jnp.arange(rows, dtype=jnp.int32)) % min(models.arch.vocab_size, 1000),
         lengths=jnp.full_like(row, context),
         limits=jnp.full_like(row, jnp.iinfo(jnp.int32).max),
         finished=row >= active,
         keys=request_keys(0, row),
-        history=scheduler.start(slots, block_size),
+        history=scheduler.start(slots, models.block_size),
     )
 
 
-def round_seconds(target: Any, drafter: Any, shape: RoundShape, *, rounds: int = 12, repeats: int = 3) -> float:
+def round_seconds(models: Models, shape: RoundShape, *, rounds: int = 12, repeats: int = 3) -> float:
     """Seconds of a greedy round of this shape, the best of several runs.
 
     Args:
-      target: the language model.
-      drafter: drafts for it; rounds without drafts keep its cache up to date. None decodes plainly.
+      models: rounds without drafts keep the drafter's cache up to date.
       shape: of the round; of T tokens, every request that there is gets its share.
       rounds: that are timed together.
       repeats: runs.
     """
-    run = rounds_of(target, drafter, shape)
+    run = rounds_of(models, shape)
 
     def timed(count: int) -> float:
         started = time.perf_counter()
@@ -73,37 +71,44 @@ def round_seconds(target: Any, drafter: Any, shape: RoundShape, *, rounds: int =
     return max(seconds / rounds, 1e-9)
 
 
-def rounds_of(target: Any, drafter: Any, shape: RoundShape) -> Callable[[int], jax.Array]:
-    """What `round_seconds` times: decodes so many rounds of this shape in one program."""
-    target, drafter = for_decoding(target, drafter, batch_size=shape.slots)
+def rounds_of(models: Models, shape: RoundShape) -> Callable[[int], jax.Array]:
+    """What `round_seconds` times: decodes so many rounds of this shape in one program, that of `Engine`."""
+    models = models.for_decoding(batch_size=shape.slots)
     active = min(shape.tokens, shape.slots) or shape.slots
-    share = min(shape.tokens // active, round_rows(drafter))
-    scheduler = Scheduler.fixed(max(share - 1, 0))
-    state = midway(target, drafter, scheduler, shape.slots, active, shape.context)
-    return lambda count: _rounds(target, drafter, state, scheduler, jnp.int32(count), shape.tokens)
+    share, more = divmod(shape.tokens, active)
+    drafted = jnp.clip(share - 1 + (jnp.arange(shape.slots) < more), 0, models.block_size)
+    scheduler = Scheduler.fixed(drafted)
+    sizes = verified_sizes(None, scheduler, shape.slots, models.rows)
+    state = decoding_state(models, scheduler, shape.slots, active, shape.context)
+    drafts = bool(shape.tokens) or not models.drafts
+    return lambda count: _rounds(models, state, scheduler, jnp.int32(count), drafts=drafts, sizes=sizes)
 
 
-@functools.partial(jax.jit, static_argnames=("size",))
+@functools.partial(jax.jit, static_argnames=("drafts", "sizes"))
 def _rounds(
-    target: Any, drafter: Any, state: DecodeState, scheduler: Scheduler, count: jax.Array, size: int
+    models: Models,
+    state: DecodeState,
+    scheduler: Scheduler,
+    count: jax.Array,
+    *,
+    drafts: bool,
+    sizes: tuple[int, ...],
 ) -> jax.Array:
     """Tokens after `count` rounds that all begin at the same place."""
     slots = state.lengths.shape[0]
     sampling, stops = Sampling.constant(0.0, slots), jnp.full((1,), -1, jnp.int32)
-    block_size = 0 if drafter is None else drafter.block_size
-    if drafter is not None and not size:
-        state = dataclasses.replace(state, pending=Pending.empty(target, drafter, slots))
+    if not drafts:
+        state = dataclasses.replace(state, pending=Pending.empty(models, slots))
 
     def turn(number: jax.Array, at: DecodeState) -> DecodeState:
         del number
-        settings = (at, round_uniforms(at.keys, at.positions, block_size), sampling, stops)
-        if size or drafter is None:
-            sizes = (size,) if size else ()
-            after = drafting_round(target, drafter, *settings, scheduler, sizes=sizes)[0]
+        requests = Requests(round_uniforms(at.keys, at.positions, models.block_size), sampling, stops)
+        if drafts:
+            after = drafting_round(models, at, requests, scheduler, sizes=sizes)[0]
         else:
-            after = plain_round(target, drafter, *settings)[0]
+            after = plain_round(models, at, requests)[0]
             assert after.pending is not None
-            after = catch_up(drafter, after, after.pending.full)
+            after = catch_up(models, after, after.pending.full)
         return dataclasses.replace(after, lengths=at.lengths, finished=at.finished, stopped=at.stopped)
 
     return jax.lax.fori_loop(0, count, turn, state).tokens

@@ -1,6 +1,6 @@
 """Batched speculative decoding in one jitted loop: draft, schedule, verify, commit.
 
-`generate` is the front door for lists of prompts. Plain decoding is the same code without a drafter.
+`generate` is the front door for lists of prompts. Plain decoding is the same code with the drafter that drafts nothing.
 """
 
 import dataclasses
@@ -13,83 +13,79 @@ import jax.numpy as jnp
 import numpy as np
 
 from dspark_jax.config import InputError
-from dspark_jax.drafter.interface import Drafter, is_confident
 from dspark_jax.engine import arguments
 from dspark_jax.engine.admission import prompt_rows
 from dspark_jax.engine.commit import is_stop
-from dspark_jax.engine.models import for_decoding
+from dspark_jax.engine.models import Models
 from dspark_jax.engine.result import DecodeResult, collect
 from dspark_jax.engine.round import catch_up, drafting_round, plain_round
-from dspark_jax.engine.sampling import request_keys, request_sampling, round_uniforms
+from dspark_jax.engine.sampling import Requests, request_keys, request_sampling, round_uniforms
 from dspark_jax.engine.schedule import Scheduler, drafts_now
 from dspark_jax.engine.scheduler_check import check_scheduler
-from dspark_jax.engine.state import DecodeState, Pending, RoundLog, draft_cache, round_rows
+from dspark_jax.engine.sizes import verified_sizes
+from dspark_jax.engine.state import DecodeState, Pending, RoundLog
 from dspark_jax.ops.sampling import Sampling, sample
 from dspark_jax.sharding import constrain, whole
-from dspark_jax.target.model import Target
 
 
-def prefill(
-    target: Target,
-    drafter: Drafter | None,
-    prompts: jax.Array,
-    prompt_lengths: jax.Array,
-    limits: jax.Array,
-    keys: jax.Array,
-    uniform: jax.Array,
-    sampling: Sampling,
-    stop_tokens: jax.Array,
-    *,
-    capacity: int,
-) -> DecodeState:
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """What a batch of requests begins with.
+
+    Attributes:
+      tokens: [B, P] int32, padded on the right.
+      lengths: [B], at least 1.
+      limits: [B] length at which a request ends; at its prompt's length it is finished before it starts.
+      keys: [B] request keys.
+    """
+
+    tokens: Any
+    lengths: Any
+    limits: Any
+    keys: jax.Array
+
+
+def prefill(models: Models, prompts: Prompts, requests: Requests, *, capacity: int) -> DecodeState:
     """Runs the prompts through the target, shows them to the drafter, and draws each request's first token.
 
     Args:
-      target: the language model.
-      drafter: absorbs the features of the whole prompt, or None.
-      prompts: [B, P] int32, padded on the right.
-      prompt_lengths: [B], at least 1.
-      limits: [B] length at which a request ends; at its prompt's length it is finished before it starts.
-      keys: [B] request keys, kept in the state.
-      uniform: [B, 2] draws the first token.
-      sampling: temperatures and filters of the requests.
-      stop_tokens: [K] ids that end a request.
+      models: the drafter absorbs the features of the whole prompt.
+      prompts: of the batch; the keys are kept in the state.
+      requests: `uniforms.next` draws the first token.
       capacity: C, at least limits + G: a round that starts below the limit writes G + 1 rows.
     """
-    batch, width = prompts.shape
-    positions = jnp.broadcast_to(jnp.arange(width), prompts.shape)
-    taps = () if drafter is None else drafter.taps
-    cache = target.init_cache(batch, capacity, round_rows(drafter))
-    output = target.forward(prompts, positions, cache, taps=taps, counts=prompt_lengths)
-    last = jnp.take_along_axis(output.last_hidden, (prompt_lengths - 1)[:, None, None], axis=1)[:, 0]
-    first = sample(target.unembed(last), sampling, uniform)
-    shown = draft_cache(drafter, batch, capacity)
-    if drafter is not None:
-        shown = drafter.extend(shown, output.features, prompts, positions, prompt_lengths)
+    batch, width = prompts.tokens.shape
+    lengths, positions = prompts.lengths, jnp.broadcast_to(jnp.arange(width), prompts.tokens.shape)
+    cache = models.target_cache(batch, capacity)
+    output = models.target.forward(prompts.tokens, positions, cache, taps=models.taps, counts=lengths)
+    last = jnp.take_along_axis(output.last_hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    first = sample(models.target.unembed(last), requests.sampling, requests.uniforms.next)
+    empty = models.draft_cache(batch, capacity)
 
-    tokens = jnp.pad(prompts, ((0, 0), (0, capacity - width)))
-    at = jnp.arange(capacity) == prompt_lengths[:, None]
-    lengths = jnp.minimum(prompt_lengths + 1, limits)
-    stopped = is_stop(first, stop_tokens) & (lengths > prompt_lengths)
+    tokens = jnp.pad(prompts.tokens, ((0, 0), (0, capacity - width)))
+    at = jnp.arange(capacity) == lengths[:, None]
+    grown = jnp.minimum(lengths + 1, prompts.limits)
+    stopped = is_stop(first, requests.stop_tokens) & (grown > lengths)
     return DecodeState(
         tokens=constrain(jnp.where(at, first[:, None], tokens), "batch", None),
-        lengths=lengths,
-        prompt_lengths=prompt_lengths,
-        limits=limits,
-        finished=stopped | (lengths >= limits),
+        lengths=grown,
+        prompt_lengths=lengths,
+        limits=prompts.limits,
+        finished=stopped | (grown >= prompts.limits),
         stopped=stopped,
-        rounds=jnp.zeros_like(lengths),
-        keys=keys,
+        rounds=jnp.zeros_like(grown),
+        keys=prompts.keys,
         target_cache=output.cache,
-        draft_cache=shown,
+        draft_cache=models.drafter.extend(empty, output.features, prompts.tokens, positions, lengths),
     )
 
 
-def begin(target: Target, drafter: Drafter | None, scheduler: Scheduler, state: DecodeState) -> DecodeState:
-    """The state behind `prefill` with what the scheduler's rounds carry along."""
+def begin(models: Models, scheduler: Scheduler, state: DecodeState) -> DecodeState:
+    """The state after `prefill` with what the scheduler's rounds carry along."""
     batch = state.lengths.shape[0]
-    pending = Pending.empty(target, drafter, batch) if drafter is not None and scheduler.alternates else None
-    history = scheduler.start(batch, 0 if drafter is None else drafter.block_size)
+    pending = Pending.empty(models, batch) if scheduler.alternates else None
+    history = scheduler.start(batch, models.block_size)
     return dataclasses.replace(state, history=history, pending=pending)
 
 
@@ -110,14 +106,13 @@ class Shape:
     sizes: tuple[int, ...] = ()
 
 
-def decode_shape(width: int, max_new_tokens: int, drafter: Drafter | None, *, trace: bool) -> Shape:
+def decode_shape(width: int, max_new_tokens: int, models: Models, *, trace: bool) -> Shape:
     """The shape for prompts padded to `width`: the last round starts below the budget and writes G + 1 rows.
 
     Budgets are rounded up to a multiple of 16, so that similar ones share an executable.
     """
-    block_size = 0 if drafter is None else drafter.block_size
     budget = -(-max_new_tokens // 16) * 16
-    return Shape(width + budget + block_size, budget, trace)
+    return Shape(width + budget + models.block_size, budget, trace)
 
 
 Carry = tuple[DecodeState, RoundLog, jax.Array]  # of the loop; last the number of rounds so far
@@ -125,49 +120,24 @@ Carry = tuple[DecodeState, RoundLog, jax.Array]  # of the loop; last the number 
 
 @functools.partial(jax.jit, static_argnames=("shape",))
 def decode(
-    target: Target,
-    drafter: Any,
-    prompts: jax.Array,
-    prompt_lengths: jax.Array,
-    limits: jax.Array,
-    keys: jax.Array,
-    sampling: Sampling,
-    stop_tokens: jax.Array,
-    scheduler: Scheduler,
-    *,
-    shape: Shape,
+    models: Models, prompts: Prompts, sampling: Sampling, stop_tokens: jax.Array, scheduler: Scheduler, *, shape: Shape
 ) -> tuple[DecodeState, RoundLog]:
     """Decodes a padded batch to its end on the device; see `generate`, which calls this."""
-    block_size = 0 if drafter is None else drafter.block_size
-    confident = is_confident(drafter)
-    prompts = constrain(prompts, "batch", None)
-    uniform = round_uniforms(keys, prompt_lengths - 1, 0).next
-    target, drafter = for_decoding(target, drafter, batch_size=prompts.shape[0])
-    state = prefill(
-        target,
-        drafter,
-        prompts,
-        prompt_lengths,
-        limits,
-        keys,
-        uniform,
-        sampling,
-        stop_tokens,
-        capacity=shape.capacity,
-    )
-    state = begin(target, drafter, scheduler, state)
-    log = RoundLog.empty(shape.rounds, prompts.shape[0], block_size, trace=shape.trace, confidence=confident)
+    batch = prompts.tokens.shape[0]
+    prompts = dataclasses.replace(prompts, tokens=constrain(prompts.tokens, "batch", None))
+    models = models.for_decoding(batch_size=batch)
+    first = Requests(round_uniforms(prompts.keys, prompts.lengths - 1, 0), sampling, stop_tokens)
+    state = begin(models, scheduler, prefill(models, prompts, first, capacity=shape.capacity))
+    log = RoundLog.empty(shape.rounds, batch, models.block_size, trace=shape.trace, confidence=models.confident)
 
     def step(carry: Carry, *, drafts: bool = True) -> Carry:
         state, log, row = carry
-        uniforms = round_uniforms(state.keys, state.positions, block_size)
-        active = ~state.finished
-        settings = (state, uniforms, sampling, stop_tokens)
+        uniforms = round_uniforms(state.keys, state.positions, models.block_size)
+        requests, active = Requests(uniforms, sampling, stop_tokens), ~state.finished
         if drafts:
-            state, entry = drafting_round(target, drafter, *settings, scheduler, sizes=shape.sizes)
+            state, entry = drafting_round(models, state, requests, scheduler, sizes=shape.sizes)
         else:
-            assert drafter is not None
-            state, entry = plain_round(target, drafter, *settings)
+            state, entry = plain_round(models, state, requests)
         return state, log.put(row, entry, active), row + 1
 
     def running(carry: Carry) -> jax.Array:
@@ -181,12 +151,11 @@ def decode(
         return wants(carry, drafts=False) & ~carry[0].pending.full
 
     def alternate(carry: Carry) -> Carry:
-        assert drafter is not None
         # Rounds of a kind follow each other, in loops of their own: branches would copy the caches in every round.
         carry = jax.lax.while_loop(functools.partial(wants, drafts=True), step, carry)
         plainly = functools.partial(step, drafts=False)
         state, log, row = jax.lax.while_loop(plain, plainly, carry)
-        return catch_up(drafter, state, jnp.bool_(True)), log, row
+        return catch_up(models, state, jnp.bool_(True)), log, row
 
     body = alternate if scheduler.alternates else step
     state, log, _ = jax.lax.while_loop(running, body, (state, log, jnp.int32(0)))
@@ -195,8 +164,7 @@ def decode(
 
 
 def generate(
-    target: Target,
-    drafter: Drafter | None,
+    models: Models,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -211,7 +179,7 @@ def generate(
     scheduler: Scheduler | None = None,
     batch_size: int = 32,
     prompt_width: int = 0,
-    verify_sizes: Sequence[int] = (),
+    verify_sizes: Sequence[int] | None = None,
     trace: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> DecodeResult:
@@ -224,8 +192,7 @@ def generate(
     Temperature and filters are one value for all prompts or one per prompt, for drafter and target alike.
 
     Args:
-      target: the language model.
-      drafter: None decodes plainly, one token per round.
+      models: the target, and what drafts for it; without a drafter a round is one token.
       prompts: token ids, at least one per prompt.
       max_new_tokens: budget of each request.
       temperature: below 1e-5 is greedy.
@@ -242,9 +209,8 @@ def generate(
       batch_size: most requests at a time.
       prompt_width: pads prompts to at least so many tokens and batches to `batch_size` rows, so that several calls
         share one executable; 0 picks both from the ladder.
-      verify_sizes: verify the scheduled tokens of all requests as one flat batch of the smallest of these sizes that
-        holds them, or of all there can be; for schedulers that admit few drafts. Without any, G + 1 tokens of every
-        request.
+      verify_sizes: sizes of the batch in which the scheduled tokens of all requests are verified: the smallest one that
+        holds them, or G + 1 tokens of every request where none does. None chooses them by scheduler and batch.
       trace: keep drafted tokens and confidence logits of every round.
       progress: called with the number of requests that have just been finished.
 
@@ -252,8 +218,8 @@ def generate(
       InputError: an empty prompt, a token outside the vocabulary, a budget below 1, more positions than the target
         has, a setting of the wrong type or out of range, or a scheduler for a drafter without a confidence head.
     """
-    arguments.check_models(target, drafter)
-    token_rows = prompt_rows(prompts, max_new_tokens, target.arch)
+    arguments.check_models(models)
+    token_rows = prompt_rows(prompts, max_new_tokens, models.arch)
     batch_size = arguments.integer("batch_size", batch_size, least=1)
     prompt_width = arguments.integer("prompt_width", prompt_width, least=0)
     trace = arguments.boolean("trace", trace)
@@ -261,11 +227,10 @@ def generate(
         raise InputError(f"progress is {type(progress).__name__}; give a function of a number, or None")
     sampling = request_sampling(len(token_rows), temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     scheduler = _scheduler(scheduler, confidence_threshold)
-    check_scheduler(scheduler, drafter, len(token_rows))
+    check_scheduler(scheduler, models, len(token_rows))
     if keys is None:
         keys = request_keys(arguments.integer("seed", seed, least=0), jnp.arange(len(token_rows)))
     arguments.check_keys(keys, len(token_rows))
-    block_size = 0 if drafter is None else drafter.block_size
     # Some tokenizers name one that their model does not have; it ends nothing.
     stops = padded_stops(arguments.token_ids("stop_tokens", stop_tokens, arguments.MOST).tolist())
     order = sorted(range(len(token_rows)), key=lambda i: (len(token_rows[i]), i))
@@ -282,25 +247,16 @@ def generate(
             tokens[row, : lengths[row]] = token_rows[i]
         picked = np.asarray(chosen + chosen[:1] * (rows - len(chosen)))
         own_keys, own_sampling, own_scheduler = _settings_of(picked, keys, sampling, scheduler)
-        state, log = decode(
-            target,
-            drafter,
-            tokens,
-            lengths,
-            limits,
-            own_keys,
-            own_sampling,
-            stops,
-            own_scheduler,
-            shape=dataclasses.replace(
-                decode_shape(width, max_new_tokens, drafter, trace=trace),
-                sizes=flat_sizes(verify_sizes, rows * (block_size + 1)),
-            ),
+        shape = dataclasses.replace(
+            decode_shape(width, max_new_tokens, models, trace=trace),
+            sizes=verified_sizes(verify_sizes, own_scheduler, rows, models.rows),
         )
+        batch = Prompts(tokens, lengths, limits, own_keys)
+        state, log = decode(models, batch, own_sampling, stops, own_scheduler, shape=shape)
         parts.append((chosen, jax.device_get((dataclasses.replace(state, keys=None), log))))
         if progress is not None:
             progress(len(chosen))
-    return collect(parts, len(token_rows), block_size)
+    return collect(parts, len(token_rows), models.block_size)
 
 
 def _settings_of(
@@ -315,16 +271,6 @@ def _settings_of(
 @jax.jit
 def _take(keys: jax.Array, sampling: Sampling, scheduler: Scheduler, rows: jax.Array) -> Any:
     return keys[rows], sampling.take(rows), scheduler.take(rows)
-
-
-def flat_sizes(wanted: Sequence[int], most: int) -> tuple[int, ...]:
-    """Sizes of flat verification, rising, the last one `most`; none where none are wanted.
-
-    Raises:
-      InputError: something else than integers from 1.
-    """
-    given = arguments.sizes("verify_sizes", wanted)
-    return (*sorted({size for size in given if size < most}), most) if given else ()
 
 
 def padded_stops(stop_tokens: Sequence[int]) -> np.ndarray:

@@ -7,26 +7,23 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
-from dspark_jax.drafter.interface import Drafter, Proposal, is_confident
+from dspark_jax.drafter.interface import Proposal
 from dspark_jax.engine.commit import absorb, commit, postpone
 from dspark_jax.engine.draft import draft
-from dspark_jax.engine.sampling import Uniforms
+from dspark_jax.engine.models import Models
+from dspark_jax.engine.sampling import Requests
 from dspark_jax.engine.schedule import Scheduler, drafts_now, expected, observe, schedule
 from dspark_jax.engine.state import DecodeState, Round
 from dspark_jax.engine.verify import Verdict, verify, verify_flat
-from dspark_jax.ops.sampling import Sampling
-from dspark_jax.target.model import Target, TargetOutput
+from dspark_jax.target.model import TargetOutput
 
 T = TypeVar("T")
 
 
 def decode_round(
-    target: Target,
-    drafter: Drafter | None,
+    models: Models,
     state: DecodeState,
-    uniforms: Uniforms,
-    sampling: Sampling,
-    stop_tokens: jax.Array,
+    requests: Requests,
     *,
     scheduler: Scheduler | None = None,
     sizes: tuple[int, ...] = (),
@@ -36,125 +33,103 @@ def decode_round(
     A scheduler that alternates decides first whether this is a round with drafts. See `drafting_round` for `sizes`.
     """
     scheduler = scheduler or Scheduler.fixed()
-    settings = (uniforms, sampling, stop_tokens)
-    if drafter is None or not scheduler.alternates:
-        return drafting_round(target, drafter, state, *settings, scheduler, sizes=sizes)
+    if not scheduler.alternates:
+        return drafting_round(models, state, requests, scheduler, sizes=sizes)
     kinds = (
-        lambda at: drafting_round(target, drafter, at[0], *settings, scheduler, sizes=sizes),
-        lambda at: plain_round(target, drafter, at[0], *settings),
+        lambda at: drafting_round(models, at[0], requests, scheduler, sizes=sizes),
+        lambda at: plain_round(models, at[0], requests),
     )
     # Two loops of at most one turn: unlike the branches of a conditional, they update the caches in place.
-    entry = no_round(drafter, state.lengths.shape[0])
+    entry = no_round(models, state.lengths.shape[0])
     drafts = drafts_now(scheduler, state.history, ~state.finished)
     assert state.pending is not None
-    state = catch_up(drafter, state, drafts | state.pending.full)
+    state = catch_up(models, state, drafts | state.pending.full)
     state, entry = _when(drafts, kinds[0], (state, entry))
     return _when(~drafts, kinds[1], (state, entry))
 
 
 def drafting_round(
-    target: Target,
-    drafter: Drafter | None,
-    state: DecodeState,
-    uniforms: Uniforms,
-    sampling: Sampling,
-    stop_tokens: jax.Array,
-    scheduler: Scheduler,
-    *,
-    sizes: tuple[int, ...] = (),
+    models: Models, state: DecodeState, requests: Requests, scheduler: Scheduler, *, sizes: tuple[int, ...] = ()
 ) -> tuple[DecodeState, Round]:
     """A round in which the drafter drafts, whatever the scheduler admits.
 
     With `sizes` (rising, static) the scheduled tokens of all requests are verified as one flat batch of the smallest
-    size that holds them; the last size must hold whatever the scheduler may admit. Without, all requests have G + 1
-    rows each. The tokens are the same.
+    size that holds them; without, or where none does, all requests have G + 1 rows each. The tokens are the same.
     """
-    taps = () if drafter is None else drafter.taps
     active = ~state.finished
-    proposal, state = draft(target, drafter, state, uniforms, sampling)
-    lengths, history = schedule(scheduler, proposal, active, state.history)
-    scheduled = (proposal, lengths, uniforms, sampling)
     if sizes:
-        verdict, output = _verify_flat(target, state, *scheduled, sizes=sizes, taps=taps)
-    else:
-        verdict, output = verify(target, state, *scheduled, taps=taps)
-    after, entry = commit(drafter, state, proposal, lengths, verdict, output, stop_tokens)
+        scheduler = scheduler.filling((*sizes, len(active) * models.rows))
+    proposal, state = draft(models, state, requests)
+    lengths, history = schedule(scheduler, proposal, active, state.history)
+    verdict, output = _verify(models, state, proposal, lengths, requests, sizes)
+    after, entry = commit(models, state, proposal, lengths, verdict, output, requests.stop_tokens)
     seen = (entry.proposed, entry.accepted, active)
     history = observe(history, *seen, drafted=True, expected=expected(scheduler, proposal))
     return dataclasses.replace(after, history=history), entry
 
 
-def _verify_flat(
-    target: Target,
+def _verify(
+    models: Models,
     state: DecodeState,
     proposal: Proposal,
     lengths: jax.Array,
-    uniforms: Uniforms,
-    sampling: Sampling,
-    *,
+    requests: Requests,
     sizes: tuple[int, ...],
-    taps: tuple[int, ...],
 ) -> tuple[Verdict, TargetOutput]:
-    """`verify_flat` at the smallest of `sizes` that holds the scheduled tokens; the last one holds any."""
+    """`verify_flat` at the smallest of `sizes` that holds the scheduled tokens, or else `verify`."""
 
     def run(cache: Any, size: int) -> tuple[Verdict, jax.Array, Any]:
-        """Verdict, features and cache: what a round goes on with."""
+        """Verdict, features and cache: what a round goes on with. Size 0: G + 1 rows for every request."""
         before = dataclasses.replace(state, target_cache=cache)
-        verdict, output = verify_flat(target, before, proposal, lengths, uniforms, sampling, size=size, taps=taps)
+        if size:
+            verdict, output = verify_flat(models, before, proposal, lengths, requests, size=size)
+        else:
+            verdict, output = verify(models, before, proposal, lengths, requests)
         return verdict, output.features, output.cache
 
-    def output_of(features: jax.Array, cache: Any) -> TargetOutput:
-        return TargetOutput(features, jnp.zeros((*features.shape[:2], 0), features.dtype), cache)
-
-    if len(sizes) == 1:
-        verdict, *rest = run(state.target_cache, sizes[0])
-        return verdict, output_of(*rest)
+    if not sizes:
+        return verify(models, state, proposal, lengths, requests)
     tokens = jnp.sum(jnp.where(state.finished, 0, lengths + 1))
-    chosen = jnp.sum(tokens > jnp.asarray(sizes[:-1]))
-    shapes = jax.eval_shape(lambda: run(state.target_cache, sizes[-1])[:2])
+    chosen = jnp.sum(tokens > jnp.asarray(sizes))
+    shapes = jax.eval_shape(lambda: run(state.target_cache, 0)[:2])
     carry = (*jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes), state.target_cache)
-    for number, size in enumerate(sizes):  # loops of one turn, which update the cache in place (see `_when`)
+    for number, size in enumerate((*sizes, 0)):  # loops of one turn, which update the cache in place (see `_when`)
 
         def body(carry: Any, size: int = size) -> Any:
             return (*run(carry[2], size), jnp.bool_(False))
 
         carry = jax.lax.while_loop(lambda carry: carry[3], body, (*carry, chosen == number))[:3]
-    return carry[0], output_of(carry[1], carry[2])
+    verdict, features, cache = carry
+    return verdict, TargetOutput(features, jnp.zeros((*features.shape[:2], 0), features.dtype), cache)
 
 
-def plain_round(
-    target: Target,
-    drafter: Drafter,
-    state: DecodeState,
-    uniforms: Uniforms,
-    sampling: Sampling,
-    stop_tokens: jax.Array,
-) -> tuple[DecodeState, Round]:
+def plain_round(models: Models, state: DecodeState, requests: Requests) -> tuple[DecodeState, Round]:
     """A round without drafts: one token per request, which is left pending for the drafter's cache to learn."""
     batch, active = state.lengths.shape[0], ~state.finished
-    nothing, none = draft(target, None, state, uniforms, sampling)[0], jnp.zeros((batch,), jnp.int32)
-    own = Uniforms(uniforms.draft[:, :0], uniforms.accept[:, :0], uniforms.next)
-    verdict, output = verify(target, state, nothing, none, own, sampling, taps=drafter.taps)
-    after, entry = commit(None, state, nothing, none, verdict, output, stop_tokens)
+    alone, own, none = models.plain(), requests.without_drafts(), jnp.zeros((batch,), jnp.int32)
+    nothing, _ = draft(alone, state, own)
+    verdict, output = verify(models, state, nothing, none, own)
+    after, entry = commit(alone, state, nothing, none, verdict, output, requests.stop_tokens)
     history = observe(state.history, none, none, active, drafted=False)
     pending = postpone(state, output.features, active)
-    blank = no_round(drafter, batch)
+    blank = no_round(models, batch)
     entry = dataclasses.replace(entry, drafted=blank.drafted, confidence=blank.confidence)
     return dataclasses.replace(after, history=history, pending=pending), entry
 
 
-def catch_up(drafter: Drafter, state: DecodeState, wanted: jax.Array) -> DecodeState:
+def catch_up(models: Models, state: DecodeState, wanted: jax.Array) -> DecodeState:
     """The state without pending rows if that is wanted and there are some; a drafting round needs it."""
     assert state.pending is not None
-    behind = wanted & jnp.any(state.pending.counts > 0)
-    return _when(behind, lambda state: absorb(drafter, state), state)
+    late = wanted & jnp.any(state.pending.counts > 0)
+    return _when(late, lambda state: absorb(models, state), state)
 
 
-def no_round(drafter: Drafter, batch: int) -> Round:
+def no_round(models: Models, batch: int) -> Round:
     """A round in which nothing was drafted and nothing committed."""
     none = jnp.zeros((batch,), jnp.int32)
-    confidence = jnp.zeros((batch, drafter.block_size), jnp.float32) if is_confident(drafter) else None
-    return Round(jnp.full((batch, drafter.block_size), -1, jnp.int32), confidence, none, none, none, none)
+    block = (batch, models.block_size)
+    confidence = jnp.zeros(block, jnp.float32) if models.confident else None
+    return Round(jnp.full(block, -1, jnp.int32), confidence, none, none, none, none)
 
 
 def _when(wanted: jax.Array, turn: Callable[[T], T], state: T) -> T:

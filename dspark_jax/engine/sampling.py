@@ -39,6 +39,27 @@ class Uniforms:
     next: jax.Array
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Requests:
+    """What the B requests of a round bring along.
+
+    Attributes:
+      uniforms: the round's random numbers.
+      sampling: temperatures and filters, the drafter's and the target's alike.
+      stop_tokens: [K] ids that end a request, or [B, K]; negative ids are padding.
+    """
+
+    uniforms: Uniforms
+    sampling: Sampling
+    stop_tokens: jax.Array
+
+    def without_drafts(self) -> "Requests":
+        """The same for a round that drafts nothing."""
+        uniforms = Uniforms(self.uniforms.draft[:, :0], self.uniforms.accept[:, :0], self.uniforms.next)
+        return dataclasses.replace(self, uniforms=uniforms)
+
+
 def request_keys(seed: int, requests: jax.Array) -> jax.Array:
     """One key per request number: requests [B] int32 -> keys [B]."""
     return fold_keys(jax.random.key(seed), requests)

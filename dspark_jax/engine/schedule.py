@@ -150,6 +150,18 @@ class Scheduler:
         """Whether rounds without drafts are possible; static."""
         return self.name == "adaptive"
 
+    @property
+    def selects(self) -> bool:
+        """Whether it may admit less than everything; static."""
+        return self.name != "fixed" or self.maximum is not None
+
+    def filling(self, sizes: tuple[int, ...]) -> "Scheduler":
+        """The rule for rounds that verify one of these numbers of tokens (rising): one that decides about a capacity
+        fills what it would leave unused."""
+        if self.name not in ("lagged", "adaptive") or self.capacities is not None:
+            return self
+        return dataclasses.replace(self, capacities=sizes)
+
     def start(self, batch: int, block_size: int) -> History | None:
         """History of requests that are about to start; None where the rule remembers nothing."""
         if self.prior is None and self.online is None:
@@ -261,18 +273,6 @@ def schedule(
     assert history.survival is not None
     lengths = rules.lagged(live, history.survival[1], rates, *bounds, scheduler.capacities)
     return lengths, dataclasses.replace(history, survival=jnp.stack([live, history.survival[0]]))
-
-
-def next_capacity(scheduler: Scheduler, history: History | None, active: jax.Array) -> jax.Array | None:
-    """Tokens [] that `lagged` verifies two rounds after the one that `history` ends with; None under other rules.
-
-    Known so early, it lets whoever launches rounds choose an executable of the right size.
-    """
-    if scheduler.name != "lagged" or history is None:
-        return None
-    assert history.survival is not None and scheduler.steps_per_second is not None
-    bounds = (active, scheduler.minimum, scheduler.maximum)
-    return rules.capacity(history.survival[0], scheduler.steps_per_second, *bounds)
 
 
 def expected(scheduler: Scheduler, proposal: Proposal) -> jax.Array | None:

@@ -1,13 +1,11 @@
 """Which schedulers can work: everything wrong with one is found here, before anything is compiled."""
 
-from typing import Any
-
 import numpy as np
 
 from dspark_jax.config import InputError
-from dspark_jax.drafter.interface import is_confident
 from dspark_jax.engine import arguments
 from dspark_jax.engine.estimator import EstimateSettings
+from dspark_jax.engine.models import Models
 from dspark_jax.engine.schedule import NAMES, Scheduler
 
 _NEEDED = {
@@ -20,8 +18,8 @@ _NEEDED = {
 """What a rule cannot do without; the constructors named after the rules give it."""
 
 
-def check_scheduler(scheduler: Scheduler, drafter: Any, requests: int) -> None:
-    """Refuses a scheduler that cannot work for `requests` requests with this drafter (or None).
+def check_scheduler(scheduler: Scheduler, models: Models, requests: int) -> None:
+    """Refuses a scheduler that cannot work for `requests` requests with this drafter.
 
     Raises:
       InputError: it is no scheduler, there is no confidence head, a table or prior has the wrong shape or impossible
@@ -37,27 +35,27 @@ def check_scheduler(scheduler: Scheduler, drafter: Any, requests: int) -> None:
     missing = [field for field in _NEEDED[name] if getattr(scheduler, field) is None]
     if missing:
         raise InputError(f"scheduler {name!r} has no {missing[0]}; make it with Scheduler.{name}")
-    size = 0 if drafter is None else drafter.block_size
-    _check_source(scheduler, drafter)
+    size = models.block_size
+    _check_source(scheduler, models)
     _check_rates(scheduler)
     _check_prior(scheduler, size)
     _check_bounds(scheduler, size, requests)
     _check_head(scheduler, size, requests)
 
 
-def _check_source(scheduler: Scheduler, drafter: Any) -> None:
+def _check_source(scheduler: Scheduler, models: Models) -> None:
     """The estimate or the confidence head that the rule reads."""
     name, online = scheduler.name, scheduler.online
     if online is None:
-        if name != "fixed" and not is_confident(drafter):
+        if name != "fixed" and not models.confident:
             raise InputError(f"scheduler {name!r} needs a drafter with a confidence head; use fixed or adaptive")
         return
     if not isinstance(online, EstimateSettings):
         raise InputError(f"online of scheduler {name!r} is {type(online).__name__}; give EstimateSettings(...)")
-    if drafter is None:
+    if not models.drafts:
         raise InputError(f"scheduler {name!r} estimates how drafts are accepted; give a drafter, or use fixed")
     online.check()
-    if online.confident and not is_confident(drafter):
+    if online.confident and not models.confident:
         raise InputError(f"scheduler {name!r} is to learn from a confidence head; this drafter has none")
 
 

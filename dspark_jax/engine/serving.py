@@ -5,7 +5,7 @@ prompts are read: not more, so that long prompts do not stall the others. The ho
 device: it launches a step and then reads what the step before has committed. A request that turns out to have ended
 does nothing in the round that was launched meanwhile, so the tokens are those of `generate`.
 
-    with Engine(target, drafter, slots=8, capacity=1024, tokenizer=tokenizer) as engine:
+    with Engine(Models(target, drafter), slots=8, capacity=1024, tokenizer=tokenizer) as engine:
         for piece in engine.submit("Once upon a time", max_new_tokens=100):
             print(piece.text, end="", flush=True)
 """
@@ -22,15 +22,14 @@ import jax
 from jax.sharding import Mesh
 
 from dspark_jax.config import InputError
-from dspark_jax.drafter.interface import Drafter
 from dspark_jax.engine.admission import check_engine, check_fits, prompt_ids, request_settings
 from dspark_jax.engine.arguments import boolean, check_models, seconds
 from dspark_jax.engine.batch import Batch
+from dspark_jax.engine.models import Models
 from dspark_jax.engine.request import EngineMetrics, Request, TextStream
 from dspark_jax.engine.schedule import Scheduler
 from dspark_jax.engine.scheduler_check import check_scheduler
 from dspark_jax.engine.slots import Mode
-from dspark_jax.target.model import Target
 
 
 class QueueFull(RuntimeError):
@@ -58,8 +57,7 @@ class Engine:
 
     def __init__(
         self,
-        target: Target,
-        drafter: Drafter | None,
+        models: Models,
         *,
         slots: int = 8,
         capacity: int = 1024,
@@ -70,13 +68,12 @@ class Engine:
         prefill_chunk: int = 64,
         prefill_chunks: int | None = None,
         max_stop_tokens: int = 8,
-        verify_sizes: Sequence[int] = (),
+        verify_sizes: Sequence[int] | None = None,
     ):
         """Allocates the slots; compiles nothing (see `warm_up`).
 
         Args:
-          target: the language model.
-          drafter: drafts for it; None decodes plainly.
+          models: the target and what drafts for it.
           slots: requests decoded together; on a mesh, the batch axis.
           capacity: most tokens of a request, prompt and answer together.
           scheduler: decides how many drafts are verified; None verifies all.
@@ -87,15 +84,13 @@ class Engine:
           prefill_chunks: how many such chunks are read between two rounds at most. More fill free slots sooner, fewer
             keep the rounds regular. None: one for every eight slots.
           max_stop_tokens: most stop tokens of one request, these included.
-          verify_sizes: a round verifies the scheduled tokens of all requests as one flat batch of the smallest of these
-            sizes that surely holds them (the largest there can be is always among them): with few requests, or under
-            `lagged`, whose capacity is known ahead, rounds take less time. Every size is an executable of its own.
-            Without any, G + 1 tokens of every slot.
+          verify_sizes: sizes of the batch in which a round verifies the scheduled tokens of all requests: the smallest
+            one that holds them, or G + 1 tokens of every slot where none does. None chooses them (`engine.sizes`).
 
         Raises:
           InputError: a value of the wrong type or out of range, or a scheduler that this drafter cannot feed.
         """
-        check_models(target, drafter)
+        check_models(models)
         self.scheduler = Scheduler.fixed() if scheduler is None else scheduler
         sizes = {
             "slots": slots,
@@ -104,16 +99,15 @@ class Engine:
             "prefill_chunks": 1 if prefill_chunks is None else prefill_chunks,
             "max_stop_tokens": max_stop_tokens,
         }
-        check_engine(target, sizes, capacity, stop_tokens, tokenizer)
-        check_scheduler(self.scheduler, drafter, slots)
+        check_engine(models.arch, sizes, capacity, stop_tokens, tokenizer)
+        check_scheduler(self.scheduler, models, slots)
         self.slots, self.capacity, self.max_queue = slots, capacity, max_queue
         self.tokenizer, self.stop_tokens, self.max_stop_tokens = tokenizer, tuple(stop_tokens), max_stop_tokens
-        self.arch = target.arch
+        self.arch = models.arch
         self.metrics = EngineMetrics()
         self._mesh = _current_mesh()
         self._batch = Batch(
-            target,
-            drafter,
+            models,
             self.scheduler,
             self.metrics,
             slots=slots,

@@ -15,10 +15,11 @@ import jax.numpy as jnp
 
 from dspark_jax.engine.commit import is_stop
 from dspark_jax.engine.generate import begin
+from dspark_jax.engine.models import Models
 from dspark_jax.engine.round import decode_round
-from dspark_jax.engine.sampling import request_keys, round_uniforms
-from dspark_jax.engine.schedule import Scheduler, next_capacity
-from dspark_jax.engine.state import DecodeState, Round, draft_cache
+from dspark_jax.engine.sampling import Requests, request_keys, round_uniforms
+from dspark_jax.engine.schedule import Scheduler
+from dspark_jax.engine.state import DecodeState, Round
 from dspark_jax.ops.sampling import Sampling, sample
 from dspark_jax.sharding import constrain, whole
 
@@ -84,7 +85,6 @@ class Committed:
       finished: [B] bool.
       stopped: [B] bool, finished by a stop token.
       round: what the round did, or None for a chunk.
-      capacity: [] int32, tokens that the round after the next had best verify (`schedule.next_capacity`), or None.
     """
 
     tokens: jax.Array
@@ -92,7 +92,6 @@ class Committed:
     finished: jax.Array
     stopped: jax.Array
     round: Round | None
-    capacity: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +156,7 @@ def _row_mask(values: jax.Array, slot: jax.Array, axis: int) -> jax.Array:
     return (jnp.arange(values.shape[axis]) == slot).reshape(shape)
 
 
-def pin(target: Any, drafter: Any, slots: Slots) -> Slots:
+def pin(models: Models, slots: Slots) -> Slots:
     """Keeps the slots split over the batch axes of the mesh, whatever the compiler would rather do."""
 
     def split(values: jax.Array, axis: int) -> jax.Array:
@@ -165,12 +164,11 @@ def pin(target: Any, drafter: Any, slots: Slots) -> Slots:
 
     state = slots.state
     caches: dict[str, Any] = {
-        "target_cache": jax.tree.map(split, state.target_cache, batch_axes(target.init_cache, state.target_cache)),
+        "target_cache": jax.tree.map(split, state.target_cache, batch_axes(models.target_cache, state.target_cache)),
+        "draft_cache": jax.tree.map(split, state.draft_cache, batch_axes(models.draft_cache, state.draft_cache)),
         "history": None if state.history is None else state.history.per_request(split),
         "pending": jax.tree.map(lambda values: split(values, 0), state.pending),
     }
-    if drafter is not None:
-        caches["draft_cache"] = jax.tree.map(split, state.draft_cache, batch_axes(drafter.init_cache))
     fields = ("tokens", "lengths", "prompt_lengths", "limits", "finished", "stopped", "rounds")
     state = dataclasses.replace(state, **{name: split(getattr(state, name), 0) for name in fields}, **caches)
     sampling = jax.tree.map(lambda values: split(values, 0), slots.sampling)
@@ -178,28 +176,25 @@ def pin(target: Any, drafter: Any, slots: Slots) -> Slots:
 
 
 @functools.partial(jax.jit, static_argnames=("count", "rows", "stops"))
-def open_slots(target: Any, drafter: Any, scheduler: Scheduler, *, count: int, rows: int, stops: int) -> Slots:
+def open_slots(models: Models, scheduler: Scheduler, *, count: int, rows: int, stops: int) -> Slots:
     """Empty slots.
 
     Args:
-      target: gives the shape of its cache.
-      drafter: likewise, or None.
+      models: give the shapes of their caches.
       scheduler: gives the history of a new request.
       count: B.
       rows: C, positions per slot, with room for what a round or a chunk writes beyond a request's last token.
       stops: K, stop tokens per request.
     """
     numbers = jnp.zeros((count,), jnp.int32)
-    state = begin(target, drafter, scheduler, DecodeState.empty(target, drafter, count, rows))
+    state = begin(models, scheduler, DecodeState.empty(models, count, rows))
     zeros = jnp.zeros((count,), jnp.float32)
     sampling = Sampling(zeros, numbers, zeros + 1, zeros)
-    return pin(target, drafter, Slots(state, sampling, jnp.full((count, stops), -1, jnp.int32)))
+    return pin(models, Slots(state, sampling, jnp.full((count, stops), -1, jnp.int32)))
 
 
 @functools.partial(jax.jit, donate_argnames=("slots",))
-def prefill_chunk(
-    target: Any, drafter: Any, slots: Slots, chunk: Chunk, scheduler: Scheduler
-) -> tuple[Slots, Committed]:
+def prefill_chunk(models: Models, slots: Slots, chunk: Chunk, scheduler: Scheduler) -> tuple[Slots, Committed]:
     """Reads one chunk of a prompt into its slot; the last chunk draws the first token and lets the slot decode.
 
     The slot's settings and history are written with every chunk, since the rounds in between move the history on.
@@ -209,18 +204,14 @@ def prefill_chunk(
     state, slot, width = slots.state, chunk.slot, chunk.tokens.shape[0]
     tokens = chunk.tokens[None]
     positions = chunk.start + jnp.arange(width)[None]
-    axes = batch_axes(target.init_cache, state.target_cache)
-    taps = () if drafter is None else drafter.taps
+    axes = batch_axes(models.target_cache, state.target_cache)
     row = jax.tree.map(lambda values, axis: take_row(values, slot, axis), state.target_cache, axes)
     count = jnp.reshape(chunk.count, (1,))
-    output = target.forward(tokens, positions, row, taps=taps, counts=count)
+    output = models.target.forward(tokens, positions, row, taps=models.taps, counts=count)
     target_cache = jax.tree.map(
         lambda values, new, axis: put_row(values, new, slot, axis), state.target_cache, output.cache, axes
     )
-    shown = state.draft_cache
-    if drafter is not None:
-        rows = state.tokens.shape[1]
-        shown = _extend_row(drafter, shown, rows, output.features, tokens, positions, chunk)
+    shown = _extend_row(models, state, output.features, tokens, positions, chunk)
 
     def put(values: jax.Array, value: Any) -> jax.Array:
         return values.at[slot].set(value)
@@ -234,7 +225,7 @@ def prefill_chunk(
     key = request_keys(chunk.seed, jnp.zeros((1,), jnp.int32))
     uniform = round_uniforms(key, jnp.reshape(chunk.prompt_length - 1, (1,)), 0).next
     last = jax.lax.dynamic_slice_in_dim(output.last_hidden, chunk.count - 1, 1, axis=1)[:, 0]
-    first = sample(target.unembed(last), sampling.take(jnp.reshape(slot, (1,))), uniform)
+    first = sample(models.target.unembed(last), sampling.take(jnp.reshape(slot, (1,))), uniform)
 
     read = chunk.start + chunk.count
     complete = read >= chunk.prompt_length
@@ -243,8 +234,8 @@ def prefill_chunk(
     own = jax.lax.dynamic_update_slice_in_dim(take_row(state.tokens, slot, 0), tokens, chunk.start, axis=1)
     written = put_row(state.tokens, own, slot, 0)
     history = state.history
-    if history is not None and drafter is not None:
-        fresh = scheduler.start(1, drafter.block_size)
+    if history is not None:
+        fresh = scheduler.start(1, models.block_size)
         history = history.per_request(lambda values, new, axis: put_row(values, new, slot, axis), fresh)
     pending = state.pending
     if pending is not None:  # what the slot's last request has left
@@ -266,18 +257,18 @@ def prefill_chunk(
     )
     slots = Slots(state, sampling, put(slots.stop_tokens, chunk.stop_tokens))
     report = Committed(first[:, None], complete[None].astype(jnp.int32), finished[None], stopped[None], None)
-    return pin(target, drafter, slots), whole(report)
+    return pin(models, slots), whole(report)
 
 
 def _extend_row(
-    drafter: Any, cache: Any, rows: int, features: jax.Array, tokens: jax.Array, positions: jax.Array, chunk: Chunk
+    models: Models, state: DecodeState, features: jax.Array, tokens: jax.Array, positions: jax.Array, chunk: Chunk
 ) -> Any:
-    """The drafter's cache (of `rows` positions per slot) after it has absorbed a chunk in one slot."""
-    axes = batch_axes(drafter.init_cache)
+    """The drafter's cache after it has absorbed a chunk in one slot."""
+    cache, axes = state.draft_cache, batch_axes(models.draft_cache, state.draft_cache)
     own = jax.tree.map(lambda values, axis: take_row(values, chunk.slot, axis), cache, axes)
-    begins = chunk.start == 0
-    own = jax.tree.map(lambda old, new: jnp.where(begins, new, old), own, draft_cache(drafter, 1, rows))
-    own = drafter.extend(own, features, tokens, positions, jnp.reshape(chunk.count, (1,)))
+    begins, empty = chunk.start == 0, models.draft_cache(1, state.tokens.shape[1])
+    own = jax.tree.map(lambda old, new: jnp.where(begins, new, old), own, empty)
+    own = models.drafter.extend(own, features, tokens, positions, jnp.reshape(chunk.count, (1,)))
     return jax.tree.map(lambda values, new, axis: put_row(values, new, chunk.slot, axis), cache, own, axes)
 
 
@@ -286,46 +277,31 @@ def _given(values: jax.Array | None) -> jax.Array:
     return values
 
 
-@functools.partial(jax.jit, static_argnames=("mode", "size"), donate_argnames=("slots",))
+@functools.partial(jax.jit, static_argnames=("mode", "sizes"), donate_argnames=("slots",))
 def serve_round(
-    target: Any,
-    drafter: Any,
+    models: Models,
     slots: Slots,
     released: jax.Array,
     scheduler: Scheduler,
     *,
     mode: Mode,
-    size: int = 0,
+    sizes: tuple[int, ...] = (),
 ) -> tuple[Slots, Committed]:
     """One decoding round of all slots.
 
     Args:
-      target: with the weights that decoding wants here (`models.for_decoding`).
-      drafter: likewise, or None.
+      models: with the weights that decoding wants here (`Models.for_decoding`).
       slots: donated.
       released: [B] bool, slots whose requests the host has ended (cancelled, or at a stop string).
       scheduler: decides how many drafts are verified.
       mode: must hold for all requests that are decoding.
-      size: verify the scheduled tokens as one flat batch of so many; it must hold all that may be scheduled, except
-        under `lagged`, which fills it. 0: G + 1 tokens of every slot.
+      sizes: of flat verification, see `round.drafting_round`.
     """
     before = dataclasses.replace(slots.state, finished=slots.state.finished | released)
-    if size and scheduler.name == "lagged":
-        scheduler = dataclasses.replace(scheduler, capacities=(size,))
-    block_size = 0 if drafter is None else drafter.block_size
-    uniforms = round_uniforms(before.keys, before.positions, block_size)
-    after, entry = decode_round(
-        target,
-        drafter,
-        before,
-        uniforms,
-        mode.sampling(slots.sampling),
-        slots.stop_tokens,
-        scheduler=scheduler,
-        sizes=(size,) if size else (),
-    )
-    at = before.lengths[:, None] + jnp.arange(block_size + 1)
+    uniforms = round_uniforms(before.keys, before.positions, models.block_size)
+    requests = Requests(uniforms, mode.sampling(slots.sampling), slots.stop_tokens)
+    after, entry = decode_round(models, before, requests, scheduler=scheduler, sizes=sizes)
+    at = before.lengths[:, None] + jnp.arange(models.rows)
     tokens = jnp.take_along_axis(after.tokens, jnp.minimum(at, after.tokens.shape[1] - 1), axis=1)
-    capacity = next_capacity(scheduler, after.history, ~after.finished) if size else None
-    report = Committed(tokens, after.lengths - before.lengths, after.finished, after.stopped, entry, capacity)
-    return pin(target, drafter, dataclasses.replace(slots, state=after)), whole(report)
+    report = Committed(tokens, after.lengths - before.lengths, after.finished, after.stopped, entry)
+    return pin(models, dataclasses.replace(slots, state=after)), whole(report)

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dspark_jax.engine.models import Models
 from dspark_jax.engine.sampling import request_keys
 from dspark_jax.sharding import constrain
 
@@ -24,35 +25,17 @@ class Pending:
     counts: jax.Array
 
     @classmethod
-    def empty(cls, target: Any, drafter: Any, batch: int) -> "Pending":
-        """Nothing, with room for R rows: on a CPU 32 rows cost the drafter twice as much as 8 (0.6 and 0.3 ms)."""
+    def empty(cls, models: Models, batch: int) -> "Pending":
+        """Nothing, with room for R rows."""
         row = jnp.zeros((batch, 1), jnp.int32)
-        like = jax.eval_shape(lambda: target.forward(row, row, taps=drafter.taps).features)
-        shape = (batch, pending_rows(drafter), like.shape[-1])
+        like = jax.eval_shape(lambda: models.target.forward(row, row, taps=models.taps).features)
+        shape = (batch, models.pending_rows, like.shape[-1])
         return cls(constrain(jnp.zeros(shape, like.dtype), "batch", None, None), jnp.zeros((batch,), jnp.int32))
 
     @property
     def full(self) -> jax.Array:
         """[] bool, whether a request has no room for another row."""
         return jnp.max(self.counts) >= self.features.shape[1]
-
-
-def round_rows(drafter: Any) -> int:
-    """G + 1, rows of a request that a round writes into the target's cache; 1 without a drafter."""
-    return 1 if drafter is None else drafter.block_size + 1
-
-
-def pending_rows(drafter: Any) -> int:
-    """R: rows that may be pending."""
-    return 4 * round_rows(drafter)
-
-
-def draft_cache(drafter: Any, batch: int, capacity: int) -> Any:
-    """The drafter's empty cache for requests of up to `capacity` rows, with room for R more.
-
-    Pending rows are absorbed in a window of R, whose end may lie behind what the target's cache has room for.
-    """
-    return None if drafter is None else drafter.init_cache(batch, capacity + pending_rows(drafter))
 
 
 @jax.tree_util.register_dataclass
@@ -73,7 +56,7 @@ class DecodeState:
       rounds: [B] int32, decoding rounds that the request took part in.
       keys: [B] request keys.
       target_cache: the target's key/value cache.
-      draft_cache: whatever the drafter keeps, None without a drafter.
+      draft_cache: whatever the drafter keeps.
       history: what the scheduler remembers of earlier rounds (`schedule.History`), None where it needs nothing; a new
         request in a slot starts from `Scheduler.start`.
       pending: committed rows that the drafter's cache is still to learn; None where every round teaches it.
@@ -93,7 +76,7 @@ class DecodeState:
     pending: Pending | None = None
 
     @classmethod
-    def empty(cls, target: Any, drafter: Any, batch: int, capacity: int) -> "DecodeState":
+    def empty(cls, models: Models, batch: int, capacity: int) -> "DecodeState":
         """Requests that have finished before they begin, with caches of C rows; no history, nothing pending."""
         numbers = jnp.zeros((batch,), jnp.int32)
         return cls(
@@ -105,8 +88,8 @@ class DecodeState:
             stopped=numbers > 0,
             rounds=numbers,
             keys=request_keys(0, numbers),
-            target_cache=target.init_cache(batch, capacity, round_rows(drafter)),
-            draft_cache=draft_cache(drafter, batch, capacity),
+            target_cache=models.target_cache(batch, capacity),
+            draft_cache=models.draft_cache(batch, capacity),
         )
 
     @property

@@ -7,18 +7,17 @@ of both p and q, so a filtered token is neither drafted nor accepted nor drawn (
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from dspark_jax.drafter.interface import Proposal
-from dspark_jax.engine.sampling import Uniforms
+from dspark_jax.engine.models import Models
+from dspark_jax.engine.sampling import Requests
 from dspark_jax.engine.state import DecodeState
 from dspark_jax.ops.cached_attention import Rows
-from dspark_jax.ops.sampling import Sampling
 from dspark_jax.ops.speculative_verify import speculative_verify
-from dspark_jax.target.model import Target, TargetOutput
+from dspark_jax.target.model import TargetOutput
 
 
 @jax.tree_util.register_dataclass
@@ -36,91 +35,68 @@ class Verdict:
 
 
 def judge(
-    target_logits: jax.Array, proposal: Proposal, lengths: jax.Array, uniforms: Uniforms, sampling: Sampling
-) -> Verdict:
-    """The acceptance rule on logits of all rows of all requests.
-
-    Args:
-      target_logits: [B, G + 1, V].
-      proposal: G drafts per request.
-      lengths: [B] how many of them count.
-      uniforms: `accept` and `next` are used.
-      sampling: the drafter's and the target's alike.
-    """
-    flat = target_logits.reshape(-1, target_logits.shape[-1])
-    return _judge(flat, None, proposal, lengths, uniforms, sampling)
-
-
-def _judge(
     target_logits: jax.Array,
-    first_rows: jax.Array | None,
     proposal: Proposal,
     lengths: jax.Array,
-    uniforms: Uniforms,
-    sampling: Sampling,
+    requests: Requests,
+    first_rows: jax.Array | None = None,
 ) -> Verdict:
-    """The same on flat rows [T, V]."""
+    """The acceptance rule.
+
+    Args:
+      target_logits: [B, G + 1, V]; or [T, V], the scheduled rows of all requests after each other.
+      proposal: G drafts per request.
+      lengths: [B] how many of them count.
+      requests: of the round.
+      first_rows: [B] where each request's rows begin among T.
+    """
+    flat = target_logits.reshape(-1, target_logits.shape[-1])
     drafts = (proposal.logits, first_rows, proposal.tokens, lengths)
-    return Verdict(*speculative_verify(target_logits, *drafts, uniforms.accept, uniforms.next, sampling))
+    uniforms = requests.uniforms
+    return Verdict(*speculative_verify(flat, *drafts, uniforms.accept, uniforms.next, requests.sampling))
 
 
 def verify(
-    target: Target,
-    state: DecodeState,
-    proposal: Proposal,
-    lengths: jax.Array,
-    uniforms: Uniforms,
-    sampling: Sampling,
-    *,
-    taps: tuple[int, ...],
+    models: Models, state: DecodeState, proposal: Proposal, lengths: jax.Array, requests: Requests
 ) -> tuple[Verdict, TargetOutput]:
     """Runs the target over the anchor and the drafts, and judges them.
 
     Returns:
       The verdict, and the target's output for the G + 1 rows: features for the drafter, and the cache with all of
-      them written. Rows behind the accepted prefix are stale; the next round overwrites them.
+      them written. Rows after the accepted prefix are stale; the next round overwrites them.
     """
+    target = models.target
     tokens = jnp.concatenate([state.anchors[:, None], proposal.tokens], axis=1)  # [B, G + 1]
     positions = state.positions[:, None] + jnp.arange(tokens.shape[1])
-    output = target.forward(tokens, positions, state.target_cache, taps=taps)
-    logits: Any = target.unembed(output.last_hidden)
-    return judge(logits, proposal, lengths, uniforms, sampling), output
+    output = target.forward(tokens, positions, state.target_cache, taps=models.taps)
+    return judge(target.unembed(output.last_hidden), proposal, lengths, requests), output
 
 
 def verify_flat(
-    target: Target,
-    state: DecodeState,
-    proposal: Proposal,
-    lengths: jax.Array,
-    uniforms: Uniforms,
-    sampling: Sampling,
-    *,
-    size: int,
-    taps: tuple[int, ...],
+    models: Models, state: DecodeState, proposal: Proposal, lengths: jax.Array, requests: Requests, *, size: int
 ) -> tuple[Verdict, TargetOutput]:
     """`verify` over the scheduled tokens alone: the target computes `size` rows, whatever B and G are.
 
     Args:
-      target: as for `verify`, like what is not named here.
+      models: as for `verify`, like what is not named here.
       state: before the round; finished requests have no rows.
       proposal: all drafts.
       lengths: [B]; those of the active requests and one more for each are at most `size` together.
-      uniforms: of the round.
-      sampling: of the requests.
+      requests: of the round.
       size: T, static.
-      taps: layers whose outputs the drafter wants.
 
     Returns:
-      What `verify` returns. Rows of `features` behind a request's scheduled tokens are those of other requests, and
+      What `verify` returns. Rows of `features` after a request's scheduled tokens are those of other requests, and
       the verdicts of finished requests mean nothing.
     """
+    target = models.target
     tokens = jnp.concatenate([state.anchors[:, None], proposal.tokens], axis=1)  # [B, G + 1]
     counts = jnp.where(state.finished, 0, lengths + 1)
     rows = Rows.of(counts, state.positions, size=size, most=tokens.shape[1])
     flat = rows.flatten(tokens)[None]  # [1, T]
-    output = target.forward(flat, rows.at[None], state.target_cache, taps=taps, rows=rows)
+    output = target.forward(flat, rows.at[None], state.target_cache, taps=models.taps, rows=rows)
     logits = target.unembed(output.last_hidden[0])  # [T, V]
     padded = dataclasses.replace(
         output, features=rows.pad(output.features[0]), last_hidden=rows.pad(output.last_hidden[0])
     )
-    return _judge(logits, rows.offsets, proposal, lengths, uniforms, sampling), padded
+    return judge(logits, proposal, lengths, requests, rows.offsets), padded

@@ -1,6 +1,6 @@
 """Decodes held-out prompt sets for evaluation: answers, speed, and whether greedy decoding is reproduced.
 
-Every call of the engine is padded to the same prompt width and batch size, so that all prompt sets share an executable.
+Every call of `generate` is padded to the same prompt width and batch size, so that all prompt sets share an executable.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ from dspark_jax.data.chat import ChatError, answer_text, prompt_tokens
 from dspark_jax.data.prompts import Message
 from dspark_jax.data.regenerate import Conversation, Rejected
 from dspark_jax.engine.generate import generate, ladder
+from dspark_jax.engine.models import Models
 from dspark_jax.engine.result import DecodeResult
 from dspark_jax.engine.sampling import fold_keys, request_keys
 from dspark_jax.engine.schedule import Scheduler
@@ -25,12 +26,11 @@ Advance = Callable[[int], None]
 
 
 @dataclasses.dataclass(frozen=True)
-class Engine:
+class Decoder:
     """The models and what all decoding of an evaluation has in common.
 
     Attributes:
-      target: the language model.
-      drafter: drafts for it; None where only plain decoding is asked for.
+      models: target and drafter.
       tokenizer: the target's.
       stop_tokens: ids that end an answer.
       max_new_tokens: budget of an answer.
@@ -39,8 +39,7 @@ class Engine:
       step: of the checkpoint that the drafter is from; None where it was loaded already.
     """
 
-    target: Target
-    drafter: Any
+    models: Models
     tokenizer: Any
     stop_tokens: tuple[int, ...]
     max_new_tokens: int
@@ -66,8 +65,7 @@ class Engine:
         streams = request_keys(self.seed, jnp.asarray([item.stream for item in requests.items], jnp.int32))
         keys = fold_keys(streams, jnp.asarray([item.turn for item in requests.items], jnp.int32))
         return generate(
-            self.target,
-            self.drafter if speculative else None,
+            self.models if speculative else self.models.plain(),
             [item.prompt for item in requests.items],
             max_new_tokens=self.max_new_tokens,
             temperature=temperature,
@@ -115,25 +113,25 @@ class Requests:
         return np.asarray([item.owner for item in self.items], np.int64)
 
 
-def position_limit(engine: Engine) -> int:
+def position_limit(decoder: Decoder) -> int:
     """Longest prompt that the target has positions for."""
-    positions = engine.target.arch.max_position_embeddings
-    return positions - engine.max_new_tokens if positions else 1 << 30
+    positions = decoder.models.arch.max_position_embeddings
+    return positions - decoder.max_new_tokens if positions else 1 << 30
 
 
 def first_requests(
-    engine: Engine, conversations: Sequence[Conversation], max_prompt_length: int, on_rejected: OnRejected
+    decoder: Decoder, conversations: Sequence[Conversation], max_prompt_length: int, on_rejected: OnRejected
 ) -> tuple[list[Conversation], Requests]:
     """The first question of every conversation; those that cannot be asked are rejected.
 
     Returns:
       The conversations that are left, and their requests in that order.
     """
-    limit = min(max_prompt_length, position_limit(engine))
+    limit = min(max_prompt_length, position_limit(decoder))
     kept, items = [], []
     for conversation in conversations:
         try:
-            ids = prompt_tokens(engine.tokenizer, (*conversation.opening, conversation.questions[0]))
+            ids = prompt_tokens(decoder.tokenizer, (*conversation.opening, conversation.questions[0]))
             if len(ids) > limit:
                 raise Rejected("prompt_too_long", f"{len(ids)} tokens, at most {limit} (data.max_prompt_length)")
         except ChatError as error:
@@ -147,7 +145,7 @@ def first_requests(
 
 
 def answer(
-    engine: Engine,
+    decoder: Decoder,
     conversations: Sequence[Conversation],
     first: Requests,
     temperature: float,
@@ -166,17 +164,17 @@ def answer(
     histories = [one.opening for one in conversations]
     requests, asked, results = first, first, []
     while asked.items:
-        result = engine.decode(asked, temperature, speculative=True, trace=trace, advance=advance)
+        result = decoder.decode(asked, temperature, speculative=True, trace=trace, advance=advance)
         results.append(result)
         following = []
         for item, ids in zip(asked.items, result.tokens, strict=True):
             questions = conversations[item.owner].questions
             if item.turn + 1 == len(questions):
                 continue
-            reply: Message = {"role": "assistant", "content": answer_text(engine.tokenizer, ids.tolist())}
+            reply: Message = {"role": "assistant", "content": answer_text(decoder.tokenizer, ids.tolist())}
             histories[item.owner] = (*histories[item.owner], questions[item.turn], reply)
-            prompt = prompt_tokens(engine.tokenizer, (*histories[item.owner], questions[item.turn + 1]))
-            if len(prompt) <= position_limit(engine):
+            prompt = prompt_tokens(decoder.tokenizer, (*histories[item.owner], questions[item.turn + 1]))
+            if len(prompt) <= position_limit(decoder):
                 following.append(dataclasses.replace(item, prompt=prompt, turn=item.turn + 1))
         longest = max((len(item.prompt) for item in following), default=1)
         asked = Requests(following, max(requests.width, ladder(longest)))
@@ -213,16 +211,16 @@ class Difference:
 
 
 def compare_greedy(
-    engine: Engine, requests: Requests, speculative: Sequence[np.ndarray], advance: Advance | None = None
+    decoder: Decoder, requests: Requests, speculative: Sequence[np.ndarray], advance: Advance | None = None
 ) -> list[Difference]:
     """Decodes all requests plainly at temperature 0 and compares token for token with the speculative answers."""
-    plain = engine.decode(requests, 0.0, speculative=False, advance=advance).tokens
+    plain = decoder.decode(requests, 0.0, speculative=False, advance=advance).tokens
     differences = []
     for number, (want, got) in enumerate(zip(plain, speculative, strict=True)):
         position = first_difference(want, got)
         if position is not None:
             pair = tuple(int(ids[position]) if position < len(ids) else -1 for ids in (want, got))
-            gap = _logit_gap(engine, [*requests.items[number].prompt, *want[:position].tolist()], pair)
+            gap = _logit_gap(decoder, [*requests.items[number].prompt, *want[:position].tolist()], pair)
             differences.append(Difference(number, position, (pair[0], pair[1]), gap))
     return differences
 
@@ -236,13 +234,13 @@ def first_difference(a: np.ndarray, b: np.ndarray) -> int | None:
     return shared if len(a) != len(b) else None
 
 
-def _logit_gap(engine: Engine, prefix: list[int], pair: tuple[int, ...]) -> float:
+def _logit_gap(decoder: Decoder, prefix: list[int], pair: tuple[int, ...]) -> float:
     """Logit of pair[0] minus that of pair[1] after `prefix`."""
     if min(pair) < 0:
         return float("nan")
     tokens = np.zeros((1, ladder(len(prefix))), np.int32)  # rows behind the prefix are invisible to it
     tokens[0, : len(prefix)] = prefix
-    logits = _logits_at(engine.target, jnp.asarray(tokens), jnp.int32(len(prefix) - 1))
+    logits = _logits_at(decoder.models.target, jnp.asarray(tokens), jnp.int32(len(prefix) - 1))
     return float(logits[pair[0]] - logits[pair[1]])
 
 

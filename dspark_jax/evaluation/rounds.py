@@ -7,6 +7,7 @@ in one more, where all drafters take turns and see the same state of the machine
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import sys
@@ -23,11 +24,10 @@ from jax.sharding import Mesh
 
 from dspark_jax.config import Config, InputError, from_json
 from dspark_jax.data.samples import Tally
-from dspark_jax.engine.models import for_decoding
 from dspark_jax.errors import reporting_errors
 from dspark_jax.evaluation.acceptance import Counts, count_rounds
-from dspark_jax.evaluation.decoding import Engine, answer
-from dspark_jax.evaluation.setup import ask, open_engine
+from dspark_jax.evaluation.decoding import Decoder, answer
+from dspark_jax.evaluation.setup import ask, open_decoder
 from dspark_jax.json_file import write_json
 from dspark_jax.progress import Progress
 from dspark_jax.sharding import make_mesh
@@ -48,13 +48,13 @@ def measure_rounds(config: Config, workdir: Path, out: Path) -> None:
       InputError: there is no checkpoint for this target, or a prompt file cannot be used.
     """
     mesh = make_mesh(config.mesh)
-    engine = open_engine(config, workdir, mesh)
+    decoder = open_decoder(config, workdir, mesh)
     settings = config.eval
     with contextlib.closing(Tally(Path(os.devnull))) as tally, jax.set_mesh(mesh):
-        asked, first = ask(config, engine, tally, settings.prompts, settings.limit)
+        asked, first = ask(config, decoder, tally, settings.prompts, settings.limit)
         turns = sum(len(one.questions) for one in asked)
         with Progress("measure", turns, unit="answer") as progress:
-            requests, result = answer(engine, asked, first, settings.temperatures[0], advance=progress.advance)
+            requests, result = answer(decoder, asked, first, settings.temperatures[0], advance=progress.advance)
     counts = count_rounds(result).grouped(requests.owners, len(asked))
     temporary = out.with_suffix(".tmp.npz")
     np.savez(temporary, prompt_sets=np.asarray([one.prompt.prompt_set for one in asked]), **vars(counts))
@@ -91,22 +91,24 @@ def measure_times(runs: Mapping[str, tuple[Config, Path]]) -> dict[str, dict[str
     base = next(iter(runs.values()))[0]
     settings, mesh = base.eval, make_mesh(base.mesh)
     with contextlib.closing(Tally(Path(os.devnull))) as tally, jax.set_mesh(mesh):
-        engines, found = _open_all(runs, mesh)
-        loaded = next(iter(engines.values()))
+        decoders, found = _open_all(runs, mesh)
+        loaded = next(iter(decoders.values()))
         asked, first = ask(base, loaded, tally, settings.prompts, settings.limit)
         quick = first.take(_first_of_each([one.prompt.prompt_set for one in asked], settings.speed_prompts))
-        engines[PLAIN] = loaded
-        with Progress("time", len(quick.items) * len(engines), unit="answer") as progress:
-            for name, engine in engines.items():
-                target, drafter = for_decoding(engine.target, None if name == PLAIN else engine.drafter, batch_size=1)
-                engines[name] = type(engine)(**{**vars(engine), "target": target, "drafter": drafter})
-                engines[name].decode(quick.take([0]), settings.temperatures[0], speculative=name != PLAIN, batch_size=1)
+        decoders[PLAIN] = loaded
+        with Progress("time", len(quick.items) * len(decoders), unit="answer") as progress:
+            for name, decoder in decoders.items():
+                models = (decoder.models.plain() if name == PLAIN else decoder.models).for_decoding(batch_size=1)
+                decoders[name] = dataclasses.replace(decoder, models=models)
+                decoders[name].decode(
+                    quick.take([0]), settings.temperatures[0], speculative=name != PLAIN, batch_size=1
+                )
                 found[name] = {"seconds": [], "rounds": [], "tokens": []}
             for number in range(len(quick.items)):
                 one = quick.take([number])
-                for name, engine in engines.items():
+                for name, decoder in decoders.items():
                     started = time.perf_counter()
-                    result = engine.decode(one, settings.temperatures[0], speculative=name != PLAIN, batch_size=1)
+                    result = decoder.decode(one, settings.temperatures[0], speculative=name != PLAIN, batch_size=1)
                     found[name]["seconds"].append(time.perf_counter() - started)
                     found[name]["rounds"].append(len(result.acceptance_lengths[0]))
                     found[name]["tokens"].append(len(result.tokens[0]))
@@ -116,21 +118,21 @@ def measure_times(runs: Mapping[str, tuple[Config, Path]]) -> dict[str, dict[str
 
 def _open_all(
     runs: Mapping[str, tuple[Config, Path]], mesh: Mesh
-) -> tuple[dict[str, Engine], dict[str, dict[str, Any]]]:
+) -> tuple[dict[str, Decoder], dict[str, dict[str, Any]]]:
     """Engines with the same target by name, and {"error": why} of those that cannot be loaded."""
-    engines: dict[str, Engine] = {}
+    decoders: dict[str, Decoder] = {}
     errors: dict[str, dict[str, Any]] = {}
     target = None
     for name, (config, workdir) in runs.items():
         try:
-            engines[name] = open_engine(config, workdir, mesh, target=target)
+            decoders[name] = open_decoder(config, workdir, mesh, target=target)
         except InputError as error:
             errors[name] = {"error": " ".join(str(error).split())[:200]}
         else:
-            target = engines[name].target
-    if not engines:
+            target = decoders[name].models.target
+    if not decoders:
         raise InputError("; ".join(f"{name}: {one['error']}" for name, one in errors.items()))
-    return engines, errors
+    return decoders, errors
 
 
 def _first_of_each(sets: Sequence[str], most: int) -> list[int]:

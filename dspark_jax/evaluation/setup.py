@@ -1,4 +1,4 @@
-"""What `evaluate` and `calibrate` begin with: the newest checkpoint as an engine, and prompts that can be asked."""
+"""What `evaluate` and `calibrate` begin with: the newest checkpoint as an decoder, and prompts that can be asked."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -13,16 +13,16 @@ from dspark_jax.data.prompts import read_prompts
 from dspark_jax.data.regenerate import Conversation, Rejected, conversations
 from dspark_jax.data.samples import Tally, describe
 from dspark_jax.drafter import AnyDrafter
-from dspark_jax.engine.models import when_loaded
-from dspark_jax.evaluation.decoding import Engine, Requests, first_requests
+from dspark_jax.engine.models import Models, when_loaded
+from dspark_jax.evaluation.decoding import Decoder, Requests, first_requests
 from dspark_jax.kinds import MASKLESS
 from dspark_jax.target.loading import load_target
 from dspark_jax.training.checkpoint import checkpoint_directory, load_step
 
 
-def open_engine(
+def open_decoder(
     config: Config, workdir: Path, mesh: Mesh, *, target: Any = None, drafter: Any = None, tokenizer: Any = None
-) -> Engine:
+) -> Decoder:
     """The newest checkpoint of `workdir` with its target, or models that are loaded already.
 
     Args:
@@ -42,9 +42,8 @@ def open_engine(
         drafter = when_loaded(drafter)
     target = when_loaded(load_target(config.target, mesh)) if target is None else target
     tokenizer = load_tokenizer(config.target.path) if tokenizer is None else tokenizer
-    return Engine(
-        target=target,
-        drafter=drafter,
+    return Decoder(
+        models=Models(target, drafter),
         tokenizer=tokenizer,
         stop_tokens=stop_tokens(config.target.path, tokenizer),
         max_new_tokens=config.eval.max_new_tokens,
@@ -73,13 +72,13 @@ def open_drafter(config: Config, workdir: Path, mesh: Mesh) -> tuple[int, AnyDra
 
 
 def ask(
-    config: Config, engine: Engine, tally: Tally, files: Sequence[str], limit: int
+    config: Config, decoder: Decoder, tally: Tally, files: Sequence[str], limit: int
 ) -> tuple[list[Conversation], Requests]:
     """Reads prompt files; returns the prompts that can be asked, and their first questions.
 
     Args:
       config: `data` has the system prompt and the longest prompt.
-      engine: its tokenizer and positions decide what can be asked.
+      decoder: its tokenizer and positions decide what can be asked.
       tally: counts those that cannot.
       files: JSONL files of prompts.
       limit: prompts per file; 0 = all.
@@ -93,7 +92,7 @@ def ask(
         tally.reject(conversation.sample_id, conversation.prompt, error)
 
     todo = conversations(prompts, 1, config.data.system_prompt)
-    asked, first = first_requests(engine, todo, config.data.max_prompt_length, reject)
+    asked, first = first_requests(decoder, todo, config.data.max_prompt_length, reject)
     left = {one.prompt.file for one in asked}
     for file in files:
         if str(file) not in left:

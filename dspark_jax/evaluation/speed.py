@@ -21,14 +21,12 @@ from jax.experimental import multihost_utils
 
 from dspark_jax.attached import run_quietly
 from dspark_jax.config import Config, from_json, to_json
-from dspark_jax.drafter.interface import is_confident
-from dspark_jax.engine.generate import decode, decode_shape, padded_stops
-from dspark_jax.engine.models import for_decoding
+from dspark_jax.engine.generate import Prompts, decode, decode_shape, padded_stops
 from dspark_jax.engine.result import DecodeResult
 from dspark_jax.engine.sampling import fold_keys, request_keys, request_sampling
 from dspark_jax.engine.schedule import Scheduler
-from dspark_jax.evaluation.decoding import Engine, Request, Requests
-from dspark_jax.evaluation.setup import open_engine
+from dspark_jax.evaluation.decoding import Decoder, Request, Requests
+from dspark_jax.evaluation.setup import open_decoder
 from dspark_jax.sharding import make_mesh
 
 
@@ -50,31 +48,29 @@ class Speed:
 
 
 def measure_speed(
-    engine: Engine, requests: Requests, temperature: float, advance: Callable[[int], None] | None = None
+    decoder: Decoder, requests: Requests, temperature: float, advance: Callable[[int], None] | None = None
 ) -> Speed:
     """Decodes every request in all ways in turn, so that they see the same state of the machine.
 
     Compilation happens in a first decoding of each kind that is not counted, and the weights get their form before it.
     What a round with drafts costs is measured on the first request, which is decoded once more for it.
     """
-    engines: list[Engine] = []
-    for drafter in (None, engine.drafter):
-        target, drafter = for_decoding(engine.target, drafter, batch_size=1)
-        engines.append(dataclasses.replace(engine, target=target, drafter=drafter))
+    ways = (decoder.models.plain(), decoder.models)
+    decoders = [dataclasses.replace(decoder, models=models.for_decoding(batch_size=1)) for models in ways]
 
     def run(number: int, column: int, round_cost: float = 2.0) -> tuple[float, DecodeResult]:
-        confident = is_confident(engine.drafter)
+        confident = decoder.models.confident
         scheduler = Scheduler.adaptive(1 / round_cost, confident=confident) if column == 2 else None
         one, started = requests.take([number]), time.perf_counter()
         speculative = bool(column)
-        result = engines[column > 0].decode(
+        result = decoders[column > 0].decode(
             one, temperature, speculative=speculative, batch_size=1, scheduler=scheduler
         )
         return time.perf_counter() - started, result
 
     for column in range(3):
         run(0, column)
-    plain, drafting = (_seconds_per_round(one, requests, temperature) for one in engines)
+    plain, drafting = (_seconds_per_round(one, requests, temperature) for one in decoders)
     # Hosts that were told different costs would not run the same rounds.
     cost = float(multihost_utils.broadcast_one_to_all(drafting / plain))
     tokens, seconds = np.zeros((len(requests.items), 3)), np.zeros((len(requests.items), 3))
@@ -87,11 +83,11 @@ def measure_speed(
     return Speed(tokens, seconds, cost)
 
 
-def _seconds_per_round(engine: Engine, requests: Requests, temperature: float, repeats: int = 3) -> float:
+def _seconds_per_round(decoder: Decoder, requests: Requests, temperature: float, repeats: int = 3) -> float:
     """Seconds of a round at batch 1, by decoding the first request to its end and, for comparison, not at all.
 
-    With the drafter where the engine has one. The executable is that of `Engine.decode`: jit takes arrays of NumPy, of
-    one device and of a mesh for different things, so every argument is made in the same way as there.
+    The executable is that of `Decoder.decode`: jit takes arrays of NumPy, of one device and of a mesh for different
+    things, so every argument is made in the same way as there.
     """
     prompt, width = requests.items[0].prompt, requests.width
     tokens = np.zeros((1, width), np.int32)
@@ -99,18 +95,18 @@ def _seconds_per_round(engine: Engine, requests: Requests, temperature: float, r
     length = np.asarray([len(prompt)], np.int32)
     keys = fold_keys(request_keys(0, jnp.zeros(1, jnp.int32)), jnp.zeros(1, jnp.int32))
     sampling = request_sampling(1, temperature=temperature)
-    stops = padded_stops([-1] * len(engine.stop_tokens))  # nothing ends it early
-    shape = decode_shape(width, engine.max_new_tokens, engine.drafter, trace=False)
-    models = (engine.target, engine.drafter)
+    stops = padded_stops([-1] * len(decoder.stop_tokens))  # nothing ends it early
+    shape = decode_shape(width, decoder.max_new_tokens, decoder.models, trace=False)
 
     def run(new_tokens: int) -> tuple[float, int]:
         limits, started = length + np.int32(new_tokens), time.perf_counter()
-        state, _ = decode(*models, tokens, length, limits, keys, sampling, stops, Scheduler.fixed(), shape=shape)
+        prompts = Prompts(tokens, length, limits, keys)
+        state, _ = decode(decoder.models, prompts, sampling, stops, Scheduler.fixed(), shape=shape)
         rounds = int(jax.device_get(state.rounds)[0])
         return time.perf_counter() - started, rounds
 
     start, _ = min(run(1) for _ in range(repeats))
-    whole, rounds = min(run(engine.max_new_tokens) for _ in range(repeats))
+    whole, rounds = min(run(decoder.max_new_tokens) for _ in range(repeats))
     return max(whole - start, 1e-9) / max(rounds, 1)
 
 
@@ -153,9 +149,9 @@ def main(folder: Path) -> None:
     config = from_json(job["config"])
     requests = Requests([Request(**item) for item in job["requests"]], job["width"])
     mesh = make_mesh(config.mesh)
-    engine = open_engine(config, Path(job["workdir"]), mesh)
+    decoder = open_decoder(config, Path(job["workdir"]), mesh)
     with jax.set_mesh(mesh):
-        speeds = [measure_speed(engine, requests, temperature) for temperature in job["temperatures"]]
+        speeds = [measure_speed(decoder, requests, temperature) for temperature in job["temperatures"]]
     np.savez(
         folder / "speed.npz",
         tokens=np.stack([one.tokens for one in speeds]),

@@ -8,15 +8,15 @@ table of any machine; here the clock of this one runs.
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
 from dspark_jax.config import InputError
-from dspark_jax.drafter.interface import is_confident
+from dspark_jax.engine.models import Models
 from dspark_jax.engine.request import Request, RequestMetrics
 from dspark_jax.engine.schedule import Scheduler
 from dspark_jax.engine.serving import Engine, QueueFull
+from dspark_jax.evaluation.decoding import Decoder
 from dspark_jax.progress import Progress
 
 
@@ -175,8 +175,8 @@ def summarise(served: Sequence[Served], rate: float) -> TrafficPoint:
 
 
 def traffic_curves(
-    contenders: Mapping[str, tuple[Any, Scheduler | None]],
-    make_engine: Callable[[Any, Scheduler | None], Engine],
+    contenders: Mapping[str, tuple[Models, Scheduler | None]],
+    make_engine: Callable[[Models, Scheduler | None], Engine],
     prompts: Sequence[Sequence[int]],
     sets: Sequence[str],
     rates: Sequence[float],
@@ -190,8 +190,8 @@ def traffic_curves(
     """Every contender at every rate, each with a fresh engine that has compiled everything before the clock starts.
 
     Args:
-      contenders: (drafter or None, scheduler or None) by name.
-      make_engine: (drafter, scheduler) -> an engine that is not started.
+      contenders: (models, scheduler or None) by name.
+      make_engine: (models, scheduler) -> an engine that is not started.
       prompts: token ids.
       sets: prompt set of each prompt.
       rates: requests per second.
@@ -202,10 +202,10 @@ def traffic_curves(
       advance: called with the number of requests that have been submitted.
     """
     curves: dict[str, list[TrafficPoint]] = {name: [] for name in contenders}
-    for name, (drafter, scheduler) in contenders.items():
+    for name, (models, scheduler) in contenders.items():
         for rate in rates:
             arrivals = poisson_arrivals(prompts, sets, rate, count, seed)
-            engine = make_engine(drafter, scheduler)
+            engine = make_engine(models, scheduler)
             engine.warm_up(greedy=True, sampled=temperature > 0)
             with engine:
                 served = drive(
@@ -230,26 +230,28 @@ def parse_rates(text: str) -> tuple[float, ...]:
     return rates
 
 
-def traffic_contenders(drafter: Any, steps_per_second: np.ndarray | None) -> dict[str, tuple[Any, Scheduler | None]]:
-    """(drafter, scheduler) by name: plain, fixed lengths, and the schedulers that this drafter can feed.
+def traffic_contenders(
+    models: Models, steps_per_second: np.ndarray | None
+) -> dict[str, tuple[Models, Scheduler | None]]:
+    """(models, scheduler) by name: plain, fixed lengths, and the schedulers that this drafter can feed.
 
     Args:
-      drafter: the run's drafter.
+      models: of the run.
       steps_per_second: [N + 1] of this machine, for Algorithm 1; None leaves it out.
     """
-    size = drafter.block_size
-    out: dict[str, tuple[Any, Scheduler | None]] = {"plain": (None, None)}
+    size = models.block_size
+    out: dict[str, tuple[Models, Scheduler | None]] = {"plain": (models.plain(), None)}
     for length in sorted({min(2, size), size}):
-        out[f"fixed {length}"] = (drafter, Scheduler.fixed(length))
-    if is_confident(drafter):
-        out["threshold 0.5"] = (drafter, Scheduler.threshold(0.5))
+        out[f"fixed {length}"] = (models, Scheduler.fixed(length))
+    if models.confident:
+        out["threshold 0.5"] = (models, Scheduler.threshold(0.5))
         if steps_per_second is not None:
-            out["early stop"] = (drafter, Scheduler.early_stop(steps_per_second))
+            out["early stop"] = (models, Scheduler.early_stop(steps_per_second))
     return out
 
 
 def measure_traffic(
-    models: Any,
+    decoder: Decoder,
     prompts: Sequence[Sequence[int]],
     sets: Sequence[str],
     rates: Sequence[float],
@@ -262,7 +264,7 @@ def measure_traffic(
     """`traffic_curves` of a run's models and prompts, with a progress bar.
 
     Args:
-      models: an `evaluation.decoding.Engine`.
+      decoder: with the models.
       prompts: token ids.
       sets: prompt set of each prompt.
       rates: requests per second.
@@ -271,17 +273,16 @@ def measure_traffic(
       temperature: of all requests.
       steps_per_second: see `traffic_contenders`.
     """
-    contenders = traffic_contenders(models.drafter, steps_per_second)
-    capacity = max(map(len, prompts)) + models.max_new_tokens
+    contenders = traffic_contenders(decoder.models, steps_per_second)
+    capacity = max(map(len, prompts)) + decoder.max_new_tokens
 
-    def make_engine(drafter: Any, scheduler: Scheduler | None) -> Engine:
+    def make_engine(models: Models, scheduler: Scheduler | None) -> Engine:
         return Engine(
-            models.target,
-            drafter,
+            models,
             slots=slots,
             capacity=capacity,
             scheduler=scheduler,
-            stop_tokens=models.stop_tokens,
+            stop_tokens=decoder.stop_tokens,
             max_queue=max(count, 1),
         )
 
@@ -293,9 +294,9 @@ def measure_traffic(
             sets,
             rates,
             count=count,
-            max_new_tokens=models.max_new_tokens,
+            max_new_tokens=decoder.max_new_tokens,
             temperature=temperature,
-            seed=models.seed,
+            seed=decoder.seed,
             advance=progress.advance,
         )
 

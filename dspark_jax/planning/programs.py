@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from dspark_jax.config import Config, InputError
+from dspark_jax.engine.models import Models
 from dspark_jax.engine.schedule import Scheduler
 from dspark_jax.engine.slots import Mode, batch_axes, open_slots, serve_round
 from dspark_jax.sharding import replicated, sharding, state_shardings
@@ -107,7 +108,7 @@ def decode_program(config: Config, mesh: Mesh) -> Program:
 
     def slots(count: int, rows: int = rows) -> Any:
         opened = functools.partial(open_slots, count=count, rows=rows, stops=STOP_TOKENS)
-        return jax.eval_shape(opened, target, drafter, scheduler)
+        return jax.eval_shape(opened, Models(target, drafter), scheduler)
 
     def lay(leaf: Any, axis: int) -> Any:
         axes = ["batch" if i == axis else None for i in range(leaf.ndim)]
@@ -116,16 +117,16 @@ def decode_program(config: Config, mesh: Mesh) -> Program:
     shapes = slots(config.eval.batch_size)
     state = jax.tree.map(lay, shapes, batch_axes(slots, shapes))
     released = lay(jax.ShapeDtypeStruct((config.eval.batch_size,), jnp.bool_), 0)
-    models = [_laid(model, state_shardings(model, mesh), model.dtype) for model in (target, drafter)]
+    target, drafter = (_laid(model, state_shardings(model, mesh), model.dtype) for model in (target, drafter))
     everywhere = jax.tree.map(lambda leaf: replicated(mesh), scheduler)
     scheduler = jax.tree.map(
         lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), scheduler, everywhere
     )
     with jax.set_mesh(mesh):
-        traced = serve_round.trace(*models, state, released, scheduler, mode=Mode(greedy=False))
+        traced = serve_round.trace(Models(target, drafter), state, released, scheduler, mode=Mode(greedy=False))
     parts = {
-        "target_parameters": models[0],
-        "drafter_parameters": models[1],
+        "target_parameters": target,
+        "drafter_parameters": drafter,
         "caches": (state.state.target_cache, state.state.draft_cache),
     }
     return Program("decoding round", traced, parts)

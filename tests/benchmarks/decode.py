@@ -40,12 +40,12 @@ from dspark_jax.drafter import make_drafter
 from dspark_jax.drafter.interface import Proposal
 from dspark_jax.engine import generate
 from dspark_jax.engine.commit import commit
-from dspark_jax.engine.cost import midway
+from dspark_jax.engine.cost import decoding_state
 from dspark_jax.engine.draft import draft
 from dspark_jax.engine.estimator import EstimateSettings
 from dspark_jax.engine.generate import ladder
-from dspark_jax.engine.models import for_decoding
-from dspark_jax.engine.sampling import round_uniforms
+from dspark_jax.engine.models import Models
+from dspark_jax.engine.sampling import Requests, round_uniforms
 from dspark_jax.engine.schedule import Scheduler, observe, schedule
 from dspark_jax.engine.state import DecodeState
 from dspark_jax.engine.verify import verify
@@ -108,15 +108,16 @@ def trained(workdir: Path, count: int) -> tuple[Any, Any, Any, list[list[int]], 
 
     from dspark_jax.config import from_json
     from dspark_jax.data.samples import Tally
-    from dspark_jax.evaluation.setup import ask, open_engine
+    from dspark_jax.evaluation.setup import ask, open_decoder
     from dspark_jax.sharding import make_mesh
 
     config = from_json((workdir / "config.json").read_text())
-    engine = open_engine(config, workdir, make_mesh(config.mesh))
+    decoder = open_decoder(config, workdir, make_mesh(config.mesh))
     with contextlib.closing(Tally(Path(os.devnull))) as tally:
-        _, requests = ask(config, engine, tally, config.eval.prompts, count)
+        _, requests = ask(config, decoder, tally, config.eval.prompts, count)
     model = transformers.AutoModelForCausalLM.from_pretrained(config.target.path, dtype="float32").eval()
-    return engine.target, engine.drafter, model, [item.prompt for item in requests.items], list(engine.stop_tokens)
+    models = decoder.models
+    return models.target, models.drafter, model, [item.prompt for item in requests.items], list(decoder.stop_tokens)
 
 
 def measure(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, dict[str, Any]]:
@@ -137,39 +138,37 @@ def measure(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, dict[
     return figures
 
 
-def parts(target: Any, drafter: Any, scheduler: Scheduler, batch: int, context: int, rounds: int) -> dict[str, float]:
+def parts(models: Models, scheduler: Scheduler, batch: int, context: int, rounds: int) -> dict[str, float]:
     """Milliseconds of a round and of its parts, of `batch` requests that never end; plain without a drafter.
 
     Draft, verify and commit are differences of loops that do more and more of a round. Scheduling is too short for
     that: it is looped alone.
     """
-    target, drafter = for_decoding(target, drafter, batch_size=batch)
-    size = 0 if drafter is None else drafter.block_size
-    state = midway(target, drafter, scheduler, batch, batch, context)
+    models, size = models.for_decoding(batch_size=batch), models.block_size
+    state = decoding_state(models, scheduler, batch, batch, context)
     sampling, stops = Sampling.constant(0.0, batch), jnp.full((1,), -1, jnp.int32)
-    active, taps = jnp.ones((batch,), bool), () if drafter is None else drafter.taps
+    active = jnp.ones((batch,), bool)
 
-    def turn(target: Any, drafter: Any, scheduler: Scheduler, at: DecodeState, depth: int) -> DecodeState:
-        uniforms = round_uniforms(at.keys, at.positions, size)
-        proposal, at = draft(target, drafter, at, uniforms, sampling)
+    def turn(models: Models, scheduler: Scheduler, at: DecodeState, depth: int) -> DecodeState:
+        requests = Requests(round_uniforms(at.keys, at.positions, size), sampling, stops)
+        proposal, at = draft(models, at, requests)
         anchor = proposal.tokens[:, :1].sum(axis=1)  # the next round depends on everything this one did
         if proposal.confidence is not None:
             anchor += (proposal.confidence.sum(axis=1) + proposal.logits[:, :, 0].sum(axis=1) > 1e9).astype(jnp.int32)
         if depth > 0:
             lengths, history = schedule(scheduler, proposal, active, at.history)
-            output = verify(target, at, proposal, lengths, uniforms, sampling, taps=taps)
-            verdict, passed = output
+            verdict, passed = verify(models, at, proposal, lengths, requests)
             anchor = verdict.next_token + (passed.features.sum(axis=(1, 2)) > 1e9)
             after = dataclasses.replace(at, target_cache=passed.cache, history=history)
             if depth > 1:
-                after, _ = commit(drafter, after, proposal, lengths, verdict, passed, stops)
+                after, _ = commit(models, after, proposal, lengths, verdict, passed, stops)
                 anchor = after.anchors
             at = dataclasses.replace(after, lengths=at.lengths, finished=at.finished, stopped=at.stopped)
         return dataclasses.replace(at, tokens=at.tokens.at[:, context - 1].set(anchor % 1000))
 
     @functools.partial(jax.jit, static_argnames="depth")
-    def loop(target: Any, drafter: Any, scheduler: Scheduler, at: DecodeState, count: Any, depth: int) -> jax.Array:
-        step = functools.partial(turn, target, drafter, scheduler, depth=depth)
+    def loop(models: Models, scheduler: Scheduler, at: DecodeState, count: Any, depth: int) -> jax.Array:
+        step = functools.partial(turn, models, scheduler, depth=depth)
         return jax.lax.fori_loop(0, count, lambda _, state: step(state), at).tokens
 
     @jax.jit
@@ -192,8 +191,7 @@ def parts(target: Any, drafter: Any, scheduler: Scheduler, batch: int, context: 
         timed(1)
         return (min(timed(1 + rounds) for _ in range(4)) - min(timed(1) for _ in range(4))) / rounds
 
-    models = (target, drafter, scheduler, state)
-    times = [seconds(lambda count, d=depth: loop(*models, count, d), rounds) for depth in (0, 1, 2)]
+    times = [seconds(lambda count, d=depth: loop(models, scheduler, state, count, d), rounds) for depth in (0, 1, 2)]
     alone = 0.0
     if size:
         noise = jax.random.normal(jax.random.key(0), (batch, size))
@@ -220,8 +218,8 @@ def show_parts(target: Any, drafter: Any, batches: list[int], context: int) -> d
         kinds["lagged"] = Scheduler.lagged(table, np.full(drafter.block_size, 0.5))
         kinds["online"] = Scheduler.early_stop(table, online=EstimateSettings())
         for name, scheduler in kinds.items():
-            drafting = None if scheduler is None else drafter
-            found = parts(target, drafting, scheduler or Scheduler.fixed(), batch, context, max(64 // batch, 6))
+            models = Models(target) if scheduler is None else Models(target, drafter)
+            found = parts(models, scheduler or Scheduler.fixed(), batch, context, max(64 // batch, 6))
             figures[f"{batch} {name}"] = found
             share = found["schedule"] / found["round"]
             print(f"{batch:5} {name:12}" + "".join(f"{found[n]:10.3f}" for n in names) + f"{share:16.2%}", flush=True)
@@ -248,7 +246,7 @@ def show_heads(target: Any, lengths: list[int], dtype: str, context: int) -> dic
             heads[kind] = dataclasses.replace(DRAFTER, block_size=length, markov_head_type=kind)
         for kind, config in heads.items():
             drafter = make_drafter(ARCHITECTURE, config, rngs=nnx.Rngs(1), dtype=compute_dtype(dtype))
-            found = parts(target, drafter, Scheduler.fixed(), 1, context, 96)
+            found = parts(Models(target, drafter), Scheduler.fixed(), 1, context, 96)
             figures[f"{length} {kind}"] = found
             added = found["draft"] - figures[f"{length} none"]["draft"]
             times = f"{found['draft']:14.3f}{found['round']:14.3f}"
@@ -303,15 +301,15 @@ def compare(
 ) -> dict[str, dict[str, Any]]:
     """Our engine and, at batch 1, Hugging Face on the same weights and prompts; prints the table."""
     width = ladder(max(map(len, prompts)))
-    layouts = {True: for_decoding(target, drafter, batch_size=arguments.batch)}
-    layouts[False] = for_decoding(target, None, batch_size=arguments.batch)
+    both = Models(target, drafter)
+    forms = {True: both.for_decoding(batch_size=arguments.batch)}
+    forms[False] = both.plain().for_decoding(batch_size=arguments.batch)
 
     def ours(drafts: bool, temperature: float, scheduler: Scheduler | None = None) -> Callable[[], Any]:
-        model, helper = layouts[drafts]
+        models = forms[drafts]
         settings: Any = {"temperature": temperature, "prompt_width": width, "batch_size": arguments.batch}
         return lambda: generate(
-            model,
-            helper,
+            models,
             prompts,
             max_new_tokens=arguments.new,
             stop_tokens=stops,

@@ -32,11 +32,10 @@ from dspark_jax.command import load_config
 from dspark_jax.config import Config, resolve
 from dspark_jax.data.chat import prompt_tokens
 from dspark_jax.data.prompts import read_prompts
-from dspark_jax.drafter.interface import is_confident
-from dspark_jax.engine import generate
+from dspark_jax.engine import Models, generate
 from dspark_jax.engine.schedule import Scheduler
 from dspark_jax.engine.serving import Engine
-from dspark_jax.evaluation.setup import open_engine
+from dspark_jax.evaluation.setup import open_decoder
 from dspark_jax.progress import Progress
 from dspark_jax.sharding import make_mesh
 
@@ -48,44 +47,43 @@ TEMPERATURES = (1.0, 0.7)
 TIE = 1e-3  # logits that are closer than this are equal but for rounding
 
 
-def schedulers(drafter: Any) -> dict[str, Scheduler]:
+def schedulers(models: Models) -> dict[str, Scheduler]:
     """Every rule, with a cost table on which the load decides: steps slow down from 64 tokens on."""
-    size = drafter.block_size
+    size = models.block_size
     table = 50.0 / np.maximum(1.0, np.arange(32 * (size + 1) + 1) / 64)
     found = {"fixed": Scheduler.fixed(), "fixed 2": Scheduler.fixed(min(2, size))}
-    if is_confident(drafter):
+    if models.confident:
         found["threshold"] = Scheduler.threshold(0.5)
         found["early_stop"] = Scheduler.early_stop(table)
         found["lagged"] = Scheduler.lagged(table, 0.6 ** np.arange(1, size + 1))
-    found["adaptive"] = Scheduler.adaptive(1 / 2.1, confident=is_confident(drafter))
+    found["adaptive"] = Scheduler.adaptive(1 / 2.1, confident=models.confident)
     return found
 
 
-class Models:
+class Run:
     """The run's models and the prompts of its evaluation sets."""
 
     def __init__(self, config: Config, workdir: Path, prompts: int):
         self.mesh = make_mesh(config.mesh)
-        models = open_engine(config, workdir, self.mesh)
-        self.target, self.drafter, self.stops = models.target, models.drafter, models.stop_tokens
+        decoder = open_decoder(config, workdir, self.mesh)
+        self.models, self.stops = decoder.models, decoder.stop_tokens
         found = read_prompts(config.eval.prompts, prompts)
-        rows = [prompt_tokens(models.tokenizer, prompt.messages[:1]) for prompt in found]
+        rows = [prompt_tokens(decoder.tokenizer, prompt.messages[:1]) for prompt in found]
         self.prompts = [ids for ids in rows if len(ids) + BUDGET <= WIDTH]
 
 
-def greedy(models: Models, rules: dict[str, Scheduler], batches: Sequence[int]) -> dict[str, Any]:
+def greedy(run: Run, rules: dict[str, Scheduler], batches: Sequence[int]) -> dict[str, Any]:
     """How many answers are those of plain decoding, by scheduler and batch size."""
 
     def decode(batch: int, scheduler: Scheduler | None) -> list[np.ndarray]:
         return generate(
-            models.target,
-            None if scheduler is None else models.drafter,
-            models.prompts,
+            run.models.plain() if scheduler is None else run.models,
+            run.prompts,
             max_new_tokens=BUDGET,
             temperature=0.0,
-            stop_tokens=models.stops,
+            stop_tokens=run.stops,
             batch_size=batch,
-            prompt_width=max(map(len, models.prompts)),  # one executable for all
+            prompt_width=max(map(len, run.prompts)),  # one executable for all
             scheduler=scheduler,
         ).tokens
 
@@ -96,9 +94,9 @@ def greedy(models: Models, rules: dict[str, Scheduler], batches: Sequence[int]) 
         for name, scheduler in rules.items():
             for batch in batches:
                 found = decode(batch, scheduler)
-                pairs = list(zip(models.prompts, plain, found, strict=True))
+                pairs = list(zip(run.prompts, plain, found, strict=True))
                 different = [(ids, want, got) for ids, want, got in pairs if not np.array_equal(want, got)]
-                ties = sum(tied(models.target, *one) for one in different)
+                ties = sum(tied(run.models.target, *one) for one in different)
                 out[f"{name}, batch {batch}"] = {
                     "answers": len(found),
                     "identical": len(found) - len(different),
@@ -137,7 +135,7 @@ def ranks(target: Any, tokens: jax.Array, heat: jax.Array, noise: jax.Array) -> 
     return jnp.pad(shares, ((0, 0), (1, 0)))
 
 
-def uniforms(models: Models, answers: Sequence[tuple[list[int], tuple[int, ...], float]], seed: int) -> np.ndarray:
+def uniforms(run: Run, answers: Sequence[tuple[list[int], tuple[int, ...], float]], seed: int) -> np.ndarray:
     """`ranks` of all answered tokens: uniform on [0, 1] if they were drawn from the target's distribution."""
     rng, out = np.random.default_rng(seed), []
     answers = sorted(answers, key=lambda one: len(one[0]) + len(one[1]))
@@ -148,26 +146,24 @@ def uniforms(models: Models, answers: Sequence[tuple[list[int], tuple[int, ...],
         for row, (prompt, answer, temperature) in enumerate(part):
             tokens[row, : len(prompt) + len(answer)] = [*prompt, *answer]
             heat[row] = temperature
-        found = np.asarray(ranks(models.target, tokens, heat, rng.random((ROWS, width), np.float32)))
+        found = np.asarray(ranks(run.models.target, tokens, heat, rng.random((ROWS, width), np.float32)))
         out += [found[row, len(prompt) : len(prompt) + len(answer)] for row, (prompt, answer, _) in enumerate(part)]
     return np.concatenate(out)
 
 
-def sampled(models: Models, scheduler: Scheduler, slots: int, count: int, seed: int, name: str) -> dict[str, Any]:
+def sampled(run: Run, scheduler: Scheduler, slots: int, count: int, seed: int, name: str) -> dict[str, Any]:
     """At least `count` sampled tokens of a busy engine, and the chi-square test of them."""
     rng = random.Random(seed)
     engine = Engine(
-        models.target,
-        models.drafter,
+        run.models,
         slots=slots,
         capacity=CAPACITY,
         scheduler=scheduler,
-        stop_tokens=models.stops,
+        stop_tokens=run.stops,
         max_queue=2 * slots,
-        verify_sizes=(2 * slots, 4 * slots) if scheduler.name == "lagged" else (),
     )
     engine.warm_up(greedy=False)
-    prompts = [ids for ids in models.prompts if len(ids) + BUDGET <= CAPACITY]
+    prompts = [ids for ids in run.prompts if len(ids) + BUDGET <= CAPACITY]
     waiting: collections.deque[tuple[list[int], float, Any]] = collections.deque()
     answers: list[tuple[list[int], tuple[int, ...], float]] = []
     tokens, emitted, rounds, began = 0, 0, 0, time.monotonic()
@@ -186,7 +182,7 @@ def sampled(models: Models, scheduler: Scheduler, slots: int, count: int, seed: 
                 emitted, rounds = emitted + result.metrics.emitted, rounds + result.metrics.rounds
                 progress.advance(len(result.tokens))
     seconds = time.monotonic() - began
-    shares = uniforms(models, answers, seed)
+    shares = uniforms(run, answers, seed)
     observed = np.histogram(shares, BINS, (0.0, 1.0))[0]
     test = stats.chisquare(observed)
     return {
@@ -214,16 +210,16 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", help="also write the summary there")
     arguments = parser.parse_args()
 
-    models = Models(resolve(load_config(arguments.config)), Path(arguments.workdir), arguments.prompts or 100)
-    rules = schedulers(models.drafter)
+    run = Run(resolve(load_config(arguments.config)), Path(arguments.workdir), arguments.prompts or 100)
+    rules = schedulers(run.models)
     if arguments.schedulers:
         rules = {name: rules[name] for name in arguments.schedulers.split(",")}
     found: dict[str, Any] = {"greedy": {}, "sampled": {}}
-    with jax.set_mesh(models.mesh):
+    with jax.set_mesh(run.mesh):
         if arguments.prompts:
-            found["greedy"] = greedy(models, rules, BATCHES)
+            found["greedy"] = greedy(run, rules, BATCHES)
         for name, scheduler in rules.items() if arguments.tokens else ():
-            found["sampled"][name] = sampled(models, scheduler, arguments.slots, arguments.tokens, arguments.seed, name)
+            found["sampled"][name] = sampled(run, scheduler, arguments.slots, arguments.tokens, arguments.seed, name)
             print(name, found["sampled"][name], flush=True)
     differ = sum(one["different"] for one in found["greedy"].values())
     unlikely = [name for name, one in found["sampled"].items() if one["p"] < 1e-4]

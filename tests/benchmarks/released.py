@@ -34,7 +34,7 @@ from flax import nnx
 from dspark_jax.config import Config, DrafterConfig, MeshConfig, TargetArchitecture
 from dspark_jax.drafter import make_drafter
 from dspark_jax.engine.cost import RoundShape, round_seconds, rounds_of
-from dspark_jax.engine.models import for_decoding
+from dspark_jax.engine.models import Models
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target.qwen3 import Qwen3
 from dspark_jax.training.optim import make_optimizer
@@ -151,7 +151,8 @@ def profile(run: Callable[[], Any], top: int = 16) -> None:
 def decoding(config: Config, rates: Rates, quick: bool, show: bool) -> list[dict[str, Any]]:
     """Plain steps and drafted rounds, greedy, every request at 1024 tokens."""
     arch, context = config.target.architecture, 32 if quick else 1024
-    target, drafter = for_decoding(*models(config), batch_size=1, consume=True)
+    both = Models(*models(config)).for_decoding(batch_size=1, consume=True)
+    target, drafter = both.target, both.drafter
     embedding = 0 if arch.tie_word_embeddings else arch.vocab_size * arch.hidden_size * 2
     weights, drafts = size_of(target) - embedding, size_of(drafter) - size_of(drafter.markov.w1)
     head = arch.vocab_size * arch.hidden_size * 2
@@ -164,15 +165,15 @@ def decoding(config: Config, rates: Rates, quick: bool, show: bool) -> list[dict
         rows = batch * (config.drafter.block_size + 1)
         operations = 2 * rows * (weights + drafts + head) / 2
         for name, helper, tokens, floor in (
-            (f"plain step, batch {batch}", None, 0, plain),
-            (f"drafted round, batch {batch}", drafter, rows, rates.floor(moved, operations)),
+            (f"plain step, batch {batch}", both.plain(), 0, plain),
+            (f"drafted round, batch {batch}", both, rows, rates.floor(moved, operations)),
         ):
             shape = RoundShape(batch, context, tokens)
             start = time.perf_counter()
-            seconds = round_seconds(target, helper, shape, rounds=16)
+            seconds = round_seconds(helper, shape, rounds=16)
             found.append(row(name, seconds, floor, compiled=f"{time.perf_counter() - start:.0f} s"))
             if show:
-                run = rounds_of(target, helper, shape)
+                run = rounds_of(helper, shape)
                 profile(lambda run=run: run(2))
     stats = jax.devices()[0].memory_stats() or {}
     peak, both = stats.get("peak_bytes_in_use", 0) / 2**30, (size_of(target) + size_of(drafter)) / 2**30

@@ -34,11 +34,11 @@ from dspark_jax.config import Config, InputError, resolve
 from dspark_jax.data.chat import answer_text, prompt_tokens
 from dspark_jax.data.prompts import read_prompts
 from dspark_jax.drafter import make_drafter
-from dspark_jax.engine import generate
+from dspark_jax.engine import Models, generate
 from dspark_jax.engine.request import Request
 from dspark_jax.engine.sampling import request_keys
 from dspark_jax.engine.serving import Engine, QueueFull
-from dspark_jax.evaluation.setup import open_engine
+from dspark_jax.evaluation.setup import open_decoder
 from dspark_jax.ops.sampling import GREEDY_BELOW
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target.loading import compute_dtype
@@ -84,7 +84,7 @@ class Question:
         return self.settings["temperature"] < GREEDY_BELOW
 
 
-def questions(config: Config, target: Any, drafter: Any, tokenizer: Any, stops: Sequence[int], count: int) -> Any:
+def questions(config: Config, models: Models, tokenizer: Any, stops: Sequence[int], count: int) -> Any:
     """Greedy and sampled questions with their reference answers by `generate`."""
     prompts = read_prompts(config.eval.prompts, count // len(config.eval.prompts))
     rows = [prompt_tokens(tokenizer, prompt.messages[:1]) for prompt in prompts]
@@ -94,8 +94,7 @@ def questions(config: Config, target: Any, drafter: Any, tokenizer: Any, stops: 
     ]
     keys = jnp.stack([request_keys(one["seed"], jnp.zeros(1, jnp.int32))[0] for one in settings])
     result = generate(
-        target,
-        drafter,
+        models,
         rows,
         max_new_tokens=BUDGET,
         temperature=[one["temperature"] for one in settings],
@@ -351,14 +350,13 @@ def main() -> None:
     if not arguments.workdir:
         dtype = compute_dtype(config.drafter.dtype)
         drafter = make_drafter(config.target.architecture, config.drafter, rngs=nnx.Rngs(arguments.seed), dtype=dtype)
-    models = open_engine(config, Path(arguments.workdir or "."), mesh, drafter=drafter)
-    target, drafter, tokenizer, stops = models.target, models.drafter, models.tokenizer, models.stop_tokens
+    decoder = open_decoder(config, Path(arguments.workdir or "."), mesh, drafter=drafter)
+    models, tokenizer, stops = decoder.models, decoder.tokenizer, decoder.stop_tokens
     with jax.set_mesh(mesh):
-        asked = questions(config, target, drafter, tokenizer, stops, arguments.questions)
+        asked = questions(config, models, tokenizer, stops, arguments.questions)
         open_idle = functools.partial(
             Engine,
-            target,
-            drafter,
+            models,
             slots=arguments.slots,
             capacity=CAPACITY,
             tokenizer=tokenizer,
@@ -370,7 +368,7 @@ def main() -> None:
         engine = open_idle()
     engine.warm_up(filtered=True)
     begun = time.monotonic()
-    soak = Soak(engine, target, asked, begun + 60 * arguments.minutes)
+    soak = Soak(engine, models.target, asked, begun + 60 * arguments.minutes)
     with engine, concurrent.futures.ThreadPoolExecutor(arguments.clients) as pool:
         clients = [pool.submit(soak.client, 1000 * arguments.seed + i) for i in range(arguments.clients)]
         samples = watch(clients, arguments.minutes)

@@ -16,7 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dspark_jax.config import DrafterConfig, TargetArchitecture
 from dspark_jax.drafter import make_drafter
-from dspark_jax.engine.models import for_decoding
+from dspark_jax.engine.models import Models
 from dspark_jax.engine.schedule import Scheduler
 from dspark_jax.engine.slots import Mode, open_slots, serve_round
 from dspark_jax.ops.block_attention import block_attention
@@ -135,18 +135,18 @@ def test_a_decoding_round_copies_neither_weights_nor_caches(greedy: bool) -> Non
         made = Qwen3(arch, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
         drafter = make_drafter(arch, config, rngs=nnx.Rngs(1), dtype=jnp.bfloat16)
         narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.ndim > 1 else x, made)
-        return for_decoding(narrow, drafter, batch_size=4)
+        return Models(narrow, drafter).for_decoding(batch_size=4)
 
     with jax.set_mesh(mesh):
-        target, drafter = jax.eval_shape(models)
+        both = jax.eval_shape(models)
         scheduler = jax.eval_shape(Scheduler.fixed)
         opened = functools.partial(open_slots, count=4, rows=1024, stops=2)
-        slots = jax.eval_shape(opened, target, drafter, scheduler)
+        slots = jax.eval_shape(opened, both, scheduler)
         everything = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, PartitionSpec())),
-            (target, drafter, slots, jax.ShapeDtypeStruct((4,), jnp.bool_), scheduler),
+            (both, slots, jax.ShapeDtypeStruct((4,), jnp.bool_), scheduler),
         )
-        program = serve_round.lower(*everything, mode=Mode(greedy=greedy), size=0).compile()
+        program = serve_round.lower(*everything, mode=Mode(greedy=greedy)).compile()
     text = program.as_text()
     assert "xla.gpu.triton" in text
     assert not large_copies(text, 100_000), large_copies(text, 100_000)

@@ -37,7 +37,14 @@ class BigramTarget(nnx.Module):
         return jnp.zeros((batch, 0))
 
     def forward(
-        self, tokens: jax.Array, positions: Any, cache: Any = None, *, taps: Any = (), counts: Any = None
+        self,
+        tokens: jax.Array,
+        positions: Any,
+        cache: Any = None,
+        *,
+        taps: Any = (),
+        counts: Any = None,
+        rows: Any = None,
     ) -> Any:
         return TargetOutput(jnp.zeros((*tokens.shape, 0)), jax.nn.one_hot(tokens, self.arch.vocab_size), cache)
 
@@ -87,7 +94,7 @@ class BigramDrafter(nnx.Module):
         return Proposal(jnp.stack(tokens, axis=1), jnp.stack(logits, axis=1), confidence), cache
 
 
-class Models:
+class Tiny:
     """Builders of tiny random models, and the test of what is sampled from them."""
 
     @staticmethod
@@ -106,8 +113,8 @@ class Models:
         vocab = target.arch.vocab_size
         tokens = jnp.arange(vocab)[:, None]
         table = target.unembed(target.forward(tokens, jnp.zeros_like(tokens)).last_hidden)[:, 0]
-        table = table + Models.table(vocab, 7, noise)
-        return BigramDrafter(table, block_size, taps, Models.table(vocab, 8)[0] if confidence else None)
+        table = table + Tiny.table(vocab, 7, noise)
+        return BigramDrafter(table, block_size, taps, Tiny.table(vocab, 8)[0] if confidence else None)
 
     @staticmethod
     def chi_square(counts: np.ndarray, expected: np.ndarray) -> float:
@@ -125,8 +132,8 @@ class Models:
 
 
 @pytest.fixture(scope="session")
-def models() -> type[Models]:
-    return Models
+def models() -> type[Tiny]:
+    return Tiny
 
 
 class ByteTokenizer:

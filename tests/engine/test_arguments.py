@@ -14,6 +14,7 @@ import pytest
 from dspark_jax.config import InputError
 from dspark_jax.engine import generate
 from dspark_jax.engine.estimator import EstimateSettings
+from dspark_jax.engine.models import Models
 from dspark_jax.engine.request import Request
 from dspark_jax.engine.schedule import Scheduler
 from dspark_jax.engine.scheduler_check import check_scheduler
@@ -28,13 +29,12 @@ NO_NUMBER = [None, "1", b"1", True, [1.0, 2.0], {}, 1j, 10**400, math.nan]
 NO_BOOLEAN = [None, "", "yes", 0, 1, 1.0, [], np.ones(2)]
 NO_SECONDS = ["1", True, [1], {}, math.nan, -1, np.ones(2)]
 NO_TOKENS = [7, 1.5, True, b"x", {}, {1}, [1.5], [True], ["a"], [None], [HUGE], [-1], [VOCAB], RAGGED, np.ones(2)]
-NO_MODEL = ["model", 1, [], object()]
+NO_MODELS = [None, "model", 1, [], object(), Models("model"), Models(None)]  # pyright: ignore[reportArgumentType]
 NO_SCHEDULER = ["fixed", "", 0, [], Scheduler, object(), np.ones((1, 2))]
 NO_SIZES = [None, 4, "a", "8", {8}, ["a"], [0], [1.5], [True], [None], [HUGE], RAGGED]
 
 ENGINE: dict[str, list[Any]] = {
-    "target": [None, *NO_MODEL],
-    "drafter": NO_MODEL,
+    "models": NO_MODELS,
     "slots": NO_SIZE,
     "capacity": [*NO_SIZE, 1],
     "scheduler": NO_SCHEDULER,
@@ -44,7 +44,7 @@ ENGINE: dict[str, list[Any]] = {
     "prefill_chunk": NO_SIZE,
     "prefill_chunks": NO_SIZE[1:],
     "max_stop_tokens": NO_SIZE,
-    "verify_sizes": NO_SIZES,
+    "verify_sizes": NO_SIZES[1:],  # None chooses
 }
 SUBMIT: dict[str, list[Any]] = {
     "prompt": [None, *NO_TOKENS, "", [], "\ud800", "caf\udce9"],
@@ -62,8 +62,7 @@ SUBMIT: dict[str, list[Any]] = {
     "unknown": [],
 }
 GENERATE: dict[str, list[Any]] = {
-    "target": [None, *NO_MODEL],
-    "drafter": NO_MODEL,
+    "models": NO_MODELS,
     "prompts": [None, "text", b"x", 3, {}, {3}, [3], [1.5], ["a"], [[]], [[1.5]], [[True]], [[HUGE]], np.ones((1, 2))],
     "max_new_tokens": NO_SIZE,
     "temperature": [None, "1", True, [True], ["1"], [None], {}, 1j, math.nan, math.inf, 1e39, [1.0, 2.0], RAGGED],
@@ -81,7 +80,7 @@ GENERATE: dict[str, list[Any]] = {
     "scheduler": NO_SCHEDULER,
     "batch_size": NO_SIZE,
     "prompt_width": NO_INTEGER,
-    "verify_sizes": NO_SIZES,
+    "verify_sizes": NO_SIZES[1:],  # None chooses
     "trace": NO_BOOLEAN,
     "progress": ["a", 1],
 }
@@ -140,7 +139,7 @@ def refuse(call: Callable[..., Any], good: dict[str, Any], wrong: dict[str, list
 def pair(models: Any) -> dict[str, Any]:
     """A target and a confident drafter."""
     drafter = models.bigram_drafter(models.table(VOCAB, 1), SIZE, (), models.table(VOCAB, 2)[0])
-    return {"target": models.bigram_target(models.table(VOCAB, 0)), "drafter": drafter}
+    return {"models": Models(models.bigram_target(models.table(VOCAB, 0)), drafter)}
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +182,7 @@ def test_arguments_of_a_scheduler(pair: dict[str, Any], name: str) -> None:
     assert named <= set(wrong) and (not {"bounds"} <= parameters(getattr(Scheduler, name)) or set(BOUNDS) <= set(wrong))
 
     def make(**options: Any) -> None:
-        check_scheduler(getattr(Scheduler, name)(**options), pair["drafter"], 2)
+        check_scheduler(getattr(Scheduler, name)(**options), pair["models"], 2)
 
     make(**good)
     refuse(make, good, wrong)
@@ -191,7 +190,7 @@ def test_arguments_of_a_scheduler(pair: dict[str, Any], name: str) -> None:
 
 def test_settings_of_the_running_estimate(pair: dict[str, Any]) -> None:
     def make(**options: Any) -> None:
-        check_scheduler(Scheduler.adaptive(0.5, online=EstimateSettings(**options)), pair["drafter"], 2)
+        check_scheduler(Scheduler.adaptive(0.5, online=EstimateSettings(**options)), pair["models"], 2)
 
     wrong = {field.name: NO_REAL for field in dataclasses.fields(EstimateSettings)}
     refuse(make, {}, wrong | {"confident": NO_BOOLEAN, "prior": [*NO_REAL, 1.0]})
@@ -200,7 +199,7 @@ def test_settings_of_the_running_estimate(pair: dict[str, Any]) -> None:
 @pytest.mark.parametrize("name", ("threshold", "early_stop", "lagged", "adaptive"))
 def test_a_scheduler_made_by_hand_lacks_nothing(pair: dict[str, Any], name: str) -> None:
     with pytest.raises(InputError, match=f"scheduler '{name}' has no .*; make it with Scheduler.{name}"):
-        check_scheduler(Scheduler(name), pair["drafter"], 2)
+        check_scheduler(Scheduler(name), pair["models"], 2)
 
 
 def test_values_that_mean_something_are_taken(pair: dict[str, Any]) -> None:

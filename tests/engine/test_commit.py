@@ -1,5 +1,6 @@
 """Stop tokens and budgets at every position of a round, and frozen requests."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from dspark_jax.drafter.interface import Proposal
+from dspark_jax.drafter.none import NO_DRAFTER
 from dspark_jax.engine.commit import append, commit, is_stop, settle
 from dspark_jax.engine.state import DecodeState
 from dspark_jax.engine.verify import Verdict
@@ -15,6 +17,7 @@ from dspark_jax.target.qwen3 import TargetOutput
 
 SIZE, STOP = 4, 99
 NONE = jnp.asarray([-1])
+ALONE: Any = SimpleNamespace(drafter=NO_DRAFTER)
 
 
 def proposal_of(rows: list[list[int]]) -> Proposal:
@@ -82,7 +85,7 @@ def test_the_budget_ends_a_request_at_every_position() -> None:
     state = state_of(batch, 16, 5, 5 + room)
     proposal = proposal_of([[50, 51, 52, 53]] * batch)
     verdict = Verdict(jnp.full(batch, SIZE), jnp.full(batch, 54))
-    after, entry = commit(None, state, proposal, jnp.full(batch, SIZE), verdict, output(), NONE)
+    after, entry = commit(ALONE, state, proposal, jnp.full(batch, SIZE), verdict, output(), NONE)
     assert entry.emitted.tolist() == [5] * batch
     assert after.lengths.tolist() == [6, 7, 8, 9, 10, 10, 10]
     assert after.finished.tolist() == [True] * 5 + [False] * 2
@@ -96,7 +99,7 @@ def test_a_stop_token_behind_the_budget_was_never_said(room: int, stopped: bool)
     state = state_of(1, 16, 5, 5 + room)
     verdict = Verdict(jnp.asarray([SIZE]), jnp.asarray([54]))
     proposal = proposal_of([[50, 51, STOP, 53]])
-    after, entry = commit(None, state, proposal, jnp.asarray([SIZE]), verdict, output(), jnp.asarray([STOP]))
+    after, entry = commit(ALONE, state, proposal, jnp.asarray([SIZE]), verdict, output(), jnp.asarray([STOP]))
     assert after.finished[0] and bool(after.stopped[0]) == stopped
     assert after.tokens[0, 5 : int(after.lengths[0])].tolist() == [50, 51, STOP][:room]
     assert int(entry.emitted[0]) == int(entry.proposed[0]) == 3
@@ -106,7 +109,7 @@ def test_finished_requests_stay_frozen() -> None:
     state = state_of(3, 12, [4, 5, 6], 12, jnp.asarray([True, False, True]))
     verdict = Verdict(jnp.asarray([4, 1, 0]), jnp.asarray([70, 71, STOP]))
     proposal = proposal_of([[60, 61, 62, 63]] * 3)
-    after, _ = commit(None, state, proposal, jnp.full(3, SIZE), verdict, output(), jnp.asarray([STOP]))
+    after, _ = commit(ALONE, state, proposal, jnp.full(3, SIZE), verdict, output(), jnp.asarray([STOP]))
     assert after.lengths.tolist() == [4, 7, 6]
     assert after.rounds.tolist() == [3, 4, 3]
     assert after.finished.tolist() == [True, False, True]

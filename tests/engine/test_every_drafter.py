@@ -13,6 +13,7 @@ from flax import nnx
 from dspark_jax.config import Config, DataConfig, DrafterConfig, TargetArchitecture, TargetConfig, resolve
 from dspark_jax.drafter import make_drafter
 from dspark_jax.engine import generate
+from dspark_jax.engine.models import Models
 from dspark_jax.engine.schedule import Scheduler
 from dspark_jax.engine.serving import Engine
 from dspark_jax.kinds import KINDS, as_kind
@@ -50,7 +51,7 @@ SAMPLED = PROMPTS[4]
 @functools.cache
 def plain() -> list[np.ndarray]:
     """Greedy tokens of all prompts, without a drafter."""
-    return generate(target(), None, PROMPTS, max_new_tokens=BUDGET).tokens
+    return generate(Models(target()), PROMPTS, max_new_tokens=BUDGET).tokens
 
 
 @pytest.mark.parametrize("kind", DRAFTERS)
@@ -60,7 +61,12 @@ def test_output_is_the_targets(kind: str) -> None:
     prompts = PROMPTS + [SAMPLED] * SAMPLES
     heat = [0.0] * GREEDY + [1.0] * SAMPLES
     result = generate(
-        target(), drafter(kind), prompts, max_new_tokens=BUDGET, temperature=heat, batch_size=len(prompts), seed=7
+        Models(target(), drafter(kind)),
+        prompts,
+        max_new_tokens=BUDGET,
+        temperature=heat,
+        batch_size=len(prompts),
+        seed=7,
     )
     for want, got in zip(plain(), result.tokens[:GREEDY], strict=True):
         np.testing.assert_array_equal(got, want)
@@ -78,7 +84,9 @@ def test_output_is_the_targets(kind: str) -> None:
 @functools.cache
 def drafts_everywhere(kind: str) -> list[np.ndarray]:
     """[rounds, G] what is drafted after every token of a greedy answer, by taking one token at a time."""
-    result = generate(target(), drafter(kind), PROMPTS, max_new_tokens=24, scheduler=Scheduler.fixed(0), trace=True)
+    result = generate(
+        Models(target(), drafter(kind)), PROMPTS, max_new_tokens=24, scheduler=Scheduler.fixed(0), trace=True
+    )
     assert result.drafted is not None
     return result.drafted
 
@@ -91,7 +99,7 @@ def test_drafts_behind_rounds_without_drafts(kind: str) -> None:
     for probe in (1, 5, 20):  # at 16 pending rows it catches up though nothing is drafted
         scheduler = Scheduler.adaptive(1 / 1000, probe=probe)
         options: dict[str, Any] = {"max_new_tokens": 24, "batch_size": 4, "scheduler": scheduler, "trace": True}
-        result = generate(target(), drafter(kind), PROMPTS, **options)
+        result = generate(Models(target(), drafter(kind)), PROMPTS, **options)
         assert result.drafted is not None
         for emitted, drafted, wanted in zip(
             result.acceptance_lengths, result.drafted, drafts_everywhere(kind), strict=True
@@ -105,7 +113,7 @@ def test_served_drafts_behind_rounds_without_drafts() -> None:
     """The same in slots, which new requests take while others have not caught up."""
     scheduler = Scheduler.adaptive(1 / 1000, probe=2)
     options: dict[str, Any] = {"capacity": 40, "prefill_chunk": 2, "max_stop_tokens": 4, "scheduler": scheduler}
-    with Engine(target(), drafter("dspark"), slots=2, **options) as engine:
+    with Engine(Models(target(), drafter("dspark")), slots=2, **options) as engine:
         handles = [
             engine.submit(prompt, max_new_tokens=9 + number, trace=True) for number, prompt in enumerate(PROMPTS)
         ]
@@ -124,7 +132,9 @@ def test_served_drafts_behind_rounds_without_drafts() -> None:
 
 def test_eagle3_is_served_in_chunks_and_slots() -> None:
     """Prompts come in chunks of two tokens, slots are handed over, and caches are cropped and extended."""
-    with Engine(target(), drafter("eagle3"), slots=2, capacity=24, prefill_chunk=2, max_stop_tokens=4) as engine:
+    with Engine(
+        Models(target(), drafter("eagle3")), slots=2, capacity=24, prefill_chunk=2, max_stop_tokens=4
+    ) as engine:
         requests = [engine.submit(prompt, max_new_tokens=BUDGET, temperature=0.0) for prompt in PROMPTS[:5]]
         while engine.step():
             pass

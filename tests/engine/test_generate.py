@@ -14,8 +14,10 @@ from flax import nnx
 
 from dspark_jax.config import DrafterConfig, InputError, MeshConfig
 from dspark_jax.drafter import make_drafter
-from dspark_jax.engine import generate, prefill
+from dspark_jax.drafter.none import NO_DRAFTER
+from dspark_jax.engine import Prompts, Requests, generate, prefill
 from dspark_jax.engine.generate import begin, ladder
+from dspark_jax.engine.models import Models
 from dspark_jax.engine.round import catch_up, decode_round
 from dspark_jax.engine.sampling import request_keys, round_uniforms
 from dspark_jax.engine.schedule import Scheduler
@@ -74,31 +76,31 @@ def test_greedy_speculation_equals_plain_decoding_on_100_prompts(target: Any, bi
     """In batches and one by one, padded alike so that either is one program, and once padded as is customary."""
     prompts = prompts_of(100)
     wide: dict[str, Any] = {"max_new_tokens": 16, "prompt_width": 12}
-    plain = generate(target, None, prompts, **wide, batch_size=20)
+    plain = generate(Models(target), prompts, **wide, batch_size=20)
     assert plain.tau == 1.0 and (plain.rounds == 15).all() and plain.block_size == 0
     assert [tokens.tolist() for tokens in plain.tokens] == greedy_without_cache(target, prompts, 16)
     for drafter in (bigram, dspark):
-        batched = generate(target, drafter, prompts, **wide, batch_size=20)
+        batched = generate(Models(target, drafter), prompts, **wide, batch_size=20)
         assert same(batched.tokens, plain.tokens)
-        alone = generate(target, drafter, prompts, **wide, batch_size=1)
+        alone = generate(Models(target, drafter), prompts, **wide, batch_size=1)
         assert same(alone.tokens, plain.tokens)
         assert same(alone.acceptance_lengths, batched.acceptance_lengths)
         for emitted in batched.acceptance_lengths:
             assert 1 + emitted[:-1].sum() < 16 <= 1 + emitted.sum()  # no round too many, none too few
-    tight = generate(target, bigram, prompts, max_new_tokens=16, batch_size=20)
+    tight = generate(Models(target, bigram), prompts, max_new_tokens=16, batch_size=20)
     assert same(tight.tokens, plain.tokens)
     assert set(np.concatenate(tight.accepted_lengths).tolist()) == {0, 1, 2, 3}
 
 
 def test_equal_prompts_with_other_keys_differ(target: Any, bigram: Any) -> None:
-    result = generate(target, bigram, [[3, 1]] * 8, max_new_tokens=16, temperature=1.0)
+    result = generate(Models(target, bigram), [[3, 1]] * 8, max_new_tokens=16, temperature=1.0)
     assert len({tuple(tokens.tolist()) for tokens in result.tokens}) > 1
 
 
 def test_a_confidence_threshold_leaves_greedy_output_alone(target: Any, bigram: Any) -> None:
     prompts = prompts_of(20)
-    free = generate(target, bigram, prompts, max_new_tokens=16)
-    cut = generate(target, bigram, prompts, max_new_tokens=16, confidence_threshold=0.6)
+    free = generate(Models(target, bigram), prompts, max_new_tokens=16)
+    cut = generate(Models(target, bigram), prompts, max_new_tokens=16, confidence_threshold=0.6)
     assert same(free.tokens, cut.tokens)
     assert {0, 1, 3} <= set(np.concatenate(cut.proposal_lengths).tolist())
     assert all((a <= p).all() for a, p in zip(cut.accepted_lengths, cut.proposal_lengths, strict=True))
@@ -107,10 +109,12 @@ def test_a_confidence_threshold_leaves_greedy_output_alone(target: Any, bigram: 
 def test_rounds_without_drafts_leave_greedy_output_alone(target: Any, bigram: Any, dspark: Any) -> None:
     """Which rounds draft is decided by the batch; all drafts of a round are verified or nothing is drafted."""
     prompts = prompts_of(8)
-    run = functools.partial(generate, target, prompts=prompts, max_new_tokens=16, prompt_width=12)
-    plain = run(None, batch_size=8)
+    run = functools.partial(generate, prompts=prompts, max_new_tokens=16, prompt_width=12)
+    plain = run(Models(target), batch_size=8)
     for drafter, size in ((bigram, 4), (dspark, 1)):
-        mixed = run(drafter, scheduler=Scheduler.adaptive(1 / 1.7, probe=4), batch_size=size, trace=True)
+        mixed = run(
+            Models(target, drafter), scheduler=Scheduler.adaptive(1 / 1.7, probe=4), batch_size=size, trace=True
+        )
         assert same(mixed.tokens, plain.tokens)
         lengths = np.concatenate(mixed.proposal_lengths)
         assert set(lengths.tolist()) == {0, 3} and mixed.drafted is not None
@@ -123,15 +127,16 @@ def test_the_drafter_is_shown_what_rounds_without_drafts_commit(target: Any, big
     prompt = jnp.asarray([[3, 1, 4], [1, 5, 9]])
     lengths, sampling, scheduler = jnp.full(2, 3), Sampling.constant(0.0, 2), Scheduler.adaptive(1 / 1.7, probe=2)
     keys, stops = request_keys(0, jnp.arange(2)), jnp.asarray([-1])
-    settings = (lengths, lengths + 12, keys, jnp.zeros(2), sampling, stops)
-    state = begin(target, bigram, scheduler, prefill(target, bigram, prompt, *settings, capacity=24))
-    turn = jax.jit(functools.partial(decode_round, target, bigram, scheduler=scheduler))
+    models, prompts = Models(target, bigram), Prompts(prompt, lengths, lengths + 12, keys)
+    first = Requests(round_uniforms(keys, lengths - 1, 0), sampling, stops)
+    state = begin(models, scheduler, prefill(models, prompts, first, capacity=24))
+    turn = jax.jit(functools.partial(decode_round, models, scheduler=scheduler))
     kinds = set()
     while not state.finished.all():
-        state, entry = turn(state, round_uniforms(state.keys, state.positions, 3), sampling, stops)
+        state, entry = turn(state, Requests(round_uniforms(state.keys, state.positions, 3), sampling, stops))
         kinds.add(bool((entry.drafted >= 0).all()))
     assert kinds == {True, False}
-    state = catch_up(bigram, state, jnp.bool_(True))
+    state = catch_up(models, state, jnp.bool_(True))
     shown, seen = state.draft_cache
     rows = state.tokens[:, :15]
     positions = jnp.broadcast_to(jnp.arange(15), rows.shape)
@@ -147,10 +152,10 @@ def cut_at(whole: np.ndarray, stop: int) -> tuple[list[int], bool]:
 
 def test_stop_tokens_cut_where_they_first_appear(target: Any, bigram: Any, dspark: Any) -> None:
     prompts = prompts_of(20, seed=5)
-    free = generate(target, None, prompts, max_new_tokens=16)
-    for drafter in (None, bigram, dspark):
+    free = generate(Models(target), prompts, max_new_tokens=16)
+    for drafter in (NO_DRAFTER, bigram, dspark):
         for stop in range(0, VOCAB, 4):
-            result = generate(target, drafter, prompts, max_new_tokens=16, stop_tokens=(stop, VOCAB + 5))
+            result = generate(Models(target, drafter), prompts, max_new_tokens=16, stop_tokens=(stop, VOCAB + 5))
             for i, whole in enumerate(free.tokens):
                 assert (result.tokens[i].tolist(), bool(result.stopped[i])) == cut_at(whole, stop)
 
@@ -163,7 +168,9 @@ def test_a_stop_token_at_every_place_of_a_round(models: Any) -> None:
     target, drafter = models.bigram_target(table), models.bigram_drafter(wrong, 3)
     places = set()
     for stop in range(VOCAB):
-        result = generate(target, drafter, [[start] for start in range(VOCAB)], max_new_tokens=24, stop_tokens=(stop,))
+        result = generate(
+            Models(target, drafter), [[start] for start in range(VOCAB)], max_new_tokens=24, stop_tokens=(stop,)
+        )
         for start, tokens in enumerate(result.tokens):
             wanted = [(start + 1 + i) % VOCAB for i in range(VOCAB)]
             assert tokens.tolist() == wanted[: wanted.index(stop) + 1] and result.stopped[start]
@@ -182,8 +189,8 @@ def test_a_stop_token_at_every_place_of_a_round(models: Any) -> None:
 @pytest.mark.parametrize("budget", (1, 2, 3, 4, 5, 7))
 def test_budgets(target: Any, bigram: Any, budget: int) -> None:
     prompts = prompts_of(20)
-    whole = generate(target, None, prompts, max_new_tokens=16).tokens
-    result = generate(target, bigram, prompts, max_new_tokens=budget)
+    whole = generate(Models(target), prompts, max_new_tokens=16).tokens
+    result = generate(Models(target, bigram), prompts, max_new_tokens=budget)
     assert same(result.tokens, [tokens[:budget] for tokens in whole])
     assert not result.stopped.any()
     if budget == 1:
@@ -195,10 +202,10 @@ def test_the_drafter_is_shown_the_committed_tokens_and_their_features(target: An
     prompts = jnp.asarray([[3, 1, 4, 1, 5], [9, 2, 0, 0, 0], [6, 0, 0, 0, 0]])
     lengths = jnp.asarray([5, 2, 1])
     sampling, keys = Sampling.constant(1.0, 3), request_keys(0, jnp.arange(3))
-    none, start = jnp.asarray([-1]), round_uniforms(keys, lengths - 1, 0).next
-    state = jax.jit(prefill, static_argnames="capacity")(
-        target, bigram, prompts, lengths, lengths + 9, keys, start, sampling, none, capacity=24
-    )
+    none, models = jnp.asarray([-1]), Models(target, bigram)
+    first = Requests(round_uniforms(keys, lengths - 1, 0), sampling, none)
+    batch = Prompts(prompts, lengths, lengths + 9, keys)
+    state = jax.jit(prefill, static_argnames="capacity")(models, batch, first, capacity=24)
     turn = jax.jit(decode_round)
     features = jax.jit(lambda t, tokens: t.forward(tokens, jnp.broadcast_to(jnp.arange(24), (3, 24)), taps=(0,)))
     for _ in range(20):
@@ -213,13 +220,13 @@ def test_the_drafter_is_shown_the_committed_tokens_and_their_features(target: An
         if state.finished.all():
             break
         uniforms = round_uniforms(state.keys, state.positions, 3)
-        state, _ = turn(target, bigram, state, uniforms, sampling, none)
+        state, _ = turn(models, state, Requests(uniforms, sampling, none))
     assert state.finished.all() and state.rounds.min() < state.rounds.max()
 
 
 def test_trace_and_counts(target: Any, bigram: Any) -> None:
     prompts = prompts_of(8)
-    result = generate(target, bigram, prompts, max_new_tokens=16, trace=True, confidence_threshold=0.4)
+    result = generate(Models(target, bigram), prompts, max_new_tokens=16, trace=True, confidence_threshold=0.4)
     assert result.drafted is not None and result.confidence is not None
     accepted, proposed = result.accepted_at(), result.proposed_at()
     assert accepted.shape == proposed.shape == (8, 3)
@@ -236,29 +243,29 @@ def test_trace_and_counts(target: Any, bigram: Any) -> None:
         for k in range(3):
             assert accepted[i, k] == sum(length > k for length in result.accepted_lengths[i])
             assert proposed[i, k] == sum(length > k for length in result.proposal_lengths[i])
-    untraced = generate(target, bigram, prompts, max_new_tokens=16)
+    untraced = generate(Models(target, bigram), prompts, max_new_tokens=16)
     assert untraced.drafted is None and untraced.confidence is None
     assert untraced.tau == pytest.approx(np.concatenate(untraced.acceptance_lengths).mean())
 
 
 def test_mesh_of_eight_devices_gives_the_same_tokens(target: Any, dspark: Any) -> None:
     prompts = prompts_of(8)
-    alone = generate(target, dspark, prompts, max_new_tokens=16)
+    alone = generate(Models(target, dspark), prompts, max_new_tokens=16)
     mesh = make_mesh(MeshConfig(2, 2, 2))
     with jax.set_mesh(mesh):
         spread = [jax.device_put(module, state_shardings(module, mesh)) for module in (target, dspark)]
-        meshed = generate(spread[0], spread[1], prompts, max_new_tokens=16)
+        meshed = generate(Models(spread[0], spread[1]), prompts, max_new_tokens=16)
     assert same(alone.tokens, meshed.tokens)
 
 
 def test_no_prompts(target: Any) -> None:
-    result = generate(target, None, [], max_new_tokens=4)
+    result = generate(Models(target), [], max_new_tokens=4)
     assert result.tokens == [] and result.rounds.shape == (0,) and result.accepted_at().shape == (0, 0)
 
 
 def test_progress_counts_requests(target: Any) -> None:
     seen: list[int] = []
-    generate(target, None, prompts_of(16), max_new_tokens=2, batch_size=8, progress=seen.append)
+    generate(Models(target), prompts_of(16), max_new_tokens=2, batch_size=8, progress=seen.append)
     assert seen == [8, 8]
 
 
@@ -295,5 +302,5 @@ def test_ladder(size: int) -> None:
 def test_bad_input(target: Any, change: dict[str, Any], message: str) -> None:
     settings: dict[str, Any] = {"prompts": [[1]], "max_new_tokens": 4} | change
     with pytest.raises(InputError, match=message) as error:
-        generate(target, None, settings.pop("prompts"), **settings)
+        generate(Models(target), settings.pop("prompts"), **settings)
     assert "\n" not in str(error.value)

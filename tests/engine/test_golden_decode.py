@@ -12,7 +12,7 @@ import pytest
 from dspark_jax.config import MeshConfig, TargetArchitecture, TargetConfig
 from dspark_jax.convert.hf import import_drafter
 from dspark_jax.drafter.interface import is_confident
-from dspark_jax.engine import Uniforms, decode_round, generate, prefill
+from dspark_jax.engine import Models, Prompts, Requests, Uniforms, decode_round, generate, prefill
 from dspark_jax.engine.draft import draft
 from dspark_jax.engine.schedule import Scheduler
 from dspark_jax.ops.sampling import Sampling, words
@@ -70,6 +70,7 @@ def test_every_trace_round_by_round(golden_case: Any) -> None:
 def follow(golden_case: Any) -> None:
     """Every recorded round: drafts, what is accepted, the token that follows, the answer."""
     target, drafter, runs = load(golden_case)
+    models = Models(target, drafter)
     assert runs
     longest = max(len(run["prompt_ids"]) for run in runs)
     capacity = max(len(run["prompt_ids"]) + run["max_new_tokens"] for run in runs) + drafter.block_size + 1
@@ -83,9 +84,9 @@ def follow(golden_case: Any) -> None:
         first = words(jnp.asarray([run["uniforms"]["u_init"] if "uniforms" in run else 0.5], jnp.float32))
         length = jnp.full(1, size)
         keys = jax.random.split(jax.random.key(0), 1)
-        state = jitted_prefill(
-            target, drafter, prompt, length, length + budget, keys, first, sampling, stops, capacity=capacity
-        )
+        none = Uniforms(first[:, None][:, :0], first[:, None][:, :0], first)
+        prompts, begins = Prompts(prompt, length, length + budget, keys), Requests(none, sampling, stops)
+        state = jitted_prefill(models, prompts, begins, capacity=capacity)
         emitted, proposed = [], []
         cut = run["confidence_threshold"]
         # A threshold of 0 keeps everything, by the executable of the others.
@@ -94,8 +95,8 @@ def follow(golden_case: Any) -> None:
             where = f"{run['id']} round {index}"
             assert not state.finished[0], where
             assert int(state.lengths[0]) - 1 == expected["start"], where
-            uniforms = uniforms_of(run, index, drafter.block_size)
-            state, entry = jitted_round(target, drafter, state, uniforms, sampling, stops, scheduler=scheduler)
+            requests = Requests(uniforms_of(run, index, drafter.block_size), sampling, stops)
+            state, entry = jitted_round(models, state, requests, scheduler=scheduler)
             entry = jax.device_get(entry)
             # EAGLE-3 stops drafting at a stop token: what we draft behind it does not count.
             drafts = expected.get("sampled_block", expected["verify_input_ids"][1:])
@@ -121,7 +122,7 @@ def test_generate_repeats_the_greedy_traces(golden_case: Any) -> None:
     target, drafter, runs = load(golden_case)
     greedy = [run for run in runs if re.fullmatch(r"greedy_p\d+", run["id"])]
     (budget,) = {run["max_new_tokens"] for run in greedy}
-    result = generate(target, drafter, [run["prompt_ids"] for run in greedy], max_new_tokens=budget)
+    result = generate(Models(target, drafter), [run["prompt_ids"] for run in greedy], max_new_tokens=budget)
     for i, run in enumerate(greedy):
         count = within_budget(run)
         np.testing.assert_array_equal(result.tokens[i], run["output_ids"][run["num_input_tokens"] :])

@@ -20,7 +20,7 @@ from dspark_jax.drafter.interface import Proposal
 from dspark_jax.engine import estimator
 from dspark_jax.engine.estimator import EstimateSettings
 from dspark_jax.engine.rules import lagged, survival
-from dspark_jax.engine.sampling import Uniforms
+from dspark_jax.engine.sampling import Requests, Uniforms
 from dspark_jax.engine.schedule import History, Scheduler, drafts_now, schedule
 from dspark_jax.engine.verify import judge
 from dspark_jax.ops.sampling import Sampling, distribution, token_probabilities, words
@@ -391,7 +391,7 @@ def test_judge_follows_the_enumerated_probabilities(sampling: str) -> None:
         def one(u: jax.Array) -> Any:
             drawn = Uniforms(words(accepting), words(accepting), words(jnp.full(paths, u)))
             chosen = Sampling(setting.temperature, greedy=True) if greedy else setting
-            return judge(jnp.asarray(request.target), proposal, lengths, drawn, chosen)
+            return judge(jnp.asarray(request.target), proposal, lengths, Requests(drawn, chosen, jnp.asarray([-1])))
 
         return jax.vmap(one)(grid)
 

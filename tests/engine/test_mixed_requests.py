@@ -12,7 +12,8 @@ from flax import nnx
 from dspark_jax.config import InputError, TargetArchitecture
 from dspark_jax.engine import generate
 from dspark_jax.engine.estimator import EstimateSettings
-from dspark_jax.engine.generate import decode, decode_shape
+from dspark_jax.engine.generate import Prompts, decode, decode_shape
+from dspark_jax.engine.models import Models
 from dspark_jax.engine.sampling import request_keys, request_sampling
 from dspark_jax.engine.schedule import Scheduler
 from dspark_jax.ops.sampling import distribution
@@ -62,7 +63,7 @@ def drafter(models: Any, target: Any) -> Any:
 def test_a_request_does_not_see_its_neighbours_its_slot_or_the_batch_size(target: Any, drafter: Any) -> None:
     """Greedy and sampled, filtered or not: the same tokens together, one at a time, and in another order by threes."""
     prompts, keys = prompts_of(8), request_keys(4, jnp.arange(8))
-    run = functools.partial(generate, target, drafter, max_new_tokens=16, prompt_width=8)
+    run = functools.partial(generate, Models(target, drafter), max_new_tokens=16, prompt_width=8)
     together = run(prompts, keys=keys, batch_size=8, **SETTINGS)
     seeded = run(prompts, seed=4, batch_size=8, **SETTINGS)
     assert all(np.array_equal(a, b) for a, b in zip(seeded.tokens, together.tokens, strict=True))
@@ -84,7 +85,7 @@ def test_a_request_does_not_see_its_neighbours_its_slot_or_the_batch_size(target
 def test_what_is_given_per_request_follows_the_request(target: Any, drafter: Any) -> None:
     """Prompts are sorted and padded inside; a maximum per request stays with its own."""
     prompts, most = prompts_of(5), [0, 3, 1, 2, 3]
-    result = generate(target, drafter, prompts, max_new_tokens=12, scheduler=Scheduler.fixed(most))
+    result = generate(Models(target, drafter), prompts, max_new_tokens=12, scheduler=Scheduler.fixed(most))
     for lengths, limit in zip(result.proposal_lengths, most, strict=True):
         assert set(lengths.tolist()) == {limit}
 
@@ -96,9 +97,15 @@ def test_flat_verification_changes_nothing(target: Any, drafter: Any, name: str)
     prompts, most = prompts_of(8), [0, 3, 1, 2, 3, 0, 1, 0]
     scheduler = Scheduler.fixed(most) if name == "fixed" else SCHEDULERS[name]
     run = functools.partial(
-        generate, target, drafter, prompts, max_new_tokens=16, prompt_width=8, scheduler=scheduler, seed=4
+        generate,
+        Models(target, drafter),
+        prompts,
+        max_new_tokens=16,
+        prompt_width=8,
+        scheduler=scheduler,
+        seed=4,
     )
-    dense = run(batch_size=8, **SETTINGS)
+    dense = run(batch_size=8, verify_sizes=(), **SETTINGS)
     flat = run(batch_size=8, verify_sizes=(3, 10, 18), **SETTINGS)
     for field in ("tokens", "acceptance_lengths", "proposal_lengths"):
         for a, b in zip(getattr(dense, field), getattr(flat, field), strict=True):
@@ -137,11 +144,12 @@ def test_sampled_tokens_are_distributed_as_the_targets(target: Any, drafter: Any
     prompt = jnp.asarray([[1, 4, 9], [7, 7, 2], [3, 0, 15], [12, 5, 5]])
     sampling = request_sampling(4, temperature=[0.9, 1.0, 0.8, 1.0], min_p=[0.0, 0.0, 0.2, 0.1])
     lengths = jnp.full(batch, width)
-    shape = decode_shape(width, new, drafter, trace=False)
+    models = Models(target, drafter)
+    shape = decode_shape(width, new, models, trace=False)
 
     def one(keys: jax.Array) -> Any:
-        run = (prompt, lengths, lengths + new, keys, sampling, jnp.asarray([-1]), SCHEDULERS[name])
-        state, log = decode(target, drafter, *run, shape=shape)
+        prompts = Prompts(prompt, lengths, lengths + new, keys)
+        state, log = decode(models, prompts, sampling, jnp.asarray([-1]), SCHEDULERS[name], shape=shape)
         return state.tokens[:, : width + new], log.proposed, log.emitted > 0
 
     keys = request_keys(8, jnp.arange(groups * batch)).reshape(groups, batch)

@@ -12,6 +12,7 @@ from dspark_jax.config import InputError
 from dspark_jax.drafter.interface import Proposal
 from dspark_jax.engine import estimator
 from dspark_jax.engine.estimator import EstimateSettings
+from dspark_jax.engine.models import Models
 from dspark_jax.engine.rules import capacity, drafting_pays, early_stop, fixed, lagged, survival, threshold
 from dspark_jax.engine.schedule import History, Scheduler, drafts_now, expected, observe, schedule
 from dspark_jax.engine.scheduler_check import check_scheduler
@@ -401,14 +402,16 @@ def test_schedule_refuses_what_is_missing() -> None:
     ],
 )
 def test_bad_schedulers(models: Any, scheduler: Scheduler, message: str) -> None:
+    target = models.bigram_target(models.table(5, 0))
     drafter = models.bigram_drafter(models.table(5, 0), 3, confidence=jnp.zeros(5))
+    headless = Models(target, models.bigram_drafter(models.table(5, 0), 3))
     with pytest.raises(InputError, match=message) as error:
-        check_scheduler(scheduler, drafter, 4)
+        check_scheduler(scheduler, Models(target, drafter), 4)
     assert "\n" not in str(error.value)
     with pytest.raises(InputError, match="confidence head"):
-        check_scheduler(Scheduler.threshold(0.5), models.bigram_drafter(models.table(5, 0), 3), 4)
-    check_scheduler(Scheduler.adaptive(0.5), models.bigram_drafter(models.table(5, 0), 3), 4)
+        check_scheduler(Scheduler.threshold(0.5), headless, 4)
+    check_scheduler(Scheduler.adaptive(0.5), headless, 4)
     with pytest.raises(InputError, match="learn from a confidence head"):
-        check_scheduler(Scheduler.adaptive(0.5, confident=True), models.bigram_drafter(models.table(5, 0), 3), 4)
+        check_scheduler(Scheduler.adaptive(0.5, confident=True), headless, 4)
     with pytest.raises(InputError, match="give a drafter"):
-        check_scheduler(Scheduler.adaptive(0.5), None, 4)
+        check_scheduler(Scheduler.adaptive(0.5), Models(target), 4)

@@ -19,12 +19,12 @@ from dspark_jax.drafter import make_drafter
 from dspark_jax.engine import batch as batch_module
 from dspark_jax.engine import generate
 from dspark_jax.engine.estimator import EstimateSettings
+from dspark_jax.engine.models import Models
 from dspark_jax.engine.request import Request
 from dspark_jax.engine.sampling import request_keys
 from dspark_jax.engine.schedule import Scheduler
 from dspark_jax.engine.serving import Engine, EngineClosed, EngineFailed, QueueFull
 from dspark_jax.engine.slots import Chunk, Mode, open_slots, prefill_chunk, serve_round
-from dspark_jax.engine.state import pending_rows
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target.qwen3 import Qwen3
 
@@ -51,7 +51,7 @@ def serve(target: Qwen3, drafter: Any, byte_tokenizer: Any) -> Any:
 
     def make(**options: Any) -> Engine:
         sizes: dict[str, Any] = {"slots": SLOTS, "capacity": CAPACITY, "prefill_chunk": CHUNK, "max_stop_tokens": 4}
-        return Engine(target, drafter, **(sizes | {"tokenizer": byte_tokenizer} | options))
+        return Engine(Models(target, drafter), **(sizes | {"tokenizer": byte_tokenizer} | options))
 
     return make
 
@@ -80,7 +80,7 @@ def reference(target: Qwen3, drafter: Any) -> Any:
         keys = jnp.stack([request_keys(one["seed"], jnp.zeros(1, jnp.int32))[0] for one in requests])
         prompts = [one["prompt"] for one in requests]
         options: dict[str, Any] = {"max_new_tokens": 24, "prompt_width": CAPACITY, "batch_size": 8}
-        result = generate(target, drafter, prompts, keys=keys, stop_tokens=stop_tokens, **settings, **options)
+        result = generate(Models(target, drafter), prompts, keys=keys, stop_tokens=stop_tokens, **settings, **options)
         pairs = zip(result.tokens, requests, strict=True)
         return [tokens[: one["max_new_tokens"]].tolist() for tokens, one in pairs]
 
@@ -158,27 +158,26 @@ def test_rounds_without_drafts_change_no_greedy_answer(serve: Any, reference: An
 
 
 @pytest.mark.parametrize("name", ("fixed", "lagged"))
-def test_flat_verification_in_sizes_compiled_ahead(serve: Any, reference: Any, monkeypatch: Any, name: str) -> None:
-    """Few requests, or little to verify, take a small batch; nothing is compiled once the engine is warm."""
+def test_flat_verification_in_sizes(serve: Any, reference: Any, name: str) -> None:
+    """The tokens are those of whole rounds, and nothing is compiled once the engine is warm."""
     table = 9.0 / np.maximum(1.0, np.arange(13) / 4)
     scheduler = {"fixed": Scheduler.fixed(), "lagged": Scheduler.lagged(table, [0.8, 0.5, 0.1])}[name]
     requests = asks(7, seed=6, sampled=False)
-    engine = serve(scheduler=scheduler, verify_sizes=(4, 8))
+    engine = serve(scheduler=scheduler)
+    assert engine._batch.sizes == (2, 3, 6)
     engine.warm_up(sampled=False)
-    compiled, sizes = serve_round._cache_size(), []
-    counted = batch_module.Batch._size
-    monkeypatch.setattr(batch_module.Batch, "_size", lambda *args: sizes.append(counted(*args)) or sizes[-1])
+    compiled = serve_round._cache_size()
     handles = [engine.submit(**one, trace=True) for one in requests]
     drive(engine)
     assert [list(one.result().tokens) for one in handles] == reference(requests)
-    assert serve_round._cache_size() == compiled and set(sizes) == ({4, 8, 12} if name == "fixed" else {4, 8})
+    assert serve_round._cache_size() == compiled
     rounds = [piece.round for one in handles for piece in one.pieces if piece.round is not None]
     assert (len({one.admitted for one in rounds}) > 1) == (name == "lagged")
 
 
 def test_without_a_drafter(target: Qwen3, reference: Any) -> None:
     requests = asks(5, seed=4, sampled=False)
-    engine = Engine(target, None, slots=2, capacity=CAPACITY, prefill_chunk=CHUNK)
+    engine = Engine(Models(target), slots=2, capacity=CAPACITY, prefill_chunk=CHUNK)
     handles = [engine.submit(**one) for one in requests]
     drive(engine)
     assert [list(one.result().tokens) for one in handles] == reference(requests)
@@ -189,7 +188,8 @@ def test_a_slot_is_handed_over_clean(models: Any, target: Qwen3) -> None:
     """After rounds of another request, a drafter with a memory of its own and the history hold nothing of it."""
     drafter = models.near(target, 2, confidence=True)
     scheduler = Scheduler.lagged(np.ones(9), [0.75, 0.5], online=EstimateSettings())
-    slots = open_slots(target, drafter, scheduler, count=2, rows=32, stops=1)
+    pair = Models(target, drafter)
+    slots = open_slots(pair, scheduler, count=2, rows=32, stops=1)
     state = slots.state
     shown, seen = state.draft_cache
     used = (jnp.full_like(shown, 7.0), jnp.full_like(seen, 3))
@@ -202,19 +202,19 @@ def test_a_slot_is_handed_over_clean(models: Any, target: Qwen3) -> None:
     nobody = np.zeros(2, bool)
     for start, count in ((0, 4), (4, 2)):
         # A round moves the history on, and writes cache rows of slots that take no part in it.
-        slots, _ = serve_round(target, drafter, slots, nobody, scheduler, mode=Mode())
+        slots, _ = serve_round(pair, slots, nobody, scheduler, mode=Mode())
         tokens = np.zeros(4, np.int32)
         tokens[:count] = prompt[start : start + count]
         numbers = [np.int32(n) for n in (count, start, 1, 6, 9, 0)]
         chunk = Chunk(
             tokens, *numbers, np.float32(0), np.int32(0), np.float32(1), np.float32(0), np.full(1, -1, np.int32)
         )
-        slots, committed = prefill_chunk(target, drafter, slots, chunk, scheduler)
+        slots, committed = prefill_chunk(pair, slots, chunk, scheduler)
         assert committed.counts.tolist() == [int(start == 4)]
         assert slots.state.lengths.tolist() == [1, start + count + 1]
         assert slots.state.finished.tolist() == [True, start == 0]
     shown, seen = slots.state.draft_cache
-    assert seen[1].tolist() == [*prompt.tolist(), *[-1] * (26 + pending_rows(drafter))]
+    assert seen[1].tolist() == [*prompt.tolist(), *[-1] * (26 + pair.pending_rows)]
     assert np.isnan(shown[1, 6:]).all() and np.isfinite(shown[1, :6]).all()
     assert (seen[0] == 3).all() and (shown[0] == 7).all()
     history = slots.state.history

@@ -12,8 +12,9 @@ from safetensors.numpy import load_file
 
 from dspark_jax.drafter.interface import Proposal
 from dspark_jax.engine.commit import settle
-from dspark_jax.engine.generate import decode, decode_shape
-from dspark_jax.engine.sampling import Uniforms, request_keys
+from dspark_jax.engine.generate import Prompts, decode, decode_shape
+from dspark_jax.engine.models import Models
+from dspark_jax.engine.sampling import Requests, Uniforms, request_keys
 from dspark_jax.engine.schedule import Scheduler
 from dspark_jax.engine.state import DecodeState
 from dspark_jax.engine.verify import Verdict, judge, verify
@@ -61,7 +62,7 @@ def test_golden_verify(golden: Path, static_greedy: bool) -> None:
     temperature = jnp.asarray([trial["temperature"] for trial in trials], jnp.float32)
     sampling = Sampling(temperature, greedy=static_greedy)
     target_logits = jnp.asarray(io["target_logits"][rows])
-    verdict = jax.jit(judge)(target_logits, proposal, lengths, uniforms, sampling)
+    verdict = jax.jit(judge)(target_logits, proposal, lengths, Requests(uniforms, sampling, NO_STOPS))
     following = next_distribution(target_logits, proposal.logits, verdict.accepted, lengths, sampling)
     assert sum(trial["terminated_by_stop_token"] for trial in trials) >= 1
     for row, trial in enumerate(trials):
@@ -84,6 +85,7 @@ def test_golden_verify(golden: Path, static_greedy: bool) -> None:
 jitted_settle = jax.jit(settle)
 
 
+NO_STOPS = jnp.asarray([-1])
 PAIRS = [(0, 1), (2, 2), (3, 4)]  # seeds of the target's and the drafter's table; (2, 2) agree exactly
 
 
@@ -101,7 +103,8 @@ def one_round(target: Any, drafter: Any, anchors: jax.Array, sampling: Sampling,
     state = DecodeState(anchors[:, None], ones, ones, ones, none, none, ones, ones, target.init_cache(batch, 1), None)
     proposal, _ = drafter.propose(target, None, anchors, ones, uniforms.draft, sampling)
     lengths = jnp.full(batch, size)
-    return proposal.tokens, verify(target, state, proposal, lengths, uniforms, sampling, taps=())[0]
+    requests = Requests(uniforms, sampling, NO_STOPS)
+    return proposal.tokens, verify(Models(target, drafter), state, proposal, lengths, requests)[0]
 
 
 @pytest.mark.parametrize("temperature", (1.0, 0.5))
@@ -133,18 +136,14 @@ def test_joint_distribution_of_four_tokens(models: Any, pair: tuple[int, int], t
     vocab, batch, new = 4, 40_000, 4
     target = models.bigram_target(models.table(vocab, pair[0], 1.2))
     drafter = models.bigram_drafter(models.table(vocab, pair[1], 1.2), 3)
-    ones = jnp.ones(batch, jnp.int32)
+    ones, both = jnp.ones(batch, jnp.int32), Models(target, drafter)
     state, _ = decode(
-        target,
-        drafter,
-        jnp.full((batch, 1), 2),
-        ones,
-        ones + new,
-        request_keys(11, jnp.arange(batch)),
+        both,
+        Prompts(jnp.full((batch, 1), 2), ones, ones + new, request_keys(11, jnp.arange(batch))),
         Sampling.constant(temperature, batch),
         jnp.asarray([-1]),
         Scheduler.fixed(),
-        shape=decode_shape(1, new, drafter, trace=False),
+        shape=decode_shape(1, new, both, trace=False),
     )
     tokens = np.asarray(state.tokens)[:, 1 : 1 + new]
     counts = np.bincount(np.ravel_multi_index(tuple(tokens.T), (vocab,) * new), minlength=vocab**new)
@@ -163,7 +162,7 @@ def test_accepting_needs_a_smaller_uniform_and_the_prefix() -> None:
     for first, expected in ((0.49, 2), (0.51, 0)):
         drawn = (jnp.zeros((1, 2)), jnp.asarray([[first, 0.0]]), jnp.asarray([0.9]))
         uniforms = Uniforms(*map(words, drawn))
-        verdict = judge(target_logits, proposal, jnp.asarray([2]), uniforms, sampling)
+        verdict = judge(target_logits, proposal, jnp.asarray([2]), Requests(uniforms, sampling, NO_STOPS))
         assert int(verdict.accepted[0]) == expected
     assert not bool(jnp.float32(1.0) < acceptance_probabilities(jnp.float32(0.5), jnp.float32(0.5)))
     assert float(acceptance_probabilities(jnp.float32(0.0), jnp.float32(0.0))) == 0.0

@@ -12,7 +12,9 @@ import pytest
 from flax import nnx
 
 from dspark_jax.config import MeshConfig, TargetArchitecture
+from dspark_jax.drafter.none import NO_DRAFTER
 from dspark_jax.engine import generate
+from dspark_jax.engine.models import Models
 from dspark_jax.engine.schedule import Scheduler
 from dspark_jax.engine.serving import Engine
 from dspark_jax.engine.slots import open_slots
@@ -55,11 +57,11 @@ def assert_greedy(answers: Sequence[Any]) -> None:
 @pytest.mark.parametrize("how", others_slow(("plain", "drafts", "flat"), "plain", "flat"))
 def test_batches(models: Any, how: str) -> None:
     """Prompts of several windows and of none, read in one piece; drafts are taken back all the time."""
-    drafter = None if how == "plain" else models.near(target(), SIZE)
+    drafter = NO_DRAFTER if how == "plain" else models.near(target(), SIZE)
     sizes = (6,) if how == "flat" else ()
-    result = generate(target(), drafter, PROMPTS, max_new_tokens=BUDGET, verify_sizes=sizes, batch_size=8)
+    result = generate(Models(target(), drafter), PROMPTS, max_new_tokens=BUDGET, verify_sizes=sizes, batch_size=8)
     assert_greedy(result.tokens)
-    if drafter is not None:
+    if drafter is not NO_DRAFTER:
         taken = np.concatenate(result.acceptance_lengths)
         assert (taken == 1).sum() > 20 and (taken > 1).sum() > 10
 
@@ -70,7 +72,7 @@ def test_slots(models: Any, chunk: int) -> None:
     larger; slots are reused."""
     drafter, mesh = models.near(target(), SIZE), MeshConfig(2, 1, 1) if chunk == 2 else MeshConfig(1, 1, 1)
     with jax.set_mesh(make_mesh(mesh, jax.devices()[: mesh.data])):
-        engine = Engine(target(), drafter, slots=2, capacity=CAPACITY, prefill_chunk=chunk, max_stop_tokens=4)
+        engine = Engine(Models(target(), drafter), slots=2, capacity=CAPACITY, prefill_chunk=chunk, max_stop_tokens=4)
     with engine:
         requests = [engine.submit(prompt, max_new_tokens=BUDGET, temperature=0.0) for prompt in PROMPTS]
         while engine.step():
@@ -80,7 +82,7 @@ def test_slots(models: Any, chunk: int) -> None:
 
 def test_layers_with_a_window_keep_no_more_than_they_see(models: Any) -> None:
     slots = jax.eval_shape(
-        functools.partial(open_slots, count=2, rows=CAPACITY, stops=4), target(), models.near(target(), SIZE),
+        functools.partial(open_slots, count=2, rows=CAPACITY, stops=4), Models(target(), models.near(target(), SIZE)),
         Scheduler.fixed(),
     )  # fmt: skip
     caches = slots.state.target_cache

@@ -16,6 +16,7 @@ import pytest
 
 from dspark_jax.engine import generate, rules
 from dspark_jax.engine import schedule as schedule_module
+from dspark_jax.engine.models import Models
 from dspark_jax.engine.schedule import Scheduler
 from dspark_jax.engine.serving import Engine
 
@@ -90,7 +91,7 @@ def test_a_batch_of_four_shows_a_rule_that_peeks(pair: Any, rule: Callable[[Any]
 
     def texts(table: list[float]) -> Any:
         options: dict[str, Any] = {"max_new_tokens": 4000, "temperature": 1.0, "seed": 1}
-        return generate(target, drafter, [[0]] * REQUESTS, scheduler=rule(table), **options)
+        return generate(Models(target, drafter), [[0]] * REQUESTS, scheduler=rule(table), **options)
 
     right, wrong = texts(TABLE), texts([9.0, *TABLE[1:]])
     assert right.tau > 1.9
@@ -100,7 +101,7 @@ def test_a_batch_of_four_shows_a_rule_that_peeks(pair: Any, rule: Callable[[Any]
 @pytest.mark.slow
 def test_four_slots_show_a_rule_that_peeks(pair: Any, rule: Callable[[Any], Scheduler]) -> None:
     def texts(table: list[float]) -> Any:
-        engine = Engine(*pair, slots=REQUESTS, capacity=4008, prefill_chunk=8, scheduler=rule(table))
+        engine = Engine(Models(*pair), slots=REQUESTS, capacity=4008, prefill_chunk=8, scheduler=rule(table))
         handles = [engine.submit([0], max_new_tokens=4000, temperature=1.0, seed=seed) for seed in range(REQUESTS)]
         while engine.step():
             pass

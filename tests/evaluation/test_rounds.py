@@ -12,15 +12,15 @@ from dspark_jax.evaluation import rounds
 
 
 def test_a_run_that_cannot_be_loaded_is_named(tmp_path: Path, monkeypatch: Any) -> None:
-    whole = SimpleNamespace(target="the target")
+    whole = SimpleNamespace(models=SimpleNamespace(target="the target"))
 
-    def open_engine(config: Config, workdir: Path, mesh: Any, *, target: Any) -> Any:
-        assert workdir.name != "c" or target == whole.target  # loaded once
+    def open_decoder(config: Config, workdir: Path, mesh: Any, *, target: Any) -> Any:
+        assert workdir.name != "c" or target == whole.models.target  # loaded once
         if workdir.name == "b":
             raise InputError("no checkpoint here")
         return whole
 
-    monkeypatch.setattr(rounds, "open_engine", open_engine)
+    monkeypatch.setattr(rounds, "open_decoder", open_decoder)
     engines, errors = rounds._open_all({name: (Config(), tmp_path / name) for name in "abc"}, None)  # pyright: ignore[reportArgumentType]
     assert list(engines) == ["a", "c"] and errors == {"b": {"error": "no checkpoint here"}}
     with pytest.raises(InputError, match="b: no checkpoint here"):

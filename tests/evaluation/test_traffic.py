@@ -10,6 +10,7 @@ from flax import nnx
 from dspark_jax.config import DrafterConfig, InputError, TargetArchitecture
 from dspark_jax.drafter import make_drafter
 from dspark_jax.engine import generate
+from dspark_jax.engine.models import Models
 from dspark_jax.engine.request import RequestMetrics
 from dspark_jax.engine.serving import Engine
 from dspark_jax.evaluation.traffic import (
@@ -57,9 +58,9 @@ def test_another_rate_is_the_same_traffic_at_another_pace() -> None:
 
 def test_every_request_is_served_with_its_own_tokens(target: Qwen3, drafter: Any) -> None:
     arrivals = poisson_arrivals(PROMPTS, SETS, 1e4, 9, seed=1)
-    with Engine(target, drafter, slots=2, capacity=16, prefill_chunk=4) as engine:
+    with Engine(Models(target, drafter), slots=2, capacity=16, prefill_chunk=4) as engine:
         served = drive(engine, arrivals, max_new_tokens=6, temperature=0.0)
-    plain = generate(target, None, [[*one.prompt] for one in arrivals], max_new_tokens=6, temperature=0.0)
+    plain = generate(Models(target), [[*one.prompt] for one in arrivals], max_new_tokens=6, temperature=0.0)
     assert [one.tokens for one in served] == [len(tokens) for tokens in plain.tokens]
     assert [one.arrival for one in served] == arrivals
     assert all(one.metrics is not None and one.metrics.total_seconds for one in served)
@@ -67,7 +68,7 @@ def test_every_request_is_served_with_its_own_tokens(target: Qwen3, drafter: Any
 
 def test_a_full_queue_turns_requests_away_and_they_are_counted(target: Qwen3) -> None:
     arrivals = poisson_arrivals(PROMPTS, SETS, 1e6, 12, seed=1)
-    engine = Engine(target, None, slots=1, capacity=64, prefill_chunk=4, max_queue=1)
+    engine = Engine(Models(target), slots=1, capacity=64, prefill_chunk=4, max_queue=1)
     with engine:
         served = drive(engine, arrivals, max_new_tokens=40, temperature=0.0)
     point = summarise(served, 1e6)
@@ -96,15 +97,15 @@ def test_summary_of_known_times() -> None:
 
 
 def test_every_contender_sees_the_same_traffic(target: Qwen3, drafter: Any) -> None:
-    contenders = traffic_contenders(drafter, np.linspace(1.0, 0.5, 20))
+    contenders = traffic_contenders(Models(target, drafter), np.linspace(1.0, 0.5, 20))
     assert list(contenders) == ["plain", "fixed 2", "fixed 3", "threshold 0.5", "early stop"]
     headless = make_drafter(target.arch, DrafterConfig("dflash", 1, 3, (-1,), 31, 0, False, False), rngs=nnx.Rngs(1))
-    assert list(traffic_contenders(headless, None)) == ["plain", "fixed 2", "fixed 3"]
+    assert list(traffic_contenders(Models(target, headless), None)) == ["plain", "fixed 2", "fixed 3"]
     chosen = {name: contenders[name] for name in ("plain", "fixed 3")}
     done: list[int] = []
     curves = traffic_curves(
         chosen,
-        lambda drafter, scheduler: Engine(target, drafter, slots=2, capacity=16, scheduler=scheduler, prefill_chunk=4),
+        lambda models, scheduler: Engine(models, slots=2, capacity=16, scheduler=scheduler, prefill_chunk=4),
         PROMPTS,
         SETS,
         (1e3, 1e4),

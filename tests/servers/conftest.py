@@ -128,7 +128,7 @@ def ours(runs: Any, prompts: list[list[int]]) -> Callable[[str], Answers]:
     import jax
 
     from dspark_jax.config import MeshConfig, TargetArchitecture, TargetConfig
-    from dspark_jax.engine.generate import generate
+    from dspark_jax.engine import Models, generate
     from dspark_jax.sharding import make_mesh
     from dspark_jax.target.loading import load_target
     from dspark_jax.training.checkpoint import load_drafter
@@ -144,8 +144,8 @@ def ours(runs: Any, prompts: list[list[int]]) -> Callable[[str], Answers]:
                 config = TargetConfig(str(TARGET), "float32", TargetArchitecture.from_hf(TARGET))
                 target, drafter = load_target(config, mesh), load_drafter(runs(kind), mesh)[1]
                 settings = {"max_new_tokens": TOKENS, "stop_tokens": stops, "batch_size": len(prompts)}
-                result = generate(target, drafter, prompts, **settings)
-                plain = generate(target, None, prompts, **settings)
+                result = generate(Models(target, drafter), prompts, **settings)
+                plain = generate(Models(target), prompts, **settings)
             for one, other in zip(result.tokens, plain.tokens, strict=True):
                 np.testing.assert_array_equal(one, other)
             made[kind] = Answers(prompts, [without_end(x, stops) for x in result.tokens], result.rounds.tolist())

@@ -22,6 +22,7 @@ from dspark_jax import train
 from dspark_jax.config import Config, InputError, MeshConfig, from_json, to_json
 from dspark_jax.data.sources import Sample, write_samples
 from dspark_jax.engine import generate
+from dspark_jax.engine.models import Models
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target.loading import load_target
 from dspark_jax.training.checkpoint import Checkpoints, load_drafter
@@ -159,8 +160,8 @@ def test_two_hosts_train_and_decode_as_one(launch, uninterrupted, config, meshes
     assert_close(rows(workdir), rows(uninterrupted))
     one, other = (json.loads((workdir / f"answers{host}.json").read_text()) for host in range(2))
     mesh = meshes["one"]
-    models = load_target(config.target, mesh), load_drafter(workdir, mesh)[1]
-    expected = [tokens.tolist() for tokens in generate(*models, one["prompts"], max_new_tokens=one["budget"]).tokens]
+    models = Models(load_target(config.target, mesh), load_drafter(workdir, mesh)[1])
+    expected = [tokens.tolist() for tokens in generate(models, one["prompts"], max_new_tokens=one["budget"]).tokens]
     assert one == other and one["together"] == one["served"] == expected
     assert one["round_cost"] == pytest.approx(1.9) and np.all(np.asarray(one["tokens"]) == one["budget"])
     assert one["refused"].endswith("several hosts would not launch the same rounds; drive it with step()")

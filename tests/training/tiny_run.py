@@ -20,9 +20,10 @@ from dspark_jax import command, train
 from dspark_jax.config import InputError
 from dspark_jax.data.sources import Sample, write_samples
 from dspark_jax.engine import generate
+from dspark_jax.engine.models import Models
 from dspark_jax.engine.serving import Engine
 from dspark_jax.evaluation import speed
-from dspark_jax.evaluation.decoding import Engine as Evaluated
+from dspark_jax.evaluation.decoding import Decoder as Evaluated
 from dspark_jax.evaluation.decoding import Request, Requests
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target.loading import load_target
@@ -85,10 +86,10 @@ def decode(workdir: Path) -> None:
     """
     config = saved_config(workdir)
     mesh = make_mesh(config.mesh)
-    models = load_target(config.target, mesh), load_drafter(workdir, mesh)[1]
+    models = Models(load_target(config.target, mesh), load_drafter(workdir, mesh)[1])
     with jax.set_mesh(mesh):
-        together = generate(*models, PROMPTS, max_new_tokens=BUDGET).tokens
-        engine = Engine(*models, slots=2, capacity=32)
+        together = generate(models, PROMPTS, max_new_tokens=BUDGET).tokens
+        engine = Engine(models, slots=2, capacity=32)
         requests = [engine.submit(prompt, max_new_tokens=BUDGET) for prompt in PROMPTS]
         refused = ""
         try:
@@ -96,9 +97,9 @@ def decode(workdir: Path) -> None:
         except InputError as error:
             refused = str(error)
         served = [list(request.result().tokens) for request in requests]
-        speed._seconds_per_round = lambda engine, *_: 1.0 if engine.drafter is None else 1.9 + 0.2 * jax.process_index()
+        speed._seconds_per_round = lambda decoder, *_: 1.9 + 0.2 * jax.process_index() if decoder.models.drafts else 1.0
         asked = Requests([Request(prompt, 0, 0, 0) for prompt in PROMPTS[:2]], 8)
-        measured = speed.measure_speed(Evaluated(*models, None, (), BUDGET, 4, 0), asked, 0.0)
+        measured = speed.measure_speed(Evaluated(models, None, (), BUDGET, 4, 0), asked, 0.0)
     answers = {
         "prompts": PROMPTS,
         "budget": BUDGET,

@@ -1,0 +1,40 @@
+"""How many rows a round verifies: the sizes of flat batches that are compiled for it.
+
+Under a scheduler that admits few drafts, or where slots are empty, G + 1 rows for everybody would be computed in vain.
+So a round has a few sizes to choose from, on the device, after it has been scheduled. Every size is a copy of the
+target in the program, which takes its time to compile; hence a short ladder.
+"""
+
+from collections.abc import Sequence
+
+from dspark_jax.engine import arguments
+from dspark_jax.engine.schedule import Scheduler
+
+RUNGS = 3
+"""Sizes below the full one: its half, quarter and eighth. An eighth of 8 rows is a request's anchor alone."""
+
+
+def verified_sizes(
+    wanted: Sequence[int] | None, scheduler: Scheduler, batch: int, rows: int, *, slots_may_be_empty: bool = False
+) -> tuple[int, ...]:
+    """Sizes of flat verification [tokens], rising, each below the `batch` * `rows` that a round has at most.
+
+    Args:
+      wanted: those of the caller, or None to choose; an empty sequence is none.
+      scheduler: one that admits all drafts leaves nothing to choose.
+      batch: requests decoded together.
+      rows: G + 1.
+      slots_may_be_empty: some of the batch are no requests for a while.
+
+    Raises:
+      InputError: something else than integers from 1.
+    """
+    most = batch * rows
+    if wanted is None:
+        return ladder_below(most) if scheduler.selects or (slots_may_be_empty and batch > 1) else ()
+    return tuple(sorted({size for size in arguments.sizes("verify_sizes", wanted) if size < most}))
+
+
+def ladder_below(most: int) -> tuple[int, ...]:
+    """Half, quarter and eighth of `most`, rounded up: rising, each once."""
+    return tuple(sorted({-(-most >> power) for power in range(1, RUNGS + 1)} - {most}))

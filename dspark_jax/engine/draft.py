@@ -17,7 +17,7 @@ def draft(
     """Drafts G tokens per request; without a drafter the proposal is empty (G = 0), which is plain decoding.
 
     Returns:
-      The drafts, and the state with the drafter's cache as it is behind them.
+      The drafts, and the state with the drafter's cache as it is after them.
     """
     if drafter is None:
         batch = state.lengths.shape[0]

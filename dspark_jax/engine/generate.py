@@ -46,7 +46,7 @@ def prefill(
 
     Args:
       target: the language model.
-      drafter: absorbs the features of the whole prompt, or None.
+      drafter: its cache takes the features of the whole prompt; or None.
       prompts: [B, P] int32, padded on the right.
       prompt_lengths: [B], at least 1.
       limits: [B] length at which a request ends; at its prompt's length it is finished before it starts.
@@ -86,7 +86,7 @@ def prefill(
 
 
 def begin(target: Target, drafter: Drafter | None, scheduler: Scheduler, state: DecodeState) -> DecodeState:
-    """The state behind `prefill` with what the scheduler's rounds carry along."""
+    """The state after `prefill` with what the scheduler's rounds carry along."""
     batch = state.lengths.shape[0]
     pending = Pending.empty(target, drafter, batch) if drafter is not None and scheduler.alternates else None
     history = scheduler.start(batch, 0 if drafter is None else drafter.block_size)

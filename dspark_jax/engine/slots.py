@@ -272,7 +272,7 @@ def prefill_chunk(
 def _extend_row(
     drafter: Any, cache: Any, rows: int, features: jax.Array, tokens: jax.Array, positions: jax.Array, chunk: Chunk
 ) -> Any:
-    """The drafter's cache (of `rows` positions per slot) after it has absorbed a chunk in one slot."""
+    """The drafter's cache (of `rows` positions per slot) after it has read a chunk in one slot."""
     axes = batch_axes(drafter.init_cache)
     own = jax.tree.map(lambda values, axis: take_row(values, chunk.slot, axis), cache, axes)
     begins = chunk.start == 0

@@ -78,7 +78,7 @@ def verify(
 
     Returns:
       The verdict, and the target's output for the G + 1 rows: features for the drafter, and the cache with all of
-      them written. Rows behind the accepted prefix are stale; the next round overwrites them.
+      them written. Rows after the accepted prefix are stale; the next round overwrites them.
     """
     tokens = jnp.concatenate([state.anchors[:, None], proposal.tokens], axis=1)  # [B, G + 1]
     positions = state.positions[:, None] + jnp.arange(tokens.shape[1])
@@ -111,7 +111,7 @@ def verify_flat(
       taps: layers whose outputs the drafter wants.
 
     Returns:
-      What `verify` returns. Rows of `features` behind a request's scheduled tokens are those of other requests, and
+      What `verify` returns. Rows of `features` after a request's scheduled tokens are those of other requests, and
       the verdicts of finished requests mean nothing.
     """
     tokens = jnp.concatenate([state.anchors[:, None], proposal.tokens], axis=1)  # [B, G + 1]

@@ -20,9 +20,9 @@ class KVCache:
     Row p of a request is written when position p is processed and read only by queries at positions >= p, so rolling
     back needs no copy: stale rows are overwritten before any query can see them.
 
-    The cache of layers with a window is a ring of R rows: position p stands in row front + p mod R. R is so large that
+    The cache of layers with a window is a ring of R rows: position p is in row front + p mod R. R is so large that
     what the rows of a pass overwrite, those that are taken back as well, lies in front of every later query's window.
-    In front of the ring and behind it are rows that nobody sees: a few rows are written at once as they stand, in two
+    Before the ring and after it are rows that nobody sees: a few rows are written at once as they are, in two
     places where they cross the seam, since in place a TPU writes only what is in one piece.
 
     Attributes:
@@ -186,7 +186,7 @@ def _put(cache: Any, rows: jax.Array, index: jax.Array | int, starts: jax.Array)
 def ring_rows(window: int, block: int) -> int:
     """C of a ring for a window of `window` rows, where passes write up to `block` rows, some of them for nothing.
 
-    The earliest row that the first of these sees stands window - 1 in front of it, the last one block - 1 behind it;
+    The earliest row that the first of these sees is window - 1 before it, the last one block - 1 after it;
     2 block - 1 rows are around the ring. Rounded up to a whole number of bfloat16 tiles (16 rows).
     """
     return -(-(window + block - 1 + 2 * block - 1) // 16) * 16

@@ -59,7 +59,7 @@ class Rows:
 
     @property
     def padded(self) -> jax.Array:
-        """[B, W] flat row of each request's rows; any row of the array behind its count."""
+        """[B, W] flat row of each request's rows; any row of the array past its count."""
         return jnp.minimum(self.offsets[:, None] + jnp.arange(self.most), len(self.owner) - 1)
 
     def flatten(self, values: jax.Array) -> jax.Array:
@@ -70,7 +70,7 @@ class Rows:
         return values[owner, jnp.minimum(self.index, self.most - 1)]
 
     def pad(self, values: jax.Array) -> jax.Array:
-        """values [T, ...] -> [B, W, ...]; behind a request's count stand rows of others."""
+        """values [T, ...] -> [B, W, ...]; past a request's count are rows of others."""
         if self.full:
             return values.reshape(-1, self.most, *values.shape[1:])
         return values[self.padded]

@@ -11,6 +11,22 @@ from dspark_jax.config import TargetArchitecture
 from dspark_jax.ops.cached_attention import Rows
 from dspark_jax.target.layers import FULL, attention_shape, layer_at
 
+# A ring, drawn: window 6, passes of up to 3 rows (front = 3), so C = 16 and R = 11. Position p is in row 3 + p mod 11.
+#
+#                  before  |           the ring               | after
+#     row          0  1  2 |  3  4  5  6  7  8  9 10 11 12 13 | 14 15
+#     0..9 written .  .  . |  0  1  2  3  4  5  6  7  8  9  . |  .  .
+#
+# A round writes positions 10, 11 and 12. Row 13 is the last of the ring, so they are written twice, in one piece each:
+#
+#     from row 13          |                               10 | 11 12
+#     from row 2        10 | 11 12                            |
+#     row          0  1  2 |  3  4  5  6  7  8  9 10 11 12 13 | 14 15
+#     then         .  . 10 | 11 12  2  3  4  5  6  7  8  9 10 | 11 12
+#
+# Row 2 and rows 14 and 15 are outside the ring: nobody sees them. Positions 0 and 1 have lost their rows. The earliest
+# query from now on is at 11 (if both drafts are rejected) and sees 6..11, so they were not needed any more.
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)

@@ -53,7 +53,7 @@ class TargetArchitecture:
     """Logits are this times tanh(logits / this); 0 = not capped."""
 
     foreign: str = dataclasses.field(default="", repr=False)
-    """What a target is that has no definition here and only lends its features: its model_type, and what sets it apart
+    """What a target is that has no definition here and only lends its features: its model_type, and how it differs
     where that is a known one. Empty for all others."""
 
     @classmethod

@@ -4,7 +4,7 @@
 
 decodes held-out prompts with the newest checkpoint of the working directory, all drafts verified, at every sampling
 temperature; fits one temperature per block position on half of the prompts; and prints how well raw and calibrated
-confidences hold on the other half, by position: calibration error (ECE), AUC and Brier score. Beside them stand a
+confidences hold on the other half, by position: calibration error (ECE), AUC and Brier score. Beside them are a
 shared bias that may be added to the head before, and the running estimate that needs no head.
 
 Writes `calibration.json` in the layout that SGLang reads (`--speculative-dspark-confidence-sts-path`), with the bias

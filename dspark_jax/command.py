@@ -128,7 +128,7 @@ def load_config(spec: str) -> Config:
         the name of a config that comes with the package (`experiments.names()`).
 
     Returns:
-      Its config; an empty name becomes the file's stem, with ARG behind it.
+      Its config; an empty name becomes the file's stem, with ARG after it.
 
     Raises:
       InputError: no such file, no `get_config`, or an error in the file itself (named with its line).
@@ -246,7 +246,7 @@ def _flags(define: Callable[[flags.FlagValues], None] | None, argv: Sequence[str
     config_flags.DEFINE_config_dataclass(
         "config",
         Config(),
-        "The experiment: a file, or the name of one that comes with the package; :ARG behind it is for the file.",
+        "The experiment: a file, or the name of one that comes with the package; :ARG after it is for the file.",
         flag_values=values,
         parse_fn=load_config,
         sys_argv=["command", *argv],
@@ -257,7 +257,7 @@ def _flags(define: Callable[[flags.FlagValues], None] | None, argv: Sequence[str
 
 
 def _config_first(argv: Sequence[str]) -> list[str]:
-    """Moves `--config FILE` to the front: overrides apply wherever they stand."""
+    """Moves `--config FILE` to the front: overrides apply wherever they are."""
     first, rest, waiting = [], [], False
     for argument in argv:
         if waiting or re.match(r"--?config(=|$)", argument):

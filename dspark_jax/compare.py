@@ -10,7 +10,7 @@ Data is prepared once. Every drafter is a run of its own below `drafters/`, trai
 own: one that fails is reported and loses nothing of the others (the exit status is then 1). Started again, `compare`
 continues where it stopped; what is finished is not repeated, whichever study it was trained for. SIGTERM ends it with
 status 143, after the checkpoint of the run in training. Writes `compare.json` (after every drafter) and
-`compare/*.png` with the JSON behind them.
+`compare/*.png` with their data as JSON.
 """
 
 import contextlib

@@ -9,7 +9,7 @@ gives the headline numbers. Speed is measured at batch 1 in the same run: plain 
 drafting where it pays (`Scheduler.adaptive`), taking turns (with `eval.speed_threads`, in a process with so many CPU
 threads; on one host only).
 
-From the rounds at the first temperature it also draws, as PNG and as the JSON behind it: acceptance by position, the
+From the rounds at the first temperature it also draws, as PNG with the data as JSON: acceptance by position, the
 sweep of the confidence threshold, the reliability of the confidences before and after calibration, and, replayed on a
 cost table, throughput against per-user speed and verification budget against concurrency (`eval/load.json`). The table
 has the shape of a saturating accelerator, or is that of `--cost_table`. `eval/report.html` shows all of it on one page.

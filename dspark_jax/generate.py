@@ -8,11 +8,11 @@ message in the target's chat template, from `--prompt` or from standard input. T
 tokens, rounds, tau (tokens per round) and tokens per second go to standard error. Whatever drafts and whatever the
 scheduler admits, the answer is the target's.
 
-`--explain` shows every round instead, and the answer behind them. Each drafted token stands with the confidence of the
+`--explain` shows every round instead, and the answer after them. Each drafted token is shown with the confidence of the
 drafter that it is accepted if all before it are:
 
     +"token" .93   accepted
-    -"token" .41   verified and rejected, or behind a rejection
+    -"token" .41   verified and rejected, or after a rejection
     ."token" .20   not admitted by the scheduler
     ="token"       the target's own: the correction or the bonus token
 

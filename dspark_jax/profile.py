@@ -8,7 +8,7 @@ in `--slots` and every length in `--contexts`. The tokens are arbitrary; nothing
 
 Writes `cost_table.json` in the layout that SGLang reads (`--speculative-dspark-sps-table-path`): steps per second
 against tokens in the verified batch, for the first number of slots and the first length, and `cost_table_s8.json` and
-so on for other numbers of slots. Beside it stands what rounds without drafts cost, which `--scheduler=adaptive` of
+so on for other numbers of slots. Beside it is what rounds without drafts cost, which `--scheduler=adaptive` of
 `generate` needs. `generate` and `evaluate --cost_table` read the file; everything that was measured goes to
 `eval/cost.json`, and `eval/cost.png` shows it. The costs are those of the engine and the device that the file names:
 SGLang has its own, which it records itself (`SGLANG_DSPARK_ENABLE_SPS_RECORD`).

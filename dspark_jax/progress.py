@@ -22,7 +22,7 @@ class Progress:
     """
 
     def __init__(self, title: str, total: int, *, done: int = 0, unit: str = "step", seconds: float = 10.0):
-        """`done` of `total` units lie behind us; without a terminal a line appears every `seconds`."""
+        """`done` of `total` units are done; without a terminal a line appears every `seconds`."""
         self.title, self.total, self.unit, self.seconds = title, total, unit, seconds
         self.done = self.begun = done
         self.started = self.printed = time.monotonic()
@@ -33,7 +33,7 @@ class Progress:
             self.bar = tqdm(desc=title, total=total, initial=done, unit=unit, dynamic_ncols=True)
 
     def update(self, done: int, values: Mapping[str, float | str] | None = None) -> None:
-        """Moves to `done` units and shows `values` behind the bar (kept until the next ones)."""
+        """Moves to `done` units and shows `values` after the bar (kept until the next ones)."""
         if values:
             self.shown = {name: v if isinstance(v, str) else f"{v:.4g}" for name, v in values.items()}
         advanced, self.done = done - self.done, done
@@ -57,7 +57,7 @@ class Progress:
             print(line, file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Leaves the bar as it stands."""
+        """Leaves the bar as it is."""
         if self.bar is not None:
             self.bar.close()
 
@@ -87,7 +87,7 @@ class MetricsWriter:
     """Rows of numbers by step, to `metrics.jsonl` and TensorBoard."""
 
     def __init__(self, workdir: Path, *, start: int = 0):
-        """Continues the files of `workdir` behind step `start`: later rows, from a run cut short, are removed."""
+        """Continues the files of `workdir` after step `start`: later rows, from a run cut short, are removed."""
         self.file: Any = None
         if jax.process_index() == 0:
             workdir.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,7 @@
 The file is locked with flock, which the system releases when the process ends, however it ends: on one machine, what a
 dead process has left behind is taken over at once. Between machines flock may not reach (a bucket mounted with gcsfuse,
 NFS without locks). So the file also says who holds it, and that process writes the time into it every few seconds. A
-time that stands still is that of a dead process, and is taken over after a while.
+time that does not change is that of a dead process, and is taken over after a while.
 """
 
 import contextlib

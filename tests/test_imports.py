@@ -1,4 +1,4 @@
-"""Imports point one way (DESIGN section 2): checked over the syntax tree, so nothing needs to be importable."""
+"""Imports point one way (docs/design.md): checked over the syntax tree, so nothing needs to be importable."""
 
 import ast
 from pathlib import Path

@@ -184,7 +184,7 @@ def directory_source(directory: Path, options: argparse.Namespace) -> tuple[Sour
 
 
 def with_lent(source: Source, of_target: Lent) -> Source:
-    """A drafter for a target without a definition here, with what that has lent."""
+    """A drafter for a target without a definition here, with that target's embedding and LM head."""
     return dataclasses.replace(
         source, frozen=of_target.frozen, notes=of_target.notes, own_embedding=of_target.own_embedding
     )

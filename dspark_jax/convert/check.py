@@ -1,4 +1,4 @@
-"""Will a drafter directory work where it is going to be served? The report behind `convert check`."""
+"""Will a drafter directory work where it is going to be served? The report of `convert check`."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence

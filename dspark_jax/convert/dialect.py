@@ -288,7 +288,7 @@ class _Trial:
 
 
 def _trial(answer: Answer, stated: Layout, anchors: int) -> _Trial | None:
-    """Anchors evenly spread over the answer, each with a whole block behind it."""
+    """Anchors evenly spread over the answer, each with a whole block after it."""
     last = len(answer.tokens) - max(stated.block_size, 7) - 1
     if last < answer.start:
         return None
@@ -328,7 +328,7 @@ def _overlaps(
 
     Args:
       drafter: any.
-      target: lends embedding and LM head.
+      target: its embedding and LM head are used.
       features: [S, M, D] of the tapped layers.
       hidden: [S, D], of which the LM head makes the teacher.
       trial: the answer and its anchors.
@@ -351,12 +351,12 @@ def _context(drafter: Any, features: jax.Array, tokens: jax.Array, positions: ja
     count, length = positions.shape[0], tokens.shape[0]
     rows = jnp.broadcast_to(features.reshape(length, -1), (count, length, features.shape[1] * features.shape[2]))
     every = jnp.broadcast_to(jnp.arange(length), (count, length))
-    cache = drafter.init_cache(count, length + drafter.block_size + 1)  # a block is written behind its context
+    cache = drafter.init_cache(count, length + drafter.block_size + 1)  # a block is written after its context
     return drafter.extend(cache, rows, jnp.broadcast_to(tokens, (count, length)), every, positions)
 
 
 def _shared(logits: jax.Array, target: Any, hidden: jax.Array, rows: jax.Array) -> jax.Array:
-    """[2, A, G] of draft logits [A, G, V] and the target behind sequence rows [A, G]: 1 - total variation, and the
+    """[2, A, G] of draft logits [A, G, V] and the target after sequence rows [A, G]: 1 - total variation, and the
     target's probability of the likeliest draft."""
     draft, teacher = (jax.nn.softmax(x.astype(jnp.float32), axis=-1) for x in (logits, target.unembed(hidden[rows])))
     shared = jnp.minimum(draft, teacher).sum(axis=-1)
@@ -394,7 +394,7 @@ def _block_overlaps(
 def _chain_overlaps(
     drafter: Any, target: Any, features: jax.Array, hidden: jax.Array, tokens: jax.Array, positions: jax.Array
 ) -> jax.Array:
-    """`_overlaps` of a drafter that goes by its own greedy drafts: nothing counts behind one that leaves the answer."""
+    """`_overlaps` of a drafter that goes by its own greedy drafts: nothing counts after one that leaves the answer."""
     count, size = positions.shape[0], drafter.block_size
     cache = _context(drafter, features, tokens, positions)
     uniforms = jnp.zeros((count, size, 2), jnp.int32)

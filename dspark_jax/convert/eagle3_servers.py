@@ -36,7 +36,7 @@ def _read(files: Files, server: str, refusals: list[str], inputs: Sequence[int],
 
 
 def vllm_eagle3(files: Files) -> Verdict:
-    """vLLM: classes for Qwen3's and Llama's layers; layer ids are used as they stand, and count inputs."""
+    """vLLM: classes for Qwen3's and Llama's layers; layer ids are used as they are, and count inputs."""
     known, raw, refusals = ("Eagle3Qwen3ForCausalLM", *_LLAMA), files.config.get(_IDS), list[str]()
     inputs = raw or _default_inputs(files)
     if not files.speculators and files.architecture not in known:

@@ -1,6 +1,6 @@
 """Drafters to Hugging Face directories that others serve.
 
-Three formats (DESIGN section 5; names, keys and their reasons in the comments):
+Three formats (names, keys and their reasons in the comments):
 
     universal    one directory that transformers, vLLM, SGLang and llama.cpp load: the reference's names and keys, and
                  what each of the others wants besides. The default.

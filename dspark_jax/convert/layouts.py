@@ -31,7 +31,7 @@ class Layout:
       family: block (DSpark, DFlash) or eagle3.
       block_size: rows of a block; for eagle3 the steps it was trained for, 0 where that is not said.
       taps: tapped layers, i = output of layer i, -1 = the embeddings; empty where they are left to the server.
-      mask_token_id: fills a block behind its anchor; -1 for eagle3.
+      mask_token_id: fills a block after its anchor; -1 for eagle3.
       anchor_first: row k predicts anchor + k + 1; else row 0 is thrown away and row k predicts anchor + k (trap 1).
       num_layers: of the drafter.
       markov_rank: 0 = no Markov head.

@@ -49,7 +49,7 @@ def fitting(
 
 @dataclasses.dataclass(frozen=True)
 class Lent:
-    """What a target without a definition here lends, and what servers make of it.
+    """What a target without a definition here gives a drafter, and what servers make of it.
 
     Attributes:
       frozen: embedding and LM head by the names of `mapping.FROZEN`.

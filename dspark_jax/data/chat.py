@@ -17,10 +17,10 @@ from dspark_jax.json_file import read_object
 from dspark_jax.unicode import check_unicode
 
 PROBE = "\u2400answer\u2400"
-"""Stands in for an answer; no template rewrites it and it must not occur in a conversation."""
+"""Replaces an answer; no template rewrites it and it must not occur in a conversation."""
 
 THINK_END = "</think>"
-"""Behind an assistant's thoughts, where they stand in the text of its answer."""
+"""After an assistant's thoughts, where they are part of the text of its answer."""
 
 TEMPLATE_OPTIONS = {"enable_thinking": False}
 """Passed to every template; drafters are trained on non-thinking answers (paper, section 4). Others ignore it."""
@@ -146,7 +146,7 @@ def answer_spans(
 ) -> tuple[str, list[tuple[int, int]]]:
     """The rendered text, and per assistant message its [start, end) in characters.
 
-    A span begins with the answer's first character (behind `<|im_start|>assistant\\n` and whatever else the template
+    A span begins with the answer's first character (after `<|im_start|>assistant\\n` and whatever else the template
     writes there) and includes what closes the turn: `<|im_end|>` and the line break after it (trap 32).
 
     Raises:
@@ -167,7 +167,7 @@ def answer_spans(
             if THINK_END in message["content"]:
                 raise ReasoningError(
                     f"message {i + 1}: has a think block, and the chat template, which is asked for answers without "
-                    "thinking, shows it apart; take the block out (with data.regenerate=True the target answers "
+                    "thinking, shows it separately; take the block out (with data.regenerate=True the target answers "
                     "itself, without thinking)"
                 )
             raise ChatError(
@@ -179,14 +179,14 @@ def answer_spans(
 
 
 def thoughts_cut(tokenizer: Any, messages: Sequence[Message]) -> bool:
-    """Whether the template leaves out a think block that stands in the text of an answer."""
+    """Whether the template leaves out a think block that is part of the text of an answer."""
     answers = [message["content"] for message in messages if message["role"] == "assistant"]
     thoughts = [answer.partition(THINK_END)[0].strip() for answer in answers if THINK_END in answer]
     return bool(thoughts) and any(one not in render(tokenizer, messages) for one in thoughts)
 
 
 def turn_end(tokenizer: Any, messages: Sequence[Message]) -> str:
-    """What the template writes behind an answer to `messages`, e.g. `<|im_end|>\\n`."""
+    """What the template writes after an answer to `messages`, e.g. `<|im_end|>\\n`."""
     return render(tokenizer, [*messages, {"role": "assistant", "content": PROBE}]).partition(PROBE)[2]
 
 
@@ -217,7 +217,7 @@ def tokens_and_mask(
 def answered_tokens(tokenizer: Any, messages: Sequence[Message], answer: Sequence[int]) -> tuple[list[int], list[int]]:
     """Ids and loss mask of a conversation whose newest answer the target has just generated.
 
-    The newest answer keeps the very ids that were generated: prompt ids + answer ids + what the template writes behind
+    The newest answer keeps the very ids that were generated: prompt ids + answer ids + what the template writes after
     the end-of-turn token. Tokenising the answer's text again can split it differently; the target, asked for its
     distribution at those ids, would then be taken to places where it never was while generating, and the drafter would
     learn to follow it there. Earlier answers are in the prompt as text, tokenised as the target read them when it

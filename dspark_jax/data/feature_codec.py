@@ -162,7 +162,7 @@ def code(parts: Sequence[np.ndarray], identity: Identity) -> Coded:
 
 
 def code_on_device(rows: jax.Array, lengths: jax.Array, identity: Identity) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`code` within a program, of B samples: rows [B, S, (M+1) D], of which those behind `lengths` [B] do not count.
+    """`code` within a program, of B samples: rows [B, S, (M+1) D], of which those past `lengths` [B] do not count.
 
     Returns:
       values [B, S, (M+1) D], scales [B, S, groups] and whether all numbers of a sample are finite [B].

@@ -8,7 +8,7 @@ A record holds the rows [length, (M+1) D] of a sample, the M tapped layers and t
 `data.feature_codec`.
 
 Shards are written under another name and renamed; the manifest lists those that are whole. After a kill the writer goes
-on behind the last one. ArrayRecord keeps a hash of every record, the manifest one of every shard and of the lender.
+on after the last one. ArrayRecord keeps a hash of every record, the manifest one of every shard and of the lender.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ PASS_TOKENS = 32768
 
 Pass = Callable[[np.ndarray, np.ndarray], Callable[[], Iterable[Coded]]]
 """(tokens [B, S], lengths [B]) -> (() -> the features of the B samples). The first call starts the pass, the second one
-waits for it. What is behind a length, and samples of length 0, may be anything."""
+waits for it. What is past a length, and samples of length 0, may be anything."""
 
 
 def write_features(
@@ -89,7 +89,7 @@ def write_features(
             writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
             while done < len(lengths) and size < shard_bytes:
                 batch, found = next(computed)
-                for sample, coded in zip(batch, found, strict=False):  # behind the batch, there may be padding
+                for sample, coded in zip(batch, found, strict=False):  # after the batch, there may be padding
                     record = encode(sample, coded, identity)
                     writer.write(record)
                     size += len(record)

@@ -1,4 +1,4 @@
-"""The token that fills a block behind its anchor should be one that no text has."""
+"""The token that fills a block after its anchor should be one that no text has."""
 
 from typing import Any
 

@@ -26,7 +26,7 @@ _Reading = tuple[dict[str, np.ndarray], list[Future[None]]]
 
 @dataclasses.dataclass(frozen=True)
 class _Batch:
-    """A batch of which the first micro-batch is being read, and the state of the iterator behind it."""
+    """A batch of which the first micro-batch is being read, and the state of the iterator after it."""
 
     state: Any
     pieces: list[dict[str, Any]]
@@ -89,7 +89,7 @@ class MicroBatches:
     """Batches in micro-batches with their features, which threads read one micro-batch ahead.
 
     Of the features of a batch, which can be tens of GB, the host holds those of `ON_HOST` micro-batches. Besides
-    iterating, it keeps the iterator's state: that behind the last batch that was handed out.
+    iterating, it keeps the iterator's state: that after the last batch that was handed out.
     """
 
     def __init__(self, batches: grain.DatasetIterator, count: int, threads: int = 1):
@@ -103,7 +103,7 @@ class MicroBatches:
         """The micro-batches of the next batch, to be taken before those of another one.
 
         Each has the arrays of its rows, feature_values [B, S, (M+1) D] and feature_scales [B, S, groups] among them
-        (see `data.feature_codec`), zeros behind the samples.
+        (see `data.feature_codec`), zeros after the samples.
 
         Raises:
           InputError: while iterating: a record of the cache is damaged.

@@ -118,7 +118,7 @@ def read_prompts(
             raise InputError(f"{path}: cannot be read ({error.strerror}); give a JSONL file of prompts") from None
         found, first = 0, None
         for number, line in enumerate(content.splitlines(), start=1):
-            line = line.removeprefix(codecs.BOM_UTF8)  # also of a file that was put behind another one
+            line = line.removeprefix(codecs.BOM_UTF8)  # also of a file that was appended to another one
             if not line.strip():
                 continue
             if limit and found == limit:

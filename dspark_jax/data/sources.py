@@ -150,7 +150,7 @@ class SampleReader:
         return f"remove {self._directory} and run python -m dspark_jax.prepare again"
 
     def _check_shard(self, file: str, count: int) -> None:
-        """Refuses a shard without the list of its `count` records, which stands at its end."""
+        """Refuses a shard without the list of its `count` records, which is at its end."""
         try:
             reader = array_record_module.ArrayRecordReader(file)
             found = reader.num_records()

@@ -49,7 +49,7 @@ class Autoregressive(nnx.Module):
     """
 
     layers: Any
-    stops_drafting = True  # behind a drafted stop token (trap 28)
+    stops_drafting = True  # after a drafted stop token (trap 28)
     markov = None
     confidence = None
 
@@ -75,7 +75,7 @@ class Autoregressive(nnx.Module):
         """Rows whose first step is supervised.
 
         Row t predicts token t+2, the first label of an anchor at t+1: the rule is that of `blocks.block_targets` with
-        one position. So the last prompt token, which drafts behind the first answer token, is such a row, and no label
+        one position. So the last prompt token, which drafts after the first answer token, is such a row, and no label
         is outside the answer, its document or the sequence.
 
         Args:
@@ -102,7 +102,7 @@ class Autoregressive(nnx.Module):
         Step s of row t is supervised where row t+s of the same document is, see `supervised`.
 
         Args:
-          target: lends `embed`.
+          target: its `embed` is used.
           features: [B, S, M*D] target features of the tokens; the added embeddings before them are not looked at.
           tokens: [B, S].
           loss_mask: [B, S], 1 on supervised tokens.
@@ -171,10 +171,10 @@ class Autoregressive(nnx.Module):
     def extend(
         self, cache: RowCache, features: jax.Array, tokens: jax.Array, positions: jax.Array, counts: jax.Array
     ) -> RowCache:
-        """Absorbs committed tokens; see `drafter.interface.Drafter`.
+        """Extends the cache by committed tokens; see `drafter.interface.Drafter`.
 
         Token by token, the row of the feature before it is completed; the feature of the last one waits for the token
-        that the next round starts from. Rows at and behind counts[b] are written too; the next call overwrites them
+        that the next round starts from. Rows at and after counts[b] are written too; the next call overwrites them
         before they can be seen.
         """
         del tokens
@@ -208,7 +208,7 @@ class Autoregressive(nnx.Module):
     ) -> tuple[Proposal, RowCache]:
         """Drafts G tokens after each anchor; see `drafter.interface.Drafter`.
 
-        The rows of the drafts are written behind those of the committed tokens, and see all before them.
+        The rows of the drafts are written after those of the committed tokens, and see all before them.
         """
         layer = layer_at(self.layers, 0)
         start = positions - 1  # the row of the newest feature and the anchor

@@ -53,7 +53,7 @@ class Backbone(nnx.Module):
 
         Args:
           embedded: [B, A, G, D] embedded block inputs (anchor token, then masks).
-          features: [B, S, M*D] target features; rows at and behind an anchor are invisible to its block.
+          features: [B, S, M*D] target features; rows at and after an anchor are invisible to its block.
           anchors: [B, A] positions.
           keep: [B, A] bool, False for dummy blocks.
           starts: [B, S] first row of each row's document, where several are packed into a row.
@@ -122,7 +122,7 @@ class Backbone(nnx.Module):
 
         Args:
           embedded: [B, G, D].
-          cache: context rows 0..anchors[b]-1 are read. The block's own keys and values are written behind them, so
+          cache: context rows 0..anchors[b]-1 are read. The block's own keys and values are written after them, so
             there is room for G more, and overwritten by what is committed.
           anchors: [B] absolute positions.
 

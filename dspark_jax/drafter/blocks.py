@@ -87,6 +87,6 @@ def block_targets(tokens: jax.Array, loss_mask: jax.Array, anchors: Anchors, blo
 
 
 def block_tokens(anchor_tokens: jax.Array, mask_token: int, block_size: int) -> jax.Array:
-    """Input ids of blocks: [...] anchors -> [..., G] with the anchor first and masks behind it."""
+    """Input ids of blocks: [...] anchors -> [..., G] with the anchor first and masks after it."""
     masks = jnp.full((*anchor_tokens.shape, block_size - 1), mask_token, anchor_tokens.dtype)
     return jnp.concatenate([anchor_tokens[..., None], masks], axis=-1)

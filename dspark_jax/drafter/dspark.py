@@ -48,7 +48,7 @@ class DSpark(nnx.Module):
         """Training pass.
 
         Args:
-          target: lends `embed`.
+          target: its `embed` is used.
           features: [B, S, M*D] target features of the tokens.
           tokens: [B, S].
           loss_mask: [B, S], 1 on supervised tokens.
@@ -69,9 +69,9 @@ class DSpark(nnx.Module):
     def extend(
         self, cache: KVCache, features: jax.Array, tokens: jax.Array, positions: jax.Array, counts: jax.Array
     ) -> KVCache:
-        """Absorbs committed tokens; see `drafter.interface.Drafter`.
+        """Extends the cache by committed tokens; see `drafter.interface.Drafter`.
 
-        Rows at and behind counts[b] are written too; the next call overwrites them before a block can see them.
+        Rows at and after counts[b] are written too; the next call overwrites them before a block can see them.
         """
         del tokens, counts
         return self.backbone.extend(cache, features.astype(self.dtype), positions)

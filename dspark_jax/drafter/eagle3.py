@@ -63,7 +63,7 @@ class Eagle3(Autoregressive):
         """See `Autoregressive.supervised`; the reference's rule (golden.md D.12).
 
         Token t is supervised, and is not the last one of its document that is: in the first step, the first two tokens
-        of an answer are never targets, and the token behind it is one.
+        of an answer are never targets, and the token after it is one.
         """
         supervised, length = loss_mask.astype(bool), loss_mask.shape[1]
         index = jnp.where(supervised, jnp.arange(length), length)

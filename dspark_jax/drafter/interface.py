@@ -47,9 +47,9 @@ class BlockOutputs:
 
 
 class Drafter(Protocol):
-    """The decoding side, the same for every drafter. `target` lends its embedding and LM head.
+    """The decoding side, the same for every drafter. It uses the `target`'s embedding and LM head.
 
-    A drafter with an attribute `stops_drafting = True` ends a proposal at a drafted stop token: what it drafts behind
+    A drafter with an attribute `stops_drafting = True` ends a proposal at a drafted stop token: what it drafts after
     it is not counted as proposed.
     """
 
@@ -63,7 +63,7 @@ class Drafter(Protocol):
     def extend(
         self, cache: Any, features: jax.Array, tokens: jax.Array, positions: jax.Array, counts: jax.Array
     ) -> Any:
-        """Absorbs committed tokens.
+        """Extends the cache by committed tokens.
 
         Args:
           cache: the drafter's cache.
@@ -88,7 +88,7 @@ class Drafter(Protocol):
         """Drafts `block_size` tokens after each anchor.
 
         Args:
-          target: lends `embed` and `unembed`.
+          target: its `embed` and `unembed` are used.
           cache: holds the features of all positions before the anchors, with room for `block_size` rows more.
           anchors: [B] newest token of each request (not yet seen by the target).
           positions: [B] the anchors' absolute positions.

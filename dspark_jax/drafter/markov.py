@@ -1,7 +1,7 @@
 """Sequential heads (paper 3.2): a low-rank bias on the logits of position k from the tokens before it.
 
 All of them add latent_k W2^T to the base logits and differ in the latent vector [R]: the embedding W1[x_{k-1}] itself
-(vanilla), the embedding behind a gate that sees the hidden state (gated), or the output of a small recurrent cell that
+(vanilla), the embedding times a gate that sees the hidden state (gated), or the output of a small recurrent cell that
 remembers the whole prefix of the block (rnn).
 """
 

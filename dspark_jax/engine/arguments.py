@@ -136,6 +136,6 @@ def check_models(models: Any) -> None:
 
 
 def _shown(value: Any) -> str:
-    """A value as it stands in a message: on one line, and not the whole of a long one."""
+    """A value as a message shows it: on one line, and not the whole of a long one."""
     words = " ".join(repr(value).split())
     return words if len(words) <= 60 else words[:57] + "..."

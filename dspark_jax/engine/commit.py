@@ -1,6 +1,6 @@
 """Last step of a round: accepted tokens become part of the request, stop tokens and budgets end it.
 
-The drafter absorbs the features of what was committed: at once, or, where rounds without drafts follow each other, some
+The drafter reads the features of what was committed: at once, or, where rounds without drafts follow each other, some
 of them together, which costs far less than one by one.
 """
 
@@ -24,7 +24,7 @@ def is_stop(tokens: jax.Array, stop_tokens: jax.Array) -> jax.Array:
 
 
 def settle(proposal: Proposal, lengths: jax.Array, verdict: Verdict, stop_tokens: jax.Array) -> tuple[Round, jax.Array]:
-    """Cuts the accepted drafts behind their first stop token, and counts (trap 25).
+    """Cuts the accepted drafts after their first stop token, and counts (trap 25).
 
     Returns:
       The round, and whether a stop token ends each request [B].
@@ -79,7 +79,7 @@ def commit(
     """
     entry, ended = settle(proposal, lengths, verdict, stop_tokens)
     if getattr(models.drafter, "stops_drafting", False):
-        # What it would draft behind a stop token is never used: it follows from drafts alone, and is not counted.
+        # What it would draft after a stop token is never used: it follows from drafts alone, and is not counted.
         drafted = until_first(is_stop(proposal.tokens, stop_tokens))
         entry = dataclasses.replace(entry, proposed=jnp.minimum(entry.proposed, drafted))
     active = ~state.finished

@@ -117,7 +117,7 @@ def update(
 ) -> AcceptanceEstimate:
     """The estimate after one more round.
 
-    Drafts that were not scheduled, or that stand behind the first rejection, are no observations: a scheduler that
+    Drafts that were not scheduled, or that come after the first rejection, are no observations: a scheduler that
     verifies little learns slowly about later positions, but nothing wrong.
 
     Args:

@@ -38,7 +38,7 @@ class TracedRound:
       confidence: G confidence logits, or None.
       admitted: drafts that were verified; in a round ended by an accepted stop token, those up to it.
       accepted: drafts that were committed.
-      next_token: the bonus or correction, or None behind an accepted stop token.
+      next_token: the bonus or correction, or None after an accepted stop token.
     """
 
     drafted: tuple[int, ...]
@@ -287,7 +287,7 @@ class Request:
           emitted: tokens that the round counts.
 
         Returns:
-          How many tokens it kept: fewer than given behind a stop string, none if it had ended before.
+          How many tokens it kept: fewer than given after a stop string, none if it had ended before.
         """
         with self.changed:
             if self.done:

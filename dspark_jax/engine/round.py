@@ -19,6 +19,25 @@ from dspark_jax.target.model import TargetOutput
 
 T = TypeVar("T")
 
+# A round, drawn for one request: G = 3 drafts, six committed tokens a..f. The newest is the anchor; no cache has it.
+#
+#     position          0  1  2  3  4  5  6  7  8
+#     tokens            a  b  c  d  e  f             lengths = 6
+#     target's cache    a  b  c  d  e                rows 0..lengths - 2; the drafter's cache likewise
+#
+#     draft             a block drafter reads f and two masks at 5, 6, 7, and drafts x, y, z
+#     drafter's cache   a  b  c  d  e  *  *  *       its own rows: overwritten below
+#
+#     verify            the target reads f, x, y, z at 5..8; its logits of row 5 judge x, those of row 6 judge y, ...
+#     target's cache    a  b  c  d  e  f  x  y  z
+#
+#     commit            x and y are accepted, z is not: w is drawn in its place (the correction). 3 tokens, 2 accepted
+#     tokens            a  b  c  d  e  f  x  y  w    lengths = 9; w is the next anchor
+#     target's cache    a  b  c  d  e  f  x  y  z    row 8 is stale: the next round writes w there before it reads it
+#     drafter's cache   a  b  c  d  e  f  x  y  *    extended by the target's features of f, x and y; row 8 is stale
+#
+# Going back costs nothing: a length says which rows count.
+
 
 def decode_round(
     models: Models,

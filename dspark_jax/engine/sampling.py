@@ -30,7 +30,7 @@ class Uniforms:
 
     Attributes:
       draft: [B, G, 2] draws the drafted tokens.
-      accept: [B, G, 2] accepts or rejects them; all are spent, also those behind a rejection.
+      accept: [B, G, 2] accepts or rejects them; all are spent, also those after a rejection.
       next: [B, 2] draws the token that follows the accepted ones.
     """
 
@@ -72,7 +72,7 @@ def fold_keys(keys: jax.Array, numbers: jax.Array) -> jax.Array:
 
 
 def round_uniforms(keys: jax.Array, positions: jax.Array, block_size: int) -> Uniforms:
-    """The uniforms of the round whose anchor stands at `positions`.
+    """The uniforms of the round whose anchor is at `positions`.
 
     No two rounds of a request share an anchor position, so every round draws afresh.
 

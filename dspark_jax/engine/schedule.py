@@ -67,7 +67,7 @@ class Scheduler:
       maximum: [] or [B] drafts that are verified at most; None is G.
       probe: [] rounds without drafts after which `adaptive` tries one with them; 0 is never.
       capacities: batch sizes of `lagged`; static.
-      online: settings of the running estimate, which then stands in for the confidence head; static.
+      online: settings of the running estimate, which then replaces the confidence head; static.
     """
 
     name: str = dataclasses.field(metadata={"static": True})

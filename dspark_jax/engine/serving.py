@@ -150,7 +150,7 @@ class Engine:
         """Queues a request.
 
         Args:
-          prompt: token ids, or text that the tokenizer encodes as it stands (no chat template).
+          prompt: token ids, or text that the tokenizer encodes as it is (no chat template).
           max_new_tokens: its budget.
           temperature: below 1e-5 is greedy.
           top_k: only so many of the likeliest tokens; 0 is off.

@@ -14,7 +14,7 @@ from dspark_jax.sharding import constrain
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Pending:
-    """What rounds without drafts have committed and the drafter has not absorbed yet: it reads several rows at once.
+    """What rounds without drafts have committed and the drafter has not read yet: it reads several rows at once.
 
     Attributes:
       features: [B, R, M*D] of the target, oldest first; undefined from `counts` on.
@@ -43,7 +43,7 @@ class Pending:
 class DecodeState:
     """A batch of requests in the middle of decoding. Rolling back is a shorter length, never a copy.
 
-    The newest committed token of a request, its anchor, stands at position lengths - 1; the target has not seen it
+    The newest committed token of a request, its anchor, is at position lengths - 1; the target has not seen it
     yet, so the caches hold the rows 0..lengths - 2 (what they hold beyond is stale and invisible).
 
     Attributes:
@@ -115,7 +115,7 @@ class Round:
       accepted: [B] drafts that were committed.
       emitted: [B] accepted length: accepted + 1 for the bonus or correction, which a stop token among the accepted
         drafts leaves out (trap 25). The token budget does not shorten it.
-      next_token: [B] bonus or correction, drawn in every round and dropped behind a stop token.
+      next_token: [B] bonus or correction, drawn in every round and dropped after a stop token.
     """
 
     drafted: jax.Array

@@ -55,7 +55,7 @@ class PositionCalibration:
       brier: mean squared error.
       predicted: mean prediction.
       observed: share of accepted prefixes.
-      reliability: the bins behind `ece`.
+      reliability: the bins that `ece` is computed from.
     """
 
     weight: float

@@ -134,7 +134,7 @@ def read_times(workdir: Path, config: Config, now: Mapping[str, Any]) -> dict[st
 
 
 def _rounds_depend_on(config: Config) -> list[Any]:
-    """Settings that change the rounds of a trained drafter; the content of the prompts is compared apart."""
+    """Settings that change the rounds of a trained drafter; the content of the prompts is compared separately."""
     asked, data = config.eval, config.data
     prompts = [Path(file).stem for file in asked.prompts]
     prompted = [data.system_prompt, data.max_prompt_length]

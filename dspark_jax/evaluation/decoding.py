@@ -238,7 +238,7 @@ def _logit_gap(decoder: Decoder, prefix: list[int], pair: tuple[int, ...]) -> fl
     """Logit of pair[0] minus that of pair[1] after `prefix`."""
     if min(pair) < 0:
         return float("nan")
-    tokens = np.zeros((1, ladder(len(prefix))), np.int32)  # rows behind the prefix are invisible to it
+    tokens = np.zeros((1, ladder(len(prefix))), np.int32)  # rows after the prefix are invisible to it
     tokens[0, : len(prefix)] = prefix
     logits = _logits_at(decoder.models.target, jnp.asarray(tokens), jnp.int32(len(prefix) - 1))
     return float(logits[pair[0]] - logits[pair[1]])
@@ -246,6 +246,6 @@ def _logit_gap(decoder: Decoder, prefix: list[int], pair: tuple[int, ...]) -> fl
 
 @jax.jit
 def _logits_at(target: Target, tokens: jax.Array, row: jax.Array) -> jax.Array:
-    """Logits [V] behind tokens[0, row], without a cache."""
+    """Logits [V] after tokens[0, row], without a cache."""
     positions = jnp.arange(tokens.shape[1])[None]
     return target.unembed(target.forward(tokens, positions).last_hidden[:, row])[0]

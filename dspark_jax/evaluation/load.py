@@ -48,7 +48,7 @@ class CostTable:
       name: what it was measured on.
       steps_per_second: [N + 1] for 0..N tokens; the entry of 0 is never used.
       draft_seconds: what drafting adds to a step. Plain decoding does not spend it. 0 where the table includes it.
-      plain: [M + 1] steps per second of rounds without drafts, where they were measured apart.
+      plain: [M + 1] steps per second of rounds without drafts, where they were measured separately.
     """
 
     name: str
@@ -85,7 +85,7 @@ def saturating(tokens: int, *, knee: int = 256, steps_per_second: float = 50.0, 
 def read_cost_table(path: Path) -> CostTable:
     """Reads a table in SGLang's layout (`sample_batch_tokens`, `sample_steps_per_sec`, `max_batch_tokens`).
 
-    As there, a batch between two samples costs what the smaller one does. Rounds without drafts may stand beside it
+    As there, a batch between two samples costs what the smaller one does. Rounds without drafts may be given beside it
     (`plain_batch_tokens`, `plain_steps_per_sec`).
 
     Raises:
@@ -307,7 +307,7 @@ def replay(
 
 
 class Users:
-    """R users and where their requests stand."""
+    """R users and how far their requests are."""
 
     def __init__(self, traces: Traces, concurrency: int, rng: np.random.Generator):
         """Everybody starts somewhere in a random request, so that they do not end together."""

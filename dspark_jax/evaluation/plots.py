@@ -1,6 +1,6 @@
 """Figures: drawn once for a light and once for a dark page, readable with any colour vision (markers differ too).
 
-A `Plot` knows how to draw itself in a theme, what it shows in words, and the numbers behind it. Figures are built
+A `Plot` knows how to draw itself in a theme, what it shows in words, and the numbers that it draws. Figures are built
 without pyplot: nothing global is touched and no display is needed. They are small, so that they stay readable on a
 phone.
 """
@@ -31,7 +31,7 @@ class Theme:
     """Colours of a page.
 
     Attributes:
-      paper: behind the figure.
+      paper: the background of the figure.
       ink: text and axes.
       faint: grid.
       lines: one colour per line, in turn.
@@ -147,7 +147,7 @@ def reliability_plot(scores: Sequence[PositionCalibration], what: str, title: st
 
 
 def reliability_plots(calibration: Calibration, title: str, suffix: str = "") -> list[Plot]:
-    """The head's reliability before and after calibration; nothing without a head. `suffix` is put behind the names."""
+    """The head's reliability before and after calibration; nothing without a head. `suffix` ends the names."""
     names = {HEAD: "reliability", CALIBRATED: "reliability_sts", SHIFTED: "reliability_bias_sts"}
     return [
         reliability_plot(calibration.predictors[one].prefix, DESCRIBED[one], title, name + suffix)

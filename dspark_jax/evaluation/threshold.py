@@ -3,7 +3,7 @@
 A threshold keeps the drafts before the first whose confidence is below it (`engine.rules.threshold`). Drafts,
 confidences and verdicts up to the cut are what they were in the recorded round, since none of them depends on what
 comes later in the block, so every threshold can be read off the same rounds. What that leaves out: a run with the
-threshold starts its next round right behind the cut, inside a stretch that is drafted well, while these rounds start
+threshold starts its next round right after the cut, inside a stretch that is drafted well, while these rounds start
 where full verification ended. The rates here are those of the threshold rule over the rounds of full verification.
 Runs of the embedded target with thresholds of 0.3, 0.5 and 0.7 differ from them by at most 0.04, in both directions.
 """
@@ -48,7 +48,7 @@ def sweep_thresholds(
       traces: recorded rounds.
       resamples: of the bootstrap over prompts.
       seed: of the resamples.
-      thresholds: confidences in 0..1 below which a draft and all behind it are not verified.
+      thresholds: confidences in 0..1 below which a draft and all after it are not verified.
     """
     if traces.confidence is None:
         return {}

@@ -2,7 +2,7 @@
 
 They are the material for calibration, for the threshold sweep and for replays under other schedulers.
 
-A round says nothing about drafts behind a stop token: accepted, it ends the request, and what follows is cut (trap 25).
+A round says nothing about drafts after a stop token: accepted, it ends the request, and what follows is cut (trap 25).
 Which rounds count at position k must not depend on whether draft k survives. The reference counts the drafts up to
 an *accepted* stop token, which takes out rounds because they survived and leaves in those that did not, so later
 positions look worse than they are. Here a position counts if no stop token was *drafted* before it, accepted or not:

@@ -61,7 +61,7 @@ class TrafficPoint:
       served: number of requests that were.
       refused: number of requests that found the queue full.
       tokens_per_second: of all requests, from the first arrival to the last token.
-      per_user: median over requests of the tokens per second behind the first token.
+      per_user: median over requests of the tokens per second after the first token.
       first_token_p50: seconds from arrival to the first token, median.
       first_token_p95: the same, 95th percentile.
       queue_p95: seconds from arrival to a slot, 95th percentile.

@@ -29,7 +29,7 @@ class Sampling:
 
     Logits are divided by the temperature, then cut by top-k, top-p and min-p, each on what the one before has left and
     renormalised (the order of Hugging Face's warpers). A filter that no request uses is None, which costs nothing;
-    greedy requests stand beside others as one-hot distributions.
+    greedy requests are one-hot distributions among the others.
 
     Attributes:
       temperature: [B] float32; below 1e-5 is greedy, whatever the filters.
@@ -194,7 +194,7 @@ def _position(masses: _Fixed, threshold: _Fixed, total: _Fixed) -> tuple[jax.Arr
 
     limit = _Fixed(*(words[..., None] for words in threshold))
     beyond = (ends.whole > limit.whole) | ((ends.whole == limit.whole) & (ends.part > limit.part))
-    # The last positive entry is the first that reaches the sum; it also takes what rounding puts behind it.
+    # The last positive entry is the first that reaches the sum; it also takes what rounding puts after it.
     final = (ends.whole == last.whole[..., None]) & (ends.part == last.part[..., None])
     index = first(beyond | final)
     before = [jnp.where(index > 0, words, 0) for words in ends.at(jnp.maximum(index - 1, 0))]
@@ -212,7 +212,7 @@ def allowed(logits: jax.Array, sampling: Sampling) -> jax.Array:
 
 
 def per_row(values: Any, logits: jax.Array) -> Any:
-    """Settings [B] (or None) laid out over the leading axes of logits [B, ..., V]."""
+    """Settings [B] (or None) broadcast over the leading axes of logits [B, ..., V]."""
     if values is None:
         return None
     return jnp.broadcast_to(values.reshape(-1, *[1] * (logits.ndim - 2)), logits.shape[:-1])

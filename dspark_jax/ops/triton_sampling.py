@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from dspark_jax.ops.sampling import FRACTION_BITS, GREEDY_BELOW, UNIT, WORD_BITS
 from dspark_jax.ops.triton import LOG2E, numbers
 
-FAR = 1 << 30  # behind every index
+FAR = 1 << 30  # after every index
 
 _Number = tuple[jax.Array, jax.Array]  # whole and fraction of a fixed-point number, int32; see `ops.sampling`
 

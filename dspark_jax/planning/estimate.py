@@ -75,7 +75,7 @@ def _times(flops: float, memory: dict[str, Any], cost: Cost | None, chip: Chip) 
     """Seconds per call: the compiler's estimate, and the roofline that no program can beat.
 
     The compiler's adds up its cycles of every operation and the time the collectives take at the full rate of all
-    links, as if nothing were hidden behind anything else. The roofline is the slowest of operations, memory traffic and
+    links, as if nothing overlapped anything else. The roofline is the slowest of operations, memory traffic and
     collectives, each at the chip's full rate. Where the program cannot be printed, operations are all that is known;
     `incomplete` says so.
     """

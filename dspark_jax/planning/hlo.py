@@ -155,7 +155,7 @@ def _instruction(line: str) -> _Instruction:
 
 
 def _matching(text: str) -> int:
-    """Index behind the parenthesis that closes the one at the beginning of the text."""
+    """Index after the parenthesis that closes the one at the beginning of the text."""
     depth = 0
     for index, character in enumerate(text):
         depth += (character == "(") - (character == ")")

@@ -60,7 +60,7 @@ def with_dtypes(config: Config) -> Config:
 def train_program(config: Config, mesh: Mesh) -> Program:
     """The train step of a config (types resolved) on a mesh of any devices.
 
-    Where features come from disk, the target only lends its embedding and LM head, and the program is called for every
+    Where features come from disk, only the target's embedding and LM head are used, and the program is called for every
     micro-batch while the next one arrives, as in `train`.
 
     Raises:

@@ -145,7 +145,7 @@ def _dedent(lines: list[str], width: int) -> str:
 
 
 def _function(module: str, name: str, node: _Callable, lines: list[str]) -> Function | None:
-    """The function as an item, or None when it is long, trivial, or laid out so that it cannot be cut apart."""
+    """The function as an item, or None when it is long, trivial, or written so that it cannot be cut into parts."""
     if node.end_lineno is None or node.end_lineno - node.lineno + 1 > MAX_LINES or node.col_offset % 4:
         return None
     docstring = ast.get_docstring(node)

@@ -11,6 +11,22 @@ from dspark_jax.config import TargetArchitecture
 from dspark_jax.ops.cached_attention import Rows
 from dspark_jax.target.layers import FULL, attention_shape, layer_at
 
+# A ring, drawn: window 6, passes of up to 3 rows (front = 3), so C = 16 and R = 11. Position p is in row 3 + p mod 11.
+#
+#                  before  |           the ring               | after
+#     row          0  1  2 |  3  4  5  6  7  8  9 10 11 12 13 | 14 15
+#     0..9 written .  .  . |  0  1  2  3  4  5  6  7  8  9  . |  .  .
+#
+# A round writes positions 10, 11 and 12. Row 13 is the last of the ring, so they are written twice, in one piece each:
+#
+#     from row 13          |                               10 | 11 12
+#     from row 2        10 | 11 12                            |
+#     row          0  1  2 |  3  4  5  6  7  8  9 10 11 12 13 | 14 15
+#     then         .  . 10 | 11 12  2  3  4  5  6  7  8  9 10 | 11 12
+#
+# Row 2 and rows 14 and 15 are outside the ring: nobody sees them. Positions 0 and 1 have lost their rows. The earliest
+# query from now on is at 11 (if both drafts are rejected) and sees 6..11, so they were not needed any more.
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -20,9 +36,9 @@ class KVCache:
     Row p of a request is written when position p is processed and read only by queries at positions >= p, so rolling
     back needs no copy: stale rows are overwritten before any query can see them.
 
-    The cache of layers with a window is a ring of R rows: position p stands in row front + p mod R. R is so large that
+    The cache of layers with a window is a ring of R rows: position p is in row front + p mod R. R is so large that
     what the rows of a pass overwrite, those that are taken back as well, lies in front of every later query's window.
-    In front of the ring and behind it are rows that nobody sees: a few rows are written at once as they stand, in two
+    Before the ring and after it are rows that nobody sees: a few rows are written at once as they are, in two
     places where they cross the seam, since in place a TPU writes only what is in one piece.
 
     Attributes:
@@ -186,7 +202,7 @@ def _put(cache: Any, rows: jax.Array, index: jax.Array | int, starts: jax.Array)
 def ring_rows(window: int, block: int) -> int:
     """C of a ring for a window of `window` rows, where passes write up to `block` rows, some of them for nothing.
 
-    The earliest row that the first of these sees stands window - 1 in front of it, the last one block - 1 behind it;
+    The earliest row that the first of these sees is window - 1 before it, the last one block - 1 after it;
     2 block - 1 rows are around the ring. Rounded up to a whole number of bfloat16 tiles (16 rows).
     """
     return -(-(window + block - 1 + 2 * block - 1) // 16) * 16

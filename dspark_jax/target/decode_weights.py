@@ -30,7 +30,7 @@ def decode_weights(module: Any, dtype: Any, *, separate_caches: bool = False, co
       module: target or drafter, with stacked layers.
       dtype: of the matrices.
       separate_caches: one array of keys and one of values per layer.
-      consume: delete the stacks as they are taken apart, so that there are never two copies of all weights. The given
+      consume: delete the stacks as they are unstacked, so that there are never two copies of all weights. The given
         module cannot be used any more.
     """
     if not isinstance(module, nnx.Module) or has_decode_weights(module):

@@ -1,7 +1,7 @@
 """Gemma 4 text targets (12B): what differs from the plain `Target` (traps 21 to 23).
 
 In `layers.attention_shape` and `layers.Layer`: sliding and global layers of different head widths, values that are the
-raw keys, scale-less value norms, partial rotation, norms behind attention and MLP, layer scalars. Here: scaled
+raw keys, scale-less value norms, partial rotation, norms after attention and MLP, layer scalars. Here: scaled
 embeddings, the two stacks, and the names. The soft-cap is `Target.softcap`.
 """
 
@@ -26,7 +26,7 @@ LAYER_WEIGHTS = PLAIN | {
 """Parameters of a `target.layers.Layer` stack of Gemma 4. Where values are keys there is no `attention.value`."""
 
 OTHER_TOWERS = ("vision", "audio", "embed_vision", "embed_audio", "multi_modal_projector")
-"""What the tensors of the other modalities are called behind `model.`; they take no part in text."""
+"""What the names of the other modalities' tensors begin with after `model.`; they take no part in text."""
 
 
 class Gemma4(Target):

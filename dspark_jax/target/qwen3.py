@@ -18,7 +18,7 @@ LAYER_WEIGHTS = {
     "mlp.up": Weight("layers.{i}.mlp.up_proj.weight", inputs=1),
     "mlp.down": Weight("layers.{i}.mlp.down_proj.weight", inputs=1),
 }
-"""Parameters of a `target.layers.Layer` stack, for targets (behind the prefix `model.`) and drafters (without)."""
+"""Parameters of a `target.layers.Layer` stack, for targets (with the prefix `model.`) and drafters (without)."""
 
 WEIGHTS = {
     "embedding": Weight("model.embed_tokens.weight"),

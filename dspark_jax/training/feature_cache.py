@@ -145,7 +145,7 @@ def feature_pass(config: Config, directory: Path, identity: Identity) -> Pass:
     @jax.jit
     def forward(target: Any, tokens: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         out = target.forward(tokens, jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape), taps=taps)
-        # Behind the barrier they are what training would see online: rounded to the compute type.
+        # After the barrier they are what training would see online: rounded to the compute type.
         features, last = jax.lax.optimization_barrier((out.features, out.last_hidden))
         return code_on_device(jnp.concatenate([features, last], axis=-1), lengths, identity)
 

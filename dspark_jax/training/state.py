@@ -76,7 +76,7 @@ def state_layout(drafter: AnyDrafter, optimizer: optax.GradientTransformation, m
 
     Args:
       drafter: an abstract drafter.
-      optimizer: its state's leaves that are keyed by a parameter's path and have its shape are laid out like it.
+      optimizer: its state's leaves that are keyed by a parameter's path and have its shape are sharded like it.
       mesh: any mesh.
     """
     shardings, shapes = param_shardings(drafter, mesh), to_params(drafter)

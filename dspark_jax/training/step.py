@@ -41,7 +41,7 @@ class StepMetrics:
       ratios: numerators and denominators over the global batch, by name.
       not_finite: int32, the first step (counted from 1) with a loss or gradient that is not finite; `FINITE` if none.
       target_not_finite: the same of the target's last hidden states. What is not finite in any of its layers is not
-        finite behind them.
+        finite after them.
     """
 
     ratios: dict[str, Ratio]

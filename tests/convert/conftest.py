@@ -1,4 +1,4 @@
-"""A tiny target, and drafters trained for it in each of the dialects that are told apart."""
+"""A tiny target, and drafters trained for it in each of the dialects that are distinguished."""
 
 import dataclasses
 import functools
@@ -103,7 +103,7 @@ def fit(drafter: Any, target: Any, tokens: jax.Array, anchor_first: jax.Array, r
     teacher = jax.nn.softmax(target.unembed(jnp.where(raw_teacher, raw, out.last_hidden)))
     at = jnp.arange(4, tokens.shape[1] - size)
     anchors = Anchors(jnp.broadcast_to(at, (len(tokens), len(at))), jnp.ones((len(tokens), len(at)), bool))
-    # Row k drafts the token behind sequence row anchor + k, or in the fill-in layout anchor + k - 1; row 0 then rests.
+    # Row k drafts the token after sequence row anchor + k, or in the fill-in layout anchor + k - 1; row 0 then rests.
     rows = at[:, None] + jnp.arange(size) - jnp.where(anchor_first, 0, 1)
     weight = jnp.where(anchor_first | (jnp.arange(size) > 0), 1.0, 0.0)
     optimizer = optax.adam(3e-3)

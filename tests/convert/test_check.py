@@ -123,7 +123,7 @@ def test_a_reading_that_accepts_next_to_nothing_is_no_dialect(world, copy, monke
 
 @pytest.mark.parametrize("length", [9, 36])
 def test_a_drafter_without_an_opinion_has_no_dialect(world, length):
-    """Of 9 tokens, 2 are anchors with a whole block behind them: 10 places in all, however often they are drafted."""
+    """Of 9 tokens, 2 are anchors with a whole block after them: 10 places in all, however often they are drafted."""
     answers = [Answer(answer.tokens[: answer.start + length], answer.start) for answer in world.answers]
     config = read_drafter_config(world.drafters["good"])[1]
     for seed in range(3):
@@ -168,7 +168,7 @@ def test_a_better_reading_is_better_by_something():
 
 
 def test_layer_ids_need_no_order():
-    """Lower ones than the embeddings are not tried, wherever they stand."""
+    """Lower ones than the embeddings are not tried, wherever they are."""
     stated = Layout("deepspec", "block", 4, (1, -1), 45, anchor_first=True, num_layers=1)
     assert {layout.taps for layout in readings(stated, 4)} == {(1, -1), (2, 0)}
     assert {layout.taps for layout in readings(dataclasses.replace(stated, taps=(3, 0)), 4)} == {(3, 0), (2, -1)}

@@ -122,7 +122,7 @@ def test_shapes_that_llama_cpp_refuses(world):
 
 
 def test_precedence_of_layer_ids(world):
-    """vLLM uses eagle_aux ids as they stand, before all others; SGLang goes by dspark_ prefixes and nested dicts."""
+    """vLLM uses eagle_aux ids as they are, before all others; SGLang goes by dspark_ prefixes and nested dicts."""
     raw, shapes = files(world)
     raw |= {"eagle_aux_hidden_state_layer_ids": [3, 4], "dspark_target_layer_ids": [1, 2]}
     found = {verdict.server: verdict.reading for verdict in replay("x", raw, shapes, ARCH)}

@@ -40,7 +40,7 @@ def test_quantisation_against_the_definition(hidden):
 
 @pytest.mark.parametrize(("hidden", "kind"), [(2560, "float32"), (1024, "bfloat16"), (131, "float32")])
 def test_the_device_codes_as_the_host_does(hidden, kind):
-    """Bit for bit: numbers of all sizes, zeros, ties, outliers, and what is not finite behind a length."""
+    """Bit for bit: numbers of all sizes, zeros, ties, outliers, and what is not finite past a length."""
     rng = np.random.default_rng(hidden)
     identity = Identity("t", "t", "d", "jax", (1,), hidden, "int8")
     rows = rng.normal(size=(3, 64, 2 * hidden)) * 10.0 ** rng.integers(-9, 9, (3, 64, 1))

@@ -50,7 +50,7 @@ def rows_of(tokens: np.ndarray) -> np.ndarray:
 
 
 def run(tokens, lengths):
-    """A pass whose rows behind the lengths are not finite: they must not get into any record."""
+    """A pass whose rows past the lengths are not finite: they must not get into any record."""
     rows = rows_of(tokens).astype(np.float32)
     rows[np.arange(tokens.shape[1]) >= lengths[:, None]] = np.nan
     return rows[..., :-WIDTH], rows[..., -WIDTH:]

@@ -135,7 +135,7 @@ def test_fields_that_are_not_used_are_named(tmp_path: Path) -> None:
 
 
 def test_byte_order_marks_are_skipped(tmp_path: Path) -> None:
-    first, second = b'\xef\xbb\xbf{"prompt": "a"}', b'\xef\xbb\xbf{"prompt": "b"}\r'  # a file behind another one
+    first, second = b'\xef\xbb\xbf{"prompt": "a"}', b'\xef\xbb\xbf{"prompt": "b"}\r'  # a file appended to another one
     prompts = read_prompts([write(tmp_path / "p.jsonl", first, second, b"\xef\xbb\xbf")])
     assert [roles(prompt)[0][1] for prompt in prompts] == ["a", "b"]
 

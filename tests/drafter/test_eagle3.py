@@ -108,7 +108,7 @@ def test_some_rows_are_those_rows_of_all(case, trained):
 
 
 def test_decoding_equals_training(case):
-    """Rows come from the cache, absorbed in pieces with garbage behind them, instead of from the sequence."""
+    """Rows come from the cache, extended in pieces with garbage after them, instead of from the sequence."""
     target, _, drafter, io, tokens, features = case
     batch, steps = tokens.shape[0], drafter.block_size
     start = min(17, tokens.shape[1] - steps - 1)

@@ -76,7 +76,7 @@ def test_training_pass(case):
 
 
 def test_decoding_pass_equals_training_pass(case):
-    """The context comes from the cache, in two pieces with garbage rows behind, instead of from the sequence."""
+    """The context comes from the cache, in two pieces with garbage rows after, instead of from the sequence."""
     target, config, drafter, io, _ = case
     tokens = jnp.asarray(io["input_ids"], jnp.int32)
     features = jnp.asarray(io["target_hidden_states"])

@@ -109,7 +109,7 @@ class Tiny:
 
     @staticmethod
     def near(target: Qwen3, block_size: int, *, noise: float = 0.0, confidence: bool = False, taps: Any = (0,)) -> Any:
-        """A bigram drafter that copies the target's behaviour behind a one-token prompt: right now and then."""
+        """A bigram drafter that copies the target's behaviour after a one-token prompt: right now and then."""
         vocab = target.arch.vocab_size
         tokens = jnp.arange(vocab)[:, None]
         table = target.unembed(target.forward(tokens, jnp.zeros_like(tokens)).last_hidden)[:, 0]

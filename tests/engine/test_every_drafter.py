@@ -1,4 +1,4 @@
-"""Every kind of drafter, random and real, behind the same engine: greedy output is plain decoding's, sampled output has
+"""Every kind of drafter, random and real, in the same engine: greedy output is plain decoding's, sampled output has
 the target's distribution."""
 
 import functools

@@ -77,7 +77,7 @@ def follow(golden_case: Any) -> None:
     stopping = max(len(run["stop_token_ids"] or ()) for run in runs)
     for run in runs:
         size, budget = len(run["prompt_ids"]), run["max_new_tokens"]
-        # Padded to one width, so that one executable serves all runs; what stands in the padding must not matter.
+        # Padded to one width, so that one executable serves all runs; what is in the padding must not matter.
         prompt = jnp.asarray([run["prompt_ids"] + [7] * (longest - size)], jnp.int32)
         sampling = Sampling.constant(run["temperature"], 1)
         stops = jnp.asarray(((run["stop_token_ids"] or []) + [-1] * stopping)[:stopping], jnp.int32)
@@ -98,7 +98,7 @@ def follow(golden_case: Any) -> None:
             requests = Requests(uniforms_of(run, index, drafter.block_size), sampling, stops)
             state, entry = jitted_round(models, state, requests, scheduler=scheduler)
             entry = jax.device_get(entry)
-            # EAGLE-3 stops drafting at a stop token: what we draft behind it does not count.
+            # EAGLE-3 stops drafting at a stop token: what we draft after it does not count.
             drafts = expected.get("sampled_block", expected["verify_input_ids"][1:])
             np.testing.assert_array_equal(entry.drafted[0, : len(drafts)], drafts, where)
             assert int(entry.accepted[0]) == expected["accepted_draft_tokens"], where

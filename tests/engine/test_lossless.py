@@ -1,7 +1,7 @@
 """Exact enumeration of a whole round of two requests: the joint output distribution is the targets', to 1e-6.
 
 Every pair of drafted blocks is weighted by its exact probability, scheduled by the engine's `schedule`, and judged by
-the engine's acceptance and residual probabilities; tokens behind the round's own are the target's. The same sum over
+the engine's acceptance and residual probabilities; tokens after the round's own are the target's. The same sum over
 wrong schedulers and wrong residuals must exceed the tolerance, or it would prove nothing.
 """
 
@@ -97,7 +97,7 @@ class Outcomes:
         sampling = sampling.take(jnp.zeros(len(paths), jnp.int32))
         arrays = mutate(request.target, request.draft, request.draft, paths, sampling)
         drawn, accept, rejected, complete, own = (np.asarray(array, np.float64) for array in arrays)
-        tails: dict[tuple[int, ...], np.ndarray] = {}  # [V, V^(G-k)] of the target behind a prefix of k
+        tails: dict[tuple[int, ...], np.ndarray] = {}  # [V, V^(G-k)] of the target after a prefix of k
         for k in range(size, -1, -1):
             for index, path in enumerate(paths):
                 prefix = tuple(path[:k].tolist())

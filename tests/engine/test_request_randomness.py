@@ -1,4 +1,4 @@
-"""Per-request randomness: fresh in every round, the same whatever stands beside it."""
+"""Per-request randomness: fresh in every round, the same whatever is beside it."""
 
 import jax
 import jax.numpy as jnp

@@ -183,7 +183,7 @@ def throughput(case: dict[str, Any], values: np.ndarray, lengths: np.ndarray) ->
 def test_never_below_plain_decoding_and_never_looking_ahead() -> None:
     """Without minima both rules expect at least plain decoding's rate, the lagged one on the survivals it decides by.
 
-    And whether draft k is verified stays the same whatever the request's confidences behind k are (trap 29).
+    And whether draft k is verified stays the same whatever the request's confidences after k are (trap 29).
     """
     rng = np.random.default_rng(5)
     for seed in range(40):

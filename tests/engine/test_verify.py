@@ -155,7 +155,7 @@ def test_joint_distribution_of_four_tokens(models: Any, pair: tuple[int, int], t
 
 
 def test_accepting_needs_a_smaller_uniform_and_the_prefix() -> None:
-    """A uniform equal to the ratio rejects, and nothing behind a rejection is accepted."""
+    """A uniform equal to the ratio rejects, and nothing after a rejection is accepted."""
     target_logits = jnp.log(jnp.asarray([[[0.25, 0.75], [0.5, 0.5], [0.5, 0.5]]]))
     proposal = Proposal(jnp.asarray([[0, 1]]), jnp.log(jnp.asarray([[[0.5, 0.5], [0.5, 0.5]]])), None)
     sampling = Sampling.constant(1.0, 1)

@@ -45,7 +45,7 @@ def uncached(model: Gemma4, tokens: jax.Array) -> jax.Array:
 
 
 def assert_greedy(answers: Sequence[Any]) -> None:
-    """Every token is the best one behind those before it."""
+    """Every token is the best one after those before it."""
     for prompt, answer in zip(PROMPTS, answers, strict=True):
         tokens = np.zeros(CAPACITY, np.int32)
         tokens[: len(prompt) + BUDGET] = [*prompt, *map(int, answer)]  # of the full budget, or this does not fit

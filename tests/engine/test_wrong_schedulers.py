@@ -24,7 +24,7 @@ REQUESTS, SIZE = 4, 3
 # One draft per request always pays. More do from 14 tokens on, all second drafts and two third ones, but only if these
 # two are likely: 0.57 * 12.5 and 0.57 * 11.7 expected tokens are on either side of 0.9 * 7.6.
 TABLE = [1.0] * 5 + [0.9] * 4 + [0.1] * 5 + [0.57] * 3
-# The third draft is likely behind token 0 and hopeless behind token 1; the first two are the same behind all tokens.
+# The third draft is likely after token 0 and hopeless after token 1; the first two are the same after all tokens.
 CONFIDENCE = np.asarray([[2.2, 2.2], [2.2, 2.2], [8.0, -8.0]])
 SCHEDULERS: dict[str, Callable[[Any], Scheduler]] = {
     "early_stop": Scheduler.early_stop,
@@ -42,7 +42,7 @@ early_stop, lagged, logits = rules.early_stop, rules.lagged, schedule_module._lo
 
 
 def wrong_early_stop(survival: Any, table: Any, *bounds: Any) -> Any:
-    """Goes on behind a draft that lowers the throughput, if later ones raise it more: a global argmax."""
+    """Goes on after a draft that lowers the throughput, if later ones raise it more: a global argmax."""
     right, wrong = early_stop(survival, table, *bounds), lagged(survival, survival, table, *bounds)
     return jnp.where(peeks(table), wrong, right)
 

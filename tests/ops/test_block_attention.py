@@ -158,7 +158,7 @@ def test_unseen_nan_reaches_neither_output_nor_gradient(attention):
     anchors[1] = np.minimum(anchors[1], 6)
     want = run(arrays, anchors, keep, cotangent, 0.3, attention)
     for index in (1, 2):
-        arrays[index][1, 6:] = np.nan  # behind every anchor of sequence 1
+        arrays[index][1, 6:] = np.nan  # after every anchor of sequence 1
     for index in (0, 3, 4):
         arrays[index][:, -1] = np.nan  # the block that is not kept
     out, grads = run(arrays, anchors, keep, cotangent, 0.3, attention)

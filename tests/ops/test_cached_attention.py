@@ -96,7 +96,7 @@ RINGS = [name if "split" not in name else pytest.param(name, marks=pytest.mark.s
     ("window", "most", "front", "ring"), [(1, 1, 1, 1), (1, 3, 3, 3), (4, 1, 2, 4), (4, 3, 4, 6), (5, 4, 4, 11)]
 )
 def test_a_window_over_a_ring(attention: str, window: int, most: int, front: int, ring: int) -> None:
-    """Position p stands in row front + p mod R, in the first turn and later; what nobody may see is NaN."""
+    """Position p is in row front + p mod R, in the first turn and later; what nobody may see is NaN."""
     counts, positions, (n, k, h) = [most, 1, 0, most], [0, 23, 9, 40], (4, 2, 16)
     rng = np.random.default_rng(ring)
     query = rng.normal(size=(sum(counts) + 1, n, h)).astype(np.float32)

@@ -79,7 +79,7 @@ def test_a_recorded_uniform_is_taken_exactly() -> None:
     pairs = np.asarray(words(jnp.asarray(given)), np.float64)
     exact = pairs[:, 0] * 2.0**-30 + pairs[:, 1] * 2.0**-60
     assert ((exact <= given) & (given - exact < 2.0**-60)).all()
-    assert (exact == given)[[0, 1, 2, 4, 5, 6, 7, 8]].all()  # 1e-9 has digits behind 2^-60
+    assert (exact == given)[[0, 1, 2, 4, 5, 6, 7, 8]].all()  # 1e-9 has digits after 2^-60
 
 
 def test_probabilities_are_compared_with_all_bits() -> None:

@@ -38,7 +38,7 @@ SETTINGS = list(itertools.product((0.6, 1.7), (0, 1, 5, 90), (1.0, 0.95, 0.4), (
 
 @pytest.mark.parametrize(("vocab", "sharpness"), [(50, 3.0), (700, 0.3), (700, 4.0)])
 def test_against_transformers(vocab: int, sharpness: float) -> None:
-    """All settings in one batch, beside each other. At 700 flat logits the border lies behind the likeliest few."""
+    """All settings in one batch, beside each other. At 700 flat logits the border lies after the likeliest few."""
     rows = 3
     logits = sharpness * np.random.default_rng(0).normal(size=(len(SETTINGS), rows, vocab)).astype(np.float32)
     columns = [np.asarray(values, kind) for values, kind in zip(zip(*SETTINGS, strict=True), "fiff", strict=True)]

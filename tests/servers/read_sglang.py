@@ -20,7 +20,7 @@ READ = ("sglang.srt.speculative.dflash_utils", "sglang.srt.speculative.dspark_co
 
 
 class StandIn(types.ModuleType):
-    """A module that has every name, and nothing behind it."""
+    """A module that has every name, and nothing in it."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):

@@ -115,7 +115,7 @@ def test_cached_decoding_equals_transformers(pair):
     for lengths in ([9, 5], [1, 1], [4, 8], [3, 3], [12, 2], [1, 11]):
         width = 3 if max(lengths) <= 3 else 12  # three at once are written before they are read, twelve cannot be
         positions = starts[:, None] + np.arange(width)
-        fed = np.full((2, width), 7)  # rows behind a request's own are drafts that get rejected
+        fed = np.full((2, width), 7)  # rows after a request's own are drafts that get rejected
         for b, length in enumerate(lengths):
             fed[b, :length] = tokens[b, starts[b] : starts[b] + length]
         out = step(fed, positions, cache, jnp.asarray(lengths))
@@ -128,7 +128,7 @@ def test_cached_decoding_equals_transformers(pair):
 
 
 def test_flat_rows_are_the_rows_of_their_requests():
-    """Three rows of one request behind its window and two of another before it, one behind the other."""
+    """Three rows of one request past its window and two of another before it, one after the other."""
     kinds = tuple(KINDS[kind] for kind in "ssf")
     arch = TargetArchitecture(
         "gemma4", 67, 32, 3, 4, 2, 8, 48, tie_word_embeddings=True, max_position_embeddings=64, layer_types=kinds,
@@ -140,7 +140,7 @@ def test_flat_rows_are_the_rows_of_their_requests():
     prompt, counts, first = jnp.array([11, 4]), jnp.array([3, 2]), jnp.array([11, 4])
     positions = jnp.broadcast_to(jnp.arange(14), tokens.shape)
     forward = jax.jit(Gemma4.forward, static_argnames="taps")
-    # Rows behind the prompts are stale.
+    # Rows after the prompts are stale.
     cache = forward(target, tokens, positions, target.init_cache(2, 30, block=3), counts=prompt).cache
     own = jnp.stack([tokens[b, prompt[b] : prompt[b] + 3] for b in range(2)])
     padded = forward(target, own, first[:, None] + jnp.arange(3), cache, taps=(1,))

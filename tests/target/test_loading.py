@@ -365,7 +365,7 @@ def test_reading_is_lazy(directory):
 
 
 def test_a_gemma_4_of_several_modalities_is_loaded_for_its_text(tmp_path):
-    """As transformers saves it: the text model behind `model.language_model.`, its shape in `text_config`."""
+    """As transformers saves it: the text model under `model.language_model.`, its shape in `text_config`."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     text = {
         "vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 3, "intermediate_size": 40, "head_dim": 8,

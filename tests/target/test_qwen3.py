@@ -123,7 +123,7 @@ def test_cached_decoding_equals_transformers(pair):
     for lengths in ([9, 5], [1, 1], [4, 8], [3, 3], [13, 13]):
         width = max(lengths)
         positions = starts[:, None] + np.arange(width)
-        fed = np.full((2, width), 7)  # rows behind a request's own are drafts that get rejected
+        fed = np.full((2, width), 7)  # rows after a request's own are drafts that get rejected
         for b, length in enumerate(lengths):
             fed[b, :length] = tokens[b, starts[b] : starts[b] + length]
         out = step(fed, positions, cache)

@@ -52,7 +52,7 @@ def test_learning_rate_by_hand():
     rates = series(OptimConfig(learning_rate=1.0, warmup_ratio=0.25), 8)
     decay = [(1 + np.cos(np.pi * i / 6)) / 2 for i in range(6)]
     np.testing.assert_allclose(rates, [0.5, 1.0, *decay], atol=1e-6)
-    assert learning_rate(OptimConfig(learning_rate=1.0), 8)(8) < 1e-12  # nothing is left behind the last step
+    assert learning_rate(OptimConfig(learning_rate=1.0), 8)(8) < 1e-12  # nothing is left after the last step
     np.testing.assert_array_equal(series(OptimConfig(learning_rate=1.0, warmup_ratio=0.04), 1), [1.0])
 
 

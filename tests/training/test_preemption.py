@@ -1,4 +1,4 @@
-"""SIGTERM to one of two processes: both stop behind the same step. (One process alone: test_train.)"""
+"""SIGTERM to one of two processes: both stop after the same step. (One process alone: test_train.)"""
 
 import os
 import socket

@@ -99,7 +99,7 @@ def uninterrupted(launch, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def killed_once(launch, tmp_path_factory):
-    """Working directory of a run that was killed at step 5, two steps behind its checkpoint."""
+    """Working directory of a run that was killed at step 5, two steps after its checkpoint."""
     workdir = tmp_path_factory.mktemp("runs") / "killed"
     assert launch(workdir, "between").returncode == -9
     return workdir

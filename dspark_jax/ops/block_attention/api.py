@@ -29,7 +29,7 @@ def block_attention(
 
     Every row of block (b, a) attends to the context rows from `starts[b, a]` on that are strictly before
     `anchors[b, a]`, and to all E keys of its own block, in both directions; other blocks are invisible. A block with
-    keep False gives zeros and passes no gradient. Context rows at and behind the last kept anchor, and the arrays of
+    keep False gives zeros and passes no gradient. Context rows at and after the last kept anchor, and the arrays of
     blocks that are not kept, may hold anything, even NaN.
 
     Args:

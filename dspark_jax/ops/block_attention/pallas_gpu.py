@@ -333,7 +333,7 @@ def _forward_kernel(
         jnp.zeros((tile.rows,), jnp.float32),
         jnp.zeros((tile.rows, q_ref.shape[1]), jnp.float32),
     )
-    # The own block comes first: behind it every row has a real maximum.
+    # The own block comes first: after it every row has a real maximum.
     own_range = _own_range(number, tile.rows, shape)
     key_block, key, value = _own(*own_range, limit_ref, (own_k_ref, own_v_ref), shape)
     same = rows.block[:, None] == key_block
@@ -396,7 +396,7 @@ def _key_gradients(
     q: jax.Array, d_out: jax.Array, log_sum: jax.Array, delta: jax.Array, key: jax.Array, value: jax.Array,
     visible: jax.Array | None, factor: float,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-    """(dk / scale, dv) of some keys from some rows; scores stand transposed, [keys, rows]."""
+    """(dk / scale, dv) of some keys from some rows; scores are transposed, [keys, rows]."""
     weights = jnp.exp2(dot(key, q.T) * factor - log_sum[None, :])
     if visible is not None:
         weights = jnp.where(visible, weights, 0.0)

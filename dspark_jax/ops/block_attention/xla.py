@@ -1,4 +1,4 @@
-"""`block_attention` in plain XLA: context and own block are scored apart, a bounded number of blocks at a time."""
+"""`block_attention` in plain XLA: context and own block are scored separately, a bounded number of blocks at a time."""
 
 import jax
 import jax.numpy as jnp

@@ -25,12 +25,12 @@ def cached_attention(
 ) -> jax.Array:
     """Grouped-query attention of a ragged block of flat query rows per request against its cache.
 
-    Row i of request b stands at p = rows.positions[b] + i. It sees the cache rows 0..p of its request (verification),
+    Row i of request b is at p = rows.positions[b] + i. It sees the cache rows 0..p of its request (verification),
     or, without `causal`, all rows up to its request's last one (a drafter's block). Its own keys and values must be in
     the cache already. Cache rows that nobody sees may hold anything, even NaN.
 
     With a window the cache may be a ring of R = C - 2 front + 1 rows, with `front` rows that nobody sees before it and
-    front - 1 behind it: position p stands in row front + p mod R. R is at least window + W - 1, so that no row of a
+    front - 1 after it: position p is in row front + p mod R. R is at least window + W - 1, so that no row of a
     block has taken the place of one that another row of it sees.
 
     Args:
@@ -38,10 +38,10 @@ def cached_attention(
         n // (N / K).
       key: [B, K, C, H], heads before rows.
       value: [B, K, C, H].
-      rows: which flat rows belong to which request, and where they stand; positions + counts <= C but for a ring.
+      rows: which flat rows belong to which request, and where they are; positions + counts <= C but for a ring.
       scale: factor of the scores.
       window: cache rows that a row sees at most, the last ones, its own included; 0 is all.
-      front: rows before a ring; 0 = position p stands in row p.
+      front: rows before a ring; 0 = position p is in row p.
       causal: whether a row sees no later row of its own block.
       finite: promise that the whole cache is finite, which saves clearing what nobody sees.
       implementation: None (the best one here), 'xla', 'pallas_gpu' (reads nothing that nobody sees) or 'reference' (the
@@ -68,7 +68,7 @@ def cached_attention(
         raise ValueError(f"cached_attention: window={window} must be 0 or more, and needs causal=True")
     if front and (not window or c - 2 * front + 1 < window + rows.most - 1):
         raise ValueError(
-            f"cached_attention: a ring behind front={front} of {c} rows has no room for window={window} and blocks of "
+            f"cached_attention: a ring after front={front} of {c} rows has no room for window={window} and blocks of "
             f"{rows.most}"
         )
     settings = {"scale": scale, "window": window, "front": front, "causal": causal, "finite": finite}

@@ -3,7 +3,7 @@
 For one request and key head, its W*R query rows (R query heads read a key head) are one tile. What they see is shared
 out evenly to `splits` programs, so that few requests fill a card as well: each walks over its part in tiles with an
 online softmax, and a second kernel joins the parts. Only tiles at the ends of what is seen need a mask. Flat rows are
-read and written where they stand.
+read and written where they are.
 
     attend    grid (splits, K, B)         out; or parts of it with their maxima and sums, float32
     join      grid (rows / some, K, B)    out
@@ -161,7 +161,7 @@ def _attend_kernel(
 ) -> None:  # fmt: skip
     split, head = pl.program_id(0), pl.program_id(1)
     position, count = position_ref[0], count_ref[0]
-    end = jnp.where(count > 0, position + count, 0)  # behind the last position that any row sees
+    end = jnp.where(count > 0, position + count, 0)  # after the last position that any row sees
     step, place = _places(head, numbers(case.rows), offset_ref[0], case)
     real = step < count
     q = load(q_ref, rows_of(q_ref, place), real[:, None], 0.0)

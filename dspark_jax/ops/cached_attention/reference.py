@@ -26,7 +26,7 @@ def cached_attention(
     last = rows.at if causal else rows.positions[owner] + rows.counts[owner] - 1
     row = jnp.arange(c)
     position = jnp.broadcast_to(row, (rows.at.shape[0], c))
-    if front:  # the latest one up to the last that may stand in a row of the ring
+    if front:  # the latest one up to the last that may be in a row of the ring
         ring = c - 2 * front + 1
         position = row - front + (last[:, None] - (row - front)) // ring * ring
         position = jnp.where((row >= front) & (row < front + ring), position, -1)

@@ -5,6 +5,18 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+# Flat rows, drawn: three requests (B = 3) of up to four rows (W = 4) in T = 8 flat rows; counts 3, 1, 2 and
+# positions 17, 5, 40.
+#
+#     flat row   0  1  2 |  3 |  4  5 |  6  7
+#     owner      0  0  0 |  1 |  2  2 |  3  3     3 = B: nobody's
+#     index      0  1  2 |  0 |  0  1 |  6  7     of nobody's rows it means nothing
+#     at        17 18 19 |  5 | 40 41 |  0  0
+#     offsets    0          3    4
+#
+# `padded`, the flat rows of each request: 0 1 2 3 / 3 4 5 6 / 4 5 6 7. Past its count a request has others' rows
+# (row 3 in the first one's is the second request's), which whoever reads them has to mask.
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +71,7 @@ class Rows:
 
     @property
     def padded(self) -> jax.Array:
-        """[B, W] flat row of each request's rows; any row of the array behind its count."""
+        """[B, W] flat row of each request's rows; any row of the array past its count."""
         return jnp.minimum(self.offsets[:, None] + jnp.arange(self.most), len(self.owner) - 1)
 
     def flatten(self, values: jax.Array) -> jax.Array:
@@ -70,7 +82,7 @@ class Rows:
         return values[owner, jnp.minimum(self.index, self.most - 1)]
 
     def pad(self, values: jax.Array) -> jax.Array:
-        """values [T, ...] -> [B, W, ...]; behind a request's count stand rows of others."""
+        """values [T, ...] -> [B, W, ...]; past a request's count are rows of others."""
         if self.full:
             return values.reshape(-1, self.most, *values.shape[1:])
         return values[self.padded]

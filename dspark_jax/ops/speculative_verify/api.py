@@ -20,7 +20,7 @@ def speculative_verify(
     *,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Accepts a prefix of each request's drafts and draws the token behind it (`rule`).
+    """Accepts a prefix of each request's drafts and draws the token after it (`rule`).
 
     Row first_rows[b] + k of the target's logits is what it expects after the anchor of request b and k drafts. Rows
     from lengths[b] + 1 on may be those of other requests.

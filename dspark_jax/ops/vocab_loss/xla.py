@@ -203,7 +203,7 @@ def _chunk(
     if terms.soft_ce:
         slope += weights * terms.soft_ce * difference
     slope = jnp.where(weights > 0, slope, 0.0)
-    # The cap lies between hidden states and logits, the Markov bias joins behind it.
+    # The cap lies between hidden states and logits, the Markov bias joins after it.
     bent = slope if not terms.softcap else slope * jnp.where(weights > 0, 1.0 - jnp.square(base / terms.softcap), 0.0)
     slope, bent = slope.astype(rows.hidden.dtype), bent.astype(rows.hidden.dtype)
 

@@ -43,7 +43,7 @@ from dspark_jax.drafter.interface import Drafter, is_confident
 from dspark_jax.drafter.none import NO_DRAFTER
 from dspark_jax.engine.models import Models, when_loaded
 from dspark_jax.engine.request import Piece, Request, TracedRound
-from dspark_jax.engine.schedule import Scheduler
+from dspark_jax.engine.schedulers import SCHEDULERS, Measured, Scheduler
 from dspark_jax.engine.serving import Engine
 from dspark_jax.evaluation.load import read_cost_table, saturating
 from dspark_jax.evaluation.setup import open_drafter
@@ -53,7 +53,6 @@ from dspark_jax.sharding import make_mesh
 from dspark_jax.target.loading import load_target
 from dspark_jax.unicode import check_unicode
 
-SCHEDULERS = ("fixed", "threshold", "early_stop", "lagged", "adaptive")
 _COLOURS = {"+": "32", "-": "31", ".": "90", "=": "1"}  # green, red, grey, bold
 _CHUNK = 64  # prompt tokens read at a time; capacities are multiples of it, so that few executables are compiled
 
@@ -175,28 +174,25 @@ def _capacity(prompt: int, budget: int, most: int) -> int:
 
 def _scheduler(name: str, threshold: float | None, drafter: Drafter, workdir: Path) -> Scheduler:
     """The rule of that name with what the working directory knows about costs and calibration."""
-    if name == "fixed":
-        return Scheduler.fixed()
-    block_size, confident = drafter.block_size, is_confident(drafter)
-    if name != "adaptive" and not confident:
+    rule, confident, block_size = SCHEDULERS[name], is_confident(drafter), drafter.block_size
+    if rule.reads_confidence and not confident:
         raise InputError(
             f"--scheduler={name}: it reads a confidence head, which the drafter in {workdir} does not have; "
             "use --scheduler=fixed, or adaptive, which learns from what is accepted"
         )
-    bounds = _calibration(workdir / "calibration.json", block_size)
-    if name == "threshold":
-        return Scheduler.threshold(0.5 if threshold is None else threshold, **bounds)
     file = workdir / "cost_table.json"
     table = read_cost_table(file) if file.exists() else saturating(block_size + 1)
-    costs = table.speculative
-    if name == "adaptive":
-        if table.plain is None and file.exists():
-            raise InputError(f"{file}: says nothing about rounds without drafts; run profile again, or remove it")
-        learns: dict[str, Any] = {"confident": True, **bounds} if confident else {}
-        return Scheduler.adaptive(*((0.5,) if table.plain is None else (costs, table.plain)), **learns)
-    if name == "early_stop":
-        return Scheduler.early_stop(costs, **bounds)
-    return Scheduler.lagged(costs, 0.8 ** np.arange(1, block_size + 1), **bounds)
+    return rule.from_run(
+        Measured(
+            block_size=block_size,
+            confident=confident,
+            calibration=_calibration(workdir / "calibration.json", block_size),
+            steps_per_second=table.speculative,
+            plain_steps_per_second=table.plain,
+            cost_file=str(file) if file.exists() else None,
+            confidence=0.5 if threshold is None else threshold,
+        )
+    )
 
 
 def _calibration(file: Path, block_size: int) -> dict[str, Any]:

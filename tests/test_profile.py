@@ -10,7 +10,7 @@ import pytest
 
 from dspark_jax import command
 from dspark_jax.config import Config, DataConfig, DrafterConfig, InputError, MeshConfig, TargetConfig, resolve
-from dspark_jax.engine import Models, cost
+from dspark_jax.engine import Models, cost, schedulers
 from dspark_jax.evaluation.load import read_cost_table
 from dspark_jax.profile import _define, cost_table, profile, rungs
 from dspark_jax.sharding import make_mesh
@@ -64,8 +64,8 @@ def test_every_shape_is_timed_once_and_each_does_what_it_says(written: Any, monk
 
 def test_rounds_without_and_with_drafts_begin_where_they_should(models_of: Any) -> None:
     for drafts, sizes in ((False, ()), (True, (2, 4)), (True, ())):
-        state = cost.decoding_state(models_of, cost.Scheduler.fixed(), 2, 2, 9)
-        ran = cost._rounds(models_of, state, cost.Scheduler.fixed(), np.int32(3), drafts=drafts, sizes=sizes)
+        state = cost.decoding_state(models_of, schedulers.fixed(), 2, 2, 9)
+        ran = cost._rounds(models_of, state, schedulers.fixed(), np.int32(3), drafts=drafts, sizes=sizes)
         assert (ran[:, :9] == state.tokens[:, :9]).all() and (ran[:, 9] != state.tokens[:, 9]).any()
 
 

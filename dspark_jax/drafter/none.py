@@ -20,9 +20,11 @@ class NoDrafter:
         self.dtype: Any = jnp.float32
 
     def __eq__(self, other: object) -> bool:
+        """All of them are the same."""
         return isinstance(other, NoDrafter)
 
     def __hash__(self) -> int:
+        """As `__eq__`."""
         return hash(NoDrafter)
 
     def init_cache(self, batch: int, length: int) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from dspark_jax.engine.models import Models
 from dspark_jax.engine.request import EngineMetrics, FinishReason, Request, Settings, TracedRound
-from dspark_jax.engine.schedule import Scheduler
+from dspark_jax.engine.schedulers import Scheduler
 from dspark_jax.engine.sizes import verified_sizes
 from dspark_jax.engine.slots import Chunk, Committed, Mode, open_slots, prefill_chunk, serve_round
 from dspark_jax.ops.sampling import GREEDY_BELOW
@@ -148,6 +148,8 @@ class Batch:
     def _collect(self, launch: _Launch) -> None:
         """Reads what a launch has committed and hands it out; those who have ended since get nothing."""
         outcome: Committed = jax.device_get(launch.outcome)
+        if outcome.round is not None:
+            self.metrics.rows += int(outcome.round.rows)
         for row, request in launch.owners:
             if request.done:
                 continue

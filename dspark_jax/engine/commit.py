@@ -36,7 +36,7 @@ def settle(proposal: Proposal, lengths: jax.Array, verdict: Verdict, stop_tokens
     proposed = jnp.where(inside, accepted, lengths)
     emitted = accepted + jnp.where(inside, 0, 1)
     ended = inside | is_stop(verdict.next_token, stop_tokens)
-    entry = Round(proposal.tokens, proposal.confidence, proposed, accepted, emitted, verdict.next_token)
+    entry = Round(proposal.tokens, proposal.confidence, proposed, accepted, emitted, verdict.next_token, jnp.int32(0))
     return entry, ended
 
 

@@ -11,10 +11,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from dspark_jax.engine import schedulers
 from dspark_jax.engine.models import Models
 from dspark_jax.engine.round import catch_up, drafting_round, plain_round
 from dspark_jax.engine.sampling import Requests, request_keys, round_uniforms
-from dspark_jax.engine.schedule import Scheduler
+from dspark_jax.engine.schedulers import Scheduler
 from dspark_jax.engine.sizes import verified_sizes
 from dspark_jax.engine.state import DecodeState, Pending
 from dspark_jax.ops.sampling import Sampling
@@ -77,7 +78,7 @@ def rounds_of(models: Models, shape: RoundShape) -> Callable[[int], jax.Array]:
     active = min(shape.tokens, shape.slots) or shape.slots
     share, more = divmod(shape.tokens, active)
     drafted = jnp.clip(share - 1 + (jnp.arange(shape.slots) < more), 0, models.block_size)
-    scheduler = Scheduler.fixed(drafted)
+    scheduler = schedulers.fixed(drafted)
     sizes = verified_sizes(None, scheduler, shape.slots, models.rows)
     state = decoding_state(models, scheduler, shape.slots, active, shape.context)
     drafts = bool(shape.tokens) or not models.drafts
@@ -106,7 +107,7 @@ def _rounds(
         if drafts:
             after = drafting_round(models, at, requests, scheduler, sizes=sizes)[0]
         else:
-            after = plain_round(models, at, requests)[0]
+            after = plain_round(models, at, requests, scheduler)[0]
             assert after.pending is not None
             after = catch_up(models, after, after.pending.full)
         return dataclasses.replace(after, lengths=at.lengths, finished=at.finished, stopped=at.stopped)

@@ -20,8 +20,7 @@ from dspark_jax.engine.models import Models
 from dspark_jax.engine.result import DecodeResult, collect
 from dspark_jax.engine.round import catch_up, drafting_round, plain_round
 from dspark_jax.engine.sampling import Requests, request_keys, request_sampling, round_uniforms
-from dspark_jax.engine.schedule import Scheduler, drafts_now
-from dspark_jax.engine.scheduler_check import check_scheduler
+from dspark_jax.engine.schedulers import Scheduler, check_scheduler, fixed, threshold
 from dspark_jax.engine.sizes import verified_sizes
 from dspark_jax.engine.state import DecodeState, Pending, RoundLog
 from dspark_jax.ops.sampling import Sampling, sample
@@ -137,14 +136,14 @@ def decode(
         if drafts:
             state, entry = drafting_round(models, state, requests, scheduler, sizes=shape.sizes)
         else:
-            state, entry = plain_round(models, state, requests)
+            state, entry = plain_round(models, state, requests, scheduler)
         return state, log.put(row, entry, active), row + 1
 
     def running(carry: Carry) -> jax.Array:
         return ~jnp.all(carry[0].finished)
 
     def wants(carry: Carry, *, drafts: bool) -> jax.Array:
-        return running(carry) & (drafts_now(scheduler, carry[0].history, ~carry[0].finished) == drafts)
+        return running(carry) & (scheduler.drafts_now(carry[0].history, ~carry[0].finished) == drafts)
 
     def plain(carry: Carry) -> jax.Array:
         assert carry[0].pending is not None
@@ -203,7 +202,7 @@ def generate(
       seed: request i draws with `request_keys(seed, i)`.
       keys: [N] keys, one per prompt, instead of a seed.
       confidence_threshold: drafts from the first one whose confidence is below this are not verified; 0 verifies all.
-        Short for `Scheduler.threshold`.
+        Short for `schedulers.threshold`.
       scheduler: decides how many drafts are verified; None verifies all. What it holds per request is in the order of
         the prompts. The batch that `early_stop` and `lagged` count tokens of is the `batch_size` requests at a time.
       batch_size: most requests at a time.
@@ -289,7 +288,7 @@ def _scheduler(scheduler: Scheduler | None, confidence_threshold: float) -> Sche
     if not 0 <= arguments.real("confidence_threshold", confidence_threshold) <= 1:
         raise InputError(f"confidence_threshold={confidence_threshold} is no probability; use a value from 0 to 1")
     if not confidence_threshold:
-        return Scheduler.fixed() if scheduler is None else scheduler
+        return fixed() if scheduler is None else scheduler
     if scheduler is not None:
         raise InputError(f"confidence_threshold={confidence_threshold} and a scheduler exclude each other; give one")
-    return Scheduler.threshold(confidence_threshold)
+    return threshold(confidence_threshold)

@@ -120,6 +120,7 @@ class EngineMetrics:
       tokens: tokens handed to requests.
       accepted: drafts committed.
       admitted: drafts verified.
+      rows: rows that the target computed in rounds, whoever they were for.
     """
 
     submitted: int = 0
@@ -131,6 +132,7 @@ class EngineMetrics:
     tokens: int = 0
     accepted: int = 0
     admitted: int = 0
+    rows: int = 0
 
 
 class TextStream:

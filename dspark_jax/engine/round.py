@@ -12,7 +12,7 @@ from dspark_jax.engine.commit import absorb, commit, postpone
 from dspark_jax.engine.draft import draft
 from dspark_jax.engine.models import Models
 from dspark_jax.engine.sampling import Requests
-from dspark_jax.engine.schedule import Scheduler, drafts_now, expected, observe, schedule
+from dspark_jax.engine.schedulers import Scheduler, fixed
 from dspark_jax.engine.state import DecodeState, Round
 from dspark_jax.engine.verify import Verdict, verify, verify_flat
 from dspark_jax.target.model import TargetOutput
@@ -51,16 +51,16 @@ def decode_round(
 
     A scheduler that alternates decides first whether this is a round with drafts. See `drafting_round` for `sizes`.
     """
-    scheduler = scheduler or Scheduler.fixed()
+    scheduler = scheduler or fixed()
     if not scheduler.alternates:
         return drafting_round(models, state, requests, scheduler, sizes=sizes)
     kinds = (
         lambda at: drafting_round(models, at[0], requests, scheduler, sizes=sizes),
-        lambda at: plain_round(models, at[0], requests),
+        lambda at: plain_round(models, at[0], requests, scheduler),
     )
     # Two loops of at most one turn: unlike the branches of a conditional, they update the caches in place.
     entry = no_round(models, state.lengths.shape[0])
-    drafts = drafts_now(scheduler, state.history, ~state.finished)
+    drafts = scheduler.drafts_now(state.history, ~state.finished)
     assert state.pending is not None
     state = catch_up(models, state, drafts | state.pending.full)
     state, entry = _when(drafts, kinds[0], (state, entry))
@@ -79,12 +79,12 @@ def drafting_round(
     if sizes:
         scheduler = scheduler.filling((*sizes, len(active) * models.rows))
     proposal, state = draft(models, state, requests)
-    lengths, history = schedule(scheduler, proposal, active, state.history)
-    verdict, output = _verify(models, state, proposal, lengths, requests, sizes)
+    lengths, history = scheduler.schedule(proposal, active, state.history)
+    verdict, output, rows = _verify(models, state, proposal, lengths, requests, sizes)
     after, entry = commit(models, state, proposal, lengths, verdict, output, requests.stop_tokens)
     seen = (entry.proposed, entry.accepted, active)
-    history = observe(history, *seen, drafted=True, expected=expected(scheduler, proposal))
-    return dataclasses.replace(after, history=history), entry
+    history = scheduler.observe(history, *seen, drafted=True, expected=scheduler.expected(proposal))
+    return dataclasses.replace(after, history=history), dataclasses.replace(entry, rows=rows)
 
 
 def _verify(
@@ -94,8 +94,8 @@ def _verify(
     lengths: jax.Array,
     requests: Requests,
     sizes: tuple[int, ...],
-) -> tuple[Verdict, TargetOutput]:
-    """`verify_flat` at the smallest of `sizes` that holds the scheduled tokens, or else `verify`."""
+) -> tuple[Verdict, TargetOutput, jax.Array]:
+    """`verify_flat` at the smallest of `sizes` that holds the scheduled tokens, or else `verify`; and the rows."""
 
     def run(cache: Any, size: int) -> tuple[Verdict, jax.Array, Any]:
         """Verdict, features and cache: what a round goes on with. Size 0: G + 1 rows for every request."""
@@ -106,8 +106,9 @@ def _verify(
             verdict, output = verify(models, before, proposal, lengths, requests)
         return verdict, output.features, output.cache
 
+    most = jnp.int32(len(lengths) * (proposal.tokens.shape[1] + 1))
     if not sizes:
-        return verify(models, state, proposal, lengths, requests)
+        return *verify(models, state, proposal, lengths, requests), most
     tokens = jnp.sum(jnp.where(state.finished, 0, lengths + 1))
     chosen = jnp.sum(tokens > jnp.asarray(sizes))
     shapes = jax.eval_shape(lambda: run(state.target_cache, 0)[:2])
@@ -119,20 +120,23 @@ def _verify(
 
         carry = jax.lax.while_loop(lambda carry: carry[3], body, (*carry, chosen == number))[:3]
     verdict, features, cache = carry
-    return verdict, TargetOutput(features, jnp.zeros((*features.shape[:2], 0), features.dtype), cache)
+    output = TargetOutput(features, jnp.zeros((*features.shape[:2], 0), features.dtype), cache)
+    return verdict, output, jnp.stack([*map(jnp.int32, sizes), most])[chosen]
 
 
-def plain_round(models: Models, state: DecodeState, requests: Requests) -> tuple[DecodeState, Round]:
+def plain_round(
+    models: Models, state: DecodeState, requests: Requests, scheduler: Scheduler
+) -> tuple[DecodeState, Round]:
     """A round without drafts: one token per request, which is left pending for the drafter's cache to learn."""
     batch, active = state.lengths.shape[0], ~state.finished
     alone, own, none = models.plain(), requests.without_drafts(), jnp.zeros((batch,), jnp.int32)
     nothing, _ = draft(alone, state, own)
     verdict, output = verify(models, state, nothing, none, own)
     after, entry = commit(alone, state, nothing, none, verdict, output, requests.stop_tokens)
-    history = observe(state.history, none, none, active, drafted=False)
+    history = scheduler.observe(state.history, none, none, active, drafted=False)
     pending = postpone(state, output.features, active)
     blank = no_round(models, batch)
-    entry = dataclasses.replace(entry, drafted=blank.drafted, confidence=blank.confidence)
+    entry = dataclasses.replace(entry, drafted=blank.drafted, confidence=blank.confidence, rows=jnp.int32(batch))
     return dataclasses.replace(after, history=history, pending=pending), entry
 
 
@@ -148,7 +152,7 @@ def no_round(models: Models, batch: int) -> Round:
     none = jnp.zeros((batch,), jnp.int32)
     block = (batch, models.block_size)
     confidence = jnp.zeros(block, jnp.float32) if models.confident else None
-    return Round(jnp.full(block, -1, jnp.int32), confidence, none, none, none, none)
+    return Round(jnp.full(block, -1, jnp.int32), confidence, none, none, none, none, jnp.int32(0))
 
 
 def _when(wanted: jax.Array, turn: Callable[[T], T], state: T) -> T:

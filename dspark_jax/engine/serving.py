@@ -22,13 +22,13 @@ import jax
 from jax.sharding import Mesh
 
 from dspark_jax.config import InputError
+from dspark_jax.engine import schedulers
 from dspark_jax.engine.admission import check_engine, check_fits, prompt_ids, request_settings
 from dspark_jax.engine.arguments import boolean, check_models, seconds
 from dspark_jax.engine.batch import Batch
 from dspark_jax.engine.models import Models
 from dspark_jax.engine.request import EngineMetrics, Request, TextStream
-from dspark_jax.engine.schedule import Scheduler
-from dspark_jax.engine.scheduler_check import check_scheduler
+from dspark_jax.engine.schedulers import Scheduler, check_scheduler
 from dspark_jax.engine.slots import Mode
 
 
@@ -91,7 +91,7 @@ class Engine:
           InputError: a value of the wrong type or out of range, or a scheduler that this drafter cannot feed.
         """
         check_models(models)
-        self.scheduler = Scheduler.fixed() if scheduler is None else scheduler
+        self.scheduler = schedulers.fixed() if scheduler is None else scheduler
         sizes = {
             "slots": slots,
             "max_queue": max_queue,

@@ -8,7 +8,7 @@ target in the program, which takes its time to compile; hence a short ladder.
 from collections.abc import Sequence
 
 from dspark_jax.engine import arguments
-from dspark_jax.engine.schedule import Scheduler
+from dspark_jax.engine.schedulers import Scheduler
 
 RUNGS = 3
 """Sizes below the full one: its half, quarter and eighth. An eighth of 8 rows is a request's anchor alone."""

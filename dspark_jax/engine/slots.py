@@ -18,7 +18,7 @@ from dspark_jax.engine.generate import begin
 from dspark_jax.engine.models import Models
 from dspark_jax.engine.round import decode_round
 from dspark_jax.engine.sampling import Requests, request_keys, round_uniforms
-from dspark_jax.engine.schedule import Scheduler
+from dspark_jax.engine.schedulers import Scheduler
 from dspark_jax.engine.state import DecodeState, Round
 from dspark_jax.ops.sampling import Sampling, sample
 from dspark_jax.sharding import constrain, whole
@@ -133,6 +133,20 @@ def batch_axes(init_cache: Callable[[int, int], Any], like: Any = None) -> Any:
     return axes if like is None else jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(axes))
 
 
+SHARED = -1
+"""In the place of an axis: no request has values of its own."""
+
+
+def history_axes(scheduler: Scheduler, block_size: int) -> Any:
+    """The axis of the requests in every leaf of a scheduler's history, or `SHARED`."""
+    two, three = (jax.eval_shape(lambda count=count: scheduler.start(count, block_size)) for count in (2, 3))
+
+    def axis(a: Any, b: Any) -> int:
+        return next((i for i, (m, n) in enumerate(zip(a.shape, b.shape, strict=True)) if m != n), SHARED)
+
+    return jax.tree.map(axis, two, three)
+
+
 def take_row(values: jax.Array, slot: jax.Array, axis: int) -> jax.Array:
     """Row `slot` along `axis`, which stays with size 1.
 
@@ -156,17 +170,20 @@ def _row_mask(values: jax.Array, slot: jax.Array, axis: int) -> jax.Array:
     return (jnp.arange(values.shape[axis]) == slot).reshape(shape)
 
 
-def pin(models: Models, slots: Slots) -> Slots:
+def pin(models: Models, scheduler: Scheduler, slots: Slots) -> Slots:
     """Keeps the slots split over the batch axes of the mesh, whatever the compiler would rather do."""
 
     def split(values: jax.Array, axis: int) -> jax.Array:
         return constrain(values, *("batch" if i == axis else None for i in range(values.ndim)))
 
+    def split_if(values: jax.Array, axis: int) -> jax.Array:
+        return values if axis == SHARED else split(values, axis)
+
     state = slots.state
     caches: dict[str, Any] = {
         "target_cache": jax.tree.map(split, state.target_cache, batch_axes(models.target_cache, state.target_cache)),
         "draft_cache": jax.tree.map(split, state.draft_cache, batch_axes(models.draft_cache, state.draft_cache)),
-        "history": None if state.history is None else state.history.per_request(split),
+        "history": jax.tree.map(split_if, state.history, history_axes(scheduler, models.block_size)),
         "pending": jax.tree.map(lambda values: split(values, 0), state.pending),
     }
     fields = ("tokens", "lengths", "prompt_lengths", "limits", "finished", "stopped", "rounds")
@@ -190,7 +207,7 @@ def open_slots(models: Models, scheduler: Scheduler, *, count: int, rows: int, s
     state = begin(models, scheduler, DecodeState.empty(models, count, rows))
     zeros = jnp.zeros((count,), jnp.float32)
     sampling = Sampling(zeros, numbers, zeros + 1, zeros)
-    return pin(models, Slots(state, sampling, jnp.full((count, stops), -1, jnp.int32)))
+    return pin(models, scheduler, Slots(state, sampling, jnp.full((count, stops), -1, jnp.int32)))
 
 
 @functools.partial(jax.jit, donate_argnames=("slots",))
@@ -233,10 +250,12 @@ def prefill_chunk(models: Models, slots: Slots, chunk: Chunk, scheduler: Schedul
     finished = stopped | (chunk.prompt_length + 1 >= chunk.limit)
     own = jax.lax.dynamic_update_slice_in_dim(take_row(state.tokens, slot, 0), tokens, chunk.start, axis=1)
     written = put_row(state.tokens, own, slot, 0)
-    history = state.history
-    if history is not None:
-        fresh = scheduler.start(1, models.block_size)
-        history = history.per_request(lambda values, new, axis: put_row(values, new, slot, axis), fresh)
+    history = jax.tree.map(
+        lambda values, new, axis: values if axis == SHARED else put_row(values, new, slot, axis),
+        state.history,
+        scheduler.start(1, models.block_size),
+        history_axes(scheduler, models.block_size),
+    )
     pending = state.pending
     if pending is not None:  # what the slot's last request has left
         pending = dataclasses.replace(pending, counts=put(pending.counts, 0))
@@ -257,7 +276,7 @@ def prefill_chunk(models: Models, slots: Slots, chunk: Chunk, scheduler: Schedul
     )
     slots = Slots(state, sampling, put(slots.stop_tokens, chunk.stop_tokens))
     report = Committed(first[:, None], complete[None].astype(jnp.int32), finished[None], stopped[None], None)
-    return pin(models, slots), whole(report)
+    return pin(models, scheduler, slots), whole(report)
 
 
 def _extend_row(
@@ -304,4 +323,4 @@ def serve_round(
     at = before.lengths[:, None] + jnp.arange(models.rows)
     tokens = jnp.take_along_axis(after.tokens, jnp.minimum(at, after.tokens.shape[1] - 1), axis=1)
     report = Committed(tokens, after.lengths - before.lengths, after.finished, after.stopped, entry)
-    return pin(models, dataclasses.replace(slots, state=after)), whole(report)
+    return pin(models, scheduler, dataclasses.replace(slots, state=after)), whole(report)

@@ -116,6 +116,7 @@ class Round:
       emitted: [B] accepted length: accepted + 1 for the bonus or correction, which a stop token among the accepted
         drafts leaves out (trap 25). The token budget does not shorten it.
       next_token: [B] bonus or correction, drawn in every round and dropped after a stop token.
+      rows: [] int32, rows that the target computed, of all requests together.
     """
 
     drafted: jax.Array
@@ -124,6 +125,7 @@ class Round:
     accepted: jax.Array
     emitted: jax.Array
     next_token: jax.Array
+    rows: jax.Array
 
 
 @jax.tree_util.register_dataclass

@@ -18,7 +18,7 @@ from dspark_jax.engine.generate import generate, ladder
 from dspark_jax.engine.models import Models
 from dspark_jax.engine.result import DecodeResult
 from dspark_jax.engine.sampling import fold_keys, request_keys
-from dspark_jax.engine.schedule import Scheduler
+from dspark_jax.engine.schedulers import Scheduler
 from dspark_jax.target.model import Target
 
 OnRejected = Callable[[Conversation, Rejected], None]

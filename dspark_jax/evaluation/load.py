@@ -24,7 +24,8 @@ import numpy as np
 
 from dspark_jax.config import InputError
 from dspark_jax.engine.estimator import empty_estimate, restart, survival, update
-from dspark_jax.engine.rules import early_stop, lagged
+from dspark_jax.engine.schedulers.early_stop import admitted_until_stop
+from dspark_jax.engine.schedulers.lagged import admitted_by_capacity
 from dspark_jax.evaluation.predictors import CALIBRATED, HEAD, ONLINE, SHIFTED, Calibration
 from dspark_jax.evaluation.traces import Traces
 
@@ -124,7 +125,7 @@ def _rates(path: Path, content: Mapping[str, Any], kind: str, most: Any) -> np.n
 
 
 Policy = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], Any]
-"""(live [B, G], old [B, G], steps_per_second [N + 1], active [B]) -> lengths [B]; see `engine.rules`."""
+"""(live [B, G], old [B, G], steps_per_second [N + 1], active [B]) -> lengths [B]; see `engine.schedulers`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,12 +263,12 @@ def load_table(data: Mapping[str, Any]) -> str:
 
 @jax.jit
 def _early_stop(live: Any, old: Any, steps_per_second: Any, active: Any) -> jax.Array:
-    return early_stop(live, steps_per_second, active, 0, live.shape[1])
+    return admitted_until_stop(live, steps_per_second, active, 0, live.shape[1])
 
 
 @jax.jit
 def _lagged(live: Any, old: Any, steps_per_second: Any, active: Any) -> jax.Array:
-    return lagged(live, old, steps_per_second, active, 0, live.shape[1])
+    return admitted_by_capacity(live, old, steps_per_second, active, 0, live.shape[1])
 
 
 def replay(

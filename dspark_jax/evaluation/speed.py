@@ -21,10 +21,10 @@ from jax.experimental import multihost_utils
 
 from dspark_jax.attached import run_quietly
 from dspark_jax.config import Config, from_json, to_json
+from dspark_jax.engine import schedulers
 from dspark_jax.engine.generate import Prompts, decode, decode_shape, padded_stops
 from dspark_jax.engine.result import DecodeResult
 from dspark_jax.engine.sampling import fold_keys, request_keys, request_sampling
-from dspark_jax.engine.schedule import Scheduler
 from dspark_jax.evaluation.decoding import Decoder, Request, Requests
 from dspark_jax.evaluation.setup import open_decoder
 from dspark_jax.sharding import make_mesh
@@ -34,7 +34,7 @@ from dspark_jax.sharding import make_mesh
 class Speed:
     """Decoding one request at a time, in three ways, which are the columns.
 
-    0 is plain, 1 drafts in every round, and 2 in those that promise to gain by it (`Scheduler.adaptive`).
+    0 is plain, 1 drafts in every round, and 2 in those that promise to gain by it (`schedulers.adaptive`).
 
     Attributes:
       tokens: [N, 3] new tokens.
@@ -60,7 +60,7 @@ def measure_speed(
 
     def run(number: int, column: int, round_cost: float = 2.0) -> tuple[float, DecodeResult]:
         confident = decoder.models.confident
-        scheduler = Scheduler.adaptive(1 / round_cost, confident=confident) if column == 2 else None
+        scheduler = schedulers.adaptive(1 / round_cost, confident=confident) if column == 2 else None
         one, started = requests.take([number]), time.perf_counter()
         speculative = bool(column)
         result = decoders[column > 0].decode(
@@ -101,7 +101,7 @@ def _seconds_per_round(decoder: Decoder, requests: Requests, temperature: float,
     def run(new_tokens: int) -> tuple[float, int]:
         limits, started = length + np.int32(new_tokens), time.perf_counter()
         prompts = Prompts(tokens, length, limits, keys)
-        state, _ = decode(decoder.models, prompts, sampling, stops, Scheduler.fixed(), shape=shape)
+        state, _ = decode(decoder.models, prompts, sampling, stops, schedulers.fixed(), shape=shape)
         rounds = int(jax.device_get(state.rounds)[0])
         return time.perf_counter() - started, rounds
 

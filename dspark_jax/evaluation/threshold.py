@@ -1,6 +1,6 @@
 """Confidence threshold against acceptance rate (paper, figure 5), from rounds in which everything was verified.
 
-A threshold keeps the drafts before the first whose confidence is below it (`engine.rules.threshold`). Drafts,
+A threshold keeps the drafts before the first whose confidence is below it (`engine.schedulers.threshold`). Drafts,
 confidences and verdicts up to the cut are what they were in the recorded round, since none of them depends on what
 comes later in the block, so every threshold can be read off the same rounds. What that leaves out: a run with the
 threshold starts its next round right after the cut, inside a stretch that is drafted well, while these rounds start

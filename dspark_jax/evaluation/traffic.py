@@ -12,9 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from dspark_jax.config import InputError
+from dspark_jax.engine import schedulers
 from dspark_jax.engine.models import Models
 from dspark_jax.engine.request import Request, RequestMetrics
-from dspark_jax.engine.schedule import Scheduler
+from dspark_jax.engine.schedulers import Scheduler
 from dspark_jax.engine.serving import Engine, QueueFull
 from dspark_jax.evaluation.decoding import Decoder
 from dspark_jax.progress import Progress
@@ -242,11 +243,11 @@ def traffic_contenders(
     size = models.block_size
     out: dict[str, tuple[Models, Scheduler | None]] = {"plain": (models.plain(), None)}
     for length in sorted({min(2, size), size}):
-        out[f"fixed {length}"] = (models, Scheduler.fixed(length))
+        out[f"fixed {length}"] = (models, schedulers.fixed(length))
     if models.confident:
-        out["threshold 0.5"] = (models, Scheduler.threshold(0.5))
+        out["threshold 0.5"] = (models, schedulers.threshold(0.5))
         if steps_per_second is not None:
-            out["early stop"] = (models, Scheduler.early_stop(steps_per_second))
+            out["early stop"] = (models, schedulers.early_stop(steps_per_second))
     return out
 
 

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from dspark_jax.config import Config, InputError
+from dspark_jax.engine import schedulers
 from dspark_jax.engine.models import Models
-from dspark_jax.engine.schedule import Scheduler
 from dspark_jax.engine.slots import Mode, batch_axes, open_slots, serve_round
 from dspark_jax.sharding import replicated, sharding, state_shardings
 from dspark_jax.target.lender import abstract_lender
@@ -104,7 +104,7 @@ def decode_program(config: Config, mesh: Mesh) -> Program:
     target = abstract_target(config.target.architecture, compute_dtype(config.target.dtype))
     drafter = abstract_drafter(config)
     rows = config.data.max_prompt_length + config.eval.max_new_tokens + config.drafter.block_size + 1
-    scheduler = jax.eval_shape(Scheduler.fixed)
+    scheduler = jax.eval_shape(schedulers.fixed)
 
     def slots(count: int, rows: int = rows) -> Any:
         opened = functools.partial(open_slots, count=count, rows=rows, stops=STOP_TOKENS)

@@ -38,7 +38,7 @@ from flax import nnx
 from dspark_jax.config import DrafterConfig, TargetArchitecture
 from dspark_jax.drafter import make_drafter
 from dspark_jax.drafter.interface import Proposal
-from dspark_jax.engine import generate
+from dspark_jax.engine import generate, schedulers
 from dspark_jax.engine.commit import commit
 from dspark_jax.engine.cost import decoding_state
 from dspark_jax.engine.draft import draft
@@ -46,7 +46,7 @@ from dspark_jax.engine.estimator import EstimateSettings
 from dspark_jax.engine.generate import ladder
 from dspark_jax.engine.models import Models
 from dspark_jax.engine.sampling import Requests, round_uniforms
-from dspark_jax.engine.schedule import Scheduler, observe, schedule
+from dspark_jax.engine.schedulers import Scheduler
 from dspark_jax.engine.state import DecodeState
 from dspark_jax.engine.verify import verify
 from dspark_jax.ops.sampling import Sampling
@@ -156,7 +156,7 @@ def parts(models: Models, scheduler: Scheduler, batch: int, context: int, rounds
         if proposal.confidence is not None:
             anchor += (proposal.confidence.sum(axis=1) + proposal.logits[:, :, 0].sum(axis=1) > 1e9).astype(jnp.int32)
         if depth > 0:
-            lengths, history = schedule(scheduler, proposal, active, at.history)
+            lengths, history = scheduler.schedule(proposal, active, at.history)
             verdict, passed = verify(models, at, proposal, lengths, requests)
             anchor = verdict.next_token + (passed.features.sum(axis=(1, 2)) > 1e9)
             after = dataclasses.replace(at, target_cache=passed.cache, history=history)
@@ -176,8 +176,8 @@ def parts(models: Models, scheduler: Scheduler, batch: int, context: int, rounds
         def step(_: Any, carry: Any) -> Any:
             confidence, history = carry
             proposal = Proposal(jnp.zeros((batch, size), jnp.int32), jnp.zeros((batch, size, 0)), confidence)
-            lengths, history = schedule(scheduler, proposal, active, history)
-            history = observe(history, lengths, lengths, active, drafted=True)
+            lengths, history = scheduler.schedule(proposal, active, history)
+            history = scheduler.observe(history, lengths, lengths, active, drafted=True)
             return confidence + 1e-3 * (lengths[:, None] % 3 - 1), history
 
         return jax.lax.fori_loop(0, count, step, (confidence, history))[0]
@@ -214,12 +214,12 @@ def show_parts(target: Any, drafter: Any, batches: list[int], context: int) -> d
     print(f"{'batch':>5} {'':12}" + "".join(f"{name:>10}" for name in names) + f"{'schedule/round':>16}")
     for batch in batches:
         table = 50.0 / np.maximum(1.0, np.arange(batch * 8 + 1) / (4 * batch))
-        kinds = {"plain": None, "fixed": Scheduler.fixed(), "early_stop": Scheduler.early_stop(table)}
-        kinds["lagged"] = Scheduler.lagged(table, np.full(drafter.block_size, 0.5))
-        kinds["online"] = Scheduler.early_stop(table, online=EstimateSettings())
+        kinds = {"plain": None, "fixed": schedulers.fixed(), "early_stop": schedulers.early_stop(table)}
+        kinds["lagged"] = schedulers.lagged(table, np.full(drafter.block_size, 0.5))
+        kinds["online"] = schedulers.early_stop(table, online=EstimateSettings())
         for name, scheduler in kinds.items():
             models = Models(target) if scheduler is None else Models(target, drafter)
-            found = parts(models, scheduler or Scheduler.fixed(), batch, context, max(64 // batch, 6))
+            found = parts(models, scheduler or schedulers.fixed(), batch, context, max(64 // batch, 6))
             figures[f"{batch} {name}"] = found
             share = found["schedule"] / found["round"]
             print(f"{batch:5} {name:12}" + "".join(f"{found[n]:10.3f}" for n in names) + f"{share:16.2%}", flush=True)
@@ -246,7 +246,7 @@ def show_heads(target: Any, lengths: list[int], dtype: str, context: int) -> dic
             heads[kind] = dataclasses.replace(DRAFTER, block_size=length, markov_head_type=kind)
         for kind, config in heads.items():
             drafter = make_drafter(ARCHITECTURE, config, rngs=nnx.Rngs(1), dtype=compute_dtype(dtype))
-            found = parts(Models(target, drafter), Scheduler.fixed(), 1, context, 96)
+            found = parts(Models(target, drafter), schedulers.fixed(), 1, context, 96)
             figures[f"{length} {kind}"] = found
             added = found["draft"] - figures[f"{length} none"]["draft"]
             times = f"{found['draft']:14.3f}{found['round']:14.3f}"
@@ -322,8 +322,8 @@ def compare(
         "plain, temperature 1": ours(False, 1.0),
         "speculative, greedy": ours(True, 0.0),
         "speculative, temperature 1": ours(True, 1.0),
-        "adaptive, greedy": ours(True, 0.0, Scheduler.adaptive(1 / 2.1)),
-        "adaptive, temperature 1": ours(True, 1.0, Scheduler.adaptive(1 / 2.1)),
+        "adaptive, greedy": ours(True, 0.0, schedulers.adaptive(1 / 2.1)),
+        "adaptive, temperature 1": ours(True, 1.0, schedulers.adaptive(1 / 2.1)),
     }
     if arguments.batch == 1:
         import torch

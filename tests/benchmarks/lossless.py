@@ -32,8 +32,8 @@ from dspark_jax.command import load_config
 from dspark_jax.config import Config, resolve
 from dspark_jax.data.chat import prompt_tokens
 from dspark_jax.data.prompts import read_prompts
-from dspark_jax.engine import Models, generate
-from dspark_jax.engine.schedule import Scheduler
+from dspark_jax.engine import Models, generate, schedulers
+from dspark_jax.engine.schedulers import Scheduler
 from dspark_jax.engine.serving import Engine
 from dspark_jax.evaluation.setup import open_decoder
 from dspark_jax.progress import Progress
@@ -47,16 +47,16 @@ TEMPERATURES = (1.0, 0.7)
 TIE = 1e-3  # logits that are closer than this are equal but for rounding
 
 
-def schedulers(models: Models) -> dict[str, Scheduler]:
+def all_rules(models: Models) -> dict[str, Scheduler]:
     """Every rule, with a cost table on which the load decides: steps slow down from 64 tokens on."""
     size = models.block_size
     table = 50.0 / np.maximum(1.0, np.arange(32 * (size + 1) + 1) / 64)
-    found = {"fixed": Scheduler.fixed(), "fixed 2": Scheduler.fixed(min(2, size))}
+    found = {"fixed": schedulers.fixed(), "fixed 2": schedulers.fixed(min(2, size))}
     if models.confident:
-        found["threshold"] = Scheduler.threshold(0.5)
-        found["early_stop"] = Scheduler.early_stop(table)
-        found["lagged"] = Scheduler.lagged(table, 0.6 ** np.arange(1, size + 1))
-    found["adaptive"] = Scheduler.adaptive(1 / 2.1, confident=models.confident)
+        found["threshold"] = schedulers.threshold(0.5)
+        found["early_stop"] = schedulers.early_stop(table)
+        found["lagged"] = schedulers.lagged(table, 0.6 ** np.arange(1, size + 1))
+    found["adaptive"] = schedulers.adaptive(1 / 2.1, confident=models.confident)
     return found
 
 
@@ -211,7 +211,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     run = Run(resolve(load_config(arguments.config)), Path(arguments.workdir), arguments.prompts or 100)
-    rules = schedulers(run.models)
+    rules = all_rules(run.models)
     if arguments.schedulers:
         rules = {name: rules[name] for name in arguments.schedulers.split(",")}
     found: dict[str, Any] = {"greedy": {}, "sampled": {}}

@@ -16,8 +16,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dspark_jax.config import DrafterConfig, TargetArchitecture
 from dspark_jax.drafter import make_drafter
+from dspark_jax.engine import schedulers
 from dspark_jax.engine.models import Models
-from dspark_jax.engine.schedule import Scheduler
 from dspark_jax.engine.slots import Mode, open_slots, serve_round
 from dspark_jax.ops.block_attention import block_attention
 from dspark_jax.ops.cached_attention import Rows, cached_attention
@@ -139,7 +139,7 @@ def test_a_decoding_round_copies_neither_weights_nor_caches(greedy: bool) -> Non
 
     with jax.set_mesh(mesh):
         both = jax.eval_shape(models)
-        scheduler = jax.eval_shape(Scheduler.fixed)
+        scheduler = jax.eval_shape(schedulers.fixed)
         opened = functools.partial(open_slots, count=4, rows=1024, stops=2)
         slots = jax.eval_shape(opened, both, scheduler)
         everything = jax.tree.map(

@@ -12,12 +12,11 @@ import numpy as np
 import pytest
 
 from dspark_jax.config import InputError
-from dspark_jax.engine import generate
+from dspark_jax.engine import generate, schedulers
 from dspark_jax.engine.estimator import EstimateSettings
 from dspark_jax.engine.models import Models
 from dspark_jax.engine.request import Request
-from dspark_jax.engine.schedule import Scheduler
-from dspark_jax.engine.scheduler_check import check_scheduler
+from dspark_jax.engine.schedulers import Scheduler, check_scheduler
 from dspark_jax.engine.serving import Engine
 
 VOCAB, SIZE = 7, 3
@@ -122,7 +121,7 @@ def refuse(call: Callable[..., Any], good: dict[str, Any], wrong: dict[str, list
     """Every wrong value of every argument is refused in one line with the argument's name."""
     failed = []
     for name, values in wrong.items():
-        shown = "maximum" if name == "length" else name  # the attribute that `Scheduler.fixed` sets
+        shown = "maximum" if name == "length" else name  # the attribute that `schedulers.fixed` sets
         for value in values:
             try:
                 call(**(good | {name: value}))
@@ -178,11 +177,13 @@ def test_arguments_of_generate(pair: dict[str, Any]) -> None:
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_arguments_of_a_scheduler(pair: dict[str, Any], name: str) -> None:
     good, wrong = SCHEDULERS[name]
-    named = parameters(getattr(Scheduler, name)) - {"bounds"}
-    assert named <= set(wrong) and (not {"bounds"} <= parameters(getattr(Scheduler, name)) or set(BOUNDS) <= set(wrong))
+    named = parameters(getattr(schedulers, name)) - {"bounds"}
+    assert named <= set(wrong) and (
+        not {"bounds"} <= parameters(getattr(schedulers, name)) or set(BOUNDS) <= set(wrong)
+    )
 
     def make(**options: Any) -> None:
-        check_scheduler(getattr(Scheduler, name)(**options), pair["models"], 2)
+        check_scheduler(getattr(schedulers, name)(**options), pair["models"], 2)
 
     make(**good)
     refuse(make, good, wrong)
@@ -190,7 +191,7 @@ def test_arguments_of_a_scheduler(pair: dict[str, Any], name: str) -> None:
 
 def test_settings_of_the_running_estimate(pair: dict[str, Any]) -> None:
     def make(**options: Any) -> None:
-        check_scheduler(Scheduler.adaptive(0.5, online=EstimateSettings(**options)), pair["models"], 2)
+        check_scheduler(schedulers.adaptive(0.5, online=EstimateSettings(**options)), pair["models"], 2)
 
     wrong = {field.name: NO_REAL for field in dataclasses.fields(EstimateSettings)}
     refuse(make, {}, wrong | {"confident": NO_BOOLEAN, "prior": [*NO_REAL, 1.0]})
@@ -198,8 +199,8 @@ def test_settings_of_the_running_estimate(pair: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", ("threshold", "early_stop", "lagged", "adaptive"))
 def test_a_scheduler_made_by_hand_lacks_nothing(pair: dict[str, Any], name: str) -> None:
-    with pytest.raises(InputError, match=f"scheduler '{name}' has no .*; make it with Scheduler.{name}"):
-        check_scheduler(Scheduler(name), pair["models"], 2)
+    with pytest.raises(InputError, match=f"scheduler '{name}' has no .*; make it with schedulers.{name}"):
+        check_scheduler(schedulers.SCHEDULERS[name](), pair["models"], 2)
 
 
 def test_values_that_mean_something_are_taken(pair: dict[str, Any]) -> None:
@@ -211,7 +212,7 @@ def test_values_that_mean_something_are_taken(pair: dict[str, Any]) -> None:
         prompts=np.ones((2, 2), np.int64),  # pyright: ignore[reportArgumentType] - looser than what is promised
         max_new_tokens=np.int32(2),  # pyright: ignore[reportArgumentType]
         stop_tokens=jnp.asarray([6]),  # pyright: ignore[reportArgumentType]
-        scheduler=Scheduler.threshold(np.float32(0.5), minimum=np.asarray([0, 3]), maximum=100),
+        scheduler=schedulers.threshold(np.float32(0.5), minimum=np.asarray([0, 3]), maximum=100),
         **options,
         **sampling,
     )

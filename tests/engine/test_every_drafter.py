@@ -12,9 +12,8 @@ from flax import nnx
 
 from dspark_jax.config import Config, DataConfig, DrafterConfig, TargetArchitecture, TargetConfig, resolve
 from dspark_jax.drafter import make_drafter
-from dspark_jax.engine import generate
+from dspark_jax.engine import generate, schedulers
 from dspark_jax.engine.models import Models
-from dspark_jax.engine.schedule import Scheduler
 from dspark_jax.engine.serving import Engine
 from dspark_jax.kinds import KINDS, as_kind
 from dspark_jax.target.qwen3 import Qwen3
@@ -85,7 +84,7 @@ def test_output_is_the_targets(kind: str) -> None:
 def drafts_everywhere(kind: str) -> list[np.ndarray]:
     """[rounds, G] what is drafted after every token of a greedy answer, by taking one token at a time."""
     result = generate(
-        Models(target(), drafter(kind)), PROMPTS, max_new_tokens=24, scheduler=Scheduler.fixed(0), trace=True
+        Models(target(), drafter(kind)), PROMPTS, max_new_tokens=24, scheduler=schedulers.fixed(0), trace=True
     )
     assert result.drafted is not None
     return result.drafted
@@ -97,7 +96,7 @@ def drafts_everywhere(kind: str) -> list[np.ndarray]:
 def test_drafts_behind_rounds_without_drafts(kind: str) -> None:
     """The drafter catches up with what was committed without it: it drafts what it would have drafted anyway."""
     for probe in (1, 5, 20):  # at 16 pending rows it catches up though nothing is drafted
-        scheduler = Scheduler.adaptive(1 / 1000, probe=probe)
+        scheduler = schedulers.adaptive(1 / 1000, probe=probe)
         options: dict[str, Any] = {"max_new_tokens": 24, "batch_size": 4, "scheduler": scheduler, "trace": True}
         result = generate(Models(target(), drafter(kind)), PROMPTS, **options)
         assert result.drafted is not None
@@ -111,7 +110,7 @@ def test_drafts_behind_rounds_without_drafts(kind: str) -> None:
 
 def test_served_drafts_behind_rounds_without_drafts() -> None:
     """The same in slots, which new requests take while others have not caught up."""
-    scheduler = Scheduler.adaptive(1 / 1000, probe=2)
+    scheduler = schedulers.adaptive(1 / 1000, probe=2)
     options: dict[str, Any] = {"capacity": 40, "prefill_chunk": 2, "max_stop_tokens": 4, "scheduler": scheduler}
     with Engine(Models(target(), drafter("dspark")), slots=2, **options) as engine:
         handles = [

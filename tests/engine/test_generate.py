@@ -15,12 +15,11 @@ from flax import nnx
 from dspark_jax.config import DrafterConfig, InputError, MeshConfig
 from dspark_jax.drafter import make_drafter
 from dspark_jax.drafter.none import NO_DRAFTER
-from dspark_jax.engine import Prompts, Requests, generate, prefill
+from dspark_jax.engine import Prompts, Requests, generate, prefill, schedulers
 from dspark_jax.engine.generate import begin, ladder
 from dspark_jax.engine.models import Models
 from dspark_jax.engine.round import catch_up, decode_round
 from dspark_jax.engine.sampling import request_keys, round_uniforms
-from dspark_jax.engine.schedule import Scheduler
 from dspark_jax.ops.sampling import Sampling
 from dspark_jax.sharding import make_mesh, state_shardings
 
@@ -113,7 +112,7 @@ def test_rounds_without_drafts_leave_greedy_output_alone(target: Any, bigram: An
     plain = run(Models(target), batch_size=8)
     for drafter, size in ((bigram, 4), (dspark, 1)):
         mixed = run(
-            Models(target, drafter), scheduler=Scheduler.adaptive(1 / 1.7, probe=4), batch_size=size, trace=True
+            Models(target, drafter), scheduler=schedulers.adaptive(1 / 1.7, probe=4), batch_size=size, trace=True
         )
         assert same(mixed.tokens, plain.tokens)
         lengths = np.concatenate(mixed.proposal_lengths)
@@ -125,7 +124,7 @@ def test_rounds_without_drafts_leave_greedy_output_alone(target: Any, bigram: An
 def test_the_drafter_is_shown_what_rounds_without_drafts_commit(target: Any, bigram: Any) -> None:
     """After any mix of rounds its cache, caught up, holds the features and tokens of everything before the anchor."""
     prompt = jnp.asarray([[3, 1, 4], [1, 5, 9]])
-    lengths, sampling, scheduler = jnp.full(2, 3), Sampling.constant(0.0, 2), Scheduler.adaptive(1 / 1.7, probe=2)
+    lengths, sampling, scheduler = jnp.full(2, 3), Sampling.constant(0.0, 2), schedulers.adaptive(1 / 1.7, probe=2)
     keys, stops = request_keys(0, jnp.arange(2)), jnp.asarray([-1])
     models, prompts = Models(target, bigram), Prompts(prompt, lengths, lengths + 12, keys)
     first = Requests(round_uniforms(keys, lengths - 1, 0), sampling, stops)
@@ -292,8 +291,8 @@ def test_ladder(size: int) -> None:
         ({"top_p": 0.0}, "top_p=0.0"),
         ({"top_p": [1.01]}, "top_p=1.01 of request 0"),
         ({"min_p": 2}, "min_p=2"),
-        ({"scheduler": Scheduler.early_stop([1.0])}, "'early_stop' needs a drafter with a confidence head"),
-        ({"scheduler": Scheduler.fixed(), "confidence_threshold": 0.5}, "exclude each other"),
+        ({"scheduler": schedulers.early_stop([1.0])}, "'early_stop' needs a drafter with a confidence head"),
+        ({"scheduler": schedulers.fixed(), "confidence_threshold": 0.5}, "exclude each other"),
         ({"confidence_threshold": 0.5}, "confidence head"),
         ({"confidence_threshold": 1.5}, "confidence_threshold=1.5"),
         ({"batch_size": 0}, "batch_size=0"),

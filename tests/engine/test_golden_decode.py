@@ -12,9 +12,8 @@ import pytest
 from dspark_jax.config import MeshConfig, TargetArchitecture, TargetConfig
 from dspark_jax.convert.hf import import_drafter
 from dspark_jax.drafter.interface import is_confident
-from dspark_jax.engine import Models, Prompts, Requests, Uniforms, decode_round, generate, prefill
+from dspark_jax.engine import Models, Prompts, Requests, Uniforms, decode_round, generate, prefill, schedulers
 from dspark_jax.engine.draft import draft
-from dspark_jax.engine.schedule import Scheduler
 from dspark_jax.ops.sampling import Sampling, words
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target.loading import load_target
@@ -90,7 +89,7 @@ def follow(golden_case: Any) -> None:
         emitted, proposed = [], []
         cut = run["confidence_threshold"]
         # A threshold of 0 keeps everything, by the executable of the others.
-        scheduler = Scheduler.threshold(cut) if is_confident(drafter) else Scheduler.fixed()
+        scheduler = schedulers.threshold(cut) if is_confident(drafter) else schedulers.fixed()
         for index, expected in enumerate(run["rounds"][: within_budget(run)]):
             where = f"{run['id']} round {index}"
             assert not state.finished[0], where

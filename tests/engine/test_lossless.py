@@ -17,11 +17,12 @@ import numpy as np
 import pytest
 
 from dspark_jax.drafter.interface import Proposal
-from dspark_jax.engine import estimator
+from dspark_jax.engine import estimator, schedulers
 from dspark_jax.engine.estimator import EstimateSettings
-from dspark_jax.engine.rules import lagged, survival
 from dspark_jax.engine.sampling import Requests, Uniforms
-from dspark_jax.engine.schedule import History, Scheduler, drafts_now, schedule
+from dspark_jax.engine.schedulers import History, Scheduler
+from dspark_jax.engine.schedulers.lagged import admitted_by_capacity
+from dspark_jax.engine.schedulers.survival import survival
 from dspark_jax.engine.verify import judge
 from dspark_jax.ops.sampling import Sampling, distribution, token_probabilities, words
 from dspark_jax.ops.speculative_verify import acceptance_probabilities
@@ -156,8 +157,8 @@ def scheduled_lengths(
 
     def one(tokens: jax.Array, confidence: jax.Array) -> jax.Array:
         proposal = Proposal(tokens, jnp.zeros((*tokens.shape, 0)), confidence)
-        lengths = schedule(scheduler, proposal, active, history)[0]
-        return jnp.where(drafts_now(scheduler, history, active), lengths, 0)  # without drafts none is verified
+        lengths = scheduler.schedule(proposal, active, history)[0]
+        return jnp.where(scheduler.drafts_now(history, active), lengths, 0)  # without drafts none is verified
 
     return jax.vmap(one)(tokens, confidence)
 
@@ -191,14 +192,14 @@ TABLE = [9.0, 9.0, 5.0, 3.9, 3.3, 3.0, 2.6, 2.4, 1.6, 1.4]  # jagged: a token is
 STEEP = [1.0, 1.0, 1.0, 0.8, 0.62, 0.56, 0.5, 0.4, 0.3, 0.3]
 
 
-def schedulers(size: int) -> dict[str, Lengths]:
+def all_rules(size: int) -> dict[str, Lengths]:
     """Every rule with several parameters."""
     # Every field is given to every rule, so that those of one name share an executable.
     free = {"minimum": [0, 0], "maximum": [size, size], "temperatures": np.ones(size)}
     heat = np.linspace(0.7, 2.0, size)
     prior = np.linspace(0.9, 0.3, size)
-    late = Scheduler.lagged(TABLE, prior, **free)
-    bounded = Scheduler.lagged(TABLE, prior, **free | {"minimum": [1, 0], "maximum": [size, size - 1]})
+    late = schedulers.lagged(TABLE, prior, **free)
+    bounded = schedulers.lagged(TABLE, prior, **free | {"minimum": [1, 0], "maximum": [size, size - 1]})
     alive = np.cumprod(np.random.default_rng(3).uniform(0.5, 1, (2, 2, size)), axis=-1)
     old = History(jnp.asarray(alive, jnp.float32))
     online = EstimateSettings(strength=1.5)
@@ -207,25 +208,25 @@ def schedulers(size: int) -> dict[str, Lengths]:
         proposed = jnp.full(2, size)
         estimate = estimator.update(estimate, proposed, jnp.asarray(accepted), jnp.ones(2, bool))
     learnt = History(old.survival, estimate, jnp.int32(0))
-    adaptive = functools.partial(Scheduler.adaptive, online=online, **free)
+    adaptive = functools.partial(schedulers.adaptive, online=online, **free)
     return {
-        "fixed": by(Scheduler.fixed()),
-        "fixed 1": by(Scheduler.fixed(1)),
-        "threshold": by(Scheduler.threshold(0.4, **free)),
-        "early stop": by(Scheduler.early_stop(TABLE, **free)),
-        "early stop, steep": by(Scheduler.early_stop(STEEP, **free)),
-        "early stop, bounded": by(Scheduler.early_stop(STEEP, **free | {"minimum": [0, 1]})),
-        "early stop, scaled": by(Scheduler.early_stop(TABLE, **free | {"temperatures": heat})),
-        "online threshold": by(Scheduler.threshold(0.4, online=online, **free), learnt),
-        "online early stop": by(Scheduler.early_stop(STEEP, online=online, **free), learnt),
-        "online lagged": by(Scheduler.lagged(TABLE, prior, online=online, **free), learnt),
+        "fixed": by(schedulers.fixed()),
+        "fixed 1": by(schedulers.fixed(1)),
+        "threshold": by(schedulers.threshold(0.4, **free)),
+        "early stop": by(schedulers.early_stop(TABLE, **free)),
+        "early stop, steep": by(schedulers.early_stop(STEEP, **free)),
+        "early stop, bounded": by(schedulers.early_stop(STEEP, **free | {"minimum": [0, 1]})),
+        "early stop, scaled": by(schedulers.early_stop(TABLE, **free | {"temperatures": heat})),
+        "online threshold": by(schedulers.threshold(0.4, online=online, **free), learnt),
+        "online early stop": by(schedulers.early_stop(STEEP, online=online, **free), learnt),
+        "online lagged": by(schedulers.lagged(TABLE, prior, online=online, **free), learnt),
         "adaptive": by(adaptive(TABLE, 4.0), learnt),
         "adaptive, plain": by(adaptive(TABLE, 99.0), learnt),
         "adaptive, trying": by(adaptive(TABLE, 99.0), dataclasses.replace(learnt, idle=jnp.int32(32))),
-        "early stop, shifted": by(Scheduler.early_stop(TABLE, bias=-0.6, **free | {"temperatures": heat})),
+        "early stop, shifted": by(schedulers.early_stop(TABLE, bias=-0.6, **free | {"temperatures": heat})),
         "lagged, prior": by(late, late.start(2, size)),
         "lagged": by(late, old),
-        "lagged, capacities": by(Scheduler.lagged(TABLE, prior, capacities=(4, 6), **free), old),
+        "lagged, capacities": by(schedulers.lagged(TABLE, prior, capacities=(4, 6), **free), old),
         "lagged, bounded": by(bounded, old),
     }
 
@@ -243,7 +244,7 @@ CASES = [(3, 3, name) for name in SAMPLINGS] + [(2, 4, "top-p"), (6, 2, "all")]
 def test_output_distribution_is_the_targets(kind: str, vocab: int, size: int, sampling: str) -> None:
     requests = requests_of(kind, vocab, size)
     outcomes = [Outcomes(request, one) for request, one in zip(requests, SAMPLINGS[sampling], strict=True)]
-    for name, lengths in schedulers(size).items():
+    for name, lengths in all_rules(size).items():
         assert variation(requests, outcomes, lengths) < TOLERANCE, name
 
 
@@ -251,7 +252,7 @@ def test_the_schedulers_under_enumeration_do_schedule() -> None:
     """Lengths vary with the drafts, and under the batch rules with those of the other request."""
     requests = requests_of("prefix", 3, 3)
     index, tokens, confidence = pairs(requests)
-    for name, lengths in schedulers(3).items():
+    for name, lengths in all_rules(3).items():
         chosen = lengths(tokens, confidence)
         assert ((chosen >= 0) & (chosen <= 3)).all()
         if name.startswith(("online", "adaptive")):  # the same whatever was drafted in this round
@@ -292,8 +293,8 @@ def test_appendix_a(rule_name: str) -> None:
     old = History(jnp.asarray(np.stack([[[0.8, 0.72], [1, 1]]] * 2), jnp.float32))
     rules = {
         "naive": (naive, 0.85),
-        "early stop": (by(Scheduler.early_stop(A_TABLE), None, alone), 0.70),
-        "lagged": (by(Scheduler.lagged(A_TABLE, [0.5, 0.5]), old, alone), 0.70),
+        "early stop": (by(schedulers.early_stop(A_TABLE), None, alone), 0.70),
+        "lagged": (by(schedulers.lagged(A_TABLE, [0.5, 0.5]), old, alone), 0.70),
     }
     lengths, expected = rules[rule_name]
     first = joint(requests, outcomes, lengths).sum(axis=1).reshape(2, -1).sum(axis=1)
@@ -305,7 +306,7 @@ def peeking(tokens: np.ndarray, confidence: np.ndarray) -> np.ndarray:
     return np.cumprod(tokens == 0, axis=2).sum(axis=2)
 
 
-ONE_DRAFT = Scheduler.lagged([0.0, 0.0, 0.0, 9.0, 0.0], [1.0, 1.0, 1.0])  # room for one draft of two requests
+ONE_DRAFT = schedulers.lagged([0.0, 0.0, 0.0, 9.0, 0.0], [1.0, 1.0, 1.0])  # room for one draft of two requests
 
 
 def smaller_token_first(tokens: np.ndarray, confidence: np.ndarray) -> np.ndarray:
@@ -339,9 +340,9 @@ def test_the_enumeration_sees_the_production_rule_on_confidences_of_now(kind: st
 
     def live_argmax(tokens: np.ndarray, confidence: np.ndarray) -> np.ndarray:
         alive = jnp.cumprod(jax.nn.sigmoid(jnp.asarray(confidence)), axis=2)
-        return np.asarray(jax.jit(jax.vmap(lambda a: lagged(a, a, table, active)))(alive))
+        return np.asarray(jax.jit(jax.vmap(lambda a: admitted_by_capacity(a, a, table, active)))(alive))
 
-    assert variation(requests, outcomes, by(Scheduler.early_stop(DIP))) < TOLERANCE
+    assert variation(requests, outcomes, by(schedulers.early_stop(DIP))) < TOLERANCE
     biased = variation(requests, outcomes, live_argmax)
     assert biased < TOLERANCE if kind == "block" else biased > 1e-2
 
@@ -362,7 +363,7 @@ def drawn_without_filters(target: Any, draft: Any, scored: Any, tokens: Any, sam
 @pytest.mark.parametrize("mutate", (residual_of_the_row_before, drawn_without_filters))
 def test_the_enumeration_sees_a_wrong_residual_and_a_wrong_draw(mutate: Callable[..., Any]) -> None:
     requests = requests_of("prefix", 3, 3)
-    for scheduler in (Scheduler.fixed(), Scheduler.early_stop(TABLE)):
+    for scheduler in (schedulers.fixed(), schedulers.early_stop(TABLE)):
         right, wrong = (
             [Outcomes(request, one, change) for request, one in zip(requests, SAMPLINGS["top-k"], strict=True)]
             for change in (rule, mutate)

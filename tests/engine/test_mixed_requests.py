@@ -10,12 +10,11 @@ import pytest
 from flax import nnx
 
 from dspark_jax.config import InputError, TargetArchitecture
-from dspark_jax.engine import generate
+from dspark_jax.engine import generate, schedulers
 from dspark_jax.engine.estimator import EstimateSettings
 from dspark_jax.engine.generate import Prompts, decode, decode_shape
 from dspark_jax.engine.models import Models
 from dspark_jax.engine.sampling import request_keys, request_sampling
-from dspark_jax.engine.schedule import Scheduler
 from dspark_jax.ops.sampling import distribution
 from dspark_jax.target.qwen3 import Qwen3
 from tests.conftest import others_slow
@@ -24,13 +23,13 @@ VOCAB, SIZE = 16, 3
 JAGGED = [9.0, 9.0, 8.0, 7.0, 5.6, 5.4, 4.8, 4.6, 4.0, 3.9, 3.2, 3.0, 2.9, 2.8, 2.4, 2.2, 2.1]
 PRIOR = [0.8, 0.6, 0.4]
 SCHEDULERS = {
-    "fixed": Scheduler.fixed(),
-    "threshold": Scheduler.threshold(0.5),
-    "early stop": Scheduler.early_stop(JAGGED),
-    "lagged": Scheduler.lagged(JAGGED, PRIOR, capacities=(4, 7, 9, 12)),
-    "online": Scheduler.early_stop(JAGGED, online=EstimateSettings(strength=1.0, discount=0.7, prior=0.8)),
-    "adaptive": Scheduler.adaptive([1.0] * 9 + [0.7], 1.5, probe=2, online=EstimateSettings(strength=0.5, prior=0.6)),
-    "confident": Scheduler.adaptive(  # what it decides depends on drafts that were rejected in earlier rounds
+    "fixed": schedulers.fixed(),
+    "threshold": schedulers.threshold(0.5),
+    "early stop": schedulers.early_stop(JAGGED),
+    "lagged": schedulers.lagged(JAGGED, PRIOR, capacities=(4, 7, 9, 12)),
+    "online": schedulers.early_stop(JAGGED, online=EstimateSettings(strength=1.0, discount=0.7, prior=0.8)),
+    "adaptive": schedulers.adaptive([1.0] * 9 + [0.7], 1.5, probe=2, online=EstimateSettings(strength=0.5, prior=0.6)),
+    "confident": schedulers.adaptive(  # what it decides depends on drafts that were rejected in earlier rounds
         [1.0] * 9 + [0.7], 1.9, probe=2, online=EstimateSettings(0.1, 0.5, prior=0.6, confident=True)
     ),
 }
@@ -85,7 +84,7 @@ def test_a_request_does_not_see_its_neighbours_its_slot_or_the_batch_size(target
 def test_what_is_given_per_request_follows_the_request(target: Any, drafter: Any) -> None:
     """Prompts are sorted and padded inside; a maximum per request stays with its own."""
     prompts, most = prompts_of(5), [0, 3, 1, 2, 3]
-    result = generate(Models(target, drafter), prompts, max_new_tokens=12, scheduler=Scheduler.fixed(most))
+    result = generate(Models(target, drafter), prompts, max_new_tokens=12, scheduler=schedulers.fixed(most))
     for lengths, limit in zip(result.proposal_lengths, most, strict=True):
         assert set(lengths.tolist()) == {limit}
 
@@ -95,7 +94,7 @@ def test_flat_verification_changes_nothing(target: Any, drafter: Any, name: str)
     """The target computes the scheduled tokens alone, in one of several sizes; tokens and counts are those of rows of
     G + 1 for everybody, greedy and sampled, filtered or not."""
     prompts, most = prompts_of(8), [0, 3, 1, 2, 3, 0, 1, 0]
-    scheduler = Scheduler.fixed(most) if name == "fixed" else SCHEDULERS[name]
+    scheduler = schedulers.fixed(most) if name == "fixed" else SCHEDULERS[name]
     run = functools.partial(
         generate,
         Models(target, drafter),

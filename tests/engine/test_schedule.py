@@ -10,12 +10,16 @@ import pytest
 
 from dspark_jax.config import InputError
 from dspark_jax.drafter.interface import Proposal
-from dspark_jax.engine import estimator
+from dspark_jax.engine import estimator, schedulers
 from dspark_jax.engine.estimator import EstimateSettings
 from dspark_jax.engine.models import Models
-from dspark_jax.engine.rules import capacity, drafting_pays, early_stop, fixed, lagged, survival, threshold
-from dspark_jax.engine.schedule import History, Scheduler, drafts_now, expected, observe, schedule
-from dspark_jax.engine.scheduler_check import check_scheduler
+from dspark_jax.engine.schedulers import History, Scheduler, check_scheduler
+from dspark_jax.engine.schedulers.adaptive import drafting_pays
+from dspark_jax.engine.schedulers.candidates import capacity
+from dspark_jax.engine.schedulers.early_stop import admitted_until_stop
+from dspark_jax.engine.schedulers.lagged import admitted_by_capacity
+from dspark_jax.engine.schedulers.survival import survival
+from dspark_jax.engine.schedulers.threshold import kept_drafts
 
 
 def loop(confidence: np.ndarray, minimum: float) -> list[int]:
@@ -31,13 +35,13 @@ def loop(confidence: np.ndarray, minimum: float) -> list[int]:
 @pytest.mark.parametrize("minimum", (0.0, 0.3, 0.5, 0.9, 1.0))
 def test_threshold_cuts_before_the_first_low_confidence(minimum: float) -> None:
     confidence = 2 * np.random.default_rng(0).normal(size=(50, 5)).astype(np.float32)
-    lengths = threshold(jnp.asarray(confidence), minimum)
+    lengths = kept_drafts(jnp.asarray(confidence), minimum)
     assert lengths.tolist() == loop(confidence.astype(np.float64), minimum)
     assert len(set(lengths.tolist())) > 1 or minimum in (0.0, 1.0)
 
 
 def test_confidence_at_the_threshold_is_kept() -> None:
-    assert threshold(jnp.zeros((1, 3)), 0.5).tolist() == [3]
+    assert kept_drafts(jnp.zeros((1, 3)), 0.5).tolist() == [3]
 
 
 def test_survival_is_the_product_of_scaled_confidences() -> None:
@@ -132,8 +136,8 @@ def arguments(case: dict[str, Any]) -> list[jax.Array]:
     return [jnp.asarray(case["table"], jnp.float32), *(jnp.asarray(case[n]) for n in ("active", "minimum", "maximum"))]
 
 
-jitted_early_stop = jax.jit(early_stop)
-jitted_lagged = jax.jit(lagged, static_argnames="capacities")
+jitted_early_stop = jax.jit(admitted_until_stop)
+jitted_lagged = jax.jit(admitted_by_capacity, static_argnames="capacities")
 SHAPES = [(1, 1), (1, 5), (6, 4), (13, 7)]
 
 
@@ -157,13 +161,13 @@ def test_schedulers_against_loops(batch: int, size: int) -> None:
 def test_ties_are_broken_by_position_then_request() -> None:
     """All survivals are 1: room for seven drafts of three requests goes round by round."""
     ones, table = jnp.ones((3, 4)), jnp.zeros(20).at[10].set(1.0)
-    assert lagged(ones, ones, table, jnp.ones(3, bool)).tolist() == [3, 2, 2]
-    assert lagged(ones, ones, table, jnp.asarray([True, False, True])).tolist() == [4, 0, 4]
+    assert admitted_by_capacity(ones, ones, table, jnp.ones(3, bool)).tolist() == [3, 2, 2]
+    assert admitted_by_capacity(ones, ones, table, jnp.asarray([True, False, True])).tolist() == [4, 0, 4]
 
 
 def test_the_table_ends_in_its_last_entry() -> None:
     alive = jnp.full((2, 3), 0.5)
-    assert early_stop(alive, jnp.asarray([3.0]), jnp.ones(2, bool)).tolist() == [3, 3]
+    assert admitted_until_stop(alive, jnp.asarray([3.0]), jnp.ones(2, bool)).tolist() == [3, 3]
     assert int(capacity(alive, jnp.asarray([3.0, 3.0, 3.0, 3.0, 0.0]), jnp.ones(2, bool))) == 3
 
 
@@ -171,7 +175,7 @@ def test_capacities_round_up_and_cap() -> None:
     alive, table, on = jnp.full((2, 4), 0.5), jnp.zeros(12).at[5].set(1.0), jnp.ones(2, bool)
     for rungs, total in ((None, 5), ((4, 8), 8), ((2, 4), 4), ((1,), 1)):
         assert int(capacity(alive, table, on, capacities=rungs)) == total
-        assert int(jnp.sum(lagged(alive, alive, table, on, capacities=rungs))) == max(total - 2, 0)
+        assert int(jnp.sum(admitted_by_capacity(alive, alive, table, on, capacities=rungs))) == max(total - 2, 0)
 
 
 def throughput(case: dict[str, Any], values: np.ndarray, lengths: np.ndarray) -> float:
@@ -215,33 +219,33 @@ ACTIVE = jnp.asarray([True, True, False])
 
 
 def test_schedule_dispatches() -> None:
-    assert fixed(PROPOSAL.tokens).tolist() == [3, 3, 3]
+    assert schedulers.fixed().schedule(PROPOSAL, jnp.ones(3, bool))[0].tolist() == [3, 3, 3]
     table = jnp.full(10, 2.0)
     expected = [
-        (Scheduler.fixed(), [3, 3, 0]),
-        (Scheduler.fixed(2), [2, 2, 0]),
-        (Scheduler.fixed([1, 9, 3]), [1, 3, 0]),
-        (Scheduler.threshold(0.5), [1, 3, 0]),
-        (Scheduler.threshold(0.5, minimum=2, maximum=[3, 2, 2]), [2, 2, 0]),
-        (Scheduler.threshold(0.4, temperatures=[1.0, 20.0, 1.0]), [3, 3, 0]),
-        (Scheduler.early_stop(table), [3, 3, 0]),
-        (Scheduler.early_stop(table, maximum=2), [2, 2, 0]),
+        (schedulers.fixed(), [3, 3, 0]),
+        (schedulers.fixed(2), [2, 2, 0]),
+        (schedulers.fixed([1, 9, 3]), [1, 3, 0]),
+        (schedulers.threshold(0.5), [1, 3, 0]),
+        (schedulers.threshold(0.5, minimum=2, maximum=[3, 2, 2]), [2, 2, 0]),
+        (schedulers.threshold(0.4, temperatures=[1.0, 20.0, 1.0]), [3, 3, 0]),
+        (schedulers.early_stop(table), [3, 3, 0]),
+        (schedulers.early_stop(table, maximum=2), [2, 2, 0]),
     ]
     for scheduler, lengths in expected:
-        chosen, history = schedule(scheduler, PROPOSAL, ACTIVE)
+        chosen, history = scheduler.schedule(PROPOSAL, ACTIVE)
         assert chosen.tolist() == lengths and history is None
 
 
 def test_the_history_is_two_rounds_old_and_starts_from_the_prior() -> None:
     """The capacity of a round follows the confidences of the one before the last; live ones only fill it."""
     table = jnp.asarray([9.0, 9.0, 8.9, 7.0, 5.0])  # two drafts of one request only where both are likely
-    scheduler = Scheduler.lagged(table, [0.9, 0.1])
+    scheduler = schedulers.lagged(table, [0.9, 0.1])
     low, high = jnp.full((1, 2), -9.0), jnp.full((1, 2), 9.0)
     history, lengths = scheduler.start(1, 2), []
     assert history is not None
     for confidence in (low, high, low, high, low, high, high):
         proposal = Proposal(jnp.zeros((1, 2), jnp.int32), jnp.zeros((1, 2, 1)), confidence)
-        chosen, history = schedule(scheduler, proposal, jnp.ones(1, bool), history)
+        chosen, history = scheduler.schedule(proposal, jnp.ones(1, bool), history)
         lengths.append(int(chosen[0]))
     assert lengths == [1, 1, 0, 2, 0, 2, 0]  # by the prior twice, then by the round before the last
     assert history is not None and history.survival is not None
@@ -267,21 +271,21 @@ def test_every_rule_reads_the_running_estimate_where_it_is_told_to() -> None:
     bare = Proposal(PROPOSAL.tokens, PROPOSAL.logits, None)
     table = jnp.asarray([9.0, 9.0, 8.0, 7.0, 5.0, 4.9, 4.8, 3.0, 3.0, 2.0])
     for make in (
-        lambda **more: Scheduler.threshold(0.55, **more),
-        lambda **more: Scheduler.early_stop(table, **more),
-        lambda **more: Scheduler.lagged(table, [0.9, 0.8, 0.7], **more),
+        lambda **more: schedulers.threshold(0.55, **more),
+        lambda **more: schedulers.early_stop(table, **more),
+        lambda **more: schedulers.lagged(table, [0.9, 0.8, 0.7], **more),
     ):
         by_head, by_estimate = make(), make(online=online)
         first, second = by_head.start(3, 3), by_estimate.start(3, 3)
         assert second is not None
-        wanted, _ = schedule(by_head, head, ACTIVE, first)
-        got, after = schedule(by_estimate, bare, ACTIVE, dataclasses.replace(second, estimate=estimate))
+        wanted, _ = by_head.schedule(head, ACTIVE, first)
+        got, after = by_estimate.schedule(bare, ACTIVE, dataclasses.replace(second, estimate=estimate))
         assert got.tolist() == wanted.tolist() and sum(got.tolist()) > 0
         if by_head.name == "lagged":
             assert after is not None and after.survival is not None
             np.testing.assert_allclose(after.survival[0], estimator.survival(estimate), rtol=1e-6)
     with pytest.raises(ValueError, match="needs a history"):
-        schedule(Scheduler.threshold(0.5, online=online), PROPOSAL, ACTIVE)
+        schedulers.threshold(0.5, online=online).schedule(PROPOSAL, ACTIVE)
 
 
 def test_drafting_pays_against_a_loop() -> None:
@@ -306,16 +310,16 @@ def test_drafting_pays_against_a_loop() -> None:
 
 def test_adaptive_drafts_where_it_pays_and_tries_again() -> None:
     """A round with drafts costs two plain ones: it pays for requests that accept much, until they stop doing so."""
-    now, everyone = jax.jit(drafts_now), jnp.ones(1, bool)
+    now, everyone = jax.jit(lambda one, *given: one.drafts_now(*given)), jnp.ones(1, bool)
     bare, none = Proposal(jnp.zeros((1, 3)), jnp.zeros((1, 3, 1)), None), jnp.zeros(1, jnp.int32)
 
     @jax.jit
     def turn(scheduler: Scheduler, history: Any, accepted: jax.Array) -> Any:
-        lengths, history = schedule(scheduler, bare, everyone, history)
-        return lengths, observe(history, lengths, accepted, everyone, drafted=True)
+        lengths, history = scheduler.schedule(bare, everyone, history)
+        return lengths, scheduler.observe(history, lengths, accepted, everyone, drafted=True)
 
-    skip = jax.jit(lambda history: observe(history, none, none, everyone, drafted=False))
-    one = Scheduler.adaptive(1 / 2, probe=6)
+    skip = jax.jit(lambda history: one.observe(history, none, none, everyone, drafted=False))
+    one = schedulers.adaptive(1 / 2, probe=6)
     history, drafted = one.start(1, 3), ""
     for number in range(100):
         drafts = bool(now(one, history, everyone))
@@ -327,7 +331,7 @@ def test_adaptive_drafts_where_it_pays_and_tries_again() -> None:
             history = skip(history)
     assert set(drafted[:10] + drafted[80:]) == {"x"} and drafted[30:60].count("x") < 8
     assert max(map(len, drafted.split("x"))) == 6
-    quiet = Scheduler.adaptive(1 / 9, probe=0)
+    quiet = schedulers.adaptive(1 / 9, probe=0)
     history = quiet.start(1, 3)
     for _ in range(80):
         assert not now(quiet, history, everyone)
@@ -339,66 +343,64 @@ def test_adaptive_learns_from_the_confidence_head() -> None:
     everyone, three = jnp.ones(1, bool), jnp.full(1, 3)
     sure = Proposal(jnp.zeros((1, 3)), jnp.zeros((1, 3, 1)), jnp.full((1, 3), 4.0))
     for confident, bias, pays in ((True, None, True), (True, -6.0, False), (False, None, False)):
-        scheduler = Scheduler.adaptive(1 / 2, confident=confident, bias=bias)
+        scheduler = schedulers.adaptive(1 / 2, confident=confident, bias=bias)
         history = scheduler.start(1, 3)
         for _ in range(20):
-            history = observe(history, three, 0 * three, everyone, drafted=True, expected=expected(scheduler, sure))
-        assert bool(drafts_now(scheduler, history, everyone)) == pays
+            seen = scheduler.expected(sure)
+            history = scheduler.observe(history, three, 0 * three, everyone, drafted=True, expected=seen)
+        assert bool(scheduler.drafts_now(history, everyone)) == pays
 
 
 def test_adaptive_decides_for_the_batch_and_by_the_cost_of_tokens() -> None:
     online = EstimateSettings(strength=0.5, prior=0.5)
     estimate = observed([([3, 3], [3, 0])] * 8, online, 2)
-    flat = Scheduler.adaptive(1 / 2.2, online=online)
+    flat = schedulers.adaptive(1 / 2.2, online=online)
     history = History(estimate=estimate, idle=jnp.int32(0))
     both, bare = jnp.ones(2, bool), Proposal(jnp.zeros((2, 3)), jnp.zeros((2, 3, 1)), None)
-    assert bool(drafts_now(flat, history, jnp.asarray([True, False])))
-    assert not drafts_now(flat, history, jnp.asarray([False, True]))
-    assert bool(drafts_now(flat, history, both))  # (4 + 1) / 2 tokens per request
-    assert schedule(flat, bare, both, history)[0].tolist() == [3, 3]
-    steep = Scheduler.adaptive([1.0, 1.0, 0.9, 0.8, 0.7, 0.65, 0.2], 1.0, online=online)
-    assert schedule(steep, bare, both, history)[0].tolist() == [3, 0]  # tokens of the other one would only cost
+    assert bool(flat.drafts_now(history, jnp.asarray([True, False])))
+    assert not flat.drafts_now(history, jnp.asarray([False, True]))
+    assert bool(flat.drafts_now(history, both))  # (4 + 1) / 2 tokens per request
+    assert flat.schedule(bare, both, history)[0].tolist() == [3, 3]
+    steep = schedulers.adaptive([1.0, 1.0, 0.9, 0.8, 0.7, 0.65, 0.2], 1.0, online=online)
+    assert steep.schedule(bare, both, history)[0].tolist() == [3, 0]  # tokens of the other one would only cost
     probing = dataclasses.replace(history, idle=jnp.int32(32))
-    dear = Scheduler.adaptive(1 / 9, online=online)
-    assert not drafts_now(dear, history, both) and bool(drafts_now(dear, probing, both))
-    assert schedule(dear, bare, both, probing)[0].tolist() == [3, 3]  # a try verifies everything
+    dear = schedulers.adaptive(1 / 9, online=online)
+    assert not dear.drafts_now(history, both) and bool(dear.drafts_now(probing, both))
+    assert dear.schedule(bare, both, probing)[0].tolist() == [3, 3]  # a try verifies everything
 
 
 def test_take_follows_requests() -> None:
-    scheduler = Scheduler.early_stop([1.0], minimum=[0, 1, 2], maximum=3, temperatures=np.ones((3, 2))).take([2, 0, 0])
+    scheduler = schedulers.early_stop([1.0], minimum=[0, 1, 2], maximum=3, temperatures=np.ones((3, 2))).take([2, 0, 0])
     assert np.asarray(scheduler.minimum).tolist() == [2, 0, 0] and int(np.asarray(scheduler.maximum)) == 3
     assert scheduler.temperatures is not None and scheduler.temperatures.shape == (3, 2)
 
 
 def test_schedule_refuses_what_is_missing() -> None:
     bare = Proposal(PROPOSAL.tokens, PROPOSAL.logits, None)
-    for scheduler in (Scheduler.threshold(0.5), Scheduler.early_stop([1.0]), Scheduler.lagged([1.0], [1.0] * 3)):
+    for scheduler in (schedulers.threshold(0.5), schedulers.early_stop([1.0]), schedulers.lagged([1.0], [1.0] * 3)):
         with pytest.raises(ValueError, match="confidence head"):
-            schedule(scheduler, bare, ACTIVE)
+            scheduler.schedule(bare, ACTIVE)
     with pytest.raises(ValueError, match="needs a history"):
-        schedule(Scheduler.lagged([1.0], [1.0] * 3), PROPOSAL, ACTIVE)
-    with pytest.raises(ValueError, match="'best' is unknown"):
-        schedule(Scheduler("best", steps_per_second=jnp.ones(1)), PROPOSAL, ACTIVE)
+        schedulers.lagged([1.0], [1.0] * 3).schedule(PROPOSAL, ACTIVE)
 
 
 @pytest.mark.parametrize(
     ("scheduler", "message"),
     [
-        (Scheduler("best"), "'best' is unknown"),
-        (Scheduler.early_stop([]), "steps_per_second"),
-        (Scheduler.early_stop([1.0, np.nan]), "impossible value"),
-        (Scheduler.early_stop([1.0, -1.0]), "impossible value"),
-        (Scheduler.lagged([1.0], [0.5]), r"prior .* has shape \(1,\)"),
-        (Scheduler.lagged([1.0], [0.5, 1.5, 0.5]), "prior .* outside 0..1"),
-        (Scheduler.early_stop([1.0], minimum=[1, 2]), r"minimum .* shape \(2,\) for 4 requests"),
-        (Scheduler.fixed([1, 2]), r"maximum .* shape \(2,\)"),
-        (Scheduler.threshold(0.5, temperatures=[1.0, 0.0, 1.0]), "temperatures"),
-        (Scheduler.threshold(0.5, bias=[1.0, 0.0, 1.0]), r"bias .* shape \(3,\)"),
-        (Scheduler.adaptive([1.0], [-1.0]), "plain_steps_per_second"),
-        (Scheduler.adaptive(0.5, online=EstimateSettings(prior=1.0)), "prior=1.0 of the running estimate"),
-        (Scheduler.early_stop([1.0], online=EstimateSettings(discount=0.0)), "discount=0.0"),
-        (Scheduler.lagged([1.0], [0.5] * 3, capacities=(8, 4)), "rising"),
-        (Scheduler.lagged([1.0], [0.5] * 3, capacities=()), "rising"),
+        (schedulers.early_stop([]), "steps_per_second"),
+        (schedulers.early_stop([1.0, np.nan]), "impossible value"),
+        (schedulers.early_stop([1.0, -1.0]), "impossible value"),
+        (schedulers.lagged([1.0], [0.5]), r"prior .* has shape \(1,\)"),
+        (schedulers.lagged([1.0], [0.5, 1.5, 0.5]), "prior .* outside 0..1"),
+        (schedulers.early_stop([1.0], minimum=[1, 2]), r"minimum .* shape \(2,\) for 4 requests"),
+        (schedulers.fixed([1, 2]), r"maximum .* shape \(2,\)"),
+        (schedulers.threshold(0.5, temperatures=[1.0, 0.0, 1.0]), "temperatures"),
+        (schedulers.threshold(0.5, bias=[1.0, 0.0, 1.0]), r"bias .* shape \(3,\)"),
+        (schedulers.adaptive([1.0], [-1.0]), "plain_steps_per_second"),
+        (schedulers.adaptive(0.5, online=EstimateSettings(prior=1.0)), "prior=1.0 of the running estimate"),
+        (schedulers.early_stop([1.0], online=EstimateSettings(discount=0.0)), "discount=0.0"),
+        (schedulers.lagged([1.0], [0.5] * 3, capacities=(8, 4)), "rising"),
+        (schedulers.lagged([1.0], [0.5] * 3, capacities=()), "rising"),
     ],
 )
 def test_bad_schedulers(models: Any, scheduler: Scheduler, message: str) -> None:
@@ -409,9 +411,9 @@ def test_bad_schedulers(models: Any, scheduler: Scheduler, message: str) -> None
         check_scheduler(scheduler, Models(target, drafter), 4)
     assert "\n" not in str(error.value)
     with pytest.raises(InputError, match="confidence head"):
-        check_scheduler(Scheduler.threshold(0.5), headless, 4)
-    check_scheduler(Scheduler.adaptive(0.5), headless, 4)
+        check_scheduler(schedulers.threshold(0.5), headless, 4)
+    check_scheduler(schedulers.adaptive(0.5), headless, 4)
     with pytest.raises(InputError, match="learn from a confidence head"):
-        check_scheduler(Scheduler.adaptive(0.5, confident=True), headless, 4)
+        check_scheduler(schedulers.adaptive(0.5, confident=True), headless, 4)
     with pytest.raises(InputError, match="give a drafter"):
-        check_scheduler(Scheduler.adaptive(0.5), Models(target), 4)
+        check_scheduler(schedulers.adaptive(0.5), Models(target), 4)

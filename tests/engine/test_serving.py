@@ -17,12 +17,11 @@ from flax import nnx
 from dspark_jax.config import DrafterConfig, InputError, MeshConfig, TargetArchitecture
 from dspark_jax.drafter import make_drafter
 from dspark_jax.engine import batch as batch_module
-from dspark_jax.engine import generate
+from dspark_jax.engine import generate, schedulers
 from dspark_jax.engine.estimator import EstimateSettings
 from dspark_jax.engine.models import Models
 from dspark_jax.engine.request import Request
 from dspark_jax.engine.sampling import request_keys
-from dspark_jax.engine.schedule import Scheduler
 from dspark_jax.engine.serving import Engine, EngineClosed, EngineFailed, QueueFull
 from dspark_jax.engine.slots import Chunk, Mode, open_slots, prefill_chunk, serve_round
 from dspark_jax.sharding import make_mesh
@@ -134,7 +133,7 @@ def test_a_request_is_decoded_as_if_alone(serve: Any, reference: Any, chunks: in
 def test_the_lagged_scheduler_changes_no_greedy_answer(serve: Any, reference: Any) -> None:
     requests = asks(9, seed=3, sampled=False)
     table = 9.0 / np.maximum(1.0, np.arange(13) / 5)
-    engine = serve(scheduler=Scheduler.lagged(table, [0.8, 0.5, 0.1], capacities=(4, 7, 12)))
+    engine = serve(scheduler=schedulers.lagged(table, [0.8, 0.5, 0.1], capacities=(4, 7, 12)))
     handles = [engine.submit(**one, trace=True) for one in requests]
     drive(engine)
     assert [list(one.result().tokens) for one in handles] == reference(requests)
@@ -147,7 +146,7 @@ def test_the_lagged_scheduler_changes_no_greedy_answer(serve: Any, reference: An
 def test_rounds_without_drafts_change_no_greedy_answer(serve: Any, reference: Any) -> None:
     """Slots decide together; a drafter that is rarely right is asked rarely, and knows what happened meanwhile."""
     requests = asks(9, seed=3, sampled=False)
-    engine = serve(scheduler=Scheduler.adaptive(1 / 1.8, probe=5))
+    engine = serve(scheduler=schedulers.adaptive(1 / 1.8, probe=5))
     handles = [engine.submit(**one, trace=True) for one in requests]
     drive(engine)
     assert [list(one.result().tokens) for one in handles] == reference(requests)
@@ -161,7 +160,7 @@ def test_rounds_without_drafts_change_no_greedy_answer(serve: Any, reference: An
 def test_flat_verification_in_sizes(serve: Any, reference: Any, name: str) -> None:
     """The tokens are those of whole rounds, and nothing is compiled once the engine is warm."""
     table = 9.0 / np.maximum(1.0, np.arange(13) / 4)
-    scheduler = {"fixed": Scheduler.fixed(), "lagged": Scheduler.lagged(table, [0.8, 0.5, 0.1])}[name]
+    scheduler = {"fixed": schedulers.fixed(), "lagged": schedulers.lagged(table, [0.8, 0.5, 0.1])}[name]
     requests = asks(7, seed=6, sampled=False)
     engine = serve(scheduler=scheduler)
     assert engine._batch.sizes == (2, 3, 6)
@@ -173,6 +172,18 @@ def test_flat_verification_in_sizes(serve: Any, reference: Any, name: str) -> No
     assert serve_round._cache_size() == compiled
     rounds = [piece.round for one in handles for piece in one.pieces if piece.round is not None]
     assert (len({one.admitted for one in rounds}) > 1) == (name == "lagged")
+
+
+@pytest.mark.parametrize("maximum", (0, 1))
+def test_fewer_admitted_drafts_compute_fewer_rows(serve: Any, reference: Any, maximum: int) -> None:
+    """Without being asked: two slots with nothing admitted are 2 rows, with one draft each 4 that are computed as 6."""
+    engine = serve(scheduler=schedulers.early_stop(np.ones(13), maximum=maximum))
+    requests = asks(4, seed=6, sampled=False)
+    handles = [engine.submit(**one) for one in requests]
+    drive(engine)
+    assert [list(one.result().tokens) for one in handles] == reference(requests)
+    whole = (SIZE + 1) * 2 * engine.metrics.rounds
+    assert engine.metrics.rows <= {0: whole / 4, 1: whole * 3 / 4}[maximum]
 
 
 def test_without_a_drafter(target: Qwen3, reference: Any) -> None:
@@ -187,7 +198,7 @@ def test_without_a_drafter(target: Qwen3, reference: Any) -> None:
 def test_a_slot_is_handed_over_clean(models: Any, target: Qwen3) -> None:
     """After rounds of another request, a drafter with a memory of its own and the history hold nothing of it."""
     drafter = models.near(target, 2, confidence=True)
-    scheduler = Scheduler.lagged(np.ones(9), [0.75, 0.5], online=EstimateSettings())
+    scheduler = schedulers.lagged(np.ones(9), [0.75, 0.5], online=EstimateSettings())
     pair = Models(target, drafter)
     slots = open_slots(pair, scheduler, count=2, rows=32, stops=1)
     state = slots.state
@@ -345,7 +356,7 @@ def test_bad_requests_are_refused_in_one_line_and_touch_nothing(serve: Any, refe
         ({"capacity": 129}, "exceeds the target's max_position_embeddings=128"),
         ({"prefill_chunk": 2.0}, "prefill_chunk=2.0 is float"),
         ({"stop_tokens": [99]}, "stop_tokens has token 99"),
-        ({"scheduler": Scheduler.fixed([1, 2])}, "for 3 requests"),
+        ({"scheduler": schedulers.fixed([1, 2])}, "for 3 requests"),
     ],
 )
 def test_an_engine_that_cannot_work_is_refused(serve: Any, options: dict[str, Any], message: str) -> None:

@@ -11,11 +11,11 @@ import pytest
 from safetensors.numpy import load_file
 
 from dspark_jax.drafter.interface import Proposal
+from dspark_jax.engine import schedulers
 from dspark_jax.engine.commit import settle
 from dspark_jax.engine.generate import Prompts, decode, decode_shape
 from dspark_jax.engine.models import Models
 from dspark_jax.engine.sampling import Requests, Uniforms, request_keys
-from dspark_jax.engine.schedule import Scheduler
 from dspark_jax.engine.state import DecodeState
 from dspark_jax.engine.verify import Verdict, judge, verify
 from dspark_jax.ops.sampling import Sampling, draw, probabilities, token_probabilities, words
@@ -142,7 +142,7 @@ def test_joint_distribution_of_four_tokens(models: Any, pair: tuple[int, int], t
         Prompts(jnp.full((batch, 1), 2), ones, ones + new, request_keys(11, jnp.arange(batch))),
         Sampling.constant(temperature, batch),
         jnp.asarray([-1]),
-        Scheduler.fixed(),
+        schedulers.fixed(),
         shape=decode_shape(1, new, both, trace=False),
     )
     tokens = np.asarray(state.tokens)[:, 1 : 1 + new]

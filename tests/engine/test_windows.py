@@ -13,9 +13,8 @@ from flax import nnx
 
 from dspark_jax.config import MeshConfig, TargetArchitecture
 from dspark_jax.drafter.none import NO_DRAFTER
-from dspark_jax.engine import generate
+from dspark_jax.engine import generate, schedulers
 from dspark_jax.engine.models import Models
-from dspark_jax.engine.schedule import Scheduler
 from dspark_jax.engine.serving import Engine
 from dspark_jax.engine.slots import open_slots
 from dspark_jax.sharding import make_mesh
@@ -83,7 +82,7 @@ def test_slots(models: Any, chunk: int) -> None:
 def test_layers_with_a_window_keep_no_more_than_they_see(models: Any) -> None:
     slots = jax.eval_shape(
         functools.partial(open_slots, count=2, rows=CAPACITY, stops=4), Models(target(), models.near(target(), SIZE)),
-        Scheduler.fixed(),
+        schedulers.fixed(),
     )  # fmt: skip
     caches = slots.state.target_cache
     for window, block in ((1, 1), (9, 8), (10, 8), (11, 8), (1024, 8), (1026, 17)):

@@ -6,7 +6,7 @@ are token 0. What one request drafted turns the vote in three of eight cases.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,10 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dspark_jax.engine import generate, rules
-from dspark_jax.engine import schedule as schedule_module
+from dspark_jax.engine import generate, schedulers
 from dspark_jax.engine.models import Models
-from dspark_jax.engine.schedule import Scheduler
+from dspark_jax.engine.schedulers import Scheduler
+from dspark_jax.engine.schedulers.adaptive import Adaptive
+from dspark_jax.engine.schedulers.early_stop import EarlyStop, admitted_until_stop
+from dspark_jax.engine.schedulers.lagged import Lagged, admitted_by_capacity
+from dspark_jax.engine.schedulers.survival import scaled, survival
 from dspark_jax.engine.serving import Engine
 
 REQUESTS, SIZE = 4, 3
@@ -26,55 +29,66 @@ REQUESTS, SIZE = 4, 3
 TABLE = [1.0] * 5 + [0.9] * 4 + [0.1] * 5 + [0.57] * 3
 # The third draft is likely after token 0 and hopeless after token 1; the first two are the same after all tokens.
 CONFIDENCE = np.asarray([[2.2, 2.2], [2.2, 2.2], [8.0, -8.0]])
-SCHEDULERS: dict[str, Callable[[Any], Scheduler]] = {
-    "early_stop": Scheduler.early_stop,
-    "lagged": lambda table: Scheduler.lagged(table, [0.9, 0.8, 0.4]),
-    "adaptive": Scheduler.adaptive,
-}
 
 
-def peeks(table: jax.Array) -> jax.Array:
+def peeks(table: Any) -> jax.Array:
     """Entry 0 of a cost table is never looked up; here it tells the wrong rules apart, which share an executable."""
     return table[0] > 5.0
 
 
-early_stop, lagged, logits = rules.early_stop, rules.lagged, schedule_module._logits
-
-
-def wrong_early_stop(survival: Any, table: Any, *bounds: Any) -> Any:
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PeekingEarlyStop(EarlyStop):
     """Goes on after a draft that lowers the throughput, if later ones raise it more: a global argmax."""
-    right, wrong = early_stop(survival, table, *bounds), lagged(survival, survival, table, *bounds)
-    return jnp.where(peeks(table), wrong, right)
+
+    def admit(self, proposal: Any, active: Any, history: Any) -> Any:
+        live = survival(self.logits(proposal, history))
+        bounds = (self.steps_per_second, active, self.minimum, self.maximum)
+        wrong = admitted_by_capacity(live, live, *bounds)
+        return jnp.where(peeks(self.steps_per_second), wrong, admitted_until_stop(live, *bounds)), history
 
 
-def wrong_lagged(live: Any, old: Any, table: Any, *bounds: Any) -> Any:
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PeekingLagged(Lagged):
     """Takes the capacity from the survivals of now."""
-    return lagged(live, jnp.where(peeks(table), live, old), table, *bounds)
+
+    def admit(self, proposal: Any, active: Any, history: Any) -> Any:
+        live = survival(self.logits(proposal, history))
+        known = jnp.where(peeks(self.steps_per_second), jnp.stack([live, live]), history.survival)
+        lengths, _ = super().admit(proposal, active, dataclasses.replace(history, survival=known))
+        return lengths, dataclasses.replace(history, survival=jnp.stack([live, history.survival[0]]))
 
 
-def wrong_logits(scheduler: Scheduler, proposal: Any, history: Any) -> Any:
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PeekingAdaptive(Adaptive):
     """Takes the confidences of now for the running estimate."""
-    wrong = rules.scaled(proposal.confidence, scheduler.temperatures, scheduler.bias)
-    return jnp.where(peeks(scheduler.steps_per_second), wrong, logits(scheduler, proposal, history))
+
+    def logits(self, proposal: Any, history: Any) -> jax.Array:
+        wrong = scaled(proposal.confidence, self.temperatures, self.bias)
+        return jnp.where(peeks(self.steps_per_second), wrong, super().logits(proposal, history))
 
 
-@pytest.fixture(params=SCHEDULERS)
-def rule(request: Any, monkeypatch: Any) -> Iterator[Callable[[Any], Scheduler]]:
+MADE: dict[str, tuple[type[Scheduler], Callable[[Any], Scheduler]]] = {
+    "early_stop": (PeekingEarlyStop, schedulers.early_stop),
+    "lagged": (PeekingLagged, lambda table: schedulers.lagged(table, [0.9, 0.8, 0.4])),
+    "adaptive": (PeekingAdaptive, schedulers.adaptive),
+}
+
+
+@pytest.fixture(params=MADE)
+def rule(request: Any) -> Callable[[Any], Scheduler]:
     """The constructor of a scheduler whose rule is wrong where entry 0 of its table says so."""
-    place, name, wrong = {
-        "early_stop": (rules, "early_stop", wrong_early_stop),
-        "lagged": (rules, "lagged", wrong_lagged),
-        "adaptive": (schedule_module, "_logits", wrong_logits),
-    }[request.param]
-    monkeypatch.setattr(place, name, wrong)
-    yield SCHEDULERS[request.param]
+    peeking, make = MADE[request.param]
+    return lambda table: peeking(**vars(make(table)))
 
 
 @pytest.fixture
-def pair(models: Any, rule: Any) -> tuple[Any, Any]:
-    """Target and drafter, both a fair coin. Their class is new: no executable of another rule is taken for them."""
+def pair(models: Any) -> tuple[Any, Any]:
+    """Target and drafter, both a fair coin."""
     coin = jnp.zeros((2, 2))
-    drafter = type("Drafter", (models.bigram_drafter,), {})(coin, SIZE, (), jnp.asarray(CONFIDENCE, jnp.float32))
+    drafter = models.bigram_drafter(coin, SIZE, (), jnp.asarray(CONFIDENCE, jnp.float32))
     target = models.bigram_target(coin)
     target.arch = dataclasses.replace(target.arch, max_position_embeddings=0)  # texts may be as long as they like
     return target, drafter

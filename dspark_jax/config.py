@@ -144,7 +144,7 @@ class TrainConfig:
     """Run `evaluate` on the last checkpoint when training has ended."""
     init_from: str = ""
     """Start from the parameters of this drafter (a run's working directory, or a drafter in a Hugging Face directory)
-    instead of from random ones. The optimizer starts anew."""
+    instead of from random ones. The optimizer starts from nothing."""
 
 
 @dataclasses.dataclass

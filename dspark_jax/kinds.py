@@ -49,7 +49,7 @@ def as_kind(config: Config, kind: str) -> Config:
     elif kind == "mtp":
         drafter = dataclasses.replace(drafter, kind=kind, num_layers=1, block_size=1, target_layer_ids=(), **headless)
         loss = MTP_LOSS
-    if kind == "length":  # in the place of the total variation; everything else is dspark's
+    if kind == "length":  # instead of the total variation; everything else is dspark's
         loss = dataclasses.replace(loss, l1=0.0, length=1.0)
     train = config.train
     if kind in MASKLESS:

@@ -36,7 +36,7 @@ def compute_dtype() -> str:
 def unstacks_layers() -> bool:
     """Whether decoding wants its layers one by one.
 
-    A CPU slices a stack anew in every turn of a loop (five sixths of a decoding step at batch 1), a GPU's products
+    A CPU slices a stack again in every turn of a loop (five sixths of a decoding step at batch 1), a GPU's products
     cannot read a slice of one and copy it first (half of a decoding step of Qwen3-4B on an H100). A TPU reads slices
     in place, and a loop compiles faster.
     """

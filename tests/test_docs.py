@@ -43,3 +43,8 @@ def test_files_that_a_page_names_are_there(page):
     there = "".join(f"/{file.relative_to(ROOT)}\n" for name in FOLDERS for file in (ROOT / name).rglob("*"))
     paths = re.findall(r"`([\w./-]+\.(?:py|md|ipynb|sh|yaml))`", text)
     assert not [path for path in paths if not (ROOT / path).exists() and f"/{path}\n" not in there]
+
+
+def test_the_readme_stays_short():
+    """Details belong into docs/."""
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150

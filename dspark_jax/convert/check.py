@@ -181,7 +181,7 @@ def _load(directory: Path, raw: Mapping[str, Any], stated: Layout, mesh: Mesh, d
     source = layers_config(raw)
     arch = TargetArchitecture.from_hf(directory / "config.json" if source is raw else source)
     config = drafter_config(str(directory / "config.json"), stated)
-    if stated.family == "block":  # scoring goes by readings; what the module knows of them only tells executables
+    if stated.family == "block":  # scoring is by readings; what the module knows of them only tells executables
         config = dataclasses.replace(config, target_layer_ids=tuple(range(len(stated.taps))), mask_token_id=0)
     return load_tensors(directory, arch, config, mesh, dtype=dtype, finite=False)
 

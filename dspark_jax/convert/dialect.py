@@ -67,7 +67,7 @@ class Score:
       layout: the reading.
       rounds: [N] expected tokens of a round from each anchor, the bonus token included, at temperature 1.
       overlap: [N] mean overlap of the drafts of each anchor with the target, without the last draft, which the fill-in
-        layout does not have. It tells readings apart with the fewest anchors: `rounds` hangs on the first draft.
+        layout does not have. It tells readings apart with the fewest anchors: `rounds` depends on the first draft.
       answer: [N] index of the answer that the anchor is in.
       greedy_rounds: [N] as `rounds` if each draft is the likeliest token; the target still samples.
     """
@@ -334,7 +334,7 @@ def _overlaps(
       trial: the answer and its anchors.
       mask: mask token of a block drafter.
       anchor_first: the block layout.
-      block: whether it is a block drafter, which is shown the answer; another one goes by its own drafts.
+      block: whether it is a block drafter, which is shown the answer; another one continues its own drafts.
     """
     tokens, positions = jnp.asarray(trial.tokens), jnp.asarray(trial.positions)
     if block:
@@ -394,7 +394,7 @@ def _block_overlaps(
 def _chain_overlaps(
     drafter: Any, target: Any, features: jax.Array, hidden: jax.Array, tokens: jax.Array, positions: jax.Array
 ) -> jax.Array:
-    """`_overlaps` of a drafter that goes by its own greedy drafts: nothing counts after one that leaves the answer."""
+    """`_overlaps` of a drafter that continues its greedy drafts: nothing counts after one that leaves the answer."""
     count, size = positions.shape[0], drafter.block_size
     cache = _context(drafter, features, tokens, positions)
     uniforms = jnp.zeros((count, size, 2), jnp.int32)

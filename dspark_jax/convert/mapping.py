@@ -71,7 +71,7 @@ def drafter_weights(config: DrafterConfig, paths: Iterable[str] = ()) -> dict[st
 
     Args:
       config: says what kind of drafter it is.
-      paths: of its parameters; they tell Gemma 4's layers, of which some norms go by other names, from Qwen3's.
+      paths: of its parameters; they tell Gemma 4's layers, of which some norms have other names, from Qwen3's.
     """
     weights = _plain_weights(config)
     if is_gemma(paths):

@@ -2,8 +2,8 @@
 
 Padding costs as much as tokens: conversations of a hundred tokens in sequences of 256 leave more than half of the
 target's forward pass to zeros. Which samples share a sequence is decided once, by best fit from the longest to the
-shortest; the sequences are then shuffled anew in every epoch. Samples of a sequence never see each other: rows carry
-the first row of their document, positions begin anew in each, and no block crosses into the next one.
+shortest; the sequences are then shuffled again in every epoch. Samples of a sequence never see each other: rows carry
+the first row of their document, positions begin at 0 in each, and no block crosses into the next one.
 """
 
 import bisect

@@ -29,7 +29,7 @@ class Proposal:
 class BlockOutputs:
     """Training-side output of a drafter: A blocks of G predictions per sequence.
 
-    Drafters that go token by token have rows in the place of blocks: the row at t follows an anchor at t + 1.
+    Drafters that go token by token have rows instead of blocks: the row at t follows an anchor at t + 1.
 
     Attributes:
       hidden: [B, A, G, D] after the drafter's final norm; the LM head and the other heads read it.

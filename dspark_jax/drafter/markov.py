@@ -35,7 +35,7 @@ class MarkovHead(nnx.Module):
         self.w2 = normal(rngs, (), (vocab_size, rank), ("vocab", "rank"), scale)
 
     def fuse_weights(self, dtype: Any) -> None:
-        """See `target.decode_weights`: W2 is read anew for every draft."""
+        """See `target.decode_weights`: W2 is read again for every draft."""
         narrow(self.w1, dtype)
         narrow(self.w2, dtype)
 

@@ -51,7 +51,7 @@ def check_run(folder: Path, workdir: Path, config: Config, now: Mapping[str, Any
     """Refuses to go on with a run that was trained in another way: nothing would be on equal terms any more.
 
     Args:
-      folder: of the run; one without checkpoint or measurement is begun anew and may be anything.
+      folder: of the run; one without checkpoint or measurement is begun again and may be anything.
       workdir: of the comparison.
       config: of the run, resolved.
       now: what the files are now: `contents`, and "data", the fingerprint, once the data is prepared.

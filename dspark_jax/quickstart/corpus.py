@@ -261,7 +261,7 @@ def compare(rng: random.Random, library: Library) -> Conversation | None:
 
 def conversations(domain: str, library: Library, seed: int) -> Iterator[Conversation]:
     """An endless stream of one domain: fresh problems for math; for code and chat, epochs over the items, each item
-    phrased anew every time.
+    phrased in another way every time.
     """
     rng = random.Random(f"{seed} {domain} {library.split}")
     while domain == "math":

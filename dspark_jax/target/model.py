@@ -144,7 +144,7 @@ class Target(nnx.Module):
           cache: a cache with room for positions[b, 0] + S rows, or None.
           taps: ascending layer ids whose raw outputs become `features`; -1 is the embeddings.
           starts: [B, S] first row of each row's document, where several are packed into a sequence (without a cache):
-            a row attends to its own document only. Positions then begin anew in every document.
+            a row attends to its own document only. Positions then begin at 0 in every document.
           rows: the rows of all requests follow one another: tokens and positions are [1, T], of which `rows`
             says what belongs to whom. Only attention and the cache, which must be there, see the requests.
           counts: [B] real rows of each request, the first ones (None: all S). With a cache, a pass that is padded by

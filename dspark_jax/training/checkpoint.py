@@ -94,7 +94,7 @@ class Checkpoints:
             self.manager.save(step, args=ocp.args.Composite(**items))
 
     def restore(self, layout: TrainState) -> tuple[int, TrainState, dict[str, Any]]:
-        """The newest checkpoint that is whole; damaged ones that are newer are renamed, so that they can be made anew.
+        """The newest checkpoint that is whole; damaged ones that are newer are renamed, so that they can be made again.
 
         Args:
           layout: shapes and shardings to restore onto; any mesh will do.
@@ -162,7 +162,7 @@ def saved_config(workdir: Path) -> Config | None:
 
 
 def check_continuation(config: Config, workdir: Path, data: Callable[[], str]) -> bool:
-    """Refuses what `Checkpoints.restore` would, before data is prepared anew for it.
+    """Refuses what `Checkpoints.restore` would, before data is prepared again for it.
 
     Args:
       config: resolved.

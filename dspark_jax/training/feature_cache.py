@@ -67,7 +67,7 @@ def feature_identity(config: Config, workdir: Path, data: str | None = None) -> 
 
 
 def check_features(config: Config, workdir: Path, data: Callable[[], str]) -> None:
-    """Refuses what `prepare_features` would, before samples are prepared anew for it.
+    """Refuses what `prepare_features` would, before samples are prepared again for it.
 
     Args:
       config: resolved.

@@ -34,7 +34,7 @@ class TrainState:
     Attributes:
       step: int32 scalar, optimizer steps done.
       params: the drafter's parameters, float32.
-      optimizer: the optimizer's state; what has a parameter's shape lies like that parameter.
+      optimizer: the optimizer's state; what has a parameter's shape is sharded like it.
     """
 
     step: jax.Array

@@ -117,7 +117,12 @@ def parse(
     extra = {name: values[name].value for name in values if name not in ("config", "workdir")}
     extra = {name: value for name, value in extra.items() if not name.startswith("config.")}
     workdir = values["workdir"].value
-    return found, Path(workdir) if workdir else Path("runs") / found.name, extra
+    return found, Path(workdir) if workdir else default_workdir(found), extra
+
+
+def default_workdir(config: Config) -> Path:
+    """Where a command works that is not given `--workdir`."""
+    return Path("runs") / config.name
 
 
 def load_config(spec: str) -> Config:

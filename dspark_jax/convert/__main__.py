@@ -45,6 +45,7 @@ from dspark_jax.convert.targets import Lent, fitting, lent, lent_by_file
 from dspark_jax.data.chat import load_tokenizer, prompt_tokens
 from dspark_jax.data.features import LENDER
 from dspark_jax.data.prompts import Malformed, read_prompts
+from dspark_jax.engine.arguments import check_known
 from dspark_jax.engine.generate import generate
 from dspark_jax.engine.models import Models
 from dspark_jax.hub import local_directory, with_architecture
@@ -67,15 +68,18 @@ def export(options: argparse.Namespace) -> Path:
     Raises:
       InputError: run, drafter, target or output cannot be used.
     """
-    output = Path(options.output)
-    if options.workdir and options.drafter:
-        raise InputError("--workdir and --drafter: only one of the two can be exported; leave one out")
-    if options.workdir:
-        source, files = run_source(Path(options.workdir), options)
+    output, workdir = Path(options.output), options.workdir
+    if options.config and not workdir:
+        workdir = command.default_workdir(command.load_config(options.config))
+    if workdir and options.drafter:
+        which = "--workdir" if options.workdir else "--config"
+        raise InputError(f"{which} and --drafter: only one of the two can be exported; leave one out")
+    if workdir:
+        source, files = run_source(Path(workdir), options)
     elif options.drafter and options.target:
         source, files = directory_source(local_directory(options.drafter), options)
     else:
-        raise InputError("export needs --workdir RUN, or --drafter DIR with --target DIR")
+        raise InputError("export needs --config or --workdir of a run, or --drafter DIR with --target DIR")
     check_output(output, source.config, overwrite=options.overwrite)
     if options.push:
         check_repository(options.push, source.config)
@@ -97,6 +101,29 @@ def export(options: argparse.Namespace) -> Path:
     if options.push:
         log(f"export: pushed to {push(output, options.push, private=options.private)}")
     return output
+
+
+def export_run(workdir: str | Path, output: str | Path, **options: Any) -> Path:
+    """Exports the newest checkpoint of a run, as `python -m dspark_jax.convert export` does.
+
+    Args:
+      workdir: of the run.
+      output: directory to write.
+      **options: of the command line: `format` ("universal", "deepspec", "speculators"), `dtype`, `slim`, `name`,
+        `target_name`, `overwrite` and so on.
+
+    Returns:
+      The directory.
+
+    Raises:
+      InputError: an option that does not exist; run, target or output cannot be used.
+    """
+    given = parser().parse_args(["export", "--workdir", str(workdir), "--output", str(output)])
+    for name, value in options.items():
+        check_known("export", name, sorted(vars(given)))
+        setattr(given, name, value)
+    check_paths(given)
+    return export(given)
 
 
 def run_source(workdir: Path, options: argparse.Namespace) -> tuple[Source, dict[str, Any]]:
@@ -350,7 +377,8 @@ def parser() -> argparse.ArgumentParser:
         return sub
 
     one = add("export", export, "Write a drafter in a format that others serve.")
-    one.add_argument("--workdir", help="a run; its newest checkpoint is exported")
+    one.add_argument("--config", help="NAME|FILE[:ARG] of a run in its default --workdir")
+    one.add_argument("--workdir", help="a run; its newest checkpoint is exported. Default: that of --config")
     one.add_argument("--drafter", help="a drafter directory or hub id to convert, instead of a run")
     one.add_argument("--target", help="the target's directory or hub id; default: that of the run")
     one.add_argument("--output", required=True, help="directory to write")

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dspark_jax.data.chat import ChatError, answer_text, prompt_tokens
+from dspark_jax.data.chat import ChatError, answer_text, prompt_tokens, with_system
 from dspark_jax.data.prompts import Message
 from dspark_jax.data.regenerate import Conversation, Rejected
 from dspark_jax.engine.generate import generate, ladder
@@ -37,6 +37,7 @@ class Decoder:
       batch_size: requests decoded together.
       seed: of the request keys.
       step: of the checkpoint that the drafter is from; None where it was loaded already.
+      system_prompt: that conversations begin with; "" is none.
     """
 
     models: Models
@@ -46,6 +47,11 @@ class Decoder:
     batch_size: int
     seed: int
     step: int | None = None
+    system_prompt: str = ""
+
+    def prompt(self, text: str) -> list[int]:
+        """A user's message in the target's chat template, as token ids."""
+        return prompt_tokens(self.tokenizer, with_system([{"role": "user", "content": text}], self.system_prompt))
 
     def decode(
         self,

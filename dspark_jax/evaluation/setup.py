@@ -16,8 +16,9 @@ from dspark_jax.drafter import AnyDrafter
 from dspark_jax.engine.models import Models, when_loaded
 from dspark_jax.evaluation.decoding import Decoder, Requests, first_requests
 from dspark_jax.kinds import MASKLESS
+from dspark_jax.sharding import make_mesh
 from dspark_jax.target.loading import load_target
-from dspark_jax.training.checkpoint import checkpoint_directory, load_step
+from dspark_jax.training.checkpoint import checkpoint_directory, load_step, saved_config
 
 
 def open_decoder(
@@ -50,7 +51,20 @@ def open_decoder(
         batch_size=config.eval.batch_size,
         seed=config.eval.seed,
         step=step,
+        system_prompt=config.data.system_prompt,
     )
+
+
+def load_run(workdir: str | Path) -> Decoder:
+    """The newest checkpoint of a training run with its target, tokenizer and settings, ready to decode.
+
+    Raises:
+      InputError: there is no checkpoint, or its target cannot be loaded.
+    """
+    config = saved_config(Path(workdir))
+    if config is None:
+        raise InputError(f"{checkpoint_directory(Path(workdir))}: no checkpoint here; name the --workdir of a run")
+    return open_decoder(config, Path(workdir), make_mesh(config.mesh))
 
 
 def open_drafter(config: Config, workdir: Path, mesh: Mesh) -> tuple[int, AnyDrafter]:

@@ -4,76 +4,12 @@
         --config.target.path=/models/gemma-4-12B-it --config.data.prompts='("prompts.jsonl",)'
     python -m dspark_jax.train --config configs/dspark_gemma4_12b.py:dflash  # or eagle3, mtp (`dspark_jax.kinds`)
     python -m dspark_jax.plan --config configs/dspark_gemma4_12b.py --topology v6e:4x4
-
-`target.architecture` states the shape of the model, so that the config can be checked and planned without its weights.
 """
 
-from dspark_jax.config import (
-    Config,
-    DataConfig,
-    DrafterConfig,
-    EvalConfig,
-    OptimConfig,
-    TargetArchitecture,
-    TargetConfig,
-    TrainConfig,
-)
-from dspark_jax.kinds import as_kind
-
-BENCHMARKS = ("gsm8k", "math500", "aime25", "mbpp", "humaneval", "livecodebench", "mt-bench", "alpaca", "arena-hard-v2")
+from dspark_jax.config import Config
+from dspark_jax.presets import released
 
 
 def get_config(arg: str = "dspark") -> Config:
     """`arg`: the kind of drafter, dspark if empty."""
-    kind = arg or "dspark"
-    config = Config(
-        name=f"{kind}_gemma4_12b",
-        target=TargetConfig(
-            path="google/gemma-4-12B-it",
-            architecture=TargetArchitecture(
-                model_type="gemma4",
-                vocab_size=262144,
-                hidden_size=3840,
-                num_hidden_layers=48,
-                num_attention_heads=16,
-                num_key_value_heads=8,
-                head_dim=256,
-                intermediate_size=15360,
-                rms_norm_eps=1e-6,
-                rope_theta=1e6,
-                tie_word_embeddings=True,
-                max_position_embeddings=262144,
-                layer_types=(("sliding_attention",) * 5 + ("full_attention",)) * 8,
-                sliding_window=1024,
-                sliding_rope_theta=1e4,
-                global_head_dim=512,
-                num_global_key_value_heads=1,
-                attention_k_eq_v=True,
-                partial_rotary_factor=0.25,
-                final_logit_softcapping=30.0,
-            ),
-        ),
-        drafter=DrafterConfig(
-            num_layers=5,
-            block_size=7,
-            target_layer_ids=(5, 17, 29, 41, 46),
-            mask_token_id=4,
-            markov_rank=256,
-        ),
-        data=DataConfig(prompts=("prompts/open_perfectblend.jsonl",), max_prompt_length=2048, max_length=4096),
-        optim=OptimConfig(learning_rate=6e-4, warmup_ratio=0.04),
-        train=TrainConfig(
-            steps=25390,
-            batch_size=512,
-            accumulate=32 if kind == "eagle3" else 8,  # EAGLE-3 learns from every row, not from 512 anchors
-            num_anchors=512,
-            checkpoint_every=1000,
-        ),
-        eval=EvalConfig(
-            prompts=tuple(f"eval_datasets/{name}.jsonl" for name in BENCHMARKS),
-            batch_size=64,
-            max_new_tokens=2048,
-            speed_prompts=4,
-        ),
-    )
-    return as_kind(config, kind)
+    return released("gemma4_12b", "google/gemma-4-12B-it", arg)

@@ -15,7 +15,7 @@ from dspark_jax.config import PATHS, InputError
 from dspark_jax.convert.__main__ import PATHS as OPTIONS
 from dspark_jax.convert.__main__ import main, parser
 from dspark_jax.paths import check_local
-from dspark_jax.quickstart.build import parse
+from tests.quickstart.builder.build import parse
 
 OTHER_FIELDS = {
     "name", "target.dtype", "target.architecture.model_type", "target.architecture.layer_types",

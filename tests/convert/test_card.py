@@ -17,7 +17,7 @@ from dspark_jax.convert.export import Source, content
 from dspark_jax.convert.llama_tokenizer import split_to_tell
 from dspark_jax.convert.mapping import FROZEN
 from dspark_jax.convert.servers import replay
-from dspark_jax.quickstart.tokenizer import SPLIT
+from tests.quickstart.builder.tokenizer import SPLIT
 
 QWEN = TargetArchitecture("qwen3", 64, 32, 6, 4, 2, 16, 48, max_position_embeddings=64)
 GEMMA = replace(

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import dspark_jax.quickstart
-from dspark_jax.quickstart.corpus import libraries
+from tests.quickstart.builder.corpus import libraries
 
 _HERE = Path(dspark_jax.quickstart.__file__).parent
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dspark_jax.quickstart.build import checkpoint_of, parse
+from tests.quickstart.builder.build import checkpoint_of, parse
 
 
 def test_help_names_every_way_to_run(capsys):

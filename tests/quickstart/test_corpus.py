@@ -7,9 +7,9 @@ from itertools import islice
 
 import pytest
 
-from dspark_jax.quickstart.corpus import DOMAINS, conversations, explain, split_of, trim
-from dspark_jax.quickstart.math_problems import TEMPLATES, problem
-from dspark_jax.quickstart.stdlib_items import Function, prose
+from tests.quickstart.builder.corpus import DOMAINS, conversations, explain, split_of, trim
+from tests.quickstart.builder.math_problems import TEMPLATES, problem
+from tests.quickstart.builder.stdlib_items import Function, prose
 
 _EQUATION = re.compile(r"(?<![\w^])((?:\d+ [-+*/] )+\d+) = (-?\d+)\b(?!/)")
 

@@ -10,12 +10,12 @@ from flax import nnx
 from tokenizers import Tokenizer
 
 from dspark_jax.config import TargetArchitecture
-from dspark_jax.quickstart import pretrain
-from dspark_jax.quickstart.corpus import DOMAINS
-from dspark_jax.quickstart.fast_forward import last_hidden
-from dspark_jax.quickstart.packing import MIXTURE, PROMPT_WEIGHT, ROW_LENGTH, rows
-from dspark_jax.quickstart.tokenizer import EOS, PAD
 from dspark_jax.target.qwen3 import Qwen3
+from tests.quickstart.builder import pretrain
+from tests.quickstart.builder.corpus import DOMAINS
+from tests.quickstart.builder.fast_forward import last_hidden
+from tests.quickstart.builder.packing import MIXTURE, PROMPT_WEIGHT, ROW_LENGTH, rows
+from tests.quickstart.builder.tokenizer import EOS, PAD
 
 SMALL = TargetArchitecture(
     model_type="qwen3", vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
@@ -46,11 +46,15 @@ def test_fast_forward_is_the_model():
 
 
 @pytest.mark.parametrize("shape", [(2, 24, 24), (3, 16, 48), (3, 48, 16)])
-def test_orthogonalize_pulls_singular_values_to_one(shape):
-    stack = jax.random.normal(jax.random.key(0), shape)
-    values = np.linalg.svd(np.asarray(pretrain.orthogonalize(stack)), compute_uv=False)
-    rank_one = np.median(values)
-    assert 0.6 < rank_one < 1.3 and values.max() < 1.4
+def test_matrices_move_by_orthogonal_updates(shape):
+    """Of a root mean square of 0.2, layer by layer; embeddings do not."""
+    params = {"matrix": jnp.zeros(shape), "embedding": jnp.zeros((8, 4))}
+    grads = {"matrix": jax.random.normal(jax.random.key(0), shape), "embedding": jnp.ones((8, 4))}
+    rule = pretrain.optimizer()
+    updates, _ = rule.update(grads, rule.init(params), params)
+    values = np.linalg.svd(np.asarray(updates["matrix"]), compute_uv=False) / (0.2 * max(shape[1:]) ** 0.5)
+    assert 0.6 < np.median(values) < 1.3 and values.max() < 1.4
+    np.testing.assert_allclose(updates["embedding"], -1.0, rtol=1e-3)
 
 
 def test_schedule_follows_the_clock():

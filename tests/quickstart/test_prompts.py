@@ -3,9 +3,9 @@
 import pytest
 from tokenizers import Tokenizer
 
-from dspark_jax.quickstart.corpus import DOMAINS, SPLITS
-from dspark_jax.quickstart.prompt_sets import MAX_PROMPT_TOKENS, SIZES, prompt_set, read_prompts
-from dspark_jax.quickstart.tokenizer import render
+from tests.quickstart.builder.corpus import DOMAINS, SPLITS
+from tests.quickstart.builder.prompt_sets import MAX_PROMPT_TOKENS, SIZES, prompt_set, read_prompts
+from tests.quickstart.builder.tokenizer import render
 
 
 @pytest.mark.parametrize("split_name", SPLITS)

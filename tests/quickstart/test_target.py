@@ -13,12 +13,12 @@ from tokenizers import Tokenizer
 from transformers import AutoConfig
 
 from dspark_jax.config import TargetArchitecture
-from dspark_jax.quickstart import pretrain
-from dspark_jax.quickstart.corpus import DOMAINS
-from dspark_jax.quickstart.export import tensors, write_target
-from dspark_jax.quickstart.packing import rows
-from dspark_jax.quickstart.report import answer
 from dspark_jax.target.qwen3 import Qwen3
+from tests.quickstart.builder import pretrain
+from tests.quickstart.builder.corpus import DOMAINS
+from tests.quickstart.builder.export import tensors, write_target
+from tests.quickstart.builder.packing import rows
+from tests.quickstart.builder.report import answer
 
 # Held-out answer loss in nats per token; an untrained or wrongly exported model is at 8.3.
 LOSS_BOUND = {"math": 1.0, "code": 4.0, "chat": 5.0}

@@ -3,7 +3,7 @@
 import pytest
 from transformers import AutoConfig, AutoTokenizer
 
-from dspark_jax.quickstart.tokenizer import SPECIALS, USED_SIZE, VOCAB_SIZE, render
+from tests.quickstart.builder.tokenizer import SPECIALS, USED_SIZE, VOCAB_SIZE, render
 
 
 @pytest.fixture(scope="module")

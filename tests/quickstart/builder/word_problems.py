@@ -5,7 +5,7 @@ Every template takes a `random.Random` and returns (question, steps, answer).
 
 import random
 
-from dspark_jax.quickstart.arithmetic import Problem
+from tests.quickstart.builder.arithmetic import Problem
 
 NAMES = [
     "Ada",

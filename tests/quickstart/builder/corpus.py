@@ -10,8 +10,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from dspark_jax.quickstart.math_problems import problem
-from dspark_jax.quickstart.stdlib_items import MAX_PROSE, Explanation, Function, explanations, functions
+from tests.quickstart.builder.math_problems import problem
+from tests.quickstart.builder.stdlib_items import MAX_PROSE, Explanation, Function, explanations, functions
 
 DOMAINS = ("math", "code", "chat")
 SPLITS = ("train", "heldout")

@@ -1,8 +1,8 @@
 """Rebuilds the embedded target and its prompt sets from this CPython installation: no download, two CPU cores, ~75 min.
 
-    python -m dspark_jax.quickstart.build --out my_quickstart --minutes 75
-    python -m dspark_jax.quickstart.build --out my_quickstart --resume        # after a kill
-    python -m dspark_jax.quickstart.build --out my_quickstart --export-only   # the latest checkpoint, at any time
+    python -m tests.quickstart.builder.build --out my_quickstart --minutes 75
+    python -m tests.quickstart.builder.build --out my_quickstart --resume        # after a kill
+    python -m tests.quickstart.builder.build --out my_quickstart --export-only   # the latest checkpoint, at any time
 
 Writes OUT/target (a Hugging Face directory) and OUT/prompts; the checkpoint and the tokenizer lie in WORK.
 """
@@ -19,15 +19,15 @@ from tokenizers import Tokenizer
 
 from dspark_jax.errors import InputError
 from dspark_jax.paths import check_local
-from dspark_jax.quickstart import pretrain
-from dspark_jax.quickstart.card import model_card
-from dspark_jax.quickstart.corpus import DOMAINS, Library, conversations, libraries
-from dspark_jax.quickstart.export import write_target
-from dspark_jax.quickstart.packing import MIXTURE, Rows, rows
-from dspark_jax.quickstart.prompt_sets import write_prompt_sets
-from dspark_jax.quickstart.report import math_accuracy, measure
-from dspark_jax.quickstart.stdlib_items import python_version
-from dspark_jax.quickstart.tokenizer import save_tokenizer, train_tokenizer
+from tests.quickstart.builder import pretrain
+from tests.quickstart.builder.card import model_card
+from tests.quickstart.builder.corpus import DOMAINS, Library, conversations, libraries
+from tests.quickstart.builder.export import write_target
+from tests.quickstart.builder.packing import MIXTURE, Rows, rows
+from tests.quickstart.builder.prompt_sets import write_prompt_sets
+from tests.quickstart.builder.report import math_accuracy, measure
+from tests.quickstart.builder.stdlib_items import python_version
+from tests.quickstart.builder.tokenizer import save_tokenizer, train_tokenizer
 
 TOKENIZER_SAMPLE = {"math": 3000, "code": 9000, "chat": 6000}  # conversations
 
@@ -49,7 +49,7 @@ def heldout_rows(tokenizer: Tokenizer, library: Library, batch: int, count: int 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m dspark_jax.quickstart.build",
+        prog="python -m tests.quickstart.builder.build",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

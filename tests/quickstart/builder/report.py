@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
 
-from dspark_jax.quickstart.corpus import DOMAINS, SPLITS, Library, conversations
-from dspark_jax.quickstart.prompt_sets import read_prompts
-from dspark_jax.quickstart.tokenizer import EOS, render
 from dspark_jax.target.qwen3 import Qwen3
+from tests.quickstart.builder.corpus import DOMAINS, SPLITS, Library, conversations
+from tests.quickstart.builder.prompt_sets import read_prompts
+from tests.quickstart.builder.tokenizer import EOS, render
 
 PROMPT_ROOM, ANSWER_ROOM = 128, 256
 

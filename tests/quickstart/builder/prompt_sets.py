@@ -5,8 +5,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from dspark_jax.quickstart.corpus import DOMAINS, SPLITS, Library, conversations, documented
-from dspark_jax.quickstart.tokenizer import render
+from tests.quickstart.builder.corpus import DOMAINS, SPLITS, Library, conversations, documented
+from tests.quickstart.builder.tokenizer import render
 
 SIZES = {"train": 1500, "heldout": 128}
 MAX_PROMPT_TOKENS = 120

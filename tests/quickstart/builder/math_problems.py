@@ -6,8 +6,8 @@ Numbers are kept small enough that a model of six million parameters can learn t
 import random
 from collections.abc import Callable
 
-from dspark_jax.quickstart import arithmetic, word_problems
-from dspark_jax.quickstart.arithmetic import Problem
+from tests.quickstart.builder import arithmetic, word_problems
+from tests.quickstart.builder.arithmetic import Problem
 
 TEMPLATES: tuple[Callable[[random.Random], Problem], ...] = (
     arithmetic.addition,

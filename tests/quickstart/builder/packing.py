@@ -8,8 +8,8 @@ from itertools import islice
 import numpy as np
 from tokenizers import Tokenizer
 
-from dspark_jax.quickstart.corpus import Conversation, Library, conversations
-from dspark_jax.quickstart.tokenizer import PAD, render
+from tests.quickstart.builder.corpus import Conversation, Library, conversations
+from tests.quickstart.builder.tokenizer import PAD, render
 
 ROW_LENGTH = 384
 PROMPT_WEIGHT = 0.2  # of a token the user wrote; answers count 1

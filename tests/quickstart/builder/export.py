@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from safetensors.flax import save_file
 from tokenizers import Tokenizer
 
-from dspark_jax.quickstart.tokenizer import EOS, PAD, save_tokenizer
 from dspark_jax.target.qwen3 import Qwen3
+from tests.quickstart.builder.tokenizer import EOS, PAD, save_tokenizer
 
 
 def tensors(model: Qwen3) -> dict[str, jax.Array]:

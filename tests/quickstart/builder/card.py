@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from dspark_jax.quickstart.corpus import DOMAINS
-from dspark_jax.quickstart.packing import MIXTURE, ROW_LENGTH
+from tests.quickstart.builder.corpus import DOMAINS
+from tests.quickstart.builder.packing import MIXTURE, ROW_LENGTH
 
 _CARD = """\
 # dspark_jax quickstart target
@@ -54,7 +54,7 @@ default system prompt; `<|im_end|>` ends a turn. Context seen in training: {row_
 
 ## Rebuild
 
-    python -m dspark_jax.quickstart.build --out DIR --minutes 75
+    python -m tests.quickstart.builder.build --out DIR --minutes 75
 
 ## Licence
 

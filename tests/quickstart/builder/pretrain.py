@@ -1,10 +1,9 @@
 """Pre-training of the embedded model: optimizer, jitted step, wall-clock schedule, checkpoints of its own."""
 
 import json
-import math
 import os
 import time
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -15,14 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from optax.contrib import MuonDimensionNumbers, muon
 from tqdm import tqdm
 
 from dspark_jax.config import TargetArchitecture
-from dspark_jax.ops.product import bfloat16_product, dot, transposed
-from dspark_jax.quickstart.fast_forward import last_hidden
-from dspark_jax.quickstart.packing import Rows
-from dspark_jax.quickstart.tokenizer import VOCAB_SIZE
+from dspark_jax.ops.product import bfloat16_product, transposed
 from dspark_jax.target.qwen3 import Qwen3
+from tests.quickstart.builder.fast_forward import last_hidden
+from tests.quickstart.builder.packing import Rows
+from tests.quickstart.builder.tokenizer import VOCAB_SIZE
 
 ARCHITECTURE = TargetArchitecture(
     model_type="qwen3", vocab_size=VOCAB_SIZE, hidden_size=256, num_hidden_layers=6, num_attention_heads=4,
@@ -82,47 +82,32 @@ def _input_axes(path: tuple[Any, ...], leaf: jax.Array) -> int:
     return 2 if "'out'" in jax.tree_util.keystr(path) or ".out" in jax.tree_util.keystr(path) else 1
 
 
-def orthogonalize(stack: jax.Array) -> jax.Array:
-    """Roughly the nearest semi-orthogonal matrices to stack [L, I, O]: five Newton-Schulz steps (Muon, Jordan 2024)."""
-    wide = stack if stack.shape[1] <= stack.shape[2] else transposed(stack)
-    x = wide / (jnp.linalg.norm(wide, axis=(1, 2), keepdims=True) + 1e-8)
-    for _ in range(5):
-        gram = dot(x, transposed(x))
-        x = 3.4445 * x + dot(-4.7750 * gram + 2.0315 * dot(gram, gram), x)
-    return x if wide is stack else x.swapaxes(1, 2)
-
-
-def scale_by_muon(momentum: float = 0.95) -> optax.GradientTransformation:
-    """Nesterov momentum, orthogonalised per layer, scaled to the step size of Adam (0.2 root mean square)."""
-
-    def init(params: Any) -> Any:
-        return jax.tree.map(jnp.zeros_like, params)
-
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        del params
-        state = jax.tree.map(lambda m, g: momentum * m + (1 - momentum) * g, state, updates)
-
-        def direction(path: tuple[Any, ...], m: jax.Array, g: jax.Array) -> jax.Array:
-            inputs = math.prod(m.shape[1 : 1 + _input_axes(path, m)])
-            matrix = (momentum * m + (1 - momentum) * g).reshape(m.shape[0], inputs, -1)
-            return (0.2 * max(matrix.shape[1:]) ** 0.5 * orthogonalize(matrix)).reshape(m.shape)
-
-        return jax.tree_util.tree_map_with_path(direction, state, updates), state
-
-    return optax.GradientTransformation(init, update)
-
-
 def optimizer() -> optax.GradientTransformation:
-    """Muon for the layers' matrices, Adam for embedding and norms, at rate 1: the step multiplies by the schedule."""
-    chains: dict[Hashable, optax.GradientTransformation] = {
-        "muon": optax.chain(scale_by_muon(), optax.add_decayed_weights(0.1), optax.scale(-1.0)),
-        "adam": optax.chain(optax.scale_by_adam(b1=0.9, b2=0.98), optax.scale(-1.0)),
-    }
+    """Muon for the layers' matrices, Adam for embedding and norms, at rate 1: the step multiplies by the schedule.
 
-    def labels(params: Any) -> Any:
-        return jax.tree_util.tree_map_with_path(lambda path, p: "muon" if _input_axes(path, p) else "adam", params)
+    Updates of matrices have a root mean square of 0.2, which is about Adam's.
+    """
+    rule = muon(
+        1.0,
+        weight_decay=0.1,
+        adam_b1=0.9,
+        adam_b2=0.98,
+        adam_learning_rate=1.0,
+        muon_weight_dimension_numbers=_matrix_axes,  # pyright: ignore[reportArgumentType]  (a function will do)
+        consistent_rms=0.2,
+    )
+    return optax.chain(optax.clip_by_global_norm(1.0), rule)
 
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.partition(chains, labels))
+
+def _matrix_axes(params: Any) -> Any:
+    """Inputs and outputs of every stacked matrix; None where Muon does not apply."""
+
+    def axes(path: tuple[Any, ...], leaf: jax.Array) -> MuonDimensionNumbers | None:
+        inputs = _input_axes(path, leaf)
+        ends = 1 + inputs
+        return MuonDimensionNumbers(tuple(range(1, ends)), tuple(range(ends, leaf.ndim))) if inputs else None
+
+    return jax.tree_util.tree_map_with_path(axes, params)
 
 
 def token_losses(model: Qwen3, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:

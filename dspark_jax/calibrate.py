@@ -43,6 +43,7 @@ from dspark_jax.evaluation.traces import Traces, record
 from dspark_jax.json_file import write_json
 from dspark_jax.progress import Progress, log
 from dspark_jax.sharding import make_mesh
+from dspark_jax.tokenizer import ChatTokenizer
 from dspark_jax.training.checkpoint import saved_config
 
 PREFERRED = 1.0
@@ -59,7 +60,7 @@ def calibrate(
     mesh: Mesh | None = None,
     target: Any = None,
     drafter: Any = None,
-    tokenizer: Any = None,
+    tokenizer: ChatTokenizer | None = None,
     temperatures: Sequence[str | float] = (),
     fit_on: str = "heldout",
 ) -> dict[float, dict[str, Any]]:

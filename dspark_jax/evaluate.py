@@ -71,6 +71,7 @@ from dspark_jax.json_file import write_json
 from dspark_jax.ops.sampling import GREEDY_BELOW
 from dspark_jax.progress import Progress, log
 from dspark_jax.sharding import make_mesh
+from dspark_jax.tokenizer import ChatTokenizer
 
 
 def evaluate(
@@ -80,7 +81,7 @@ def evaluate(
     mesh: Mesh | None = None,
     target: Any = None,
     drafter: Any = None,
-    tokenizer: Any = None,
+    tokenizer: ChatTokenizer | None = None,
     cost_table: str | None = None,
     traffic: str = "",
     traffic_requests: int = 60,

@@ -51,6 +51,7 @@ from dspark_jax.ops.sampling import GREEDY_BELOW
 from dspark_jax.progress import log
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target.loading import load_target
+from dspark_jax.tokenizer import ChatTokenizer
 from dspark_jax.unicode import check_unicode
 
 _COLOURS = {"+": "32", "-": "31", ".": "90", "=": "1"}  # green, red, grey, bold
@@ -213,7 +214,7 @@ def _calibration(file: Path, block_size: int) -> dict[str, Any]:
     return {"temperatures": found, "bias": bias}
 
 
-def _show(request: Request, tokenizer: Any) -> None:
+def _show(request: Request, tokenizer: ChatTokenizer | None) -> None:
     """Prints a request as it is decoded; with a tokenizer, its rounds."""
     primary = jax.process_index() == 0
     colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")

@@ -52,6 +52,7 @@ from dspark_jax.kinds import MASKLESS
 from dspark_jax.progress import Progress, log
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target.loading import fingerprint, load_target, tokenizer_fingerprint
+from dspark_jax.tokenizer import ChatTokenizer
 from dspark_jax.training.feature_cache import check_features, prepare_features
 
 FORMAT = 2
@@ -236,7 +237,7 @@ def _build(config: Config, partial: Path, decode: Decode | None) -> dict[str, An
 
 
 def _answers(
-    config: Config, tokenizer: Any, prompts: list[Prompt], partial: Path, decode: Decode | None, tally: Tally
+    config: Config, tokenizer: ChatTokenizer, prompts: list[Prompt], partial: Path, decode: Decode | None, tally: Tally
 ) -> list[Answered]:
     """Conversations answered by the target; those that were before a kill are read back."""
     data = config.data

@@ -31,6 +31,7 @@ from dspark_jax.evaluation.setup import open_decoder
 from dspark_jax.json_file import write_json
 from dspark_jax.progress import Progress, log
 from dspark_jax.sharding import make_mesh
+from dspark_jax.tokenizer import ChatTokenizer
 
 
 def profile(
@@ -40,7 +41,7 @@ def profile(
     mesh: Mesh | None = None,
     target: Any = None,
     drafter: Any = None,
-    tokenizer: Any = None,
+    tokenizer: ChatTokenizer | None = None,
     slots: Sequence[str | int] = (1, 8, 32),
     contexts: Sequence[str | int] = (256,),
     rounds: int = 12,

@@ -25,6 +25,7 @@ BASE = {
     "ranges",
     "run_lock",
     "sharding",
+    "tokenizer",
     "unicode",
 }
 ALLOWED = {

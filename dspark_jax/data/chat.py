@@ -14,6 +14,7 @@ from dspark_jax.config import InputError
 from dspark_jax.data.prompts import Message
 from dspark_jax.hub import local_directory
 from dspark_jax.json_file import read_object
+from dspark_jax.tokenizer import ChatTokenizer
 from dspark_jax.unicode import check_unicode
 
 PROBE = "\u2400answer\u2400"
@@ -43,7 +44,7 @@ _EXPRESSIONS = (TypeError, ValueError, LookupError, ArithmeticError, AttributeEr
 """What expressions of a template may raise, as those of Python do."""
 
 
-def load_tokenizer(path: str | os.PathLike[str]) -> Any:
+def load_tokenizer(path: str | os.PathLike[str]) -> ChatTokenizer:
     """The tokenizer of a Hugging Face model directory.
 
     Raises:
@@ -74,7 +75,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
     return tokenizer
 
 
-def stop_tokens(path: str | os.PathLike[str], tokenizer: Any) -> tuple[int, ...]:
+def stop_tokens(path: str | os.PathLike[str], tokenizer: ChatTokenizer) -> tuple[int, ...]:
     """Ids that end an answer: those of `generation_config.json`, and the tokenizer's end-of-sequence token.
 
     Raises:
@@ -100,7 +101,7 @@ def with_system(messages: Sequence[Message], system_prompt: str) -> tuple[Messag
     return ({"role": "system", "content": system_prompt}, *messages)
 
 
-def render(tokenizer: Any, messages: Sequence[Message], generation_prompt: bool = False) -> str:
+def render(tokenizer: ChatTokenizer, messages: Sequence[Message], generation_prompt: bool = False) -> str:
     """Text of a conversation as the target sees it; with `generation_prompt`, up to where its next answer begins.
 
     Raises:
@@ -127,7 +128,7 @@ def render(tokenizer: Any, messages: Sequence[Message], generation_prompt: bool 
         raise ChatError(f"the chat template fails on the roles {roles} ({why}); correct the template") from None
 
 
-def encode(tokenizer: Any, text: str, **options: Any) -> Any:
+def encode(tokenizer: ChatTokenizer, text: str, **options: Any) -> Any:
     """The tokenizer's encoding of rendered text: its special tokens are those in the text, of any length.
 
     Raises:
@@ -136,13 +137,13 @@ def encode(tokenizer: Any, text: str, **options: Any) -> Any:
     return tokenizer(check_unicode("the conversation", text), add_special_tokens=False, verbose=False, **options)
 
 
-def prompt_tokens(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
+def prompt_tokens(tokenizer: ChatTokenizer, messages: Sequence[Message]) -> list[int]:
     """Ids after which the target writes its next answer. Special tokens come from the template only."""
     return encode(tokenizer, render(tokenizer, messages, generation_prompt=True))["input_ids"]
 
 
 def answer_spans(
-    tokenizer: Any, messages: Sequence[Message], generation_prompt: bool = False
+    tokenizer: ChatTokenizer, messages: Sequence[Message], generation_prompt: bool = False
 ) -> tuple[str, list[tuple[int, int]]]:
     """The rendered text, and per assistant message its [start, end) in characters.
 
@@ -178,20 +179,20 @@ def answer_spans(
     return text, spans
 
 
-def thoughts_cut(tokenizer: Any, messages: Sequence[Message]) -> bool:
+def thoughts_cut(tokenizer: ChatTokenizer, messages: Sequence[Message]) -> bool:
     """Whether the template leaves out a think block that is part of the text of an answer."""
     answers = [message["content"] for message in messages if message["role"] == "assistant"]
     thoughts = [answer.partition(THINK_END)[0].strip() for answer in answers if THINK_END in answer]
     return bool(thoughts) and any(one not in render(tokenizer, messages) for one in thoughts)
 
 
-def turn_end(tokenizer: Any, messages: Sequence[Message]) -> str:
+def turn_end(tokenizer: ChatTokenizer, messages: Sequence[Message]) -> str:
     """What the template writes after an answer to `messages`, e.g. `<|im_end|>\\n`."""
     return render(tokenizer, [*messages, {"role": "assistant", "content": PROBE}]).partition(PROBE)[2]
 
 
 def tokens_and_mask(
-    tokenizer: Any, messages: Sequence[Message], generation_prompt: bool = False
+    tokenizer: ChatTokenizer, messages: Sequence[Message], generation_prompt: bool = False
 ) -> tuple[list[int], list[int]]:
     """Ids of a rendered conversation, and 1 for every token that an assistant wrote, in all of its turns.
 
@@ -214,7 +215,9 @@ def tokens_and_mask(
     return encoded["input_ids"], mask
 
 
-def answered_tokens(tokenizer: Any, messages: Sequence[Message], answer: Sequence[int]) -> tuple[list[int], list[int]]:
+def answered_tokens(
+    tokenizer: ChatTokenizer, messages: Sequence[Message], answer: Sequence[int]
+) -> tuple[list[int], list[int]]:
     """Ids and loss mask of a conversation whose newest answer the target has just generated.
 
     The newest answer keeps the very ids that were generated: prompt ids + answer ids + what the template writes after
@@ -237,6 +240,6 @@ def answered_tokens(tokenizer: Any, messages: Sequence[Message], answer: Sequenc
     return [*ids, *written], [*mask, *([1] * len(written))]
 
 
-def answer_text(tokenizer: Any, answer: Sequence[int]) -> str:
+def answer_text(tokenizer: ChatTokenizer, answer: Sequence[int]) -> str:
     """Text of generated ids, as it enters the history of the next turn: without special tokens."""
     return tokenizer.decode(list(answer), skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -1,9 +1,9 @@
 """The token that fills a block after its anchor should be one that no text has."""
 
-from typing import Any
+from dspark_jax.tokenizer import ChatTokenizer
 
 
-def mask_warning(tokenizer: Any, mask: int, rows: int) -> str:
+def mask_warning(tokenizer: ChatTokenizer, mask: int, rows: int) -> str:
     """What is wrong with a mask token, in one line; empty if nothing is.
 
     The drafter learns its embedding as "to be drafted here". Where the same token is a part of texts, one embedding
@@ -24,7 +24,7 @@ def mask_warning(tokenizer: Any, mask: int, rows: int) -> str:
     return f"drafter.mask_token_id={mask} ({token!r}) is {why}; better is one that no text has{example}"
 
 
-def _in_texts(tokenizer: Any, token_id: int) -> str:
+def _in_texts(tokenizer: ChatTokenizer, token_id: int) -> str:
     """Why texts have a token; empty if they have not."""
     if token_id not in tokenizer.get_vocab().values():
         return ""

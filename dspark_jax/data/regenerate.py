@@ -8,13 +8,13 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from dspark_jax.config import InputError
 from dspark_jax.data.chat import ChatError, answer_text, prompt_tokens, with_system
 from dspark_jax.data.prompts import Message, Prompt
+from dspark_jax.tokenizer import ChatTokenizer
 
 Decode = Callable[[Sequence[Sequence[int]], Sequence[int], int], Sequence[Sequence[int] | np.ndarray]]
 """(prompt ids of a batch, a random stream number per prompt, most new tokens) -> new ids, a stop token included."""
@@ -143,7 +143,7 @@ def conversations(prompts: Sequence[Prompt], repeats: int, system_prompt: str = 
 
 
 def regenerate(
-    tokenizer: Any,
+    tokenizer: ChatTokenizer,
     todo: Sequence[Conversation],
     decode: Decode,
     stop_tokens: Sequence[int],
@@ -211,7 +211,7 @@ def regenerate(
 
 
 def _ask(
-    tokenizer: Any, conversation: Conversation, turn: int, before: Answered | None, limits: Limits
+    tokenizer: ChatTokenizer, conversation: Conversation, turn: int, before: Answered | None, limits: Limits
 ) -> tuple[tuple[Message, ...], list[int]]:
     """Messages up to the question of `turn`, and their prompt ids; Rejected if it cannot be asked."""
     messages = conversation.opening

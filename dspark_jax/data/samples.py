@@ -23,6 +23,7 @@ from dspark_jax.data.chat import (
 from dspark_jax.data.prompts import Malformed, Prompt
 from dspark_jax.data.regenerate import Answered, Rejected
 from dspark_jax.data.sources import Sample
+from dspark_jax.tokenizer import ChatTokenizer
 
 REASONS = {
     "malformed": "malformed line",
@@ -100,7 +101,7 @@ def describe(rejected: dict[str, int]) -> str:
 
 
 def answered_samples(
-    tokenizer: Any, answered: Iterable[Answered], config: DataConfig, tally: Tally
+    tokenizer: ChatTokenizer, answered: Iterable[Answered], config: DataConfig, tally: Tally
 ) -> Iterator[Sample]:
     """Samples of conversations that the target has answered, with the very ids that it generated."""
     for item in answered:
@@ -117,7 +118,9 @@ def answered_samples(
         yield from _sample(item.conversation.sample_id, item.conversation.prompt, tokens, config, tally)
 
 
-def given_samples(tokenizer: Any, prompts: Sequence[Prompt], config: DataConfig, tally: Tally) -> Iterator[Sample]:
+def given_samples(
+    tokenizer: ChatTokenizer, prompts: Sequence[Prompt], config: DataConfig, tally: Tally
+) -> Iterator[Sample]:
     """Samples of conversations with the answers that their files bring along."""
     for sample_id, prompt in enumerate(prompts):
 

@@ -9,6 +9,7 @@ from dspark_jax.config import InputError, TargetArchitecture
 from dspark_jax.engine import arguments
 from dspark_jax.engine.request import Settings
 from dspark_jax.engine.sampling import request_sampling
+from dspark_jax.tokenizer import Tokenizer
 from dspark_jax.unicode import check_unicode
 
 
@@ -17,7 +18,7 @@ def check_engine(
     sizes: Mapping[str, int],
     capacity: int,
     stop_tokens: Sequence[int],
-    tokenizer: Any,
+    tokenizer: Tokenizer | None,
 ) -> None:
     """Refuses values with which an engine cannot work; see `Engine`, whose arguments these are.
 
@@ -88,7 +89,7 @@ def request_settings(
     return Settings(**values, stop_strings=tuple(strings), trace=trace)
 
 
-def prompt_ids(prompt: Any, tokenizer: Any, arch: TargetArchitecture) -> np.ndarray:
+def prompt_ids(prompt: Any, tokenizer: Tokenizer | None, arch: TargetArchitecture) -> np.ndarray:
     """Token ids [P] int32 of a prompt given as ids or as text.
 
     Raises:
@@ -105,7 +106,7 @@ def prompt_ids(prompt: Any, tokenizer: Any, arch: TargetArchitecture) -> np.ndar
     return ids
 
 
-def check_fits(prompt: int, settings: Settings, capacity: int, tokenizer: Any) -> None:
+def check_fits(prompt: int, settings: Settings, capacity: int, tokenizer: Tokenizer | None) -> None:
     """Refuses a request for which an engine has no room, or no tokenizer.
 
     Args:

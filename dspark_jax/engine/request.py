@@ -4,11 +4,12 @@ import dataclasses
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from dspark_jax.engine import arguments
+from dspark_jax.tokenizer import Tokenizer
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 FINISH_REASONS: tuple[FinishReason, ...] = ("stop", "length", "cancelled", "error")
@@ -138,7 +139,7 @@ class EngineMetrics:
 class TextStream:
     """Turns tokens into text as they come, and finds stop strings wherever tokens end."""
 
-    def __init__(self, tokenizer: Any, stop_strings: Sequence[str] = ()):
+    def __init__(self, tokenizer: Tokenizer, stop_strings: Sequence[str] = ()):
         self.tokenizer = tokenizer
         self.stop_strings = stop_strings
         self.stopped = False

@@ -30,6 +30,7 @@ from dspark_jax.engine.models import Models
 from dspark_jax.engine.request import EngineMetrics, Request, TextStream
 from dspark_jax.engine.schedulers import Scheduler, check_scheduler
 from dspark_jax.engine.slots import Mode
+from dspark_jax.tokenizer import Tokenizer
 
 
 class QueueFull(RuntimeError):
@@ -62,7 +63,7 @@ class Engine:
         slots: int = 8,
         capacity: int = 1024,
         scheduler: Scheduler | None = None,
-        tokenizer: Any = None,
+        tokenizer: Tokenizer | None = None,
         stop_tokens: Sequence[int] = (),
         max_queue: int = 64,
         prefill_chunk: int = 64,

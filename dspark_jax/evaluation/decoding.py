@@ -20,6 +20,7 @@ from dspark_jax.engine.result import DecodeResult
 from dspark_jax.engine.sampling import fold_keys, request_keys
 from dspark_jax.engine.schedulers import Scheduler
 from dspark_jax.target.model import Target
+from dspark_jax.tokenizer import ChatTokenizer
 
 OnRejected = Callable[[Conversation, Rejected], None]
 Advance = Callable[[int], None]
@@ -41,7 +42,7 @@ class Decoder:
     """
 
     models: Models
-    tokenizer: Any
+    tokenizer: ChatTokenizer
     stop_tokens: tuple[int, ...]
     max_new_tokens: int
     batch_size: int

@@ -18,11 +18,18 @@ from dspark_jax.evaluation.decoding import Decoder, Requests, first_requests
 from dspark_jax.kinds import MASKLESS
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target.loading import load_target
+from dspark_jax.tokenizer import ChatTokenizer
 from dspark_jax.training.checkpoint import checkpoint_directory, load_step, saved_config
 
 
 def open_decoder(
-    config: Config, workdir: Path, mesh: Mesh, *, target: Any = None, drafter: Any = None, tokenizer: Any = None
+    config: Config,
+    workdir: Path,
+    mesh: Mesh,
+    *,
+    target: Any = None,
+    drafter: Any = None,
+    tokenizer: ChatTokenizer | None = None,
 ) -> Decoder:
     """The newest checkpoint of `workdir` with its target, or models that are loaded already.
 

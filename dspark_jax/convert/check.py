@@ -67,7 +67,7 @@ class Report:
         """Why it cannot be told whether the drafter is good; empty if it can."""
         if self.foreign:
             return f"not implemented here, so it is not scored: {', '.join(self.foreign)}"
-        return self.dialect.unknown if self.dialect else "it is not scored"
+        return self.dialect.unknown or self.dialect.weak if self.dialect else "it is not scored"
 
     def served(self, verdict: Verdict) -> tuple[str, str]:
         """(serves, loads, differs or refuses; why) for one server; it loads a drafter that is not scored here."""

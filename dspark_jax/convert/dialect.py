@@ -140,6 +140,20 @@ class Dialect:
             "(--prompts, --limit, --tokens)"
         )
 
+    @property
+    def weak(self) -> str:
+        """Says that it accepts next to nothing in every dialect, which proves nothing wrong; empty if it accepts more.
+
+        Too little training looks the same as another target's weights, and a server may read the file quite right.
+        """
+        if self.unknown or self.best.tau >= NOTHING:
+            return ""
+        most = max(score.tau for score in self.scores)
+        return (
+            f"it accepts next to nothing in any dialect ({most:.2f} tokens per round at most): it is undertrained, or "
+            "made for another target than this; train it longer, or check it with its own target"
+        )
+
     def findings(self) -> list[str]:
         """What is wrong with the file, in words; empty if nothing is, or if it is `unknown`."""
         found = []
@@ -152,12 +166,6 @@ class Dialect:
             found.append(
                 "it was distilled from the target without its final norm: its drafts overlap "
                 f"{self.raw_teacher:.2f} with that and {self.teacher:.2f} with the target; train it again"
-            )
-        elif self.best.tau < NOTHING:
-            most = max(score.tau for score in self.scores)
-            found.append(
-                f"it accepts next to nothing in any dialect ({most:.2f} tokens per round at most): it is untrained, "
-                "or was trained for other weights than these"
             )
         return found
 

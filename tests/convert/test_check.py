@@ -17,7 +17,7 @@ from dspark_jax.config import DrafterConfig, InputError, MeshConfig, TargetArchi
 from dspark_jax.convert import __main__ as convert
 from dspark_jax.convert import dialect
 from dspark_jax.convert.__main__ import main, parser
-from dspark_jax.convert.check import Report, check_directory, frozen_problems
+from dspark_jax.convert.check import UNKNOWN, WRONG, Report, check_directory, frozen_problems
 from dspark_jax.convert.dialect import Answer, Score, find_dialect, readings
 from dspark_jax.convert.hf import read_drafter_config
 from dspark_jax.convert.layouts import Layout
@@ -98,7 +98,7 @@ def test_a_fill_in_drafter_is_named(world, copy):
 
 
 def test_layer_ids_of_an_eagle3_drafter_are_scored(world):
-    """Its own drafts are counted; an untrained one agrees with nothing, in any dialect, and that is said."""
+    """Its own drafts are counted; an untrained one agrees with nothing, in any dialect, which is said and not wrong."""
     config = DrafterConfig(
         kind="eagle3", num_layers=1, block_size=3, target_layer_ids=(0, 1), markov_rank=0, confidence_head=False
     )
@@ -106,7 +106,7 @@ def test_layer_ids_of_an_eagle3_drafter_are_scored(world):
     found = find_dialect(drafter, world.target, Layout("deepspec", "eagle3", 3, (0, 1), -1, True, 1), world.answers)
     assert {score.layout.taps for score in found.scores} == {(0, 1), (-1, 0), (1, 2)}
     assert all(score.tau < 1.2 for score in found.scores)
-    assert "accepts next to nothing in any dialect" in found.findings()[0]
+    assert found.findings() == [] and "accepts next to nothing in any dialect" in found.weak
 
 
 def test_a_reading_that_accepts_next_to_nothing_is_no_dialect(world, copy, monkeypatch):
@@ -116,9 +116,16 @@ def test_a_reading_that_accepts_next_to_nothing_is_no_dialect(world, copy, monke
     found = report(world, copy(target_layer_ids=[1, 2]))
     most = max(score.tau for score in found.dialect.scores)
     assert found.dialect.best is found.dialect.stated and most > found.dialect.stated.tau + 0.1
-    assert [f"next to nothing in any dialect ({most:.2f} tokens per round at most)" in p for p in found.problems] == [
-        True
-    ]
+    assert found.problems == () and found.verdict == UNKNOWN
+    assert f"next to nothing in any dialect ({most:.2f} tokens per round at most)" in found.unknown
+
+
+def test_a_wrong_dialect_is_wrong_however_little_the_stated_one_accepts(world, copy, monkeypatch):
+    """What another reading accepts decides, once it is enough to tell: the low one is a symptom then, not a lack."""
+    monkeypatch.setattr(dialect, "NOTHING", 1.8)
+    found = report(world, copy(mask_token_id=0, target_layer_ids=[1, 2]))
+    assert found.dialect.stated.tau < dialect.NOTHING < found.dialect.best.tau
+    assert found.verdict == WRONG and found.unknown == "" and len(found.problems) == 2
 
 
 @pytest.mark.parametrize("length", [9, 36])
@@ -134,9 +141,9 @@ def test_a_drafter_without_an_opinion_has_no_dialect(world, length):
         assert found.best is found.stated
         told = Report(stated, tuple(found.findings()), (), found, ())
         short = "UNKNOWN: too little text to tell its dialect: 5 answers of the target have 10 places to draft from, 16"
-        long = "WRONG: it accepts next to nothing in any dialect"
+        long = "UNKNOWN: it accepts next to nothing in any dialect"
         assert [line.startswith(short if length == 9 else long) for line in told.lines()[2:-1]] == [True]
-        assert not told.good and told.to_json()["unknown"] == found.unknown
+        assert not told.good and told.to_json()["unknown"] == (found.unknown or found.weak)
 
 
 def test_a_good_drafter_and_too_little_text(world, copy):
@@ -227,8 +234,8 @@ def test_values_that_are_not_finite_are_named(world, copy):
     directory = change_tensors(copy(), **{"fc.weight": np.full((32, 64), np.nan, np.float32)})
     found = report(world, directory)
     assert not found.good and found.dialect.stated.tau == 1.0
-    assert found.problems[0] == "tensor fc.weight holds values that are not finite: train or download it again"
-    assert "accepts next to nothing" in found.problems[1]
+    assert found.problems == ("tensor fc.weight holds values that are not finite: train or download it again",)
+    assert found.verdict == WRONG and "accepts next to nothing" in found.unknown
     frozen = np.asarray(load_file(directory / "model.safetensors")["lm_head.weight"])
     frozen[5, 7] = np.nan
     found = frozen_problems({"lm_head.weight": frozen}, world.path)

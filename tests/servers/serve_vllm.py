@@ -41,6 +41,25 @@ def interpreted_triton() -> None:
     triton.runtime.driver.set_active(Cpu())
 
 
+def mend_context_norm() -> None:
+    """Norms each layer's context keys by that layer's weights, as vLLM does on a GPU.
+
+    `DFlashQwen3Model._normalize_context_k` hands the weights of all layers, [L, H], to one call of `ops.rms_norm`; the
+    operation for CPUs takes the first row for all of them.
+    """
+    import torch
+    from vllm import _custom_ops as ops
+    from vllm.model_executor.models.qwen3_dflash import DFlashQwen3Model
+
+    def normalize(self: DFlashQwen3Model, keys: torch.Tensor) -> torch.Tensor:
+        normed = torch.empty_like(keys)
+        for out, key, weight in zip(normed, keys, self._k_norm_weights, strict=True):
+            ops.rms_norm(out, key, weight, self._rms_norm_eps)
+        return normed
+
+    DFlashQwen3Model._normalize_context_k = normalize
+
+
 def main() -> None:
     """Prints the tokens of every answer and the counts of drafts."""
     request = json.load(sys.stdin)
@@ -48,6 +67,9 @@ def main() -> None:
     if request["interpret"]:
         interpreted_triton()
     import vllm
+
+    if request["interpret"]:
+        mend_context_norm()
     from vllm.inputs import TokensPrompt
 
     engine = vllm.LLM(

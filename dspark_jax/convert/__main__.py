@@ -12,7 +12,8 @@ trained elsewhere, so that `evaluate`, `calibrate` and `generate` can use it. `c
 of a directory, and whether its config says how the drafter was trained: layer ids, block layout and mask token are
 scored on greedy answers of the target. Its exit status is 0 if a server drafts with it as it was trained, 1 if
 something is wrong or no server can use it, and 3 if that cannot be told: it has a part that is not implemented here,
-which servers may know all the same (their rules are replayed), or the answers are too short.
+which servers may know all the same (their rules are replayed), the answers are too short, or next to nothing is accepted,
+for which training too little is reason enough.
 """
 
 import argparse

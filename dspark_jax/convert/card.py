@@ -116,7 +116,8 @@ def _tau(metrics: Mapping[str, Any] | None) -> str:
         "## Accepted length",
         "",
         f"Tokens per round (tau, the bonus token included) at temperature {metrics.get('temperature', 1.0):g}, with "
-        "95 % bootstrap intervals over prompts, and the share of rounds in which the first k drafts are accepted.",
+        "95 % bootstrap intervals over prompts, and the share of rounds in which the first k drafts are accepted. "
+        "Drafts are sampled as the target is; a server that drafts greedily accepts fewer at temperatures above 0.",
         "",
         "| prompt set | tau | 95 % | k = 1 | k = last |",
         "|---|---|---|---|---|",

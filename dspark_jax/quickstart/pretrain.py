@@ -22,7 +22,7 @@ from dspark_jax.ops.product import bfloat16_product, dot, transposed
 from dspark_jax.quickstart.fast_forward import last_hidden
 from dspark_jax.quickstart.packing import Rows
 from dspark_jax.quickstart.tokenizer import VOCAB_SIZE
-from dspark_jax.target.qwen3 import Qwen3
+from dspark_jax.target.model import Target
 
 ARCHITECTURE = TargetArchitecture(
     model_type="qwen3", vocab_size=VOCAB_SIZE, hidden_size=256, num_hidden_layers=6, num_attention_heads=4,
@@ -65,12 +65,12 @@ class Progress:
     batch_rows: int = 0
 
 
-def new_model(seed: int = 0) -> Qwen3:
+def new_model(seed: int = 0) -> Target:
     """A randomly initialised embedded model in float32."""
-    return Qwen3(ARCHITECTURE, rngs=nnx.Rngs(seed))
+    return Target(ARCHITECTURE, rngs=nnx.Rngs(seed))
 
 
-def model_of(params: Any) -> Qwen3:
+def model_of(params: Any) -> Target:
     """The model that has these parameters."""
     return nnx.merge(nnx.graphdef(nnx.eval_shape(new_model)), params)
 
@@ -125,7 +125,7 @@ def optimizer() -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(1.0), optax.partition(chains, labels))
 
 
-def token_losses(model: Qwen3, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+def token_losses(model: Target, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(cross-entropy, log-partition), both [B, S-1], of predicting tokens[:, 1:]."""
     hidden = last_hidden(model, tokens).reshape(tokens.size, -1)
     logits = bfloat16_product(hidden, transposed(model.embedding[...])).reshape(*tokens.shape, -1)[

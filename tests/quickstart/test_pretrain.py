@@ -15,7 +15,7 @@ from dspark_jax.quickstart.corpus import DOMAINS
 from dspark_jax.quickstart.fast_forward import last_hidden
 from dspark_jax.quickstart.packing import MIXTURE, PROMPT_WEIGHT, ROW_LENGTH, rows
 from dspark_jax.quickstart.tokenizer import EOS, PAD
-from dspark_jax.target.qwen3 import Qwen3
+from dspark_jax.target.model import Target
 
 SMALL = TargetArchitecture(
     model_type="qwen3", vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
@@ -36,7 +36,7 @@ def tokenizer(target_folder):
 
 
 def test_fast_forward_is_the_model():
-    model = Qwen3(SMALL, rngs=nnx.Rngs(0), scale=0.2)
+    model = Target(SMALL, rngs=nnx.Rngs(0), scale=0.2)
     tokens = jax.random.randint(jax.random.key(1), (3, 141), 0, 96)  # more than one attention chunk, and a ragged one
     positions = jnp.broadcast_to(jnp.arange(141), tokens.shape)
     expected = np.asarray(jax.jit(lambda m: m.forward(tokens, positions).last_hidden)(model))

@@ -17,16 +17,16 @@ from dspark_jax.sharding import make_mesh
 from dspark_jax.target import loading
 from dspark_jax.target.checks import all_finite
 from dspark_jax.target.loading import fingerprint, load_target, parameter_paths, read_safetensors, tokenizer_fingerprint
-from dspark_jax.target.qwen3 import WEIGHTS, Qwen3
+from dspark_jax.target.model import Target
 
 ARCH = TargetArchitecture("qwen3", 40, 16, 3, 4, 2, 8, 24, 1e-6, 1e4, False, 64)
 
 
-def tensors_of(target: Qwen3) -> dict[str, np.ndarray]:
+def tensors_of(target: Target) -> dict[str, np.ndarray]:
     """The parameters under their Hugging Face names, in bfloat16."""
-    tensors = {}
+    tensors, weights = {}, target.family.weights(target.arch)
     for path, variable in parameter_paths(target).items():
-        weight, value = WEIGHTS[path], np.asarray(variable.get_value()).astype(ml_dtypes.bfloat16)
+        weight, value = weights[path], np.asarray(variable.get_value()).astype(ml_dtypes.bfloat16)
         layers = list(value) if weight.stacked else [value]
         pairs = zip(weight.names(len(layers)), layers, strict=True)
         tensors |= {name: weight.store(layer) for name, layer in pairs}
@@ -36,7 +36,7 @@ def tensors_of(target: Qwen3) -> dict[str, np.ndarray]:
 @pytest.fixture
 def directory(tmp_path):
     """A checkpoint of two shards with an index."""
-    tensors = tensors_of(Qwen3(ARCH, rngs=nnx.Rngs(3)))
+    tensors = tensors_of(Target(ARCH, rngs=nnx.Rngs(3)))
     names = sorted(tensors)
     shards = {"model-1.safetensors": names[::2], "model-2.safetensors": names[1::2]}
     for shard, members in shards.items():
@@ -54,7 +54,7 @@ def load(directory):
 
 
 def test_every_value_arrives_on_its_shards(directory):
-    expected = parameter_paths(Qwen3(ARCH, rngs=nnx.Rngs(3)))
+    expected = parameter_paths(Target(ARCH, rngs=nnx.Rngs(3)))
     loaded = parameter_paths(load(directory))
     assert set(loaded) == set(expected)
     for path, variable in loaded.items():
@@ -121,7 +121,7 @@ def test_a_directory_is_no_file(tmp_path):
 
 def rewrite(directory, change):
     """Replaces the shards by one file with `change` applied to its tensors."""
-    tensors = tensors_of(Qwen3(ARCH, rngs=nnx.Rngs(3)))
+    tensors = tensors_of(Target(ARCH, rngs=nnx.Rngs(3)))
     change(tensors)
     (directory / "model.safetensors.index.json").unlink(missing_ok=True)
     save_file(tensors, directory / "model.safetensors")

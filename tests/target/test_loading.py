@@ -1,7 +1,10 @@
 """Reading checkpoints: values, and one clear line for each way in which one can be broken."""
 
+import dataclasses
+import hashlib
 import json
 import struct
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +14,12 @@ import pytest
 from flax import nnx
 from safetensors.numpy import save_file
 
+import dspark_jax
+from dspark_jax.command import load_config
 from dspark_jax.config import InputError, MeshConfig, TargetArchitecture, TargetConfig
 from dspark_jax.convert.export import frozen_tensors
 from dspark_jax.sharding import make_mesh
-from dspark_jax.target import loading
+from dspark_jax.target import families, loading
 from dspark_jax.target.checks import all_finite
 from dspark_jax.target.loading import fingerprint, load_target, parameter_paths, read_safetensors, tokenizer_fingerprint
 from dspark_jax.target.model import Target
@@ -315,6 +320,34 @@ def test_fingerprints_tell_models_and_tokenizers_apart(directory):
     (directory / "tokenizer.json").write_text('{"a": 1}')
     assert fingerprint(directory) != before[0]
     assert tokenizer_fingerprint(directory) != before[1]
+
+
+@dataclasses.dataclass
+class Newer(TargetArchitecture):
+    """With one more field."""
+
+    added: int = 0
+
+
+@pytest.mark.parametrize(
+    ("preset", "expected"),
+    [
+        ("dspark_qwen3_4b", "63d6efc307ab40c27c07e3f4dda26616"),
+        ("dspark_qwen3_8b", "ed8348204d0692842973631d8fd7af2a"),
+        ("dspark_qwen3_14b", "4583de534cc418b94c13591352008236"),
+        ("dspark_gemma4_12b", "ace7eb676916a3a0eae5695cd425fe09"),
+    ],
+)
+def test_what_a_fingerprint_says_of_a_shape_stays(preset, expected):
+    """Whatever is added to `TargetArchitecture`: another value would refuse every checkpoint that exists."""
+    arch = load_config(preset).target.architecture
+    for shape in (arch, Newer(**vars(arch))):
+        assert hashlib.sha256(families.of_shape(shape).identity(shape).encode()).hexdigest()[:32] == expected
+
+
+def test_the_fingerprint_of_the_embedded_target_stays():
+    target = Path(dspark_jax.__file__).parent / "quickstart" / "target"
+    assert fingerprint(target) == "af5678cf6177874ebd58c2268f9f69d2"
 
 
 @pytest.mark.parametrize("at", (0, -1))

@@ -221,7 +221,7 @@ def field_paths() -> dict[str, dataclasses.Field[Any]]:
         for field in dataclasses.fields(cls):
             if dataclasses.is_dataclass(field.type):
                 yield from walk(field.type, f"{prefix}{field.name}.")
-            else:
+            elif typing.get_origin(field.type) is not dict:  # which flags cannot write
                 yield prefix + field.name, field
 
     return dict(walk(Config, ""))
@@ -344,7 +344,7 @@ def _check_types(value: Any, cls: Any, where: str) -> None:
 def _typed(value: Any, kind: Any, where: str, wanted: Any) -> Any:
     if kind is float and type(value) is int:
         return float(value)
-    if type(value) is not kind:
+    if type(value) is not (typing.get_origin(kind) or kind):
         raise InputError(f"{where} has {value!r}: {_type_name(wanted)} is needed")
     return value
 
@@ -364,11 +364,12 @@ def _help(name: str, text: str, define: Callable[[flags.FlagValues], None] | Non
         lines.append(_entry(f"--{flag}", (values[flag].help or "") + default))
     lines += ["", "Fields, with the values of " + ("this config" if with_config else "an empty config") + ":"]
     documentation = _field_documentation()
-    for path in field_paths():
+    for path, field in field_paths().items():
         value: Any = config
         for part in path.split("."):
             value = getattr(value, part)
-        lines.append(_entry(f"--config.{path}={value}", documentation.get(path, "")))
+        choices = f" One of: {field.metadata['choices']()}." if "choices" in field.metadata else ""
+        lines.append(_entry(f"--config.{path}={value}", documentation.get(path, "") + choices))
     return "\n".join(lines)
 
 

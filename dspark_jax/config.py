@@ -15,6 +15,7 @@ from dspark_jax.architecture import TargetArchitecture, Unsupported
 from dspark_jax.errors import InputError
 from dspark_jax.paths import check_local
 from dspark_jax.ranges import range_problems
+from dspark_jax.target.families import FAMILIES, known
 
 
 @dataclasses.dataclass
@@ -272,6 +273,9 @@ def problems(config: Config) -> Iterator[str]:
             f"target.path={config.target.path!r} has no config.json and target.architecture is not stated; "
             "give the directory of a Hugging Face model"
         )
+        return
+    if target.model_type not in FAMILIES:
+        yield f"target.architecture.model_type={target.model_type!r} is unknown; use one of: {known()}"
         return
     yield from _drafter_problems(drafter, target)
     yield from _feature_problems(config)

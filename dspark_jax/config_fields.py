@@ -1,13 +1,14 @@
-"""What becomes of every field of a target's Hugging Face config, family by family.
+"""What becomes of the fields of a target's Hugging Face config: those that families share; each adds its own.
 
 A field is read (it is a part of `TargetArchitecture`, or decides one), has to have the one value that is implemented
 here, or cannot change the text that a frozen model computes. `tests/test_config_fields.py` walks through transformers'
-config classes and through what their models read, and fails where one of them has a field that is not listed here.
+config classes and through what their models read, and fails where one of them has a field that no list has.
 """
 
 import dataclasses
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dspark_jax.errors import InputError
@@ -31,6 +32,9 @@ class Field:
       values: that are implemented, where it must have one of them.
       absent: what transformers takes where the file does not have it. None: null, or there has to be a value.
       own: a field of transformers' config class; else a key of older files, or one that every class accepts.
+      kind: what it has to be where it is not null: size (a positive whole number), number (a positive one) or flag;
+        empty: not checked.
+      zero: a number may be 0 as well, which is none.
     """
 
     treatment: str
@@ -38,16 +42,18 @@ class Field:
     values: tuple[Any, ...] = ()
     absent: Any = None
     own: bool = True
+    kind: str = ""
+    zero: bool = False
 
 
-def read(note: str, absent: Any = None, *, own: bool = True) -> Field:
+def read(note: str, absent: Any = None, *, own: bool = True, kind: str = "", zero: bool = False) -> Field:
     """A field that is read."""
-    return Field("read", note, (), absent, own)
+    return Field("read", note, (), absent, own, kind, zero)
 
 
-def must(*values: Any, note: str, absent: Any = None, own: bool = True) -> Field:
+def must(*values: Any, note: str, absent: Any = None, own: bool = True, kind: str = "") -> Field:
     """A field that must have one of these values."""
-    return Field("must", note, values, values[0] if absent is None else absent, own)
+    return Field("must", note, values, values[0] if absent is None else absent, own, kind)
 
 
 def irrelevant(*names: str, note: str, own: bool = True) -> dict[str, Field]:
@@ -75,14 +81,14 @@ EVERY_CLASS = {
 
 COMMON = {
     **EVERY_CLASS,
-    "vocab_size": read("rows of embedding and LM head"),
-    "hidden_size": read("width of the residual stream"),
-    "intermediate_size": read("width of the MLP"),
-    "num_hidden_layers": read("number of layers"),
-    "num_attention_heads": read("query heads"),
-    "num_key_value_heads": read("key and value heads; null in a Qwen3 config: as many as query heads"),
-    "rms_norm_eps": read("of every norm"),
-    "max_position_embeddings": read("longest sequence"),
+    "vocab_size": read("rows of embedding and LM head", kind="size"),
+    "hidden_size": read("width of the residual stream", kind="size"),
+    "intermediate_size": read("width of the MLP", kind="size"),
+    "num_hidden_layers": read("number of layers", kind="size"),
+    "num_attention_heads": read("query heads", kind="size"),
+    "num_key_value_heads": read("key and value heads; null in a Qwen3 config: as many as query heads", kind="size"),
+    "rms_norm_eps": read("of every norm", kind="number"),
+    "max_position_embeddings": read("longest sequence", kind="size"),
     "attention_bias": must(False, note="linear layers have no bias"),
     "is_causal": must(True, note="a row sees earlier rows only; of a drafter it is about its blocks", own=False),
     **irrelevant("attention_dropout", note="a frozen model drops nothing"),
@@ -93,72 +99,10 @@ COMMON = {
 }
 """Fields of every language model."""
 
-QWEN3 = {
-    **COMMON,
-    "hidden_act": must("silu", note="of the MLP's gate"),
-    "head_dim": read("width of a head", 128),
-    "tie_word_embeddings": read("whether the LM head is the embedding", False),
-    "rope_parameters": read("see its own table; null where an older file has rope_theta"),
-    "rope_scaling": read("the older name of rope_parameters", own=False),
-    "rope_theta": read("of older files: base of the rotary frequencies", own=False),
-    "partial_rotary_factor": must(1.0, note="heads turn whole", own=False),
-    "use_sliding_window": must(False, note="every layer sees all earlier rows"),
-    "layer_types": must("full_attention", note="of every layer"),
-    "per_layer_config": must({}, note="layers are alike", own=False),
-    **irrelevant("sliding_window", "max_window_layers", note="use_sliding_window is false"),
-}
-"""Fields of `Qwen3Config`."""
-
-GEMMA4 = {
-    **COMMON,
-    "hidden_activation": must("gelu_pytorch_tanh", note="of the MLP's gate"),
-    "head_dim": read("width of the sliding layers' heads", 256),
-    "tie_word_embeddings": read("whether the LM head is the embedding; the whole model's and the text's agree", True),
-    "rope_parameters": read("see its own table, one for sliding_attention and one for full_attention"),
-    "layer_types": read("which layers have a window; the last one has none"),
-    "sliding_window": read("rows that sliding layers see", 512),
-    "final_logit_softcapping": read("cap of the logits"),
-    "attention_k_eq_v": read("whether the full layers' values are their raw keys", False),
-    "global_head_dim": read("width of the full layers' heads", 512, own=False),
-    "num_global_key_value_heads": read("key and value heads of the full layers", own=False),
-    "per_layer_config": read("the newer form of the two above: head_dim and num_key_value_heads", own=False),
-    "use_bidirectional_attention": must(None, "vision", note="text is causal"),
-    "hidden_size_per_layer_input": must(0, note="layers have no inputs of their own", absent=256),
-    "num_kv_shared_layers": must(0, note="every layer has its own keys and values"),
-    "enable_moe_block": must(False, note="no experts"),
-    **irrelevant("use_double_wide_mlp", note="of layers that share keys and values"),
-    **irrelevant("vocab_size_per_layer_input", note="hidden_size_per_layer_input is 0"),
-    **irrelevant("num_experts", "top_k_experts", "moe_intermediate_size", note="enable_moe_block is false"),
-    "rope_scaling": must(None, {}, note="rope_parameters says it; transformers would take this one", own=False),
-    **irrelevant("rope_theta", "partial_rotary_factor", note="this family has them in rope_parameters", own=False),
-}
-"""Fields of `Gemma4TextConfig`: the `text_config` of a model with other modalities, or the whole file."""
-
-GEMMA4_UNIFIED = {
-    **GEMMA4,
-    "sliding_window": dataclasses.replace(GEMMA4["sliding_window"], absent=1024),
-    "use_bidirectional_attention": must("vision", None, note="text is causal"),
-    "hidden_size_per_layer_input": must(0, note="layers have no inputs of their own", own=False),
-    "enable_moe_block": must(False, note="no experts", own=False),
-    **irrelevant("num_experts", "top_k_experts", "moe_intermediate_size", note="enable_moe_block is false", own=False),
-    **irrelevant("vocab_size_per_layer_input", note="hidden_size_per_layer_input is 0", own=False),
-}
-"""Fields of `Gemma4UnifiedTextConfig`."""
-
-GEMMA4_WHOLE = {
-    **EVERY_CLASS,
-    "text_config": read("the language model"),
-    "tie_word_embeddings": read("must say what text_config says", True),
-    **irrelevant("vision_config", "audio_config", note="the other modalities take no part in text"),
-    **irrelevant("boi_token_id", "eoi_token_id", "image_token_id", "video_token_id", note="no text has them"),
-    **irrelevant("boa_token_id", "eoa_token_index", "audio_token_id", note="no text has them"),
-}
-"""Fields of `Gemma4Config` and `Gemma4UnifiedConfig`, around the language model's."""
-
 ROPE = {
-    "rope_theta": read("base of the rotary frequencies"),
+    "rope_theta": read("base of the rotary frequencies", kind="number"),
     "rope_type": must("default", note="proportional in Gemma 4's full layers; type in older files"),
-    "partial_rotary_factor": must(1.0, note="read where rope_type is proportional"),
+    "partial_rotary_factor": must(1.0, note="read where rope_type is proportional", kind="number"),
     "factor": must(1.0, note="of proportional; default has none"),
     **irrelevant(
         "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "short_factor",
@@ -169,34 +113,24 @@ ROPE = {
 }  # fmt: skip
 """Keys of `rope_parameters`."""
 
-FAMILIES: Mapping[str, Mapping[str, Field]] = {
-    "qwen3": QWEN3,
-    "gemma4": GEMMA4,
-    "gemma4_text": GEMMA4,
-    "gemma4_unified": GEMMA4_UNIFIED,
-    "gemma4_unified_text": GEMMA4_UNIFIED,
-}
-"""`model_type` -> the fields of its language model."""
-
-_REMEDY = {"qwen3": "use a plain Qwen3 model", "gemma4": "use a dense Gemma 4 such as google/gemma-4-12B-it"}
-
 _DRAFTERS = {"block_size", "target_layer_ids", "dflash_config", "dspark_config", "eagle_aux_hidden_state_layer_ids"}
 """Keys that a drafter has and a target has not."""
 
 
-def refuse_unsupported(raw: Mapping[str, Any], model_type: str, where: str) -> None:
+def refuse_unsupported(raw: Mapping[str, Any], fields: Mapping[str, Field], instead: str, where: str) -> None:
     """Refuses a config in which a field has another value than those that are implemented.
 
     Args:
       raw: content of the file; of a model with other modalities, of its `text_config`.
-      model_type: a key of `FAMILIES`.
+      fields: its family's list.
+      instead: what to use instead, e.g. "a plain Qwen3 model".
       where: the file, for messages.
 
     Raises:
       Unsupported: names the first such field and its value.
     """
     refuse_quantised(raw, where)
-    for name, field in FAMILIES[model_type].items():
+    for name, field in fields.items():
         if field.treatment != "must" or (name == "is_causal" and raw.keys() & _DRAFTERS):
             continue
         value = raw[name] if raw.get(name) is not None else field.absent
@@ -204,7 +138,7 @@ def refuse_unsupported(raw: Mapping[str, Any], model_type: str, where: str) -> N
         for one in values:
             if one not in field.values:
                 stated = "" if raw.get(name) is not None else " (which an absent field means)"
-                remedy = f"{_REMEDY[model_type.partition('_')[0]]}, whose {name} is {json.dumps(field.values[0])}"
+                remedy = f"use {instead}, whose {name} is {json.dumps(field.values[0])}"
                 raise Unsupported(where, f"{name} {json.dumps(one)}{stated}", remedy)
 
 
@@ -222,8 +156,8 @@ def refuse_quantised(raw: Mapping[str, Any], where: str) -> None:
             raise Unsupported(where, f"a quantised checkpoint ({name}: quant_method {json.dumps(method)})", remedy)
 
 
-def check_rope(rope: Mapping[str, Any], kinds: tuple[str, ...], where: str) -> str:
-    """The kind of RoPE, one of `kinds`.
+def check_rope(rope: Mapping[str, Any], kinds: Mapping[str, tuple[str, ...]], where: str) -> str:
+    """The kind of RoPE, one of `kinds`, of which each has the keys that it reads besides `rope_theta`.
 
     Raises:
       Unsupported: it is of another kind, or a key says what this kind does not do here.
@@ -233,9 +167,51 @@ def check_rope(rope: Mapping[str, Any], kinds: tuple[str, ...], where: str) -> s
         raise Unsupported(where, f"rope_type {kind!r}", f"use a model whose rope_type is {' or '.join(kinds)}")
     for name, value in rope.items():
         field = ROPE.get(name)
-        partial = name == "partial_rotary_factor" and kind == "proportional"
-        if name == "rope_type" or field is None or field.treatment != "must" or value is None or partial:
+        if name == "rope_type" or name in kinds[kind] or field is None or field.treatment != "must" or value is None:
             continue
         if value not in field.values:
             raise Unsupported(where, f"{name} {json.dumps(value)} of rope_type {kind!r}", "use a model without it")
     return kind
+
+
+def check_values(raw: Mapping[str, Any], fields: Mapping[str, Field], where: str) -> None:
+    """Refuses sizes that are not positive whole numbers, other numbers that are none, and flags; null is absent.
+
+    Raises:
+      InputError: names the first such field and its value.
+    """
+    for name, field in fields.items():
+        value = raw.get(name)
+        if not field.kind or value is None or (field.zero and value == 0 and not isinstance(value, bool)):
+            continue
+        if field.kind == "flag":
+            good, wanted = isinstance(value, bool), "neither true nor false"
+        else:
+            whole = field.kind == "size"
+            good = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+            good, wanted = good and 0 < value < math.inf, f"not a positive {'whole ' if whole else ''}number"
+        if not good:
+            raise InputError(f"{where}: {name} {json.dumps(value)} is {wanted}; download it again")
+
+
+def part(raw: Mapping[str, Any], name: str, where: str) -> Mapping[str, Any]:
+    """A nested object of a config; empty where it is absent or null.
+
+    Raises:
+      InputError: it is something else.
+    """
+    found = raw.get(name)
+    if found is not None and not isinstance(found, Mapping):
+        raise InputError(f"{where}: {name} {json.dumps(found)} is not an object; download it again")
+    return found or {}
+
+
+def require(values: Mapping[str, Any], names: Iterable[str], model_type: str, where: str) -> None:
+    """Refuses a config without one of these fields.
+
+    Raises:
+      InputError: names those that are missing.
+    """
+    missing = [name for name in names if values.get(name) is None]
+    if missing:
+        raise InputError(f"{where}: missing {', '.join(missing)}; this is not a complete {model_type} config.json")

@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 
 from dspark_jax.config import InputError, TargetArchitecture
-from dspark_jax.config_fields import COMMON, GEMMA4, GEMMA4_UNIFIED, GEMMA4_WHOLE, QWEN3, ROPE, Field, Unsupported
+from dspark_jax.config_fields import COMMON, ROPE, Field, Unsupported
+from dspark_jax.target.families.gemma4 import GEMMA4, GEMMA4_UNIFIED, GEMMA4_WHOLE
+from dspark_jax.target.families.qwen3 import QWEN3
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -91,7 +93,7 @@ def test_every_field_of_the_class_is_listed(kind):
     fields = {field.name: field.default for field in dataclasses.fields(getattr(transformers, kind))}
     listed = {name for name, field in table.items() if field.own}
     unlisted, gone = sorted(set(fields) - listed), sorted(listed - set(fields))
-    assert not unlisted, f"say in config_fields what becomes of {unlisted}"
+    assert not unlisted, f"say in target/families what becomes of {unlisted}"
     assert not gone, f"transformers' {kind} has no {gone} any more"
     for name in listed:
         if table[name].absent is not None and fields[name] is not None:
@@ -130,7 +132,7 @@ def test_what_the_models_code_reads_is_listed(kind):
     read = set().union(*map(names_read, classes), *(names_read(getattr(masking_utils, name)) for name in MASKS))
     read = {DERIVED.get(name, name) for name in read} - {"text_config"}
     assert {"num_hidden_layers", "rms_norm_eps", "is_causal", "attention_bias"} <= read
-    assert not read - set(table), "say in config_fields what becomes of them"
+    assert not read - set(table), "say in target/families what becomes of them"
 
 
 @pytest.fixture(scope="module")

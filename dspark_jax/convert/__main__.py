@@ -12,8 +12,8 @@ trained elsewhere, so that `evaluate`, `calibrate` and `generate` can use it. `c
 of a directory, and whether its config says how the drafter was trained: layer ids, block layout and mask token are
 scored on greedy answers of the target. Its exit status is 0 if a server drafts with it as it was trained, 1 if
 something is wrong or no server can use it, and 3 if that cannot be told: it has a part that is not implemented here,
-which servers may know all the same (their rules are replayed), the answers are too short, or next to nothing is accepted,
-for which training too little is reason enough.
+which servers may know all the same (their rules are replayed), the answers are too short, or next to nothing is
+accepted, for which training too little is reason enough.
 """
 
 import argparse
@@ -56,6 +56,7 @@ from dspark_jax.paths import check_local
 from dspark_jax.progress import log
 from dspark_jax.run_lock import locked
 from dspark_jax.sharding import make_mesh
+from dspark_jax.target import families
 from dspark_jax.target.loading import fingerprint, load_target, read_checkpoint
 from dspark_jax.training.checkpoint import Checkpoints, load_step
 from dspark_jax.training.feature_cache import feature_directory
@@ -149,6 +150,8 @@ def run_source(workdir: Path, options: argparse.Namespace) -> tuple[Source, dict
     )
     if arch.foreign:
         source = with_lent(source, lent_by_file(feature_directory(workdir) / LENDER, directory, arch))
+    elif families.of_drafters(arch).name != arch.model_type:
+        source = with_lent(source, lent(source.frozen, directory, arch, arch.final_logit_softcapping))
     return slim(source, options), run_files(workdir, path, step)
 
 
@@ -208,11 +211,13 @@ def directory_source(directory: Path, options: argparse.Namespace) -> tuple[Sour
         frozen = {name: mine[name] for name in FROZEN if name in mine}
         softcap = float(raw.get("text_config", raw).get("final_logit_softcapping") or 0)
         source = with_lent(source, lent(frozen, place, arch, softcap))
+    elif families.of_drafters(target).name != target.model_type:
+        source = with_lent(source, lent(source.frozen, place, target, target.final_logit_softcapping))
     return slim(source, options), files
 
 
 def with_lent(source: Source, of_target: Lent) -> Source:
-    """A drafter for a target without a definition here, with that target's embedding and LM head."""
+    """A drafter with layers of another family than its target's, with that target's embedding and LM head."""
     return dataclasses.replace(
         source, frozen=of_target.frozen, notes=of_target.notes, own_embedding=of_target.own_embedding
     )

@@ -26,7 +26,9 @@ from dspark_jax.convert.hf import expected_tensors
 from dspark_jax.convert.mapping import FROZEN
 from dspark_jax.convert.output import built_beside, check_output, write_text
 from dspark_jax.convert.safetensors_file import write_safetensors
+from dspark_jax.target import families
 from dspark_jax.target.checks import refuse_two_heads
+from dspark_jax.target.families.family import Family
 from dspark_jax.target.loading import read_checkpoint
 
 FORMATS = ("universal", "deepspec", "speculators")
@@ -70,9 +72,9 @@ class Source:
     split: str = ""
 
     @property
-    def gemma(self) -> bool:
-        """Whether its layers are Gemma 4's."""
-        return self.arch.model_type == "gemma4"
+    def family(self) -> Family:
+        """Whose layers it has."""
+        return families.of_drafters(self.arch)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,8 +104,8 @@ def content(source: Source, form: str, dtype: str) -> Content:
         )
     source = servable(source) if form != "deepspec" else source
     config = CONFIGS[form](source, dtype)
-    if not source.frozen and (source.own_embedding or (source.gemma and form == "universal")):
-        reason = source.own_embedding or "vLLM, the one server of drafters for Gemma 4, wants them in the file"
+    reason = source.own_embedding or (source.family.slim_refusal if form == "universal" else "")
+    if not source.frozen and reason:
         raise InputError(f"--slim leaves out embedding and LM head, but {reason}; export without --slim")
     shapes = expected_tensors(source.arch, source.config)
     if not source.frozen:
@@ -151,20 +153,28 @@ def write_export(
 
 
 def frozen_tensors(directory: str | Path) -> dict[str, np.ndarray]:
-    """Embedding and LM head (the embedding again where they are tied) of a model directory, memory-mapped.
+    """Embedding and LM head (the embedding again where they are tied) of a target's directory, memory-mapped.
+
+    The embedding is what a server's class of drafters expects: with the target's scale in it, where drafters have the
+    layers of another family, which knows nothing of the scale.
 
     Raises:
-      InputError: there is no embedding in it, or more than one, or its config says tied beside a head that differs.
+      InputError: one of them is not in it, or its config says tied beside a head that differs.
     """
-    tensors = read_checkpoint(Path(directory))
-    found = [name for name in tensors if name.rpartition("embed_tokens")[2] == ".weight"]
-    text = [name for name in found if "vision" not in name and "audio" not in name]
-    if len(text) != 1:
-        raise InputError(f"{directory}: {len(text)} tensors are called embed_tokens.weight; one is needed")
-    heads = [name for name in tensors if name.rpartition("lm_head")[2] == ".weight"]
-    if heads and TargetArchitecture.from_hf(directory).tie_word_embeddings:
-        refuse_two_heads(tensors, text[0], heads[0], str(directory))
-    return {FROZEN[0]: tensors[text[0]], FROZEN[1]: tensors[heads[0] if heads else text[0]]}
+    tensors, arch = read_checkpoint(Path(directory)), TargetArchitecture.from_hf(directory)
+    family = families.of_shape(arch)
+    weights = family.outer_weights(family.prefix(tensors))
+    embedding, head = weights["embedding"].name, weights["lm_head"].name
+    if arch.tie_word_embeddings:
+        refuse_two_heads(tensors, embedding, head, str(directory))
+        head = embedding
+    for name in (embedding, head):
+        if name not in tensors:
+            raise InputError(f"{directory}: tensor {name} is missing; download the checkpoint again")
+    rows, scale = tensors[embedding], family.embedding_scale(arch)
+    if scale != 1 and families.of_drafters(arch) is not family:
+        rows = np.asarray(rows, np.float32) * np.float32(scale)
+    return {FROZEN[0]: rows, FROZEN[1]: tensors[head]}
 
 
 def servable(source: Source) -> Source:
@@ -209,16 +219,15 @@ def deepspec_config(source: Source, dtype: str) -> dict[str, Any]:
     The shape of the layers is the drafter's own in any case: a target's config may state it in a way that does not fit
     fewer layers (`per_layer_config`), and a drafter may have another one than its target.
     """
-    drafter, target, arch = source.config, source.target, source.arch
+    drafter, target, arch, family = source.config, source.target, source.arch, source.family
     text = dict(target.get("text_config") or target)
-    if arch.foreign:  # nothing else of it has a meaning for a Qwen3
+    if arch.foreign or text.get("model_type") not in family.configs:  # nothing else has a meaning for these layers
         text = {name: text[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in text}
     for name in _TARGETS_OWN:
         text.pop(name, None)
-    gemma, shape = source.gemma, arch.to_hf()
-    if not gemma and "rope_theta" not in text:
-        del shape["rope_theta"]
-    family = "Gemma4" if gemma else "Qwen3"
+    shape = family.to_hf(families.of_shape(arch).drafter_shape(arch))
+    if "rope_theta" not in text:
+        shape.pop("rope_theta", None)
     config = (
         text
         | shape
@@ -231,13 +240,9 @@ def deepspec_config(source: Source, dtype: str) -> dict[str, Any]:
             "target_layer_ids": list(drafter.target_layer_ids),
         }
     )
-    config |= _eagle3_keys(source, family) if drafter.kind == "eagle3" else _block_keys(source, family)
-    if gemma:
-        types = {"target_model_type": target["model_type"], "target_text_model_type": text["model_type"]}
-        config |= {name: target.get(name, value) for name, value in types.items()}
-    else:
-        config |= {"use_sliding_window": False, "sliding_window": None}
-    return config
+    prefix = family.drafter_class
+    config |= _eagle3_keys(source, prefix) if drafter.kind == "eagle3" else _block_keys(source, prefix)
+    return family.drafter_config(config, target)
 
 
 _TARGETS_OWN = ("torch_dtype", "transformers_version", "auto_map", "quantization_config", "_name_or_path")
@@ -245,11 +250,11 @@ _TARGETS_OWN += ("per_layer_config",)
 """Keys of a target's config that would be wrong in its drafter's."""
 
 
-def _block_keys(source: Source, family: str) -> dict[str, Any]:
+def _block_keys(source: Source, prefix: str) -> dict[str, Any]:
     """Keys of DSpark and DFlash."""
     drafter = source.config
     keys = {
-        "architectures": [f"{family}DSparkModel"],
+        "architectures": [f"{prefix}DSparkModel"],
         "mask_token_id": drafter.mask_token_id,
         "block_size": drafter.block_size,
         "num_anchors": source.num_anchors,
@@ -263,10 +268,10 @@ def _block_keys(source: Source, family: str) -> dict[str, Any]:
     return keys
 
 
-def _eagle3_keys(source: Source, family: str) -> dict[str, Any]:
+def _eagle3_keys(source: Source, prefix: str) -> dict[str, Any]:
     """Keys of EAGLE-3."""
     return {
-        "architectures": [f"{family}Eagle3Model"],
+        "architectures": [f"{prefix}Eagle3Model"],
         "draft_num_hidden_layers": source.config.num_layers,
         "target_model_name_or_path": source.target_name,
         "ttt_length": source.config.block_size,
@@ -288,14 +293,15 @@ def universal_config(source: Source, dtype: str) -> dict[str, Any]:
     keys = ("block_size", "mask_token_id", "target_layer_ids", "markov_rank", "markov_head_type")
     nested = {key: config[key] for key in keys}
     config |= {"dflash_config": nested, "dspark_config": nested | {"sample_from_anchor": True}}
-    return config | ({} if source.gemma else flat_rope(source.arch))
+    return config | source.family.drafter_rope(source.arch)
 
 
 def _vllm_eagle3(source: Source, config: dict[str, Any]) -> dict[str, Any]:
     """What vLLM, the one server of Qwen3's EAGLE-3, wants besides: its class, and ids of layer inputs."""
-    if source.gemma:
-        raise InputError("--format universal: no server has an EAGLE-3 for Gemma 4; use --format deepspec")
-    return config | flat_rope(source.arch) | _eagle3_serving(source, "Eagle3Qwen3ForCausalLM")
+    family = source.family
+    if not family.eagle3_class:
+        raise InputError(f"--format universal: no server has an EAGLE-3 for {family.title}; use --format deepspec")
+    return config | family.drafter_rope(source.arch) | _eagle3_serving(source, family.eagle3_class)
 
 
 def _eagle3_serving(source: Source, architecture: str) -> dict[str, Any]:
@@ -311,13 +317,10 @@ def speculators_config(source: Source, dtype: str) -> dict[str, Any]:
     """`config.json` for the speculators package; layer ids count inputs, so they are one higher.
 
     Raises:
-      InputError: a Gemma 4 drafter: speculators knows neither its embedding scale nor its soft-cap.
+      InputError: a drafter that would compute something else there.
     """
-    if source.gemma:
-        raise InputError(
-            "--format speculators: speculators scales no embeddings and caps no logits, so a Gemma 4 drafter would "
-            "draft other tokens there; use --format universal and serve it with vLLM"
-        )
+    if source.family.speculators_refusal:
+        raise InputError(f"--format speculators: {source.family.speculators_refusal}")
     base, kind = universal_config(source, dtype), "eagle3" if source.config.kind == "eagle3" else "dspark"
     own = {"dflash_config", "dspark_config", "sample_from_anchor", "num_target_layers", "target_layer_ids"}
     own |= {"eagle_aux_hidden_state_layer_ids", "norm_before_residual", "draft_vocab_size"}
@@ -352,9 +355,3 @@ def speculators_config(source: Source, dtype: str) -> dict[str, Any]:
 
 
 CONFIGS = {"universal": universal_config, "deepspec": deepspec_config, "speculators": speculators_config}
-
-
-def flat_rope(arch: TargetArchitecture) -> dict[str, Any]:
-    """RoPE of a Qwen3 shape in the form of transformers 4 and in that of 5."""
-    rope = {"rope_theta": arch.rope_theta, "rope_type": "default"}
-    return {"rope_theta": arch.rope_theta, "rope_scaling": None, "rope_parameters": rope}

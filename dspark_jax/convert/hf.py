@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from dspark_jax.architecture import Unsupported
 from dspark_jax.config import DrafterConfig, InputError, TargetArchitecture
 from dspark_jax.convert.layouts import Layout, foreign_parts, layers_config, read_config, read_layout
-from dspark_jax.convert.mapping import FROZEN, LAYER_SCALAR, VOCABULARY_MAPS, drafter_weights, is_gemma
+from dspark_jax.convert.mapping import FROZEN, VOCABULARY_MAPS, drafter_family, drafter_weights
 from dspark_jax.drafter import AnyDrafter, make_drafter
 from dspark_jax.target.loading import fill_module, parameter_paths, read_checkpoint
 
@@ -85,11 +85,10 @@ def abstract_drafter(arch: TargetArchitecture, config: DrafterConfig, *, dtype: 
 
 def expected_tensors(arch: TargetArchitecture, config: DrafterConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor that a checkpoint of this drafter holds, frozen copies of the target's included, and its shape."""
-    parameters, shapes = parameter_paths(abstract_drafter(arch, config)), dict[str, tuple[int, ...]]()
-    weights = drafter_weights(config, parameters)
-    if is_gemma(parameters):
-        shapes |= {LAYER_SCALAR.format(i=i): (1,) for i in range(config.num_layers)}
-    for path, variable in parameters.items():
+    drafter = abstract_drafter(arch, config)
+    weights, shapes = drafter_weights(drafter, config), dict[str, tuple[int, ...]]()
+    shapes |= {name: (1,) for name in _constants(drafter, config)}
+    for path, variable in parameter_paths(drafter).items():
         weight, shape = weights[path], variable.get_value().shape
         single = shape[1:] if weight.stacked else shape
         for name in weight.names(shape[0] if weight.stacked else 1):
@@ -97,6 +96,12 @@ def expected_tensors(arch: TargetArchitecture, config: DrafterConfig) -> dict[st
     for name in FROZEN:
         shapes[name] = (arch.vocab_size, arch.hidden_size)
     return shapes
+
+
+def _constants(drafter: AnyDrafter, config: DrafterConfig) -> list[str]:
+    """Tensors of one number in the file, always 1, never trained, and no parameters here."""
+    names = drafter_family(drafter).drafter_constants
+    return [name.format(i=i) for name in names for i in range(config.num_layers)]
 
 
 def compare_tensors(
@@ -157,11 +162,11 @@ def load_tensors(
     tensors = read_checkpoint(directory)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     compare_tensors(str(directory), shapes, expected_tensors(arch, config), config.kind)
-    for name, tensor in tensors.items():
-        if name.endswith("layer_scalar") and np.any(np.asarray(tensor, np.float32) != 1):
-            raise InputError(f"{directory}: tensor {name} is not 1, which is not supported; scale the layer's weights")
     drafter = abstract_drafter(arch, config, dtype=dtype)
-    weights = drafter_weights(config, parameter_paths(drafter))
+    for name in _constants(drafter, config):
+        if np.any(np.asarray(tensors[name], np.float32) != 1):
+            raise InputError(f"{directory}: tensor {name} is not 1, which is not supported; scale the layer's weights")
+    weights = drafter_weights(drafter, config)
     fill_module(drafter, tensors, weights, str(directory), mesh, np.float32, finite=finite)
     return drafter
 
@@ -173,12 +178,11 @@ def stored_tensors(drafter: AnyDrafter, config: DrafterConfig) -> Iterable[tuple
       (name, float32 array in PyTorch layout).
     """
     yield from _parameters(drafter, config)
-    if is_gemma(parameter_paths(drafter)):
-        yield from ((LAYER_SCALAR.format(i=i), np.ones(1, np.float32)) for i in range(config.num_layers))
+    yield from ((name, np.ones(1, np.float32)) for name in _constants(drafter, config))
 
 
 def _parameters(drafter: AnyDrafter, config: DrafterConfig) -> Iterable[tuple[str, np.ndarray]]:
-    weights = drafter_weights(config, parameter_paths(drafter))
+    weights = drafter_weights(drafter, config)
     for path, variable in parameter_paths(drafter).items():
         weight, value = weights[path], np.asarray(variable.get_value(), np.float32)
         layers = list(value) if weight.stacked else [value]

@@ -16,10 +16,21 @@ from typing import Any
 
 from dspark_jax.config import InputError
 from dspark_jax.json_file import read_object
+from dspark_jax.target.families import FAMILIES, claiming
 
-BLOCK_ARCHITECTURES = ("Qwen3DSparkModel", "Gemma4DSparkModel")
 LLAMA_EAGLE_ARCHITECTURES = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM")
-EAGLE_ARCHITECTURES = ("Qwen3Eagle3Model", "Gemma4Eagle3Model", "Eagle3Qwen3ForCausalLM", *LLAMA_EAGLE_ARCHITECTURES)
+
+
+def block_architectures() -> list[str]:
+    """Classes of DSpark and DFlash with the layers of the families that have such."""
+    return [f"{family.drafter_class}DSparkModel" for family in FAMILIES.values() if family.drafter_class]
+
+
+def eagle_architectures() -> list[str]:
+    """Classes of EAGLE-3: the reference's, vLLM's, and those with Llama's layers."""
+    own = [f"{family.drafter_class}Eagle3Model" for family in FAMILIES.values() if family.drafter_class]
+    served = [family.eagle3_class for family in FAMILIES.values() if family.eagle3_class]
+    return [*own, *served, *LLAMA_EAGLE_ARCHITECTURES]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,10 +103,10 @@ def foreign_parts(raw: Mapping[str, Any]) -> list[str]:
     layers, nested = layers_config(raw), raw.get("dflash_config") or {}
     found = [f"{name} {raw[name]}" for name in _OFF if raw.get(name)]
     model_type = "llama" if "speculators_model_type" in raw and "model_type" not in layers else layers.get("model_type")
-    eagle = raw.get("speculators_model_type") == "eagle3" or architecture(raw) in EAGLE_ARCHITECTURES
+    eagle = raw.get("speculators_model_type") == "eagle3" or architecture(raw) in eagle_architectures()
     if eagle and is_llama(raw):
         found.append("an EAGLE-3 with Llama's layers")
-    elif not str(model_type).startswith(("qwen3", "gemma4")):
+    elif not ((family := claiming(model_type)) and family.drafter_class):
         found.append(f"layers of a {model_type}")
     if eagle and raw.get("norm_before_residual", "speculators_model_type" in raw):
         found.append("norm_before_residual (the default of speculators files)")
@@ -131,9 +142,9 @@ def read_layout(where: str, raw: Mapping[str, Any]) -> Layout:
     name = architecture(raw)
     if "speculators_model_type" in raw:
         return _speculators(where, raw)
-    if name in BLOCK_ARCHITECTURES:
+    if name in block_architectures():
         return _block(where, raw, raw, "deepspec", anchor_first=bool(raw.get("sample_from_anchor", True)))
-    if name in EAGLE_ARCHITECTURES:
+    if name in eagle_architectures():
         return _eagle(where, raw)
     if name in ("DSparkDraftModel", "DFlashDraftModel"):
         nested = raw.get("dflash_config") or raw.get("dspark_config") or {}
@@ -143,7 +154,7 @@ def read_layout(where: str, raw: Mapping[str, Any]) -> Layout:
         return _block(where, values, raw, dialect, anchor_first=bool(values.get("sample_from_anchor", dspark)))
     raise InputError(
         f"{where}: architectures {raw.get('architectures')} is not one of "
-        f"{[*BLOCK_ARCHITECTURES, *EAGLE_ARCHITECTURES, 'DSparkDraftModel', 'DFlashDraftModel']} and there is no "
+        f"{[*block_architectures(), *eagle_architectures(), 'DSparkDraftModel', 'DFlashDraftModel']} and there is no "
         "speculators_model_type; this is not a drafter that is known here"
     )
 

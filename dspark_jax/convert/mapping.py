@@ -1,17 +1,20 @@
 """Names and shapes of drafter checkpoints in the layout of the PyTorch reference (DeepSpec `save_pretrained`)."""
 
-from collections.abc import Iterable
+from typing import Any
+
+from flax import nnx
 
 from dspark_jax.config import DrafterConfig
-from dspark_jax.target import gemma4
-from dspark_jax.target.qwen3 import LAYER_WEIGHTS
+from dspark_jax.target import families
+from dspark_jax.target.families.family import Family
+from dspark_jax.target.layers import Layer
 from dspark_jax.target.weights import Weight
 
 _BACKBONE = {
     "backbone.fc": Weight("fc.weight", inputs=1),
     "backbone.hidden_norm": Weight("hidden_norm.weight"),
     "backbone.norm": Weight("norm.weight"),
-} | {f"backbone.layers.{path}": weight for path, weight in LAYER_WEIGHTS.items()}
+}
 
 _MARKOV = {
     "markov.w1": Weight("markov_head.markov_w1.weight"),
@@ -39,14 +42,14 @@ _EAGLE3 = {
     "fc": Weight("fc.weight", inputs=1),
     "norm": Weight("norm.weight"),
     "layers.hidden_norm": Weight("layers.{i}.hidden_norm.weight"),
-} | {f"layers.{path}": weight for path, weight in LAYER_WEIGHTS.items()}
+}
 
 _MTP = {
     "projection": Weight("layers.0.eh_proj.weight", inputs=1),
     "hidden_norm": Weight("layers.0.hnorm.weight"),
     "embedding_norm": Weight("layers.0.enorm.weight"),
     "norm": Weight("layers.0.shared_head.norm.weight"),
-} | {f"layers.{path}": weight for path, weight in LAYER_WEIGHTS.items()}
+}
 """Named after DeepSeek-V3's module. Its eh_proj reads [embedding; hidden state], ours [hidden state; embedding]:
 whoever exports it for a server has to swap the halves."""
 
@@ -57,30 +60,25 @@ VOCABULARY_MAPS = ("t2d", "d2t")
 """Tensors of drafters that draft from a part of the vocabulary only."""
 
 
-LAYER_SCALAR = "layers.{i}.layer_scalar"
-"""A buffer of one number in every layer of a Gemma 4 drafter: always 1, never trained, and no parameter here."""
+def drafter_family(drafter: Any) -> Family:
+    """The family whose layers a drafter has."""
+    return families.FAMILIES[next(part.family for _, part in nnx.iter_modules(drafter) if isinstance(part, Layer))]
 
 
-def is_gemma(paths: Iterable[str]) -> bool:
-    """Whether a drafter with these parameters has Gemma 4's layers."""
-    return any(path.endswith("layers.mlp_out_norm") for path in paths)
-
-
-def drafter_weights(config: DrafterConfig, paths: Iterable[str] = ()) -> dict[str, Weight]:
+def drafter_weights(drafter: Any, config: DrafterConfig) -> dict[str, Weight]:
     """Every parameter of a drafter and the tensor that holds it.
 
     Args:
+      drafter: tells which family's layers it has; its parameters may be shapes only.
       config: says what kind of drafter it is.
-      paths: of its parameters; they tell Gemma 4's layers, of which some norms have other names, from Qwen3's.
     """
-    weights = _plain_weights(config)
-    if is_gemma(paths):
-        stack = "layers." if config.kind in ("eagle3", "mtp") else "backbone.layers."
-        weights |= {stack + path: weight for path, weight in gemma4.LAYER_WEIGHTS.items() if path != "scalar"}
-    return weights
+    stack = "layers." if config.kind in ("eagle3", "mtp") else "backbone.layers."
+    layers = drafter_family(drafter).drafter_weights()
+    return _plain_weights(config) | {stack + path: weight for path, weight in layers.items()}
 
 
 def _plain_weights(config: DrafterConfig) -> dict[str, Weight]:
+    """All but those of the layers."""
     if config.kind in ("eagle3", "mtp"):
         return dict(_EAGLE3 if config.kind == "eagle3" else _MTP)
     weights = dict(_BACKBONE)

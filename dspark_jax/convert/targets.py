@@ -8,19 +8,12 @@ import numpy as np
 
 from dspark_jax.config import InputError, TargetArchitecture
 from dspark_jax.convert.mapping import FROZEN
+from dspark_jax.target import families
 from dspark_jax.target.lender import read_lender
 from dspark_jax.target.loading import read_checkpoint
 
 SHARED = ("model_type", "vocab_size", "hidden_size")
-"""What drafter and target cannot differ in: embedding, LM head and hidden states are the target's."""
-
-_LAYERS = ("num_attention_heads", "intermediate_size", "rms_norm_eps", "rope_theta")
-LAYERS = {
-    "qwen3": (*_LAYERS, "num_key_value_heads", "head_dim"),
-    "gemma4": (*_LAYERS, "num_global_key_value_heads", "global_head_dim", "attention_k_eq_v", "partial_rotary_factor")
-    + ("final_logit_softcapping",),
-}
-"""By model_type what a drafter's layers read besides; all of them are full attention."""
+"""What a drafter and its target's drafters cannot differ in: embedding, LM head and hidden states are the target's."""
 
 
 def fitting(
@@ -38,8 +31,9 @@ def fitting(
     Raises:
       InputError: the first field that differs.
     """
-    for name in (*SHARED, *(LAYERS[target.model_type] if whole else ())):
-        here, there = getattr(drafter, name), getattr(target, name)
+    wanted = families.of_shape(target).drafter_shape(target)
+    for name in (*SHARED, *(families.of_shape(wanted).drafter_fields if whole else ())):
+        here, there = getattr(drafter, name), getattr(wanted, name)
         if here != there:
             remedy = "this drafter is for another target"
             if name not in SHARED:
@@ -49,7 +43,7 @@ def fitting(
 
 @dataclasses.dataclass(frozen=True)
 class Lent:
-    """What a target without a definition here gives a drafter, and what servers make of it.
+    """What a target whose drafters are a Qwen3's gives a drafter, and what servers make of it.
 
     Attributes:
       frozen: embedding and LM head by the names of `mapping.FROZEN`.
@@ -85,8 +79,8 @@ def lent_by_file(file: Path, target: Path, arch: TargetArchitecture) -> Lent:
 def lent(frozen: Mapping[str, np.ndarray], target: Path, arch: TargetArchitecture, softcap: float) -> Lent:
     """Compares embedding and logits of training with what servers, for which the drafter is a Qwen3, would compute."""
     notes = [
-        f"The target is a {arch.foreign}, the drafter's layers are Qwen3's: a server has to hand over the hidden "
-        "states of this target's layers to its class of drafters for Qwen3."
+        f"The target is a {arch.foreign or families.of_shape(arch).title}, the drafter's layers are Qwen3's: a server "
+        "has to hand over the hidden states of this target's layers to its class of drafters for Qwen3."
     ]
     own = ""
     scale = embedding_scale(frozen[FROZEN[0]], target) if frozen else 1.0

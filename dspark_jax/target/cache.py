@@ -9,7 +9,8 @@ import jax.numpy as jnp
 
 from dspark_jax.config import TargetArchitecture
 from dspark_jax.ops.cached_attention import Rows
-from dspark_jax.target.layers import FULL, attention_shape, layer_at
+from dspark_jax.target.families.family import AttentionShape
+from dspark_jax.target.layers import drafter_layer, layer_at
 
 # A ring, drawn: window 6, passes of up to 3 rows (front = 3), so C = 16 and R = 11. Position p is in row 3 + p mod 11.
 #
@@ -60,17 +61,18 @@ class KVCache:
         length: int,
         arch: TargetArchitecture,
         dtype: Any,
-        kind: str = FULL,
+        attention: AttentionShape | None = None,
         *,
         separate: bool = False,
         block: int = 0,
     ) -> "KVCache":
         """An empty cache for `length` positions of a stack of one kind of layers.
 
-        `separate` gives each layer an array. With `block`, layers with a window have a ring that takes so many rows at
-        once, unless that is not smaller.
+        `attention` says what the layers' is like; None: those of a drafter for a target of shape `arch`. `separate`
+        gives each layer an array. With `block`, layers with a window have a ring that takes so many rows at once,
+        unless that is not smaller.
         """
-        attention = attention_shape(arch, kind)
+        attention = attention or drafter_layer(arch)[1].attention
         ring = ring_rows(attention.window, block) if block and attention.window else length
         length, front = (ring, block) if ring < length else (length, 0)
         shape = (batch, attention.kv_heads, length, attention.width)

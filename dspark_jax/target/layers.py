@@ -1,10 +1,11 @@
 """Transformer pieces shared by every target and drafter: norm, RoPE, attention projections, MLP, layer stacks.
 
 Parameters of a stack of layers carry one leading axis L, so that one compiled body serves all of them. What the
-families of models differ in is stated in `attention_shape`, `Layer` and `MLP`.
+families of models differ in is stated in a `LayerShape`.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -17,9 +18,11 @@ from flax import nnx
 from dspark_jax.config import TargetArchitecture
 from dspark_jax.ops.product import product
 from dspark_jax.sharding import Param, gather
+from dspark_jax.target import families
+from dspark_jax.target.families.family import AttentionShape, LayerShape
 
-FULL, SLIDING = "full_attention", "sliding_attention"
-"""Kinds of layers: all earlier rows are visible, or a window of them. Layers of drafters are full."""
+GATES = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
+"""Functions of an MLP's gate by name."""
 
 
 def normal(
@@ -57,16 +60,15 @@ def rms_norm(x: jax.Array, weight: jax.Array | None, eps: float) -> jax.Array:
     return (x32 if weight is None else x32 * weight.astype(jnp.float32)).astype(x.dtype)
 
 
-def rope(x: jax.Array, positions: jax.Array, theta: float, share: float = 1.0) -> jax.Array:
+def rope(x: jax.Array, positions: jax.Array, theta: float, turns: tuple[float, ...] = ()) -> jax.Array:
     """Rotary embedding of x [..., T, N, H] at positions [..., T]; halves are rotated, phases are float32.
 
-    Where `share` is below 1, only that share of the pairs turns, at the frequencies that they have among all of them
-    (Gemma 4's "proportional" RoPE, trap 21).
+    `turns` are factors of the frequencies of the H/2 pairs; empty: all 1.
     """
     half = x.shape[-1] // 2
     frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    if share < 1.0:
-        frequency = jnp.where(jnp.arange(half) < int(share * half), frequency, 0.0)
+    if turns:
+        frequency = frequency * jnp.asarray(turns, jnp.float32)
     phase = positions.astype(jnp.float32)[..., None, None] * frequency
     sin, cos = jnp.sin(phase), jnp.cos(phase)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
@@ -74,53 +76,28 @@ def rope(x: jax.Array, positions: jax.Array, theta: float, share: float = 1.0) -
     return rotated.astype(x.dtype)
 
 
-@dataclasses.dataclass(frozen=True)
-class AttentionShape:
-    """What the attention of one kind of layer is like.
-
-    Attributes:
-      heads: N query heads.
-      kv_heads: K key and value heads.
-      width: H of each.
-      theta: base of the rotary frequencies.
-      rotated: share of the pairs that are rotated.
-      scale: factor of the scores.
-      window: rows that a query sees, its own included; 0 = all before it.
-      value_is_key: values are the raw key projections (before their norm and rotation).
-      value_norm: values pass an RMS norm without weight.
-    """
-
-    heads: int
-    kv_heads: int
-    width: int
-    theta: float
-    rotated: float
-    scale: float
-    window: int
-    value_is_key: bool
-    value_norm: bool
-
-
-def attention_shape(arch: TargetArchitecture, kind: str = FULL) -> AttentionShape:
-    """The attention of a model's layers of one kind (trap 21 for Gemma 4)."""
-    heads, kv_heads, width = arch.num_attention_heads, arch.num_key_value_heads, arch.head_dim
-    if arch.model_type != "gemma4":
-        return AttentionShape(heads, kv_heads, width, arch.rope_theta, 1.0, width**-0.5, 0, False, False)
-    if kind == SLIDING:
-        theta = arch.sliding_rope_theta
-        return AttentionShape(heads, kv_heads, width, theta, 1.0, 1.0, arch.sliding_window, False, True)
-    kv_heads, width = arch.num_global_key_value_heads, arch.global_head_dim
-    rotated, shared = arch.partial_rotary_factor, arch.attention_k_eq_v
-    return AttentionShape(heads, kv_heads, width, arch.rope_theta, rotated, 1.0, 0, shared, True)
+def drafter_layer(arch: TargetArchitecture) -> tuple[TargetArchitecture, LayerShape]:
+    """The shape of a drafter for a target of shape `arch`, and what its layers are like; stored scalars are all 1."""
+    shape = families.of_shape(arch).drafter_shape(arch)
+    return shape, dataclasses.replace(families.of_shape(shape).layer(shape), scalar=False)
 
 
 class Attention(nnx.Module):
-    """Projections of grouped-query attention with per-head RMS norms on queries and keys."""
+    """Projections of grouped-query attention, usually with per-head RMS norms on queries and keys.
+
+    `shape` is None for a drafter's.
+    """
 
     def __init__(
-        self, arch: TargetArchitecture, *, stack: tuple[int, ...], scale: float, rngs: nnx.Rngs, kind: str = FULL
+        self,
+        arch: TargetArchitecture,
+        *,
+        stack: tuple[int, ...],
+        scale: float,
+        rngs: nnx.Rngs,
+        shape: AttentionShape | None = None,
     ):
-        self.shape = attention_shape(arch, kind)
+        self.shape = drafter_layer(arch)[1].attention if shape is None else shape
         d, n, k, h = arch.hidden_size, self.shape.heads, self.shape.kv_heads, self.shape.width
         self.query: Any = normal(rngs, stack, (d, n, h), ("embed", "heads", "head_width"), scale)
         self.key: Any = normal(rngs, stack, (d, k, h), ("embed", "kv_heads", "head_width"), scale)
@@ -128,20 +105,20 @@ class Attention(nnx.Module):
         value = normal(rngs, stack, (d, k, h), ("embed", "kv_heads", "head_width"), scale) if own else None
         self.value: Any = value
         self.out = normal(rngs, stack, (n, h, d), ("heads", "head_width", "embed"), scale)
-        self.query_norm: Any = ones(stack, h)
-        self.key_norm: Any = ones(stack, h)
+        self.query_norm: Any = ones(stack, h) if self.shape.norms else None
+        self.key_norm: Any = ones(stack, h) if self.shape.norms else None
         self.eps = arch.rms_norm_eps
         self.reads_context = False  # keys and values are asked for alone as well: a drafter's
 
     def queries(self, x: jax.Array, positions: jax.Array) -> jax.Array:
         """x [B, T, D], positions [B, T] -> normed and rotated queries [B, T, N, H]."""
-        return self._turn(dense(x, self.query[...]), self.query_norm[...], positions)
+        return self._turn(dense(x, self.query[...]), self.query_norm, positions)
 
     def keys_values(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
         """x [B, T, D], positions [B, T] -> normed and rotated keys, and values, both [B, T, K, H]."""
         key = dense(x, self.key[...])
         value = key if self.value is None else dense(x, self.value[...])
-        return self._turn(key, self.key_norm[...], positions), self._values(value)
+        return self._turn(key, self.key_norm, positions), self._values(value)
 
     def all(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """`queries` and `keys_values` of the same rows; in one product after `fuse_weights`."""
@@ -149,11 +126,12 @@ class Attention(nnx.Module):
             return self.queries(x, positions), *self.keys_values(x, positions)
         n, k = self.shape.heads, self.shape.kv_heads
         heads = dense(x, self.joint[...])
-        turned = self._turn(heads[..., : n + k, :], self.joint_norm[...], positions)
+        turned = self._turn(heads[..., : n + k, :], self.joint_norm, positions)
         return turned[..., :n, :], turned[..., n:, :], self._values(heads[..., -k:, :])
 
-    def _turn(self, heads: jax.Array, norm: jax.Array, positions: jax.Array) -> jax.Array:
-        return rope(rms_norm(heads, norm, self.eps), positions, self.shape.theta, self.shape.rotated)
+    def _turn(self, heads: jax.Array, norm: Param | None, positions: jax.Array) -> jax.Array:
+        heads = heads if norm is None else rms_norm(heads, norm[...], self.eps)
+        return rope(heads, positions, self.shape.theta, self.shape.turns)
 
     def _values(self, value: jax.Array) -> jax.Array:
         return rms_norm(value, None, self.eps) if self.shape.value_norm else value
@@ -166,8 +144,8 @@ class Attention(nnx.Module):
         parts = [query, key] if self.value is None else [query, key, self.value[...]]
         self.joint = Param(jnp.concatenate(parts, axis=1), axes=(None,) * 3)
         norms = [jnp.broadcast_to(norm[...], (part.shape[1], part.shape[2])) for norm, part in
-                 ((self.query_norm, query), (self.key_norm, key))]  # fmt: skip
-        self.joint_norm = Param(jnp.concatenate(norms), axes=(None,) * 2)
+                 ((self.query_norm, query), (self.key_norm, key)) if norm is not None]  # fmt: skip
+        self.joint_norm: Any = Param(jnp.concatenate(norms), axes=(None,) * 2) if norms else None
         # Nothing is kept twice but what a drafter reads of a context alone.
         self.query = self.query_norm = None
         if not self.reads_context:
@@ -179,14 +157,22 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """Gated feed-forward layer: SiLU, or Gemma's GELU (the tanh approximation)."""
+    """Gated feed-forward layer; `gate` is one of `GATES`."""
 
-    def __init__(self, arch: TargetArchitecture, *, stack: tuple[int, ...], scale: float, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        arch: TargetArchitecture,
+        *,
+        stack: tuple[int, ...],
+        scale: float,
+        rngs: nnx.Rngs,
+        gate: str = "silu",
+    ):
         d, f = arch.hidden_size, arch.intermediate_size
         self.gate: Any = normal(rngs, stack, (d, f), ("embed", "mlp"), scale)
         self.up: Any = normal(rngs, stack, (d, f), ("embed", "mlp"), scale)
         self.down = normal(rngs, stack, (f, d), ("mlp", "embed"), scale)
-        self.gelu = arch.model_type == "gemma4"
+        self.function = gate
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., D] -> [..., D]."""
@@ -194,8 +180,7 @@ class MLP(nnx.Module):
             gate, up = dense(x, self.gate[...]), dense(x, self.up[...])
         else:
             gate, up = jnp.split(dense(x, self.joint[...]), 2, axis=-1)
-        gate = jax.nn.gelu(gate, approximate=True) if self.gelu else jax.nn.silu(gate)
-        return dense(gate * up, self.down[...])
+        return dense(GATES[self.function](gate) * up, self.down[...])
 
     def fuse_weights(self, dtype: Any) -> None:
         """See `decode_weights`; for a single layer."""
@@ -207,8 +192,11 @@ class MLP(nnx.Module):
 class Layer(nnx.Module):
     """Pre-norm transformer layer (or a stack of them, by a leading axis on every parameter).
 
-    Gemma 4 norms what attention and MLP give once more before it is added, and multiplies the layer's output with a
-    stored scalar (trap 21), which is 1 in drafters and no parameter there.
+    What attention and MLP give may be normed once more before it is added, and the layer's output be multiplied with a
+    stored scalar.
+
+    Attributes:
+      family: the name of the family whose layer it is.
     """
 
     def __init__(
@@ -218,17 +206,19 @@ class Layer(nnx.Module):
         stack: tuple[int, ...] = (),
         scale: float = 0.02,
         rngs: nnx.Rngs,
-        kind: str = FULL,
-        scalar: bool = False,
+        shape: LayerShape | None = None,
     ):
-        sandwich = arch.model_type == "gemma4"
+        """A random layer like `shape`; None: that of a drafter for a target of shape `arch`."""
+        if shape is None:
+            arch, shape = drafter_layer(arch)
+        self.family = arch.model_type
         self.attention_norm = ones(stack, arch.hidden_size)
-        self.attention = Attention(arch, stack=stack, scale=scale, rngs=rngs, kind=kind)
-        self.attention_out_norm = ones(stack, arch.hidden_size) if sandwich else None
+        self.attention = Attention(arch, stack=stack, scale=scale, rngs=rngs, shape=shape.attention)
+        self.attention_out_norm = ones(stack, arch.hidden_size) if shape.out_norms else None
         self.mlp_norm = ones(stack, arch.hidden_size)
-        self.mlp = MLP(arch, stack=stack, scale=scale, rngs=rngs)
-        self.mlp_out_norm = ones(stack, arch.hidden_size) if sandwich else None
-        self.scalar = ones(stack, 1) if scalar else None
+        self.mlp: Any = MLP(arch, stack=stack, scale=scale, rngs=rngs, gate=shape.gate)
+        self.mlp_out_norm = ones(stack, arch.hidden_size) if shape.out_norms else None
+        self.scalar = ones(stack, 1) if shape.scalar else None
         self.eps = arch.rms_norm_eps
 
     def __call__(self, x: jax.Array, attention: Callable[["Attention", jax.Array], jax.Array]) -> jax.Array:

@@ -4,7 +4,6 @@ On the host there is never more than one tensor (of one layer) beyond what the d
 is cut into the shards of the devices here, and its pages are given back when it is on them.
 """
 
-import dataclasses
 import functools
 import hashlib
 import json
@@ -27,7 +26,7 @@ from dspark_jax.config import InputError, TargetArchitecture, TargetConfig
 from dspark_jax.hub import local_directory
 from dspark_jax.progress import Progress
 from dspark_jax.sharding import state_shardings
-from dspark_jax.target import gemma4, qwen3
+from dspark_jax.target import families
 from dspark_jax.target.checks import all_finite, no_weights, refuse_quantised_tensors, refuse_two_heads
 from dspark_jax.target.model import Target
 from dspark_jax.target.weights import Weight
@@ -297,8 +296,8 @@ def _advise(tensor: np.ndarray, advice: str) -> None:
 
 def abstract_target(arch: TargetArchitecture, dtype: Any) -> Target:
     """A target whose parameters are shapes only."""
-    family = {"qwen3": qwen3.Qwen3, "gemma4": gemma4.Gemma4}[arch.model_type]
-    return nnx.eval_shape(lambda: family(arch, rngs=nnx.Rngs(0), dtype=dtype))
+    made = families.of_shape(arch).model() or Target
+    return nnx.eval_shape(lambda: made(arch, rngs=nnx.Rngs(0), dtype=dtype))
 
 
 def load_target(config: TargetConfig, mesh: Mesh) -> Target:
@@ -318,10 +317,8 @@ def load_target(config: TargetConfig, mesh: Mesh) -> Target:
         arch.refuse_other(TargetArchitecture.from_hf(directory), config.path)
     target = abstract_target(arch, dtype)
     tensors = read_checkpoint(directory)
-    weights = qwen3.WEIGHTS
-    if arch.model_type == "gemma4":
-        tensors = {name: tensor for name, tensor in tensors.items() if not gemma4.of_another_tower(name)}
-        weights = gemma4.weights(arch, tensors)
+    tensors = {name: tensor for name, tensor in tensors.items() if not target.family.ignores(name)}
+    weights = target.family.weights(arch, tensors)
     refuse_quantised_tensors(tensors, str(directory))
     known = {name for weight in weights.values() for name in weight.names(arch.num_hidden_layers)}
     for name in tensors:
@@ -345,9 +342,7 @@ def fingerprint(directory: str | Path) -> str:
     """
     directory = local_directory(directory)
     arch = TargetArchitecture.of_any_model(directory)
-    digest = hashlib.sha256(repr(arch).encode())
-    if arch.model_type != "qwen3":  # the fields that its repr leaves out
-        digest.update(repr(dataclasses.astuple(arch)).encode())
+    digest = hashlib.sha256(families.of_shape(arch).identity(arch).encode())
     tensors = read_checkpoint(directory)
     for name in sorted(tensors):
         tensor = tensors[name]

@@ -1,11 +1,11 @@
-"""A target: embeddings, stacked layers of one or two kinds, final norm, LM head. Families state their differences.
+"""A target: embeddings, stacked layers of one or more kinds, final norm, LM head.
 
-`Qwen3` and `Gemma4` are `Target`s; training and the engine take either.
+How families differ is in their descriptions (`target.families`); training and the engine take any of them.
 """
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +16,11 @@ from dspark_jax.ops.attention import attention
 from dspark_jax.ops.cached_attention import Rows, cached_attention
 from dspark_jax.ops.product import product
 from dspark_jax.sharding import constrain, gather
+from dspark_jax.target import families
 from dspark_jax.target.cache import KVCache
 from dspark_jax.target.decode_weights import head_columns
+from dspark_jax.target.families.family import FULL, AttentionShape, Family
 from dspark_jax.target.layers import (
-    FULL,
-    AttentionShape,
     Layer,
     layer_at,
     normal,
@@ -61,9 +61,6 @@ class Target(nnx.Module):
       narrow: whether every parameter is a bfloat16 number, as in most checkpoints.
     """
 
-    STACKS: ClassVar[Mapping[str, str]] = {FULL: "layers"}
-    """Kind of layers -> the attribute that holds their stack."""
-
     layers: Layer
 
     def __init__(self, arch: TargetArchitecture, *, rngs: nnx.Rngs, dtype: Any = jnp.float32, scale: float = 0.02):
@@ -71,18 +68,29 @@ class Target(nnx.Module):
         self.arch = arch
         self.dtype = dtype
         self.narrow = False
-        self.pattern = layer_pattern(arch)
+        self.pattern = layer_pattern(self.family.kinds(arch))
         self.softcap = arch.final_logit_softcapping
         self.embedding = normal(rngs, (), (arch.vocab_size, arch.hidden_size), ("vocab", "embed"), scale)
-        for kind, name in self.STACKS.items():
-            layers = stack_layers(arch, kind)
-            stack = Layer(
-                arch, stack=(len(layers),), scale=scale, rngs=rngs, kind=kind, scalar=arch.model_type == "gemma4"
-            )
-            setattr(self, name, stack)
+        for kind, name in self.stacks.items():
+            setattr(self, name, self.make_layers(kind, rngs=rngs, scale=scale))
         self.norm = ones((), arch.hidden_size)
         if not arch.tie_word_embeddings:
             self.lm_head = normal(rngs, (), (arch.vocab_size, arch.hidden_size), ("vocab", "embed"), scale)
+
+    def make_layers(self, kind: str, *, rngs: nnx.Rngs, scale: float) -> Layer:
+        """The random layers of a kind, as a stack; what a family's own class overrides."""
+        stack, shape = (len(self.family.stack_layers(self.arch, kind)),), self.family.layer(self.arch, kind)
+        return Layer(self.arch, stack=stack, scale=scale, rngs=rngs, shape=shape)
+
+    @property
+    def family(self) -> Family:
+        """What its family says of it."""
+        return families.of_shape(self.arch)
+
+    @property
+    def stacks(self) -> Mapping[str, str]:
+        """Kind of layers -> the attribute that holds their stack."""
+        return self.family.stacks
 
     @property
     def head(self) -> jax.Array:
@@ -90,8 +98,10 @@ class Target(nnx.Module):
         return gather(self.embedding[...] if self.arch.tie_word_embeddings else self.lm_head[...], "vocab", "embed")
 
     def embed(self, tokens: jax.Array) -> jax.Array:
-        """tokens [...] -> [..., D] in the compute type."""
-        return gather(self.embedding[...], "vocab", "embed")[tokens].astype(self.dtype)
+        """tokens [...] -> [..., D] in the compute type, scaled as the compute type can hold the factor."""
+        rows = gather(self.embedding[...], "vocab", "embed")[tokens].astype(self.dtype)
+        scale = self.family.embedding_scale(self.arch)
+        return rows if scale == 1 else rows * jnp.asarray(scale, self.dtype)
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """hidden [..., D] -> float32 logits [..., V], soft-capped, padded vocabulary rows included."""
@@ -117,10 +127,10 @@ class Target(nnx.Module):
         separate = getattr(self, "separate_caches", False)
 
         def empty(kind: str) -> KVCache:
-            layers = len(stack_layers(self.arch, kind))
-            return KVCache.zeros(layers, batch, length, self.arch, self.dtype, kind, separate=separate, block=block)
+            layers, shape = len(self.family.stack_layers(self.arch, kind)), self.family.layer(self.arch, kind).attention
+            return KVCache.zeros(layers, batch, length, self.arch, self.dtype, shape, separate=separate, block=block)
 
-        caches = {kind: empty(kind) for kind in self.STACKS}
+        caches = {kind: empty(kind) for kind in self.stacks}
         return caches if len(caches) > 1 else caches[FULL]
 
     def forward(
@@ -157,7 +167,7 @@ class Target(nnx.Module):
 
         def body(carry: Any, kind: str, index: jax.Array | int, number: jax.Array | int) -> Any:
             x, cache, features = carry
-            layer = layer_at(getattr(self, self.STACKS[kind]), index)
+            layer = layer_at(getattr(self, self.stacks[kind]), index)
             written = cache
 
             def heads_of(projections: Any, normed: jax.Array) -> jax.Array:
@@ -186,7 +196,7 @@ class Target(nnx.Module):
             return x, written, features.put(number, x)
 
         x = constrain(self.embed(tokens), "batch", None, None)
-        one_by_one = isinstance(getattr(self, self.STACKS[FULL]), nnx.List)
+        one_by_one = isinstance(getattr(self, self.stacks[FULL]), nnx.List)
         carry = x, cache, Features.start(taps, x, one_by_one=one_by_one)
         carry = run_pattern(self.pattern, body, carry, self.arch.num_hidden_layers, one_by_one=one_by_one)
         x, cache, features = carry
@@ -231,19 +241,12 @@ class Features:
         return jnp.concatenate(tapped, axis=-1) if tapped else jnp.zeros((*x.shape[:2], 0), x.dtype)
 
 
-def layer_pattern(arch: TargetArchitecture) -> tuple[str, ...]:
+def layer_pattern(kinds: tuple[str, ...]) -> tuple[str, ...]:
     """The shortest sequence of kinds whose repetition gives the kinds of all layers."""
-    kinds = arch.layer_types or (FULL,) * arch.num_hidden_layers
     for period in range(1, len(kinds) + 1):
         if len(kinds) % period == 0 and kinds == kinds[:period] * (len(kinds) // period):
             return kinds[:period]
     raise AssertionError("a sequence repeats itself")
-
-
-def stack_layers(arch: TargetArchitecture, kind: str) -> tuple[int, ...]:
-    """The numbers of the layers of a kind: what its stack holds, in this order."""
-    kinds = arch.layer_types or (FULL,) * arch.num_hidden_layers
-    return tuple(i for i, k in enumerate(kinds) if k == kind)
 
 
 Own = tuple[jax.Array, jax.Array, jax.Array]  # queries [B, S, N, H], keys and values [B, S, K, H] of a pass

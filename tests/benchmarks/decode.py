@@ -51,13 +51,13 @@ from dspark_jax.engine.state import DecodeState
 from dspark_jax.engine.verify import verify
 from dspark_jax.ops.sampling import Sampling
 from dspark_jax.target.loading import compute_dtype
-from dspark_jax.target.qwen3 import Qwen3
+from dspark_jax.target.model import Target
 
 ARCHITECTURE = TargetArchitecture("qwen3", 4096, 256, 6, 4, 2, 64, 768, 1e-6, 1e6, True, 2048)
 DRAFTER = DrafterConfig("dspark", 2, 7, (0, 1, 2, 3, 4), 4095, 64, True, True)
 
 
-def hugging_face(target: Qwen3, threads: int) -> Any:
+def hugging_face(target: Target, threads: int) -> Any:
     """The target's weights in `transformers.Qwen3ForCausalLM` (PyTorch, CPU)."""
     import torch
     import transformers
@@ -277,7 +277,7 @@ def main() -> None:
         target, drafter, model, prompts, stops = trained(arguments.workdir, arguments.prompts)
     else:
         # Weights of checkpoints are bfloat16 numbers; the target computes in float32, for both libraries.
-        target = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(x.dtype), Qwen3(ARCHITECTURE, rngs=nnx.Rngs(0)))
+        target = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(x.dtype), Target(ARCHITECTURE, rngs=nnx.Rngs(0)))
         target.narrow, model, stops = True, None, []
         drafter = make_drafter(ARCHITECTURE, DRAFTER, rngs=nnx.Rngs(1), dtype=compute_dtype(arguments.drafter_dtype))
         prompts = np.random.default_rng(0).integers(0, 4000, (arguments.batch, arguments.prompt)).tolist()

@@ -36,7 +36,7 @@ from dspark_jax.drafter import make_drafter
 from dspark_jax.engine.cost import RoundShape, round_seconds, rounds_of
 from dspark_jax.engine.models import Models
 from dspark_jax.sharding import make_mesh
-from dspark_jax.target.qwen3 import Qwen3
+from dspark_jax.target.model import Target
 from dspark_jax.training.optim import make_optimizer
 from dspark_jax.training.state import abstract_drafter, init_state, to_params
 from dspark_jax.training.step import make_train_step, place_batch
@@ -102,7 +102,7 @@ def narrow(module: Any) -> Any:
 def models(config: Config) -> tuple[Any, Any]:
     """Target (bfloat16) and drafter (float32 parameters) with random weights."""
     arch = config.target.architecture
-    target = jax.jit(lambda: narrow(Qwen3(arch, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)))()
+    target = jax.jit(lambda: narrow(Target(arch, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)))()
     drafter = jax.jit(lambda: make_drafter(arch, config.drafter, rngs=nnx.Rngs(1), dtype=jnp.bfloat16))()
     return target, drafter
 
@@ -227,7 +227,7 @@ def train_step(config: Config, online: bool) -> tuple[float, str, float, Callabl
         for name, width in (("features", wide), ("last_hidden", arch.hidden_size)):
             given[name] = rng.standard_normal((batch, length, width), np.float32).astype(ml_dtypes.bfloat16)
     with jax.set_mesh(mesh):
-        target = jax.jit(lambda: narrow(Qwen3(arch, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)))()
+        target = jax.jit(lambda: narrow(Target(arch, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)))()
         optimizer = make_optimizer(config.optim, 1000)
         state, frozen = init_state(config, optimizer, mesh), to_params(target)
         placed = place_batch(given, 1, mesh)

@@ -111,7 +111,7 @@ def measure(variant: str, steps: int, vocab_chunk: int) -> dict:
     from flax import nnx
 
     from dspark_jax.sharding import make_mesh
-    from dspark_jax.target.qwen3 import Qwen3
+    from dspark_jax.target.model import Target
     from dspark_jax.training.host_memory import return_freed_memory
     from dspark_jax.training.optim import make_optimizer
     from dspark_jax.training.state import abstract_drafter, init_state, to_params
@@ -134,7 +134,7 @@ def measure(variant: str, steps: int, vocab_chunk: int) -> dict:
         batch["features"] = rng.standard_normal((*shape, width), np.float32)
         batch["last_hidden"] = rng.standard_normal((*shape, arch.hidden_size), np.float32)
     with jax.set_mesh(mesh):
-        target = jax.jit(lambda: Qwen3(arch, rngs=nnx.Rngs(0)))()
+        target = jax.jit(lambda: Target(arch, rngs=nnx.Rngs(0)))()
         optimizer = make_optimizer(config.optim, config.train.steps)
         state, frozen = init_state(config, optimizer, mesh), to_params(target)
         placed = place_batch(batch, 1, mesh)

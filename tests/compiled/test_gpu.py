@@ -25,7 +25,7 @@ from dspark_jax.ops.markov_sample import markov_sample
 from dspark_jax.ops.sampling import Sampling
 from dspark_jax.ops.speculative_verify import speculative_verify
 from dspark_jax.sharding import MESH_AXES
-from dspark_jax.target.qwen3 import Qwen3
+from dspark_jax.target.model import Target
 from tests.compiled import h100
 
 pytestmark = pytest.mark.slow
@@ -132,7 +132,7 @@ def test_a_decoding_round_copies_neither_weights_nor_caches(greedy: bool) -> Non
     mesh = mesh_of(1, 1, 1)
 
     def models() -> Any:
-        made = Qwen3(arch, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
+        made = Target(arch, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
         drafter = make_drafter(arch, config, rngs=nnx.Rngs(1), dtype=jnp.bfloat16)
         narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.ndim > 1 else x, made)
         return Models(narrow, drafter).for_decoding(batch_size=4)

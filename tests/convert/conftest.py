@@ -21,8 +21,8 @@ from dspark_jax.convert.hf import stored_tensors
 from dspark_jax.drafter import make_drafter
 from dspark_jax.drafter.blocks import Anchors
 from dspark_jax.sharding import make_mesh
+from dspark_jax.target.families.family import LAYER_WEIGHTS
 from dspark_jax.target.loading import load_target
-from dspark_jax.target.qwen3 import LAYER_WEIGHTS
 
 VOCABULARY, WIDTH, LAYERS = 48, 32, 4
 DRAFTER = DrafterConfig(num_layers=1, block_size=4, target_layer_ids=(0, 1), mask_token_id=45, markov_rank=8)

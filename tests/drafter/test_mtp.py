@@ -10,7 +10,7 @@ from dspark_jax.config import DrafterConfig, TargetArchitecture
 from dspark_jax.drafter.blocks import Anchors, block_targets, sample_anchors
 from dspark_jax.drafter.mtp import MTP
 from dspark_jax.ops.sampling import Sampling
-from dspark_jax.target.qwen3 import Qwen3
+from dspark_jax.target.model import Target
 
 S, D, N, K, H = 11, 16, 4, 2, 8
 ARCH = TargetArchitecture("qwen3", 40, D, 3, N, K, H, 24, 1e-6, 1e4, False, 64)
@@ -22,7 +22,7 @@ def models():
     drafter = MTP(ARCH, config, rngs=nnx.Rngs(1))
     for part in (drafter.hidden_norm, drafter.embedding_norm, drafter.norm, drafter.layers.attention_norm):
         part[...] = part[...] * np.linspace(0.5, 1.5, D, dtype=np.float32)
-    return Qwen3(ARCH, rngs=nnx.Rngs(0), scale=0.3), drafter
+    return Target(ARCH, rngs=nnx.Rngs(0), scale=0.3), drafter
 
 
 def definition(target, drafter, features, tokens):

@@ -13,7 +13,7 @@ from dspark_jax.config import TargetArchitecture
 from dspark_jax.drafter.interface import Proposal
 from dspark_jax.ops.sampling import Sampling, sample
 from dspark_jax.sharding import Param
-from dspark_jax.target.qwen3 import Qwen3, TargetOutput
+from dspark_jax.target.model import Target, TargetOutput
 
 WIDTH = 16
 
@@ -98,9 +98,9 @@ class Tiny:
     """Builders of tiny random models, and the test of what is sampled from them."""
 
     @staticmethod
-    def qwen3(vocab: int = 19, seed: int = 0, scale: float = 0.3) -> Qwen3:
+    def qwen3(vocab: int = 19, seed: int = 0, scale: float = 0.3) -> Target:
         """A random Qwen3; a larger scale gives more peaked distributions."""
-        return Qwen3(architecture(vocab), rngs=nnx.Rngs(seed), scale=scale)
+        return Target(architecture(vocab), rngs=nnx.Rngs(seed), scale=scale)
 
     @staticmethod
     def table(vocab: int, seed: int, scale: float = 2.0) -> jax.Array:
@@ -108,7 +108,7 @@ class Tiny:
         return scale * jax.random.normal(jax.random.key(seed), (vocab, vocab))
 
     @staticmethod
-    def near(target: Qwen3, block_size: int, *, noise: float = 0.0, confidence: bool = False, taps: Any = (0,)) -> Any:
+    def near(target: Target, block_size: int, *, noise: float = 0.0, confidence: bool = False, taps: Any = (0,)) -> Any:
         """A bigram drafter that copies the target's behaviour after a one-token prompt: right now and then."""
         vocab = target.arch.vocab_size
         tokens = jnp.arange(vocab)[:, None]

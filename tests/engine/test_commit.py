@@ -13,7 +13,7 @@ from dspark_jax.drafter.none import NO_DRAFTER
 from dspark_jax.engine.commit import append, commit, is_stop, settle
 from dspark_jax.engine.state import DecodeState
 from dspark_jax.engine.verify import Verdict
-from dspark_jax.target.qwen3 import TargetOutput
+from dspark_jax.target.model import TargetOutput
 
 SIZE, STOP = 4, 99
 NONE = jnp.asarray([-1])

@@ -16,7 +16,7 @@ from dspark_jax.engine import generate, schedulers
 from dspark_jax.engine.models import Models
 from dspark_jax.engine.serving import Engine
 from dspark_jax.kinds import KINDS, as_kind
-from dspark_jax.target.qwen3 import Qwen3
+from dspark_jax.target.model import Target
 
 VOCAB = 5
 ARCH = TargetArchitecture("qwen3", VOCAB, 16, 3, 2, 1, 8, 32, 1e-6, 1e4, True, 256)
@@ -24,9 +24,9 @@ PROMPTS = [[int(t) for t in np.random.default_rng(i).integers(0, VOCAB, 1 + i % 
 
 
 @functools.cache
-def target() -> Qwen3:
+def target() -> Target:
     """With opinions: most rows have a clear favourite, and some have not."""
-    return Qwen3(ARCH, rngs=nnx.Rngs(0), scale=0.5)
+    return Target(ARCH, rngs=nnx.Rngs(0), scale=0.5)
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from dspark_jax.engine.generate import Prompts, decode, decode_shape
 from dspark_jax.engine.models import Models
 from dspark_jax.engine.sampling import request_keys, request_sampling
 from dspark_jax.ops.sampling import distribution
-from dspark_jax.target.qwen3 import Qwen3
+from dspark_jax.target.model import Target
 from tests.conftest import others_slow
 
 VOCAB, SIZE = 16, 3
@@ -48,10 +48,10 @@ def prompts_of(count: int) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def target() -> Qwen3:
+def target() -> Target:
     """A random Qwen3 of one layer."""
     arch = TargetArchitecture("qwen3", VOCAB, 16, 1, 2, 1, 8, 32, 1e-6, 1e4, True, 64)
-    return Qwen3(arch, rngs=nnx.Rngs(2), scale=0.3)
+    return Target(arch, rngs=nnx.Rngs(2), scale=0.3)
 
 
 @pytest.fixture(scope="module")

@@ -25,27 +25,27 @@ from dspark_jax.engine.sampling import request_keys
 from dspark_jax.engine.serving import Engine, EngineClosed, EngineFailed, QueueFull
 from dspark_jax.engine.slots import Chunk, Mode, open_slots, prefill_chunk, serve_round
 from dspark_jax.sharding import make_mesh
-from dspark_jax.target.qwen3 import Qwen3
+from dspark_jax.target.model import Target
 
 VOCAB, SIZE, SLOTS, CAPACITY, CHUNK = 32, 3, 3, 50, 8
 
 
 @pytest.fixture(scope="module")
-def target() -> Qwen3:
+def target() -> Target:
     """A random Qwen3 of two layers."""
     arch = TargetArchitecture("qwen3", VOCAB, 16, 2, 2, 1, 8, 32, 1e-6, 1e4, True, 128)
-    return Qwen3(arch, rngs=nnx.Rngs(2), scale=0.3)
+    return Target(arch, rngs=nnx.Rngs(2), scale=0.3)
 
 
 @pytest.fixture(scope="module")
-def drafter(target: Qwen3) -> Any:
+def drafter(target: Target) -> Any:
     """A random DSpark of one layer: it is rarely right, and its cache is the real thing."""
     config = DrafterConfig("dspark", 1, SIZE, (0,), VOCAB - 1, 8, True, True)
     return make_drafter(target.arch, config, rngs=nnx.Rngs(1), dtype=jnp.float32)
 
 
 @pytest.fixture(scope="module")
-def serve(target: Qwen3, drafter: Any, byte_tokenizer: Any) -> Any:
+def serve(target: Target, drafter: Any, byte_tokenizer: Any) -> Any:
     """Engines that share their executables."""
 
     def make(**options: Any) -> Engine:
@@ -71,7 +71,7 @@ def asks(count: int, seed: int, sampled: bool = True) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def reference(target: Qwen3, drafter: Any) -> Any:
+def reference(target: Target, drafter: Any) -> Any:
     """Decodes requests with `generate`, to the largest budget; a shorter one is a prefix of that."""
 
     def decode(requests: list[dict[str, Any]], stop_tokens: Sequence[int] = ()) -> list[list[int]]:
@@ -186,7 +186,7 @@ def test_fewer_admitted_drafts_compute_fewer_rows(serve: Any, reference: Any, ma
     assert engine.metrics.rows <= {0: whole / 4, 1: whole * 3 / 4}[maximum]
 
 
-def test_without_a_drafter(target: Qwen3, reference: Any) -> None:
+def test_without_a_drafter(target: Target, reference: Any) -> None:
     requests = asks(5, seed=4, sampled=False)
     engine = Engine(Models(target), slots=2, capacity=CAPACITY, prefill_chunk=CHUNK)
     handles = [engine.submit(**one) for one in requests]
@@ -195,7 +195,7 @@ def test_without_a_drafter(target: Qwen3, reference: Any) -> None:
     assert all(one.metrics.accepted == 0 for one in handles)
 
 
-def test_a_slot_is_handed_over_clean(models: Any, target: Qwen3) -> None:
+def test_a_slot_is_handed_over_clean(models: Any, target: Target) -> None:
     """After rounds of another request, a drafter with a memory of its own and the history hold nothing of it."""
     drafter = models.near(target, 2, confidence=True)
     scheduler = schedulers.lagged(np.ones(9), [0.75, 0.5], online=EstimateSettings())

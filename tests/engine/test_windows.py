@@ -19,8 +19,8 @@ from dspark_jax.engine.serving import Engine
 from dspark_jax.engine.slots import open_slots
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target.cache import ring_rows
-from dspark_jax.target.gemma4 import Gemma4
-from dspark_jax.target.layers import FULL, SLIDING
+from dspark_jax.target.families.family import FULL, SLIDING
+from dspark_jax.target.model import Target
 from tests.conftest import others_slow
 
 VOCAB, WINDOW, SIZE, BUDGET, CAPACITY = 23, 14, 3, 40, 80
@@ -28,18 +28,18 @@ PROMPTS = [[int(t) for t in np.random.default_rng(i).integers(0, VOCAB, n)] for 
 
 
 @functools.cache
-def target() -> Gemma4:
+def target() -> Target:
     """Two sliding layers and a global one."""
     arch = TargetArchitecture(
         "gemma4", VOCAB, 16, 3, 4, 2, 8, 48, tie_word_embeddings=True, max_position_embeddings=128,
         layer_types=(SLIDING, SLIDING, FULL), sliding_window=WINDOW, sliding_rope_theta=1e4, global_head_dim=16,
         num_global_key_value_heads=1, attention_k_eq_v=True, partial_rotary_factor=0.25, final_logit_softcapping=5.0,
     )  # fmt: skip
-    return Gemma4(arch, rngs=nnx.Rngs(2), scale=0.1)  # says something new all the time
+    return Target(arch, rngs=nnx.Rngs(2), scale=0.1)  # says something new all the time
 
 
 @jax.jit
-def uncached(model: Gemma4, tokens: jax.Array) -> jax.Array:
+def uncached(model: Target, tokens: jax.Array) -> jax.Array:
     return model.unembed(model.forward(tokens, jnp.arange(tokens.shape[1])[None]).last_hidden)
 
 

@@ -24,20 +24,20 @@ from dspark_jax.evaluation.traffic import (
     traffic_curves,
     traffic_table,
 )
-from dspark_jax.target.qwen3 import Qwen3
+from dspark_jax.target.model import Target
 
 PROMPTS = [[1, 2, 3], [4, 5], [6], [7, 8, 9, 10]]
 SETS = ["a", "a", "a", "b"]
 
 
 @pytest.fixture(scope="module")
-def target() -> Qwen3:
+def target() -> Target:
     arch = TargetArchitecture("qwen3", 32, 16, 1, 2, 1, 8, 32, 1e-6, 1e4, True, 128)
-    return Qwen3(arch, rngs=nnx.Rngs(2), scale=0.3)
+    return Target(arch, rngs=nnx.Rngs(2), scale=0.3)
 
 
 @pytest.fixture(scope="module")
-def drafter(target: Qwen3) -> Any:
+def drafter(target: Target) -> Any:
     return make_drafter(target.arch, DrafterConfig("dspark", 1, 3, (-1,), 31, 8, True, True), rngs=nnx.Rngs(1))
 
 
@@ -56,7 +56,7 @@ def test_another_rate_is_the_same_traffic_at_another_pace() -> None:
     np.testing.assert_allclose([one.seconds for one in slow], [4 * one.seconds for one in fast])
 
 
-def test_every_request_is_served_with_its_own_tokens(target: Qwen3, drafter: Any) -> None:
+def test_every_request_is_served_with_its_own_tokens(target: Target, drafter: Any) -> None:
     arrivals = poisson_arrivals(PROMPTS, SETS, 1e4, 9, seed=1)
     with Engine(Models(target, drafter), slots=2, capacity=16, prefill_chunk=4) as engine:
         served = drive(engine, arrivals, max_new_tokens=6, temperature=0.0)
@@ -66,7 +66,7 @@ def test_every_request_is_served_with_its_own_tokens(target: Qwen3, drafter: Any
     assert all(one.metrics is not None and one.metrics.total_seconds for one in served)
 
 
-def test_a_full_queue_turns_requests_away_and_they_are_counted(target: Qwen3) -> None:
+def test_a_full_queue_turns_requests_away_and_they_are_counted(target: Target) -> None:
     arrivals = poisson_arrivals(PROMPTS, SETS, 1e6, 12, seed=1)
     engine = Engine(Models(target), slots=1, capacity=64, prefill_chunk=4, max_queue=1)
     with engine:
@@ -96,7 +96,7 @@ def test_summary_of_known_times() -> None:
     assert nothing.served == 0 and math.isnan(nothing.tokens_per_second) and math.isnan(nothing.per_user)
 
 
-def test_every_contender_sees_the_same_traffic(target: Qwen3, drafter: Any) -> None:
+def test_every_contender_sees_the_same_traffic(target: Target, drafter: Any) -> None:
     contenders = traffic_contenders(Models(target, drafter), np.linspace(1.0, 0.5, 20))
     assert list(contenders) == ["plain", "fixed 2", "fixed 3", "threshold 0.5", "early stop"]
     headless = make_drafter(target.arch, DrafterConfig("dflash", 1, 3, (-1,), 31, 0, False, False), rngs=nnx.Rngs(1))

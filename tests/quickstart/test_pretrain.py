@@ -10,7 +10,7 @@ from flax import nnx
 from tokenizers import Tokenizer
 
 from dspark_jax.config import TargetArchitecture
-from dspark_jax.target.qwen3 import Qwen3
+from dspark_jax.target.model import Target
 from tests.quickstart.builder import pretrain
 from tests.quickstart.builder.corpus import DOMAINS
 from tests.quickstart.builder.fast_forward import last_hidden
@@ -36,7 +36,7 @@ def tokenizer(target_folder):
 
 
 def test_fast_forward_is_the_model():
-    model = Qwen3(SMALL, rngs=nnx.Rngs(0), scale=0.2)
+    model = Target(SMALL, rngs=nnx.Rngs(0), scale=0.2)
     tokens = jax.random.randint(jax.random.key(1), (3, 141), 0, 96)  # more than one attention chunk, and a ragged one
     positions = jnp.broadcast_to(jnp.arange(141), tokens.shape)
     expected = np.asarray(jax.jit(lambda m: m.forward(tokens, positions).last_hidden)(model))

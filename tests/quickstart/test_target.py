@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from transformers import AutoConfig
 
 from dspark_jax.config import TargetArchitecture
-from dspark_jax.target.qwen3 import Qwen3
+from dspark_jax.target.model import Target
 from tests.quickstart.builder import pretrain
 from tests.quickstart.builder.corpus import DOMAINS
 from tests.quickstart.builder.export import tensors, write_target
@@ -96,7 +96,7 @@ def test_export_keeps_the_function(tmp_path, target_folder):
     from transformers import Qwen3ForCausalLM
 
     arch = TargetArchitecture("qwen3", 4096, 32, 2, 4, 2, 8, 48, max_position_embeddings=64)
-    model = Qwen3(arch, rngs=nnx.Rngs(3), scale=0.2)
+    model = Target(arch, rngs=nnx.Rngs(3), scale=0.2)
     model = nnx.merge(*_rounded(model))
     write_target(model, Tokenizer.from_file(str(target_folder / "tokenizer.json")), tmp_path / "target")
     assert not (tmp_path / "target.new").exists()
@@ -116,7 +116,7 @@ def _rounded(model):
 
 def test_sampler_stops_and_measures(target_folder):
     arch = TargetArchitecture("qwen3", 4096, 16, 1, 2, 1, 8, 16, max_position_embeddings=512)
-    model = Qwen3(arch, rngs=nnx.Rngs(0))
+    model = Target(arch, rngs=nnx.Rngs(0))
     tokenizer = Tokenizer.from_file(str(target_folder / "tokenizer.json"))
     found = answer(model, tokenizer, ["What is 1 + 1?", "Hi."])
     assert found.entropy == pytest.approx(np.log(4096), rel=0.02)  # a fresh model is nearly uniform

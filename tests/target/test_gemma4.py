@@ -11,11 +11,11 @@ from flax import nnx
 from dspark_jax.config import InputError, MeshConfig, TargetArchitecture, TargetConfig
 from dspark_jax.ops.cached_attention import Rows
 from dspark_jax.sharding import make_mesh
+from dspark_jax.target import families
 from dspark_jax.target.decode_weights import decode_weights
-from dspark_jax.target.gemma4 import Gemma4
-from dspark_jax.target.layers import FULL, SLIDING
+from dspark_jax.target.families.family import FULL, SLIDING
 from dspark_jax.target.loading import load_target
-from dspark_jax.target.model import layer_pattern, stack_layers
+from dspark_jax.target.model import Target, layer_pattern
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -135,11 +135,11 @@ def test_flat_rows_are_the_rows_of_their_requests():
         sliding_window=5, sliding_rope_theta=1e4, global_head_dim=16, num_global_key_value_heads=1,
         attention_k_eq_v=True, partial_rotary_factor=0.25, final_logit_softcapping=5.0,
     )  # fmt: skip
-    target = Gemma4(arch, rngs=nnx.Rngs(1), scale=0.3)
+    target = Target(arch, rngs=nnx.Rngs(1), scale=0.3)
     tokens = jax.random.randint(jax.random.key(0), (2, 14), 0, 67)
     prompt, counts, first = jnp.array([11, 4]), jnp.array([3, 2]), jnp.array([11, 4])
     positions = jnp.broadcast_to(jnp.arange(14), tokens.shape)
-    forward = jax.jit(Gemma4.forward, static_argnames="taps")
+    forward = jax.jit(Target.forward, static_argnames="taps")
     # Rows after the prompts are stale.
     cache = forward(target, tokens, positions, target.init_cache(2, 30, block=3), counts=prompt).cache
     own = jnp.stack([tokens[b, prompt[b] : prompt[b] + 3] for b in range(2)])
@@ -188,10 +188,11 @@ def test_on_a_mesh_equals_one_device(tmp_path):
 def test_layers_are_found_in_their_stacks():
     kinds = tuple(KINDS[kind] for kind in "sssssf" * 8)
     arch = TargetArchitecture("gemma4", num_hidden_layers=48, layer_types=kinds)
-    assert layer_pattern(arch) == kinds[:6]
-    assert stack_layers(arch, FULL) == (5, 11, 17, 23, 29, 35, 41, 47)
-    assert len(stack_layers(arch, SLIDING)) == 40
-    assert layer_pattern(TargetArchitecture("qwen3", num_hidden_layers=36)) == (FULL,)
+    family = families.of_shape(arch)
+    assert layer_pattern(family.kinds(arch)) == kinds[:6]
+    assert family.stack_layers(arch, FULL) == (5, 11, 17, 23, 29, 35, 41, 47)
+    assert len(family.stack_layers(arch, SLIDING)) == 40
+    assert layer_pattern((FULL,) * 36) == (FULL,)
 
 
 def test_bfloat16_scales_embeddings_as_the_checkpoint_does(tmp_path):

@@ -1,7 +1,10 @@
 """Reading checkpoints: values, and one clear line for each way in which one can be broken."""
 
+import dataclasses
+import hashlib
 import json
 import struct
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,22 +14,24 @@ import pytest
 from flax import nnx
 from safetensors.numpy import save_file
 
+import dspark_jax
+from dspark_jax.command import load_config
 from dspark_jax.config import InputError, MeshConfig, TargetArchitecture, TargetConfig
 from dspark_jax.convert.export import frozen_tensors
 from dspark_jax.sharding import make_mesh
-from dspark_jax.target import loading
+from dspark_jax.target import families, loading
 from dspark_jax.target.checks import all_finite
 from dspark_jax.target.loading import fingerprint, load_target, parameter_paths, read_safetensors, tokenizer_fingerprint
-from dspark_jax.target.qwen3 import WEIGHTS, Qwen3
+from dspark_jax.target.model import Target
 
 ARCH = TargetArchitecture("qwen3", 40, 16, 3, 4, 2, 8, 24, 1e-6, 1e4, False, 64)
 
 
-def tensors_of(target: Qwen3) -> dict[str, np.ndarray]:
+def tensors_of(target: Target) -> dict[str, np.ndarray]:
     """The parameters under their Hugging Face names, in bfloat16."""
-    tensors = {}
+    tensors, weights = {}, target.family.weights(target.arch)
     for path, variable in parameter_paths(target).items():
-        weight, value = WEIGHTS[path], np.asarray(variable.get_value()).astype(ml_dtypes.bfloat16)
+        weight, value = weights[path], np.asarray(variable.get_value()).astype(ml_dtypes.bfloat16)
         layers = list(value) if weight.stacked else [value]
         pairs = zip(weight.names(len(layers)), layers, strict=True)
         tensors |= {name: weight.store(layer) for name, layer in pairs}
@@ -36,7 +41,7 @@ def tensors_of(target: Qwen3) -> dict[str, np.ndarray]:
 @pytest.fixture
 def directory(tmp_path):
     """A checkpoint of two shards with an index."""
-    tensors = tensors_of(Qwen3(ARCH, rngs=nnx.Rngs(3)))
+    tensors = tensors_of(Target(ARCH, rngs=nnx.Rngs(3)))
     names = sorted(tensors)
     shards = {"model-1.safetensors": names[::2], "model-2.safetensors": names[1::2]}
     for shard, members in shards.items():
@@ -54,7 +59,7 @@ def load(directory):
 
 
 def test_every_value_arrives_on_its_shards(directory):
-    expected = parameter_paths(Qwen3(ARCH, rngs=nnx.Rngs(3)))
+    expected = parameter_paths(Target(ARCH, rngs=nnx.Rngs(3)))
     loaded = parameter_paths(load(directory))
     assert set(loaded) == set(expected)
     for path, variable in loaded.items():
@@ -121,7 +126,7 @@ def test_a_directory_is_no_file(tmp_path):
 
 def rewrite(directory, change):
     """Replaces the shards by one file with `change` applied to its tensors."""
-    tensors = tensors_of(Qwen3(ARCH, rngs=nnx.Rngs(3)))
+    tensors = tensors_of(Target(ARCH, rngs=nnx.Rngs(3)))
     change(tensors)
     (directory / "model.safetensors.index.json").unlink(missing_ok=True)
     save_file(tensors, directory / "model.safetensors")
@@ -315,6 +320,34 @@ def test_fingerprints_tell_models_and_tokenizers_apart(directory):
     (directory / "tokenizer.json").write_text('{"a": 1}')
     assert fingerprint(directory) != before[0]
     assert tokenizer_fingerprint(directory) != before[1]
+
+
+@dataclasses.dataclass
+class Newer(TargetArchitecture):
+    """With one more field."""
+
+    added: int = 0
+
+
+@pytest.mark.parametrize(
+    ("preset", "expected"),
+    [
+        ("dspark_qwen3_4b", "63d6efc307ab40c27c07e3f4dda26616"),
+        ("dspark_qwen3_8b", "ed8348204d0692842973631d8fd7af2a"),
+        ("dspark_qwen3_14b", "4583de534cc418b94c13591352008236"),
+        ("dspark_gemma4_12b", "ace7eb676916a3a0eae5695cd425fe09"),
+    ],
+)
+def test_what_a_fingerprint_says_of_a_shape_stays(preset, expected):
+    """Whatever is added to `TargetArchitecture`: another value would refuse every checkpoint that exists."""
+    arch = load_config(preset).target.architecture
+    for shape in (arch, Newer(**vars(arch))):
+        assert hashlib.sha256(families.of_shape(shape).identity(shape).encode()).hexdigest()[:32] == expected
+
+
+def test_the_fingerprint_of_the_embedded_target_stays():
+    target = Path(dspark_jax.__file__).parent / "quickstart" / "target"
+    assert fingerprint(target) == "af5678cf6177874ebd58c2268f9f69d2"
 
 
 @pytest.mark.parametrize("at", (0, -1))

@@ -22,7 +22,7 @@ from dspark_jax.config import (
 )
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target.loading import parameter_paths
-from dspark_jax.target.qwen3 import WEIGHTS, Qwen3
+from dspark_jax.target.model import Target
 
 VOCAB, LENGTH = 67, 24
 
@@ -30,10 +30,10 @@ VOCAB, LENGTH = 67, 24
 def write_target(directory: Path, seed: int = 0) -> Path:
     """A random two-layer Qwen3 as a Hugging Face directory, with weights large enough to have opinions."""
     arch = TargetArchitecture("qwen3", VOCAB, 32, 2, 4, 2, 8, 64, 1e-6, 1e4, True, 256)
-    model = Qwen3(arch, rngs=nnx.Rngs(seed), scale=0.3)
-    tensors = {}
+    model = Target(arch, rngs=nnx.Rngs(seed), scale=0.3)
+    tensors, weights = {}, model.family.weights(arch)
     for path, variable in parameter_paths(model).items():
-        weight, value = WEIGHTS[path], np.asarray(variable.get_value())
+        weight, value = weights[path], np.asarray(variable.get_value())
         layers = list(value) if weight.stacked else [value]
         tensors |= {name: weight.store(x) for name, x in zip(weight.names(len(layers)), layers, strict=True)}
     directory.mkdir(parents=True, exist_ok=True)

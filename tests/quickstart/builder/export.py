@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from safetensors.flax import save_file
 from tokenizers import Tokenizer
 
-from dspark_jax.target.qwen3 import Qwen3
+from dspark_jax.target.model import Target
 from tests.quickstart.builder.tokenizer import EOS, PAD, save_tokenizer
 
 
-def tensors(model: Qwen3) -> dict[str, jax.Array]:
+def tensors(model: Target) -> dict[str, jax.Array]:
     """HF name -> bfloat16 array, projections as [out, in]; the LM head is tied and therefore absent."""
     arch, layers = model.arch, model.layers
     d = arch.hidden_size
@@ -41,7 +41,7 @@ def tensors(model: Qwen3) -> dict[str, jax.Array]:
     return {name: jnp.asarray(value, jnp.bfloat16) for name, value in found.items()}
 
 
-def hf_config(model: Qwen3, tokenizer: Tokenizer) -> dict[str, object]:
+def hf_config(model: Target, tokenizer: Tokenizer) -> dict[str, object]:
     """`config.json`, with RoPE written in both of the layouts that readers know."""
     return model.arch.to_hf() | {
         "attention_dropout": 0.0,
@@ -60,7 +60,7 @@ def hf_config(model: Qwen3, tokenizer: Tokenizer) -> dict[str, object]:
     }
 
 
-def write_target(model: Qwen3, tokenizer: Tokenizer, folder: Path) -> None:
+def write_target(model: Target, tokenizer: Tokenizer, folder: Path) -> None:
     """Writes the whole directory beside its place, then swaps it in, so that a reader never finds half of it."""
     fresh = folder.with_name(folder.name + ".new")
     shutil.rmtree(fresh, ignore_errors=True)

@@ -1,7 +1,7 @@
-"""The training forward pass of the embedded model: `Qwen3` with products that take a CPU's bfloat16 units.
+"""The training forward pass of the embedded model: `Target` with products that take a CPU's bfloat16 units.
 
 Master weights, norms, softmax and sums stay float32; only the operands of products are rounded, which on CPUs with
-matrix units is about four times faster than float32. `tests/quickstart` compares it with `Qwen3.forward`.
+matrix units is about four times faster than float32. `tests/quickstart` compares it with `Target.forward`.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from dspark_jax.ops.product import bfloat16_product, transposed
 from dspark_jax.target.layers import rms_norm, rope
-from dspark_jax.target.qwen3 import Qwen3
+from dspark_jax.target.model import Target
 
 _MASKED = -1e30
 _CHUNK = 128  # query rows per attention product; later keys are not computed at all
@@ -34,7 +34,7 @@ def _attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     return jnp.concatenate(out, axis=3).reshape(b, n, s, h).transpose(0, 2, 1, 3)
 
 
-def last_hidden(model: Qwen3, tokens: jax.Array) -> jax.Array:
+def last_hidden(model: Target, tokens: jax.Array) -> jax.Array:
     """tokens [B, S], positions 0..S-1 -> [B, S, D] after the final norm."""
     arch = model.arch
     b, s = tokens.shape

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from dspark_jax.config import TargetArchitecture
 from dspark_jax.ops.product import bfloat16_product, transposed
-from dspark_jax.target.qwen3 import Qwen3
+from dspark_jax.target.model import Target
 from tests.quickstart.builder.fast_forward import last_hidden
 from tests.quickstart.builder.packing import Rows
 from tests.quickstart.builder.tokenizer import VOCAB_SIZE
@@ -65,12 +65,12 @@ class Progress:
     batch_rows: int = 0
 
 
-def new_model(seed: int = 0) -> Qwen3:
+def new_model(seed: int = 0) -> Target:
     """A randomly initialised embedded model in float32."""
-    return Qwen3(ARCHITECTURE, rngs=nnx.Rngs(seed))
+    return Target(ARCHITECTURE, rngs=nnx.Rngs(seed))
 
 
-def model_of(params: Any) -> Qwen3:
+def model_of(params: Any) -> Target:
     """The model that has these parameters."""
     return nnx.merge(nnx.graphdef(nnx.eval_shape(new_model)), params)
 
@@ -110,7 +110,7 @@ def _matrix_axes(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(axes, params)
 
 
-def token_losses(model: Qwen3, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+def token_losses(model: Target, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(cross-entropy, log-partition), both [B, S-1], of predicting tokens[:, 1:]."""
     hidden = last_hidden(model, tokens).reshape(tokens.size, -1)
     logits = bfloat16_product(hidden, transposed(model.embedding[...])).reshape(*tokens.shape, -1)[

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
 
-from dspark_jax.target.qwen3 import Qwen3
+from dspark_jax.target.model import Target
 from tests.quickstart.builder.corpus import DOMAINS, SPLITS, Library, conversations
 from tests.quickstart.builder.prompt_sets import read_prompts
 from tests.quickstart.builder.tokenizer import EOS, render
@@ -32,7 +32,7 @@ class Answers:
 
 @partial(jax.jit, static_argnames="eos")
 def sample(
-    model: Qwen3, prompts: np.ndarray, lengths: np.ndarray, eos: int, key: jax.Array
+    model: Target, prompts: np.ndarray, lengths: np.ndarray, eos: int, key: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Plain ancestral sampling with a KV cache.
 
@@ -70,7 +70,7 @@ def sample(
     return end[1], end[2]
 
 
-def answer(model: Qwen3, tokenizer: Tokenizer, turns: Sequence[str], seed: int = 0) -> Answers:
+def answer(model: Target, tokenizer: Tokenizer, turns: Sequence[str], seed: int = 0) -> Answers:
     """Answers to single-turn prompts, each of at most `PROMPT_ROOM` tokens when rendered."""
     ids = [[i for text, _ in render([turn], True) for i in tokenizer.encode(text).ids] for turn in turns]
     eos = tokenizer.token_to_id(EOS)
@@ -86,7 +86,7 @@ def answer(model: Qwen3, tokenizer: Tokenizer, turns: Sequence[str], seed: int =
     return Answers(texts, counts, stopped, float(entropy[counted].mean()))
 
 
-def measure(model: Qwen3, tokenizer: Tokenizer, prompts: Path, limit: int = 64) -> dict[str, dict[str, Any]]:
+def measure(model: Target, tokenizer: Tokenizer, prompts: Path, limit: int = 64) -> dict[str, dict[str, Any]]:
     """Entropy, stop rate, length and examples for every prompt set in the folder, by `domain.split`."""
     found: dict[str, dict[str, Any]] = {}
     for domain in DOMAINS:
@@ -102,7 +102,7 @@ def measure(model: Qwen3, tokenizer: Tokenizer, prompts: Path, limit: int = 64) 
     return found
 
 
-def math_accuracy(model: Qwen3, tokenizer: Tokenizer, library: Library, count: int = 128) -> float:
+def math_accuracy(model: Target, tokenizer: Tokenizer, library: Library, count: int = 128) -> float:
     """The share of held-out problems whose sampled answer ends in the right result."""
     singles = (
         c

@@ -22,6 +22,7 @@ BASE = {
     "platform",
     "progress",
     "ranges",
+    "registry",
     "run_lock",
     "sharding",
     "unicode",

@@ -14,7 +14,7 @@ from dspark_jax.config import (
     TargetConfig,
     resolve,
 )
-from dspark_jax.kinds import KINDS, as_kind
+from dspark_jax.kinds import as_kind, names
 
 ARCH = TargetArchitecture("qwen3", 67, 32, 4, 4, 2, 8, 64, 1e-6, 1e4, True, 256)
 
@@ -27,7 +27,7 @@ def base() -> Config:
     )
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", names())
 def test_only_drafter_loss_and_rows_change(base: Config, kind: str) -> None:
     before = dataclasses.asdict(base)
     config = resolve(as_kind(base, kind))

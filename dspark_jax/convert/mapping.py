@@ -18,7 +18,7 @@ _MARKOV = {
     "markov.w2": Weight("markov_head.markov_w2.weight"),
 }
 
-_HEADS = {
+HEADS: dict[str, dict[str, Weight]] = {
     "vanilla": {},
     "gated": {
         "markov.gate": Weight("markov_head.gate_proj.weight", inputs=1),
@@ -29,6 +29,7 @@ _HEADS = {
         "markov.joint_bias": Weight("markov_head.joint_proj.bias"),
     },
 }
+"""By type of the sequential head, what it has besides its tables. Other types have no format."""
 
 _CONFIDENCE = {
     "confidence.weight": Weight("confidence_head.proj.weight", row=True),
@@ -50,6 +51,9 @@ _MTP = {
 """Named after DeepSeek-V3's module. Its eh_proj reads [embedding; hidden state], ours [hidden state; embedding]:
 whoever exports it for a server has to swap the halves."""
 
+_KINDS = {"eagle3": _EAGLE3, "mtp": _MTP}
+"""By kind of drafter; the others are block drafters with `_BACKBONE` and heads."""
+
 FROZEN = ("embed_tokens.weight", "lm_head.weight")
 """Copies of the target's tensors that the reference stores in every drafter."""
 
@@ -61,9 +65,12 @@ LAYER_SCALAR = "layers.{i}.layer_scalar"
 """A buffer of one number in every layer of a Gemma 4 drafter: always 1, never trained, and no parameter here."""
 
 
+_GEMMA_ONLY = "mlp_out_norm"
+
+
 def is_gemma(paths: Iterable[str]) -> bool:
     """Whether a drafter with these parameters has Gemma 4's layers."""
-    return any(path.endswith("layers.mlp_out_norm") for path in paths)
+    return any(path.endswith(f"layers.{_GEMMA_ONLY}") for path in paths)
 
 
 def drafter_weights(config: DrafterConfig, paths: Iterable[str] = ()) -> dict[str, Weight]:
@@ -73,19 +80,13 @@ def drafter_weights(config: DrafterConfig, paths: Iterable[str] = ()) -> dict[st
       config: says what kind of drafter it is.
       paths: of its parameters; they tell Gemma 4's layers, of which some norms have other names, from Qwen3's.
     """
-    weights = _plain_weights(config)
-    if is_gemma(paths):
-        stack = "layers." if config.kind in ("eagle3", "mtp") else "backbone.layers."
-        weights |= {stack + path: weight for path, weight in gemma4.LAYER_WEIGHTS.items() if path != "scalar"}
-    return weights
-
-
-def _plain_weights(config: DrafterConfig) -> dict[str, Weight]:
-    if config.kind in ("eagle3", "mtp"):
-        return dict(_EAGLE3 if config.kind == "eagle3" else _MTP)
-    weights = dict(_BACKBONE)
+    weights = dict(_KINDS.get(config.kind, _BACKBONE))
     if config.markov_rank:
-        weights |= _MARKOV | _HEADS[config.markov_head_type]
+        weights |= _MARKOV | HEADS[config.markov_head_type]
     if config.confidence_head:
         weights |= _CONFIDENCE
+    for path in paths:
+        if is_gemma([path]):
+            stack = path.removesuffix(_GEMMA_ONLY)
+            weights |= {stack + name: weight for name, weight in gemma4.LAYER_WEIGHTS.items() if name != "scalar"}
     return weights

@@ -136,6 +136,6 @@ def as_kind(config: "Config", name: str) -> "Config":
     return dataclasses.replace(
         config,
         drafter=dataclasses.replace(config.drafter, **changes),
-        loss=dataclasses.replace(loss, **variant.loss),
+        loss=dataclasses.replace(loss, **{"extra": dict(loss.extra), **variant.loss}),
         train=dataclasses.replace(config.train, **rows),
     )

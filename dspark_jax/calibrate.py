@@ -41,7 +41,9 @@ from dspark_jax.evaluation.predictors import (
 from dspark_jax.evaluation.setup import ask, check_prompt_files, open_decoder
 from dspark_jax.evaluation.traces import Traces, record
 from dspark_jax.json_file import write_json
+from dspark_jax.kinds import KINDS
 from dspark_jax.progress import Progress, log
+from dspark_jax.registry import listed
 from dspark_jax.sharding import make_mesh
 from dspark_jax.tokenizer import ChatTokenizer
 from dspark_jax.training.checkpoint import saved_config
@@ -91,8 +93,9 @@ def calibrate(
     decoder = open_decoder(config, workdir, mesh, target=target, drafter=drafter, tokenizer=tokenizer)
     if not decoder.models.confident:
         kind = ((saved_config(workdir) if drafter is None else None) or config).drafter.kind
-        kinds = "drafter.kind='dspark', the only kind that has one"
-        remedy = "drafter.confidence_head=True" if kind == "dspark" else kinds
+        able = listed(repr(name) for name, other in KINDS.items() if other.has_heads)
+        others = f"drafter.kind={able}, no other kind has one"
+        remedy = "drafter.confidence_head=True" if KINDS[kind].has_heads else others
         raise InputError(
             f"{workdir}: its drafter (kind {kind!r}) has no confidence head to calibrate; train one with {remedy}"
         )

@@ -31,10 +31,11 @@ from ml_collections import config_flags
 
 from dspark_jax import config as config_module
 from dspark_jax import experiments
-from dspark_jax.config import Config, InputError, resolve
+from dspark_jax.config import CHOICES, Config, InputError, resolve
 from dspark_jax.errors import reporting_errors
 from dspark_jax.hub import with_architecture
 from dspark_jax.paths import check_local
+from dspark_jax.registry import described
 from dspark_jax.run_lock import locked
 from dspark_jax.unicode import check_unicode
 
@@ -184,6 +185,20 @@ class _LocalPath(flags.ArgumentParser):
         return argument
 
 
+class _Weights(flags.ArgumentParser):
+    """Reads a field that is a dict, which absl and ml_collections have no parser for."""
+
+    def parse(self, argument: Any) -> Any:
+        """The dict; one that is no text is the field's default."""
+        value = ast.literal_eval(argument) if isinstance(argument, str) else argument
+        if not isinstance(value, dict):
+            raise ValueError("no dict")
+        return value
+
+
+config_flags.register_flag_parser_for_type(dict, _Weights())
+
+
 def _join_hosts() -> None:
     try:
         jax.distributed.initialize()
@@ -312,7 +327,7 @@ def _wrong_value(message: str) -> str:
     field = field_paths().get(match[1]) if match else None
     if match is None or field is None:
         return message
-    default = field.default if field.default is not dataclasses.MISSING else "..."
+    default = field.default if field.default is not dataclasses.MISSING else {"NAME": 0.5}
     return f"--config.{match[1]}={match[2]}: {_type_name(field.type)} is needed, e.g. --config.{match[1]}={default}"
 
 
@@ -337,6 +352,12 @@ def _check_types(value: Any, cls: Any, where: str) -> None:
             if not isinstance(item, tuple | list):
                 raise InputError(f"{where}.{name}={item!r}: {_type_name(kind)} is needed")
             setattr(value, name, tuple(_typed(entry, element, f"{where}.{name}", kind) for entry in item))
+        elif typing.get_origin(kind) is dict:
+            if not isinstance(item, dict) or not all(isinstance(key, str) for key in item):
+                raise InputError(f"{where}.{name}={item!r}: {_type_name(kind)} is needed")
+            element = typing.get_args(kind)[1]
+            named = {key: _typed(entry, element, f"{where}.{name}", kind) for key, entry in item.items()}
+            setattr(value, name, named)
         else:
             setattr(value, name, _typed(item, kind, f"{where}.{name}", kind))
 
@@ -368,7 +389,9 @@ def _help(name: str, text: str, define: Callable[[flags.FlagValues], None] | Non
         value: Any = config
         for part in path.split("."):
             value = getattr(value, part)
-        choices = f" One of: {field.metadata['choices']()}." if "choices" in field.metadata else ""
+        choices = f" Known here: {described(CHOICES[path])}." if path in CHOICES else ""
+        if "choices" in field.metadata:
+            choices = f" One of: {field.metadata['choices']()}."
         lines.append(_entry(f"--config.{path}={value}", documentation.get(path, "") + choices))
     return "\n".join(lines)
 

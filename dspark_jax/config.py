@@ -7,14 +7,16 @@ heavy is loaded. `InputError` and `TargetArchitecture` are part of it, though th
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from dspark_jax.architecture import TargetArchitecture, Unsupported
 from dspark_jax.errors import InputError
+from dspark_jax.kinds import KINDS
 from dspark_jax.paths import check_local
-from dspark_jax.ranges import range_problems
+from dspark_jax.ranges import NOT_NEGATIVE, range_problems
+from dspark_jax.registry import HEADS, LOSS_TERMS, listed, unknown
 from dspark_jax.target.families import FAMILIES, known
 
 
@@ -35,7 +37,7 @@ class DrafterConfig:
     """The draft model."""
 
     kind: str = "dspark"
-    """dspark, dflash (dspark without its heads), eagle3, or mtp (one module in DeepSeek-V3's form)."""
+    """What drafts, see `dspark_jax.kinds`."""
     num_layers: int = 5
     block_size: int = 7
     """Draft tokens per round (gamma); the anchor row is the first prediction. Of eagle3 also the steps of its
@@ -51,7 +53,7 @@ class DrafterConfig:
     """Compute type; parameters are always float32."""
     initializer_range: float = 0.02
     markov_head_type: str = "vanilla"
-    """Sequential head of dspark: vanilla (the token before), gated (by the hidden state), rnn (the whole prefix)."""
+    """Sequential head of dspark: what it sees of the block so far."""
 
 
 @dataclasses.dataclass
@@ -105,6 +107,13 @@ class LossConfig:
     """Weight of what is missing of a block's expected accepted length, 1 + sum_k a_1 .. a_k; beyond the paper."""
     per_row: bool = False
     """Divide by the number of blocks (or of EAGLE-3's rows), supervised or not, instead of by the summed weights."""
+    extra: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Weights of further terms by name, e.g. {"mine": 0.5}: those that have no field of their own here."""
+
+    def coefficients(self) -> dict[str, float]:
+        """Weight of every term by its name."""
+        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: weight for name, weight in own.items() if name in LOSS_TERMS} | self.extra
 
 
 @dataclasses.dataclass
@@ -205,6 +214,14 @@ class Config:
     compare: CompareConfig = dataclasses.field(default_factory=CompareConfig)
 
 
+CHOICES: Mapping[str, Mapping[str, Any]] = {
+    "drafter.kind": KINDS,
+    "drafter.markov_head_type": HEADS,
+    "loss.extra": LOSS_TERMS,
+}
+"""Fields that name something which may be added to: dotted path -> what there is, with a description each."""
+
+
 def resolve(config: Config) -> Config:
     """Fills the target's architecture from its directory, then validates; the argument is left unchanged.
 
@@ -223,7 +240,8 @@ def resolve(config: Config) -> Config:
             architecture.refuse_other(found, config.target.path)
         architecture = found
     config = dataclasses.replace(config, target=dataclasses.replace(config.target, architecture=architecture))
-    if config.drafter.kind == "mtp" and not config.drafter.target_layer_ids and architecture.num_hidden_layers:
+    kind = KINDS.get(config.drafter.kind)
+    if kind and kind.reads_last_layer and not config.drafter.target_layer_ids and architecture.num_hidden_layers:
         last = (architecture.num_hidden_layers - 1,)
         config = dataclasses.replace(config, drafter=dataclasses.replace(config.drafter, target_layer_ids=last))
     for problem in problems(config):
@@ -278,6 +296,7 @@ def problems(config: Config) -> Iterator[str]:
         yield f"target.architecture.model_type={target.model_type!r} is unknown; use one of: {known()}"
         return
     yield from _drafter_problems(drafter, target)
+    yield from _loss_problems(config.loss)
     yield from _feature_problems(config)
     if target.num_attention_heads % max(target.num_key_value_heads, 1):
         yield (
@@ -309,16 +328,17 @@ def problems(config: Config) -> Iterator[str]:
 
 def _drafter_problems(drafter: DrafterConfig, target: TargetArchitecture) -> Iterator[str]:
     """What does not hold of a drafter for a target of this shape."""
-    last = target.num_hidden_layers - 1
-    ids, kind = drafter.target_layer_ids, drafter.kind
-    if kind not in ("dspark", "dflash", "eagle3", "mtp"):
-        yield f"drafter.kind={kind!r} is unknown; use dspark, dflash, eagle3 or mtp"
+    if drafter.kind not in KINDS:
+        yield unknown("drafter.kind", drafter.kind, KINDS)
+        return
+    name, kind = drafter.kind, KINDS[drafter.kind]
+    last, ids = target.num_hidden_layers - 1, drafter.target_layer_ids
     if not ids or list(ids) != sorted(set(ids)):
         yield f"drafter.target_layer_ids={ids} must be ascending and without repeats, e.g. (1, 9, 17)"
-    if kind == "mtp" and len(ids) != 1:
-        yield f"drafter.target_layer_ids={ids}: mtp reads one layer; use ({last},), the last one"
+    if kind.reads_last_layer and len(ids) != 1:
+        yield f"drafter.target_layer_ids={ids}: {name} reads one layer; use ({last},), the last one"
     for i in ids:
-        if i == last and kind != "mtp":
+        if i == last and not kind.reads_last_layer:
             yield (
                 f"drafter.target_layer_ids={ids} contains {i}, the last layer, whose output servers do not expose "
                 f"before the final norm; use ids from -1 to {last - 1}"
@@ -330,16 +350,27 @@ def _drafter_problems(drafter: DrafterConfig, target: TargetArchitecture) -> Ite
             f"drafter.mask_token_id={drafter.mask_token_id} is outside the vocabulary 0..{target.vocab_size - 1}; "
             "use an id that no text produces, e.g. an unused row"
         )
-    if kind in ("dflash", "eagle3", "mtp") and (drafter.markov_rank or drafter.confidence_head):
-        yield f"drafter.kind={kind!r} has no heads; set drafter.markov_rank=0 and drafter.confidence_head=False"
-    if kind == "dspark" and drafter.markov_rank <= 0:
-        yield f"drafter.markov_rank={drafter.markov_rank} must be positive for dspark; use 256, or kind='dflash'"
-    if drafter.markov_head_type not in ("vanilla", "gated", "rnn"):
-        yield f"drafter.markov_head_type={drafter.markov_head_type!r} is unknown; use vanilla, gated or rnn"
-    if kind in ("eagle3", "mtp") and drafter.num_layers != 1:
-        yield f"drafter.num_layers={drafter.num_layers}: {kind} has one layer; set it to 1"
-    if kind == "mtp" and drafter.block_size != 1:
-        yield f"drafter.block_size={drafter.block_size}: mtp drafts one token per round; set it to 1"
+    if not kind.has_heads and (drafter.markov_rank or drafter.confidence_head):
+        yield f"drafter.kind={name!r} has no heads; set drafter.markov_rank=0 and drafter.confidence_head=False"
+    if kind.has_heads and drafter.markov_rank <= 0:
+        yield f"drafter.markov_rank={drafter.markov_rank} must be positive for {name}; use 256, or kind='dflash'"
+    if drafter.markov_head_type not in HEADS:
+        yield unknown("drafter.markov_head_type", drafter.markov_head_type, HEADS)
+    for field, (value, why) in kind.fixed.items():
+        if getattr(drafter, field) != value:
+            yield f"drafter.{field}={getattr(drafter, field)}: {name} {why}; set it to {value}"
+
+
+def _loss_problems(loss: LossConfig) -> Iterator[str]:
+    """What does not hold of the loss's further terms."""
+    own = [field.name for field in dataclasses.fields(loss) if field.name in LOSS_TERMS]
+    for name, weight in loss.extra.items():
+        if name in own:
+            yield f"loss.extra has {name!r}, which has a field of its own; set loss.{name}={weight}"
+        elif name not in LOSS_TERMS:
+            yield f"loss.extra has {name!r}, which is unknown; use {listed(LOSS_TERMS)}"
+        elif weight not in NOT_NEGATIVE:
+            yield f"loss.extra has {name!r}: {weight}; each weight must be {NOT_NEGATIVE.words}, and finite"
 
 
 def to_json(config: Config) -> str:

@@ -1,58 +1,141 @@
-"""The drafters of the paper's comparison as settings: what a config changes to train one instead of another.
+"""Kinds of drafters: where the class of each is, and everything else that differs from kind to kind.
 
-    dspark   Markov head and confidence head           gated, rnn   dspark with another sequential head
-    dflash   dspark without heads                      length       dspark that maximises its expected accepted length
-    eagle3   one layer, fed with its own outputs       mtp          one token per round
+A config names a kind in `drafter.kind`. `as_kind` turns a config into one of another kind, or of a variant of dspark:
+dspark with another sequential head or another loss. Everything else of a config (target, data, steps, optimizer) stays,
+so that drafters are compared on equal terms.
 
-Everything else of a config (target, data, steps, optimizer) stays, so that drafters are compared on equal terms. Those
-that go token by token are trained on every row of a sequence, as the reference trains EAGLE-3, and not at anchors only.
+A program adds its own from anywhere: `KINDS["mine"] = Kind("what it is", MyDrafter)`. Neither this module nor what it
+imports knows an accelerator library.
 """
 
 import dataclasses
 import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-from dspark_jax.config import Config, InputError, LossConfig
+from dspark_jax.errors import InputError
+from dspark_jax.registry import Entry
 
-KINDS = ("dspark", "dflash", "eagle3", "mtp", "gated", "rnn", "length")
+if TYPE_CHECKING:
+    from dspark_jax.config import Config
 
-MASKLESS = ("eagle3", "mtp")
-"""They go token by token, so nothing fills a block: `mask_token_id` says nothing of them, and presets have 0 there."""
 
-EAGLE3_LOSS = LossConfig(decay=-1.0 / math.log(0.8), ce=0.0, l1=0.0, confidence=0.0, soft_ce=1.0, per_row=True)
+@dataclasses.dataclass(frozen=True)
+class Kind(Entry):
+    """A kind of drafter; `home` is its class, a `drafter.interface.DrafterModule`.
+
+    Attributes:
+      token_by_token: it drafts one token after another, not a block in one pass. Such drafters are trained on every row
+        of a sequence, as the reference trains EAGLE-3, and not at anchors only.
+      needs_mask: a mask token fills its blocks. If not, `drafter.mask_token_id` says nothing of it, and `as_kind` puts
+        0 there.
+      has_heads: it has a sequential head, and may have a confidence head.
+      reads_last_layer: it reads one layer of the target, by default the last one; the others read any but the last.
+      fixed: field of `DrafterConfig` -> the one value that it has, and why.
+      loss: what its own loss sets of `LossConfig`; None: it is trained with any.
+      served_as: under which method servers load its exports; None: no server does.
+    """
+
+    token_by_token: bool = False
+    needs_mask: bool = True
+    has_heads: bool = False
+    reads_last_layer: bool = False
+    fixed: Mapping[str, tuple[Any, str]] = dataclasses.field(default_factory=dict)
+    loss: Mapping[str, Any] | None = None
+    served_as: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """Dspark with other settings.
+
+    Attributes:
+      description: what it is, for `--help`.
+      drafter: what it sets of `DrafterConfig`.
+      loss: what it sets of `LossConfig`.
+    """
+
+    description: str
+    drafter: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    loss: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+_EAGLE3_LOSS = {"decay": -1.0 / math.log(0.8), "ce": 0.0, "l1": 0.0, "confidence": 0.0, "soft_ce": 1.0, "per_row": True}
 """The reference's: soft cross-entropy, step s weighs 0.8^s, divided by all rows, those of prompts and padding too."""
 
-MTP_LOSS = LossConfig(ce=1.0, l1=0.0, confidence=0.0)
+_MTP_LOSS = {"ce": 1.0, "l1": 0.0, "confidence": 0.0}
 """DeepSeek-V3's: cross-entropy with the data."""
 
+_ONE_LAYER = {"num_layers": (1, "has one layer")}
 
-def as_kind(config: Config, kind: str) -> Config:
+KINDS: dict[str, Kind] = {
+    "dspark": Kind(
+        "dspark_jax.drafter.dspark:DSpark",
+        "a block in one pass, with a sequential head and a confidence head",
+        has_heads=True,
+        served_as="dspark",
+    ),
+    "dflash": Kind("dspark_jax.drafter.dspark:DSpark", "dspark without its heads", served_as="dspark"),
+    "eagle3": Kind(
+        "dspark_jax.drafter.eagle3:Eagle3",
+        "one layer, fed with its own outputs",
+        token_by_token=True,
+        needs_mask=False,
+        fixed=_ONE_LAYER,
+        loss=_EAGLE3_LOSS,
+        served_as="eagle3",
+    ),
+    "mtp": Kind(
+        "dspark_jax.drafter.mtp:MTP",
+        "one module in DeepSeek-V3's form, one token per round",
+        token_by_token=True,
+        needs_mask=False,
+        reads_last_layer=True,
+        fixed=_ONE_LAYER | {"block_size": (1, "drafts one token per round")},
+        loss=_MTP_LOSS,
+    ),
+}
+
+VARIANTS: dict[str, Variant] = {
+    "gated": Variant("dspark with the gated head", drafter={"markov_head_type": "gated"}),
+    "rnn": Variant("dspark with the recurrent head", drafter={"markov_head_type": "rnn"}),
+    "length": Variant("dspark that maximises its expected accepted length", loss={"l1": 0.0, "length": 1.0}),
+}
+
+
+def names() -> list[str]:
+    """What `as_kind` takes."""
+    return [*KINDS, *VARIANTS]
+
+
+def as_kind(config: "Config", name: str) -> "Config":
     """The config with another drafter; depth, block size, taps, rank and compute type stay where they apply.
 
     Args:
       config: of a dspark drafter.
-      kind: one of `KINDS`.
+      name: one of `names()`.
 
     Raises:
-      InputError: the kind is unknown.
+      InputError: there is none of this name.
     """
-    if kind not in KINDS:
-        raise InputError(f"drafter kind {kind!r} is unknown; use one of: {', '.join(KINDS)}")
-    drafter, loss = config.drafter, config.loss
-    headless = {"markov_rank": 0, "confidence_head": False, "confidence_with_markov": False}
-    if kind in ("dspark", "length", "gated", "rnn"):
-        head = "vanilla" if kind in ("dspark", "length") else kind
-        drafter = dataclasses.replace(drafter, markov_head_type=head)
-    elif kind == "dflash":
-        drafter = dataclasses.replace(drafter, kind=kind, **headless)
-    elif kind == "eagle3":
-        drafter, loss = dataclasses.replace(drafter, kind=kind, num_layers=1, **headless), EAGLE3_LOSS
-    elif kind == "mtp":
-        drafter = dataclasses.replace(drafter, kind=kind, num_layers=1, block_size=1, target_layer_ids=(), **headless)
-        loss = MTP_LOSS
-    if kind == "length":  # instead of the total variation; everything else is dspark's
-        loss = dataclasses.replace(loss, l1=0.0, length=1.0)
-    train = config.train
-    if kind in MASKLESS:
-        drafter = dataclasses.replace(drafter, mask_token_id=0)
-        train = dataclasses.replace(train, num_anchors=config.data.max_length)
-    return dataclasses.replace(config, drafter=drafter, loss=dataclasses.replace(loss), train=train)
+    if name not in names():
+        raise InputError(f"drafter kind {name!r} is unknown; use one of: {', '.join(names())}")
+    kind, variant = KINDS.get(name, KINDS["dspark"]), VARIANTS.get(name, Variant(""))
+    changes: dict[str, Any] = {"kind": name if name in KINDS else "dspark"}
+    if kind.has_heads:
+        changes["markov_head_type"] = "vanilla"
+    else:
+        changes |= {"markov_rank": 0, "confidence_head": False, "confidence_with_markov": False}
+    changes |= {field: value for field, (value, _) in kind.fixed.items()} | dict(variant.drafter)
+    if kind.reads_last_layer:
+        changes["target_layer_ids"] = ()
+    if not kind.needs_mask:
+        changes["mask_token_id"] = 0
+    loss = config.loss if kind.loss is None else type(config.loss)(**kind.loss)
+    rows = {"num_anchors": config.data.max_length} if kind.token_by_token else {}
+    return dataclasses.replace(
+        config,
+        drafter=dataclasses.replace(config.drafter, **changes),
+        loss=dataclasses.replace(loss, **{"extra": dict(loss.extra), **variant.loss}),
+        train=dataclasses.replace(config.train, **rows),
+    )

@@ -48,7 +48,7 @@ from dspark_jax.engine.models import Models, when_loaded
 from dspark_jax.engine.sampling import request_keys
 from dspark_jax.errors import UNWRITABLE, is_full_disk
 from dspark_jax.json_file import part, read_ours, write_json
-from dspark_jax.kinds import MASKLESS
+from dspark_jax.kinds import KINDS
 from dspark_jax.progress import Progress, log
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target.loading import fingerprint, load_target, tokenizer_fingerprint
@@ -162,7 +162,7 @@ def data_fingerprint(config: Config) -> str:
 
 def _warn_of_mask(config: Config) -> None:
     """Says so if the drafter's mask token is a part of texts."""
-    if config.drafter.kind not in MASKLESS:
+    if KINDS[config.drafter.kind].needs_mask:
         rows = config.target.architecture.vocab_size
         warning = mask_warning(load_tokenizer(config.target.path), config.drafter.mask_token_id, rows)
         if warning:

@@ -10,6 +10,7 @@ from absl import flags
 
 from dspark_jax import command
 from dspark_jax.config import Config, InputError
+from dspark_jax.kinds import KINDS
 from dspark_jax.run_lock import locked
 
 CONFIG = """
@@ -53,6 +54,15 @@ def test_overrides_reach_the_config_wherever_they_stand(config_file):
     assert config.target.path == "somewhere"
     assert (config.name, workdir) == ("tiny-wide", Path("runs/tiny-wide"))
     assert extra == {"distributed": False}
+
+
+def test_weights_by_name_are_one_value(config_file):
+    argv = ["--config", config_file, "--config.loss.extra={'mine': 1}"]
+    extra = command.parse(argv)[0].loss.extra
+    assert extra == {"mine": 1.0} and isinstance(extra["mine"], float)
+    for value in ("mine", "0.5", "{'mine': 'x'}", "{1: 0.5}"):
+        with pytest.raises(InputError, match=r"loss\.extra.*dict\[str, float\] is needed"):
+            command.parse(["--config", config_file, f"--config.loss.extra={value}"])
 
 
 @pytest.mark.parametrize(
@@ -246,6 +256,7 @@ def test_help_lists_flags_fields_values_and_their_meaning(config_file, capsys):
     general = capsys.readouterr().out
     assert "--workdir" in general and "--config.train.batch_size=512" in general
     assert "Sequences per optimizer step" in general
+    assert all(f"{name} ({kind.description})" in " ".join(general.split()) for name, kind in KINDS.items())
     command.run(command.load_config, argv=["--config", f"{config_file}:wide", "--help"])
     assert "--config.drafter.markov_rank=512" in capsys.readouterr().out
 

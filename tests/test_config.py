@@ -99,6 +99,9 @@ NUMBERS = (*WHOLE, float, tuple[float, ...])
 def test_json_round_trip():
     config = valid(drafter={"num_layers": 3}, eval={"prompts": ("a.jsonl", "b.jsonl")})
     assert from_json(to_json(config)) == config
+    older = json.loads(to_json(config))
+    del older["loss"]["extra"]
+    assert from_json(json.dumps(older)) == config
 
 
 def test_resolve_reads_the_target_and_refuses_a_contradiction(tmp_path):

@@ -11,7 +11,7 @@ from flax import nnx
 from dspark_jax.config import MeshConfig, problems, resolve
 from dspark_jax.convert.hf import expected_tensors
 from dspark_jax.drafter import make_drafter
-from dspark_jax.kinds import KINDS
+from dspark_jax.kinds import names
 from dspark_jax.sharding import make_mesh, state_shardings
 from dspark_jax.target.loading import abstract_target
 from dspark_jax.training.optim import make_optimizer
@@ -20,7 +20,7 @@ from dspark_jax.training.state import abstract_drafter, state_layout
 ROOT = Path(__file__).resolve().parents[1]
 RELEASED = ("dspark_qwen3_4b", "dspark_qwen3_8b", "dspark_qwen3_14b", "dspark_gemma4_12b")
 EXPERIMENTS = [
-    *(("quickstart", kind) for kind in KINDS),
+    *(("quickstart", kind) for kind in names()),
     ("compare_quickstart", ""),
     *((name, kind) for name in RELEASED for kind in ("dspark", "dflash", "eagle3")),
     ("dspark_qwen3_4b", "mtp"),

@@ -26,6 +26,7 @@ BASE = {
     "presets",
     "progress",
     "ranges",
+    "registry",
     "run_lock",
     "sharding",
     "tokenizer",

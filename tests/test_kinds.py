@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+from flax import nnx
 
 from dspark_jax.config import (
     Config,
@@ -14,7 +15,8 @@ from dspark_jax.config import (
     TargetConfig,
     resolve,
 )
-from dspark_jax.kinds import KINDS, as_kind
+from dspark_jax.drafter import make_drafter
+from dspark_jax.kinds import as_kind, names
 
 ARCH = TargetArchitecture("qwen3", 67, 32, 4, 4, 2, 8, 64, 1e-6, 1e4, True, 256)
 
@@ -27,7 +29,7 @@ def base() -> Config:
     )
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", names())
 def test_only_drafter_loss_and_rows_change(base: Config, kind: str) -> None:
     before = dataclasses.asdict(base)
     config = resolve(as_kind(base, kind))
@@ -41,8 +43,8 @@ def test_only_drafter_loss_and_rows_change(base: Config, kind: str) -> None:
     assert config.drafter.mask_token_id == (0 if kind in ("eagle3", "mtp") else 66)
     assert config.drafter.target_layer_ids == ((3,) if kind == "mtp" else (0, 2))
     assert (config.drafter.markov_rank == 0) == (kind in ("dflash", "eagle3", "mtp"))
-    config.loss.ce = 9.0  # the presets are not shared
-    assert as_kind(base, kind).loss.ce != 9.0
+    config.loss.ce, config.loss.extra["mine"] = 9.0, 1.0  # the presets are not shared
+    assert as_kind(base, kind).loss.ce != 9.0 and not as_kind(base, kind).loss.extra
 
 
 def test_kinds_differ_in_what_they_are_named_after(base: Config) -> None:
@@ -62,6 +64,13 @@ def test_kinds_differ_in_what_they_are_named_after(base: Config) -> None:
 def test_an_unknown_kind_is_refused(base: Config) -> None:
     with pytest.raises(InputError, match="drafter kind 'medusa' is unknown; use one of: dspark, dflash, eagle3"):
         as_kind(base, "medusa")
+
+
+def test_a_drafter_that_another_program_had_added_is_refused_when_it_is_made(base: Config) -> None:
+    for change in ({"kind": "mine"}, {"markov_head_type": "mine"}):
+        (field,) = change
+        with pytest.raises(InputError, match=f"drafter.{field}='mine' is unknown; use "):
+            make_drafter(ARCH, dataclasses.replace(base.drafter, **change), rngs=nnx.Rngs(0))
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,11 @@ from typing import Any
 
 from dspark_jax.convert.dialect import same
 from dspark_jax.convert.drafter_files import Verdict
-from dspark_jax.convert.export import Content, Source
+from dspark_jax.convert.export import Content, Source, served_as
 from dspark_jax.convert.layouts import Layout, read_layout
 from dspark_jax.convert.servers import NO_SERVERS
 from dspark_jax.hub import is_hub_id
+from dspark_jax.kinds import KINDS
 
 
 def model_card(
@@ -59,7 +60,7 @@ def _facts(source: Source, content: Content, fingerprint: str) -> str:
     drafter, written = source.config, content.source.config
     heads = _heads(drafter.markov_rank, drafter.markov_head_type, confidence=drafter.confidence_head)
     layers = f"{drafter.num_layers} layer{'s' if drafter.num_layers > 1 else ''}"
-    block = drafter.kind != "eagle3"
+    block = not KINDS[drafter.kind].token_by_token
     lines = [
         f"A draft model ({drafter.kind}) for speculative decoding with `{source.target_name}`. It drafts "
         f"{drafter.block_size} tokens per round; whatever it drafts, the output has the target's distribution.",
@@ -190,10 +191,11 @@ def _refused(verdict: Verdict, stated: Layout) -> str:
 def _commands(source: Source, content: Content, side_files: tuple[str, ...]) -> dict[str, tuple[str, str]]:
     """By server what to know of its command, and the command."""
     target, size = source.target_name, source.config.block_size
-    settings: dict[str, Any] = {"method": "eagle3", "model": "DIR", "num_speculative_tokens": size}
+    method = served_as(source.config)
+    settings: dict[str, Any] = {"method": method, "model": "DIR", "num_speculative_tokens": size}
     about = ""
-    if source.config.kind != "eagle3":
-        settings |= {"method": "dspark", "draft_sample_method": "probabilistic"}
+    if method == "dspark":
+        settings |= {"draft_sample_method": "probabilistic"}
         about = "without `probabilistic` drafts are greedy, and fewer are accepted at temperature 1"
     vllm = f"vllm serve {target} --speculative-config '{json.dumps(settings)}'"
     if "speculators_model_type" in content.config:

@@ -23,9 +23,11 @@ import numpy as np
 
 from dspark_jax.config import DrafterConfig, InputError, TargetArchitecture
 from dspark_jax.convert.hf import expected_tensors
-from dspark_jax.convert.mapping import FROZEN
+from dspark_jax.convert.mapping import FROZEN, HEADS
 from dspark_jax.convert.output import built_beside, check_output, write_text
 from dspark_jax.convert.safetensors_file import write_safetensors
+from dspark_jax.kinds import KINDS
+from dspark_jax.registry import listed
 from dspark_jax.target import families
 from dspark_jax.target.checks import refuse_two_heads
 from dspark_jax.target.families.family import Family
@@ -98,10 +100,14 @@ def content(source: Source, form: str, dtype: str) -> Content:
     Raises:
       InputError: this drafter cannot be stated in this format.
     """
-    if source.config.kind == "mtp":
+    drafter = source.config
+    if served_as(drafter) is None:
+        exported = listed(name for name, kind in KINDS.items() if kind.served_as)
         raise InputError(
-            "an MTP drafter has no format that a server loads; only DSpark, DFlash and EAGLE-3 are exported"
+            f"a drafter of kind {drafter.kind!r} has no format that a server loads; only {exported} is exported"
         )
+    if drafter.markov_rank and drafter.markov_head_type not in HEADS:
+        raise InputError(f"no server has the head {drafter.markov_head_type!r}; only {listed(HEADS)} is exported")
     source = servable(source) if form != "deepspec" else source
     config = CONFIGS[form](source, dtype)
     reason = source.own_embedding or (source.family.slim_refusal if form == "universal" else "")
@@ -111,6 +117,11 @@ def content(source: Source, form: str, dtype: str) -> Content:
     if not source.frozen:
         shapes = {name: shape for name, shape in shapes.items() if name not in FROZEN}
     return Content(source, config, shapes)
+
+
+def served_as(config: DrafterConfig) -> str | None:
+    """Under which method servers load a drafter, dspark or eagle3; None: they do not."""
+    return KINDS[config.kind].served_as
 
 
 def write_export(
@@ -185,7 +196,7 @@ def servable(source: Source) -> Source:
     Markov head; one that does not read the Markov embedding gets zeros to read it with, for llama.cpp.
     """
     config = source.config
-    if config.kind not in ("dspark", "dflash"):
+    if served_as(config) != "dspark":
         return source
     if config.markov_rank and config.confidence_head and config.confidence_with_markov:
         return source
@@ -241,7 +252,7 @@ def deepspec_config(source: Source, dtype: str) -> dict[str, Any]:
         }
     )
     prefix = family.drafter_class
-    config |= _eagle3_keys(source, prefix) if drafter.kind == "eagle3" else _block_keys(source, prefix)
+    config |= _eagle3_keys(source, prefix) if served_as(drafter) == "eagle3" else _block_keys(source, prefix)
     return family.drafter_config(config, target)
 
 
@@ -287,7 +298,7 @@ def universal_config(source: Source, dtype: str) -> dict[str, Any]:
     `eagle_aux_hidden_state_layer_ids`: servers prefer it and disagree about what it counts (trap 13).
     """
     config = deepspec_config(source, dtype)
-    if source.config.kind == "eagle3":
+    if served_as(source.config) == "eagle3":
         return _vllm_eagle3(source, config)
     config["sample_from_anchor"] = True
     keys = ("block_size", "mask_token_id", "target_layer_ids", "markov_rank", "markov_head_type")
@@ -321,7 +332,7 @@ def speculators_config(source: Source, dtype: str) -> dict[str, Any]:
     """
     if source.family.speculators_refusal:
         raise InputError(f"--format speculators: {source.family.speculators_refusal}")
-    base, kind = universal_config(source, dtype), "eagle3" if source.config.kind == "eagle3" else "dspark"
+    base, kind = universal_config(source, dtype), served_as(source.config)
     own = {"dflash_config", "dspark_config", "sample_from_anchor", "num_target_layers", "target_layer_ids"}
     own |= {"eagle_aux_hidden_state_layer_ids", "norm_before_residual", "draft_vocab_size"}
     own |= set(_block_keys(source, "")) | set(_eagle3_keys(source, ""))

@@ -11,8 +11,10 @@ from jax.sharding import Mesh
 from dspark_jax.architecture import Unsupported
 from dspark_jax.config import DrafterConfig, InputError, TargetArchitecture
 from dspark_jax.convert.layouts import Layout, foreign_parts, layers_config, read_config, read_layout
-from dspark_jax.convert.mapping import FROZEN, VOCABULARY_MAPS, drafter_family, drafter_weights
-from dspark_jax.drafter import AnyDrafter, make_drafter
+from dspark_jax.convert.mapping import FROZEN, HEADS, VOCABULARY_MAPS, drafter_family, drafter_weights
+from dspark_jax.drafter import make_drafter
+from dspark_jax.drafter.interface import DrafterModule
+from dspark_jax.registry import listed
 from dspark_jax.target.loading import fill_module, parameter_paths, read_checkpoint
 
 ELSEWHERE = "servers may know it: convert check tells which"
@@ -49,8 +51,8 @@ def drafter_config(where: str, layout: Layout) -> DrafterConfig:
     if layout.family == "eagle3":
         return eagle3_config(layout)
     head = layout.markov_head_type if layout.markov_rank else "vanilla"
-    if head not in ("vanilla", "gated", "rnn"):
-        raise Unsupported(where, f"markov_head_type {head!r}", "use vanilla, gated or rnn")
+    if head not in HEADS:
+        raise Unsupported(where, f"markov_head_type {head!r}", f"use {listed(HEADS)}")
     return DrafterConfig(
         kind="dspark" if layout.markov_rank or layout.confidence else "dflash",
         num_layers=layout.num_layers,
@@ -78,7 +80,7 @@ def eagle3_config(layout: Layout) -> DrafterConfig:
     )
 
 
-def abstract_drafter(arch: TargetArchitecture, config: DrafterConfig, *, dtype: Any = np.float32) -> AnyDrafter:
+def abstract_drafter(arch: TargetArchitecture, config: DrafterConfig, *, dtype: Any = np.float32) -> DrafterModule:
     """A drafter whose parameters are shapes only."""
     return nnx.eval_shape(lambda: make_drafter(arch, config, rngs=nnx.Rngs(0), dtype=dtype))
 
@@ -98,7 +100,7 @@ def expected_tensors(arch: TargetArchitecture, config: DrafterConfig) -> dict[st
     return shapes
 
 
-def _constants(drafter: AnyDrafter, config: DrafterConfig) -> list[str]:
+def _constants(drafter: DrafterModule, config: DrafterConfig) -> list[str]:
     """Tensors of one number in the file, always 1, never trained, and no parameters here."""
     names = drafter_family(drafter).drafter_constants
     return [name.format(i=i) for name in names for i in range(config.num_layers)]
@@ -132,7 +134,9 @@ def compare_tensors(
             )
 
 
-def import_drafter(directory: str | Path, mesh: Mesh, *, dtype: Any = np.float32) -> tuple[DrafterConfig, AnyDrafter]:
+def import_drafter(
+    directory: str | Path, mesh: Mesh, *, dtype: Any = np.float32
+) -> tuple[DrafterConfig, DrafterModule]:
     """Loads a drafter that the reference, speculators or `convert export` wrote, without its copies of target tensors.
 
     Args:
@@ -157,7 +161,7 @@ def load_tensors(
     *,
     dtype: Any = np.float32,
     finite: bool = True,
-) -> AnyDrafter:
+) -> DrafterModule:
     """The drafter of a directory whose config has been read already; see `import_drafter` and `fill_module`."""
     tensors = read_checkpoint(directory)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
@@ -171,7 +175,7 @@ def load_tensors(
     return drafter
 
 
-def stored_tensors(drafter: AnyDrafter, config: DrafterConfig) -> Iterable[tuple[str, np.ndarray]]:
+def stored_tensors(drafter: DrafterModule, config: DrafterConfig) -> Iterable[tuple[str, np.ndarray]]:
     """Parameters and constants of a drafter under the reference's names, one stack on the host at a time.
 
     Yields:
@@ -181,7 +185,7 @@ def stored_tensors(drafter: AnyDrafter, config: DrafterConfig) -> Iterable[tuple
     yield from ((name, np.ones(1, np.float32)) for name in _constants(drafter, config))
 
 
-def _parameters(drafter: AnyDrafter, config: DrafterConfig) -> Iterable[tuple[str, np.ndarray]]:
+def _parameters(drafter: DrafterModule, config: DrafterConfig) -> Iterable[tuple[str, np.ndarray]]:
     weights = drafter_weights(drafter, config)
     for path, variable in parameter_paths(drafter).items():
         weight, value = weights[path], np.asarray(variable.get_value(), np.float32)
@@ -190,6 +194,6 @@ def _parameters(drafter: AnyDrafter, config: DrafterConfig) -> Iterable[tuple[st
             yield name, weight.store(layer)
 
 
-def drafter_tensors(drafter: AnyDrafter, config: DrafterConfig) -> dict[str, np.ndarray]:
+def drafter_tensors(drafter: DrafterModule, config: DrafterConfig) -> dict[str, np.ndarray]:
     """Parameters of a drafter (or gradients in its shape) as float32 arrays under the reference's names."""
     return dict(_parameters(drafter, config))

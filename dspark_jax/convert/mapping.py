@@ -21,7 +21,7 @@ _MARKOV = {
     "markov.w2": Weight("markov_head.markov_w2.weight"),
 }
 
-_HEADS = {
+HEADS: dict[str, dict[str, Weight]] = {
     "vanilla": {},
     "gated": {
         "markov.gate": Weight("markov_head.gate_proj.weight", inputs=1),
@@ -32,6 +32,7 @@ _HEADS = {
         "markov.joint_bias": Weight("markov_head.joint_proj.bias"),
     },
 }
+"""By type of the sequential head, what it has besides its tables. Other types have no format."""
 
 _CONFIDENCE = {
     "confidence.weight": Weight("confidence_head.proj.weight", row=True),
@@ -53,6 +54,9 @@ _MTP = {
 """Named after DeepSeek-V3's module. Its eh_proj reads [embedding; hidden state], ours [hidden state; embedding]:
 whoever exports it for a server has to swap the halves."""
 
+_KINDS = {"eagle3": _EAGLE3, "mtp": _MTP}
+"""By kind of drafter; the others are block drafters with `_BACKBONE` and heads."""
+
 FROZEN = ("embed_tokens.weight", "lm_head.weight")
 """Copies of the target's tensors that the reference stores in every drafter."""
 
@@ -72,18 +76,16 @@ def drafter_weights(drafter: Any, config: DrafterConfig) -> dict[str, Weight]:
       drafter: tells which family's layers it has; its parameters may be shapes only.
       config: says what kind of drafter it is.
     """
-    stack = "layers." if config.kind in ("eagle3", "mtp") else "backbone.layers."
+    stack = "backbone.layers." if hasattr(drafter, "backbone") else "layers."
     layers = drafter_family(drafter).drafter_weights()
     return _plain_weights(config) | {stack + path: weight for path, weight in layers.items()}
 
 
 def _plain_weights(config: DrafterConfig) -> dict[str, Weight]:
     """All but those of the layers."""
-    if config.kind in ("eagle3", "mtp"):
-        return dict(_EAGLE3 if config.kind == "eagle3" else _MTP)
-    weights = dict(_BACKBONE)
+    weights = dict(_KINDS.get(config.kind, _BACKBONE))
     if config.markov_rank:
-        weights |= _MARKOV | _HEADS[config.markov_head_type]
+        weights |= _MARKOV | HEADS[config.markov_head_type]
     if config.confidence_head:
         weights |= _CONFIDENCE
     return weights

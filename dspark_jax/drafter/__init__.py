@@ -6,19 +6,17 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dspark_jax.config import DrafterConfig, TargetArchitecture
-from dspark_jax.drafter.autoregressive import Autoregressive
-from dspark_jax.drafter.dspark import DSpark
-from dspark_jax.drafter.eagle3 import Eagle3
-from dspark_jax.drafter.mtp import MTP
-
-AnyDrafter = DSpark | Autoregressive
-"""Whatever `make_drafter` makes."""
-
-_KINDS: dict[str, Any] = {"dspark": DSpark, "dflash": DSpark, "eagle3": Eagle3, "mtp": MTP}
+from dspark_jax.drafter.interface import DrafterModule
+from dspark_jax.kinds import KINDS
+from dspark_jax.registry import find
 
 
 def make_drafter(
     arch: TargetArchitecture, config: DrafterConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32
-) -> AnyDrafter:
-    """A randomly initialised drafter of `config.kind` for a target of shape `arch`."""
-    return _KINDS[config.kind](arch, config, rngs=rngs, dtype=dtype)
+) -> DrafterModule:
+    """A randomly initialised drafter of `config.kind` for a target of shape `arch`.
+
+    Raises:
+      InputError: there is no such kind or head.
+    """
+    return find(KINDS, config.kind, "drafter.kind").load()(arch, config, rngs=rngs, dtype=dtype)

@@ -13,17 +13,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from dspark_jax.config import DrafterConfig, TargetArchitecture
 from dspark_jax.drafter.blocks import Anchors, anchor_candidates
-from dspark_jax.drafter.interface import BlockOutputs, Proposal
+from dspark_jax.drafter.interface import BlockOutputs, DrafterModule, Proposal
 from dspark_jax.ops.block_attention import block_attention
 from dspark_jax.ops.cached_attention import Rows, cached_attention
 from dspark_jax.ops.markov_sample import sample_chain
 from dspark_jax.ops.sampling import Sampling
 from dspark_jax.sharding import constrain
 from dspark_jax.target.cache import KVCache
+from dspark_jax.target.interface import EmbeddingAndHead
 from dspark_jax.target.layers import layer_at, ones, rms_norm
 
 
@@ -41,7 +41,7 @@ class RowCache:
     newest: jax.Array
 
 
-class Autoregressive(nnx.Module):
+class Autoregressive(DrafterModule):
     """One layer over rows of (feature, next token); subclasses say how a row is made.
 
     Their `layers` is a stack of one `target.layers.Layer`, which is given the residual and the attention's heads.
@@ -50,8 +50,6 @@ class Autoregressive(nnx.Module):
 
     layers: Any
     stops_drafting = True  # after a drafted stop token (trap 28)
-    markov = None
-    confidence = None
 
     def __init__(self, arch: TargetArchitecture, config: DrafterConfig, *, dtype: Any = jnp.float32):
         """What does not depend on how a row is made; `layers` is up to the subclass."""
@@ -90,7 +88,7 @@ class Autoregressive(nnx.Module):
 
     def __call__(
         self,
-        target: Any,
+        target: EmbeddingAndHead,
         features: jax.Array,
         tokens: jax.Array,
         loss_mask: jax.Array,
@@ -99,15 +97,8 @@ class Autoregressive(nnx.Module):
     ) -> BlockOutputs:
         """Training pass: G steps over every row, or over the rows at the anchors if there are fewer than S of those.
 
-        Step s of row t is supervised where row t+s of the same document is, see `supervised`.
-
-        Args:
-          target: its `embed` is used.
-          features: [B, S, M*D] target features of the tokens; the added embeddings before them are not looked at.
-          tokens: [B, S].
-          loss_mask: [B, S], 1 on supervised tokens.
-          anchors: A positions per sequence; all rows are used where A >= S.
-          starts: [B, S] first row of each row's document, where several are packed into a sequence.
+        Step s of row t is supervised where row t+s of the same document is, see `supervised`. The embeddings before the
+        features are not looked at. For the arguments see `drafter.interface.DrafterModule`.
         """
         b, s = tokens.shape
         starts = jnp.zeros((b, s), jnp.int32) if starts is None else starts
@@ -199,7 +190,7 @@ class Autoregressive(nnx.Module):
 
     def propose(
         self,
-        target: Any,
+        target: EmbeddingAndHead,
         cache: RowCache,
         anchors: jax.Array,
         positions: jax.Array,

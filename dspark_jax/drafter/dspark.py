@@ -13,14 +13,15 @@ from flax import nnx
 from dspark_jax.config import DrafterConfig, TargetArchitecture
 from dspark_jax.drafter.backbone import Backbone
 from dspark_jax.drafter.blocks import Anchors, block_targets, block_tokens
-from dspark_jax.drafter.confidence import ConfidenceHead
-from dspark_jax.drafter.interface import BlockOutputs, Proposal
-from dspark_jax.drafter.markov import make_head
+from dspark_jax.drafter.heads import HEADS, ConfidenceHead
+from dspark_jax.drafter.interface import BlockOutputs, DrafterModule, Proposal
 from dspark_jax.ops.sampling import Sampling, sample
+from dspark_jax.registry import find
 from dspark_jax.target.cache import KVCache
+from dspark_jax.target.interface import EmbeddingAndHead
 
 
-class DSpark(nnx.Module):
+class DSpark(DrafterModule):
     """A block drafter for one target. Parameters are float32; `dtype` is the compute type."""
 
     def __init__(self, arch: TargetArchitecture, config: DrafterConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32):
@@ -30,32 +31,23 @@ class DSpark(nnx.Module):
         self.mask_token = config.mask_token_id
         self.dtype = dtype
         self.backbone = Backbone(arch, config, rngs=rngs)
-        shape = (arch.vocab_size, arch.hidden_size, rank)
-        self.markov = make_head(config.markov_head_type, *shape, scale=scale, rngs=rngs) if rank else None
-        seen = rank if config.confidence_with_markov else 0
-        head = ConfidenceHead(arch.hidden_size, seen, scale=scale, rngs=rngs) if config.confidence_head else None
-        self.confidence = head
+        if rank:
+            head = find(HEADS, config.markov_head_type, "drafter.markov_head_type").load()
+            self.markov = head(arch.vocab_size, arch.hidden_size, rank, scale=scale, rngs=rngs)
+        if config.confidence_head:
+            seen = rank if config.confidence_with_markov else 0
+            self.confidence = ConfidenceHead(arch.hidden_size, seen, scale=scale, rngs=rngs)
 
     def __call__(
         self,
-        target: Any,
+        target: EmbeddingAndHead,
         features: jax.Array,
         tokens: jax.Array,
         loss_mask: jax.Array,
         anchors: Anchors,
         starts: jax.Array | None = None,
     ) -> BlockOutputs:
-        """Training pass.
-
-        Args:
-          target: its `embed` is used.
-          features: [B, S, M*D] target features of the tokens.
-          tokens: [B, S].
-          loss_mask: [B, S], 1 on supervised tokens.
-          anchors: A blocks per sequence.
-          starts: [B, S] first row of each row's document, where several are packed into a sequence; the first token of
-            a document is then never supervised.
-        """
+        """Training pass; see `drafter.interface.DrafterModule`."""
         targets = block_targets(tokens, loss_mask, anchors, self.block_size)
         inputs = block_tokens(targets.prev_tokens[:, :, 0], self.mask_token, self.block_size)
         embedded = target.embed(inputs).astype(self.dtype)
@@ -78,7 +70,7 @@ class DSpark(nnx.Module):
 
     def propose(
         self,
-        target: Any,
+        target: EmbeddingAndHead,
         cache: KVCache,
         anchors: jax.Array,
         positions: jax.Array,

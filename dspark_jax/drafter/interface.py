@@ -1,11 +1,15 @@
-"""What every drafter gives to training and to the engine."""
+"""What every drafter gives to the engine (`Drafter`) and to training (`DrafterModule`)."""
 
 import dataclasses
 from typing import Any, Protocol
 
 import jax
+from flax import nnx
 
+from dspark_jax.drafter.blocks import Anchors
+from dspark_jax.drafter.heads import ConfidenceHead, SequentialHead
 from dspark_jax.ops.sampling import Sampling
+from dspark_jax.target.interface import EmbeddingAndHead
 
 
 @jax.tree_util.register_dataclass
@@ -78,7 +82,7 @@ class Drafter(Protocol):
 
     def propose(
         self,
-        target: Any,
+        target: EmbeddingAndHead,
         cache: Any,
         anchors: jax.Array,
         positions: jax.Array,
@@ -101,6 +105,68 @@ class Drafter(Protocol):
         ...
 
 
-def is_confident(drafter: Any) -> bool:
-    """Whether a drafter (or None, which is not) has a confidence head."""
+class DrafterModule(nnx.Module):
+    """What a drafter that is trained has besides: a `Drafter` whose class is named in `kinds.KINDS` is one of these.
+
+    It is made as `cls(arch, config, rngs=rngs, dtype=dtype)`. Parameters are float32; `dtype` is the compute type.
+
+    Attributes:
+      markov: sequential head, or None.
+      confidence: confidence head, or None.
+    """
+
+    block_size: int
+    taps: tuple[int, ...]
+    dtype: Any
+    stops_drafting: bool = False
+    markov: SequentialHead | None = None
+    confidence: ConfidenceHead | None = None
+
+    def __call__(
+        self,
+        target: EmbeddingAndHead,
+        features: jax.Array,
+        tokens: jax.Array,
+        loss_mask: jax.Array,
+        anchors: Anchors,
+        starts: jax.Array | None = None,
+    ) -> BlockOutputs:
+        """Training pass. The heads are not run: the loss does that.
+
+        Args:
+          target: its `embed` is used.
+          features: [B, S, M*D] target features of the tokens.
+          tokens: [B, S].
+          loss_mask: [B, S], 1 on supervised tokens.
+          anchors: A positions per sequence.
+          starts: [B, S] first row of each row's document, where several are packed into a sequence; the first token of
+            a document is then never supervised.
+        """
+        raise NotImplementedError
+
+    def init_cache(self, batch: int, length: int) -> Any:
+        """See `Drafter`."""
+        raise NotImplementedError
+
+    def extend(
+        self, cache: Any, features: jax.Array, tokens: jax.Array, positions: jax.Array, counts: jax.Array
+    ) -> Any:
+        """See `Drafter`."""
+        raise NotImplementedError
+
+    def propose(
+        self,
+        target: EmbeddingAndHead,
+        cache: Any,
+        anchors: jax.Array,
+        positions: jax.Array,
+        uniforms: jax.Array,
+        sampling: Sampling,
+    ) -> tuple[Proposal, Any]:
+        """See `Drafter`."""
+        raise NotImplementedError
+
+
+def is_confident(drafter: Drafter) -> bool:
+    """Whether a drafter has a confidence head."""
     return getattr(drafter, "confidence", None) is not None

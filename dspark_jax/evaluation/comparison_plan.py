@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from dspark_jax.config import CompareConfig, Config, InputError, resolve
-from dspark_jax.kinds import as_kind
+from dspark_jax.kinds import KINDS, as_kind
 
 STUDIES = ("main", "depth", "length")
 
@@ -79,12 +79,12 @@ def make_plan(config: Config, studies: str) -> Plan:
             for kind in wanted.drafters:
                 add(study, kind, 0)
         elif study == "depth":
-            _refuse(wanted.depth_drafters, ("eagle3", "mtp"), "compare.depth_drafters", "always has one layer")
+            _refuse(wanted.depth_drafters, "num_layers", "compare.depth_drafters")
             for depth in wanted.depths:
                 for kind in wanted.depth_drafters:
                     add(study, kind, depth, num_layers=depth)
         else:
-            _refuse(wanted.length_drafters, ("mtp",), "compare.length_drafters", "always drafts one token")
+            _refuse(wanted.length_drafters, "block_size", "compare.length_drafters")
             for length in wanted.lengths:
                 for kind in wanted.length_drafters:
                     add(study, kind, length, block_size=length)
@@ -117,10 +117,14 @@ def with_measured(plan: Plan, config: Config, measured: Callable[[str, Config], 
     return Plan(runs, points)
 
 
-def _refuse(kinds: Sequence[str], fixed: Sequence[str], field: str, why: str) -> None:
-    for kind in kinds:
-        if kind in fixed:
-            raise InputError(f"{field} has {kind!r}, which {why}: it would be one drafter many times; leave it out")
+def _refuse(names: Sequence[str], varied: str, field: str) -> None:
+    """Refuses kinds for which the field of the drafter that a study varies has one value."""
+    for name in names:
+        if name in KINDS and varied in KINDS[name].fixed:
+            why = KINDS[name].fixed[varied][1]
+            raise InputError(
+                f"{field} has {name!r}, which always {why}: it would be one drafter many times; leave it out"
+            )
 
 
 def _essence(config: Config) -> Any:

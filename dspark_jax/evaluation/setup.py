@@ -12,10 +12,10 @@ from dspark_jax.data.chat import load_tokenizer, stop_tokens
 from dspark_jax.data.prompts import read_prompts
 from dspark_jax.data.regenerate import Conversation, Rejected, conversations
 from dspark_jax.data.samples import Tally, describe
-from dspark_jax.drafter import AnyDrafter
+from dspark_jax.drafter.interface import DrafterModule
 from dspark_jax.engine.models import Models, when_loaded
 from dspark_jax.evaluation.decoding import Decoder, Requests, first_requests
-from dspark_jax.kinds import MASKLESS
+from dspark_jax.kinds import KINDS
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target.loading import load_target
 from dspark_jax.tokenizer import ChatTokenizer
@@ -74,14 +74,14 @@ def load_run(workdir: str | Path) -> Decoder:
     return open_decoder(config, Path(workdir), make_mesh(config.mesh))
 
 
-def open_drafter(config: Config, workdir: Path, mesh: Mesh) -> tuple[int, AnyDrafter]:
+def open_drafter(config: Config, workdir: Path, mesh: Mesh) -> tuple[int, DrafterModule]:
     """The newest checkpoint's step and drafter.
 
     Raises:
       InputError: there is no checkpoint for the config's target, or its drafter is another one than the config states.
     """
     step, saved, drafter = load_step(workdir, mesh, config.target)
-    unused = {"initializer_range", *(["mask_token_id"] if saved.drafter.kind in MASKLESS else [])}
+    unused = {"initializer_range", *([] if KINDS[saved.drafter.kind].needs_mask else ["mask_token_id"])}
     for field in dataclasses.fields(saved.drafter):
         there, stated = getattr(saved.drafter, field.name), getattr(config.drafter, field.name)
         if there != stated and field.name not in unused:

@@ -29,9 +29,9 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from dspark_jax.config import Config, InputError, TargetConfig, from_json, to_json
-from dspark_jax.drafter import AnyDrafter
+from dspark_jax.drafter.interface import DrafterModule
 from dspark_jax.json_file import read_ours
-from dspark_jax.kinds import MASKLESS
+from dspark_jax.kinds import KINDS
 from dspark_jax.progress import log
 from dspark_jax.target.loading import fingerprint, tokenizer_fingerprint
 from dspark_jax.training.full_disk import check_space, quiet, reported_in_one_line
@@ -185,14 +185,14 @@ def check_continuation(config: Config, workdir: Path, data: Callable[[], str]) -
 
 def load_drafter(
     workdir: Path, mesh: Mesh, target: TargetConfig | None = None, *, any_target: bool = False
-) -> tuple[Config, AnyDrafter]:
+) -> tuple[Config, DrafterModule]:
     """The drafter of the newest checkpoint; see `load_step`."""
     return load_step(workdir, mesh, target, any_target=any_target)[1:]
 
 
 def load_step(
     workdir: Path, mesh: Mesh, target: TargetConfig | None = None, *, any_target: bool = False
-) -> tuple[int, Config, AnyDrafter]:
+) -> tuple[int, Config, DrafterModule]:
     """The newest checkpoint's step and its drafter, parameters only.
 
     Args:
@@ -216,7 +216,7 @@ def load_step(
         if not steps:
             raise missing
 
-        def read(step: int) -> tuple[int, Config, AnyDrafter]:
+        def read(step: int) -> tuple[int, Config, DrafterModule]:
             where = directory / str(step)
             about = _read_about(manager, where)
             config = from_json(json.dumps(about["config"]))
@@ -377,7 +377,8 @@ def _check_about(where: Path, about: dict[str, Any], present: dict[str, Any], pa
 
 def _check_config(where: Path, saved: dict[str, Any], present: dict[str, Any], *, imported: bool) -> None:
     """Refuses what cannot be resumed: another drafter, or another order of the data and its random numbers."""
-    free = {"dtype", "initializer_range", *(["mask_token_id"] if present["drafter"]["kind"] in MASKLESS else [])}
+    masked = KINDS[present["drafter"]["kind"]].needs_mask
+    free = {"dtype", "initializer_range", *([] if masked else ["mask_token_id"])}
     fixed = [("drafter", name) for name in present["drafter"] if name not in free]
     if present["train"]["init_from"]:  # what began elsewhere goes on without naming it, too
         fixed += [("train", "init_from")]

@@ -18,7 +18,7 @@ import optax
 from jax.sharding import Mesh
 
 from dspark_jax.config import Config
-from dspark_jax.drafter import AnyDrafter
+from dspark_jax.drafter.interface import DrafterModule
 from dspark_jax.platform import train_step_options
 from dspark_jax.sharding import replicated
 from dspark_jax.target.model import Target
@@ -51,7 +51,7 @@ class MicroSteps:
     def __init__(
         self,
         config: Config,
-        drafter: AnyDrafter,
+        drafter: DrafterModule,
         target: Target,
         optimizer: optax.GradientTransformation,
         mesh: Mesh,

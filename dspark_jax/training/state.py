@@ -16,7 +16,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from dspark_jax import platform
 from dspark_jax.config import Config
-from dspark_jax.drafter import AnyDrafter, make_drafter
+from dspark_jax.drafter import make_drafter
+from dspark_jax.drafter.interface import DrafterModule
 from dspark_jax.sharding import replicated, state_shardings
 from dspark_jax.target.loading import compute_dtype
 
@@ -55,13 +56,13 @@ def to_module(abstract: Module, params: Params) -> Module:
     return jax.tree.unflatten(jax.tree.structure(abstract), [params[name] for name in names])
 
 
-def build_drafter(config: Config, key: jax.Array) -> AnyDrafter:
+def build_drafter(config: Config, key: jax.Array) -> DrafterModule:
     """The config's drafter with random parameters drawn from `key`."""
     dtype = compute_dtype(config.drafter.dtype)
     return make_drafter(config.target.architecture, config.drafter, rngs=nnx.Rngs(key), dtype=dtype)
 
 
-def abstract_drafter(config: Config) -> AnyDrafter:
+def abstract_drafter(config: Config) -> DrafterModule:
     """The config's drafter with shapes for parameters."""
     return jax.eval_shape(lambda: build_drafter(config, jax.random.key(0)))
 
@@ -71,7 +72,7 @@ def param_shardings(module: nnx.Module, mesh: Mesh) -> dict[str, NamedSharding]:
     return to_params(state_shardings(module, mesh))
 
 
-def state_layout(drafter: AnyDrafter, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def state_layout(drafter: DrafterModule, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """A `TrainState` of `ShapeDtypeStruct`s with shardings: what is initialised, restored and compiled against.
 
     Args:

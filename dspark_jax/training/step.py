@@ -13,8 +13,9 @@ from jax.sharding import Mesh, NamedSharding
 
 from dspark_jax.config import Config, InputError
 from dspark_jax.data.feature_codec import dequantise, group_size
-from dspark_jax.drafter import AnyDrafter
 from dspark_jax.drafter.blocks import sample_anchors
+from dspark_jax.drafter.interface import DrafterModule
+from dspark_jax.kinds import KINDS
 from dspark_jax.metrics import Ratio
 from dspark_jax.platform import train_step_options
 from dspark_jax.sharding import constrain, replicated, sharding
@@ -92,7 +93,7 @@ def anchor_keys(seed: int, step: jax.Array, sample_id: jax.Array) -> jax.Array:
 
 
 def loss_sums(
-    params: Params, drafter: AnyDrafter, target: Target, batch: Batch, step: jax.Array, config: Config
+    params: Params, drafter: DrafterModule, target: Target, batch: Batch, step: jax.Array, config: Config
 ) -> tuple[jax.Array, tuple[LossSums, jax.Array]]:
     """Un-normalised loss of one micro-batch (no leading C), differentiable in `params`.
 
@@ -128,7 +129,7 @@ def loss_sums(
 
 
 def accumulate(
-    params: Params, drafter: AnyDrafter, target: Target, batch: Batch, step: jax.Array, config: Config
+    params: Params, drafter: DrafterModule, target: Target, batch: Batch, step: jax.Array, config: Config
 ) -> Accumulated:
     """The sums over C micro-batches.
 
@@ -153,7 +154,7 @@ def train_step(
     target_params: Params,
     batch: Batch,
     *,
-    drafter: AnyDrafter,
+    drafter: DrafterModule,
     target: Target,
     optimizer: optax.GradientTransformation,
     config: Config,
@@ -206,7 +207,7 @@ def apply_gradients(
 
 
 def make_train_step(
-    config: Config, drafter: AnyDrafter, target: Target, optimizer: optax.GradientTransformation, mesh: Mesh
+    config: Config, drafter: DrafterModule, target: Target, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> jax.stages.Wrapped:
     """`train_step` jitted for a mesh: (state, target parameters, batch) -> (state, metrics); the state is donated.
 
@@ -229,7 +230,7 @@ def check_batch(config: Config, mesh: Mesh) -> None:
         token by token has fewer anchors than a sequence has rows.
     """
     kind, rows = config.drafter.kind, config.data.max_length
-    if kind in ("eagle3", "mtp") and config.train.num_anchors < rows:
+    if KINDS[kind].token_by_token and config.train.num_anchors < rows:
         raise InputError(
             f"train.num_anchors={config.train.num_anchors}: {kind} is trained on every row of a sequence of "
             f"data.max_length={rows}; set train.num_anchors={rows}"

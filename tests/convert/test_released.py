@@ -13,10 +13,11 @@ from safetensors.numpy import save_file
 from dspark_jax.config import Config, DrafterConfig, InputError, LossConfig, TargetArchitecture, resolve
 from dspark_jax.convert import __main__ as convert
 from dspark_jax.convert.hf import compare_tensors, expected_tensors
-from dspark_jax.kinds import EAGLE3_LOSS
+from dspark_jax.kinds import as_kind
 from dspark_jax.training.checkpoint import check_continuation, saved_config
 from dspark_jax.training.state import TrainState
 
+EAGLE3_LOSS = as_kind(Config(), "eagle3").loss
 HEADLESS = {"markov_rank": 0, "confidence_head": False, "confidence_with_markov": False}
 
 

@@ -8,15 +8,17 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from dspark_jax.config import MeshConfig, TargetArchitecture, TargetConfig
+from dspark_jax.config import Config, MeshConfig, TargetArchitecture, TargetConfig
 from dspark_jax.convert.hf import drafter_tensors, import_drafter
 from dspark_jax.drafter.blocks import Anchors
-from dspark_jax.kinds import EAGLE3_LOSS
+from dspark_jax.kinds import as_kind
 from dspark_jax.metrics import values
 from dspark_jax.ops.sampling import Sampling
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target.loading import load_target
 from dspark_jax.training.loss import drafter_loss
+
+EAGLE3_LOSS = as_kind(Config(), "eagle3").loss
 
 LOGITS = 4e-5  # as in test_golden
 

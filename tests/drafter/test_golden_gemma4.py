@@ -6,13 +6,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from dspark_jax.config import InputError, MeshConfig, TargetArchitecture, TargetConfig
+from dspark_jax.config import Config, InputError, MeshConfig, TargetArchitecture, TargetConfig
 from dspark_jax.convert.hf import drafter_tensors, import_drafter, stored_tensors
 from dspark_jax.drafter.blocks import Anchors
-from dspark_jax.kinds import EAGLE3_LOSS
+from dspark_jax.kinds import as_kind
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target.loading import load_target
 from dspark_jax.training.loss import drafter_loss
+
+EAGLE3_LOSS = as_kind(Config(), "eagle3").loss
 
 
 def one_device():

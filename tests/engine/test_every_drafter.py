@@ -15,7 +15,7 @@ from dspark_jax.drafter import make_drafter
 from dspark_jax.engine import generate, schedulers
 from dspark_jax.engine.models import Models
 from dspark_jax.engine.serving import Engine
-from dspark_jax.kinds import KINDS, as_kind
+from dspark_jax.kinds import as_kind, names
 from dspark_jax.target.model import Target
 
 VOCAB = 5
@@ -40,7 +40,7 @@ def drafter(kind: str) -> Any:
     return make_drafter(ARCH, config.drafter, rngs=nnx.Rngs(3))
 
 
-DRAFTERS = [kind for kind in KINDS if kind != "length"]  # which is dspark with another loss
+DRAFTERS = [kind for kind in names() if kind != "length"]  # which is dspark with another loss
 
 
 GREEDY, SAMPLES, BUDGET = len(PROMPTS), 4000, 8

@@ -12,8 +12,10 @@ from safetensors.numpy import load_file
 from dspark_jax.config import MeshConfig
 from dspark_jax.ops.vocab_loss import vocab_loss
 from dspark_jax.sharding import make_mesh, sharding
+from dspark_jax.training.losses import vocab_terms
 
 IMPLEMENTATIONS = ("xla", "reference")
+TERMS = vocab_terms({"ce": 0.1, "l1": 0.9})
 
 
 def problem(b=2, t=5, v=37, d=8, r=3, dtype=np.float32, seed=0):
@@ -70,11 +72,12 @@ def definition(args, ce, l1):
 def run(args, ce=0.1, l1=0.9, chunk=3, implementation=None, factor=1.0):
     """`VocabLoss` and gradients of factor * loss by name."""
     names = [name for name in ("hidden", "prev_embedding", "markov_w2") if args[name] is not None]
+    terms = vocab_terms({"ce": ce, "l1": l1})
 
     @jax.jit
     def both(args):
         def loss(wanted):
-            out = vocab_loss(**{**args, **wanted}, ce=ce, l1=l1, chunk=chunk, implementation=implementation)
+            out = vocab_loss(**{**args, **wanted}, terms=terms, chunk=chunk, implementation=implementation)
             return factor * out.loss, out
 
         return jax.grad(loss, has_aux=True)({name: args[name] for name in names})
@@ -86,7 +89,9 @@ def run(args, ce=0.1, l1=0.9, chunk=3, implementation=None, factor=1.0):
 def assert_agrees(out, grads, want, tolerance, grad_tolerance):
     loss, metrics, want_grads = want
     np.testing.assert_allclose(out.loss, loss, rtol=tolerance, atol=tolerance)
-    np.testing.assert_allclose(np.stack([out.ce, out.l1, out.accept]), metrics, rtol=tolerance, atol=tolerance)
+    np.testing.assert_allclose(
+        np.stack([out.values["ce"], out.values["l1"], out.accept]), metrics, rtol=tolerance, atol=tolerance
+    )
     assert set(grads) == set(want_grads)
     for name, want_grad in want_grads.items():
         atol = grad_tolerance * np.abs(want_grad).max()
@@ -139,7 +144,7 @@ def test_rows_of_weight_zero_add_nothing_even_as_nan():
         args[name][unsupervised] = np.nan
     out, grads = run(args)
     np.testing.assert_array_equal(out.loss, want_out.loss)
-    np.testing.assert_array_equal(out.ce[~unsupervised], want_out.ce[~unsupervised])
+    np.testing.assert_array_equal(out.values["ce"][~unsupervised], want_out.values["ce"][~unsupervised])
     for name in want:
         np.testing.assert_array_equal(grads[name], want[name], err_msg=name)
     assert not np.asarray(grads["hidden"])[unsupervised].any()
@@ -171,14 +176,14 @@ def test_gradients_scale_with_the_cotangent():
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_head_teacher_weights_and_metrics_are_constants(implementation):
     args = problem()
-    options = {"ce": 0.1, "l1": 0.9, "chunk": 4, "implementation": implementation}
+    options = {"terms": TERMS, "chunk": 4, "implementation": implementation}
 
     def loss(frozen):
         return vocab_loss(**{**args, **frozen}, **options).loss
 
     def metrics(hidden):
         out = vocab_loss(**{**args, "hidden": hidden}, **options)
-        return jnp.sum(out.ce + out.l1 + out.accept)
+        return jnp.sum(out.values["ce"] + out.values["l1"] + out.accept)
 
     grads = jax.grad(loss)({name: args[name] for name in ("head", "teacher", "weights")})
     assert all(not np.asarray(grad).any() for grad in grads.values())
@@ -188,7 +193,7 @@ def test_head_teacher_weights_and_metrics_are_constants(implementation):
 def test_value_alone_equals_value_with_gradient():
     args = problem()
     want, _ = run(args)
-    alone = jax.jit(lambda args: vocab_loss(**args, ce=0.1, l1=0.9, chunk=3))(args)
+    alone = jax.jit(lambda args: vocab_loss(**args, terms=TERMS, chunk=3))(args)
     for got, expected in zip(jax.tree.leaves(alone), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-6)
 
@@ -200,7 +205,7 @@ def test_memory_does_not_grow_with_rows_times_vocabulary():
         args = problem(b=2, t=t, v=v, d=4, r=2)
 
         def loss(wanted):
-            return vocab_loss(**{**args, **wanted}, ce=0.1, l1=0.9, chunk=16, implementation=implementation).loss
+            return vocab_loss(**{**args, **wanted}, terms=TERMS, chunk=16, implementation=implementation).loss
 
         wanted = {name: args.pop(name) for name in ("hidden", "prev_embedding", "markov_w2")}
         return jax.jit(jax.grad(loss)).lower(wanted).compile().memory_analysis().temp_size_in_bytes
@@ -238,7 +243,7 @@ def test_chunks_exchange_rows_only():
         args[name] = jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding(names, value.shape, mesh))
 
     def loss(wanted, args):
-        return vocab_loss(**args, **wanted, ce=0.1, l1=0.9, chunk=4).loss
+        return vocab_loss(**args, **wanted, terms=TERMS, chunk=4).loss
 
     wanted = {name: args.pop(name) for name in ("hidden", "prev_embedding", "markov_w2")}
     with jax.set_mesh(mesh):
@@ -300,19 +305,18 @@ def test_golden_rows(golden_block_case):
         weights.get("markov_head.markov_w2.weight"),
         flat(io["target_ids"]).astype(np.int32),
         flat(io["loss_weight_mask"]),
-        ce=0.1,
-        l1=0.9,
+        terms=TERMS,
         chunk=32,
         softcap=cap,
     )
-    mask = flat(io["eval_mask"]) > 0
+    mask, found = flat(io["eval_mask"]) > 0, {**out.values, "accept": out.accept}
     for name, key in {"ce": "ce_per_token", "l1": "l1_per_token", "accept": "accept_rate"}.items():
-        np.testing.assert_allclose(getattr(out, name)[mask], flat(io[key])[mask], atol=2e-5, err_msg=name)
+        np.testing.assert_allclose(found[name][mask], flat(io[key])[mask], atol=2e-5, err_msg=name)
 
 
 def test_refuses_what_does_not_fit():
     args = problem()
-    options = {"ce": 0.1, "l1": 0.9, "chunk": 4}
+    options = {"terms": TERMS, "chunk": 4}
     with pytest.raises(ValueError, match="teacher is"):
         vocab_loss(**{**args, "teacher": args["teacher"][:, :2]}, **options)
     with pytest.raises(ValueError, match="go together"):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dspark_jax.ops.vocab_loss import vocab_loss
+from dspark_jax.training.losses import vocab_terms
 
 B, T, D, R, V, CAP = 2, 3, 5, 4, 19, 3.0
 
@@ -46,7 +47,7 @@ def test_value_and_gradients(implementation):
         y = {name: jnp.asarray(value, jnp.float32) for name, value in x.items() if name != "labels"}
         return vocab_loss(
             hidden, prev, y["teacher"], y["head"], w2, jnp.asarray(x["labels"]), y["weights"],
-            ce=0.3, l1=0.9, softcap=CAP, chunk=2, implementation=implementation,
+            terms=vocab_terms({"ce": 0.3, "l1": 0.9}), softcap=CAP, chunk=2, implementation=implementation,
         ).loss  # fmt: skip
 
     names = ("hidden", "prev", "w2")

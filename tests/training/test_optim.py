@@ -24,7 +24,7 @@ from dspark_jax.config import (
 from dspark_jax.convert.hf import drafter_tensors, import_drafter
 from dspark_jax.drafter import make_drafter
 from dspark_jax.drafter.blocks import Anchors
-from dspark_jax.kinds import KINDS, as_kind
+from dspark_jax.kinds import as_kind, names
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target.loading import load_target
 from dspark_jax.training.loss import drafter_loss
@@ -156,7 +156,7 @@ def test_muon_moves_every_matrix_of_a_drafter_by_an_orthogonal_update_of_its_own
             assert values.min() > 0.6 and values.max() < 1.3 * np.sqrt(max(1, layer.shape[1] / layer.shape[0]))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", names())
 def test_muon_takes_the_matrices_of_every_kind(kind: str) -> None:
     """All parameters with two axes or more (a layer's axis apart), but for the two tables by token."""
     arch = TargetArchitecture("qwen3", 40, 16, 3, 4, 2, 8, 24, 1e-6, 1e4, False, 64)

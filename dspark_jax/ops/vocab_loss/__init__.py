@@ -1,5 +1,6 @@
-"""LM head and Markov bias -> cross-entropy, L1 distance and acceptance, without a [tokens, V] array."""
+"""LM head and Markov bias -> terms of the loss and acceptance, without a [tokens, V] array."""
 
 from dspark_jax.ops.vocab_loss.api import VocabLoss, vocab_loss
+from dspark_jax.ops.vocab_loss.term import Distributions, VocabTerm
 
-__all__ = ["VocabLoss", "vocab_loss"]
+__all__ = ["Distributions", "VocabLoss", "VocabTerm", "vocab_loss"]

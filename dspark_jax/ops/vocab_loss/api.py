@@ -1,10 +1,13 @@
 """Contract and dispatch of `vocab_loss`."""
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 
 from dspark_jax.ops.dispatch import Operation
 from dspark_jax.ops.vocab_loss.result import VocabLoss
+from dspark_jax.ops.vocab_loss.term import VocabTerm
 
 __all__ = ["VocabLoss", "vocab_loss"]
 
@@ -20,16 +23,13 @@ def vocab_loss(
     labels: jax.Array,
     weights: jax.Array,
     *,
-    ce: float,
-    l1: float,
-    soft_ce: float = 0.0,
-    length: float = 0.0,
+    terms: Mapping[str, tuple[VocabTerm, float]],
     block: int = 1,
     softcap: float = 0.0,
     chunk: int,
     implementation: str | None = None,
 ) -> VocabLoss:
-    """Cross-entropy with the data and L1 distance to the target, over the whole vocabulary (paper 3.3).
+    """Terms of the loss that need a row's whole distribution over the vocabulary (paper 3.3).
 
     Draft logits are hidden @ head.T + prev_embedding @ markov_w2.T, teacher logits teacher @ head.T, what the head
     gives being soft-capped where the target does that (trap 22); both softmaxes are float32 at
@@ -44,20 +44,17 @@ def vocab_loss(
       markov_w2: [V, R], None exactly when prev_embedding is.
       labels: [B, T] integers in 0..V-1.
       weights: [B, T] float32, 0 or above. A row of weight 0 adds nothing to loss and gradients, even if it is NaN; its
-        ce, l1 and accept are undefined.
-      ce: coefficient of the cross-entropy.
-      l1: coefficient of the L1 distance (without the half of the total variation).
-      soft_ce: coefficient of the cross-entropy with the target's distribution.
-      length: coefficient of sum over blocks and k of s_k - accept_1 ... accept_k, where s_k is 1 on a row of positive
-        weight and accept_k is 0 on the others: how far the expected accepted length is from the longest possible. The
-        weights' sizes do not matter to it.
-      block: G; rows form blocks of G consecutive ones. Only `length` asks for it.
+        values and acceptance are undefined.
+      terms: name -> term and its coefficient, 0 or above. With a coefficient of 0 only values are computed. The loss is
+        the sum over rows and terms of coefficient * value, times the row's weight where the term is `weighted`.
+      block: G; rows form blocks of G consecutive ones. Only `blockwise` terms ask for it.
       softcap: the head's logits are softcap * tanh(logits / softcap), the Markov bias is not capped; 0 = no cap.
-      chunk: rows per device whose [rows, V] logits are in memory at once; with `length` rounded up to whole blocks.
+      chunk: rows per device whose [rows, V] logits are in memory at once; with a `blockwise` term rounded up to whole
+        blocks.
       implementation: None (the best one here), 'xla' (bounded memory) or 'reference' (the definition).
 
     Returns:
-      `VocabLoss`. With ce or l1 = 0 their metrics are still computed.
+      `VocabLoss`.
 
     Raises:
       ValueError: shapes do not fit together, T is no multiple of the block, chunk is not positive, or the
@@ -85,5 +82,4 @@ def vocab_loss(
     if block < 1 or t % block:
         raise ValueError(f"vocab_loss: {t} rows are no multiple of block {block}")
     arrays = jax.tree.map(jnp.asarray, (hidden, prev_embedding, teacher, head, markov_w2, labels, weights))
-    settings = {"ce": ce, "l1": l1, "soft_ce": soft_ce, "length": length, "block": block, "softcap": softcap}
-    return OPERATION(implementation, *arrays, **settings, chunk=chunk)
+    return OPERATION(implementation, *arrays, terms=terms, block=block, softcap=softcap, chunk=chunk)

@@ -1,9 +1,12 @@
-"""The definition of `vocab_loss`: all logits at once, gradients by automatic differentiation."""
+"""The definition of `vocab_loss`: all logits at once, gradients by automatic differentiation of the terms' values."""
+
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 
 from dspark_jax.ops.vocab_loss.result import VocabLoss
+from dspark_jax.ops.vocab_loss.term import Distributions, VocabTerm
 
 
 def vocab_loss(
@@ -15,10 +18,7 @@ def vocab_loss(
     labels: jax.Array,
     weights: jax.Array,
     *,
-    ce: float,
-    l1: float,
-    soft_ce: float = 0.0,
-    length: float = 0.0,
+    terms: Mapping[str, tuple[VocabTerm, float]],
     block: int = 1,
     softcap: float = 0.0,
     chunk: int = 0,
@@ -37,14 +37,10 @@ def vocab_loss(
     draft = base(hidden)
     if prev_embedding is not None and markov_w2 is not None:
         draft += logits(prev_embedding, markov_w2)
-    log_draft = jax.nn.log_softmax(draft, axis=-1)
-    ce_rows = -jnp.take_along_axis(log_draft, labels[..., None], axis=-1)[..., 0]
-    expected = jax.nn.softmax(base(teacher), axis=-1)
-    l1_rows = jnp.sum(jnp.abs(jnp.exp(log_draft) - expected), axis=-1)
-    soft_rows = -jnp.sum(expected * log_draft, axis=-1)
-    loss = jnp.sum(weights * (ce * ce_rows + l1 * l1_rows + soft_ce * soft_rows))
-    supervised = (weights > 0).reshape(weights.shape[0], -1, block)
-    survival = jnp.cumprod(jnp.where(supervised, 1.0 - 0.5 * l1_rows.reshape(supervised.shape), 0.0), axis=-1)
-    loss += length * jnp.sum(supervised - survival)
-    accept = jnp.clip(1.0 - 0.5 * l1_rows, 0.0, 1.0)
-    return VocabLoss(loss, *jax.lax.stop_gradient((ce_rows, l1_rows, accept, soft_rows if soft_ce else None)))
+    label_logit = jnp.take_along_axis(draft, labels[..., None], axis=-1)[..., 0]
+    rows = Distributions.of(draft, base(teacher), label_logit, labels, weights, block)
+    values = {name: term.value(rows) for name, (term, _) in terms.items()}
+    loss = jnp.zeros((), jnp.float32)
+    for name, (term, coefficient) in terms.items():
+        loss += coefficient * jnp.sum(jnp.where(weights > 0, values[name] * (weights if term.weighted else 1.0), 0.0))
+    return VocabLoss(loss, *jax.lax.stop_gradient((values, rows.accept)))

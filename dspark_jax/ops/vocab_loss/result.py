@@ -11,16 +11,12 @@ class VocabLoss:
     """Loss of a batch of draft rows, and what it is made of; everything float32.
 
     Attributes:
-      loss: scalar, sum over rows of weight * (ce * CE + l1 * L1 + soft_ce * soft CE), plus, over blocks, length * what
-        is missing of the expected accepted length; not normalised.
-      ce: [B, T] -log p_draft(label). Not differentiable, like the two below.
-      l1: [B, T] sum_v |p_draft - p_teacher|, twice the total variation, in 0..2.
-      accept: [B, T] 1 - l1 / 2, the probability that a token drawn from p_draft is accepted.
-      soft_ce: [B, T] -sum_v p_teacher log p_draft, or None where its coefficient is 0.
+      loss: scalar, the sum of all terms, not normalised.
+      values: name of a term -> [B, T] its value for every row, without coefficient and weight. Not differentiable.
+      accept: [B, T] 1 - sum_v |p_draft - p_teacher| / 2, the probability that a token drawn from p_draft is accepted.
+        Not differentiable.
     """
 
     loss: jax.Array
-    ce: jax.Array
-    l1: jax.Array
+    values: dict[str, jax.Array]
     accept: jax.Array
-    soft_ce: jax.Array | None = None

@@ -5,8 +5,7 @@ that arrives in the backward pass, while a chunk's logits are still there: no [T
 nothing is computed twice. Per row this costs the products D, R (draft logits), D (teacher logits), D (hidden), R, R
 (Markov) times 2 V.
 
-The weights that the expected accepted length gives to the L1 distances of a block follow from those very distances, so
-a chunk then holds whole blocks.
+Where a term looks at whole blocks, a chunk holds whole blocks.
 
 A chunk without any supervised row, such as those of prompts and padding in a loss over all rows, is not computed where
 one device has the whole batch.
@@ -14,6 +13,7 @@ one device has the whole batch.
 
 import functools
 import math
+from collections.abc import Mapping
 from typing import NamedTuple, cast
 
 import jax
@@ -21,17 +21,16 @@ import jax.numpy as jnp
 
 from dspark_jax import sharding
 from dspark_jax.ops.vocab_loss.result import VocabLoss
+from dspark_jax.ops.vocab_loss.term import Distributions, VocabTerm
 
 
-class _Terms(NamedTuple):
-    """Coefficients of the loss, see `api.vocab_loss`."""
+class _Settings(NamedTuple):
+    """What is static, see `api.vocab_loss`."""
 
-    ce: float
-    l1: float
-    soft_ce: float
-    length: float
+    terms: tuple[tuple[str, VocabTerm, float], ...]
     block: int
     softcap: float
+    chunk: int
 
 
 class _Rows(NamedTuple):
@@ -61,10 +60,7 @@ def vocab_loss(
     labels: jax.Array,
     weights: jax.Array,
     *,
-    ce: float,
-    l1: float,
-    soft_ce: float = 0.0,
-    length: float = 0.0,
+    terms: Mapping[str, tuple[VocabTerm, float]],
     block: int = 1,
     softcap: float = 0.0,
     chunk: int,
@@ -72,25 +68,23 @@ def vocab_loss(
     """See `api.vocab_loss`."""
     head, teacher, weights = jax.lax.stop_gradient((head, teacher, weights))
     rows = _Rows(hidden, prev_embedding, teacher, labels, weights.astype(jnp.float32))
-    terms = _Terms(ce, l1, soft_ce, length, block, softcap)
-    out = cast(VocabLoss, _loss(rows, head, markov_w2, terms, chunk))
-    return VocabLoss(out.loss, *jax.lax.stop_gradient((out.ce, out.l1, out.accept, out.soft_ce)))
+    settings = _Settings(tuple((name, *term) for name, term in terms.items()), block, softcap, chunk)
+    out = cast(VocabLoss, _loss(rows, head, markov_w2, settings))
+    return VocabLoss(out.loss, *jax.lax.stop_gradient((out.values, out.accept)))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _loss(rows: _Rows, head: jax.Array, w2: jax.Array | None, terms: _Terms, chunk: int) -> VocabLoss:
-    return _run(rows, head, w2, terms, chunk, with_gradients=False)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _loss(rows: _Rows, head: jax.Array, w2: jax.Array | None, settings: _Settings) -> VocabLoss:
+    return _run(rows, head, w2, settings, with_gradients=False)[0]
 
 
-def _forward(
-    rows: _Rows, head: jax.Array, w2: jax.Array | None, terms: _Terms, chunk: int
-) -> tuple[VocabLoss, _Gradients]:
-    out, gradients = _run(rows, head, w2, terms, chunk, with_gradients=True)
+def _forward(rows: _Rows, head: jax.Array, w2: jax.Array | None, settings: _Settings) -> tuple[VocabLoss, _Gradients]:
+    out, gradients = _run(rows, head, w2, settings, with_gradients=True)
     assert gradients is not None
     return out, gradients
 
 
-def _backward(terms: _Terms, chunk: int, gradients: _Gradients, cotangent: VocabLoss) -> tuple:
+def _backward(settings: _Settings, gradients: _Gradients, cotangent: VocabLoss) -> tuple:
     hidden, prev, w2 = jax.tree.map(lambda x: (cotangent.loss * x).astype(x.dtype), gradients)
     return _Rows._make((hidden, prev, None, None, None)), None, w2  # None: a zero gradient
 
@@ -99,16 +93,16 @@ _loss.defvjp(_forward, _backward)
 
 
 def _run(
-    rows: _Rows, head: jax.Array, w2: jax.Array | None, terms: _Terms, chunk: int, *, with_gradients: bool
+    rows: _Rows, head: jax.Array, w2: jax.Array | None, settings: _Settings, *, with_gradients: bool
 ) -> tuple[VocabLoss, _Gradients | None]:
     """Scans over the chunks; rows are [B, T, ..]. Gradients are those of `loss`."""
     b, t, _ = rows.hidden.shape
     shards = _batch_shards(b)
     local = b // shards * t
-    count = -(-local // chunk)
+    count = -(-local // settings.chunk)
     size = -(-local // count)  # the fewest chunks, all of one size
-    if terms.length:
-        size = -(-size // terms.block) * terms.block
+    if any(term.blockwise for _, term, _ in settings.terms):
+        size = -(-size // settings.block) * settings.block
         count = -(-local // size)
     dtype = rows.hidden.dtype
     w2_type = None if w2 is None else w2.dtype
@@ -128,7 +122,7 @@ def _run(
         return x.reshape(b, t, *x.shape[2:])
 
     def compute(w2_sum: jax.Array | None, chunk_rows: _Rows) -> tuple[jax.Array | None, tuple]:
-        metrics, gradients = _chunk(chunk_rows, head, w2, terms, with_gradients=with_gradients)
+        metrics, gradients = _chunk(chunk_rows, head, w2, settings, with_gradients=with_gradients)
         if gradients is not None and gradients.w2 is not None and w2_sum is not None:
             w2_sum = w2_sum + gradients.w2
             gradients = gradients._replace(w2=None)
@@ -148,63 +142,50 @@ def _run(
         start = sharding.constrain(jnp.zeros((shards, *w2.shape[::-1]), jnp.float32), "batch", None, "vocab")
     w2_sum, (metrics, gradients) = jax.lax.scan(body, start, jax.tree.map(split, rows))
 
-    metrics, gradients = jax.tree.map(join, (metrics, gradients))
-    ce_rows, l1_rows, soft_rows = metrics
-    summed = terms.ce * ce_rows + terms.l1 * l1_rows
-    if soft_rows is not None:
-        summed += terms.soft_ce * soft_rows
-    # A row of weight 0 may be NaN, which the product would let through.
-    loss = jnp.sum(jnp.where(rows.weights > 0, rows.weights * summed, 0.0))
-    if terms.length:
-        accept = _block_accept(l1_rows, rows.weights, terms.block)
-        possible = jnp.sum(rows.weights > 0, dtype=jnp.float32)
-        loss += terms.length * (possible - jnp.sum(jnp.cumprod(accept, axis=-1)))
-    out = VocabLoss(loss, ce_rows, l1_rows, jnp.clip(1.0 - 0.5 * l1_rows, 0.0, 1.0), soft_rows)
+    (values, accept), gradients = jax.tree.map(join, (metrics, gradients))
+    out = VocabLoss(_total(values, rows.weights, settings), values, accept)
     if w2_sum is not None:
         gradients = gradients._replace(w2=jnp.sum(w2_sum, axis=0).T.astype(w2_type))
     return out, gradients
 
 
-def _chunk(
-    rows: _Rows, head: jax.Array, w2: jax.Array | None, terms: _Terms, *, with_gradients: bool
-) -> tuple[tuple[jax.Array, jax.Array, jax.Array | None], _Gradients | None]:
-    """(ce, l1, soft ce or None, all [P, m]) and gradients of the rows of one chunk."""
-    base = draft = _capped(_logits(rows.hidden, head), terms.softcap)
-    label_logit = _capped(_label_logit(rows.hidden, head, rows.labels), terms.softcap)
-    if rows.prev is not None and w2 is not None:
-        draft += _logits(rows.prev, w2)
-        label_logit += _label_logit(rows.prev, w2, rows.labels)
-    # p = draft / draft_sum is never stored: passes over [rows, V] are what this costs besides the products.
-    draft_logits = draft
-    draft, draft_top, draft_sum = _exponentials(draft)
-    teacher, _, teacher_sum = _exponentials(_capped(_logits(rows.teacher, head), terms.softcap))
-    draft_scale, teacher_scale = 1.0 / draft_sum, 1.0 / teacher_sum
-    difference = draft * draft_scale - teacher * teacher_scale
-    sign = jnp.sign(difference)  # 0 where both are equal, which then pull nowhere
-    l1_rows = jnp.sum(jnp.abs(difference), axis=-1)
-    ce_rows = (draft_top + jnp.log(draft_sum))[..., 0] - label_logit
-    soft_rows = None
-    if terms.soft_ce:
-        mean_logit = jnp.sum(teacher * (draft_logits - draft_top), axis=-1) * teacher_scale[..., 0]
-        soft_rows = jnp.log(draft_sum)[..., 0] - mean_logit
-    if not with_gradients:
-        return (ce_rows, l1_rows, soft_rows), None
+def _total(values: Mapping[str, jax.Array], weights: jax.Array, settings: _Settings) -> jax.Array:
+    """The loss of rows [B, T]. A row of weight 0 may be NaN, which a product would let through."""
+    loss = jnp.zeros((), jnp.float32)
+    for weighted in (True, False):
+        parts = [c * values[name] for name, term, c in settings.terms if c and term.weighted == weighted]
+        if parts:
+            factor = weights if weighted else 1.0
+            loss += jnp.sum(jnp.where(weights > 0, factor * functools.reduce(jnp.add, parts), 0.0))
+    return loss
 
-    # d CE / d logit = p - [v = label]; d soft CE / d logit = p - q; d L1 / d logit = p (sign - sum_u p_u sign_u).
-    mean_sign = jnp.sum(draft * sign, axis=-1, keepdims=True) * draft_scale
+
+def _chunk(
+    rows: _Rows, head: jax.Array, w2: jax.Array | None, settings: _Settings, *, with_gradients: bool
+) -> tuple[tuple[dict[str, jax.Array], jax.Array], _Gradients | None]:
+    """Values by term and acceptance, all [P, m], and gradients of the rows of one chunk."""
+    base = logits = _capped(_logits(rows.hidden, head), settings.softcap)
+    label_logit = _capped(_label_logit(rows.hidden, head, rows.labels), settings.softcap)
+    if rows.prev is not None and w2 is not None:
+        logits += _logits(rows.prev, w2)
+        label_logit += _label_logit(rows.prev, w2, rows.labels)
+    teacher = _capped(_logits(rows.teacher, head), settings.softcap)
+    both = Distributions.of(logits, teacher, label_logit, rows.labels, rows.weights, settings.block)
+    metrics = {name: term.value(both) for name, term, _ in settings.terms}, both.accept
+    if not with_gradients:
+        return metrics, None
+
     weights = rows.weights[..., None]
-    pull = weights * terms.l1
-    if terms.length:
-        pull += terms.length * _length_slope(_block_accept(l1_rows, rows.weights, terms.block), rows.weights)[..., None]
-    scaled = weights * draft_scale
-    label_slope = jnp.where(jnp.arange(head.shape[0]) == rows.labels[..., None], weights * terms.ce, 0.0)
-    pulled = pull * draft_scale
-    slope = draft * (scaled * terms.ce - pulled * mean_sign + pulled * sign) - label_slope
-    if terms.soft_ce:
-        slope += weights * terms.soft_ce * difference
+    slopes = [
+        term.slope(both, c * (weights if term.weighted else jnp.ones_like(weights)))
+        for _, term, c in settings.terms
+        if c
+    ]
+    slope = functools.reduce(jnp.add, slopes) if slopes else jnp.zeros_like(logits)
     slope = jnp.where(weights > 0, slope, 0.0)
     # The cap lies between hidden states and logits, the Markov bias joins after it.
-    bent = slope if not terms.softcap else slope * jnp.where(weights > 0, 1.0 - jnp.square(base / terms.softcap), 0.0)
+    cap = settings.softcap
+    bent = slope if not cap else slope * jnp.where(weights > 0, 1.0 - jnp.square(base / cap), 0.0)
     slope, bent = slope.astype(rows.hidden.dtype), bent.astype(rows.hidden.dtype)
 
     gradients = _Gradients(_product("pmv,vd->pmd", bent, head).astype(rows.hidden.dtype), None, None)
@@ -214,28 +195,7 @@ def _chunk(
             prev=_product("pmv,vr->pmr", slope, w2).astype(rows.prev.dtype),
             w2=_product("pmr,pmv->prv", prev, slope),
         )
-    return (ce_rows, l1_rows, soft_rows), gradients
-
-
-def _block_accept(l1_rows: jax.Array, weights: jax.Array, block: int) -> jax.Array:
-    """Acceptance [.., m/G, G] of rows [.., m], 0 where the weight is."""
-    accept = jnp.where(weights > 0, jnp.clip(1.0 - 0.5 * l1_rows, 0.0, 1.0), 0.0)
-    return accept.reshape(*accept.shape[:-1], -1, block)
-
-
-def _length_slope(accept: jax.Array, weights: jax.Array) -> jax.Array:
-    """d(minus the expected length) / d L1 of every row: accept [.., n, G] -> [.., n G], 0 where the weight is.
-
-    d(sum_k a_1 .. a_k) / d a_j = a_1 .. a_{j-1} (1 + a_{j+1} + a_{j+1} a_{j+2} + ...), and d a / d L1 = -1/2; without
-    divisions, as an acceptance may be 0.
-    """
-    size = accept.shape[-1]
-    before, after = [jnp.ones_like(accept[..., 0])], [jnp.ones_like(accept[..., 0])]
-    for j in range(size - 1):
-        before.append(before[-1] * accept[..., j])
-        after.append(1.0 + accept[..., size - 1 - j] * after[-1])
-    slope = 0.5 * jnp.stack(before, axis=-1) * jnp.stack(after[::-1], axis=-1)
-    return jnp.where(weights > 0, slope.reshape(weights.shape), 0.0)
+    return metrics, gradients
 
 
 def _logits(rows: jax.Array, matrix: jax.Array) -> jax.Array:
@@ -246,13 +206,6 @@ def _logits(rows: jax.Array, matrix: jax.Array) -> jax.Array:
 
 def _capped(logits: jax.Array, softcap: float) -> jax.Array:
     return softcap * jnp.tanh(logits / softcap) if softcap else logits
-
-
-def _exponentials(logits: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """exp(logits - top) [.., V], top [.., 1] and the sum of the exponentials [.., 1]."""
-    top = jnp.max(logits, axis=-1, keepdims=True)
-    exponentials = jnp.exp(logits - top)
-    return exponentials, top, jnp.sum(exponentials, axis=-1, keepdims=True)
 
 
 def _label_logit(rows: jax.Array, matrix: jax.Array, labels: jax.Array) -> jax.Array:

@@ -1,0 +1,132 @@
+"""What a term of the loss over the vocabulary is: its value for a row, and the slope of that in the draft's logits."""
+
+import dataclasses
+import functools
+from typing import ClassVar, Self
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class Distributions:
+    """The draft's and the target's distribution of rows; float32.
+
+    The exponentials are not divided by their sums: passes over [.., m, V] are what a term costs, besides the products.
+
+    Attributes:
+      logits: [.., m, V] of the draft.
+      top: [.., m, 1] the largest of them; a constant, which every term is free to shift by.
+      draft: [.., m, V] exp(logits - top); the probabilities are draft * draft_scale.
+      draft_sum: [.., m, 1] their sum.
+      teacher_logits: [.., m, V] of the target.
+      teacher: [.., m, V] exp(teacher_logits - their largest); the probabilities are teacher * teacher_scale.
+      teacher_sum: [.., m, 1] their sum.
+      label_logit: [.., m] the draft's logit of the label.
+      labels: [.., m].
+      weights: [.., m]; rows of weight 0 are not supervised and may be NaN.
+      block: G; m is a multiple of it where a term is `blockwise`.
+    """
+
+    logits: jax.Array
+    top: jax.Array
+    draft: jax.Array
+    draft_sum: jax.Array
+    teacher_logits: jax.Array
+    teacher: jax.Array
+    teacher_sum: jax.Array
+    label_logit: jax.Array
+    labels: jax.Array
+    weights: jax.Array
+    block: int
+
+    @classmethod
+    def of(
+        cls,
+        logits: jax.Array,
+        teacher_logits: jax.Array,
+        label_logit: jax.Array,
+        labels: jax.Array,
+        weights: jax.Array,
+        block: int,
+    ) -> Self:
+        """From the logits, see the attributes."""
+        draft, teacher = _exponentials(logits), _exponentials(teacher_logits)
+        top, exponentials, total = draft
+        return cls(logits, top, exponentials, total, teacher_logits, *teacher[1:], label_logit, labels, weights, block)
+
+    def at(self, logits: jax.Array) -> Self:
+        """The same with other logits of the draft, to differentiate in."""
+        label_logit = jnp.sum(jnp.where(self.is_label, logits, 0.0), axis=-1)
+        top, draft, draft_sum = _exponentials(logits)
+        return dataclasses.replace(
+            self, logits=logits, top=top, draft=draft, draft_sum=draft_sum, label_logit=label_logit
+        )
+
+    @functools.cached_property
+    def draft_scale(self) -> jax.Array:
+        """1 / draft_sum, [.., m, 1]."""
+        return 1.0 / self.draft_sum
+
+    @functools.cached_property
+    def teacher_scale(self) -> jax.Array:
+        """1 / teacher_sum, [.., m, 1]."""
+        return 1.0 / self.teacher_sum
+
+    @functools.cached_property
+    def is_label(self) -> jax.Array:
+        """[.., m, V] bool, true at the label."""
+        return jnp.arange(self.logits.shape[-1]) == self.labels[..., None]
+
+    @functools.cached_property
+    def difference(self) -> jax.Array:
+        """p_draft - p_target, [.., m, V]."""
+        return self.draft * self.draft_scale - self.teacher * self.teacher_scale
+
+    @functools.cached_property
+    def distance(self) -> jax.Array:
+        """sum_v |p_draft - p_target|, [.., m]: twice the total variation, in 0..2."""
+        return jnp.sum(jnp.abs(self.difference), axis=-1)
+
+    @functools.cached_property
+    def accept(self) -> jax.Array:
+        """Probability that a token drawn from the draft is accepted, [.., m]."""
+        return jnp.clip(1.0 - 0.5 * self.distance, 0.0, 1.0)
+
+    def distance_slope(self, scale: jax.Array) -> jax.Array:
+        """Gradient of sum(scale * distance) in the logits, [.., m, V]; scale is [.., m, 1].
+
+        d L1 / d logit = p (sign - sum_u p_u sign_u), where the sign is 0 for equal probabilities, which pull nowhere.
+        """
+        sign, pull = jnp.sign(self.difference), scale * self.draft_scale
+        mean_sign = jnp.sum(self.draft * sign, axis=-1, keepdims=True) * self.draft_scale
+        return self.draft * (pull * sign - pull * mean_sign)
+
+
+class VocabTerm:
+    """A term of the loss that is a function of a row's two distributions and its label.
+
+    A subclass states `value`, and `slope` where a formula is cheaper than automatic differentiation.
+    """
+
+    weighted: ClassVar[bool] = True
+    """Whether a row's value counts as often as its weight says; if not, every supervised row counts once."""
+    blockwise: ClassVar[bool] = False
+    """Whether the value of a row depends on other rows of its block, which then stay together."""
+    reported: ClassVar[bool] = False
+    """Whether its mean is a metric of every run; if not, of those in which it has a weight."""
+
+    def value(self, rows: Distributions) -> jax.Array:
+        """[.., m]; anything on rows of weight 0, which add nothing."""
+        raise NotImplementedError
+
+    def slope(self, rows: Distributions, scale: jax.Array) -> jax.Array:
+        """Gradient of sum(scale * value) in `rows.logits`, [.., m, V]; scale is [.., m, 1]."""
+        return jax.grad(lambda logits: jnp.sum(scale[..., 0] * self.value(rows.at(logits))))(rows.logits)
+
+
+def _exponentials(logits: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Largest logit [.., 1], exp(logits - it) [.., V] and the sum of the exponentials [.., 1]."""
+    top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    exponentials = jnp.exp(logits - top)
+    return top, exponentials, jnp.sum(exponentials, axis=-1, keepdims=True)

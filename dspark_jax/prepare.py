@@ -41,7 +41,7 @@ from dspark_jax.data.regenerate import (
     conversations,
     regenerate,
 )
-from dspark_jax.data.samples import Tally, answered_samples, describe, given_samples
+from dspark_jax.data.samples import Tally, answered_samples, describe, describe_unused, given_samples
 from dspark_jax.data.sources import SampleReader, write_samples
 from dspark_jax.engine.generate import generate
 from dspark_jax.engine.models import Models, when_loaded
@@ -319,8 +319,7 @@ def _summarise(report: dict[str, Any], final: Path) -> None:
     if report["thoughts_cut"]:
         log(f"data: of {report['thoughts_cut']} conversations the chat template leaves think blocks out")
     if report["unused"]:
-        names = ", ".join(f"`{name}` of {count}" for name, count in report["unused"].items())
-        log(f"data: fields of prompts that are not used: {names}")
+        log(f"data: {describe_unused(report['unused'])}")
     if report["rejected"]:
         log(f"data: set aside in {final / 'rejected.jsonl'}: {describe(report['rejected'])}")
 

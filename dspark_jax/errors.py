@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import re
 import sys
 from collections.abc import Iterator
 
@@ -29,10 +30,10 @@ UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDI
 
 def as_os_error(error: Exception, path: str | os.PathLike[str]) -> OSError | None:
     """The error of the operating system that a writer in another language reports as text; None if it is another."""
-    for number in (*_FULL, *UNWRITABLE):
-        if os.strerror(number) in str(error):
-            return OSError(number, os.strerror(number), str(path))
-    return None
+    stated = re.search(r"\(os error (\d+)\)", str(error))  # so Rust writes them
+    named = [number for number in (*_FULL, *UNWRITABLE) if os.strerror(number) in str(error)]
+    numbers = [int(stated[1])] if stated else named
+    return OSError(numbers[0], os.strerror(numbers[0]), str(path)) if numbers else None
 
 
 def is_full_disk(error: Exception) -> bool:

@@ -109,8 +109,9 @@ class TorchTarget:
             ours = softcap * torch.tanh(ours / softcap) if softcap else ours
             same = ours.shape == logits.shape
             error = float((ours - logits).abs().max() / logits.abs().max().clamp(min=1e-6)) if same else float("inf")
-        if not math.isfinite(float(logits.abs().max())):
-            raise InputError(f"{self.path}: its logits are not finite; look at its weights, or compute in float32")
+        for what, values in {"logits": logits, "embeddings": embedding}.items():
+            if not math.isfinite(float(values.abs().max())):
+                raise InputError(f"{self.path}: its {what} are not finite; look at its weights, or compute in float32")
         if not error <= 0.03:  # bfloat16 products are off by up to a hundredth, and NaN is never within it
             raise InputError(
                 f"{self.path}: its logits are not those of its LM head (off by {error:.0%}), e.g. biased or scaled; "

@@ -265,6 +265,8 @@ def test_a_lender_that_cannot_be_written_is_an_os_error(tmp_path):
     (tmp_path / LENDER).with_suffix(".tmp").mkdir()
     with pytest.raises(OSError, match="directory"):
         save_lender(tmp_path / LENDER, np.ones((2, 2)), np.ones((2, 2)), 0.0)
+    with pytest.raises(FileNotFoundError, match=f"none/{LENDER}"):  # of which only the number is known here
+        save_lender(tmp_path / "none" / LENDER, np.ones((2, 2)), np.ones((2, 2)), 0.0)
 
 
 def test_export_refuses_a_target_of_another_vocabulary(run, tmp_path, golden_vanilla_case, capsys):

@@ -138,12 +138,25 @@ def test_bad_flags_give_one_line_and_status_2(config_file, capsys, case):
         (["--config=configs/tiny.py:nothing"], "get_config returned NoneType"),
         (["--config=configs/broken.py"], "configs/broken.py:2: "),
         (["--config=configs/empty.py"], "has no get_config"),
+        (["--config=configs/chosen.py:other"], "configs/chosen.py:2: no 'other'"),
+        (["--config=configs/chosen.py:file"], "configs/chosen.py:2: [Errno 2] No such file or directory: 'nothing'"),
+        (["--config=configs/chosen.py:again"], "configs/chosen.py:2: maximum recursion depth exceeded"),
+        (["--config=configs/folder.py"], "a directory, not a file; name a config in it"),
+        (
+            ["--config=configs/list.json"],
+            "not a config that a run has written ('list' object",
+        ),
     ],
 )
 def test_bad_config_files_give_one_line_and_status_2(config_file, capsys, argv, expected):
     Path("configs/broken.py").write_text("a = 1\nb = (\n")
     Path("configs/empty.py").write_text("")
     Path("configs/notes.txt").write_text("")
+    Path("configs/list.json").write_text("[]")
+    Path("configs/folder.py").mkdir()
+    Path("configs/chosen.py").write_text(
+        "def get_config(arg):\n    return {'file': lambda: open('nothing'), 'again': lambda: get_config(arg)}[arg]()\n"
+    )
     with pytest.raises(SystemExit) as stop:
         command.run(lambda config, workdir: pytest.fail("the command ran"), argv=argv)
     assert stop.value.code == 2

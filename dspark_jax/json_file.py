@@ -32,7 +32,7 @@ def read_object(path: Path, missing: str, damaged: str = "download it again") ->
     except UnicodeDecodeError:
         raise InputError(f"{path}: not valid JSON (not UTF-8); {damaged}") from None
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); {missing}") from None
+        raise InputError(f"{path}: cannot be read ({error.strerror}); {missing or damaged}") from None
     if not isinstance(found, dict):
         raise InputError(f"{path}: not a JSON object; {damaged}")
     return found

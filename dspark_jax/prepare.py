@@ -104,6 +104,9 @@ def prepare_samples(config: Config, workdir: Path, decode: Decode | None = None)
       InputError: prompts, tokenizer or target cannot be used, no sample is left, or the disk is full.
     """
     final, partial = workdir / "data", workdir / "data.partial"
+    for folder in (final, partial, workdir / "data.old"):
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"{folder}: not a directory; remove it, or use another --workdir")
     inputs = read_inputs(config)
     _warn_of_mask(config)
     digest = _digest(inputs)

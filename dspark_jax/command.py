@@ -144,7 +144,7 @@ def load_config(spec: str) -> Config:
     if path.suffix == ".json":
         try:
             return config_module.from_json(path.read_text("utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError, KeyError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, TypeError, AttributeError, KeyError) as error:
             raise InputError(
                 f"--config {file}: not a config that a run has written ({error}); put that back, or use the file it "
                 "was made of"

@@ -5,6 +5,7 @@ import functools
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -28,6 +29,7 @@ from dspark_jax.data.regenerate import Conversation
 from dspark_jax.engine.generate import decode
 from dspark_jax.engine.models import Models
 from dspark_jax.evaluate import _define, evaluate, show
+from dspark_jax.evaluation import speed
 from dspark_jax.evaluation.decoding import (
     Decoder,
     Request,
@@ -328,3 +330,13 @@ def test_the_command_reports_bad_input_with_status_2(capsys: pytest.CaptureFixtu
         command.run(evaluate, argv=["--config", str(experiment), "--workdir", str(tmp_path / "run")])
     assert status.value.code == 2
     assert capsys.readouterr().err.startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    "status, said, expected",
+    [(-9, "", "eval.speed_threads=2: .* was killed, perhaps for its memory"), (2, "a\nerror: b: c; d\n", "^b: c; d$")],
+)
+def test_the_process_that_measures_speed_may_end_early(monkeypatch, tmp_path, status, said, expected):
+    monkeypatch.setattr(speed, "run_quietly", lambda *_: SimpleNamespace(returncode=status, stderr=said))
+    with pytest.raises(InputError, match=expected):
+        speed.measure_speed_apart(Config(), tmp_path, Requests([], 8), [1.0], 2)

@@ -282,6 +282,10 @@ def test_check_says_which_lines_are_no_prompts(tiny_target, tmp_path, capsys):
 
 
 def test_a_lender_that_cannot_be_written_is_an_os_error(tmp_path):
+    (tmp_path / "there.safetensors").mkdir()
+    with pytest.raises(IsADirectoryError, match="there.safetensors"):
+        save_lender(tmp_path / "there.safetensors", np.ones((2, 2)), np.ones((2, 2)), 0.0)
+    assert [path.name for path in tmp_path.iterdir()] == ["there.safetensors"]
     (tmp_path / LENDER).with_suffix(".tmp").mkdir()
     with pytest.raises(OSError, match="directory"):
         save_lender(tmp_path / LENDER, np.ones((2, 2)), np.ones((2, 2)), 0.0)

@@ -424,6 +424,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             before = len(rows)
             for path, damage, found in trials(name, base, scratch, options.files):
                 rows.append({"command": name, "path": path, "damage": damage, "kind": found.kind, **vars(found)})
+                if options.json:
+                    options.json.write_text(json.dumps(rows, indent=1) + "\n")
                 if not found.good:
                     left = f" (left: {', '.join(found.left)})" if found.left else ""
                     print(
@@ -431,8 +433,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                     )
             kinds = Counter(row["kind"] for row in rows[before:])
             print(f"{name}: {len(rows) - before} trials: {dict(kinds)}", flush=True)
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
     return int(any(not row["good"] for row in rows))
 
 

@@ -13,7 +13,7 @@ from dspark_jax import train as train_module
 from dspark_jax.config import Config, InputError, MeshConfig, TargetArchitecture, TargetConfig, problems, resolve
 from dspark_jax.data.feature_codec import Identity
 from dspark_jax.data.sources import Sample, write_samples
-from dspark_jax.data.torch_features import TorchTarget
+from dspark_jax.data.torch_features import TorchTarget, load_torch_target
 from dspark_jax.hub import with_architecture
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target.lender import read_lender
@@ -187,6 +187,15 @@ def test_what_is_not_finite_is_not_lent(llama, part, row):
     owner.weight.data[row] = torch.nan
     with pytest.raises(InputError, match="^here: its (logits|embeddings) are not finite; look at its weights"):
         TorchTarget(model, (0,), "here").lent()
+
+
+@pytest.mark.parametrize("field, value", [("hidden_size", 36), ("num_hidden_layers", "x"), ("hidden_act", 5)])
+def test_a_model_that_does_not_load_is_one_line(llama, tmp_path, field, value):
+    path = shutil.copytree(llama[0], tmp_path / "model")
+    content = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(content | {field: value}))
+    with pytest.raises(InputError, match="model: transformers cannot load it"):
+        load_torch_target(str(path), (0,))
 
 
 def test_it_may_come_from_the_hub(config, llama, tmp_path, hub_cache):

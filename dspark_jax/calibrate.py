@@ -27,7 +27,7 @@ from jax.sharding import Mesh
 
 from dspark_jax import command
 from dspark_jax.config import Config, InputError
-from dspark_jax.data.samples import Tally, describe
+from dspark_jax.data.samples import Tally
 from dspark_jax.evaluation.decoding import Decoder, answer
 from dspark_jax.evaluation.plots import reliability_plots
 from dspark_jax.evaluation.predictors import (
@@ -38,7 +38,7 @@ from dspark_jax.evaluation.predictors import (
     calibration_table,
     compare_predictors,
 )
-from dspark_jax.evaluation.setup import ask, check_prompt_files, open_decoder
+from dspark_jax.evaluation.setup import ask, check_prompt_files, open_decoder, tell_left_out
 from dspark_jax.evaluation.traces import Traces, record
 from dspark_jax.json_file import write_json
 from dspark_jax.kinds import KINDS
@@ -107,10 +107,7 @@ def calibrate(
         traces = decode(config, decoder, tally, sampled, fit_on)
     written = {}
     if primary:
-        if tally.rejected:
-            log(f"calibrate: set aside in {rejected}: {describe(tally.rejected)}")
-        else:
-            rejected.unlink()
+        tell_left_out("calibrate", tally, rejected)
         for number, (temperature, (fit, scored)) in enumerate(zip(sampled, traces, strict=True)):
             calibration = compare_predictors(fit, scored, seed=config.eval.seed)
             _warn_if_few(fit, fit_on)

@@ -145,8 +145,11 @@ def load_config(spec: str) -> Config:
     if path.suffix == ".json":
         try:
             return config_module.from_json(path.read_text("utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError, KeyError) as error:
-            raise InputError(f"--config {file}: not a config that a run has written ({error})") from None
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, TypeError, AttributeError, KeyError) as error:
+            raise InputError(
+                f"--config {file}: not a config that a run has written ({error}); put that back, or use the file it "
+                "was made of"
+            ) from None
     module_spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
     assert module_spec and module_spec.loader
     module = importlib.util.module_from_spec(module_spec)
@@ -155,17 +158,25 @@ def load_config(spec: str) -> Config:
         if not hasattr(module, "get_config"):
             raise InputError(f"{file}: has no get_config(arg=''); add one that returns a dspark_jax.config.Config")
         config = module.get_config(argument) if argument else module.get_config()
+    except InputError:
+        raise
     except SyntaxError as error:
-        raise InputError(f"{file}:{error.lineno}: {error.msg}; correct the file") from None
-    except (TypeError, AttributeError, NameError, ImportError) as error:
+        raise InputError(f"{file}:{error.lineno or 1}: {error.msg}; correct the file") from None
+    except _RAISED as error:
         where, line = _innermost(error)
         if Path(where).resolve() != path.resolve():
             raise  # not the config file's own mistake: the traceback is the better answer
-        raise InputError(f"{file}:{line}: {error}{_nearest_keyword(str(error))}") from None
+        why = f"no {error}" if isinstance(error, KeyError) else error
+        raise InputError(f"{file}:{line}: {why}{_nearest_keyword(str(error))}") from None
     if not isinstance(config, Config):
         raise InputError(f"{file}: get_config returned {type(config).__name__}; return a dspark_jax.config.Config")
     config.name = config.name or path.stem + (f"-{argument}" if argument else "")
     return config
+
+
+_RAISED = (TypeError, AttributeError, NameError, ImportError, AssertionError)
+_RAISED += (ValueError, LookupError, ArithmeticError, RuntimeError, OSError)
+"""What the code of a config file may raise."""
 
 
 def define_path(values: flags.FlagValues, name: str, text: str) -> None:

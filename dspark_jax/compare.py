@@ -37,7 +37,7 @@ from dspark_jax.evaluation.comparison_runs import (
     write_origin,
 )
 from dspark_jax.evaluation.rounds import PLAIN, read_rounds
-from dspark_jax.json_file import write_json
+from dspark_jax.json_file import write_json, written_whole
 from dspark_jax.training.checkpoint import prepared_fingerprint
 
 _TITLES = {"depth": "Accepted length by draft depth", "length": "Accepted length by draft length"}
@@ -270,9 +270,8 @@ def _folder(workdir: Path, name: str) -> Path:
 def _write_settings(folder: Path, config: Config) -> Path:
     """The config as a file that commands read with `--config`."""
     path = folder / "settings.json"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(to_json(config), "utf-8")
-    os.replace(temporary, path)
+    with written_whole(path) as temporary:
+        temporary.write_text(to_json(config), "utf-8")
     return path
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import re
 import sys
 from collections.abc import Iterator
 
@@ -29,10 +30,10 @@ UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDI
 
 def as_os_error(error: Exception, path: str | os.PathLike[str]) -> OSError | None:
     """The error of the operating system that a writer in another language reports as text; None if it is another."""
-    for number in (*_FULL, *UNWRITABLE):
-        if os.strerror(number) in str(error):
-            return OSError(number, os.strerror(number), str(path))
-    return None
+    stated = re.search(r"\(os error (\d+)\)", str(error))  # so Rust writes them
+    named = [number for number in (*_FULL, *UNWRITABLE) if os.strerror(number) in str(error)]
+    numbers = [int(stated[1])] if stated else named
+    return OSError(numbers[0], os.strerror(numbers[0]), str(path)) if numbers else None
 
 
 def is_full_disk(error: Exception) -> bool:
@@ -40,12 +41,15 @@ def is_full_disk(error: Exception) -> bool:
     return getattr(error, "errno", None) in _FULL or any(os.strerror(number) in str(error) for number in _FULL)
 
 
+_SMALLER = "lower train.batch_size, eval.batch_size or data.decode_batch_size, or use more devices"
+
+
 @contextlib.contextmanager
 def reporting_errors() -> Iterator[None]:
     """Turns what the user can mend into one line on stderr, `error: ...`, and status 2; Ctrl-C into one and 130.
 
-    That is `InputError`, and of the operating system's errors a full disk, a file that may not be used, and a path at
-    which something else is than should be.
+    That is `InputError`; memory that does not suffice, a device's or the host's; and of the operating system's errors a
+    full disk, a file that may not be used, and a path at which something else is than should be.
     """
     try:
         with interrupt.interruptible():
@@ -58,6 +62,16 @@ def reporting_errors() -> Iterator[None]:
         if not known or (error.errno in _MISPLACED and error.filename is None):
             raise
         print(f"error: {error.filename or 'a file'}: {error.strerror}; {known[0]}", file=sys.stderr)
+        raise SystemExit(2) from error
+    except (MemoryError, RuntimeError) as error:
+        device = "RESOURCE_EXHAUSTED" in str(error)  # as JAX begins the message of its own kind of RuntimeError
+        if not (device or isinstance(error, MemoryError)):
+            raise
+        why = str(error).split("\n")[0][:200] or "no message"
+        print(
+            f"error: the memory of {'a device' if device else 'this machine'} is full ({why}); {_SMALLER}",
+            file=sys.stderr,
+        )
         raise SystemExit(2) from error
     except KeyboardInterrupt as error:
         print("interrupted", file=sys.stderr)

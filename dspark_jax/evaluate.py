@@ -33,7 +33,7 @@ from jax.sharding import Mesh
 
 from dspark_jax import command, platform
 from dspark_jax.config import Config, InputError
-from dspark_jax.data.samples import Tally, describe
+from dspark_jax.data.samples import Tally
 from dspark_jax.evaluation.acceptance import count_rounds
 from dspark_jax.evaluation.decoding import Decoder, Requests, answer, compare_greedy
 from dspark_jax.evaluation.load import (
@@ -61,7 +61,7 @@ from dspark_jax.evaluation.predictors import (
     compare_predictors,
 )
 from dspark_jax.evaluation.report import report
-from dspark_jax.evaluation.setup import ask, check_prompt_files, open_decoder
+from dspark_jax.evaluation.setup import ask, check_prompt_files, open_decoder, tell_left_out
 from dspark_jax.evaluation.speed import Speed, measure_speed, measure_speed_apart
 from dspark_jax.evaluation.summary import Measured, greedy_metrics, metrics_at, overview, table
 from dspark_jax.evaluation.threshold import sweep_thresholds
@@ -69,7 +69,7 @@ from dspark_jax.evaluation.traces import record
 from dspark_jax.evaluation.traffic import TrafficPoint, measure_traffic, parse_rates, traffic_table
 from dspark_jax.json_file import write_json
 from dspark_jax.ops.sampling import GREEDY_BELOW
-from dspark_jax.progress import Progress, log
+from dspark_jax.progress import Progress
 from dspark_jax.sharding import make_mesh
 from dspark_jax.tokenizer import ChatTokenizer
 
@@ -144,10 +144,7 @@ def evaluate(
             )
     metrics["seconds"] = round(time.monotonic() - started, 1)
     if primary:
-        if tally.rejected:
-            log(f"evaluate: set aside in {rejected}: {describe(tally.rejected)}")
-        else:
-            rejected.unlink()
+        tell_left_out("evaluate", tally, rejected)
         metrics = write_json(folder / "metrics.json", metrics)
         if curves:
             write_json(folder / "traffic.json", {name: [vars(one) for one in row] for name, row in curves.items()})
@@ -227,6 +224,7 @@ def measure(config: Config, decoder: Decoder, tally: Tally, workdir: Path) -> tu
         **described[0],
         **greedy_metrics(differences, requests, asked),
         "rejected": dict(tally.rejected),
+        "unused": dict(tally.unused),
         "temperatures": {str(float(one["temperature"])): one for one in described[1:]},
     }
     return metrics, measured

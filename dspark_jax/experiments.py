@@ -34,6 +34,8 @@ def find(given: str) -> Path:
         near = difflib.get_close_matches(given, names(), n=1, cutoff=0.5)
         remedy = f"did you mean {near[0]}?" if near else f"use one of {', '.join(names())}, or a file"
         raise InputError(f"--config {given}: no config of this name; {remedy}")
+    if path.is_dir():
+        raise InputError(f"--config {given}: a directory, not a file; name a config in it")
     if not path.is_file():
         if path.stem in names():
             near = [f"{path.stem}, which comes with the package"]

@@ -29,7 +29,6 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -45,6 +44,7 @@ from dspark_jax.engine.models import Models, when_loaded
 from dspark_jax.engine.request import Piece, Request, TracedRound
 from dspark_jax.engine.schedulers import SCHEDULERS, Measured, Scheduler
 from dspark_jax.engine.serving import Engine
+from dspark_jax.evaluation.calibration import read_calibration
 from dspark_jax.evaluation.load import read_cost_table, saturating
 from dspark_jax.evaluation.setup import open_drafter
 from dspark_jax.ops.sampling import GREEDY_BELOW
@@ -187,31 +187,13 @@ def _scheduler(name: str, threshold: float | None, drafter: Drafter, workdir: Pa
         Measured(
             block_size=block_size,
             confident=confident,
-            calibration=_calibration(workdir / "calibration.json", block_size),
+            calibration=read_calibration(workdir / "calibration.json", block_size),
             steps_per_second=table.speculative,
             plain_steps_per_second=table.plain,
             cost_file=str(file) if file.exists() else None,
             confidence=0.5 if threshold is None else threshold,
         )
     )
-
-
-def _calibration(file: Path, block_size: int) -> dict[str, Any]:
-    """Bias and temperatures as `calibrate` wrote them, if it did; temperatures alone from SGLang's own files."""
-    if not file.exists():
-        return {}
-    try:
-        content = json.loads(file.read_text("utf-8"))
-        biased = content.get("temperatures_with_bias") is not None
-        found = [float(v) for v in content["temperatures_with_bias" if biased else "temperatures"]]
-        bias = float(content["bias"]) if biased else None
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InputError(f"{file}: no calibration ({type(error).__name__}: {error}); run calibrate again") from None
-    if len(found) != block_size or min(found) <= 0 or not np.isfinite([*found, bias or 0.0]).all():
-        raise InputError(
-            f"{file}: has {len(found)} temperatures; {block_size} positive ones are needed, calibrate again"
-        )
-    return {"temperatures": found, "bias": bias}
 
 
 def _show(request: Request, tokenizer: ChatTokenizer | None) -> None:

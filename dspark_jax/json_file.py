@@ -1,9 +1,10 @@
 """JSON files: those that others wrote, with one line about what is wrong with them, and our own."""
 
+import contextlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,12 @@ def read_object(path: Path, missing: str, damaged: str = "download it again") ->
         raise InputError(f"{path}: no such file; {missing}") from None
     except json.JSONDecodeError as error:
         raise InputError(f"{path}:{error.lineno}: not valid JSON ({error.msg}); {damaged}") from None
+    except RecursionError:
+        raise InputError(f"{path}: not valid JSON (nested too deeply); {damaged}") from None
     except UnicodeDecodeError:
         raise InputError(f"{path}: not valid JSON (not UTF-8); {damaged}") from None
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); {missing}") from None
+        raise InputError(f"{path}: cannot be read ({error.strerror}); {missing or damaged}") from None
     if not isinstance(found, dict):
         raise InputError(f"{path}: not a JSON object; {damaged}")
     return found
@@ -54,12 +57,34 @@ def part(content: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
-    """Writes a JSON file that is there whole or not at all; returns what it holds: NaN is null, tuples are lists."""
+    """Writes a JSON file that is there whole or not at all; returns what it holds: NaN is null, tuples are lists.
+
+    Raises:
+      OSError: it cannot be written; names `path`.
+    """
     text = json.dumps(_plain(content), indent=1, allow_nan=False) + "\n"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, "utf-8")
-    os.replace(temporary, path)
+    with written_whole(path) as temporary:
+        temporary.write_text(text, "utf-8")
     return json.loads(text)
+
+
+@contextlib.contextmanager
+def written_whole(path: Path, ending: str = ".tmp") -> Iterator[Path]:
+    """Gives the name under which a file is to be written; it gets its own when that is done, and is removed if not.
+
+    Raises:
+      OSError: of the operating system; names `path`, which is what the user knows.
+    """
+    temporary = path.with_suffix(ending)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException as error:
+        if temporary.is_file():
+            temporary.unlink()
+        if isinstance(error, OSError) and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
 
 
 def _plain(value: Any) -> Any:

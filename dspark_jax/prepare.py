@@ -41,7 +41,7 @@ from dspark_jax.data.regenerate import (
     conversations,
     regenerate,
 )
-from dspark_jax.data.samples import Tally, answered_samples, describe, given_samples
+from dspark_jax.data.samples import Tally, answered_samples, describe, describe_unused, given_samples
 from dspark_jax.data.sources import SampleReader, write_samples
 from dspark_jax.engine.generate import generate
 from dspark_jax.engine.models import Models, when_loaded
@@ -105,6 +105,9 @@ def prepare_samples(config: Config, workdir: Path, decode: Decode | None = None)
       InputError: prompts, tokenizer or target cannot be used, no sample is left, or the disk is full.
     """
     final, partial = workdir / "data", workdir / "data.partial"
+    for folder in (final, partial, workdir / "data.old"):
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"{folder}: not a directory; remove it, or use another --workdir")
     inputs = read_inputs(config)
     _warn_of_mask(config)
     digest = _digest(inputs)
@@ -320,8 +323,7 @@ def _summarise(report: dict[str, Any], final: Path) -> None:
     if report["thoughts_cut"]:
         log(f"data: of {report['thoughts_cut']} conversations the chat template leaves think blocks out")
     if report["unused"]:
-        names = ", ".join(f"`{name}` of {count}" for name, count in report["unused"].items())
-        log(f"data: fields of prompts that are not used: {names}")
+        log(f"data: {describe_unused(report['unused'])}")
     if report["rejected"]:
         log(f"data: set aside in {final / 'rejected.jsonl'}: {describe(report['rejected'])}")
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Mapping
@@ -12,6 +11,8 @@ from typing import Any, Self
 
 import jax
 from tqdm import tqdm
+
+from dspark_jax.json_file import written_whole
 
 
 class Progress:
@@ -136,6 +137,5 @@ def _truncate(path: Path, last: int) -> None:
         except (ValueError, KeyError, TypeError):
             if number < len(lines):
                 log(f"{path}:{number}: left out, it is no row of metrics")
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    os.replace(temporary, path)
+    with written_whole(path) as temporary:
+        temporary.write_text("".join(kept), "utf-8")

@@ -39,7 +39,7 @@ class Run(NamedTuple):
 
 
 def prompts(path: Path, start: int, count: int) -> str:
-    path.write_text("".join(json.dumps({"prompt": f"say {start + i}"}) + "\n" for i in range(count)))
+    path.write_text("".join(json.dumps({"prompt": f"say {start + i}", "id": i}) + "\n" for i in range(count)))
     return str(path)
 
 
@@ -104,6 +104,7 @@ def test_what_was_measured_is_written_and_printed(run: Run):
             assert (run.workdir / f"eval/{name}{suffix}.png").stat().st_size > 5000
             assert (run.workdir / f"eval/{name}{suffix}.json").exists()
     assert not (run.workdir / "eval/rejected.jsonl").exists()
+    assert "calibrate: fields of prompts that are not used: `id` of 6" in run.printed
 
 
 def test_fitted_on_training_prompts(save_untrained: Any, run: Run, tmp_path: Path):

@@ -148,12 +148,24 @@ def test_bad_flags_give_one_line_and_status_2(config_file, capsys, case):
         (["--config=configs/tiny.py:nothing"], "get_config returned NoneType"),
         (["--config=configs/broken.py"], "configs/broken.py:2: "),
         (["--config=configs/empty.py"], "has no get_config"),
+        (["--config=configs/chosen.py:other"], "configs/chosen.py:2: no 'other'"),
+        (["--config=configs/chosen.py:file"], "configs/chosen.py:2: [Errno 2] No such file or directory: 'nothing'"),
+        (["--config=configs/chosen.py:again"], "configs/chosen.py:2: maximum recursion depth exceeded"),
+        (["--config=configs/folder.py"], "a directory, not a file; name a config in it"),
+        (["--config=configs/list.json"], "not a config that a run has written ('list' object"),
+        (["--config=configs/deep.json"], "not a config that a run has written (maximum recursion depth exceeded"),
     ],
 )
 def test_bad_config_files_give_one_line_and_status_2(config_file, capsys, argv, expected):
     Path("configs/broken.py").write_text("a = 1\nb = (\n")
     Path("configs/empty.py").write_text("")
     Path("configs/notes.txt").write_text("")
+    Path("configs/list.json").write_text("[]")
+    Path("configs/deep.json").write_text("[" * 100_000)
+    Path("configs/folder.py").mkdir()
+    Path("configs/chosen.py").write_text(
+        "def get_config(arg):\n    return {'file': lambda: open('nothing'), 'again': lambda: get_config(arg)}[arg]()\n"
+    )
     with pytest.raises(SystemExit) as stop:
         command.run(lambda config, workdir: pytest.fail("the command ran"), argv=argv)
     assert stop.value.code == 2
@@ -169,6 +181,37 @@ def test_errors_of_the_command_itself_are_reported_alike(config_file, capsys):
         command.run(work, argv=["--config", config_file])
     assert stop.value.code == 2
     assert capsys.readouterr().err == "error: a.jsonl:3: no prompt; add one\n"
+
+
+@pytest.mark.parametrize(
+    "error, expected",
+    [
+        (
+            MemoryError("Unable to allocate 9 TiB"),
+            "the memory of this machine is full (Unable to allocate 9 TiB); lower",
+        ),
+        (
+            RuntimeError("RESOURCE_EXHAUSTED: Out of memory\nmore"),
+            "the memory of a device is full (RESOURCE_EXHAUSTED: ",
+        ),
+    ],
+)
+def test_memory_that_does_not_suffice_is_one_line(config_file, capsys, error, expected):
+    def work(config, workdir):
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        command.run(work, argv=["--config", config_file])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.startswith(f"error: {expected}") and said.count("\n") == 1
+
+
+def test_other_errors_keep_their_traceback(config_file):
+    def work(config, workdir):
+        raise RuntimeError("a mistake of ours")
+
+    with pytest.raises(RuntimeError, match="a mistake of ours"):
+        command.run(work, argv=["--config", config_file])
 
 
 def test_a_full_disk_is_one_line(config_file, capsys):

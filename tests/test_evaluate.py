@@ -5,6 +5,7 @@ import functools
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -28,6 +29,7 @@ from dspark_jax.data.regenerate import Conversation
 from dspark_jax.engine.generate import decode
 from dspark_jax.engine.models import Models
 from dspark_jax.evaluate import _define, evaluate, show
+from dspark_jax.evaluation import speed
 from dspark_jax.evaluation.decoding import (
     Decoder,
     Request,
@@ -62,7 +64,7 @@ def make_config(target: Path, folder: Path) -> Config:
     math, chat = folder / "math.jsonl", folder / "chat.jsonl"
     lines = [json.dumps({"turns": ["how much is " + "one and " * 2 * i + "one"]}) for i in range(5)]
     math.write_text("\n".join([*lines, "{broken", json.dumps({"prompt": "x" * 300})]) + "\n")
-    chat.write_text("".join(json.dumps({"prompt": f"say {i}"}) + "\n" for i in range(4)))
+    chat.write_text("".join(json.dumps({"prompt": f"say {i}", "id": 1}) + "\n" for i in range(4)))
     drafter = DrafterConfig(num_layers=1, block_size=BLOCK, target_layer_ids=(0,), mask_token_id=319, markov_rank=8)
     return resolve(
         Config(
@@ -143,6 +145,12 @@ def test_unusable_prompts_are_set_aside_and_counted(run: Run):
     assert run.metrics["rejected"] == {"malformed": 1, "prompt_too_long": 1}
     lines = [json.loads(line) for line in (run.workdir / "eval/rejected.jsonl").read_text().splitlines()]
     assert sorted(line["line"] for line in lines) == [6, 7]
+    assert f"set aside in {run.workdir / 'eval/rejected.jsonl'}: 1 malformed line, 1 prompt too long\n" in run.printed
+
+
+def test_fields_of_prompts_that_are_not_used_are_named(run: Run):
+    assert run.metrics["unused"] == {"id": 4}
+    assert "evaluate: fields of prompts that are not used: `id` of 4\n" in run.printed
 
 
 def test_figures_are_written_with_their_numbers(run: Run):
@@ -322,3 +330,13 @@ def test_the_command_reports_bad_input_with_status_2(capsys: pytest.CaptureFixtu
         command.run(evaluate, argv=["--config", str(experiment), "--workdir", str(tmp_path / "run")])
     assert status.value.code == 2
     assert capsys.readouterr().err.startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    "status, said, expected",
+    [(-9, "", "eval.speed_threads=2: .* was killed, perhaps for its memory"), (2, "a\nerror: b: c; d\n", "^b: c; d$")],
+)
+def test_the_process_that_measures_speed_may_end_early(monkeypatch, tmp_path, status, said, expected):
+    monkeypatch.setattr(speed, "run_quietly", lambda *_: SimpleNamespace(returncode=status, stderr=said))
+    with pytest.raises(InputError, match=expected):
+        speed.measure_speed_apart(Config(), tmp_path, Requests([], 8), [1.0], 2)

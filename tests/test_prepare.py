@@ -289,6 +289,16 @@ def test_a_file_in_the_place_of_the_working_directory_is_one_line(config: Config
         prepare(config, tmp_path / "run", Decoder())
 
 
+@pytest.mark.parametrize("name", ["data", "data.partial", "data.old"])
+def test_a_file_in_the_place_of_the_data_is_refused_before_anything_is_decoded(
+    config: Config, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(InputError, match=f"{name}: not a directory; remove it, or use another --workdir"):
+        prepare(config, tmp_path, lambda *_: pytest.fail("decoded"))
+    assert [path.name for path in tmp_path.iterdir() if path.suffix != ".jsonl"] == [name]
+
+
 def test_damaged_data_is_made_again_and_said(
     config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -301,6 +311,10 @@ def test_damaged_data_is_made_again_and_said(
     assert len(SampleReader(tmp_path / "data")) == 10
     (tmp_path / "data" / "report.json").write_text("{")
     with pytest.raises(InputError, match=r"data/report\.json:1: not valid JSON .*; remove it and run again"):
+        prepare(config, tmp_path, Decoder())
+    (tmp_path / "data" / "report.json").unlink()
+    (tmp_path / "data" / "report.json").mkdir()
+    with pytest.raises(InputError, match=r"data/report\.json: cannot be read .*; remove it and run again"):
         prepare(config, tmp_path, Decoder())
 
 

@@ -40,7 +40,7 @@ from dspark_jax.convert.hub import push
 from dspark_jax.convert.layouts import layers_config, read_config, read_layout
 from dspark_jax.convert.llama_tokenizer import split_to_tell
 from dspark_jax.convert.mapping import FROZEN
-from dspark_jax.convert.output import SIDE_FILES, check_output, check_repository
+from dspark_jax.convert.output import SIDE_FILES, check_output, check_repository, check_side_files
 from dspark_jax.convert.servers import replay
 from dspark_jax.convert.targets import Lent, fitting, lent, lent_by_file
 from dspark_jax.data.chat import load_tokenizer, prompt_tokens
@@ -86,7 +86,8 @@ def export(options: argparse.Namespace) -> Path:
     if options.push:
         check_repository(options.push, source.config)
     made = content(source, options.format, options.dtype)
-    contents = {name: files[name] for name in SIDE_FILES if name in files}
+    contents: dict[str, Any] = {name: files[name] for name in SIDE_FILES if name in files}
+    check_side_files(contents, source.config.block_size)
     contents["README.md"] = model_card(
         options.name or output.name,
         source,

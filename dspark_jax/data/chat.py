@@ -54,6 +54,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> ChatTokenizer:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+        tokenizer.decode(encode(tokenizer, "a")["input_ids"])  # some fields are not looked at before
     except Exception as error:
         # Of files with another structure transformers raises what their use happens to raise, and the tokenizers
         # library `Exception` itself; nothing of ours runs here.

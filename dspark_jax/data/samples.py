@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,12 @@ class Tally:
 def describe(rejected: dict[str, int]) -> str:
     """Counts by reason in words, e.g. "2 malformed line, 1 empty answer"."""
     return ", ".join(f"{count} {REASONS[reason]}" for reason, count in rejected.items()) or "none"
+
+
+def describe_unused(unused: Mapping[str, int]) -> str:
+    """Fields of prompts that are not used in words: names and numbers of prompts, as `Tally.unused` counts them."""
+    names = ", ".join(f"`{name}` of {count}" for name, count in unused.items())
+    return f"fields of prompts that are not used: {names}"
 
 
 def answered_samples(

@@ -109,8 +109,9 @@ class TorchTarget:
             ours = softcap * torch.tanh(ours / softcap) if softcap else ours
             same = ours.shape == logits.shape
             error = float((ours - logits).abs().max() / logits.abs().max().clamp(min=1e-6)) if same else float("inf")
-        if not math.isfinite(float(logits.abs().max())):
-            raise InputError(f"{self.path}: its logits are not finite; look at its weights, or compute in float32")
+        for what, values in {"logits": logits, "embeddings": embedding}.items():
+            if not math.isfinite(float(values.abs().max())):
+                raise InputError(f"{self.path}: its {what} are not finite; look at its weights, or compute in float32")
         if not error <= 0.03:  # bfloat16 products are off by up to a hundredth, and NaN is never within it
             raise InputError(
                 f"{self.path}: its logits are not those of its LM head (off by {error:.0%}), e.g. biased or scaled; "
@@ -136,6 +137,7 @@ def load_torch_target(path: str, taps: Sequence[int], dtype: str = "auto") -> To
         raise InputError(
             "data.features=torch needs PyTorch; install it with pip install 'dspark-jax[torch]', or use online or cache"
         ) from None
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoModelForCausalLM
 
     device = (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None) or torch.device(
@@ -146,6 +148,10 @@ def load_torch_target(path: str, taps: Sequence[int], dtype: str = "auto") -> To
     directory = local_directory(path)
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype))
-    except (OSError, ValueError, KeyError) as error:  # what transformers raises for files and configs it cannot use
+    except (*_UNUSABLE, StrictDataclassError) as error:
         raise InputError(f"{path}: transformers cannot load it ({' '.join(str(error).split())[:200]})") from None
     return TorchTarget(model.eval().to(device), tuple(taps), path)
+
+
+_UNUSABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, ImportError)
+"""What transformers and PyTorch raise of files and configs that they cannot use."""

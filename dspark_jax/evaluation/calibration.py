@@ -7,8 +7,13 @@ golden.md D.9). All of it in float64. `fit_temperatures` is the paper's sequenti
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+
+from dspark_jax.errors import InputError
+from dspark_jax.json_file import read_object
 
 EDGE = 1e-8
 """Probabilities are kept this far from 0 and 1."""
@@ -253,3 +258,27 @@ def _auc(index: np.ndarray, observed: np.ndarray, bins: int) -> float:
     pairs = positive.sum() * negative.sum()
     below = np.cumsum(negative) - negative
     return float(np.sum(positive * (below + 0.5 * negative)) / pairs) if pairs else float("nan")
+
+
+def read_calibration(file: Path, block_size: int) -> dict[str, Any]:
+    """Bias and temperatures as `calibrate` wrote them; temperatures alone from SGLang's own files.
+
+    Returns:
+      `temperatures` (`block_size` of them) and `bias` (None without one); nothing where there is no such file.
+
+    Raises:
+      InputError: it cannot be read, or holds something else.
+    """
+    if not file.exists():
+        return {}
+    again = "run calibrate again, or remove it"
+    content = read_object(file, "", again)
+    try:
+        biased = content.get("temperatures_with_bias") is not None
+        found = [float(v) for v in content["temperatures_with_bias" if biased else "temperatures"]]
+        bias = float(content["bias"]) if biased else None
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{file}: no calibration ({type(error).__name__}: {error}); {again}") from None
+    if len(found) != block_size or min(found) <= 0 or not np.isfinite([*found, bias or 0.0]).all():
+        raise InputError(f"{file}: has {len(found)} temperatures; {block_size} positive ones are needed, {again}")
+    return {"temperatures": found, "bias": bias}

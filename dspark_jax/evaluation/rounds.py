@@ -27,8 +27,8 @@ from dspark_jax.data.samples import Tally
 from dspark_jax.errors import reporting_errors
 from dspark_jax.evaluation.acceptance import Counts, count_rounds
 from dspark_jax.evaluation.decoding import Decoder, answer
-from dspark_jax.evaluation.setup import ask, open_decoder
-from dspark_jax.json_file import write_json
+from dspark_jax.evaluation.setup import ask, open_decoder, tell_left_out
+from dspark_jax.json_file import write_json, written_whole
 from dspark_jax.progress import Progress
 from dspark_jax.sharding import make_mesh
 
@@ -55,10 +55,10 @@ def measure_rounds(config: Config, workdir: Path, out: Path) -> None:
         turns = sum(len(one.questions) for one in asked)
         with Progress("measure", turns, unit="answer") as progress:
             requests, result = answer(decoder, asked, first, settings.temperatures[0], advance=progress.advance)
+        tell_left_out("measure", tally)
     counts = count_rounds(result).grouped(requests.owners, len(asked))
-    temporary = out.with_suffix(".tmp.npz")
-    np.savez(temporary, prompt_sets=np.asarray([one.prompt.prompt_set for one in asked]), **vars(counts))
-    os.replace(temporary, out)
+    with written_whole(out, ".tmp.npz") as temporary:
+        np.savez(temporary, prompt_sets=np.asarray([one.prompt.prompt_set for one in asked]), **vars(counts))
 
 
 def read_rounds(path: Path) -> tuple[list[str], Counts]:

@@ -1,4 +1,4 @@
-"""What `evaluate` and `calibrate` begin with: the newest checkpoint as an decoder, and prompts that can be asked."""
+"""What `evaluate` and `calibrate` begin with: the newest checkpoint as a decoder, and prompts that can be asked."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -11,11 +11,12 @@ from dspark_jax.config import Config, InputError
 from dspark_jax.data.chat import load_tokenizer, stop_tokens
 from dspark_jax.data.prompts import read_prompts
 from dspark_jax.data.regenerate import Conversation, Rejected, conversations
-from dspark_jax.data.samples import Tally, describe
+from dspark_jax.data.samples import Tally, describe, describe_unused
 from dspark_jax.drafter.interface import DrafterModule
 from dspark_jax.engine.models import Models, when_loaded
 from dspark_jax.evaluation.decoding import Decoder, Requests, first_requests
 from dspark_jax.kinds import KINDS
+from dspark_jax.progress import log
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target.loading import load_target
 from dspark_jax.tokenizer import ChatTokenizer
@@ -100,7 +101,7 @@ def ask(
     Args:
       config: `data` has the system prompt and the longest prompt.
       decoder: its tokenizer and positions decide what can be asked.
-      tally: counts those that cannot.
+      tally: counts those that cannot, and fields that are not used.
       files: JSONL files of prompts.
       limit: prompts per file; 0 = all.
 
@@ -108,6 +109,7 @@ def ask(
       InputError: a file cannot be read, or none of its prompts can be asked.
     """
     prompts = read_prompts(files, limit, tally.malformed)
+    tally.read(prompts)
 
     def reject(conversation: Conversation, error: Rejected) -> None:
         tally.reject(conversation.sample_id, conversation.prompt, error)
@@ -122,6 +124,22 @@ def ask(
                 f"raise data.max_prompt_length={config.data.max_prompt_length} or change the prompts"
             )
     return asked, first
+
+
+def tell_left_out(command: str, tally: Tally, rejected: Path | None = None) -> None:
+    """Says which prompts were set aside, and which fields of the others are not used.
+
+    Args:
+      command: its name, for the line.
+      tally: of `ask`.
+      rejected: its file, which is removed if nothing is in it; None where there is none.
+    """
+    if tally.rejected:
+        log(f"{command}: set aside{f' in {rejected}' if rejected else ''}: {describe(tally.rejected)}")
+    elif rejected:
+        rejected.unlink()
+    if tally.unused:
+        log(f"{command}: {describe_unused(tally.unused)}")
 
 
 def check_prompt_files(files: Sequence[str], field: str) -> None:

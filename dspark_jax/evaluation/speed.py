@@ -8,6 +8,7 @@ takes 3.4 ms with two threads and 2.3 ms with one), and the number is fixed when
 
 import dataclasses
 import json
+import signal
 import sys
 import tempfile
 import time
@@ -20,11 +21,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from dspark_jax.attached import run_quietly
-from dspark_jax.config import Config, from_json, to_json
+from dspark_jax.config import Config, InputError, from_json, to_json
 from dspark_jax.engine import schedulers
 from dspark_jax.engine.generate import Prompts, decode, decode_shape, padded_stops
 from dspark_jax.engine.result import DecodeResult
 from dspark_jax.engine.sampling import fold_keys, request_keys, request_sampling
+from dspark_jax.errors import reporting_errors
 from dspark_jax.evaluation.decoding import Decoder, Request, Requests
 from dspark_jax.evaluation.setup import open_decoder
 from dspark_jax.sharding import make_mesh
@@ -123,7 +125,8 @@ def measure_speed_apart(
       threads: at least 1.
 
     Raises:
-      RuntimeError: that process failed; its last words are in the message.
+      InputError: that process refused its input, or was killed.
+      RuntimeError: it failed; its last words are in the message.
     """
     with tempfile.TemporaryDirectory() as folder:
         job = {
@@ -136,6 +139,14 @@ def measure_speed_apart(
         (Path(folder) / "job.json").write_text(json.dumps(job), "utf-8")
         environment = {"NPROC": str(threads), "JAX_PLATFORMS": "cpu"}
         run = run_quietly(["dspark_jax.evaluation.speed", folder], environment)
+        said = run.stderr.strip().split("\n")[-1]
+        if run.returncode == 2 and said.startswith("error: "):
+            raise InputError(said.removeprefix("error: "))
+        if run.returncode == -signal.SIGKILL:
+            raise InputError(
+                f"eval.speed_threads={threads}: the process that measures speed was killed, perhaps for its memory; "
+                "lower eval.max_new_tokens, or measure in this process with eval.speed_threads=0"
+            )
         if run.returncode:
             raise RuntimeError(f"measuring speed in a process of its own failed: {run.stderr.strip()[-2000:]}")
         with np.load(Path(folder) / "speed.npz") as file:
@@ -161,4 +172,5 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    with reporting_errors():
+        main(Path(sys.argv[1]))

@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 
 from dspark_jax.config import InputError, TargetArchitecture
 from dspark_jax.errors import as_os_error, is_full_disk
+from dspark_jax.json_file import written_whole
 from dspark_jax.sharding import Param, gather, state_shardings
 from dspark_jax.target.loading import read_safetensors
 
@@ -60,17 +61,15 @@ def save_lender(path: Path, embedding: np.ndarray, head: np.ndarray, softcap: fl
         value = np.ascontiguousarray(value, np.float32)
         narrow = value.astype(ml_dtypes.bfloat16)
         tensors[name] = narrow if np.array_equal(narrow.astype(np.float32), value) else value
-    temporary = path.with_suffix(".tmp")
     try:
-        save_file(tensors, temporary)
+        with written_whole(path) as temporary:
+            save_file(tensors, temporary)
     except SafetensorError as error:
         if not is_full_disk(error):
             if (found := as_os_error(error, path)) is None:
                 raise
             raise found from error
-        temporary.unlink(missing_ok=True)
         raise InputError(f"{path}: the disk is full; free space and run again") from error
-    temporary.replace(path)
 
 
 def read_lender(path: Path, arch: TargetArchitecture) -> tuple[np.ndarray, np.ndarray, float]:

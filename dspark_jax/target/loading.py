@@ -70,7 +70,7 @@ def read_safetensors(path: Path, remedy: str = _REMEDY) -> dict[str, np.ndarray]
         raise InputError(f"{path}: no such file; {remedy}") from None
     except IsADirectoryError:
         raise InputError(f"{path}: a directory, not a file; remove it and {remedy}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError):
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
         raise InputError(f"{path}: the header is not JSON, so this is no safetensors file; {remedy}") from None
     if not isinstance(header, dict):
         raise InputError(f"{path}: damaged header (not a JSON object); {remedy}")
@@ -122,7 +122,7 @@ def read_checkpoint(directory: Path) -> dict[str, np.ndarray]:
     try:
         weight_map = json.loads(index_path.read_text("utf-8"))["weight_map"]
         shards = sorted(set(weight_map.values()))
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError):
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError, KeyError, TypeError, AttributeError):
         raise InputError(f"{index_path}: no valid weight_map (tensor name -> file name); {_REMEDY}") from None
     for shard in shards:
         if not isinstance(shard, str) or Path(shard).name != shard:

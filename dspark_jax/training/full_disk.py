@@ -91,9 +91,8 @@ def _is_not_orbax_error(record: logging.LogRecord) -> bool:
     if record.levelno < logging.ERROR:
         return True
     raised_in = traceback.extract_tb(record.exc_info[2]) if record.exc_info else []
-    return not any(
-        "orbax" in text for text in (record.pathname, record.getMessage(), *(at.filename for at in raised_in))
-    )
+    texts = (record.pathname, record.getMessage(), *(at.filename for at in raised_in))
+    return not any(word in text for word in ("orbax", "tensorstore", "OCDBT") for text in texts)
 
 
 def _line(directory: Path, cause: str) -> str:

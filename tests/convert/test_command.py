@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -55,7 +56,7 @@ def run(tiny_target, save_untrained, tmp_path_factory):
     config.data.max_length, config.data.max_prompt_length, config.mesh = 64, 32, MeshConfig(1, -1, 1)
     save_untrained(resolve(config), workdir, make_mesh(MeshConfig()))
     (workdir / "calibration.json").write_text('{"temperatures": [1.0, 1.1, 1.2]}')
-    (workdir / "cost_table.json").write_text('{"sample_batch_tokens": [1]}')
+    (workdir / "cost_table.json").write_text('{"sample_batch_tokens": [1], "sample_steps_per_sec": [9]}')
     report = {"samples": 3, "tokens": 500, "loss_tokens": 77, "inputs": {"data": {"regenerate": True}}}
     report["prompt_sets"] = {"sums": {"samples": 3, "tokens": 500, "loss_tokens": 77}}
     metrics = {"temperature": 1.0, "tau": 2.5, "tau_ci95": [2.25, 2.75]}
@@ -252,6 +253,25 @@ def test_what_gemma_layers_read_must_be_the_targets_and_nothing_else(name):
         fitting(Path("d"), other, "t", target, whole=True)
 
 
+@pytest.mark.parametrize(
+    "name, content, expected",
+    [
+        ("calibration.json", "{}", "no calibration (KeyError: 'temperatures'); run calibrate again, or remove it"),
+        ("calibration.json", '{"temperatures": [1, 2]}', "has 2 temperatures; 3 positive ones are needed"),
+        ("cost_table.json", '{"sample_batch_tokens": "x"}', "no cost table ("),
+    ],
+)
+def test_what_no_server_could_use_is_not_exported(run, tiny_target, tmp_path, capsys, name, content, expected):
+    """Neither from a run nor from a directory."""
+    main(["export", f"--workdir={run}", f"--output={tmp_path / 'a'}"])
+    (tmp_path / "a" / name).write_text(content)
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / name).write_text(content)
+    for argv in ([f"--workdir={tmp_path / 'run'}"], [f"--drafter={tmp_path / 'a'}", f"--target={tiny_target}"]):
+        assert f"/{name}: {expected}" in error_of(capsys, ["export", *argv, f"--output={tmp_path / 'b'}"])
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "run"]
+
+
 def test_check_says_which_lines_are_no_prompts(tiny_target, tmp_path, capsys):
     file = tmp_path / "p.jsonl"
     file.write_text('{"prompt": "a"}\nnonsense\n{}\n')
@@ -262,9 +282,15 @@ def test_check_says_which_lines_are_no_prompts(tiny_target, tmp_path, capsys):
 
 
 def test_a_lender_that_cannot_be_written_is_an_os_error(tmp_path):
+    (tmp_path / "there.safetensors").mkdir()
+    with pytest.raises(IsADirectoryError, match="there.safetensors"):
+        save_lender(tmp_path / "there.safetensors", np.ones((2, 2)), np.ones((2, 2)), 0.0)
+    assert [path.name for path in tmp_path.iterdir()] == ["there.safetensors"]
     (tmp_path / LENDER).with_suffix(".tmp").mkdir()
     with pytest.raises(OSError, match="directory"):
         save_lender(tmp_path / LENDER, np.ones((2, 2)), np.ones((2, 2)), 0.0)
+    with pytest.raises(FileNotFoundError, match=f"none/{LENDER}"):  # of which only the number is known here
+        save_lender(tmp_path / "none" / LENDER, np.ones((2, 2)), np.ones((2, 2)), 0.0)
 
 
 def test_export_refuses_a_target_of_another_vocabulary(run, tmp_path, golden_vanilla_case, capsys):

@@ -248,6 +248,7 @@ def test_several_chat_templates_need_one_for_default(tiny_target: Path, tmp_path
         ({"chat_template": 5}, "chat_template is 5; text in Jinja's language is needed"),
         ({"chat_template": [1]}, r"no usable tokenizer \(TypeError"),
         ({"eos_token": 3}, r"no usable tokenizer \(TypeError: Special token eos_token"),
+        ({"model_max_length": "x"}, r"no usable tokenizer \(TypeError"),
     ],
 )
 def test_a_tokenizer_with_settings_of_another_type_is_refused(

@@ -5,10 +5,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
-from dspark_jax.config import Config, InputError, to_json
+from dspark_jax.config import Config, EvalConfig, InputError, to_json
 from dspark_jax.evaluation import rounds
+from dspark_jax.evaluation.acceptance import Counts
 
 
 def test_a_run_that_cannot_be_loaded_is_named(tmp_path: Path, monkeypatch: Any) -> None:
@@ -38,6 +40,20 @@ def test_what_fails_in_a_process_is_one_line(tmp_path: Path, capsys: Any) -> Non
         rounds.main(tmp_path / "job.json")
     said = capsys.readouterr().err
     assert ended.value.code == 2 and said.startswith("error: ") and "a/checkpoints: no checkpoint here" in said
+
+
+def test_what_a_comparison_leaves_out_is_said(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"prompt": "how much", "id": 1}\nnonsense\n')
+    decoder, config = SimpleNamespace(), Config(eval=EvalConfig(prompts=(str(file),)))
+    counts = SimpleNamespace(grouped=lambda owners, count: Counts(*(np.ones((1, 2), int) for _ in range(5))))
+    monkeypatch.setattr(rounds, "open_decoder", lambda *_: decoder)
+    monkeypatch.setattr("dspark_jax.evaluation.setup.first_requests", lambda _, todo, *__: (todo, None))
+    monkeypatch.setattr(rounds, "answer", lambda *_, **__: (SimpleNamespace(owners=[0]), None))
+    monkeypatch.setattr(rounds, "count_rounds", lambda _: counts)
+    rounds.measure_rounds(config, tmp_path, tmp_path / "rounds.npz")
+    said = capsys.readouterr().err.splitlines()
+    assert said == ["measure: set aside: 1 malformed line", "measure: fields of prompts that are not used: `id` of 1"]
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut off", b"text"])

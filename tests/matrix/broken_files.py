@@ -23,10 +23,13 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
+
+import jax
 
 from dspark_jax import calibrate, command, compare, evaluate, generate, plan, prepare, profile, train
 from dspark_jax.config import (
@@ -41,6 +44,7 @@ from dspark_jax.config import (
     to_json,
 )
 from dspark_jax.convert import __main__ as convert
+from dspark_jax.planning.topology import CHIPS
 
 STEPS, EVERY = 4, 2
 TRAINED, HELD_OUT = 6, 2
@@ -55,11 +59,24 @@ class Outcome:
       status: its exit status; None if it raised something else than SystemExit.
       said: the last line on stderr, or of the traceback.
       good: see the module.
+      warned: it worked, and said what is damaged or what is done instead.
+      left: files that a command which refused has left half-written.
     """
 
     status: int | None
     said: str
     good: bool
+    warned: bool = False
+    left: tuple[str, ...] = ()
+
+    @property
+    def kind(self) -> str:
+        """The column of the table in the README."""
+        if not self.good:
+            return "bad"
+        if self.status:
+            return "refused" if self.status == 2 else "verdict"
+        return "warned" if self.warned else "harmless"
 
 
 # What commands run on: `run` (a working directory), `target`, `drafter` (an export), `prompts`, `settings.json`.
@@ -89,6 +106,12 @@ def flags(world: Path, workdir: str = "run", **more: Any) -> list[str]:
     fields = [f"--config.{name.replace('__', '.')}={value}" for name, value in more.items()]
     config = ["--config", str(world / "settings.json"), f"--config.target.path={world / 'target'}"]
     return [*config, *paths, *fields, f"--workdir={world / workdir}"]
+
+
+def steps(workdir: Path) -> int:
+    """For a run to train for: one more than it has, so that the trials of one that is trained read its data."""
+    done = [int(one.name) for one in (workdir / "checkpoints").glob("*") if one.name.isdigit()]
+    return max(done) + 1 if done else STEPS
 
 
 def started(module: Any, *argv: str, name: str = "") -> None:
@@ -125,11 +148,24 @@ def compare_here(config: Config, workdir: Path, **options: Any) -> None:
 
 compare_here.__module__, compare_here.__name__ = compare.__name__, "compare"
 
+
+def plan_here(world: Path) -> None:
+    """`plan` but for the compiler, which need not be installed and reads no file."""
+    chip = (CHIPS["v5e"], jax.devices()[:1])
+    with (
+        mock.patch.object(plan, "devices_of", lambda topology: chip),
+        mock.patch.object(plan, "estimate_apart", lambda *job: {"crashed": "nothing is compiled"}),
+    ):
+        started(plan, *flags(world), "--topology=v5e:1x1")
+
+
 COMMANDS: dict[str, Callable[[Path], Any]] = {
     "prepare": lambda world: started(prepare, *flags(world)),
-    "train": lambda world: started(train, *flags(world, train__steps=STEPS + 1)),
+    "train": lambda world: started(train, *flags(world, train__steps=steps(world / "run"))),
     "features": lambda world: started(prepare, *flags(world, "cached", data__features="cache")),
-    "train cached": lambda world: started(train, *flags(world, "cached", data__features="cache")),
+    "train cached": lambda world: started(
+        train, *flags(world, "cached", data__features="cache", train__steps=steps(world / "cached"))
+    ),
     "warm start": lambda world: started(
         train, *flags(world, "warm", train__init_from=world / "run", data__regenerate=False)
     ),
@@ -150,29 +186,46 @@ COMMANDS: dict[str, Callable[[Path], Any]] = {
     "check": lambda world: convert.main(
         ["check", f"--drafter={world / 'drafter'}", f"--target={world / 'target'}", "--tokens=8", "--limit=2"]
     ),
-    "plan": lambda world: started(plan, *flags(world), "--topology=v5e:1x1"),
+    "plan": plan_here,
 }
 VERDICTS = {"check": (1, 3), "compare": (1,), "plan": (1,)}  # status of an answer that is not the wanted one
 
 
-def outcome(name: str, world: Path) -> Outcome:
-    """Runs a command and judges how it ends."""
+def outcome(name: str, world: Path, opened: set[str] | None = None) -> Outcome:
+    """Runs a command and judges how it ends; what it opens is added to `opened`."""
+    global _opened
     err = io.StringIO()
     status: int | None = 0
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(err):
         try:
+            _opened = opened
             COMMANDS[name](world)
         except SystemExit as ended:
             status = int(ended.code or 0)
         except BaseException:  # what this program is there to find
             status = None
             traceback.print_exc()
+        finally:
+            _opened = None
     lines = [line for line in err.getvalue().splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("error: ")]
     most = 2 if name == "compare" else 1  # what a run of its own says is said again
     clear = status == 0 or (status == 2 and 1 <= len(errors) <= most) or status in VERDICTS.get(name, ())
-    told = errors[-1] if errors else next((line for line in lines if "damaged" in line or "set aside" in line), "")
-    return Outcome(status, told or (lines[-1] if lines else ""), clear and "Traceback" not in err.getvalue())
+    warnings = [line for line in lines if any(word in line for word in WARNINGS)]
+    told = errors[-1] if errors else next(iter(warnings), lines[-1] if lines else "")
+    left = half_written(world) if status else ()
+    good = clear and not left and "Traceback" not in err.getvalue()
+    return Outcome(status, told, good, bool(warnings), left)
+
+
+WARNINGS = ("damaged", "set aside", "warning", "WARNING", "again", "left out", "not used", "instead")
+"""Words of lines that say of a command that worked what was not as it should be."""
+
+
+def half_written(world: Path) -> tuple[str, ...]:
+    """Files that nobody would take for whole, but for those that `prepare` goes on with (`data.partial`)."""
+    found = [path for ending in ("*.tmp", ".*", "*.tmp.npz", "*orbax-checkpoint-tmp*") for path in world.rglob(ending)]
+    return tuple(str(one.relative_to(world)) for one in found if "data.partial" not in str(one))
 
 
 def build(world: Path, target: Path) -> None:
@@ -287,11 +340,9 @@ def _audit(event: str, arguments: Any) -> None:
 
 def opened_by(name: str, world: Path) -> set[str]:
     """Paths below `world` that a command opens, and their directories; files of checkpoints, too, if it reads any."""
-    global _opened
-    _opened = set()
-    found = outcome(name, world)
+    paths = set[str]()
+    found = outcome(name, world, paths)
     assert found.good, (name, found)
-    paths, _opened = _opened, None
     inside = {os.path.relpath(one, world) for one in paths if str(one).startswith(str(world))}
     inside |= {str(parent) for one in inside for parent in Path(one).parents}
     return inside
@@ -301,19 +352,26 @@ def relevant(name: str, base: Path, scratch: Path) -> list[str]:
     """Paths of the base that a command may stumble over."""
     world = fresh(base, scratch)
     inside = opened_by(name, world)
-    roots = {one.split("/")[0] for one in inside}
     existing = [str(path.relative_to(base)) for path in sorted(base.rglob("*"))]
-    return [
-        one
-        for one in existing
-        if one in inside or (one.split("/")[0] in roots and any(fnmatch.fnmatch(one, pattern) for pattern in NATIVE))
-    ]
+
+    def reached(one: str) -> bool:
+        """Whether a library may open it: something of its folder, below that of the run, has been opened."""
+        folders = [str(folder) for folder in Path(one).parents][:-1]
+        native = any(fnmatch.fnmatch(one, pattern) for pattern in NATIVE)
+        return native and any(folder in inside for folder in folders[:-1] or folders)
+
+    return [one for one in existing if one in inside or reached(one)]
 
 
-def fresh(base: Path, scratch: Path) -> Path:
-    """A copy to damage."""
+def fresh(base: Path, scratch: Path, roots: Collection[str] | None = None) -> Path:
+    """A copy to damage, of all or of some of its parts."""
     shutil.rmtree(scratch, ignore_errors=True)
-    shutil.copytree(base, scratch, symlinks=True)
+    scratch.mkdir()
+    for path in base.iterdir():
+        if path.is_file():
+            shutil.copy(path, scratch)
+        elif roots is None or path.name in roots:
+            shutil.copytree(path, scratch / path.name, symlinks=True)
     return scratch
 
 
@@ -321,17 +379,19 @@ def trials(name: str, base: Path, scratch: Path, patterns: str) -> Iterator[tupl
     """(path, damage, outcome) of a command and every path that it opens."""
     wanted = [one for one in patterns.split(",") if not one.startswith("!")] or ["*"]
     spared = [one[1:] for one in patterns.split(",") if one.startswith("!")]
-    for relative in relevant(name, base, scratch):
+    paths = relevant(name, base, scratch)
+    roots = {one.split("/")[0] for one in paths}
+    for relative in paths:
         if not any(fnmatch.fnmatch(relative, one) for one in wanted):
             continue
         if any(fnmatch.fnmatch(relative, one) for one in spared):
             continue
         for damage, change in damages(base / relative).items():
-            world = fresh(base, scratch)
+            world = fresh(base, scratch, roots)
             change(world / relative)
             yield relative, damage, outcome(name, world)
         if (base / relative).is_dir() and MOUNTS:
-            world = fresh(base, scratch)
+            world = fresh(base, scratch, roots)
             with read_only(world / relative):
                 found = outcome(name, world)
             yield relative, "read-only", found
@@ -363,13 +423,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in options.commands.split(","):
             before = len(rows)
             for path, damage, found in trials(name, base, scratch, options.files):
-                rows.append({"command": name, "path": path, "damage": damage, **vars(found)})
+                rows.append({"command": name, "path": path, "damage": damage, "kind": found.kind, **vars(found)})
+                if options.json:
+                    options.json.write_text(json.dumps(rows, indent=1) + "\n")
                 if not found.good:
-                    print(f"BAD  {name:<13} {path}: {damage}: status {found.status}: {found.said[:300]}", flush=True)
-            bad = sum(not row["good"] for row in rows[before:])
-            print(f"{name}: {len(rows) - before} trials, {bad} bad", flush=True)
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+                    left = f" (left: {', '.join(found.left)})" if found.left else ""
+                    print(
+                        f"BAD  {name:<13} {path}: {damage}: status {found.status}{left}: {found.said[:250]}", flush=True
+                    )
+            kinds = Counter(row["kind"] for row in rows[before:])
+            print(f"{name}: {len(rows) - before} trials: {dict(kinds)}", flush=True)
     return int(any(not row["good"] for row in rows))
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import re
 import resource
 import shutil
@@ -15,6 +16,7 @@ import pytest
 from dspark_jax import train
 from dspark_jax.config import InputError, MeshConfig, TargetConfig
 from dspark_jax.training.checkpoint import Checkpoints, check_continuation, load_drafter, load_step
+from dspark_jax.training.full_disk import quiet
 from dspark_jax.training.state import TrainState, abstract_drafter, state_layout, to_params
 
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
@@ -321,3 +323,14 @@ def test_damaged_notes_of_orbax_are_named(two, meshes, tmp_path, content):
         Checkpoints(tmp_path, config)
     (tmp_path / "checkpoints/6/_CHECKPOINT_METADATA").unlink()
     assert load_step(tmp_path, meshes["one"])[0] == 6
+
+
+def test_what_comes_late_of_a_failed_reading_is_not_shown(caplog):
+    """A future of TensorStore that nobody waited for has no traceback that would tell where it is from."""
+    cause = "Future exception was never retrieved\nfuture: <Future finished exception=ValueError('OUT_OF_RANGE: Error "
+    with pytest.raises(ValueError), quiet():
+        raise ValueError
+    logging.getLogger("asyncio").error(cause + 'reading "backbone.fc/0.0" in OCDBT database at local file "params/")')
+    assert not caplog.records
+    logging.getLogger("asyncio").error("another")
+    assert len(caplog.records) == 1

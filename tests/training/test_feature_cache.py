@@ -1,5 +1,6 @@
 """Training from the feature cache: the losses of online training, up to how the features are stored."""
 
+import copy
 import dataclasses
 import json
 import shutil
@@ -12,6 +13,7 @@ from dspark_jax import train as train_module
 from dspark_jax.config import Config, InputError, MeshConfig, TargetArchitecture, TargetConfig, problems, resolve
 from dspark_jax.data.feature_codec import Identity
 from dspark_jax.data.sources import Sample, write_samples
+from dspark_jax.data.torch_features import TorchTarget, load_torch_target
 from dspark_jax.hub import with_architecture
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target.lender import read_lender
@@ -172,6 +174,28 @@ def test_a_model_without_a_definition_gives_its_features(config, llama, tmp_path
     )
     np.testing.assert_allclose(lender.unembed(last.numpy()), logits, atol=1e-5)
     np.testing.assert_allclose(lender.embed(tokens), embedded, atol=1e-6)
+
+
+@pytest.mark.parametrize("part, row", [("head", 40), ("embedding", 40)])
+def test_what_is_not_finite_is_not_lent(llama, part, row):
+    """Row 40 is not among the tokens that the logits are computed of."""
+    import torch
+
+    model = copy.deepcopy(llama[1])
+    owner = model.get_output_embeddings() if part == "head" else model.get_input_embeddings()
+    owner.weight = torch.nn.Parameter(owner.weight.detach().clone())
+    owner.weight.data[row] = torch.nan
+    with pytest.raises(InputError, match="^here: its (logits|embeddings) are not finite; look at its weights"):
+        TorchTarget(model, (0,), "here").lent()
+
+
+@pytest.mark.parametrize("field, value", [("hidden_size", 36), ("num_hidden_layers", "x"), ("hidden_act", 5)])
+def test_a_model_that_does_not_load_is_one_line(llama, tmp_path, field, value):
+    path = shutil.copytree(llama[0], tmp_path / "model")
+    content = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(content | {field: value}))
+    with pytest.raises(InputError, match="model: transformers cannot load it"):
+        load_torch_target(str(path), (0,))
 
 
 def test_it_may_come_from_the_hub(config, llama, tmp_path, hub_cache):

@@ -247,7 +247,7 @@ def field_paths() -> dict[str, dataclasses.Field[Any]]:
         for field in dataclasses.fields(cls):
             if dataclasses.is_dataclass(field.type):
                 yield from walk(field.type, f"{prefix}{field.name}.")
-            elif typing.get_origin(field.type) is not dict:  # which flags cannot write
+            elif field.type != dict[str, Any]:  # of any content, which flags cannot write
                 yield prefix + field.name, field
 
     return dict(walk(Config, ""))

@@ -6,7 +6,7 @@ decodes the prompt sets of `config.eval` with the newest checkpoint of the worki
 `config.eval.temperatures` and writes `eval/metrics.json`. It ends in some twenty lines: accepted length, speed,
 losslessness, and where the report is; `--details` prints every table of the report before them. The first temperature
 gives the headline numbers. Speed is measured at batch 1 in the same run: plain decoding, drafting in every round, and
-drafting where it pays (`Scheduler.adaptive`), taking turns (with `eval.speed_threads`, in a process with so many CPU
+drafting where it pays (`schedulers.adaptive`), taking turns (with `eval.speed_threads`, in a process with so many CPU
 threads; on one host only).
 
 From the rounds at the first temperature it also draws, as PNG with the data as JSON: acceptance by position, the

@@ -36,7 +36,7 @@ from dspark_jax.config_fields import COMMON, Unsupported, must, read
 from dspark_jax.convert.export import Source, frozen_tensors, write_export
 from dspark_jax.convert.hf import import_drafter, read_drafter_config, stored_tensors
 from dspark_jax.convert.targets import fitting
-from dspark_jax.engine import generate
+from dspark_jax.engine import Models, generate
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target import families
 from dspark_jax.target.families.family import FULL, SIZES, AttentionShape, Family, LayerShape
@@ -247,7 +247,7 @@ def test_it_decodes_with_a_drafter_after_a_step_of_training(directory):
         for _ in range(8):
             text.append(int(np.argmax(oracle(weights, np.asarray(text))[-1])))
         expected.append(text[len(prompt) :])
-    found = generate(target, to_module(drafter, state.params), prompts, max_new_tokens=8).tokens
+    found = generate(Models(target, to_module(drafter, state.params)), prompts, max_new_tokens=8).tokens
     assert [list(answer) for answer in found] == expected
 
 

@@ -20,7 +20,7 @@ import argparse
 import dataclasses
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ from dspark_jax.convert.hub import push
 from dspark_jax.convert.layouts import layers_config, read_config, read_layout
 from dspark_jax.convert.llama_tokenizer import split_to_tell
 from dspark_jax.convert.mapping import FROZEN
-from dspark_jax.convert.output import SIDE_FILES, check_output, check_repository, check_side_files
+from dspark_jax.convert.output import SIDE_FILES, check_output, check_repository
 from dspark_jax.convert.servers import replay
 from dspark_jax.convert.targets import Lent, fitting, lent, lent_by_file
 from dspark_jax.data.chat import load_tokenizer, prompt_tokens
@@ -49,6 +49,8 @@ from dspark_jax.data.prompts import Malformed, read_prompts
 from dspark_jax.engine.arguments import check_known
 from dspark_jax.engine.generate import generate
 from dspark_jax.engine.models import Models
+from dspark_jax.evaluation.calibration import read_calibration
+from dspark_jax.evaluation.load import read_cost_table
 from dspark_jax.hub import local_directory, with_architecture
 from dspark_jax.json_file import read_object
 from dspark_jax.kinds import as_kind
@@ -104,6 +106,22 @@ def export(options: argparse.Namespace) -> Path:
     if options.push:
         log(f"export: pushed to {push(output, options.push, private=options.private)}")
     return output
+
+
+def check_side_files(files: Mapping[str, Path], block_size: int) -> None:
+    """Refuses to pass on what no server could use.
+
+    Args:
+      files: those of `SIDE_FILES` that there are, by name.
+      block_size: of the drafter.
+
+    Raises:
+      InputError: one is damaged, or not of this drafter.
+    """
+    if "calibration.json" in files:
+        read_calibration(files["calibration.json"], block_size)
+    if "cost_table.json" in files:
+        read_cost_table(files["cost_table.json"])
 
 
 def export_run(workdir: str | Path, output: str | Path, **options: Any) -> Path:

@@ -3,13 +3,11 @@
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 from dspark_jax.config import DrafterConfig, InputError
 from dspark_jax.convert.layouts import read_config, read_layout
-from dspark_jax.evaluation.calibration import read_calibration
-from dspark_jax.evaluation.load import read_cost_table
 from dspark_jax.kinds import KINDS
 from dspark_jax.run_lock import locked
 
@@ -33,22 +31,6 @@ def check_output(output: Path, config: DrafterConfig, *, overwrite: bool) -> Non
     reason = _no_export(output) if output.exists() else ""
     if reason:
         raise InputError(f"--output {output}: {reason}, so it is not overwritten; choose another place")
-
-
-def check_side_files(files: Mapping[str, Path], block_size: int) -> None:
-    """Refuses to pass on what no server could use.
-
-    Args:
-      files: those of `SIDE_FILES` that there are, by name.
-      block_size: of the drafter.
-
-    Raises:
-      InputError: one is damaged, or not of this drafter.
-    """
-    if "calibration.json" in files:
-        read_calibration(files["calibration.json"], block_size)
-    if "cost_table.json" in files:
-        read_cost_table(files["cost_table.json"])
 
 
 def check_repository(repository: str, config: DrafterConfig) -> None:

@@ -194,7 +194,7 @@ def test_drafter_and_target_may_be_on_the_hub(run, tiny_target, tmp_path, monkey
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["export", "--output=x"], "export needs --workdir RUN, or --drafter DIR"),
+        (["export", "--output=x"], "export needs --config or --workdir of a run, or --drafter DIR"),
         (["export", "--workdir=RUN", "--drafter=x", "--output=x"], "--workdir and --drafter: only one of the two"),
         (["export", "--workdir=nowhere", "--output=x"], "nowhere/checkpoints: no checkpoint here"),
         (["export", "--workdir=RUN", "--output=my-dflash"], "vLLM guesses the method from the path"),

@@ -6,6 +6,7 @@ heavy is loaded. `InputError` and `TargetArchitecture` are part of it, though th
 """
 
 import dataclasses
+import importlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -212,6 +213,9 @@ class Config:
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     compare: CompareConfig = dataclasses.field(default_factory=CompareConfig)
+    imports: tuple[str, ...] = ()
+    """Modules that add loss terms, heads or kinds of drafters (docs/adding.md). They are imported wherever the config
+    is used, also in processes that a command starts."""
 
 
 CHOICES: Mapping[str, Mapping[str, Any]] = {
@@ -222,12 +226,28 @@ CHOICES: Mapping[str, Mapping[str, Any]] = {
 """Fields that name something which may be added to: dotted path -> what there is, with a description each."""
 
 
+def import_additions(config: Config) -> None:
+    """Imports the modules of `config.imports`.
+
+    Raises:
+      InputError: there is no such module.
+    """
+    for name in config.imports:
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            raise InputError(
+                f"imports has {name!r}, which cannot be imported ({error}); install it, or add its folder to PYTHONPATH"
+            ) from None
+
+
 def resolve(config: Config) -> Config:
     """Fills the target's architecture from its directory, then validates; the argument is left unchanged.
 
     Raises:
       InputError: the first fact that does not hold, see `problems`.
     """
+    import_additions(config)
     architecture = config.target.architecture
     if (Path(config.target.path) / "config.json").exists():
         foreign = config.data.features == "torch"

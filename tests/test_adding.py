@@ -6,6 +6,7 @@ ops/test_dispatch.py.
 
 import dataclasses
 import functools
+from pathlib import Path
 from typing import Any, ClassVar
 
 import jax
@@ -14,7 +15,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dspark_jax.config import Config, DataConfig, InputError, MeshConfig, TargetArchitecture, TargetConfig, resolve
+from dspark_jax.config import (
+    Config,
+    DataConfig,
+    InputError,
+    MeshConfig,
+    TargetArchitecture,
+    TargetConfig,
+    from_json,
+    resolve,
+    to_json,
+)
 from dspark_jax.drafter.blocks import block_targets
 from dspark_jax.drafter.heads import HEADS, SequentialHead
 from dspark_jax.drafter.interface import BlockOutputs, DrafterModule, Proposal
@@ -214,6 +225,24 @@ def test_a_terms_slope_is_that_of_its_value_in_chunks_too(name: str) -> None:
     np.testing.assert_allclose(got, value, rtol=1e-6)
     for key, grad in grads.items():
         np.testing.assert_allclose(got_grads[key], grad, atol=3e-6 * np.abs(grad).max(), err_msg=key)
+
+
+def test_a_config_names_the_module_that_adds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A config.json read elsewhere, too: by `resolve`, or by whoever makes the drafter of a checkpoint."""
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, use in {"additions_a": resolve, "additions_b": abstract_drafter}.items():
+        (tmp_path / f"{name}.py").write_text(
+            "from dspark_jax.kinds import KINDS, Kind\n"
+            f"KINDS['{name}'] = Kind('tests.test_adding:Maps', 'maps', needs_mask=False)\n"
+        )
+        config = as_kind(base(), "maps")
+        config.drafter.kind, config.imports = name, (name,)
+        monkeypatch.setitem(KINDS, name, KINDS["maps"])  # it is taken out again in the end
+        del KINDS[name]
+        use(from_json(to_json(config)))
+        assert name in KINDS
+    with pytest.raises(InputError, match="imports has 'additions_c', which cannot be imported .*; install it, or add"):
+        resolve(dataclasses.replace(base(), imports=("additions_c",)))
 
 
 def test_messages_list_what_was_added() -> None:

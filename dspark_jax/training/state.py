@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from dspark_jax import platform
-from dspark_jax.config import Config
+from dspark_jax.config import Config, import_additions
 from dspark_jax.drafter import make_drafter
 from dspark_jax.drafter.interface import DrafterModule
 from dspark_jax.sharding import replicated, state_shardings
@@ -58,6 +58,7 @@ def to_module(abstract: Module, params: Params) -> Module:
 
 def build_drafter(config: Config, key: jax.Array) -> DrafterModule:
     """The config's drafter with random parameters drawn from `key`."""
+    import_additions(config)  # that of a checkpoint has not been resolved here
     dtype = compute_dtype(config.drafter.dtype)
     return make_drafter(config.target.architecture, config.drafter, rngs=nnx.Rngs(key), dtype=dtype)
 

@@ -304,19 +304,21 @@ def test_damaged_data_is_made_again_and_said(
         prepare(config, tmp_path, Decoder())
 
 
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+
+
 def test_what_is_not_used_of_the_prompts_is_said(
     config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "odd.jsonl"
-    calls = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": [{"id": "c"}]}]
-    lines = [{"prompt": "how much", "turns": ["is one"]}, {"prompt": "two", "id": 1}, {"messages": calls}]
+    lines = [{"prompt": "how much", "turns": ["is one"]}, {"prompt": "two", "id": 1}, {"prompt": "q", "tools": TOOLS}]
     path.write_text("\ufeff" + "\n".join(json.dumps(line) for line in lines) + "\n", "utf-8")
     report = prepare(changed(config, prompts=(str(path),)), tmp_path / "run", Decoder())
     assert report["rejected"] == {"tools": 1} and report["samples"] == 2
     assert report["unused"] == {"prompt beside turns": 1, "id": 1}
     shown = capsys.readouterr().err
     assert "fields of prompts that are not used: `prompt beside turns` of 1, `id` of 1" in shown
-    assert "1 with tools" in shown
+    assert "1 with tools that the chat template does not show" in shown
 
 
 def full_disk(*_: object) -> int:

@@ -147,7 +147,7 @@ def _thoughts_length(tokenizer: ChatTokenizer, prompt: Sequence[int], answer: Se
 
 def has_control_tokens(tokenizer: ChatTokenizer, answer: Sequence[int]) -> bool:
     """Whether an answer has special tokens before its last one, which its text does not keep."""
-    special = set(tokenizer.all_special_ids)
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     return any(one in special for one in answer[:-1])
 
 

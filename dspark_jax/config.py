@@ -62,13 +62,19 @@ class DataConfig:
     """Prompts, the answers that the target gives to them, and how they become training batches."""
 
     prompts: tuple[str, ...] = ()
-    """JSONL files with one `turns`, `prompt` or `messages` object per line."""
+    """Files, directories, patterns such as `sets/*.jsonl`, or data sets of the hub (`hub:OWNER/NAME?split=train`); the
+    formats are in docs/data.md."""
     limit: int = 0
     """Use at most so many prompts of each file; 0 = all."""
     regenerate: bool = True
     """Let the target answer every user turn; off: train on the answers that the prompt files bring along."""
     repeats: int = 1
     """Sampled answers per prompt."""
+    thinking: str = "off"
+    """Whether the target thinks before it answers, in training data and evaluation: off, on, or given (in conversations
+    whose answers in the file have thoughts)."""
+    supervised: str = "both"
+    """What is trained of an answer with thoughts: both, thinking or answer."""
     system_prompt: str = ""
     """System message put before conversations that have none; empty = none."""
     max_prompt_length: int = 2048
@@ -274,6 +280,12 @@ def _feature_problems(config: Config) -> Iterator[str]:
     target, data = config.target.architecture, config.data
     if data.features not in ("online", "cache", "torch"):
         yield f"data.features={data.features!r} is unknown; use online, cache or torch"
+    if data.thinking not in ("off", "on", "given"):
+        yield f"data.thinking={data.thinking!r} is unknown; use off, on or given"
+    if data.supervised not in ("both", "thinking", "answer"):
+        yield f"data.supervised={data.supervised!r} is unknown; use both, thinking or answer"
+    if data.thinking == "off" and data.supervised == "thinking":
+        yield "data.supervised='thinking' with data.thinking='off' leaves nothing to train; set data.thinking='on'"
     if data.feature_dtype not in ("int8", "bfloat16"):
         yield f"data.feature_dtype={data.feature_dtype!r} is unknown; use int8 or bfloat16"
     if target.foreign and (data.regenerate or config.train.evaluate):

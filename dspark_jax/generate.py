@@ -37,7 +37,7 @@ from jax.sharding import Mesh
 
 from dspark_jax import command
 from dspark_jax.config import Config, InputError
-from dspark_jax.data.chat import load_tokenizer, prompt_tokens, stop_tokens, with_system
+from dspark_jax.data.chat import Options, load_tokenizer, prompt_tokens, stop_tokens, with_system
 from dspark_jax.drafter.interface import Drafter, is_confident
 from dspark_jax.drafter.none import NO_DRAFTER
 from dspark_jax.engine.models import Models, when_loaded
@@ -109,7 +109,8 @@ def generate(
     drafter = NO_DRAFTER if plain else open_drafter(config, workdir, mesh)[1]
     rule = _scheduler(name, threshold, drafter, workdir)
     tokenizer = load_tokenizer(config.target.path)
-    ids = prompt_tokens(tokenizer, with_system([{"role": "user", "content": text}], config.data.system_prompt))
+    messages = with_system([{"role": "user", "content": text}], config.data.system_prompt)
+    ids = prompt_tokens(tokenizer, messages, Options(config.data.thinking == "on"))
     budget = config.eval.max_new_tokens if max_new_tokens is None else max_new_tokens
     models = Models(when_loaded(load_target(config.target, mesh)), when_loaded(drafter))
     with jax.set_mesh(mesh):

@@ -16,6 +16,7 @@ import functools
 import hashlib
 import itertools
 import json
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -27,10 +28,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from dspark_jax import command
-from dspark_jax.config import Config, InputError
+from dspark_jax.config import Config, DataConfig, InputError
 from dspark_jax.data.chat import load_tokenizer, stop_tokens
+from dspark_jax.data.files import HUB
 from dspark_jax.data.mask_token import mask_warning
-from dspark_jax.data.prompts import Prompt, content_hashes, read_prompts
+from dspark_jax.data.prompts import Prompt, content_hashes, prompt_files, read_prompts
 from dspark_jax.data.regenerate import (
     Answered,
     AnswerLog,
@@ -58,6 +60,12 @@ from dspark_jax.training.feature_cache import check_features, prepare_features
 FORMAT = 2
 """Raised when the same inputs would give other samples."""
 
+_READ_SINCE_3 = re.compile(
+    rb'"(tools?|functions?|tool_calls|function_call|observation|developer|instruction|input_ids)"'
+    rb'|"type": ?"(input_|output_)?text"'
+)
+"""Names in rows of JSON that format 2 sets aside and format 3 reads."""
+
 FIELDS = (
     "limit",
     "regenerate",
@@ -70,6 +78,9 @@ FIELDS = (
     "seed",
 )
 """Fields of `config.data` that the samples depend on, besides the prompts."""
+
+LATER_FIELDS = ("thinking", "supervised")
+"""The same, but data that was made before there were any is that of their defaults."""
 
 
 def prepare(config: Config, workdir: Path, decode: Decode | None = None) -> dict[str, Any]:
@@ -144,18 +155,29 @@ def read_inputs(config: Config) -> dict[str, Any]:
     """
     data, path = config.data, config.target.path
     if not data.prompts:
-        raise InputError("data.prompts is empty; name at least one JSONL file of prompts")
+        raise InputError("data.prompts is empty; name at least one file of prompts")
     if not data.regenerate and data.repeats > 1:
         raise InputError(f"data.repeats={data.repeats} needs data.regenerate=True; given answers exist once")
     prompts = content_hashes(data.prompts, "data.prompts")
+    later = {name: getattr(data, name) for name in LATER_FIELDS if getattr(data, name) != getattr(DataConfig(), name)}
     return {
-        "format": FORMAT,
+        "format": _format(config),
         "target": {"weights": fingerprint(path), "dtype": config.target.dtype} if data.regenerate else {},
         "tokenizer": tokenizer_fingerprint(path),
         "stop_tokens": list(stop_tokens(path, load_tokenizer(path))),
         "prompts": prompts,
-        "data": {name: getattr(data, name) for name in FIELDS},
+        "data": {name: getattr(data, name) for name in FIELDS} | later,
     }
+
+
+def _format(config: Config) -> int:
+    """3 where more conversations are read than in format 2; all others keep their samples, and so their fingerprint.
+
+    Those are given ones (they end where they can be trained to) and those with tools, Alpaca's columns and so on.
+    """
+    files = [file for file in prompt_files(config.data.prompts) if not file.startswith(HUB)]
+    more = not config.data.regenerate or any(_READ_SINCE_3.search(Path(file).read_bytes()) for file in files)
+    return 3 if more else FORMAT
 
 
 def data_fingerprint(config: Config) -> str:
@@ -222,7 +244,13 @@ def _build(config: Config, partial: Path, decode: Decode | None) -> dict[str, An
             "use the tokenizer of this very model"
         )
     with contextlib.closing(Tally(partial / "rejected.jsonl")) as tally:
-        prompts = read_prompts(data.prompts, data.limit, tally.malformed)
+        prompts = read_prompts(
+            data.prompts,
+            data.limit,
+            tally.malformed,
+            tokenised=not data.regenerate,
+            reasoning=data.thinking != "off",
+        )
         tally.read(prompts)
         if data.regenerate:
             answered = _answers(config, tokenizer, prompts, partial, decode, tally)
@@ -244,7 +272,7 @@ def _answers(
 ) -> list[Answered]:
     """Conversations answered by the target; those that were before a kill are read back."""
     data = config.data
-    todo = conversations(prompts, data.repeats, data.system_prompt)
+    todo = conversations(prompts, data.repeats, data.system_prompt, data.thinking)
     turns = sum(len(conversation.questions) for conversation in todo)
     limits = Limits(
         max_prompt_length=data.max_prompt_length,

@@ -1,4 +1,5 @@
 import dataclasses
+import gzip
 import itertools
 import json
 import os
@@ -318,19 +319,63 @@ def test_damaged_data_is_made_again_and_said(
         prepare(config, tmp_path, Decoder())
 
 
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+
+
 def test_what_is_not_used_of_the_prompts_is_said(
     config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "odd.jsonl"
-    calls = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": [{"id": "c"}]}]
-    lines = [{"prompt": "how much", "turns": ["is one"]}, {"prompt": "two", "id": 1}, {"messages": calls}]
+    lines = [{"prompt": "how much", "turns": ["is one"]}, {"prompt": "two", "id": 1}, {"prompt": "q", "tools": TOOLS}]
     path.write_text("\ufeff" + "\n".join(json.dumps(line) for line in lines) + "\n", "utf-8")
     report = prepare(changed(config, prompts=(str(path),)), tmp_path / "run", Decoder())
     assert report["rejected"] == {"tools": 1} and report["samples"] == 2
     assert report["unused"] == {"prompt beside turns": 1, "id": 1}
     shown = capsys.readouterr().err
     assert "fields of prompts that are not used: `prompt beside turns` of 1, `id` of 1" in shown
-    assert "1 with tools" in shown
+    assert "1 with tools that the chat template does not show" in shown
+
+
+def test_only_what_reads_more_than_before_has_another_fingerprint(config: Config, tmp_path: Path) -> None:
+    """Data that was made before there were tools and thinking stays up to date."""
+    before = command.read_inputs(config)
+    assert before["format"] == 2 and tuple(before["data"]) == command.FIELDS
+    assert command.read_inputs(changed(config, thinking="on"))["data"]["thinking"] == "on"
+    assert command.read_inputs(changed(config, regenerate=False))["format"] == 3
+    more = (
+        {"prompt": "q", "tools": TOOLS},
+        {"instruction": "q"},
+        {"messages": [{"role": "developer", "content": "q"}]},
+    )
+    for number, row in enumerate(more):
+        path = tmp_path / f"{number}.jsonl"
+        path.write_text(json.dumps(row) + "\n")
+        assert command.read_inputs(changed(config, prompts=(str(path),)))["format"] == 3
+
+
+def test_packed_sets_of_a_directory_and_thoughts_become_samples(config: Config, tmp_path: Path) -> None:
+    def talk(thoughts: str) -> bytes:
+        answer = {"role": "assistant", "content": f"<think>{thoughts}</think>the answer", "reasoning_content": ""}
+        return json.dumps({"messages": [{"role": "user", "content": "q"}, answer]}).encode()
+
+    (tmp_path / "sets").mkdir()
+    (tmp_path / "sets" / "a.jsonl.gz").write_bytes(gzip.compress(talk("one")))
+    (tmp_path / "sets" / "b.json").write_bytes(b"[" + talk("two") + b"," + talk("three") + b"]")
+    ids = {"input_ids": [65, 66, 67, 68], "loss_mask": [0, 1, 1, 1]}
+    (tmp_path / "sets" / "c.jsonl").write_text(json.dumps(ids) + "\n" + json.dumps({**ids, "input_ids": [999] * 4}))
+    config = changed(config, prompts=(str(tmp_path / "sets"),), regenerate=False, thinking="given", min_loss_tokens=3)
+    report = prepare(config, tmp_path / "run")
+    assert {name: counts["samples"] for name, counts in report["prompt_sets"].items()} == {"a": 1, "b": 2, "c": 1}
+    assert report["rejected"] == {"malformed": 1} and [name for name, _ in report["inputs"]["prompts"]] == [
+        "a",
+        "b",
+        "c",
+    ]
+    samples, tokenizer = SampleReader(tmp_path / "run" / "data"), chat.load_tokenizer(config.target.path)
+    texts = [tokenizer.decode(one.tokens[one.loss_mask > 0]) for one in map(samples.__getitem__, range(4))]
+    assert texts[:3] == [f"<think>{word}</think>the answer<|im_end|>\n" for word in ("one", "two", "three")]
+    with pytest.raises(InputError, match="holds no prompt; line 1: it is tokenised already"):
+        prepare(changed(config, regenerate=True), tmp_path / "again", Decoder())
 
 
 def full_disk(*_: object) -> int:

@@ -6,12 +6,13 @@ token ids, and templates that treat the last turn differently from earlier ones 
 before the last answer only) need no special case. Token offsets then carry the spans over to tokens.
 """
 
+import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dspark_jax.config import InputError
-from dspark_jax.data.prompts import Message
+from dspark_jax.data.messages import REASONING, THINK_END, Message
 from dspark_jax.hub import local_directory
 from dspark_jax.json_file import read_object
 from dspark_jax.tokenizer import ChatTokenizer
@@ -20,11 +21,31 @@ from dspark_jax.unicode import check_unicode
 PROBE = "\u2400answer\u2400"
 """Replaces an answer; no template rewrites it and it must not occur in a conversation."""
 
-THINK_END = "</think>"
-"""After an assistant's thoughts, where they are part of the text of its answer."""
 
-TEMPLATE_OPTIONS = {"enable_thinking": False}
-"""Passed to every template; drafters are trained on non-thinking answers (paper, section 4). Others ignore it."""
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What a chat template is told beside the messages.
+
+    Attributes:
+      thinking: the target is asked to think before it answers.
+      tools: definitions of the functions that it may call.
+    """
+
+    thinking: bool = False
+    tools: tuple[Mapping[str, Any], ...] = ()
+
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of the template; families call thinking differently, and ignore each other's names."""
+        named: dict[str, Any] = {"enable_thinking": self.thinking}
+        if self.thinking:
+            named["thinking"] = True
+        if self.tools:
+            named["tools"] = [dict(tool) for tool in self.tools]
+        return named
+
+
+PLAIN = Options()
+"""Without thinking, as drafters are trained by default (paper, section 4), and without tools."""
 
 
 class ChatError(InputError):
@@ -102,7 +123,9 @@ def with_system(messages: Sequence[Message], system_prompt: str) -> tuple[Messag
     return ({"role": "system", "content": system_prompt}, *messages)
 
 
-def render(tokenizer: ChatTokenizer, messages: Sequence[Message], generation_prompt: bool = False) -> str:
+def render(
+    tokenizer: ChatTokenizer, messages: Sequence[Message], generation_prompt: bool = False, options: Options = PLAIN
+) -> str:
     """Text of a conversation as the target sees it; with `generation_prompt`, up to where its next answer begins.
 
     Raises:
@@ -113,10 +136,10 @@ def render(tokenizer: ChatTokenizer, messages: Sequence[Message], generation_pro
 
     try:
         return tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
+            [_of_template(message) for message in messages],
             tokenize=False,
             add_generation_prompt=generation_prompt,
-            **TEMPLATE_OPTIONS,
+            **options.arguments(),
         )
     except TemplateSyntaxError as error:
         raise InputError(f"the chat template is not valid: line {error.lineno}: {error.message}; correct it") from None
@@ -129,6 +152,12 @@ def render(tokenizer: ChatTokenizer, messages: Sequence[Message], generation_pro
         raise ChatError(f"the chat template fails on the roles {roles} ({why}); correct the template") from None
 
 
+def _of_template(message: Message) -> dict[str, Any]:
+    """A message with its thoughts under every name that templates look for."""
+    thoughts = message.get("reasoning_content")
+    return dict(message) if thoughts is None else {**message, **dict.fromkeys(REASONING, thoughts)}
+
+
 def encode(tokenizer: ChatTokenizer, text: str, **options: Any) -> Any:
     """The tokenizer's encoding of rendered text: its special tokens are those in the text, of any length.
 
@@ -138,13 +167,13 @@ def encode(tokenizer: ChatTokenizer, text: str, **options: Any) -> Any:
     return tokenizer(check_unicode("the conversation", text), add_special_tokens=False, verbose=False, **options)
 
 
-def prompt_tokens(tokenizer: ChatTokenizer, messages: Sequence[Message]) -> list[int]:
+def prompt_tokens(tokenizer: ChatTokenizer, messages: Sequence[Message], options: Options = PLAIN) -> list[int]:
     """Ids after which the target writes its next answer. Special tokens come from the template only."""
-    return encode(tokenizer, render(tokenizer, messages, generation_prompt=True))["input_ids"]
+    return encode(tokenizer, render(tokenizer, messages, generation_prompt=True, options=options))["input_ids"]
 
 
 def answer_spans(
-    tokenizer: ChatTokenizer, messages: Sequence[Message], generation_prompt: bool = False
+    tokenizer: ChatTokenizer, messages: Sequence[Message], generation_prompt: bool = False, options: Options = PLAIN
 ) -> tuple[str, list[tuple[int, int]]]:
     """The rendered text, and per assistant message its [start, end) in characters.
 
@@ -155,14 +184,14 @@ def answer_spans(
       ChatError: the template does not keep what surrounds an answer (it rewrites or drops turns).
     """
     messages = list(messages)
-    text = render(tokenizer, messages, generation_prompt)
+    text = render(tokenizer, messages, generation_prompt, options)
     spans = []
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
         probed = [*messages[:i], {**message, "content": PROBE}, *messages[i + 1 :]]
-        before, found, after = render(tokenizer, probed, generation_prompt).partition(PROBE)
-        closing = turn_end(tokenizer, messages[:i])
+        before, found, after = render(tokenizer, probed, generation_prompt, options).partition(PROBE)
+        closing = turn_end(tokenizer, messages[:i], options)
         start, end = len(before), len(text) - len(after)
         kept = text.startswith(before) and text.endswith(after) and after.startswith(closing)
         if not found or PROBE in text or start > end or not kept:
@@ -187,13 +216,14 @@ def thoughts_cut(tokenizer: ChatTokenizer, messages: Sequence[Message]) -> bool:
     return bool(thoughts) and any(one not in render(tokenizer, messages) for one in thoughts)
 
 
-def turn_end(tokenizer: ChatTokenizer, messages: Sequence[Message]) -> str:
+def turn_end(tokenizer: ChatTokenizer, messages: Sequence[Message], options: Options = PLAIN) -> str:
     """What the template writes after an answer to `messages`, e.g. `<|im_end|>\\n`."""
-    return render(tokenizer, [*messages, {"role": "assistant", "content": PROBE}]).partition(PROBE)[2]
+    answered = [*messages, {"role": "assistant", "content": PROBE}]
+    return render(tokenizer, answered, options=options).partition(PROBE)[2]
 
 
 def tokens_and_mask(
-    tokenizer: ChatTokenizer, messages: Sequence[Message], generation_prompt: bool = False
+    tokenizer: ChatTokenizer, messages: Sequence[Message], generation_prompt: bool = False, options: Options = PLAIN
 ) -> tuple[list[int], list[int]]:
     """Ids of a rendered conversation, and 1 for every token that an assistant wrote, in all of its turns.
 
@@ -206,7 +236,12 @@ def tokens_and_mask(
     Raises:
       ChatError: see `answer_spans`.
     """
-    text, spans = answer_spans(tokenizer, messages, generation_prompt)
+    text, spans = answer_spans(tokenizer, messages, generation_prompt, options)
+    return masked_tokens(tokenizer, text, spans)
+
+
+def masked_tokens(tokenizer: ChatTokenizer, text: str, spans: Sequence[tuple[int, int]]) -> tuple[list[int], list[int]]:
+    """Ids of a text, and 1 for those whose first character is in one of the ascending `spans`."""
     encoded = encode(tokenizer, text, return_offsets_mapping=True)
     mask, span = [], 0
     for start, _ in encoded["offset_mapping"]:
@@ -217,7 +252,7 @@ def tokens_and_mask(
 
 
 def answered_tokens(
-    tokenizer: ChatTokenizer, messages: Sequence[Message], answer: Sequence[int]
+    tokenizer: ChatTokenizer, messages: Sequence[Message], answer: Sequence[int], options: Options = PLAIN
 ) -> tuple[list[int], list[int]]:
     """Ids and loss mask of a conversation whose newest answer the target has just generated.
 
@@ -234,11 +269,17 @@ def answered_tokens(
       messages: up to and including the user message that is answered.
       answer: generated ids, with the stop token if there is one.
     """
-    ids, mask = tokens_and_mask(tokenizer, messages, generation_prompt=True)
-    closing = encode(tokenizer, turn_end(tokenizer, messages))["input_ids"]
-    tail = closing[1:] if answer and closing[:1] == [answer[-1]] else []
-    written = [*answer, *tail]
+    ids, mask = tokens_and_mask(tokenizer, messages, generation_prompt=True, options=options)
+    written = [*answer, *after_stop(tokenizer, messages, answer, options)]
     return [*ids, *written], [*mask, *([1] * len(written))]
+
+
+def after_stop(
+    tokenizer: ChatTokenizer, messages: Sequence[Message], answer: Sequence[int], options: Options = PLAIN
+) -> list[int]:
+    """Ids that the template writes after a generated answer to `messages`; none if the answer does not end its turn."""
+    closing = encode(tokenizer, turn_end(tokenizer, messages, options))["input_ids"]
+    return closing[1:] if answer and closing[:1] == [answer[-1]] else []
 
 
 def answer_text(tokenizer: ChatTokenizer, answer: Sequence[int]) -> str:

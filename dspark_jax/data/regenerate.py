@@ -12,8 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from dspark_jax.config import InputError
-from dspark_jax.data.chat import ChatError, answer_text, prompt_tokens, with_system
+from dspark_jax.data.chat import PLAIN, ChatError, Options, answer_text, prompt_tokens, with_system
+from dspark_jax.data.messages import has_tools
 from dspark_jax.data.prompts import Message, Prompt
+from dspark_jax.data.turns import has_control_tokens, renderable
 from dspark_jax.tokenizer import ChatTokenizer
 
 Decode = Callable[[Sequence[Sequence[int]], Sequence[int], int], Sequence[Sequence[int] | np.ndarray]]
@@ -41,14 +43,18 @@ class Conversation:
     Attributes:
       sample_id: unique; also the random stream of its answers, so they do not depend on which others are decoded.
       prompt: where it comes from.
-      opening: the system message, or nothing.
+      opening: the system or developer message, or nothing.
       questions: user messages, one per turn.
+      options: of the chat template.
+      ends: why it ends before its last message, or ''.
     """
 
     sample_id: int
     prompt: Prompt
     opening: tuple[Message, ...]
     questions: tuple[Message, ...]
+    options: Options = PLAIN
+    ends: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +67,7 @@ class Answered:
       answer: [length] int32 ids of the newest answer, with its stop token.
       cut: the newest answer ran into the length limit.
       shortened: why later turns are missing, or ''.
+      before: the turn before it, where the target thinks.
     """
 
     conversation: Conversation
@@ -68,6 +75,7 @@ class Answered:
     answer: np.ndarray
     cut: bool
     shortened: str = ""
+    before: "Answered | None" = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,14 +139,27 @@ class AnswerLog:
         self._file.close()
 
 
-def conversations(prompts: Sequence[Prompt], repeats: int, system_prompt: str = "") -> list[Conversation]:
-    """`repeats` conversations per prompt, numbered in order. Answers that prompts bring along are left out."""
+def options_of(prompt: Prompt, thinking: str) -> Options:
+    """Options of the chat template for a prompt; `thinking` is `data.thinking`."""
+    return Options(thinking == "on" or (thinking == "given" and prompt.thinks), prompt.tools)
+
+
+def conversations(
+    prompts: Sequence[Prompt], repeats: int, system_prompt: str = "", thinking: str = "off"
+) -> list[Conversation]:
+    """`repeats` conversations per prompt, numbered in order. Answers that prompts bring along are left out.
+
+    A conversation ends before the first result of a tool: the target may have called another one.
+    """
     out = []
     for prompt in prompts:
         asked = [message for message in with_system(prompt.messages, system_prompt) if message["role"] != "assistant"]
-        first = int(asked[0]["role"] == "system")
+        tool = next((i for i, message in enumerate(asked) if message["role"] == "tool"), len(asked))
+        ends = "tools: what comes next is a tool's answer to another call" if tool < len(asked) else ""
+        first = next(i for i, message in enumerate(asked) if message["role"] == "user")
+        options = options_of(prompt, thinking)
         for _ in range(repeats):
-            out.append(Conversation(len(out), prompt, tuple(asked[:first]), tuple(asked[first:])))
+            out.append(Conversation(len(out), prompt, tuple(asked[:first]), tuple(asked[first:tool]), options, ends))
     return out
 
 
@@ -204,26 +225,45 @@ def regenerate(
                 give_up(conversation, Rejected("empty_answer", f"turn {turn + 1}: the target stops at once"), left)
                 continue
             messages = asked[conversation.sample_id]
-            done[conversation.sample_id] = Answered(conversation, messages, answer, cut=not stopped)
+            before = done.get(conversation.sample_id) if conversation.options.thinking else None
+            shortened = "" if left else conversation.ends
+            done[conversation.sample_id] = Answered(conversation, messages, answer, not stopped, shortened, before)
             following += [conversation] if left else []
         active, turn = following, turn + 1
     return [done[conversation.sample_id] for conversation in todo if conversation.sample_id in done]
+
+
+def next_prompt(
+    tokenizer: ChatTokenizer, conversation: Conversation, history: Sequence[Message], turn: int
+) -> tuple[tuple[Message, ...], list[int]]:
+    """Messages up to the question of `turn`, and their prompt ids; `history` is what comes before it.
+
+    Raises:
+      ChatError: the template cannot render them, or leaves tools out.
+    """
+    messages, options = (*history, conversation.questions[turn]), conversation.options
+    if options.tools or has_tools(messages):
+        messages = tuple(renderable(tokenizer, messages, options))
+    return messages, prompt_tokens(tokenizer, messages, options)
 
 
 def _ask(
     tokenizer: ChatTokenizer, conversation: Conversation, turn: int, before: Answered | None, limits: Limits
 ) -> tuple[tuple[Message, ...], list[int]]:
     """Messages up to the question of `turn`, and their prompt ids; Rejected if it cannot be asked."""
-    messages = conversation.opening
+    messages, options = conversation.opening, conversation.options
     if before is not None:
         if before.cut:
             raise Rejected("prompt_too_long", f"turn {turn + 1}: the answer before it ran into the length limit")
+        if options != PLAIN and has_control_tokens(tokenizer, before.answer.tolist()):
+            raise Rejected(
+                "template", f"turn {turn + 1}: the answer before it has control tokens that text does not keep"
+            )
         messages = (*before.messages, {"role": "assistant", "content": answer_text(tokenizer, before.answer.tolist())})
-    messages = (*messages, conversation.questions[turn])
     try:
-        ids = prompt_tokens(tokenizer, messages)
+        messages, ids = next_prompt(tokenizer, conversation, messages, turn)
     except ChatError as error:
-        raise Rejected("template", str(error)) from None
+        raise Rejected(error.reason, str(error)) from None
     if len(ids) > limits.max_prompt_length:
         raise Rejected(
             "prompt_too_long", f"turn {turn + 1}: {len(ids)} tokens, data.max_prompt_length={limits.max_prompt_length}"

@@ -1,5 +1,6 @@
 """Conversations to samples: what is kept, what is set aside, and the counts of both."""
 
+import functools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -10,7 +11,9 @@ import numpy as np
 
 from dspark_jax.config import DataConfig
 from dspark_jax.data.chat import (
+    PLAIN,
     ChatError,
+    Options,
     answer_text,
     answered_tokens,
     encode,
@@ -20,14 +23,18 @@ from dspark_jax.data.chat import (
     tokens_and_mask,
     with_system,
 )
+from dspark_jax.data.messages import Message, has_tools
 from dspark_jax.data.prompts import Malformed, Prompt
-from dspark_jax.data.regenerate import Answered, Rejected
+from dspark_jax.data.regenerate import Answered, Rejected, options_of
 from dspark_jax.data.sources import Sample
+from dspark_jax.data.turns import renderable, samples_of_answers, samples_of_turns
 from dspark_jax.tokenizer import ChatTokenizer
 
 REASONS = {
     "malformed": "malformed line",
-    "tools": "with tools",
+    "tools": "with tools that the chat template does not show",
+    "parts": "with parts that are not text",
+    "tokenised": "tokenised already",
     "reasoning": "with reasoning",
     "template": "refused by the chat template",
     "prompt_too_long": "prompt too long",
@@ -106,74 +113,133 @@ def describe_unused(unused: Mapping[str, int]) -> str:
     return f"fields of prompts that are not used: {names}"
 
 
+Tokens = tuple[list[int], list[int]]
+"""Ids and loss mask."""
+
+
 def answered_samples(
     tokenizer: ChatTokenizer, answered: Iterable[Answered], config: DataConfig, tally: Tally
 ) -> Iterator[Sample]:
     """Samples of conversations that the target has answered, with the very ids that it generated."""
+    further = 0
     for item in answered:
         tally.counts.update(cut_answers=int(item.cut), shortened=int(bool(item.shortened)))
+        tokens = functools.partial(_answered_tokens, tokenizer, item, config, tally)
+        made = _samples(item.conversation.sample_id + further, item.conversation.prompt, tokens, config, tally)
+        further += max(len(made) - 1, 0)
+        yield from made
 
-        def tokens(item: Answered = item) -> tuple[list[int], list[int]]:
-            ids, mask = answered_tokens(tokenizer, item.messages, item.answer.tolist())
-            if not item.cut:
-                full = [*item.messages, {"role": "assistant", "content": answer_text(tokenizer, item.answer.tolist())}]
-                again = encode(tokenizer, render(tokenizer, full))["input_ids"]
-                tally.counts["split_differently"] += int(again != ids)
-            return ids, mask
 
-        yield from _sample(item.conversation.sample_id, item.conversation.prompt, tokens, config, tally)
+def _answered_tokens(tokenizer: ChatTokenizer, item: Answered, config: DataConfig, tally: Tally) -> list[Tokens]:
+    options, answer = item.conversation.options, item.answer.tolist()
+    if options.thinking:
+        turns, one = [], item
+        while one is not None:
+            turns.append((one.messages, one.answer.tolist()))
+            one = one.before
+        found = samples_of_answers(tokenizer, turns[::-1], options, config.supervised)
+    else:
+        found = [answered_tokens(tokenizer, item.messages, answer, options)]
+    if not item.cut:
+        full = [*item.messages, {"role": "assistant", "content": answer_text(tokenizer, answer)}]
+        again = encode(tokenizer, render(tokenizer, full, options=options))["input_ids"]
+        tally.counts["split_differently"] += int(again != found[-1][0])
+    return found
 
 
 def given_samples(
     tokenizer: ChatTokenizer, prompts: Sequence[Prompt], config: DataConfig, tally: Tally
 ) -> Iterator[Sample]:
-    """Samples of conversations with the answers that their files bring along."""
-    for sample_id, prompt in enumerate(prompts):
+    """Samples of conversations with the answers that their files bring along.
 
-        def tokens(prompt: Prompt = prompt) -> tuple[list[int], list[int]]:
-            messages = with_system(prompt.messages, config.system_prompt)
-            if messages[-1]["role"] != "assistant":
-                raise Rejected("unanswered", "the last message is not the assistant's, and data.regenerate is off")
-            if prompt.reasoning:
-                raise Rejected(
-                    "reasoning",
-                    f"it has `{prompt.reasoning}`, and answers are trained without thinking; take it out if they are "
-                    "answers without it (with data.regenerate=True the target answers itself, without thinking)",
-                )
-            if not messages[-1]["content"].strip():
-                raise Rejected("empty_answer", "the last answer is empty")
-            length = len(prompt_tokens(tokenizer, messages[:-1]))
-            if length > config.max_prompt_length:
-                raise Rejected("prompt_too_long", f"{length} tokens, data.max_prompt_length={config.max_prompt_length}")
-            ids, mask = tokens_and_mask(tokenizer, messages)
-            tally.counts["thoughts_cut"] += int(thoughts_cut(tokenizer, messages))
-            tally.counts["cut_answers"] += int(len(ids) > config.max_length)
-            return ids, mask
-
-        yield from _sample(sample_id, prompt, tokens, config, tally)
+    A conversation has one sample, or one per turn where the template does not keep earlier turns as they were written
+    (see `turns`); ids count on from those.
+    """
+    further = 0
+    for number, prompt in enumerate(prompts):
+        tokens = functools.partial(_given_tokens, tokenizer, prompt, config, tally)
+        made = _samples(number + further, prompt, tokens, config, tally)
+        further += max(len(made) - 1, 0)
+        yield from made
 
 
-def _sample(
-    sample_id: int,
-    prompt: Prompt,
-    tokens: Callable[[], tuple[list[int], list[int]]],
-    config: DataConfig,
-    tally: Tally,
-) -> Iterator[Sample]:
-    """The sample, or none: then the conversation has been set aside."""
-    try:
-        ids, mask = tokens()
-        mask = mask[: config.max_length]
-        if sum(mask) < config.min_loss_tokens:
+def _given_tokens(tokenizer: ChatTokenizer, prompt: Prompt, config: DataConfig, tally: Tally) -> list[Tokens]:
+    if prompt.tokens is not None:
+        ids, mask = map(list, prompt.tokens)
+        if max(ids) >= len(tokenizer):
             raise Rejected(
-                "too_few_loss_tokens", f"{sum(mask)} supervised tokens, data.min_loss_tokens={config.min_loss_tokens}"
+                "malformed", f"token id {max(ids)}, and the tokenizer has {len(tokenizer)}; use the target's"
             )
+        found = [(ids, mask)]
+    else:
+        options = options_of(prompt, config.thinking)
+        given = with_system(prompt.messages, config.system_prompt)
+        messages = _trainable(tokenizer, given, prompt, options, config)
+        tally.counts["shortened"] += int(len(messages) < len(given))
+        if options != PLAIN or has_tools(messages):
+            found = samples_of_turns(tokenizer, messages, options, config.supervised)
+        else:
+            found = [tokens_and_mask(tokenizer, messages)]
+            tally.counts["thoughts_cut"] += int(thoughts_cut(tokenizer, messages))
+    tally.counts["cut_answers"] += sum(len(ids) > config.max_length for ids, _ in found)
+    return found
+
+
+def _trainable(
+    tokenizer: ChatTokenizer, messages: Sequence[Message], prompt: Prompt, options: Options, config: DataConfig
+) -> Sequence[Message]:
+    """A conversation up to its last answer that can be trained; Rejected says why there is none, of the last one."""
+    if prompt.reasoning and any(message["role"] == "assistant" for message in messages):
+        raise Rejected(
+            "reasoning",
+            f"it has `{prompt.reasoning}`, and answers are trained without thinking; set data.thinking=given to train "
+            "it, or take it out (with data.regenerate=True the target answers itself, without thinking)",
+        )
+    first: Rejected | None = None
+    for end in range(len(messages), 0, -1):
+        if end < len(messages) and messages[end - 1]["role"] != "assistant":
+            continue
+        try:
+            _check_last(tokenizer, messages[:end], options, config)
+        except Rejected as error:
+            first = first or error
+        else:
+            return messages[:end]
+    assert first is not None
+    raise first
+
+
+def _check_last(tokenizer: ChatTokenizer, messages: Sequence[Message], options: Options, config: DataConfig) -> None:
+    """Rejects what does not end in an answer to a prompt that is not too long."""
+    *asked, last = messages
+    if last["role"] != "assistant":
+        raise Rejected("unanswered", "the last message is not the assistant's, and data.regenerate is off")
+    if not (last["content"] or "").strip() and not last.get("tool_calls"):
+        raise Rejected("empty_answer", "the last answer is empty")
+    if options != PLAIN or has_tools(asked):
+        asked = renderable(tokenizer, asked, options)
+    length = len(prompt_tokens(tokenizer, asked, options))
+    if length > config.max_prompt_length:
+        raise Rejected("prompt_too_long", f"{length} tokens, data.max_prompt_length={config.max_prompt_length}")
+
+
+def _samples(
+    sample_id: int, prompt: Prompt, tokens: Callable[[], list[Tokens]], config: DataConfig, tally: Tally
+) -> list[Sample]:
+    """The samples of a conversation, or none: then it has been set aside."""
+    made: list[Sample] = []
+    try:
+        for ids, mask in tokens():
+            mask = mask[: config.max_length]
+            if sum(mask) < config.min_loss_tokens:
+                few = f"{sum(mask)} supervised tokens, data.min_loss_tokens={config.min_loss_tokens}"
+                tally.reject(sample_id, prompt, Rejected("too_few_loss_tokens", few))
+                continue
+            arrays = np.asarray(ids[: config.max_length], np.int32), np.asarray(mask, np.uint8)
+            made.append(Sample(*arrays, prompt_set=prompt.prompt_set, sample_id=sample_id + len(made)))
+            tally.add(made[-1])
     except ChatError as error:
         tally.reject(sample_id, prompt, Rejected(error.reason, str(error)))
     except Rejected as error:
         tally.reject(sample_id, prompt, error)
-    else:
-        arrays = np.asarray(ids[: config.max_length], np.int32), np.asarray(mask, np.uint8)
-        sample = Sample(*arrays, prompt_set=prompt.prompt_set, sample_id=sample_id)
-        tally.add(sample)
-        yield sample
+    return made

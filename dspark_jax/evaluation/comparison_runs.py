@@ -137,7 +137,7 @@ def _rounds_depend_on(config: Config) -> list[Any]:
     """Settings that change the rounds of a trained drafter; the content of the prompts is compared separately."""
     asked, data = config.eval, config.data
     prompts = [Path(file).stem for file in asked.prompts]
-    prompted = [data.system_prompt, data.max_prompt_length]
+    prompted = [data.system_prompt, data.max_prompt_length, *([data.thinking] if data.thinking != "off" else [])]
     return [prompts, *prompted, asked.limit, asked.batch_size, asked.max_new_tokens, asked.temperatures[0], asked.seed]
 
 

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dspark_jax.data.chat import ChatError, answer_text, prompt_tokens, with_system
+from dspark_jax.data.chat import ChatError, Options, answer_text, prompt_tokens, with_system
 from dspark_jax.data.prompts import Message
-from dspark_jax.data.regenerate import Conversation, Rejected
+from dspark_jax.data.regenerate import Conversation, Rejected, next_prompt
 from dspark_jax.engine.generate import generate, ladder
 from dspark_jax.engine.models import Models
 from dspark_jax.engine.result import DecodeResult
@@ -39,6 +39,7 @@ class Decoder:
       seed: of the request keys.
       step: of the checkpoint that the drafter is from; None where it was loaded already.
       system_prompt: that conversations begin with; "" is none.
+      thinking: the target is asked to think before it answers.
     """
 
     models: Models
@@ -49,10 +50,12 @@ class Decoder:
     seed: int
     step: int | None = None
     system_prompt: str = ""
+    thinking: bool = False
 
     def prompt(self, text: str) -> list[int]:
         """A user's message in the target's chat template, as token ids."""
-        return prompt_tokens(self.tokenizer, with_system([{"role": "user", "content": text}], self.system_prompt))
+        messages = with_system([{"role": "user", "content": text}], self.system_prompt)
+        return prompt_tokens(self.tokenizer, messages, Options(self.thinking))
 
     def decode(
         self,
@@ -138,11 +141,11 @@ def first_requests(
     kept, items = [], []
     for conversation in conversations:
         try:
-            ids = prompt_tokens(decoder.tokenizer, (*conversation.opening, conversation.questions[0]))
+            _, ids = next_prompt(decoder.tokenizer, conversation, conversation.opening, 0)
             if len(ids) > limit:
                 raise Rejected("prompt_too_long", f"{len(ids)} tokens, at most {limit} (data.max_prompt_length)")
         except ChatError as error:
-            on_rejected(conversation, Rejected("template", str(error)))
+            on_rejected(conversation, Rejected(error.reason, str(error)))
         except Rejected as error:
             on_rejected(conversation, error)
         else:
@@ -180,7 +183,7 @@ def answer(
                 continue
             reply: Message = {"role": "assistant", "content": answer_text(decoder.tokenizer, ids.tolist())}
             histories[item.owner] = (*histories[item.owner], questions[item.turn], reply)
-            prompt = prompt_tokens(decoder.tokenizer, (*histories[item.owner], questions[item.turn + 1]))
+            _, prompt = next_prompt(decoder.tokenizer, conversations[item.owner], histories[item.owner], item.turn + 1)
             if len(prompt) <= position_limit(decoder):
                 following.append(dataclasses.replace(item, prompt=prompt, turn=item.turn + 1))
         longest = max((len(item.prompt) for item in following), default=1)

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from dspark_jax.config import Config, InputError
 from dspark_jax.data.chat import load_tokenizer, stop_tokens
-from dspark_jax.data.prompts import read_prompts
+from dspark_jax.data.prompts import prompt_files, read_prompts, set_name
 from dspark_jax.data.regenerate import Conversation, Rejected, conversations
 from dspark_jax.data.samples import Tally, describe, describe_unused
 from dspark_jax.drafter.interface import DrafterModule
@@ -60,6 +60,7 @@ def open_decoder(
         seed=config.eval.seed,
         step=step,
         system_prompt=config.data.system_prompt,
+        thinking=config.data.thinking == "on",
     )
 
 
@@ -114,11 +115,11 @@ def ask(
     def reject(conversation: Conversation, error: Rejected) -> None:
         tally.reject(conversation.sample_id, conversation.prompt, error)
 
-    todo = conversations(prompts, 1, config.data.system_prompt)
+    todo = conversations(prompts, 1, config.data.system_prompt, config.data.thinking)
     asked, first = first_requests(decoder, todo, config.data.max_prompt_length, reject)
     left = {one.prompt.file for one in asked}
-    for file in files:
-        if str(file) not in left:
+    for file in prompt_files(files):
+        if file not in left:
             raise InputError(
                 f"{file}: none of its prompts can be asked ({describe(tally.rejected)}); "
                 f"raise data.max_prompt_length={config.data.max_prompt_length} or change the prompts"
@@ -149,8 +150,8 @@ def check_prompt_files(files: Sequence[str], field: str) -> None:
       InputError: no file, or two of the same name: results are reported by it.
     """
     if not files:
-        raise InputError(f"{field} is empty; name at least one JSONL file of prompts")
-    names = [Path(file).stem for file in files]
+        raise InputError(f"{field} is empty; name at least one file of prompts")
+    names = [set_name(file) for file in prompt_files(files)]
     for name in names:
         if names.count(name) > 1:
             raise InputError(f"{field} has two files named {name}; results are reported by name, rename one")

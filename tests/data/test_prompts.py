@@ -56,12 +56,25 @@ BAD = {
     b'{"turns": "a"}': "must be a list",
     b'{"messages": {}}': "must be a list that is not empty; put messages into it",
     b'{"turns": ["a", 3]}': "JSON int, not a string; only text",
-    b'{"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}': "JSON list, not a string; only",
+    b'{"messages": [{"role": "user", "content": [{"type": "text", "text": 1}]}]}': "JSON int, not a string; only text",
     b'{"prompt": "  "}': "empty; remove the line or write a question",
     b'{"prompt": null}': "JSON NoneType",
     b'{"prompt": "\\ud800"}': "surrogate pair; remove that escape",
     b'{"messages": ["a"]}': "object with `role` and `content`; add what is missing",
-    b'{"messages": [{"role": "developer", "content": "a"}]}': "role 'developer' is unknown; use one of human, user",
+    b'{"messages": [{"role": "critic", "content": "a"}]}': "role 'critic' is unknown; use one of human, user",
+    b'{"messages": [{"role": "developer", "content": "a"}]}': "no user message; add the question",
+    b'{"turns": ["a"], "tools": "f(x)"}': "`tools` is not valid JSON; correct it",
+    b'{"turns": ["a"], "tools": [{"type": "function"}]}': '`tools` must be a list of {"type": "function", "function"',
+    b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [{"id": "c"}]}]}': (
+        '`tool_calls` must hold {"name": ..., "arguments": ...}'
+    ),
+    b'{"messages": [{"role": "user", "content": "a", "tool_calls": [{"name": "f"}]}]}': "only assistants call tools",
+    b'{"messages": [{"role": "user", "content": "a"}, {"role": "tool", "content": "1"}]}': "not follow an assistant's",
+    b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": null}]}': "is a JSON NoneType",
+    b'{"input_ids": [1, 2]}': "needs a `loss_mask` with 0 or 1 for each",
+    b'{"input_ids": [1, -2], "loss_mask": [0, 1]}': "must hold token ids",
+    b'{"instruction": "a", "input_ids": [1]}': "both `instruction` and `input_ids`; keep the one",
+    b'{"instruction": "a", "history": ["b"]}': "`history` must be a list of",
     b'{"messages": [{"role": "assistant", "content": "a"}]}': "does not follow a user message; remove it",
     b'{"messages": [{"role": "system", "content": "a"}]}': "no user message; add the question",
     b'{"messages": [{"role": "user", "content": "a"}, {"role": "system", "content": "a"}]}': "not the first; move it",
@@ -87,28 +100,26 @@ def test_a_malformed_line_is_an_error_where_nobody_takes_it(tmp_path: Path) -> N
         read_prompts([path])
 
 
-TOOLS = {
-    "`tools`": {"tools": [{"type": "function"}], "prompt": "a"},
-    "`functions`": {"functions": "[]", "conversations": [{"from": "human", "value": "a"}]},
-    "`tool_calls`": {
-        "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [{"id": "c"}]}]
-    },
-    "`function_call`": {"messages": [{"role": "assistant", "content": None, "function_call": {"name": "f"}}]},
-    "role 'tool'": {
-        "messages": [{"role": "user", "content": "a"}, {"role": "tool", "content": "12", "tool_call_id": "c"}]
-    },
-    "role 'observation'": {"conversations": [{"from": "human", "value": "a"}, {"from": "observation", "value": "b"}]},
-}
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
 
 
-@pytest.mark.parametrize("where", TOOLS)
-def test_conversations_with_tools_are_set_aside_as_such(tmp_path: Path, where: str) -> None:
-    """Without the calls, an answer that is one would be trained as an empty answer."""
-    path = write(tmp_path / "p.jsonl", TOOLS[where], {"prompt": "b", "tools": [], "functions": None})
-    aside: list[Malformed] = []
-    (prompt,) = read_prompts([path], on_malformed=aside.append)
-    assert roles(prompt) == [("user", "b")] and not prompt.unused
-    assert aside[0].kind == "tools" and where in aside[0].reason and "not supported yet" in aside[0].reason
+@pytest.mark.parametrize(
+    ("message", "call"),
+    [
+        ({"content": None, "tool_calls": [CALL]}, CALL),
+        ({"content": "", "tool_calls": [{"id": "c", **CALL}]}, {"id": "c", **CALL}),
+        ({"tool_calls": json.dumps([CALL["function"]])}, CALL),
+        ({"tool_calls": [{"function": {"name": "add", "arguments": '{"a": 1}'}}]}, CALL),
+        ({"tool_calls": [{"name": "add", "arguments": "1 + 1"}]}, "1 + 1"),
+        ({"content": "so", "function_call": {"name": "add", "arguments": '{"a": 1}'}}, CALL),
+    ],
+)
+def test_calls_of_tools_are_read_into_one_form(tmp_path: Path, message: dict[str, object], call: object) -> None:
+    talk = [{"role": "user", "content": "q"}, {"role": "assistant", **message}]
+    (prompt,) = read_prompts([write(tmp_path / "p.jsonl", {"messages": talk})])
+    (found,) = prompt.messages[1]["tool_calls"]
+    assert (found["function"]["arguments"] if isinstance(call, str) else found) == call and not prompt.unused
+    assert prompt.messages[1]["content"] == message.get("content")
 
 
 def test_fields_that_are_not_used_are_named(tmp_path: Path) -> None:
@@ -154,7 +165,7 @@ def test_limit_counts_prompts_of_each_file_and_not_lines(tmp_path: Path) -> None
         (None, "cannot be read"),
         (b"", r'holds no prompt; the file is empty; write \{"prompt": "..."\} on its lines'),
         (b"\n{\n", "holds no prompt; line 2: not valid JSON .*; write one whole JSON object on each line"),
-        (b'{"messages": [{"role": "tool", "content": "a"}]}', "holds no prompt; line 1: a message of role 'tool'; "),
+        (b'{"messages": [{"role": "tool", "content": "a"}]}', "holds no prompt; line 1: a tool's message that does "),
     ],
 )
 def test_a_file_without_prompts_is_refused(tmp_path: Path, content: bytes | None, message: str) -> None:

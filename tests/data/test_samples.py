@@ -103,7 +103,7 @@ def test_reasoning_is_set_aside_and_what_is_not_used_is_counted(tokenizer: Any, 
     assert [sample.sample_id for sample in kept] == [1]
     assert report["rejected"] == {"tools": 1, "reasoning": 1}
     assert report["unused"] == {"id": 2, "messages[].reasoning_content": 1, "prompt beside turns": 1}
-    assert describe(report["rejected"]) == "1 with tools, 1 with reasoning"
+    assert describe(report["rejected"]) == "1 with tools that the chat template does not show, 1 with reasoning"
     detail = json.loads(path.read_text().splitlines()[1])["detail"]
     assert "it has `messages[].reasoning_content`" in detail and "answers itself, without thinking" in detail
 

@@ -1,0 +1,333 @@
+"""Rows of prompt files: what `data.prompts` may name, unpacked and taken apart, whatever it is stored as.
+
+An entry is a file, a directory, a pattern such as `sets/*.jsonl`, or a data set of the hub:
+
+    hub:OWNER/NAME?split=train&name=SUBSET&column=question
+
+How a file is packed and stored is found by its first bytes, never by its name. `PACKINGS` and `STORES` have one entry
+per format.
+"""
+
+import codecs
+import dataclasses
+import glob
+import gzip
+import hashlib
+import importlib
+import io
+import json
+import os
+import re
+import urllib.parse
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from dspark_jax.errors import InputError
+
+HUB = "hub:"
+"""Begins an entry that names a data set of the hub."""
+
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
+PACKED_SUFFIXES = (".gz", ".zst")
+"""Files of a directory that are read; a file that is named itself may have any name."""
+
+_SHARD = re.compile(r"-\d{5}-of-\d{5}$")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A line of a file, or an entry of a list or a table.
+
+    Attributes:
+      number: 1-based line or entry.
+      record: what it holds, None if it cannot be read.
+      text: as it is in the file; of tables as JSON.
+      error: why it cannot be read and what to do, or ''.
+    """
+
+    number: int
+    record: dict[str, Any] | None
+    text: str
+    error: str = ""
+
+
+def prompt_files(entries: Iterable[str | os.PathLike[str]]) -> list[str]:
+    """Files and hub data sets that entries of `data.prompts` stand for, those of an entry in order of their names.
+
+    Raises:
+      InputError: a directory or pattern without any file.
+    """
+    found: list[str] = []
+    for entry in map(str, entries):
+        if entry.startswith(HUB):
+            found.append(entry)
+        elif Path(entry).is_dir():
+            files = sorted(path for path in Path(entry).rglob("*") if _is_prompt_file(path.relative_to(entry)))
+            if not files:
+                kinds = ", ".join(f"*{suffix}" for suffix in SUFFIXES)
+                raise InputError(f"{entry}: a directory without prompt files ({kinds}, also .gz and .zst); add one")
+            found += map(str, files)
+        elif glob.has_magic(entry) and not Path(entry).exists():
+            files = sorted(path for path in glob.glob(entry, recursive=True) if Path(path).is_file())
+            if not files:
+                raise InputError(f"{entry}: no file matches this pattern; correct it")
+            found += files
+        else:
+            found.append(entry)
+    return found
+
+
+def _is_prompt_file(path: Path) -> bool:
+    """Whether a directory's file is read: hidden ones, and those of other kinds (a README, say), are not."""
+    name = Path(path.stem) if path.suffix in PACKED_SUFFIXES else path
+    return name.suffix in SUFFIXES and not any(part.startswith(".") for part in path.parts)
+
+
+def set_name(file: str) -> str:
+    """Name of the prompt set of a file: without folder, suffixes and number of a shard; of the hub, the data set's."""
+    if file.startswith(HUB):
+        return HubSet.parse(file).path.rpartition("/")[2]
+    path = Path(file)
+    stem = Path(path.stem).stem if path.suffix in PACKED_SUFFIXES else path.stem
+    return _SHARD.sub("", stem)
+
+
+def content_hashes(files: Iterable[str], field: str) -> list[list[str]]:
+    """Prompt set and hash of the content of every file that `files` stand for, in their order.
+
+    Raises:
+      InputError: a file that the config's `field` names cannot be read.
+    """
+    found = []
+    for file in prompt_files(files):
+        if file.startswith(HUB):
+            digest = HubSet.parse(file).digest()
+        else:
+            try:
+                digest = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+            except OSError as error:
+                raise InputError(f"{file}: cannot be read ({error.strerror}); correct {field}") from None
+        found.append([set_name(file), digest[:32]])
+    return found
+
+
+def rows(file: str) -> Iterator[Row]:
+    """Rows of a file or hub data set of `prompt_files`.
+
+    Raises:
+      InputError: it cannot be read, is damaged, is stored in a way that is not known, or a package that reads it is
+        not installed.
+    """
+    if file.startswith(HUB):
+        yield from HubSet.parse(file).rows()
+        return
+    try:
+        content = Path(file).read_bytes()
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror}); give a JSONL file of prompts") from None
+    for magic, unpack in PACKINGS.items():
+        if content.startswith(magic):
+            content = unpack(file, content)
+    yield from next(read for fits, read in STORES.values() if fits(content))(file, content)
+
+
+def _package(name: str, file: str, purpose: str) -> ModuleType:
+    """An optional package, or one line that says how it is installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        package = name.partition(".")[0]
+        raise InputError(f"{file}: {purpose} needs the package {package}; pip install {package}") from None
+
+
+def _gunzip(file: str, content: bytes) -> bytes:
+    try:
+        return gzip.decompress(content)
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{file}: damaged gzip data ({error}); get it again") from None
+
+
+def _unzstd(file: str, content: bytes) -> bytes:
+    zstandard = _package("zstandard", file, "a zstd file")
+    try:
+        reader = zstandard.ZstdDecompressor().stream_reader(io.BytesIO(content), read_across_frames=True)
+        return reader.read()
+    except zstandard.ZstdError as error:
+        raise InputError(f"{file}: damaged zstd data ({error}); get it again") from None
+
+
+PACKINGS: dict[bytes, Callable[[str, bytes], bytes]] = {b"\x1f\x8b": _gunzip, b"\x28\xb5\x2f\xfd": _unzstd}
+"""First bytes of packed data, and what unpacks it."""
+
+
+def _lines(file: str, content: bytes) -> Iterator[Row]:
+    """One JSON object per line; a byte order mark before a line and blank lines are skipped."""
+    _refuse_one_object(file, content)
+    for number, line in enumerate(content.splitlines(), start=1):
+        line = line.removeprefix(codecs.BOM_UTF8)  # also of a file that was appended to another one
+        if line.strip():
+            text = line.decode("utf-8", "replace")
+            try:
+                yield Row(number, _decode(line), text)
+            except ValueError as error:
+                yield Row(number, None, text, str(error))
+
+
+def _is_json(content: bytes) -> bool:
+    try:
+        json.loads(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _refuse_one_object(file: str, content: bytes) -> None:
+    """Refuses a JSON object that is spread over lines: it may be one row, or hold many under a name of its own."""
+    first, _, rest = content.removeprefix(codecs.BOM_UTF8).strip().partition(b"\n")
+    if rest and first.startswith(b"{") and not _is_json(first) and _is_json(content):
+        names = ", ".join(map(repr, list(json.loads(content.decode("utf-8-sig")))[:8]))
+        raise InputError(
+            f"{file}: one JSON object over several lines ({names}); write its rows one on each line, or as a JSON list"
+        )
+
+
+def _is_list(content: bytes) -> bool:
+    """Whether content is a JSON list, and not lines of which the first one is a list."""
+    first, _, rest = content.removeprefix(codecs.BOM_UTF8).strip().partition(b"\n")
+    return first.startswith(b"[") and not (rest and _is_json(first))
+
+
+def _array(file: str, content: bytes) -> Iterator[Row]:
+    """A JSON list of objects."""
+    try:
+        entries = json.loads(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            f"{file}: begins as a JSON list, but is none ({str(error).split(':')[0]}); "
+            'correct it, or write one JSON object on each line, e.g. {"prompt": "..."}'
+        ) from None
+    yield from _table(entries)
+
+
+def _table(entries: Iterable[Any]) -> Iterator[Row]:
+    """Rows of entries that have been read already."""
+    for number, entry in enumerate(entries, start=1):
+        text = json.dumps(entry, ensure_ascii=False, default=str)
+        try:
+            yield Row(number, _object(entry), text)
+        except ValueError as error:
+            yield Row(number, None, text, str(error))
+
+
+def _parquet(file: str, content: bytes) -> Iterator[Row]:
+    parquet = _package("pyarrow.parquet", file, "a parquet file")
+    failures = _package("pyarrow", file, "a parquet file").ArrowException
+    try:
+        batches = parquet.ParquetFile(io.BytesIO(content)).iter_batches()
+        yield from _table(row for batch in batches for row in batch.to_pylist())
+    except (failures, OSError) as error:
+        raise InputError(f"{file}: damaged parquet data ({str(error).splitlines()[0]}); get it again") from None
+
+
+STORES: dict[str, tuple[Callable[[bytes], bool], Callable[[str, bytes], Iterator[Row]]]] = {
+    "parquet": (lambda content: content.startswith(b"PAR1"), _parquet),
+    "JSON list": (_is_list, _array),
+    "JSON lines": (lambda content: True, _lines),
+}
+"""Whether content is stored so, and what reads it; the first one that fits is taken."""
+
+
+EXAMPLE = '{"prompt": "..."}'
+_WHOLE = "write one whole JSON object on each line"
+
+
+def _decode(line: bytes) -> dict[str, Any]:
+    """The JSON object of a line; a ValueError says what is wrong with it and what to do."""
+    try:
+        return _object(json.loads(line.decode("utf-8")))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 at byte {error.start}; save the file as UTF-8 text") from None
+    except json.JSONDecodeError as error:
+        text = "" if line.lstrip()[:1] in b"{[" else f", a line of text belongs in {EXAMPLE}"
+        raise ValueError(f"not valid JSON at column {error.colno} ({error.msg}); {_WHOLE}{text}") from None
+    except RecursionError:
+        raise ValueError(f"not valid JSON (nested too deeply); {_WHOLE}") from None
+
+
+def _object(entry: Any) -> dict[str, Any]:
+    if not isinstance(entry, dict):
+        kind = type(entry).__name__
+        raise ValueError(f"a JSON {kind} where an object is needed; {_WHOLE}, e.g. {EXAMPLE}, not in a list")
+    return entry
+
+
+@dataclasses.dataclass(frozen=True)
+class HubSet:
+    """A data set that the package `datasets` loads.
+
+    Attributes:
+      entry: as it is in the config.
+      path: OWNER/NAME, or a local directory that `datasets` understands.
+      split: of the data set.
+      name: of its subset, or ''.
+      column: that holds the question or the conversation, where its name is none that `layouts` knows; or ''.
+    """
+
+    entry: str
+    path: str
+    split: str = "train"
+    name: str = ""
+    column: str = ""
+
+    @classmethod
+    def parse(cls, entry: str) -> "HubSet":
+        """Reads an entry of `data.prompts`.
+
+        Raises:
+          InputError: it names no data set, or an option that is not known.
+        """
+        path, _, query = entry.removeprefix(HUB).partition("?")
+        options = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
+        unknown = sorted(set(options) - {"split", "name", "column"})
+        if not path or unknown:
+            what = f"unknown {', '.join(unknown)}" if unknown else "names no data set"
+            raise InputError(f"{entry}: {what}; write hub:OWNER/NAME?split=train&name=SUBSET&column=FIELD")
+        return cls(entry, path, **options)
+
+    def load(self) -> Any:
+        """The data set, downloaded into the cache of `datasets` if it is not there."""
+        datasets = _package("datasets", self.entry, "a data set of the hub")
+        try:
+            return datasets.load_dataset(self.path, self.name or None, split=self.split)
+        except (ValueError, OSError, LookupError, datasets.exceptions.DatasetsError) as error:
+            if getattr(error, "errno", None) is not None:  # a full disk, say
+                raise
+            why = " ".join(str(error).split())[:200]
+            raise InputError(f"{self.entry}: cannot be loaded ({why}); correct it, or give a local file") from None
+
+    def digest(self) -> str:
+        """Hash of its content, which is in Arrow files of the cache."""
+        digest = hashlib.sha256(f"{self.split} {self.name} {self.column}".encode())
+        for file in self.load().cache_files:
+            digest.update(Path(file["filename"]).read_bytes())
+        return digest.hexdigest()
+
+    def rows(self) -> Iterator[Row]:
+        """Its rows; the column takes the place of the field whose form it has."""
+        data = self.load()
+        if self.column and self.column not in data.column_names:
+            names = ", ".join(data.column_names)
+            raise InputError(f"{self.entry}: it has no column {self.column!r}, but {names}; correct it")
+        yield from _table(map(self._renamed, data))
+
+    def _renamed(self, row: dict[str, Any]) -> dict[str, Any]:
+        if not self.column:
+            return row
+        value = row[self.column]
+        field = "prompt"
+        if isinstance(value, list):
+            field = "turns" if all(isinstance(one, str) for one in value) else "messages"
+        return {field: value, **{name: other for name, other in row.items() if name not in (self.column, field)}}

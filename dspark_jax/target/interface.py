@@ -14,6 +14,11 @@ class EmbeddingAndHead(Protocol):
     dtype: Any
 
     @property
+    def softcap(self) -> float:
+        """Bound of the logits; 0 where there is none."""
+        ...
+
+    @property
     def head(self) -> jax.Array:
         """LM head [V, D]."""
         ...

@@ -228,7 +228,14 @@ def test_every_sample_begins_with_the_prompt_that_the_target_saw(
         ({"supervised": "thinking"}, "with data.thinking='off' leaves nothing to train; set data.thinking='on'"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(tiny_target: Path, fields: dict[str, str], message: str) -> None:
+def test_settings_that_make_no_sense_are_refused(tiny_target: Path, fields: dict[str, Any], message: str) -> None:
     target = TargetConfig(path=str(tiny_target), architecture=TargetArchitecture.from_hf(tiny_target))
     found = list(problems(Config(target=target, data=DataConfig(**fields))))
     assert any(message in one for one in found), found
+
+
+def test_data_sets_of_the_hub_are_no_paths(tiny_target: Path) -> None:
+    target = TargetConfig(path=str(tiny_target), architecture=TargetArchitecture.from_hf(tiny_target))
+    for entry, refused in (("hub:a/b?split=test", False), ("gs://bucket/a.jsonl", True)):
+        found = [one for one in problems(Config(target=target, data=DataConfig(prompts=(entry,)))) if "prompts" in one]
+        assert bool(found) == refused

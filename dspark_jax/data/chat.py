@@ -198,8 +198,8 @@ def answer_spans(
             if THINK_END in message["content"]:
                 raise ReasoningError(
                     f"message {i + 1}: has a think block, and the chat template, which is asked for answers without "
-                    "thinking, shows it separately; take the block out (with data.regenerate=True the target answers "
-                    "itself, without thinking)"
+                    "thinking, shows it separately; set data.thinking=given, or take the block out (with "
+                    "data.regenerate=True the target answers itself, without thinking)"
                 )
             raise ChatError(
                 f"message {i + 1}: the chat template does not show this assistant turn as it is in the conversation; "

@@ -270,7 +270,7 @@ class HubSet:
 
     Attributes:
       entry: as it is in the config.
-      path: OWNER/NAME, or a local directory that `datasets` understands.
+      path: OWNER/NAME.
       split: of the data set.
       name: of its subset, or ''.
       column: that holds the question or the conversation, where its name is none that `layouts` knows; or ''.
@@ -302,7 +302,7 @@ class HubSet:
         datasets = _package("datasets", self.entry, "a data set of the hub")
         try:
             return datasets.load_dataset(self.path, self.name or None, split=self.split)
-        except (ValueError, OSError, LookupError, datasets.exceptions.DatasetsError) as error:
+        except (ValueError, OSError, LookupError, RuntimeError, datasets.exceptions.DatasetsError) as error:
             if getattr(error, "errno", None) is not None:  # a full disk, say
                 raise
             why = " ".join(str(error).split())[:200]

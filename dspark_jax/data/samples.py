@@ -189,7 +189,7 @@ def _trainable(
     tokenizer: ChatTokenizer, messages: Sequence[Message], prompt: Prompt, options: Options, config: DataConfig
 ) -> Sequence[Message]:
     """A conversation up to its last answer that can be trained; Rejected says why there is none, of the last one."""
-    if prompt.reasoning and any(message["role"] == "assistant" for message in messages):
+    if config.thinking == "off" and prompt.reasoning and any(message["role"] == "assistant" for message in messages):
         raise Rejected(
             "reasoning",
             f"it has `{prompt.reasoning}`, and answers are trained without thinking; set data.thinking=given to train "

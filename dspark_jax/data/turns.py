@@ -79,16 +79,12 @@ def _turn(tokenizer: ChatTokenizer, messages: Sequence[Message], options: Option
     prompt = render(tokenizer, asked, generation_prompt=True, options=options)
     empty = _before_answer(tokenizer, [*asked, {"role": "assistant", "content": PROBE}], options)
     starts = [len(before) for before in (prompt, empty) if before is not None and text.startswith(before)]
-    if has_thoughts(message):
-        # The prompt's end, even if thoughts begin as an answer without any would.
-        starts = [len(prompt)] if text.startswith(prompt) else []
     if not starts or PROBE in text:
         raise (ReasoningError if has_thoughts(message) else ChatError)(
             f"message {len(messages)}: the chat template does not show this assistant turn as it asks for it; "
             "use data.regenerate=True or another data.thinking"
         )
-    start = max(starts)
-    return text, start
+    return text, max(starts)
 
 
 def _answer_start(tokenizer: ChatTokenizer, messages: Sequence[Message], text: str, options: Options) -> int:

@@ -73,9 +73,11 @@ def supervised(tokenizer: Any, sample: Any) -> str:
 def test_a_target_that_thinks_is_trained_on_every_turn_as_it_wrote_it(tokenizer: Any, tmp_path: Path) -> None:
     texts = ["<think>\nhm\n</think>\n\none<|im_end|>", "<think>\nso\n</think>\n\ntwo<|im_end|>", "three<|im_end|>"]
     config = DataConfig(min_loss_tokens=1, max_length=500, thinking="on")
-    samples, tally, answered = answers(tokenizer, [prompt(*talk("a", "", "b", "", "c"))], texts, config, tmp_path)
+    asked = [prompt(*talk("a", "", "b", "", "c"))] * 2
+    both, tally, answered = answers(tokenizer, asked, texts, config, tmp_path)
+    samples = both[:3]
     assert [supervised(tokenizer, sample) for sample in samples] == [text + "\n" for text in texts]
-    assert [sample.sample_id for sample in samples] == [0, 1, 2] and not tally.rejected
+    assert [sample.sample_id for sample in both] == [0, 1, 2, 3, 4, 5] and not tally.rejected
     whole = [tokenizer.decode(sample.tokens) for sample in samples]
     assert "hm" not in whole[1] and "<|im_start|>assistant\none<|im_end|>" in whole[1]
     asked = [item.messages for item in (answered[0].before.before, answered[0].before, answered[0])]
@@ -226,7 +228,14 @@ def test_every_sample_begins_with_the_prompt_that_the_target_saw(
         ({"supervised": "thinking"}, "with data.thinking='off' leaves nothing to train; set data.thinking='on'"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(tiny_target: Path, fields: dict[str, str], message: str) -> None:
+def test_settings_that_make_no_sense_are_refused(tiny_target: Path, fields: dict[str, Any], message: str) -> None:
     target = TargetConfig(path=str(tiny_target), architecture=TargetArchitecture.from_hf(tiny_target))
     found = list(problems(Config(target=target, data=DataConfig(**fields))))
     assert any(message in one for one in found), found
+
+
+def test_data_sets_of_the_hub_are_no_paths(tiny_target: Path) -> None:
+    target = TargetConfig(path=str(tiny_target), architecture=TargetArchitecture.from_hf(tiny_target))
+    for entry, refused in (("hub:a/b?split=test", False), ("gs://bucket/a.jsonl", True)):
+        found = [one for one in problems(Config(target=target, data=DataConfig(prompts=(entry,)))) if "prompts" in one]
+        assert bool(found) == refused

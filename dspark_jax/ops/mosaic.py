@@ -45,7 +45,6 @@ def call(
     scratch: Sequence[Any] = (),
     flops: float = 0,
     exponentials: int = 0,
-    bytes_accessed: int | None = None,
 ) -> Any:
     """`pallas_call` with the Mosaic backend; interpreted where the program is not for a TPU.
 
@@ -59,13 +58,11 @@ def call(
       grid: the last axis turns fastest.
       parallel: so many leading axes of the grid are independent of each other; the others are gone through in order.
       scratch: memory that lasts over the grid.
-      flops: what the compiler and `plan` are told of the products.
+      flops: what the compiler and `plan` are told of the products (and that inputs and outputs move once).
       exponentials: and of the rest.
-      bytes_accessed: in HBM; None is each input and output once.
     """
-    if bytes_accessed is None:
-        bytes_accessed = sum(x.size * x.dtype.itemsize for x in (*inputs, *jax.tree.leaves(out_shape)))
-    order = ("parallel",) * parallel + ("arbitrary",) * (len(grid) - parallel)
+    moved = sum(x.size * x.dtype.itemsize for x in (*inputs, *jax.tree.leaves(out_shape)))
+    order: list[Any] = ["parallel"] * parallel + ["arbitrary"] * (len(grid) - parallel)
     return pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -77,9 +74,7 @@ def call(
         ),
         out_shape=out_shape,
         compiler_params=pltpu.CompilerParams(dimension_semantics=order),
-        cost_estimate=pl.CostEstimate(
-            flops=int(flops), transcendentals=int(exponentials), bytes_accessed=int(bytes_accessed)
-        ),
+        cost_estimate=pl.CostEstimate(flops=int(flops), transcendentals=exponentials, bytes_accessed=moved),
         interpret=False if platform.current() == "tpu" else INTERPRETER,
     )(*tables, *inputs)
 

@@ -188,7 +188,7 @@ def _views(arrays: Sequence[jax.Array], tiles: Tiles) -> tuple[_Shape, _Views]:
     context = [_padded(jnp.where(seen, x, 0).swapaxes(1, 2), 2, tiles.keys) for x in (key, value)]
     blocks = [_grouped(x, limit >= 0, shape) for x in (query.reshape(b, a, g, k * r, h), own_key, own_value)]
     lanes = _along_lanes(limit, shape, -1), _along_lanes(first, shape, 0)
-    return shape, _Views(blocks[0], *context, *blocks[1:], *lanes)
+    return shape, _Views(blocks[0], context[0], context[1], blocks[1], blocks[2], *lanes)
 
 
 def _transposed(x: jax.Array) -> jax.Array:

@@ -1,10 +1,15 @@
 """Which implementation of an operation runs: the first one, in the platform's order, that can do the case."""
 
 import importlib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from dspark_jax import platform
+
+SWITCHED_OFF = "DSPARK_JAX_WITHOUT"
+"""Environment variable: implementations that are passed over, e.g. `pallas_tpu` or
+`block_attention.pallas_tpu,attention.cudnn`. It is read when a program is traced."""
 
 
 class Unsupported(NotImplementedError):
@@ -67,11 +72,18 @@ class Operation:
             return self._function(implementation)(*arrays, **settings)
         refusals = []
         for name in self.order[platform.current()]:
+            if self._switched_off(name):
+                refusals.append(f"{name}: switched off by {SWITCHED_OFF}")
+                continue
             try:
                 return self._function(name)(*arrays, **settings)
             except Unsupported as refusal:
                 refusals.append(f"{name}: {refusal}")
         raise Unsupported(f"{self.name}: no implementation can do this here; {'; '.join(refusals)}")
+
+    def _switched_off(self, name: str) -> bool:
+        listed = {entry.strip() for entry in os.environ.get(SWITCHED_OFF, "").split(",")}
+        return name in listed or f"{self.name}.{name}" in listed
 
     def _function(self, name: str) -> Callable[..., Any]:
         if name not in self._functions:

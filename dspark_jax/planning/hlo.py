@@ -39,12 +39,14 @@ class Cost:
       hbm_bytes: read and written.
       collectives: by kind.
       unknown_loops: loops whose trip count could not be read; their bodies count once.
+      kernel_flops: operations of Pallas kernels as they state them; the compiler gives no cycles for those.
     """
 
     cycles: float
     hbm_bytes: float
     collectives: dict[str, Traffic]
     unknown_loops: int
+    kernel_flops: float = 0.0
 
     @property
     def sent_bytes(self) -> float:
@@ -73,13 +75,13 @@ _Program = dict[str, dict[str, _Instruction]]
 def program_cost(text: str) -> Cost:
     """Cost of one call of the compiled program whose `as_text()` this is."""
     entry, program = _parse(text)
-    cycles = traffic = 0.0
+    cycles = traffic = kernels = 0.0
     counts: collections.Counter[str] = collections.Counter()
     sizes: collections.Counter[str] = collections.Counter()
     unknown = 0
 
     def visit(name: str, times: float) -> None:
-        nonlocal cycles, traffic, unknown
+        nonlocal cycles, traffic, kernels, unknown
         for instruction in program[name].values():
             operation = instruction.operation
             if operation == "while":
@@ -100,11 +102,13 @@ def program_cost(text: str) -> Cost:
                 sizes[kind] += times * size  # pyright: ignore[reportArgumentType]  (a counter adds floats too)
             estimate = re.search(r'"estimated_cycles":"(\d+)"', instruction.rest)
             cycles += times * int(estimate[1]) if estimate else 0
+            stated = re.search(r'"cost_estimate":\{"flops":"(\d+)"', instruction.rest)
+            kernels += times * int(stated[1]) if stated else 0
             traffic += times * _bytes(program, name, instruction)
 
     visit(entry, 1)
     kinds = {kind: Traffic(counts[kind], float(sizes[kind])) for kind in COLLECTIVES if counts[kind]}
-    return Cost(cycles, traffic, kinds, unknown)
+    return Cost(cycles, traffic, kinds, unknown, kernels)
 
 
 def total_cost(calls: Sequence[tuple[Cost, int]]) -> Cost:
@@ -122,6 +126,7 @@ def total_cost(calls: Sequence[tuple[Cost, int]]) -> Cost:
         sum(times * cost.hbm_bytes for cost, times in calls),
         kinds,
         sum(cost.unknown_loops for cost, _ in calls),
+        sum(times * cost.kernel_flops for cost, times in calls),
     )
 
 

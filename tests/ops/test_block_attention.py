@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from dspark_jax.config import MeshConfig
-from dspark_jax.ops.block_attention import block_attention, pallas_gpu, xla
+from dspark_jax.ops.block_attention import block_attention, pallas_gpu, pallas_tpu, xla
 from dspark_jax.ops.block_attention.pallas_gpu import Tile, Tiles
+from dspark_jax.ops.dispatch import Unsupported
 from dspark_jax.sharding import make_mesh, sharding
 
 NAMES = ("query", "context_key", "context_value", "block_key", "block_value")
@@ -71,6 +72,7 @@ def run(arrays, anchors, keep, cotangent, scale, attention=block_attention, star
 # Tiles that end in the middle of blocks, and of the context; full ones, too, in the longer problem.
 SMALL = Tiles(Tile(16, 16, 4, 1), Tile(32, 16, 4, 1), Tile(16, 32, 4, 1), Tile(16, 0, 4, 1))
 gpu_kernels = functools.partial(pallas_gpu.block_attention, tiles=SMALL)
+tpu_kernels = functools.partial(pallas_tpu.block_attention, tiles=pallas_tpu.Tiles(2, 8))
 
 IMPLEMENTATIONS = {
     "xla": block_attention,
@@ -78,6 +80,7 @@ IMPLEMENTATIONS = {
     "chunks of one block": functools.partial(xla.block_attention, max_scores=1),
     "three chunks, last one short": functools.partial(xla.block_attention, max_scores=2 * 4 * 3 * 11),
     "kernels for GPUs": gpu_kernels,
+    "kernels for TPUs": tpu_kernels,
 }
 
 
@@ -149,6 +152,7 @@ BOUNDED = {
     "chunks of one block": functools.partial(xla.block_attention, max_scores=1),
     "one chunk": functools.partial(xla.block_attention, max_scores=1 << 24),
     "kernels for GPUs": gpu_kernels,
+    "kernels for TPUs": tpu_kernels,
 }
 
 
@@ -175,9 +179,17 @@ def test_nothing_kept_gives_zeros():
     assert all(not np.asarray(grad).any() for grad in grads)
 
 
+LONGER = {
+    "GPUs": gpu_kernels,
+    "TPUs": functools.partial(pallas_tpu.block_attention, tiles=pallas_tpu.Tiles(4, 16)),
+    "TPUs, the sizes that it takes": pallas_tpu.block_attention,
+}
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("kernels", LONGER.values(), ids=LONGER)
 @pytest.mark.parametrize("e", [7, 3])
-def test_kernels_for_gpus_at_a_longer_context(e):
+def test_kernels_at_a_longer_context(kernels, e):
     """Tiles that are seen whole, documents, blocks of other lengths than their keys, and an odd group of heads."""
     rng = np.random.default_rng(e)
     arrays, anchors, keep, cotangent = problem(b=2, a=13, g=7, s=200, n=6, k=2)
@@ -185,11 +197,67 @@ def test_kernels_for_gpus_at_a_longer_context(e):
     anchors = np.sort(rng.integers(0, 201, anchors.shape), axis=1).astype(np.int32)
     starts = (anchors // 70 * 70).astype(np.int32)
     data = arrays, anchors, keep, cotangent
-    out, grads = run(*data, 0.3, gpu_kernels, starts)
+    out, grads = run(*data, 0.3, kernels, starts)
     want, want_grads = loops(*data, 0.3, starts)
     np.testing.assert_allclose(out, want, atol=4e-6)
     for name, got, grad in zip(NAMES, grads, want_grads, strict=True):
         np.testing.assert_allclose(got, grad, atol=2e-5, err_msg=name)
+
+
+TPU_SHAPES = {
+    "one of everything": {"b": 1, "a": 1, "g": 1, "s": 1, "n": 1, "k": 1},
+    "one key head": {"a": 3, "g": 7, "s": 5, "n": 6, "k": 1},
+    "no grouping, wider heads": {"b": 1, "a": 5, "g": 2, "s": 17, "n": 3, "k": 3, "h": 48},
+    "whole tiles": {"b": 1, "a": 4, "g": 4, "s": 16, "n": 4, "k": 2},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", TPU_SHAPES.values(), ids=TPU_SHAPES)
+def test_kernels_for_tpus_at_hostile_shapes(shape):
+    data = problem(**shape, seed=3)
+    out, grads = run(*data, 0.5, tpu_kernels)
+    want, want_grads = loops(*data, 0.5)
+    np.testing.assert_allclose(out, want, atol=2e-6)
+    for name, got, grad in zip(NAMES, grads, want_grads, strict=True):
+        np.testing.assert_allclose(got, grad, atol=4e-6, err_msg=name)
+
+
+@pytest.mark.slow
+def test_kernels_for_tpus_in_bfloat16():
+    data = problem(dtype=jnp.bfloat16)
+    out, grads = run(*data, 0.3, tpu_kernels)
+    want, want_grads = loops(*data, 0.3)
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(out, np.float64), want, atol=2**-7 * np.abs(want).max())
+    for name, got, grad in zip(NAMES, grads, want_grads, strict=True):
+        np.testing.assert_allclose(np.asarray(got, np.float64), grad, atol=2**-6 * np.abs(grad).max(), err_msg=name)
+
+
+@pytest.mark.slow
+def test_kernels_for_tpus_read_nothing_that_was_not_written(strict_tpu):
+    """Interpreted as a TPU works: unset memory is NaN, reads beyond an array fail, races are found."""
+    arrays, anchors, keep, cotangent = problem(b=1, a=5, s=20)
+    anchors[:] = np.minimum(anchors, 12)  # the last key tile is nobody's
+    data = arrays, anchors, keep, cotangent
+    out, grads = run(*data, 0.3, tpu_kernels)
+    want, want_grads = loops(*data, 0.3)
+    np.testing.assert_allclose(out, want, atol=2e-6)
+    for name, got, grad in zip(NAMES, grads, want_grads, strict=True):
+        np.testing.assert_allclose(got, grad, atol=4e-6, err_msg=name)
+    assert not strict_tpu()
+
+
+def test_kernels_for_tpus_refuse_what_they_cannot_do():
+    arrays, anchors, keep, _ = problem(h=8)
+    with pytest.raises(Unsupported, match="the head width is no multiple of 16"):
+        block_attention(*arrays, anchors, keep, scale=1.0, implementation="pallas_tpu")
+    arrays, anchors, keep, _ = problem(g=300)
+    with pytest.raises(Unsupported, match="a block has too many rows"):
+        block_attention(*arrays, anchors, keep, scale=1.0, implementation="pallas_tpu")
+    arrays = [x.astype(np.float16) for x in problem()[0]]
+    with pytest.raises(Unsupported, match="neither bfloat16 nor float32"):
+        block_attention(*arrays, *problem()[1:3], scale=1.0, implementation="pallas_tpu")
 
 
 def test_memory_is_bounded_by_the_score_budget():

@@ -45,6 +45,18 @@ def test_a_name_is_taken_once_and_given_back(toy):
     OPERATION.register("toy", lambda: None, ["cpu"])
 
 
+@pytest.mark.parametrize("listed", ["toy", "vocab_loss.xla, attention.toy"])
+def test_an_implementation_can_be_switched_off(toy, monkeypatch, listed):
+    monkeypatch.setenv("DSPARK_JAX_WITHOUT", listed)
+    assert float(attention(ROWS, ROWS, ROWS, scale=1.0)[0, 0, 0, 0]) == 1 and not toy
+    assert float(attention(ROWS, ROWS, ROWS, scale=1.0, implementation="toy")[0, 0, 0, 0]) == 7  # asked for by name
+    monkeypatch.setenv("DSPARK_JAX_WITHOUT", "block_attention.toy")
+    assert float(attention(ROWS, ROWS, ROWS, scale=1.0)[0, 0, 0, 0]) == 7
+    monkeypatch.setenv("DSPARK_JAX_WITHOUT", "toy,xla")
+    with pytest.raises(Unsupported, match="xla: switched off by DSPARK_JAX_WITHOUT"):
+        attention(ROWS, ROWS, ROWS, scale=1.0)
+
+
 def test_nobody_can_do_it():
     operation = Operation("nothing", {"cpu": []})
 

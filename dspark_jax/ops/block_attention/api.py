@@ -6,7 +6,9 @@ import jax.numpy as jnp
 from dspark_jax.ops.dispatch import Operation
 
 OPERATION = Operation(
-    "block_attention", {"cpu": ["xla"], "gpu": ["pallas_gpu", "xla"], "tpu": ["xla"]}, others=["reference"]
+    "block_attention",
+    {"cpu": ["xla"], "gpu": ["pallas_gpu", "xla"], "tpu": ["pallas_tpu", "xla"]},
+    others=["reference"],
 )
 
 
@@ -43,8 +45,8 @@ def block_attention(
       keep: [B, A] bool.
       starts: [B, A] int32, first row of the document that the anchor is in; None is 0 everywhere.
       scale: factor of the scores.
-      implementation: None (the best one here), 'xla' (bounded memory), 'pallas_gpu' (no array of scores at all) or
-        'reference' (the definition).
+      implementation: None (the best one here), 'xla' (bounded memory), 'pallas_gpu' or 'pallas_tpu' (no array of scores
+        at all) or 'reference' (the definition).
 
     Returns:
       [B, A, G, N, H] in the query's type; scores and softmax are float32. Differentiable in the first five arguments.

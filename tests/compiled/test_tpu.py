@@ -1,0 +1,30 @@
+"""Kernels compiled for TPUs on a machine that has none: that they compile at real shapes, and what they keep.
+
+Skipped where libtpu is missing. That a kernel compiles says nothing of what it computes: `tests/ops` interprets them.
+"""
+
+import pytest
+
+from tests.compiled.tpus import TOPOLOGIES, compiled_apart
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_block_attention(topology: str) -> None:
+    """Forward and backward at the released training shape: three kernels, and no array of scores (235 MB a head)."""
+    found = compiled_apart("block_attention", topology)
+    assert found["kernels"] == 3
+    assert found["temporary_bytes"] < 120 << 20
+
+
+def test_block_attention_on_a_mesh() -> None:
+    """Sequences over fsdp, heads over tensor: no device waits for another."""
+    found = compiled_apart("block_attention on a mesh", "v5e:2x2")
+    assert found["kernels"] == 3 and found["collectives"] == 0
+
+
+@pytest.mark.parametrize("name", ["5 query heads per key head", "wide"])
+def test_block_attention_of_other_models(name: str) -> None:
+    """Rows that fill no whole registers and blocks of 16, and wide heads in float32, on the smallest chip."""
+    assert compiled_apart(f"block_attention, {name}", "v5e:2x2")["kernels"] == 3

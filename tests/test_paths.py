@@ -18,6 +18,9 @@ from dspark_jax.paths import check_local
 from tests.quickstart.builder.build import parse
 
 OTHER_FIELDS = {
+    "data.supervised",
+    "data.thinking",
+    "imports",
     "name", "target.dtype", "target.architecture.model_type", "target.architecture.layer_types",
     "target.architecture.foreign", "drafter.kind", "drafter.dtype", "drafter.markov_head_type", "data.system_prompt",
     "data.features", "data.feature_dtype", "optim.kind", "compare.drafters", "compare.depth_drafters",

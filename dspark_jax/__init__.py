@@ -50,7 +50,6 @@ _HOMES = {
     "config": ("Config", "InputError", "MeshConfig", "resolve"),
     "command": ("load_config",),
     "convert.__main__": ("export",),
-    "engine.generate": ("generate",),
     "engine.models": ("Models",),
     "engine.schedulers": ("Scheduler",),
     "engine.serving": ("Engine",),
@@ -60,13 +59,17 @@ _HOMES = {
     "training.checkpoint": ("load_drafter",),
 }
 _NAMES = {name: home for home, names in _HOMES.items() for name in names}
+_MODULES = {
+    "schedulers": "dspark_jax.engine.schedulers",
+    "generate": "dspark_jax.generate",  # the command; it can be called as the function, which it would replace
+}
 _THERE = {"export": "export_run"}  # what a name is called at home, where that is another
 
 
 def __getattr__(name: str) -> Any:
     """Loads a public name from its module."""
-    if name == "schedulers":
-        return importlib.import_module("dspark_jax.engine.schedulers")
+    if name in _MODULES:
+        return importlib.import_module(_MODULES[name])
     if name not in _NAMES:
         raise AttributeError(f"dspark_jax has no {name!r}; it has {', '.join(__all__)}")
     return getattr(importlib.import_module(f"dspark_jax.{_NAMES[name]}"), _THERE.get(name, name))

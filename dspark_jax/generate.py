@@ -27,8 +27,10 @@ gain by it, assumes that a round with drafts takes twice as long as one without.
 import json
 import os
 import sys
+import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -40,6 +42,7 @@ from dspark_jax.config import Config, InputError
 from dspark_jax.data.chat import Options, load_tokenizer, prompt_tokens, stop_tokens, with_system
 from dspark_jax.drafter.interface import Drafter, is_confident
 from dspark_jax.drafter.none import NO_DRAFTER
+from dspark_jax.engine.generate import generate as decode
 from dspark_jax.engine.models import Models, when_loaded
 from dspark_jax.engine.request import Piece, Request, TracedRound
 from dspark_jax.engine.schedulers import SCHEDULERS, Measured, Scheduler
@@ -276,6 +279,16 @@ def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_boolean("plain", False, "Decode with the target alone.", flag_values=values)
     flags.DEFINE_boolean("explain", False, "Show what every round drafted, admitted and accepted.", flag_values=values)
 
+
+class _Callable(types.ModuleType):
+    """This module, which shares its name with the function that `dspark_jax` gives: it can be called as that."""
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        """`engine.generate.generate`."""
+        return decode(*arguments, **options)
+
+
+sys.modules[__name__].__class__ = _Callable
 
 if __name__ == "__main__":
     command.run(generate, define=_define, writes=False)

@@ -19,3 +19,12 @@ def test_every_name_is_there_and_nothing_is_loaded_before():
 def test_an_unknown_name_is_one_line():
     with pytest.raises(AttributeError, match="no 'Engin'; it has .*Engine"):
         dspark_jax.Engin  # noqa: B018
+
+
+def test_generate_is_the_function_and_the_command():
+    """Whichever is loaded first: the command is a module of the same name, which replaces a function in the package."""
+    for first in ("from dspark_jax import generate", "import dspark_jax.generate", "pass"):
+        code = f"{first}; import dspark_jax; dspark_jax.generate(None, [[1]], max_new_tokens=1)"
+        ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert "InputError: the models are NoneType; give Models(target, drafter)" in ran.stderr, ran.stderr
+    assert dspark_jax.generate.generate.__module__ == "dspark_jax.generate"  # pyright: ignore

@@ -54,7 +54,8 @@ def test_matrices_move_by_orthogonal_updates(shape):
     updates, _ = rule.update(grads, rule.init(params), params)
     values = np.linalg.svd(np.asarray(updates["matrix"]), compute_uv=False) / (0.2 * max(shape[1:]) ** 0.5)
     assert 0.6 < np.median(values) < 1.3 and values.max() < 1.4
-    np.testing.assert_allclose(updates["embedding"], -1.0, rtol=1e-3)
+    moved = np.asarray(updates["embedding"])  # Adam's first step by equal gradients, with Nesterov's look ahead
+    assert np.ptp(moved) < 1e-5 and -1.6 < moved[0, 0] < -0.9
 
 
 def test_schedule_follows_the_clock():

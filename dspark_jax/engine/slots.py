@@ -113,38 +113,43 @@ class Mode:
         return settings if self.filtered else Sampling(settings.temperature)
 
 
+SHARED = -1
+"""In the place of an axis: no request has values of its own."""
+
+
+def request_axes(make: Callable[[int], Any]) -> Any:
+    """The axis of the requests in every leaf of what is made for so many of them, or `SHARED`.
+
+    Found by asking for two sizes.
+    """
+    two, three = (jax.eval_shape(lambda count=count: make(count)) for count in (2, 3))
+
+    def axis(a: Any, b: Any) -> int:
+        differing = [i for i, (m, n) in enumerate(zip(a.shape, b.shape, strict=True)) if m != n]
+        if len(differing) > 1:
+            raise ValueError(f"a leaf of shape {a.shape} for 2 requests has several axes for them")
+        return differing[0] if differing else SHARED
+
+    return jax.tree.map(axis, two, three)
+
+
 def batch_axes(init_cache: Callable[[int, int], Any], like: Any = None) -> Any:
-    """The axis of the requests in every leaf of a cache, found by asking for caches of two sizes.
+    """The axis of the requests in every leaf of a cache.
 
     With `like` the axes are in a tree as that cache is one, which may differ from a small one in what is static.
 
     Raises:
       ValueError: a leaf has no such axis.
     """
-    two, three = (jax.eval_shape(lambda size=size: init_cache(size, 8)) for size in (2, 3))
-
-    def axis(a: Any, b: Any) -> int:
-        differing = [i for i, (m, n) in enumerate(zip(a.shape, b.shape, strict=True)) if m != n]
-        if len(differing) != 1:
-            raise ValueError(f"a cache leaf of shape {a.shape} for 2 requests has no axis of its own for them")
-        return differing[0]
-
-    axes = jax.tree.map(axis, two, three)
+    axes = request_axes(lambda size: init_cache(size, 8))
+    if SHARED in jax.tree.leaves(axes):
+        raise ValueError("a cache leaf has no axis of its own for the requests")
     return axes if like is None else jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(axes))
-
-
-SHARED = -1
-"""In the place of an axis: no request has values of its own."""
 
 
 def history_axes(scheduler: Scheduler, block_size: int) -> Any:
     """The axis of the requests in every leaf of a scheduler's history, or `SHARED`."""
-    two, three = (jax.eval_shape(lambda count=count: scheduler.start(count, block_size)) for count in (2, 3))
-
-    def axis(a: Any, b: Any) -> int:
-        return next((i for i, (m, n) in enumerate(zip(a.shape, b.shape, strict=True)) if m != n), SHARED)
-
-    return jax.tree.map(axis, two, three)
+    return request_axes(lambda count: scheduler.start(count, block_size))
 
 
 def take_row(values: jax.Array, slot: jax.Array, axis: int) -> jax.Array:

@@ -91,7 +91,7 @@ def drafter_loss(
         weights.reshape(b, a * g),
         terms=terms,
         block=g,
-        softcap=getattr(target, "softcap", 0.0),
+        softcap=target.softcap,
         chunk=vocab_chunk,
     )
 

@@ -44,7 +44,7 @@ def problem(heads=True, seed=0):
         teacher_rows=rng.integers(0, S, (B, A, G)),
         mask=np.arange(G) < lengths[..., None],
     )
-    return drafter, SimpleNamespace(head=normal(V, D)), outputs, normal(B, S, D)
+    return drafter, SimpleNamespace(head=normal(V, D), softcap=0.0), outputs, normal(B, S, D)
 
 
 def definition(drafter, target, outputs, last_hidden, config):

@@ -106,7 +106,7 @@ class Adaptive(Scheduler):
         return drafting_pays(estimator.survival(estimate), rates, plain, active, self.minimum, self.maximum)
 
     @classmethod
-    def from_run(cls, measured: Measured) -> Self:
+    def from_run(cls, measured: Measured) -> Scheduler:
         """With the run's costs; rounds with drafts are assumed to take twice as long where nothing was measured."""
         plain = measured.plain_steps_per_second
         if plain is None and measured.cost_file is not None:
@@ -115,7 +115,7 @@ class Adaptive(Scheduler):
             )
         rates = (0.5, 1.0) if plain is None else (measured.steps_per_second, plain)
         bounds = measured.calibration if measured.confident else {}
-        return cls(**_parameters(*rates, 32, None, bounds, confident=measured.confident))
+        return adaptive(*rates, confident=measured.confident, **bounds)
 
     def check(self, models: Models, requests: int) -> None:
         """As `Scheduler.check`, and cost tables, probe and capacities."""
@@ -147,22 +147,15 @@ def adaptive(
       online: of the estimate; by default it expects much of a new request and forgets within some thirty rounds.
       **bounds: attributes of `Scheduler`, and `capacities`.
     """
-    parameters = _parameters(steps_per_second, plain_steps_per_second, probe, online, bounds, confident=confident)
-    return Adaptive(**parameters)
-
-
-def _parameters(
-    rates: Any, plain: Any, probe: Any, online: EstimateSettings | None, bounds: dict[str, Any], *, confident: Any
-) -> dict[str, Any]:
     if online is None:
         if arguments.boolean("confident", confident):
             online = EstimateSettings(strength=0.1, discount=0.95, prior=0.65, confident=True)
         else:
             online = EstimateSettings(strength=1.0, discount=0.97, prior=0.8)
-    return {
-        "steps_per_second": jnp.atleast_1d(floats("steps_per_second", rates)),
-        "plain_steps_per_second": jnp.atleast_1d(floats("plain_steps_per_second", plain)),
-        "probe": arguments.array("probe", probe, jnp.int32),
-        "online": online,
+    return Adaptive(
+        steps_per_second=jnp.atleast_1d(floats("steps_per_second", steps_per_second)),
+        plain_steps_per_second=jnp.atleast_1d(floats("plain_steps_per_second", plain_steps_per_second)),
+        probe=arguments.array("probe", probe, jnp.int32),
+        online=online,
         **bounds_of("adaptive", bounds, capacities=True),
-    }
+    )

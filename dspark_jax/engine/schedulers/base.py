@@ -95,7 +95,7 @@ class Scheduler:
         raise NotImplementedError
 
     @classmethod
-    def from_run(cls, measured: Measured) -> Self:
+    def from_run(cls, measured: Measured) -> "Scheduler":
         """The scheduler with what a training run's directory knows about costs and calibration.
 
         Raises:

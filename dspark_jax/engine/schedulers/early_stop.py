@@ -1,7 +1,7 @@
 """The paper's Algorithm 1: drafts are admitted while expected tokens per second rise."""
 
 import dataclasses
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -63,10 +63,9 @@ class EarlyStop(Scheduler):
         return admitted_until_stop(live, self.steps_per_second, active, self.minimum, self.maximum), history
 
     @classmethod
-    def from_run(cls, measured: Measured) -> Self:
+    def from_run(cls, measured: Measured) -> Scheduler:
         """With the run's costs and calibration."""
-        table = floats("steps_per_second", measured.steps_per_second)
-        return cls(steps_per_second=table, **bounds_of(cls.name, measured.calibration))
+        return early_stop(measured.steps_per_second, **measured.calibration)
 
     def check(self, models: Models, requests: int) -> None:
         """As `Scheduler.check`, and the cost table."""

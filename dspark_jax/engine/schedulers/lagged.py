@@ -88,13 +88,10 @@ class Lagged(Scheduler):
         return lengths, dataclasses.replace(history, survival=jnp.stack([live, history.survival[0]]))
 
     @classmethod
-    def from_run(cls, measured: Measured) -> Self:
+    def from_run(cls, measured: Measured) -> Scheduler:
         """With the run's costs and calibration; every draft is assumed to be accepted in four of five rounds."""
-        return cls(
-            steps_per_second=floats("steps_per_second", measured.steps_per_second),
-            prior=floats("prior", 0.8 ** np.arange(1, measured.block_size + 1)),
-            **bounds_of(cls.name, measured.calibration),
-        )
+        prior = 0.8 ** np.arange(1, measured.block_size + 1)
+        return lagged(measured.steps_per_second, prior, **measured.calibration)
 
     def check(self, models: Models, requests: int) -> None:
         """As `Scheduler.check`, and cost table, prior and capacities."""

@@ -1,7 +1,7 @@
 """The scheduler that cuts a block before the first draft of low confidence (paper 3.2, trap 28)."""
 
 import dataclasses
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -42,9 +42,9 @@ class Threshold(Scheduler):
         return self.within(lengths, active, proposal.tokens.shape[1]), history
 
     @classmethod
-    def from_run(cls, measured: Measured) -> Self:
+    def from_run(cls, measured: Measured) -> Scheduler:
         """With the run's calibration."""
-        return cls(confidence=floats("confidence", measured.confidence), **bounds_of(cls.name, measured.calibration))
+        return threshold(measured.confidence, **measured.calibration)
 
     def check(self, models: Models, requests: int) -> None:
         """As `Scheduler.check`; the threshold is a probability."""

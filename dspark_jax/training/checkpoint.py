@@ -34,8 +34,9 @@ from dspark_jax.json_file import read_ours
 from dspark_jax.kinds import KINDS
 from dspark_jax.progress import log
 from dspark_jax.target.loading import fingerprint, tokenizer_fingerprint
-from dspark_jax.training.full_disk import check_space, quiet, reported_in_one_line
+from dspark_jax.training.full_disk import check_space, reported_in_one_line
 from dspark_jax.training.integrity import Damaged, array_sums, check_sums, digest, naming_damage
+from dspark_jax.training.orbax_reports import quiet
 from dspark_jax.training.state import Params, TrainState, abstract_drafter, param_shardings, to_module, to_params
 
 Found = TypeVar("Found")

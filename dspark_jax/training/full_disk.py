@@ -1,16 +1,8 @@
-"""One clear line when a checkpoint does not fit on the disk.
-
-Orbax works in several threads and reports a failure in each of them: as log records with tracebacks, as asyncio
-complaints, as unraisable exceptions of file callbacks, and at last as the exception that we handle. Only that one is of
-use, so the others are dropped here, and nothing but them.
-"""
+"""One clear line when a checkpoint does not fit on the disk."""
 
 import contextlib
-import logging
 import shutil
-import sys
 import time
-import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -62,37 +54,6 @@ def _remove_partial(directory: Path) -> None:
         time.sleep(0.2)
         if not any(directory.glob("*.orbax-checkpoint-tmp*")):
             return
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Drops Orbax's other reports of a failure. After one they stay dropped: the last ones come late."""
-    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
-    hook = sys.unraisablehook
-
-    def without_orbax(unraisable: Any) -> None:
-        code = getattr(unraisable.object, "cr_code", None)  # of a coroutine that nobody waited for
-        if str(unraisable.exc_value) != "Event loop is closed" and "orbax" not in getattr(code, "co_filename", ""):
-            hook(unraisable)
-
-    def keep(record: logging.LogRecord) -> bool:  # another one for each use: leaving an inner one must not end ours
-        return _is_not_orbax_error(record)
-
-    for logger in loggers:
-        logger.addFilter(keep)
-    sys.unraisablehook = without_orbax
-    yield
-    sys.unraisablehook = hook
-    for logger in loggers:
-        logger.removeFilter(keep)
-
-
-def _is_not_orbax_error(record: logging.LogRecord) -> bool:
-    if record.levelno < logging.ERROR:
-        return True
-    raised_in = traceback.extract_tb(record.exc_info[2]) if record.exc_info else []
-    texts = (record.pathname, record.getMessage(), *(at.filename for at in raised_in))
-    return not any(word in text for word in ("orbax", "tensorstore", "OCDBT") for text in texts)
 
 
 def _line(directory: Path, cause: str) -> str:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from dspark_jax.config import InputError
-from dspark_jax.training.full_disk import quiet
+from dspark_jax.training.orbax_reports import quiet
 
 
 class Damaged(InputError):

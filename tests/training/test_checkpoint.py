@@ -1,11 +1,14 @@
 """Checkpoints: what is saved comes back, on any mesh; wrong targets, changed drafters and full disks are refused."""
 
 import dataclasses
+import gc
 import json
 import logging
 import re
 import resource
 import shutil
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +18,9 @@ import pytest
 
 from dspark_jax import train
 from dspark_jax.config import InputError, MeshConfig, TargetConfig
+from dspark_jax.training import orbax_reports
 from dspark_jax.training.checkpoint import Checkpoints, check_continuation, load_drafter, load_step
-from dspark_jax.training.full_disk import quiet
+from dspark_jax.training.orbax_reports import quiet
 from dspark_jax.training.state import TrainState, abstract_drafter, state_layout, to_params
 
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
@@ -334,3 +338,29 @@ def test_what_comes_late_of_a_failed_reading_is_not_shown(caplog):
     assert not caplog.records
     logging.getLogger("asyncio").error("another")
     assert len(caplog.records) == 1
+
+
+def test_coroutines_that_a_failed_reading_leaves_are_collected_in_silence(monkeypatch):
+    """Inside a block that ends well because an older checkpoint was read."""
+    seen = []
+    orbax_reports._Dropping.stop()
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: seen.append(unraisable.object.__name__))
+    with quiet(), pytest.raises(ValueError), quiet():
+        raise ValueError
+    for file in ("orbax/reading.py", "ours/reading.py"):
+        scope = {}
+        source = "async def {}():\n  try:\n    await wait()\n  except BaseException:\n    raise OSError\n"
+        exec(compile(source.format(Path(file).parent), file, "exec"), {"wait": _never}, scope)
+        started = scope[str(Path(file).parent)]()
+        started.send(None)
+        del started, scope
+        gc.collect()
+    orbax_reports._Dropping.stop()
+    assert seen == ["ours"]
+
+
+class _never:
+    """Something to wait for that does not come."""
+
+    def __await__(self):
+        yield

@@ -51,7 +51,7 @@ class TargetArchitecture:
 
     own: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
     """What only this model's family has, by the names that it gives them."""
-    foreign: str = dataclasses.field(default="", repr=False)
+    unsupported: str = dataclasses.field(default="", repr=False)
     """What a target is that has no definition here and only lends its features: its model_type, and how it differs
     where that is a known one. Empty for all others."""
 
@@ -112,7 +112,7 @@ class TargetArchitecture:
             text["intermediate_size"] = 4 * text["hidden_size"]
         names = [*sizes, "head_dim", "intermediate_size", "rope_theta", "rms_norm_eps"]
         values = {name: text[name] for name in names if text.get(name) is not None}
-        return cls(**values, tie_word_embeddings=bool(text.get("tie_word_embeddings", True)), foreign=kind)
+        return cls(**values, tie_word_embeddings=bool(text.get("tie_word_embeddings", True)), unsupported=kind)
 
     def refuse_other(self, found: "TargetArchitecture", path: str | os.PathLike[str]) -> None:
         """Refuses a model of another shape than this one, which a config states.

@@ -38,7 +38,7 @@ from dspark_jax.evaluation.predictors import (
     calibration_table,
     compare_predictors,
 )
-from dspark_jax.evaluation.setup import ask, check_prompt_files, open_decoder, tell_left_out
+from dspark_jax.evaluation.setup import check_prompt_files, open_decoder, read_questions, tell_left_out
 from dspark_jax.evaluation.traces import Traces, record
 from dspark_jax.json_file import write_json
 from dspark_jax.kinds import KINDS
@@ -134,10 +134,10 @@ def decode(
       InputError: one of the two is empty.
     """
     settings = config.eval
-    groups = [ask(config, decoder, tally, settings.prompts, settings.limit)]
+    groups = [read_questions(config, decoder, tally, settings.prompts, settings.limit)]
     if fit_on == "train":
         limit = min((n for n in (settings.limit, config.data.limit) if n), default=0)
-        groups.append(ask(config, decoder, tally, config.data.prompts, limit))
+        groups.append(read_questions(config, decoder, tally, config.data.prompts, limit))
     total = sum(len(one.questions) for asked, _ in groups for one in asked) * len(temperatures)
     pairs = []
     with Progress("calibrate", total, unit="answer") as progress:

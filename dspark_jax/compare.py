@@ -26,7 +26,15 @@ from absl import flags
 from dspark_jax import command
 from dspark_jax.attached import STATUS, run_module
 from dspark_jax.config import Config, InputError, to_json
-from dspark_jax.evaluation.comparison import Standing, describe, growth, round_times, standing, study_table, table
+from dspark_jax.evaluation.comparison import (
+    TauEstimate,
+    describe,
+    estimate_tau,
+    growth,
+    round_times,
+    study_table,
+    table,
+)
 from dspark_jax.evaluation.comparison_plan import STUDIES, Plan, make_plan, with_measured
 from dspark_jax.evaluation.comparison_plots import conditional_plots, study_plot, time_plot
 from dspark_jax.evaluation.comparison_runs import (
@@ -86,7 +94,7 @@ def _compare(config: Config, workdir: Path, plan: Plan, now: dict[str, Any], ste
     times = _measure_times(config, workdir, whole, now, failures, step)
     report = write_report(config, workdir, whole, failures, times)
     print(_text(config, plan, report), flush=True)
-    _draw(workdir, plan, report, _standings(config, workdir, plan))
+    _draw(workdir, plan, report, _estimates(config, workdir, plan))
     return failures
 
 
@@ -178,13 +186,13 @@ def _measure(
     return step(["dspark_jax.evaluation.rounds", str(job)], environment)
 
 
-def _standings(config: Config, workdir: Path, plan: Plan) -> dict[str, Standing]:
+def _estimates(config: Config, workdir: Path, plan: Plan) -> dict[str, TauEstimate]:
     """Of every run that has been measured."""
     found = {}
     for name in plan.runs:
         path = _folder(workdir, name) / "rounds.npz"
         if path.exists():
-            found[name] = standing(*read_rounds(path), config.eval.bootstrap, config.eval.seed)
+            found[name] = estimate_tau(*read_rounds(path), config.eval.bootstrap, config.eval.seed)
     return found
 
 
@@ -192,20 +200,20 @@ def write_report(
     config: Config, workdir: Path, plan: Plan, failures: Mapping[str, str], times: Mapping[str, Mapping[str, float]]
 ) -> dict[str, Any]:
     """Writes `compare.json` from what has been measured so far, and returns its content."""
-    standings = _standings(config, workdir, plan)
-    main = {point.kind: standings[point.run] for point in plan.of("main") if point.run in standings}
+    estimates = _estimates(config, workdir, plan)
+    main = {point.kind: estimates[point.run] for point in plan.of("main") if point.run in estimates}
     drafters = {
         point.kind: describe(main[point.kind], main, times.get(point.run))
         for point in plan.of("main")
         if point.kind in main
     }
-    beside = {study: _by_value(plan, study, standings) for study in STUDIES[1:] if plan.of(study)}
+    beside = {study: _by_value(plan, study, estimates) for study in STUDIES[1:] if plan.of(study)}
     studies = {
         study: [
             {"drafter": point.kind, study: point.value, "run": point.run}
-            | describe(standings[point.run], beside[study][point.value], times.get(point.run))
+            | describe(estimates[point.run], beside[study][point.value], times.get(point.run))
             for point in plan.of(study)
-            if point.run in standings
+            if point.run in estimates
         ]
         for study in beside
     }
@@ -223,20 +231,20 @@ def write_report(
     return write_json(workdir / "compare.json", report)
 
 
-def _by_value(plan: Plan, study: str, standings: Mapping[str, Standing]) -> dict[int, dict[str, Standing]]:
-    """Standings of a study by depth or draft length and kind: of one value they are compared with each other."""
-    found: dict[int, dict[str, Standing]] = {}
+def _by_value(plan: Plan, study: str, estimates: Mapping[str, TauEstimate]) -> dict[int, dict[str, TauEstimate]]:
+    """Estimates of a study by depth or draft length and kind: of one value they are compared with each other."""
+    found: dict[int, dict[str, TauEstimate]] = {}
     for point in plan.of(study):
-        if point.run in standings:
-            found.setdefault(point.value, {})[point.kind] = standings[point.run]
+        if point.run in estimates:
+            found.setdefault(point.value, {})[point.kind] = estimates[point.run]
     return found
 
 
-def _draw(workdir: Path, plan: Plan, report: Mapping[str, Any], standings: Mapping[str, Standing]) -> None:
+def _draw(workdir: Path, plan: Plan, report: Mapping[str, Any], estimates: Mapping[str, TauEstimate]) -> None:
     """Writes the figures of the plan's studies into `compare/`; those of others are there already."""
     folder = workdir / "compare"
     folder.mkdir(exist_ok=True)
-    main = {point.kind: standings[point.run] for point in plan.of("main") if point.run in standings}
+    main = {point.kind: estimates[point.run] for point in plan.of("main") if point.run in estimates}
     plots = conditional_plots(main)
     timed = {name: entry for name, entry in report["drafters"].items() if "round_ms" in entry}
     if main and timed:

@@ -256,8 +256,8 @@ def resolve(config: Config) -> Config:
     import_additions(config)
     architecture = config.target.architecture
     if (Path(config.target.path) / "config.json").exists():
-        foreign = config.data.features == "torch"
-        read = TargetArchitecture.of_any_model if foreign else TargetArchitecture.from_hf
+        of_any_model = config.data.features == "torch"
+        read = TargetArchitecture.of_any_model if of_any_model else TargetArchitecture.from_hf
         try:
             found = read(config.target.path)
         except Unsupported as error:
@@ -288,10 +288,10 @@ def _feature_problems(config: Config) -> Iterator[str]:
         yield "data.supervised='thinking' with data.thinking='off' leaves nothing to train; set data.thinking='on'"
     if data.feature_dtype not in ("int8", "bfloat16"):
         yield f"data.feature_dtype={data.feature_dtype!r} is unknown; use int8 or bfloat16"
-    if target.foreign and (data.regenerate or config.train.evaluate):
+    if target.unsupported and (data.regenerate or config.train.evaluate):
         field = "data.regenerate" if data.regenerate else "train.evaluate"
         yield (
-            f"{field}=True needs a target that runs here, {target.foreign} does not; set {field}=False "
+            f"{field}=True needs a target that runs here, {target.unsupported} does not; set {field}=False "
             "(a drafter can be trained for it and exported, but not evaluated here)"
         )
     if data.features == "torch" and target.num_hidden_layers - 1 in config.drafter.target_layer_ids:

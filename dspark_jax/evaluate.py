@@ -61,7 +61,7 @@ from dspark_jax.evaluation.predictors import (
     compare_predictors,
 )
 from dspark_jax.evaluation.report import report
-from dspark_jax.evaluation.setup import ask, check_prompt_files, open_decoder, tell_left_out
+from dspark_jax.evaluation.setup import check_prompt_files, open_decoder, read_questions, tell_left_out
 from dspark_jax.evaluation.speed import Speed, measure_speed, measure_speed_apart
 from dspark_jax.evaluation.summary import Measured, greedy_metrics, metrics_at, overview, table
 from dspark_jax.evaluation.threshold import sweep_thresholds
@@ -191,7 +191,7 @@ def measure(config: Config, decoder: Decoder, tally: Tally, workdir: Path) -> tu
       from, one entry per temperature; the first one has traces.
     """
     settings = config.eval
-    asked, first = ask(config, decoder, tally, settings.prompts, settings.limit)
+    asked, first = read_questions(config, decoder, tally, settings.prompts, settings.limit)
     set_names = [one.prompt.prompt_set for one in asked]
     quick = first.take(_first_of_each(set_names, settings.speed_prompts))
     greedy = next((t for t in settings.temperatures if t < GREEDY_BELOW), None)

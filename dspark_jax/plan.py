@@ -54,7 +54,7 @@ def plan(config: Config, workdir: Path, *, topology: str, parts: Sequence[str] =
     chips = len(devices) // chip.per_chip
     shape = {name: size for name, size in mesh.shape.items() if size > 1}
     report: dict[str, Any] = {"config": config.name, "topology": topology, "chips": chips, "mesh": shape}
-    wanted = [part for part in parts if part == "train" or not config.target.architecture.foreign]
+    wanted = [part for part in parts if part == "train" or not config.target.architecture.unsupported]
     names = " and the ".join(NAMES[part] for part in wanted) or "nothing"
     log(f"compiling the {names} of {config.name} for {topology} ({chips} chips): some minutes")
     with ThreadPoolExecutor(max(len(wanted), 1)) as pool:
@@ -67,7 +67,7 @@ def plan(config: Config, workdir: Path, *, topology: str, parts: Sequence[str] =
                 report[part] = found | {"verdict": verdict(found, config, mesh, part)}
                 progress.advance(1)
     for part in set(parts) - set(wanted):
-        why = f"a {config.target.architecture.foreign} has no definition here and cannot run"
+        why = f"a {config.target.architecture.unsupported} has no definition here and cannot run"
         report[part] = {"skipped": why, "verdict": f"not planned: {why}"}
     for part in parts:
         print("\n".join(describe(NAMES[part], report[part])), flush=True)

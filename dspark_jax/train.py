@@ -24,14 +24,14 @@ from dspark_jax.attached import STATUS
 from dspark_jax.config import Config, InputError, to_json
 from dspark_jax.convert.hf import abstract_drafter as abstract_import
 from dspark_jax.convert.hf import import_drafter, read_drafter_config
-from dspark_jax.data.features import LENDER, CachedSamples
+from dspark_jax.data.features import CachedSamples, frozen_file
 from dspark_jax.data.pipeline import MicroBatches, batches
 from dspark_jax.data.sources import SampleReader
 from dspark_jax.metrics import values
 from dspark_jax.prepare import data_fingerprint, prepare
 from dspark_jax.progress import MetricsWriter, Progress, log
 from dspark_jax.sharding import make_mesh
-from dspark_jax.target.lender import load_lender
+from dspark_jax.target.frozen import load_frozen
 from dspark_jax.target.loading import compute_dtype, load_target
 from dspark_jax.training.checkpoint import (
     Checkpoints,
@@ -118,8 +118,8 @@ def fit(config: Config, workdir: Path, mesh: Mesh, checkpoints: Checkpoints) -> 
 
     # The step, compiled before the clock starts.
     if cached:
-        where, dtype = feature_directory(workdir) / LENDER, compute_dtype(config.target.dtype)
-        target: Any = load_lender(where, config.target.architecture, mesh, dtype)
+        where, dtype = frozen_file(feature_directory(workdir)), compute_dtype(config.target.dtype)
+        target: Any = load_frozen(where, config.target.architecture, mesh, dtype)
     else:
         target = load_target(config.target, mesh)
     frozen = to_params(target)
@@ -140,18 +140,18 @@ def fit(config: Config, workdir: Path, mesh: Mesh, checkpoints: Checkpoints) -> 
 
     preemption = Preemption()
     with Progress("train", steps, done=start) as progress, MetricsWriter(workdir, start=start) as writer, preemption:
-        journal = Journal(config, checkpoints, progress, writer)
+        training_log = TrainingLog(config, checkpoints, progress, writer)
         for step in range(start + 1, steps + 1):
             batch = next(data) if cached else place_batch(next(data), config.train.accumulate, mesh)
             state, metrics = run_step(state, frozen, batch)
-            journal.add(step, metrics)
+            training_log.add(step, metrics)
             leaving = preemption.reached(step)
             # Rows also end at checkpoints: a continued run then starts its first row where this one would.
             at_checkpoint = step % every == 0 or step == steps or leaving
             if step % config.train.log_every == 0 or at_checkpoint:
-                journal.end_row()
+                training_log.end_row()
             if at_checkpoint:
-                journal.flush()  # a state that is not finite is never saved
+                training_log.flush()  # a state that is not finite is never saved
                 checkpoints.save(step, state, data.get_state())
             progress.update(step)
             if leaving:
@@ -239,7 +239,7 @@ def _naming_source(source: str) -> Iterator[None]:
         raise InputError(f"train.init_from={source}: {error}") from None
 
 
-class Journal:
+class TrainingLog:
     """Sums the steps' metrics on the device, a row at a time, and fetches a row while the next one is running."""
 
     def __init__(self, config: Config, checkpoints: Checkpoints, progress: Progress, writer: MetricsWriter):

@@ -155,7 +155,7 @@ def test_relatives_of_a_known_family_lend_their_features(tmp_path, change, what)
     raw = ARCH.to_hf() | change
     (tmp_path / "config.json").write_text(json.dumps(raw))
     found = TargetArchitecture.of_any_model(tmp_path)
-    assert found.foreign == what and found.model_type == "qwen3"
+    assert found.unsupported == what and found.model_type == "qwen3"
     theta = 5e5 if "yarn" in what else ARCH.rope_theta
     assert (found.hidden_size, found.num_hidden_layers, found.rope_theta) == (ARCH.hidden_size, 6, theta)
     config = valid(target={"path": str(tmp_path), "architecture": TargetArchitecture()}, data={"features": "torch"})

@@ -22,9 +22,9 @@ OTHER_FIELDS = {
     "data.thinking",
     "imports",
     "name", "target.dtype", "target.architecture.model_type", "target.architecture.layer_types",
-    "target.architecture.foreign", "drafter.kind", "drafter.dtype", "drafter.markov_head_type", "data.system_prompt",
-    "data.features", "data.feature_dtype", "optim.kind", "compare.drafters", "compare.depth_drafters",
-    "compare.length_drafters",
+    "target.architecture.unsupported", "drafter.kind", "drafter.dtype", "drafter.markov_head_type",
+    "data.system_prompt", "data.features", "data.feature_dtype", "optim.kind", "compare.drafters",
+    "compare.depth_drafters", "compare.length_drafters",
 }  # fmt: skip
 OTHER_FLAGS = {"traffic", "temperatures", "fit_on", "slots", "contexts", "studies", "prompt", "scheduler", "topology"}
 OTHER_FLAGS |= {"parts"}

@@ -153,11 +153,11 @@ def test_the_programs_are_traced_without_weights(config):
     assert matmul_flops(decode.traced.jaxpr) > 2 * 8 * (g + 1) * (3 * layer + d * v)
 
 
-@pytest.mark.parametrize(("features", "foreign"), [("cache", ""), ("torch", "llama")])
-def test_with_features_from_disk_the_step_has_no_target(config, tmp_path, monkeypatch, features, foreign):
-    """As in `train`: embedding and LM head are lent, and the features are part of the batch."""
+@pytest.mark.parametrize(("features", "unsupported"), [("cache", ""), ("torch", "llama")])
+def test_with_features_from_disk_the_step_has_no_target(config, tmp_path, monkeypatch, features, unsupported):
+    """As in `train`: embedding and LM head are given, and the features are part of the batch."""
     mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
-    arch = dataclasses.replace(TINY, foreign=foreign)
+    arch = dataclasses.replace(TINY, unsupported=unsupported)
     target = dataclasses.replace(config.target, architecture=arch)
     data = dataclasses.replace(config.data, features=features, regenerate=False)
     config = dataclasses.replace(config, data=data, target=target)
@@ -175,7 +175,7 @@ def test_with_features_from_disk_the_step_has_no_target(config, tmp_path, monkey
     monkeypatch.setattr(plan, "devices_of", lambda _: (CHIPS["v5e"], jax.devices()))
     report = plan.plan(config, tmp_path, topology="v5e:2x4")
     assert report["train"]["verdict"].startswith("fits")
-    if foreign:
+    if unsupported:
         assert report["decode"]["verdict"] == "not planned: a llama has no definition here and cannot run"
     else:
         assert report["decode"]["verdict"].startswith("fits")

@@ -42,9 +42,9 @@ from dspark_jax.convert.llama_tokenizer import split_to_tell
 from dspark_jax.convert.mapping import FROZEN
 from dspark_jax.convert.output import SIDE_FILES, check_output, check_repository
 from dspark_jax.convert.servers import replay
-from dspark_jax.convert.targets import Lent, fitting, lent, lent_by_file
+from dspark_jax.convert.targets import FrozenTensors, fitting, frozen_from_file, frozen_of_target
 from dspark_jax.data.chat import load_tokenizer, prompt_tokens
-from dspark_jax.data.features import LENDER
+from dspark_jax.data.features import frozen_file
 from dspark_jax.data.prompts import Malformed, read_prompts
 from dspark_jax.engine.arguments import check_known
 from dspark_jax.engine.generate import generate
@@ -162,15 +162,15 @@ def run_source(workdir: Path, options: argparse.Namespace) -> tuple[Source, dict
         config=config.drafter,
         arch=arch,
         target=read_config(directory),
-        frozen={} if arch.foreign else frozen_tensors(directory),
+        frozen={} if arch.unsupported else frozen_tensors(directory),
         target_name=options.target_name or path,
         split=split_to_tell(directory),
         num_anchors=config.train.num_anchors,
     )
-    if arch.foreign:
-        source = with_lent(source, lent_by_file(feature_directory(workdir) / LENDER, directory, arch))
+    if arch.unsupported:
+        source = with_frozen(source, frozen_from_file(frozen_file(feature_directory(workdir)), directory, arch))
     elif families.of_drafters(arch).name != arch.model_type:
-        source = with_lent(source, lent(source.frozen, directory, arch, arch.final_logit_softcapping))
+        source = with_frozen(source, frozen_of_target(source.frozen, directory, arch, arch.final_logit_softcapping))
     return slim(source, options), run_files(workdir, path, step)
 
 
@@ -210,7 +210,7 @@ def directory_source(directory: Path, options: argparse.Namespace) -> tuple[Sour
     place = local_directory(options.target)
     target = TargetArchitecture.of_any_model(place)
     fitting(directory, arch, options.target, target, whole=False)
-    arch = dataclasses.replace(arch, num_hidden_layers=target.num_hidden_layers, foreign=target.foreign)
+    arch = dataclasses.replace(arch, num_hidden_layers=target.num_hidden_layers, unsupported=target.unsupported)
     config, drafter = import_drafter(directory, make_mesh(MeshConfig()))
     files: dict[str, Any] = {name: directory / name for name in SIDE_FILES if (directory / name).exists()}
     files["fingerprint"] = fingerprint(options.target)
@@ -220,22 +220,22 @@ def directory_source(directory: Path, options: argparse.Namespace) -> tuple[Sour
         config=config,
         arch=arch,
         target=raw,
-        frozen={} if arch.foreign else frozen_tensors(place),
+        frozen={} if arch.unsupported else frozen_tensors(place),
         target_name=options.target_name or options.target,
         split=split_to_tell(place),
         num_anchors=layers_config(read_config(directory)).get("num_anchors", 512),
     )
-    if arch.foreign:  # the drafter's own copies are right, the target's may lack a scale and have any name
+    if arch.unsupported:  # the drafter's own copies are right, the target's may lack a scale and have any name
         mine = read_checkpoint(directory)
         frozen = {name: mine[name] for name in FROZEN if name in mine}
         softcap = float(raw.get("text_config", raw).get("final_logit_softcapping") or 0)
-        source = with_lent(source, lent(frozen, place, arch, softcap))
+        source = with_frozen(source, frozen_of_target(frozen, place, arch, softcap))
     elif families.of_drafters(target).name != target.model_type:
-        source = with_lent(source, lent(source.frozen, place, target, target.final_logit_softcapping))
+        source = with_frozen(source, frozen_of_target(source.frozen, place, target, target.final_logit_softcapping))
     return slim(source, options), files
 
 
-def with_lent(source: Source, of_target: Lent) -> Source:
+def with_frozen(source: Source, of_target: FrozenTensors) -> Source:
     """A drafter with layers of another family than its target's, with that target's embedding and LM head."""
     return dataclasses.replace(
         source, frozen=of_target.frozen, notes=of_target.notes, own_embedding=of_target.own_embedding
@@ -316,10 +316,10 @@ def examine(options: argparse.Namespace, *, mesh: Mesh | None = None, target: An
     with jax.set_mesh(mesh):
         if target is None:
             architecture = TargetArchitecture.of_any_model(options.target)
-            if architecture.foreign:
+            if architecture.unsupported:
                 raise InputError(
-                    f"--target {options.target}: a {architecture.foreign} has no definition here, and check decodes "
-                    "with the target; the README.md that export writes says what servers make of the drafter"
+                    f"--target {options.target}: a {architecture.unsupported} has no definition here, and check "
+                    "decodes with the target; the README.md that export writes says what servers make of the drafter"
                 )
             target = load_target(TargetConfig(path=options.target, architecture=architecture), mesh)
         prompts, masks = check_prompts(options, target.arch.vocab_size)

@@ -140,7 +140,7 @@ def _serving(source: Source, content: Content, verdicts: Sequence[Verdict], side
         "",
         "`DIR` is this directory. Keep `dflash` and `eagle3` out of its path unless that is the method; vLLM reads it.",
     ]
-    if not source.arch.foreign:  # check scores a drafter on its target, which has to run here
+    if not source.arch.unsupported:  # check scores a drafter on its target, which has to run here
         tells = "tells beforehand what will work."
         lines[-1] += f" `python -m dspark_jax.convert check --drafter DIR --target TARGET` {tells}"
     if source.notes:

@@ -14,7 +14,7 @@ from dspark_jax.convert.dialect import Answer, Dialect, find_dialect, same
 from dspark_jax.convert.drafter_files import Verdict
 from dspark_jax.convert.export import frozen_tensors
 from dspark_jax.convert.hf import drafter_config, load_tensors
-from dspark_jax.convert.layouts import Layout, foreign_parts, layers_config, read_config, read_layout
+from dspark_jax.convert.layouts import Layout, layers_config, read_config, read_layout, unsupported_parts
 from dspark_jax.convert.llama_tokenizer import split_to_tell
 from dspark_jax.convert.mapping import FROZEN, VOCABULARY_MAPS
 from dspark_jax.convert.servers import NO_SERVERS, replay
@@ -36,14 +36,14 @@ class Report:
     Attributes:
       stated: what its config says.
       problems: what is wrong with it wherever it is served: tensors, frozen copies, dialect.
-      foreign: what of it has no implementation here, so that it cannot be scored; empty if all has.
+      unsupported: what of it has no implementation here, so that it cannot be scored; empty if all has.
       dialect: the scores, or None where the drafter could not be loaded here.
       verdicts: one per server.
     """
 
     stated: Layout
     problems: tuple[str, ...]
-    foreign: tuple[str, ...]
+    unsupported: tuple[str, ...]
     dialect: Dialect | None
     verdicts: tuple[Verdict, ...]
 
@@ -65,8 +65,8 @@ class Report:
     @property
     def unknown(self) -> str:
         """Why it cannot be told whether the drafter is good; empty if it can."""
-        if self.foreign:
-            return f"not implemented here, so it is not scored: {', '.join(self.foreign)}"
+        if self.unsupported:
+            return f"not implemented here, so it is not scored: {', '.join(self.unsupported)}"
         return self.dialect.unknown or self.dialect.weak if self.dialect else "it is not scored"
 
     def served(self, verdict: Verdict) -> tuple[str, str]:
@@ -162,18 +162,18 @@ def check_directory(
     problems = [*value_problems(tensors), *frozen_problems(tensors, target_directory)]
     others = list(other_target(raw, stated, target.arch))
     problems += others
-    foreign, dialect = foreign_parts(raw), None
+    unsupported, dialect = unsupported_parts(raw), None
     try:
-        drafter = None if foreign or others else _load(directory, raw, stated, mesh, target.dtype)
+        drafter = None if unsupported or others else _load(directory, raw, stated, mesh, target.dtype)
     except Unsupported as error:
-        foreign.append(error.what)
+        unsupported.append(error.what)
     except InputError as error:
         problems.append(str(error))
     else:
         if drafter is not None:
             dialect = find_dialect(drafter, target, stated, answers, masks)
             problems += dialect.findings()
-    return Report(stated, tuple(problems), tuple(foreign), dialect, tuple(verdicts))
+    return Report(stated, tuple(problems), tuple(unsupported), dialect, tuple(verdicts))
 
 
 def _load(directory: Path, raw: Mapping[str, Any], stated: Layout, mesh: Mesh, dtype: Any) -> Any:

@@ -232,7 +232,7 @@ def deepspec_config(source: Source, dtype: str) -> dict[str, Any]:
     """
     drafter, target, arch, family = source.config, source.target, source.arch, source.family
     text = dict(target.get("text_config") or target)
-    if arch.foreign or text.get("model_type") not in family.configs:  # nothing else has a meaning for these layers
+    if arch.unsupported or text.get("model_type") not in family.configs:  # nothing else has a meaning for these layers
         text = {name: text[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in text}
     for name in _TARGETS_OWN:
         text.pop(name, None)

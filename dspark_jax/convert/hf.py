@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from dspark_jax.architecture import Unsupported
 from dspark_jax.config import DrafterConfig, InputError, TargetArchitecture
-from dspark_jax.convert.layouts import Layout, foreign_parts, layers_config, read_config, read_layout
+from dspark_jax.convert.layouts import Layout, layers_config, read_config, read_layout, unsupported_parts
 from dspark_jax.convert.mapping import FROZEN, HEADS, VOCABULARY_MAPS, drafter_family, drafter_weights
 from dspark_jax.drafter import make_drafter
 from dspark_jax.drafter.interface import DrafterModule
@@ -34,7 +34,7 @@ def read_drafter_config(directory: Path) -> tuple[TargetArchitecture, DrafterCon
             f"{path}: blocks are filled in (row 0 is thrown away), drafters here predict from row 0; "
             "if the file is wrong about itself, set sample_from_anchor to true (convert check tells)"
         )
-    parts = foreign_parts(raw)
+    parts = unsupported_parts(raw)
     if parts:
         raise Unsupported(str(path), parts[0], ELSEWHERE)
     source = layers_config(raw)

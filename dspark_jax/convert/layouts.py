@@ -95,7 +95,7 @@ def is_llama(raw: Mapping[str, Any]) -> bool:
     return named == "llama" or architecture(raw) in LLAMA_EAGLE_ARCHITECTURES
 
 
-def foreign_parts(raw: Mapping[str, Any]) -> list[str]:
+def unsupported_parts(raw: Mapping[str, Any]) -> list[str]:
     """What of a drafter has no implementation here, although servers may know it: it can be neither run nor scored.
 
     What `TargetArchitecture.from_hf` refuses of the layers (scaled RoPE, biases, ...) is not repeated.

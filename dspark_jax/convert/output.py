@@ -83,7 +83,7 @@ def built_beside(output: Path) -> Iterator[Path]:
     new, old = work / "new", work / "old"
     try:
         with locked(work, "convert export", option="--output"):
-            _settle(output, new, old)
+            _finish_swap(output, new, old)
             try:
                 new.mkdir()
                 yield new
@@ -91,13 +91,13 @@ def built_beside(output: Path) -> Iterator[Path]:
                     output.rename(old)
                 new.rename(output)
             finally:
-                _settle(output, new, old)
+                _finish_swap(output, new, old)
     finally:
         with contextlib.suppress(OSError):  # gone; or another process has it by now
             work.rmdir()
 
 
-def _settle(output: Path, new: Path, old: Path) -> None:
+def _finish_swap(output: Path, new: Path, old: Path) -> None:
     """Puts `old` back where nothing has taken its place, and removes what is not needed."""
     if old.exists() and not output.exists():
         old.rename(output)

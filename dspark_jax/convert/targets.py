@@ -9,7 +9,7 @@ import numpy as np
 from dspark_jax.config import InputError, TargetArchitecture
 from dspark_jax.convert.mapping import FROZEN
 from dspark_jax.target import families
-from dspark_jax.target.lender import read_lender
+from dspark_jax.target.frozen import read_frozen
 from dspark_jax.target.loading import read_checkpoint
 
 SHARED = ("model_type", "vocab_size", "hidden_size")
@@ -42,7 +42,7 @@ def fitting(
 
 
 @dataclasses.dataclass(frozen=True)
-class Lent:
+class FrozenTensors:
     """What a target whose drafters are a Qwen3's gives a drafter, and what servers make of it.
 
     Attributes:
@@ -56,11 +56,11 @@ class Lent:
     own_embedding: str
 
 
-def lent_by_file(file: Path, target: Path, arch: TargetArchitecture) -> Lent:
+def frozen_from_file(file: Path, target: Path, arch: TargetArchitecture) -> FrozenTensors:
     """What a run was trained with.
 
     Args:
-      file: `features/lender.safetensors` of the run.
+      file: `features/frozen.safetensors` of the run.
       target: the target's directory.
       arch: its shape.
 
@@ -69,18 +69,20 @@ def lent_by_file(file: Path, target: Path, arch: TargetArchitecture) -> Lent:
     """
     if not file.exists():
         raise InputError(
-            f"{file}: no such file; it has what a {arch.foreign}, which has no definition here, lent for training; "
+            f"{file}: no such file; it has what a {arch.unsupported}, which has no definition here, gave for training; "
             "prepare the features again"
         )
-    embedding, head, softcap = read_lender(file, arch)
-    return lent(dict(zip(FROZEN, (embedding, head), strict=True)), target, arch, softcap)
+    embedding, head, softcap = read_frozen(file, arch)
+    return frozen_of_target(dict(zip(FROZEN, (embedding, head), strict=True)), target, arch, softcap)
 
 
-def lent(frozen: Mapping[str, np.ndarray], target: Path, arch: TargetArchitecture, softcap: float) -> Lent:
+def frozen_of_target(
+    frozen: Mapping[str, np.ndarray], target: Path, arch: TargetArchitecture, softcap: float
+) -> FrozenTensors:
     """Compares embedding and logits of training with what servers, for which the drafter is a Qwen3, would compute."""
     notes = [
-        f"The target is a {arch.foreign or families.of_shape(arch).title}, the drafter's layers are Qwen3's: a server "
-        "has to hand over the hidden states of this target's layers to its class of drafters for Qwen3."
+        f"The target is a {arch.unsupported or families.of_shape(arch).title}, the drafter's layers are Qwen3's: a "
+        "server has to hand over the hidden states of this target's layers to its class of drafters for Qwen3."
     ]
     own = ""
     scale = embedding_scale(frozen[FROZEN[0]], target) if frozen else 1.0
@@ -93,7 +95,7 @@ def lent(frozen: Mapping[str, np.ndarray], target: Path, arch: TargetArchitectur
             f"The target caps its logits at {softcap:g}, and so did training; the Qwen3 class of drafters does not cap "
             "its own, so a server accepts fewer tokens."
         )
-    return Lent(frozen, tuple(notes), own)
+    return FrozenTensors(frozen, tuple(notes), own)
 
 
 def embedding_scale(embedding: np.ndarray, target: Path) -> float | None:

@@ -167,8 +167,8 @@ def code_on_device(rows: jax.Array, lengths: jax.Array, identity: Identity) -> t
     Returns:
       values [B, S, (M+1) D], scales [B, S, groups] and whether all numbers of a sample are finite [B].
     """
-    behind = jnp.arange(rows.shape[1]) >= lengths[:, None]
-    finite = jnp.all(jnp.isfinite(rows) | behind[..., None], axis=(1, 2))
+    padding = jnp.arange(rows.shape[1]) >= lengths[:, None]
+    finite = jnp.all(jnp.isfinite(rows) | padding[..., None], axis=(1, 2))
     if identity.groups:
         return *quantise_on_device(rows, group_size(identity.hidden_size)), finite
     return rows.astype(jnp.bfloat16), jnp.zeros((*rows.shape[:2], 0), jnp.bfloat16), finite

@@ -2,13 +2,14 @@
 
     features/manifest.json       what they are of (target, tokenizer, samples, taps), how they are stored, the shards
     features/shard-00000.array_record   one record per sample, in the samples' order
-    features/lender.safetensors  the target's embedding and LM head, which training needs besides
+    features/frozen.safetensors  the target's embedding and LM head, which training needs besides
 
 A record holds the rows [length, (M+1) D] of a sample, the M tapped layers and the last hidden states, as in
 `data.feature_codec`.
 
 Shards are written under another name and renamed; the manifest lists those that are whole. After a kill the writer goes
-on after the last one. ArrayRecord keeps a hash of every record, the manifest one of every shard and of the lender.
+on after the last one. ArrayRecord keeps a hash of every record, the manifest one of every shard and of the frozen
+matrices.
 """
 
 import contextlib
@@ -18,7 +19,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,6 @@ from dspark_jax.json_file import read_object
 
 FORMAT = 1
 SHARD_BYTES = 256 << 20
-LENDER = "lender.safetensors"
 
 PASS_TOKENS = 32768
 """Of a pass at a time, padding included: bounds what a device holds of it, whatever the number of samples."""
@@ -42,6 +42,17 @@ PASS_TOKENS = 32768
 Pass = Callable[[np.ndarray, np.ndarray], Callable[[], Iterable[Coded]]]
 """(tokens [B, S], lengths [B]) -> (() -> the features of the B samples). The first call starts the pass, the second one
 waits for it. What is past a length, and samples of length 0, may be anything."""
+
+
+def frozen_file(directory: Path) -> Path:
+    """The file of the target's embedding and LM head in a feature directory."""
+    earlier = directory / "lender.safetensors"  # versions up to 0.1 named it so
+    return earlier if earlier.exists() else directory / "frozen.safetensors"
+
+
+def _frozen_digest(manifest: Mapping[str, Any]) -> str | None:
+    """Of the file of `frozen_file`; versions up to 0.1 gave it another name, or none."""
+    return manifest.get("frozen", manifest.get("lender"))
 
 
 def write_features(
@@ -63,7 +74,7 @@ def write_features(
       identity: what they are of.
       samples: in the order of the records.
       lengths: their numbers of tokens.
-      compute: makes the pass, and puts the lender beside the shards; only called if something is missing.
+      compute: makes the pass, and puts the frozen matrices beside the shards; only called if something is missing.
       batch_size: samples at a time, at most.
       pass_tokens: tokens at a time, at most, but for a single sample that is longer.
       shard_bytes: a shard is closed when it is so large; a kill loses at most one.
@@ -78,8 +89,8 @@ def write_features(
     left = sum(lengths[done:])
     check_room(directory, identity, left)
     progress(done)
-    run = compute() if done < len(lengths) or not (directory / LENDER).exists() else None
-    lender = read_manifest(directory).get("lender") if run is None else _digest(directory / LENDER)
+    run = compute() if done < len(lengths) or not (frozen_file(directory)).exists() else None
+    frozen = _frozen_digest(read_manifest(directory)) if run is None else _digest(frozen_file(directory))
     computed = _computed(samples, lengths, done, run, batch_size, pass_tokens) if run is not None else iter(())
     while done < len(lengths):
         name = f"shard-{len(shards):05d}.array_record"
@@ -102,8 +113,8 @@ def write_features(
         entry = {"file": name, "bytes": temporary.stat().st_size, "sha256": _digest(temporary), "lengths": written}
         shards.append(entry)
         temporary.rename(directory / name)
-        _write_manifest(directory, identity, shards, lender, complete=done == len(lengths))
-    _write_manifest(directory, identity, shards, lender, complete=True)
+        _write_manifest(directory, identity, shards, frozen, complete=done == len(lengths))
+    _write_manifest(directory, identity, shards, frozen, complete=True)
 
 
 def _digest(path: Path) -> str | None:
@@ -224,9 +235,9 @@ class CachedSamples:
         for shard in manifest["shards"]:
             if not _is_whole(directory, shard):
                 raise InputError(f"{directory / shard['file']}: missing or not of {shard['bytes']} bytes; {AGAIN}")
-        lender = manifest.get("lender")  # older versions do not say
-        if lender is not None and _digest(directory / LENDER) not in (None, lender):
-            raise InputError(f"{directory / LENDER}: damaged (it has changed since it was written); {REMEDY}")
+        frozen = _frozen_digest(manifest)
+        if frozen is not None and _digest(frozen_file(directory)) not in (None, frozen):
+            raise InputError(f"{frozen_file(directory)}: damaged (it has changed since it was written); {REMEDY}")
         try:
             self._records = ArrayRecordDataSource([str(directory / file) for file in self._files])
         except RuntimeError as error:  # ArrayRecord's own kind for damaged files
@@ -329,11 +340,11 @@ def check_identity(directory: Path, identity: Identity) -> None:
 
 
 def is_complete(directory: Path, identity: Identity) -> bool:
-    """Whether the whole cache of this identity is there: its shards, by their sizes, and the lender."""
+    """Whether the whole cache of this identity is there: its shards, by their sizes, and the frozen matrices."""
     manifest = read_manifest(directory)
     if not manifest.get("complete") or manifest["identity"] != _plain(identity):
         return False
-    return (directory / LENDER).exists() and all(_is_whole(directory, shard) for shard in manifest["shards"])
+    return (frozen_file(directory)).exists() and all(_is_whole(directory, shard) for shard in manifest["shards"])
 
 
 def _is_whole(directory: Path, shard: dict[str, Any]) -> bool:
@@ -358,10 +369,10 @@ def _open_partial(directory: Path) -> list[dict[str, Any]]:
 
 
 def _write_manifest(
-    directory: Path, identity: Identity, shards: list[dict[str, Any]], lender: str | None, *, complete: bool
+    directory: Path, identity: Identity, shards: list[dict[str, Any]], frozen: str | None, *, complete: bool
 ) -> None:
     """Replaces the manifest in one step."""
-    content = {"format": FORMAT, "identity": _plain(identity), "complete": complete, "lender": lender, "shards": shards}
+    content = {"format": FORMAT, "identity": _plain(identity), "complete": complete, "frozen": frozen, "shards": shards}
     temporary = directory / "manifest.tmp"
     with temporary.open("w", encoding="utf-8") as file:
         json.dump(content, file)

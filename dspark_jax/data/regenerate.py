@@ -209,7 +209,7 @@ def regenerate(
         prompts: dict[int, list[int]] = {}
         for conversation in active:
             try:
-                messages, ids = _ask(tokenizer, conversation, turn, done.get(conversation.sample_id), limits)
+                messages, ids = _next_question(tokenizer, conversation, turn, done.get(conversation.sample_id), limits)
             except Rejected as error:
                 give_up(conversation, error, len(conversation.questions) - turn)
             else:
@@ -247,7 +247,7 @@ def next_prompt(
     return messages, prompt_tokens(tokenizer, messages, options)
 
 
-def _ask(
+def _next_question(
     tokenizer: ChatTokenizer, conversation: Conversation, turn: int, before: Answered | None, limits: Limits
 ) -> tuple[tuple[Message, ...], list[int]]:
     """Messages up to the question of `turn`, and their prompt ids; Rejected if it cannot be asked."""

@@ -89,7 +89,7 @@ class TorchTarget:
             "be tapped, use a target with a plain stack of decoder layers"
         )
 
-    def lent(self) -> tuple[np.ndarray, np.ndarray, float]:
+    def frozen_matrices(self) -> tuple[np.ndarray, np.ndarray, float]:
         """Embedding [V, D] with its scale in it, LM head [V, D], and the soft-cap of the logits (0 = none).
 
         Raises:

@@ -160,7 +160,7 @@ class Batch:
             entry = outcome.round
             traced = None if entry is None else _traced(entry, row)
             emitted = 0 if entry is None else int(entry.emitted[row])
-            self.metrics.tokens += request.absorb(outcome.tokens[row, :count].tolist(), ended, traced, emitted)
+            self.metrics.tokens += request.receive(outcome.tokens[row, :count].tolist(), ended, traced, emitted)
             if traced is not None:
                 self.metrics.accepted += traced.accepted
                 self.metrics.admitted += traced.admitted

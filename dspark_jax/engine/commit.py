@@ -23,7 +23,9 @@ def is_stop(tokens: jax.Array, stop_tokens: jax.Array) -> jax.Array:
     return jnp.any((tokens[..., None] == stop_tokens) & (stop_tokens >= 0), axis=-1)
 
 
-def settle(proposal: Proposal, lengths: jax.Array, verdict: Verdict, stop_tokens: jax.Array) -> tuple[Round, jax.Array]:
+def committed_round(
+    proposal: Proposal, lengths: jax.Array, verdict: Verdict, stop_tokens: jax.Array
+) -> tuple[Round, jax.Array]:
     """Cuts the accepted drafts after their first stop token, and counts (trap 25).
 
     Returns:
@@ -65,7 +67,7 @@ def commit(
 
     Args:
       models: the drafter absorbs the target's features of the verified tokens that were kept: the anchor and the
-        accepted drafts. Without one nobody does (see `postpone`).
+        accepted drafts. Without one nobody does (see `defer_features`).
       state: before the round.
       proposal: all drafts.
       lengths: [B] how many of them were verified.
@@ -77,7 +79,7 @@ def commit(
       The state after the round, and the round. A request never grows beyond its limit: tokens past it are dropped
       though the round's `emitted` counts them.
     """
-    entry, ended = settle(proposal, lengths, verdict, stop_tokens)
+    entry, ended = committed_round(proposal, lengths, verdict, stop_tokens)
     if getattr(models.drafter, "stops_drafting", False):
         # What it would draft after a stop token is never used: it follows from drafts alone, and is not counted.
         drafted = until_first(is_stop(proposal.tokens, stop_tokens))
@@ -107,7 +109,7 @@ def commit(
     return after, entry
 
 
-def postpone(state: DecodeState, features: jax.Array, active: jax.Array) -> Pending:
+def defer_features(state: DecodeState, features: jax.Array, active: jax.Array) -> Pending:
     """The pending rows with those of a round without drafts: features [B, 1, M*D], of the `active` [B] requests."""
     pending = state.pending
     assert pending is not None
@@ -119,7 +121,7 @@ def postpone(state: DecodeState, features: jax.Array, active: jax.Array) -> Pend
     return Pending(rows, counts + active)
 
 
-def absorb(models: Models, state: DecodeState) -> DecodeState:
+def extend_with_pending(models: Models, state: DecodeState) -> DecodeState:
     """Shows the drafter what is pending; its cache then holds everything before the anchors."""
     pending = state.pending
     assert pending is not None

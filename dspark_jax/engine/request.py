@@ -278,7 +278,7 @@ class Request:
         with self.changed:
             self.metrics = dataclasses.replace(self.metrics, queue_seconds=self._age())
 
-    def absorb(
+    def receive(
         self, tokens: Sequence[int], ended: FinishReason | None, traced: TracedRound | None, emitted: int
     ) -> int:
         """Takes what a launch committed for it.

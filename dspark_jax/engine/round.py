@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from dspark_jax.drafter.interface import Proposal
-from dspark_jax.engine.commit import absorb, commit, postpone
+from dspark_jax.engine.commit import commit, defer_features, extend_with_pending
 from dspark_jax.engine.draft import draft
 from dspark_jax.engine.models import Models
 from dspark_jax.engine.sampling import Requests
@@ -134,7 +134,7 @@ def plain_round(
     verdict, output = verify(models, state, nothing, none, own)
     after, entry = commit(alone, state, nothing, none, verdict, output, requests.stop_tokens)
     history = scheduler.observe(state.history, none, none, active, drafted=False)
-    pending = postpone(state, output.features, active)
+    pending = defer_features(state, output.features, active)
     blank = no_round(models, batch)
     entry = dataclasses.replace(entry, drafted=blank.drafted, confidence=blank.confidence, rows=jnp.int32(batch))
     return dataclasses.replace(after, history=history, pending=pending), entry
@@ -144,7 +144,7 @@ def catch_up(models: Models, state: DecodeState, wanted: jax.Array) -> DecodeSta
     """The state without pending rows if that is wanted and there are some; a drafting round needs it."""
     assert state.pending is not None
     late = wanted & jnp.any(state.pending.counts > 0)
-    return _when(late, lambda state: absorb(models, state), state)
+    return _when(late, lambda state: extend_with_pending(models, state), state)
 
 
 def no_round(models: Models, batch: int) -> Round:

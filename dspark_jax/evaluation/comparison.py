@@ -17,7 +17,7 @@ BASELINES = ("dflash", "eagle3")
 
 
 @dataclasses.dataclass(frozen=True)
-class Standing:
+class TauEstimate:
     """How one drafter did.
 
     Attributes:
@@ -33,7 +33,7 @@ class Standing:
     draws: np.ndarray
 
 
-def standing(names: Sequence[str], counts: Counts, resamples: int, seed: int) -> Standing:
+def estimate_tau(names: Sequence[str], counts: Counts, resamples: int, seed: int) -> TauEstimate:
     """Estimates from the counts of every prompt.
 
     Args:
@@ -50,20 +50,20 @@ def standing(names: Sequence[str], counts: Counts, resamples: int, seed: int) ->
     tau, bounds = macro_average(list(sets.values()))
     used = [one.tau_resamples for one in sets.values() if one.rounds]
     draws = np.mean(used, axis=0) if used and all(map(len, used)) else np.zeros(0)
-    return Standing(sets, tau, bounds, draws)
+    return TauEstimate(sets, tau, bounds, draws)
 
 
-def gain(one: Standing, other: Standing) -> tuple[float, np.ndarray]:
+def gain(one: TauEstimate, other: TauEstimate) -> tuple[float, np.ndarray]:
     """Relative gain in tau of one drafter over another (0.1 = 10 %), and its interval [2]; NaN where undefined."""
     draws = _gain_draws(one, other)
     return _gain(one, other), interval(draws) if len(draws) else np.full(2, np.nan)
 
 
-def growth(study: Mapping[int, Mapping[str, Standing]]) -> list[dict[str, Any]]:
+def growth(study: Mapping[int, Mapping[str, TauEstimate]]) -> list[dict[str, Any]]:
     """By how much gains over the first baseline grow from the smallest depth or draft length to the largest.
 
     Args:
-      study: standings by value and kind.
+      study: estimates by value and kind.
 
     Returns:
       For every drafter that is there at both ends with the baseline: the values (`from`, `to`), and the difference of
@@ -86,11 +86,11 @@ def growth(study: Mapping[int, Mapping[str, Standing]]) -> list[dict[str, Any]]:
     return rows
 
 
-def _gain(one: Standing, other: Standing) -> float:
+def _gain(one: TauEstimate, other: TauEstimate) -> float:
     return float(ratio(np.asarray(one.tau), np.asarray(other.tau))) - 1.0
 
 
-def _gain_draws(one: Standing, other: Standing) -> np.ndarray:
+def _gain_draws(one: TauEstimate, other: TauEstimate) -> np.ndarray:
     """[S] the gain in every resample; none where they cannot be paired."""
     paired = len(one.draws) == len(other.draws)
     return ratio(one.draws, other.draws) - 1.0 if paired else np.zeros(0)
@@ -108,7 +108,9 @@ def round_times(times: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str,
     return described
 
 
-def describe(one: Standing, standings: Mapping[str, Standing], time: Mapping[str, float] | None) -> dict[str, Any]:
+def describe(
+    one: TauEstimate, estimates: Mapping[str, TauEstimate], time: Mapping[str, float] | None
+) -> dict[str, Any]:
     """A drafter's entry in `compare.json`; NaN where something is not defined."""
     sets = {
         name: {
@@ -124,8 +126,8 @@ def describe(one: Standing, standings: Mapping[str, Standing], time: Mapping[str
     }
     entry: dict[str, Any] = {"tau": one.tau, "tau_ci95": one.interval, "prompt_sets": sets}
     for baseline in BASELINES:
-        if baseline in standings and standings[baseline] is not one:
-            value, bounds = gain(one, standings[baseline])
+        if baseline in estimates and estimates[baseline] is not one:
+            value, bounds = gain(one, estimates[baseline])
             entry[f"gain_over_{baseline}"], entry[f"gain_over_{baseline}_ci95"] = value, bounds
     return entry | dict(time or {})
 

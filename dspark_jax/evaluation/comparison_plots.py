@@ -8,16 +8,16 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from dspark_jax.evaluation.comparison import Standing
+from dspark_jax.evaluation.comparison import TauEstimate
 from dspark_jax.evaluation.plots import Plot, Theme, _figure, _line, conditional_plot
 
 
-def conditional_plots(standings: Mapping[str, Standing]) -> list[Plot]:
+def conditional_plots(estimates: Mapping[str, TauEstimate]) -> list[Plot]:
     """Conditional acceptance by position, a line per drafter and a figure per prompt set (paper, figure 2)."""
-    names = list(dict.fromkeys(name for one in standings.values() for name in one.sets))
+    names = list(dict.fromkeys(name for one in estimates.values() for name in one.sets))
     plots = []
     for name in names:
-        plot = conditional_plot({kind: one.sets[name] for kind, one in standings.items() if name in one.sets}, name)
+        plot = conditional_plot({kind: one.sets[name] for kind, one in estimates.items() if name in one.sets}, name)
         plots.append(dataclasses.replace(plot, name=f"conditional_acceptance_{name}"))
     return plots
 

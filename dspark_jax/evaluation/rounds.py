@@ -27,7 +27,7 @@ from dspark_jax.data.samples import Tally
 from dspark_jax.errors import reporting_errors
 from dspark_jax.evaluation.acceptance import Counts, count_rounds
 from dspark_jax.evaluation.decoding import Decoder, answer
-from dspark_jax.evaluation.setup import ask, open_decoder, tell_left_out
+from dspark_jax.evaluation.setup import open_decoder, read_questions, tell_left_out
 from dspark_jax.json_file import write_json, written_whole
 from dspark_jax.progress import Progress
 from dspark_jax.sharding import make_mesh
@@ -51,7 +51,7 @@ def measure_rounds(config: Config, workdir: Path, out: Path) -> None:
     decoder = open_decoder(config, workdir, mesh)
     settings = config.eval
     with contextlib.closing(Tally(Path(os.devnull))) as tally, jax.set_mesh(mesh):
-        asked, first = ask(config, decoder, tally, settings.prompts, settings.limit)
+        asked, first = read_questions(config, decoder, tally, settings.prompts, settings.limit)
         turns = sum(len(one.questions) for one in asked)
         with Progress("measure", turns, unit="answer") as progress:
             requests, result = answer(decoder, asked, first, settings.temperatures[0], advance=progress.advance)
@@ -93,7 +93,7 @@ def measure_times(runs: Mapping[str, tuple[Config, Path]]) -> dict[str, dict[str
     with contextlib.closing(Tally(Path(os.devnull))) as tally, jax.set_mesh(mesh):
         decoders, found = _open_all(runs, mesh)
         loaded = next(iter(decoders.values()))
-        asked, first = ask(base, loaded, tally, settings.prompts, settings.limit)
+        asked, first = read_questions(base, loaded, tally, settings.prompts, settings.limit)
         quick = first.take(_first_of_each([one.prompt.prompt_set for one in asked], settings.speed_prompts))
         decoders[PLAIN] = loaded
         with Progress("time", len(quick.items) * len(decoders), unit="answer") as progress:

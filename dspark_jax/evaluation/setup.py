@@ -94,7 +94,7 @@ def open_drafter(config: Config, workdir: Path, mesh: Mesh) -> tuple[int, Drafte
     return step, drafter
 
 
-def ask(
+def read_questions(
     config: Config, decoder: Decoder, tally: Tally, files: Sequence[str], limit: int
 ) -> tuple[list[Conversation], Requests]:
     """Reads prompt files; returns the prompts that can be asked, and their first questions.
@@ -132,7 +132,7 @@ def tell_left_out(command: str, tally: Tally, rejected: Path | None = None) -> N
 
     Args:
       command: its name, for the line.
-      tally: of `ask`.
+      tally: of `read_questions`.
       rejected: its file, which is removed if nothing is in it; None where there is none.
     """
     if tally.rejected:

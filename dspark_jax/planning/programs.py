@@ -16,7 +16,7 @@ from dspark_jax.engine import schedulers
 from dspark_jax.engine.models import Models
 from dspark_jax.engine.slots import Mode, batch_axes, open_slots, serve_round
 from dspark_jax.sharding import replicated, sharding, state_shardings
-from dspark_jax.target.lender import abstract_lender
+from dspark_jax.target.frozen import abstract_frozen
 from dspark_jax.target.loading import abstract_target, compute_dtype
 from dspark_jax.training.micro_steps import ON_DEVICE, MicroSteps
 from dspark_jax.training.optim import make_optimizer
@@ -74,7 +74,7 @@ def train_program(config: Config, mesh: Mesh) -> Program:
         )
     arch, dtype = config.target.architecture, compute_dtype(config.target.dtype)
     online = config.data.features == "online"
-    target: Any = abstract_target(arch, dtype) if online else abstract_lender(arch, dtype, arch.final_logit_softcapping)
+    target: Any = abstract_target(arch, dtype) if online else abstract_frozen(arch, dtype, arch.final_logit_softcapping)
     drafter = abstract_drafter(config)
     optimizer = make_optimizer(config.optim, train.steps)
     state, batch = state_layout(drafter, optimizer, mesh), batch_layout(config, mesh)

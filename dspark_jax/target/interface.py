@@ -8,7 +8,7 @@ from dspark_jax.config import TargetArchitecture
 
 
 class EmbeddingAndHead(Protocol):
-    """A target, or the two matrices of one (`target.lender`)."""
+    """A target, or the two matrices of one (`target.frozen`)."""
 
     arch: TargetArchitecture
     dtype: Any

@@ -308,9 +308,9 @@ def load_target(config: TargetConfig, mesh: Mesh) -> Target:
         or the model's config says another shape than ours, or tied embeddings beside a head that differs from them.
     """
     directory, arch, dtype = local_directory(config.path), config.architecture, compute_dtype(config.dtype)
-    if arch.foreign:
+    if arch.unsupported:
         raise InputError(
-            f"{directory}: a {arch.foreign} has no definition here, so nothing can be decoded with it; train a "
+            f"{directory}: a {arch.unsupported} has no definition here, so nothing can be decoded with it; train a "
             "drafter from its features (data.features=torch), export it, and measure it where the target is served"
         )
     if (directory / "config.json").exists():  # of a model on the hub, nobody has compared it before

@@ -50,6 +50,6 @@ class Weight(NamedTuple):
         return np.ascontiguousarray(value.reshape(shape[::-1]).T if self.inputs else value.reshape(shape))
 
 
-def behind(prefix: str, weights: Mapping[str, Weight], layers: tuple[int, ...] = ()) -> dict[str, Weight]:
+def with_prefix(prefix: str, weights: Mapping[str, Weight], layers: tuple[int, ...] = ()) -> dict[str, Weight]:
     """The same parameters with `prefix` before their tensors' names, in a stack of these layers."""
     return {path: weight._replace(name=prefix + weight.name, layers=layers) for path, weight in weights.items()}

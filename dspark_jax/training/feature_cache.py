@@ -12,12 +12,12 @@ import numpy as np
 from dspark_jax.config import Config, InputError, TargetArchitecture
 from dspark_jax.data.feature_codec import Coded, Identity, code_on_device
 from dspark_jax.data.features import (
-    LENDER,
     PASS_TOKENS,
     CachedSamples,
     Pass,
     check_identity,
     estimate,
+    frozen_file,
     is_complete,
     read_manifest,
     write_features,
@@ -27,7 +27,7 @@ from dspark_jax.data.torch_features import load_torch_target
 from dspark_jax.hub import local_directory
 from dspark_jax.progress import Progress, log
 from dspark_jax.sharding import make_mesh
-from dspark_jax.target.lender import save_lender
+from dspark_jax.target.frozen import save_frozen
 from dspark_jax.target.loading import fingerprint, load_target, tokenizer_fingerprint
 from dspark_jax.training.checkpoint import prepared_fingerprint
 
@@ -134,13 +134,13 @@ def feature_pass(config: Config, directory: Path, identity: Identity) -> Pass:
     taps = tuple(config.drafter.target_layer_ids)
     if config.data.features == "torch":
         model = load_torch_target(config.target.path, taps, config.target.dtype)
-        save_lender(directory / LENDER, *model.lent())
+        save_frozen(frozen_file(directory), *model.frozen_matrices())
         return functools.partial(model.start, identity=identity)
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         target = load_target(config.target, mesh)
         embedding = jax.jit(target.embed)(jnp.arange(config.target.architecture.vocab_size))
-        save_lender(directory / LENDER, np.asarray(embedding), np.asarray(target.head), target.softcap)
+        save_frozen(frozen_file(directory), np.asarray(embedding), np.asarray(target.head), target.softcap)
 
     @jax.jit
     def forward(target: Any, tokens: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

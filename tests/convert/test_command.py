@@ -34,9 +34,9 @@ from dspark_jax.convert.hub import push
 from dspark_jax.convert.layouts import Layout
 from dspark_jax.convert.mapping import FROZEN
 from dspark_jax.convert.targets import fitting
-from dspark_jax.data.features import LENDER
+from dspark_jax.data.features import frozen_file
 from dspark_jax.sharding import make_mesh
-from dspark_jax.target.lender import save_lender
+from dspark_jax.target.frozen import save_frozen
 from dspark_jax.training.checkpoint import load_drafter
 from dspark_jax.training.state import to_params
 
@@ -123,19 +123,19 @@ def llama_run(save_untrained, tmp_path_factory):
     workdir = folder / "run"
     save_untrained(resolve(config), workdir, make_mesh(MeshConfig()))
     (workdir / "features").mkdir()
-    lent = 4 * stored, rng.normal(size=(64, 32)).astype(np.float32)
-    save_lender(workdir / "features" / LENDER, *lent, 30.0)
-    return workdir, folder, lent
+    frozen = 4 * stored, rng.normal(size=(64, 32)).astype(np.float32)
+    save_frozen(frozen_file(workdir / "features"), *frozen, 30.0)
+    return workdir, folder, frozen
 
 
 def test_export_of_a_drafter_for_a_target_without_a_definition(llama_run, tmp_path, capsys):
-    """Its only use is to be served elsewhere: as the Qwen3 that it is, with what the target lent for training."""
-    workdir, target, lent = llama_run
+    """Its only use is to be served elsewhere: as the Qwen3 that it is, with the target's matrices from training."""
+    workdir, target, frozen = llama_run
     main(["export", f"--workdir={workdir}", f"--target={target}", f"--output={tmp_path / 'a'}", "--dtype=float32"])
     raw = json.loads((tmp_path / "a" / "config.json").read_text())
     assert (raw["model_type"], raw["architectures"], raw["num_target_layers"]) == ("qwen3", ["Qwen3DSparkModel"], 4)
     assert (raw["bos_token_id"], raw["intermediate_size"]) == (7, 48) and "pretraining_tp" not in raw
-    for name, value in zip(FROZEN, lent, strict=True):
+    for name, value in zip(FROZEN, frozen, strict=True):
         np.testing.assert_array_equal(load_file(tmp_path / "a" / "model.safetensors")[name], value)
     back, first = import_drafter(tmp_path / "a", mesh())[1], load_drafter(workdir, mesh())[1]
     for name, value in to_params(first).items():
@@ -281,16 +281,16 @@ def test_check_says_which_lines_are_no_prompts(tiny_target, tmp_path, capsys):
     assert len(asked) == 1 and "2 lines are no prompts and are left out, the first is" in said and "p.jsonl:2" in said
 
 
-def test_a_lender_that_cannot_be_written_is_an_os_error(tmp_path):
+def test_a_file_of_frozen_matrices_that_cannot_be_written_is_an_os_error(tmp_path):
     (tmp_path / "there.safetensors").mkdir()
     with pytest.raises(IsADirectoryError, match="there.safetensors"):
-        save_lender(tmp_path / "there.safetensors", np.ones((2, 2)), np.ones((2, 2)), 0.0)
+        save_frozen(tmp_path / "there.safetensors", np.ones((2, 2)), np.ones((2, 2)), 0.0)
     assert [path.name for path in tmp_path.iterdir()] == ["there.safetensors"]
-    (tmp_path / LENDER).with_suffix(".tmp").mkdir()
+    frozen_file(tmp_path).with_suffix(".tmp").mkdir()
     with pytest.raises(OSError, match="directory"):
-        save_lender(tmp_path / LENDER, np.ones((2, 2)), np.ones((2, 2)), 0.0)
-    with pytest.raises(FileNotFoundError, match=f"none/{LENDER}"):  # of which only the number is known here
-        save_lender(tmp_path / "none" / LENDER, np.ones((2, 2)), np.ones((2, 2)), 0.0)
+        save_frozen(frozen_file(tmp_path), np.ones((2, 2)), np.ones((2, 2)), 0.0)
+    with pytest.raises(FileNotFoundError, match="none/frozen.safetensors"):  # of which only the number is known here
+        save_frozen(frozen_file(tmp_path / "none"), np.ones((2, 2)), np.ones((2, 2)), 0.0)
 
 
 def test_export_refuses_a_target_of_another_vocabulary(run, tmp_path, golden_vanilla_case, capsys):

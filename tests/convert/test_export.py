@@ -64,7 +64,7 @@ def make_source(target: Path, config: DrafterConfig) -> tuple[Source, nnx.Module
 def draft(drafter, embedding):
     """Logits with Markov bias, and confidences, of a drafter on some features."""
 
-    class Lender:
+    class FrozenMatrices:
         def embed(self, tokens):
             return embedding[tokens]
 
@@ -72,7 +72,7 @@ def draft(drafter, embedding):
     features = jax.random.normal(jax.random.key(5), (1, 12, 2 * width))
     tokens = jax.random.randint(jax.random.key(6), (1, 12), 0, vocabulary)
     anchors = Anchors(jnp.asarray([[2, 4]]), jnp.ones((1, 2), bool))
-    out = drafter(Lender(), features, tokens, jnp.ones_like(tokens), anchors)
+    out = drafter(FrozenMatrices(), features, tokens, jnp.ones_like(tokens), anchors)
     logits = out.hidden @ embedding.T
     previous = None
     if drafter.markov is not None:

@@ -8,7 +8,7 @@ from safetensors.numpy import load_file
 from dspark_jax.config import InputError, TargetArchitecture
 from dspark_jax.convert.__main__ import main
 from dspark_jax.convert.check import Report
-from dspark_jax.convert.layouts import foreign_parts, read_layout
+from dspark_jax.convert.layouts import read_layout, unsupported_parts
 from dspark_jax.convert.servers import replay
 
 ARCH = TargetArchitecture("qwen3", 48, 32, 4, 2, 1, 16, 64)
@@ -295,7 +295,7 @@ def test_tpu_inference_takes_fill_in_dflash(world, change, taps):
 def test_parts_without_an_implementation_here(world, change, part):
     """They were run as if they were not there; servers may know them."""
     raw, _ = files(world)
-    found = foreign_parts(raw | change)
+    found = unsupported_parts(raw | change)
     assert (part in found[0] and len(found) == 1) if part else found == []
 
 

@@ -19,11 +19,11 @@ from safetensors.numpy import load_file
 from dspark_jax.config import InputError
 from dspark_jax.data.feature_codec import Identity, code, dequantise, group_size
 from dspark_jax.data.features import (
-    LENDER,
     CachedSamples,
     cut_batches,
     damaged_shards,
     estimate,
+    frozen_file,
     is_complete,
     read_manifest,
     write_features,
@@ -182,7 +182,7 @@ def test_a_killed_writer_goes_on(tmp_path):
 
 def test_a_complete_cache_is_left_alone(tmp_path):
     write(tmp_path / "f")
-    (tmp_path / "f" / LENDER).touch()
+    frozen_file(tmp_path / "f").touch()
 
     def never():
         raise AssertionError("the target was loaded")
@@ -241,23 +241,45 @@ def test_a_corrupted_record_is_named(tmp_path):
         CachedSamples(samples, tmp_path / "f", IDENTITY)
 
 
-def test_a_damaged_lender_is_named(tmp_path):
+def test_damaged_frozen_matrices_are_named(tmp_path):
     """It has no hashes in itself, and a wrong embedding would train without a word."""
-    lender = tmp_path / "f" / LENDER
+    frozen = frozen_file(tmp_path / "f")
 
     def compute():
-        lender.write_bytes(bytes(range(200)))
+        frozen.write_bytes(bytes(range(200)))
         return run
 
     samples = write(tmp_path / "f", compute=compute)
     CachedSamples(samples, tmp_path / "f", IDENTITY)
-    lender.write_bytes(bytes(reversed(range(200))))
+    frozen.write_bytes(bytes(reversed(range(200))))
     write(tmp_path / "f", compute=lambda: pytest.fail("nothing is missing"))  # does not take it for what was written
-    with pytest.raises(InputError, match=f"{LENDER}: damaged .*; remove it and run python -m dspark_jax.prepare again"):
+    with pytest.raises(
+        InputError, match="frozen.safetensors: damaged .*; remove it and run python -m dspark_jax.prepare again"
+    ):
         CachedSamples(samples, tmp_path / "f", IDENTITY)
-    lender.unlink()
+    frozen.unlink()
     write(tmp_path / "f", compute=compute)
     CachedSamples(samples, tmp_path / "f", IDENTITY)
+
+
+def test_frozen_matrices_of_an_earlier_version_are_read_and_checked(tmp_path):
+    """It named the file, and its digest in the manifest, otherwise."""
+    directory = tmp_path / "f"
+
+    def compute():
+        frozen_file(directory).write_bytes(bytes(range(200)))
+        return run
+
+    samples = write(directory, compute=compute)
+    earlier = frozen_file(directory).rename(directory / "lender.safetensors")
+    manifest = directory / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"frozen"', '"lender"'))
+    write(directory, compute=lambda: pytest.fail("nothing is missing"))
+    CachedSamples(samples, directory, IDENTITY)
+    manifest.write_text(manifest.read_text().replace('"frozen"', '"lender"'))
+    earlier.write_bytes(bytes(200))
+    with pytest.raises(InputError, match="lender.safetensors: damaged"):
+        CachedSamples(samples, directory, IDENTITY)
 
 
 def test_other_samples_are_noticed(tmp_path):
@@ -316,7 +338,7 @@ def test_a_damaged_manifest_is_one_line(tmp_path, change):
 def test_a_cache_is_complete_with_all_of_its_files(tmp_path):
     samples = write(tmp_path / "f")
     assert not is_complete(tmp_path / "f", IDENTITY)
-    (tmp_path / "f" / LENDER).touch()
+    frozen_file(tmp_path / "f").touch()
     assert is_complete(tmp_path / "f", IDENTITY)
     shard = tmp_path / "f" / "shard-00001.array_record"
     shard.write_bytes(shard.read_bytes()[:-1])

@@ -10,7 +10,7 @@ import pytest
 
 from dspark_jax.drafter.interface import Proposal
 from dspark_jax.drafter.none import NO_DRAFTER
-from dspark_jax.engine.commit import append, commit, is_stop, settle
+from dspark_jax.engine.commit import append, commit, committed_round, is_stop
 from dspark_jax.engine.state import DecodeState
 from dspark_jax.engine.verify import Verdict
 from dspark_jax.target.model import TargetOutput
@@ -48,7 +48,7 @@ def test_a_stop_token_at_every_position() -> None:
     accepted = jnp.asarray([n for _, n, _ in cases])
     following = jnp.asarray([block[n] for block, (_, n, _) in zip(blocks, cases, strict=True)])
     proposal = proposal_of([block[:SIZE] for block in blocks])
-    entry, ended = jax.jit(settle)(proposal, lengths, Verdict(accepted, following), jnp.asarray([-1, STOP]))
+    entry, ended = jax.jit(committed_round)(proposal, lengths, Verdict(accepted, following), jnp.asarray([-1, STOP]))
     for i, (block, (_, n, length)) in enumerate(zip(blocks, cases, strict=True)):
         committed, proposed, stopped = expected_round(block[:SIZE], length, n, block[n])
         assert int(entry.emitted[i]) == len(committed), cases[i]

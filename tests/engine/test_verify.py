@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from dspark_jax.drafter.interface import Proposal
 from dspark_jax.engine import schedulers
-from dspark_jax.engine.commit import settle
+from dspark_jax.engine.commit import committed_round
 from dspark_jax.engine.generate import Prompts, decode, decode_shape
 from dspark_jax.engine.models import Models
 from dspark_jax.engine.sampling import Requests, Uniforms, request_keys
@@ -82,7 +82,7 @@ def test_golden_verify(golden: Path, static_greedy: bool) -> None:
         assert int(entry.emitted[0]) == trial["accepted_draft_tokens"] + 1, trial
 
 
-jitted_settle = jax.jit(settle)
+jitted_settle = jax.jit(committed_round)
 
 
 NO_STOPS = jnp.asarray([-1])

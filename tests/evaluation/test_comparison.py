@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dspark_jax.evaluation.acceptance import Counts
-from dspark_jax.evaluation.comparison import gain, growth, standing, table
+from dspark_jax.evaluation.comparison import estimate_tau, gain, growth, table
 from dspark_jax.evaluation.comparison_plots import study_plot
 
 
@@ -15,7 +15,7 @@ def test_gains_resample_the_prompts_of_both_alike() -> None:
     block = np.ones((30, 2), int)
     names = ["a"] * 20 + ["b"] * 10
     base = rng.integers(100, 500, 30) * 5
-    one, other = (standing(names, Counts(t, rounds, block, block, block), 200, 3) for t in (base // 5 * 6, base))
+    one, other = (estimate_tau(names, Counts(t, rounds, block, block, block), 200, 3) for t in (base // 5 * 6, base))
     value, bounds = gain(one, other)
     assert value == pytest.approx(0.2)
     np.testing.assert_allclose(bounds, 0.2, rtol=1e-9)
@@ -31,7 +31,9 @@ def test_the_growth_of_a_gain_resamples_all_prompts_alike() -> None:
     base, longer = (rng.integers(100, 500, 12) * 5 for _ in range(2))
     taken = {4: {"rnn": base // 5 * 6, "dflash": base}, 16: {"rnn": longer // 5 * 7, "dflash": longer}}
     study = {
-        length: {kind: standing(["a"] * 12, Counts(t, spent, block, block, block), 100, 3) for kind, t in kinds.items()}
+        length: {
+            kind: estimate_tau(["a"] * 12, Counts(t, spent, block, block, block), 100, 3) for kind, t in kinds.items()
+        }
         for length, kinds in taken.items()
     }
     (row,) = growth({16: study[16], 8: {}, 4: study[4]})

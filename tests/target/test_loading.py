@@ -390,7 +390,7 @@ def test_a_config_that_says_quantised(directory):
     (directory / "config.json").write_text(json.dumps(raw | {"quantization_config": {"quant_method": "fp8"}}))
     with pytest.raises(InputError, match='quantised checkpoint .*quant_method "fp8".* use the checkpoint in bfloat16'):
         load(directory)
-    assert "quantised" in TargetArchitecture.of_any_model(directory).foreign  # PyTorch may run it
+    assert "quantised" in TargetArchitecture.of_any_model(directory).unsupported  # PyTorch may run it
 
 
 def test_reading_is_lazy(directory):

@@ -16,7 +16,7 @@ from dspark_jax.data.sources import Sample, write_samples
 from dspark_jax.data.torch_features import TorchTarget, load_torch_target
 from dspark_jax.hub import with_architecture
 from dspark_jax.sharding import make_mesh
-from dspark_jax.target.lender import read_lender
+from dspark_jax.target.frozen import read_frozen
 from dspark_jax.training.checkpoint import Checkpoints
 from dspark_jax.training.feature_cache import feature_identity, feature_pass, open_features, prepare_features
 
@@ -90,17 +90,17 @@ def test_another_target_is_refused(config, tmp_path, single_device, new_target):
     prepare_features(config, tmp_path)
     open_features(config, tmp_path)
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "features").glob("shard-*")}
-    lender = tmp_path / "features" / "lender.safetensors"
-    whole = lender.read_bytes()
+    frozen = tmp_path / "features" / "frozen.safetensors"
+    whole = frozen.read_bytes()
     for content, remedy in ((None, "no such file; run"), (whole[:-9], "truncated .*; remove it and run")):
-        lender.unlink()
+        frozen.unlink()
         if content:
-            lender.write_bytes(content)
-        with pytest.raises(InputError, match=f"lender.safetensors: {remedy} python -m dspark_jax.prepare again"):
-            read_lender(lender, config.target.architecture)
-        lender.unlink(missing_ok=True)
+            frozen.write_bytes(content)
+        with pytest.raises(InputError, match=f"frozen.safetensors: {remedy} python -m dspark_jax.prepare again"):
+            read_frozen(frozen, config.target.architecture)
+        frozen.unlink(missing_ok=True)
         prepare_features(config, tmp_path)
-        assert lender.read_bytes() == whole
+        assert frozen.read_bytes() == whole
     assert before == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "features").glob("shard-*")}
     other_type = "bfloat16" if config.target.dtype != "bfloat16" else "float32"
     with pytest.raises(InputError, match=rf"made with target\.dtype {config.target.dtype}, needed is {other_type}"):
@@ -129,7 +129,7 @@ def llama(tmp_path_factory):
     return path, model.eval()
 
 
-def foreign(config: Config, path) -> Config:
+def of_pytorch(config: Config, path) -> Config:
     config = dataclasses.replace(config, target=TargetConfig(path=str(path)))
     config.data.features, config.data.regenerate = "torch", False
     return resolve(config)
@@ -140,8 +140,8 @@ def test_a_model_without_a_definition_gives_its_features(config, llama, tmp_path
     import torch
 
     path, model = llama
-    config = foreign(config, path)
-    assert (config.target.architecture.foreign, config.target.architecture.head_dim) == ("llama", 8)
+    config = of_pytorch(config, path)
+    assert (config.target.architecture.unsupported, config.target.architecture.head_dim) == ("llama", 8)
     start = feature_pass(config, tmp_path, TORCH)
     tokens = np.random.default_rng(0).integers(0, VOCAB, (2, 9)).astype(np.int32)
     *tapped, last = start.func.__self__.hidden(tokens)
@@ -164,16 +164,16 @@ def test_a_model_without_a_definition_gives_its_features(config, llama, tmp_path
     layer = seen["layer"][0] if isinstance(seen["layer"], tuple) else seen["layer"]
     np.testing.assert_allclose(features, torch.cat([embedded, layer], -1), atol=1e-6)
     np.testing.assert_allclose(last, seen["last"], atol=1e-6)
-    from dspark_jax.target.lender import load_lender
+    from dspark_jax.target.frozen import load_frozen
 
-    lender = load_lender(
-        tmp_path / "lender.safetensors",
+    frozen = load_frozen(
+        tmp_path / "frozen.safetensors",
         config.target.architecture,
         make_mesh(config.mesh, jax.devices()[:1]),
         np.float32,
     )
-    np.testing.assert_allclose(lender.unembed(last.numpy()), logits, atol=1e-5)
-    np.testing.assert_allclose(lender.embed(tokens), embedded, atol=1e-6)
+    np.testing.assert_allclose(frozen.unembed(last.numpy()), logits, atol=1e-5)
+    np.testing.assert_allclose(frozen.embed(tokens), embedded, atol=1e-6)
 
 
 @pytest.mark.parametrize("part, row", [("head", 40), ("embedding", 40)])
@@ -186,7 +186,7 @@ def test_what_is_not_finite_is_not_lent(llama, part, row):
     owner.weight = torch.nn.Parameter(owner.weight.detach().clone())
     owner.weight.data[row] = torch.nan
     with pytest.raises(InputError, match="^here: its (logits|embeddings) are not finite; look at its weights"):
-        TorchTarget(model, (0,), "here").lent()
+        TorchTarget(model, (0,), "here").frozen_matrices()
 
 
 @pytest.mark.parametrize("field, value", [("hidden_size", 36), ("num_hidden_layers", "x"), ("hidden_act", 5)])
@@ -200,7 +200,7 @@ def test_a_model_that_does_not_load_is_one_line(llama, tmp_path, field, value):
 
 def test_it_may_come_from_the_hub(config, llama, tmp_path, hub_cache):
     hub_cache("me/llama", llama[0])
-    here = foreign(config, llama[0])
+    here = of_pytorch(config, llama[0])
     config = dataclasses.replace(config, target=TargetConfig(path="me/llama"))
     there = resolve(with_architecture(config))
     assert there.target.architecture == here.target.architecture
@@ -211,13 +211,13 @@ def test_it_may_come_from_the_hub(config, llama, tmp_path, hub_cache):
 
 def test_a_drafter_is_trained_for_it(config, llama, tmp_path):
     config.train.steps, config.train.log_every, config.train.checkpoint_every = 2, 1, 2
-    rows = fit(foreign(config, llama[0]), tmp_path)
+    rows = fit(of_pytorch(config, llama[0]), tmp_path)
     assert [np.isfinite(row["loss"]) for row in rows] == [True, True]
 
 
-def test_what_a_foreign_target_cannot_do_is_said(config, llama):
+def test_what_an_unsupported_target_cannot_do_is_said(config, llama):
     path, _ = llama
-    config = foreign(config, path)
+    config = of_pytorch(config, path)
     wrong = dataclasses.replace(config, train=dataclasses.replace(config.train, evaluate=True))
     assert any("train.evaluate=True needs a target that runs here, llama does not" in line for line in problems(wrong))
     wrong = dataclasses.replace(

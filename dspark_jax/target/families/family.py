@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from dspark_jax.config_fields import Field
-from dspark_jax.target.weights import Weight, behind
+from dspark_jax.target.weights import Weight, with_prefix
 
 if TYPE_CHECKING:
     from dspark_jax.architecture import TargetArchitecture
@@ -208,7 +208,7 @@ class Family:
         prefix = self.prefix(names)
         found = self.outer_weights(prefix)
         for kind, stack in self.stacks.items():
-            table = behind(prefix, self.layer_weights(arch, kind), self.stack_layers(arch, kind))
+            table = with_prefix(prefix, self.layer_weights(arch, kind), self.stack_layers(arch, kind))
             found |= {f"{stack}.{path}": weight for path, weight in table.items()}
         return found
 
@@ -226,7 +226,7 @@ class Family:
         """The shape of a drafter's layers: the target's; a Qwen3's of its size, where there is no `drafter_class`."""
         if self.drafter_class:
             return arch
-        return type(arch)(**{name: getattr(arch, name) for name in SIZES}, foreign=arch.foreign)
+        return type(arch)(**{name: getattr(arch, name) for name in SIZES}, unsupported=arch.unsupported)
 
     def drafter_config(self, config: Mapping[str, Any], target: Mapping[str, Any]) -> dict[str, Any]:
         """A drafter's config.json with what this family's have besides, or without what they do not have.

@@ -91,7 +91,7 @@ OTHER_TOWERS = ("vision", "audio", "embed_vision", "embed_audio", "multi_modal_p
 
 _FIELDS = (
     "layer_types", "sliding_window", "sliding_rope_theta", "global_head_dim", "num_global_key_value_heads",
-    "attention_k_eq_v", "partial_rotary_factor", "final_logit_softcapping", "foreign",
+    "attention_k_eq_v", "partial_rotary_factor", "final_logit_softcapping", "unsupported",
 )  # fmt: skip
 """Fields of `TargetArchitecture` that this family has besides `SIZES`."""
 

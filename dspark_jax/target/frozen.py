@@ -22,7 +22,7 @@ from dspark_jax.sharding import Param, gather, state_shardings
 from dspark_jax.target.loading import read_safetensors
 
 
-class Lender(nnx.Module):
+class FrozenMatrices(nnx.Module):
     """A target without layers: it lends `embed`, `unembed` and `head`, and cannot run."""
 
     def __init__(self, arch: TargetArchitecture, embedding: Any, head: Any, softcap: float, *, dtype: Any):
@@ -49,8 +49,8 @@ class Lender(nnx.Module):
         return self.softcap * jnp.tanh(logits / self.softcap) if self.softcap else logits
 
 
-def save_lender(path: Path, embedding: np.ndarray, head: np.ndarray, softcap: float) -> None:
-    """Writes the file that `load_lender` reads; bfloat16 where that loses nothing.
+def save_frozen(path: Path, embedding: np.ndarray, head: np.ndarray, softcap: float) -> None:
+    """Writes the file that `load_frozen` reads; bfloat16 where that loses nothing.
 
     Raises:
       InputError: the disk is full.
@@ -72,8 +72,8 @@ def save_lender(path: Path, embedding: np.ndarray, head: np.ndarray, softcap: fl
         raise InputError(f"{path}: the disk is full; free space and run again") from error
 
 
-def read_lender(path: Path, arch: TargetArchitecture) -> tuple[np.ndarray, np.ndarray, float]:
-    """What `save_lender` wrote: embedding and LM head [V, D], memory-mapped, and the soft-cap.
+def read_frozen(path: Path, arch: TargetArchitecture) -> tuple[np.ndarray, np.ndarray, float]:
+    """What `save_frozen` wrote: embedding and LM head [V, D], memory-mapped, and the soft-cap.
 
     Raises:
       InputError: the file is missing, damaged or of another shape.
@@ -88,23 +88,23 @@ def read_lender(path: Path, arch: TargetArchitecture) -> tuple[np.ndarray, np.nd
     return tensors["embedding"], tensors["head"], float(tensors["softcap"][0])
 
 
-def abstract_lender(arch: TargetArchitecture, dtype: Any, softcap: float) -> Lender:
-    """A lender whose parameters are shapes only."""
+def abstract_frozen(arch: TargetArchitecture, dtype: Any, softcap: float) -> FrozenMatrices:
+    """One whose parameters are shapes only."""
     abstract: Any = jax.ShapeDtypeStruct((arch.vocab_size, arch.hidden_size), dtype)
-    return Lender(arch, abstract, abstract, softcap, dtype=dtype)
+    return FrozenMatrices(arch, abstract, abstract, softcap, dtype=dtype)
 
 
-def load_lender(path: Path, arch: TargetArchitecture, mesh: Mesh, dtype: Any) -> Lender:
+def load_frozen(path: Path, arch: TargetArchitecture, mesh: Mesh, dtype: Any) -> FrozenMatrices:
     """The embedding and LM head beside a feature cache, on `mesh`, in the compute type.
 
     Raises:
       InputError: the file is missing, damaged or of another shape.
     """
-    embedding, head, softcap = read_lender(path, arch)
-    lender = abstract_lender(arch, dtype, softcap)
-    for value, variable in ((embedding, lender.embedding), (head, lender.lm_head)):
+    embedding, head, softcap = read_frozen(path, arch)
+    found = abstract_frozen(arch, dtype, softcap)
+    for value, variable in ((embedding, found.embedding), (head, found.lm_head)):
         where = state_shardings(variable, mesh).get_value()
         variable.set_value(
             jax.make_array_from_callback(value.shape, where, lambda index, value=value: np.asarray(value[index], dtype))
         )
-    return lender
+    return found

@@ -62,7 +62,7 @@ from dspark_jax.evaluation.predictors import (
 )
 from dspark_jax.evaluation.report import report
 from dspark_jax.evaluation.setup import check_prompt_files, open_decoder, read_questions, tell_left_out
-from dspark_jax.evaluation.speed import Speed, measure_speed, measure_speed_apart
+from dspark_jax.evaluation.speed import Speed, measure_speed, measure_speed_in_process
 from dspark_jax.evaluation.summary import Measured, greedy_metrics, metrics_at, overview, table
 from dspark_jax.evaluation.threshold import sweep_thresholds
 from dspark_jax.evaluation.traces import record
@@ -238,7 +238,7 @@ def _speeds(
     if not requests.items:
         return [None] * len(settings.temperatures)
     if settings.speed_threads and platform.computes_on_cpu() and jax.process_count() == 1:
-        speeds = measure_speed_apart(config, workdir, requests, settings.temperatures, settings.speed_threads)
+        speeds = measure_speed_in_process(config, workdir, requests, settings.temperatures, settings.speed_threads)
         advance(len(requests.items) * len(speeds))
         return [*speeds]
     return [measure_speed(decoder, requests, temperature, advance) for temperature in settings.temperatures]

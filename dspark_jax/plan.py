@@ -20,7 +20,7 @@ from absl import flags
 from dspark_jax import command
 from dspark_jax.config import Config, InputError
 from dspark_jax.json_file import write_json
-from dspark_jax.planning.apart import PROGRAMS, estimate_apart
+from dspark_jax.planning.compile_job import PROGRAMS, estimate_in_process
 from dspark_jax.planning.programs import with_dtypes
 from dspark_jax.planning.topology import GIB, devices_of, listing
 from dspark_jax.progress import Progress, log
@@ -58,7 +58,7 @@ def plan(config: Config, workdir: Path, *, topology: str, parts: Sequence[str] =
     names = " and the ".join(NAMES[part] for part in wanted) or "nothing"
     log(f"compiling the {names} of {config.name} for {topology} ({chips} chips): some minutes")
     with ThreadPoolExecutor(max(len(wanted), 1)) as pool:
-        jobs = {pool.submit(estimate_apart, config, topology, part): part for part in wanted}
+        jobs = {pool.submit(estimate_in_process, config, topology, part): part for part in wanted}
         with Progress("plan", len(wanted), unit="program") as progress:
             for job in as_completed(jobs):
                 part, found = jobs[job], job.result()

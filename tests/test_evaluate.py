@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from dspark_jax import command
+from dspark_jax import command, jobs
 from dspark_jax.config import (
     Config,
     DataConfig,
@@ -315,7 +315,7 @@ def test_bad_input_is_one_line(run: Run, tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_only_a_host_alone_measures_speed_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch):
     module = sys.modules["dspark_jax.evaluate"]
-    monkeypatch.setattr(module, "measure_speed_apart", lambda *_: ["apart", "apart"])
+    monkeypatch.setattr(module, "measure_speed_in_process", lambda *_: ["apart", "apart"])
     monkeypatch.setattr(module, "measure_speed", lambda *_: "here")
     config, requests = Config(eval=EvalConfig(speed_threads=1)), Requests([Request([1], 0, 0, 0)], 1)
     for hosts, expected in ((1, "apart"), (2, "here")):
@@ -337,6 +337,6 @@ def test_the_command_reports_bad_input_with_status_2(capsys: pytest.CaptureFixtu
     [(-9, "", "eval.speed_threads=2: .* was killed, perhaps for its memory"), (2, "a\nerror: b: c; d\n", "^b: c; d$")],
 )
 def test_the_process_that_measures_speed_may_end_early(monkeypatch, tmp_path, status, said, expected):
-    monkeypatch.setattr(speed, "run_quietly", lambda *_: SimpleNamespace(returncode=status, stderr=said))
+    monkeypatch.setattr(jobs, "run_quietly", lambda *_: SimpleNamespace(returncode=status, stderr=said))
     with pytest.raises(InputError, match=expected):
-        speed.measure_speed_apart(Config(), tmp_path, Requests([], 8), [1.0], 2)
+        speed.measure_speed_in_process(Config(), tmp_path, Requests([], 8), [1.0], 2)

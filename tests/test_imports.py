@@ -18,6 +18,7 @@ BASE = {
     "experiments",
     "hub",
     "interrupt",
+    "jobs",
     "json_file",
     "kinds",
     "metrics",

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dspark_jax import plan
+from dspark_jax import jobs, plan
 from dspark_jax.config import InputError, MeshConfig, TargetArchitecture, resolve, to_json
-from dspark_jax.planning import apart
+from dspark_jax.planning import compile_job
 from dspark_jax.planning.estimate import _times, compile_and_estimate
 from dspark_jax.planning.flops import matmul_flops
 from dspark_jax.planning.hlo import Traffic, program_cost, total_cost
@@ -171,7 +171,7 @@ def test_with_features_from_disk_the_step_has_no_target(config, tmp_path, monkey
     assert given == sum(bytes_per_chip(part) for part in program.parts.values()) - micro
     assert [aval.shape for aval in program.last.jaxpr.out_avals].count((256, 128)) == 3  # a weight and its moments
     done = found(1.0, True) | {"flops": 1e12, "flops_per_chip": 1e12}
-    monkeypatch.setattr(plan, "estimate_apart", lambda *_: dict(done))
+    monkeypatch.setattr(plan, "estimate_in_process", lambda *_: dict(done))
     monkeypatch.setattr(plan, "devices_of", lambda _: (CHIPS["v5e"], jax.devices()))
     report = plan.plan(config, tmp_path, topology="v5e:2x4")
     assert report["train"]["verdict"].startswith("fits")
@@ -328,14 +328,14 @@ def test_a_crash_of_the_compiler_costs_one_program_only(config, tmp_path, monkey
     program = "import os, sys; print('F0 x.cc:1] Check failed: pad', file=sys.stderr); os.abort()"
 
     def run(arguments, environment):
-        job = json.loads((Path(arguments[-1]) / "job.json").read_text())
+        job = json.loads(Path(arguments[-1]).read_text())
         if job["part"] in crashed:
             return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-        (Path(arguments[-1]) / "result.json").write_text(json.dumps(result))
+        Path(job["out"]).write_text(json.dumps(result))
         return subprocess.CompletedProcess(arguments, 0, "", "")
 
     result = found(1.0, True) | {"flops": 1e12, "flops_per_chip": 1e12}
-    monkeypatch.setattr(apart, "run_quietly", run)
+    monkeypatch.setattr(jobs, "run_quietly", run)
     monkeypatch.setattr(plan, "devices_of", lambda topology: (CHIPS["v5e"], jax.devices()))
     plan.plan(config, tmp_path, topology="v5e:2x4")
     report, said = json.loads((tmp_path / "plan.json").read_text()), capsys.readouterr().out
@@ -349,14 +349,14 @@ def test_a_crash_of_the_compiler_costs_one_program_only(config, tmp_path, monkey
 
 def test_bad_input_of_the_compiling_process_is_told_as_such(config, tmp_path, monkeypatch):
     config.train = dataclasses.replace(config.train, batch_size=6)
-    monkeypatch.setattr(apart, "devices_of", lambda topology: (CHIPS["v5e"], jax.devices()))
+    monkeypatch.setattr(compile_job, "devices_of", lambda topology: (CHIPS["v5e"], jax.devices()))
     (tmp_path / "job.json").write_text(json.dumps({"config": to_json(config), "topology": "v5e:2x4", "part": "train"}))
     with pytest.raises(SystemExit, match="2"):
-        apart.main(tmp_path)
+        jobs.do(compile_job.work, tmp_path / "job.json")
     done = subprocess.CompletedProcess([], 2, "", "a warning\nerror: train.batch_size=6 is wrong\n")
-    monkeypatch.setattr(apart, "run_quietly", lambda *arguments: done)
+    monkeypatch.setattr(jobs, "run_quietly", lambda *arguments: done)
     with pytest.raises(InputError, match="^train.batch_size=6 is wrong$"):
-        apart.estimate_apart(config, "v5e:2x4", "train")
+        compile_job.estimate_in_process(config, "v5e:2x4", "train")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")

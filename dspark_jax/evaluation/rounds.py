@@ -8,9 +8,7 @@ in one more, where all drafters take turns and see the same state of the machine
 
 import contextlib
 import dataclasses
-import json
 import os
-import sys
 import time
 import zipfile
 import zlib
@@ -22,13 +20,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from dspark_jax import jobs
 from dspark_jax.config import Config, InputError, from_json
 from dspark_jax.data.samples import Tally
-from dspark_jax.errors import reporting_errors
 from dspark_jax.evaluation.acceptance import Counts, count_rounds
 from dspark_jax.evaluation.decoding import Decoder, answer
 from dspark_jax.evaluation.setup import open_decoder, read_questions, tell_left_out
-from dspark_jax.json_file import write_json, written_whole
+from dspark_jax.json_file import written_whole
 from dspark_jax.progress import Progress
 from dspark_jax.sharding import make_mesh
 
@@ -140,17 +138,15 @@ def _first_of_each(sets: Sequence[str], most: int) -> list[int]:
     return [i for i, name in enumerate(sets) if list(sets[:i]).count(name) < most]
 
 
-def main(job: Path) -> None:
-    """Does what a job file says: {"task": "rounds" or "times", "out": file, "runs": {name: {"config", "workdir"}}}."""
-    asked = json.loads(job.read_text("utf-8"))
-    runs = {name: (from_json(run["config"]), Path(run["workdir"])) for name, run in asked["runs"].items()}
-    with reporting_errors():
-        if asked["task"] == "rounds":
-            for config, workdir in runs.values():
-                measure_rounds(config, workdir, Path(asked["out"]))
-        else:
-            write_json(Path(asked["out"]), measure_times(runs))
+def work(job: dict[str, Any]) -> dict[str, Any] | None:
+    """A job of `compare`: {"task": "rounds" or "times", "out": file, "runs": {name: {"config", "workdir"}}}."""
+    runs = {name: (from_json(run["config"]), Path(run["workdir"])) for name, run in job["runs"].items()}
+    if job["task"] == "times":
+        return measure_times(runs)
+    for config, workdir in runs.values():
+        measure_rounds(config, workdir, Path(job["out"]))
+    return None
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    jobs.do(work)

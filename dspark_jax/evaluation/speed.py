@@ -7,26 +7,23 @@ takes 3.4 ms with two threads and 2.3 ms with one), and the number is fixed when
 """
 
 import dataclasses
-import json
 import signal
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from dspark_jax.attached import run_quietly
+from dspark_jax import jobs
 from dspark_jax.config import Config, InputError, from_json, to_json
 from dspark_jax.engine import schedulers
 from dspark_jax.engine.generate import Prompts, decode, decode_shape, padded_stops
 from dspark_jax.engine.result import DecodeResult
 from dspark_jax.engine.sampling import fold_keys, request_keys, request_sampling
-from dspark_jax.errors import reporting_errors
 from dspark_jax.evaluation.decoding import Decoder, Request, Requests
 from dspark_jax.evaluation.setup import open_decoder
 from dspark_jax.sharding import make_mesh
@@ -112,7 +109,7 @@ def _seconds_per_round(decoder: Decoder, requests: Requests, temperature: float,
     return max(whole - start, 1e-9) / max(rounds, 1)
 
 
-def measure_speed_apart(
+def measure_speed_in_process(
     config: Config, workdir: Path, requests: Requests, temperatures: Sequence[float], threads: int
 ) -> list[Speed]:
     """`measure_speed` at every temperature, in a process whose XLA has `threads` CPU threads.
@@ -128,49 +125,37 @@ def measure_speed_apart(
       InputError: that process refused its input, or was killed.
       RuntimeError: it failed; its last words are in the message.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        job = {
-            "config": to_json(config),
-            "workdir": str(Path(workdir).resolve()),
-            "width": requests.width,
-            "requests": [dataclasses.asdict(item) for item in requests.items],
-            "temperatures": list(temperatures),
-        }
-        (Path(folder) / "job.json").write_text(json.dumps(job), "utf-8")
-        environment = {"NPROC": str(threads), "JAX_PLATFORMS": "cpu"}
-        run = run_quietly(["dspark_jax.evaluation.speed", folder], environment)
-        said = run.stderr.strip().split("\n")[-1]
-        if run.returncode == 2 and said.startswith("error: "):
-            raise InputError(said.removeprefix("error: "))
-        if run.returncode == -signal.SIGKILL:
-            raise InputError(
-                f"eval.speed_threads={threads}: the process that measures speed was killed, perhaps for its memory; "
-                "lower eval.max_new_tokens, or measure in this process with eval.speed_threads=0"
-            )
-        if run.returncode:
-            raise RuntimeError(f"measuring speed in a process of its own failed: {run.stderr.strip()[-2000:]}")
-        with np.load(Path(folder) / "speed.npz") as file:
-            columns = [file[name] for name in ("tokens", "seconds", "round_cost")]
-    return [Speed(tokens, seconds, float(cost)) for tokens, seconds, cost in zip(*columns, strict=True)]
+    job = {
+        "config": to_json(config),
+        "workdir": str(Path(workdir).resolve()),
+        "width": requests.width,
+        "requests": [dataclasses.asdict(item) for item in requests.items],
+        "temperatures": list(temperatures),
+    }
+    ended = jobs.run("dspark_jax.evaluation.speed", job, {"NPROC": str(threads), "JAX_PLATFORMS": "cpu"})
+    if ended.status == -signal.SIGKILL:
+        raise InputError(
+            f"eval.speed_threads={threads}: the process that measures speed was killed, perhaps for its memory; "
+            "lower eval.max_new_tokens, or measure in this process with eval.speed_threads=0"
+        )
+    if ended.status:
+        raise RuntimeError(f"measuring speed in a process of its own failed: {ended.said.strip()[-2000:]}")
+    return [
+        Speed(np.asarray(one["tokens"], np.int64), np.asarray(one["seconds"]), one["round_cost"])
+        for one in ended.result["speeds"]
+    ]
 
 
-def main(folder: Path) -> None:
-    """Measures the job in `folder` and writes speed.npz beside it: the fields of `Speed`, stacked over temperatures."""
-    job = json.loads((folder / "job.json").read_text("utf-8"))
+def work(job: dict[str, Any]) -> dict[str, Any]:
+    """A job of `measure_speed_in_process`: by temperature the fields of `Speed`."""
     config = from_json(job["config"])
     requests = Requests([Request(**item) for item in job["requests"]], job["width"])
     mesh = make_mesh(config.mesh)
     decoder = open_decoder(config, Path(job["workdir"]), mesh)
     with jax.set_mesh(mesh):
         speeds = [measure_speed(decoder, requests, temperature) for temperature in job["temperatures"]]
-    np.savez(
-        folder / "speed.npz",
-        tokens=np.stack([one.tokens for one in speeds]),
-        seconds=np.stack([one.seconds for one in speeds]),
-        round_cost=np.asarray([one.round_cost for one in speeds]),
-    )
+    return {"speeds": [vars(one) for one in speeds]}
 
 
 if __name__ == "__main__":
-    with reporting_errors():
-        main(Path(sys.argv[1]))
+    jobs.do(work)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dspark_jax import jobs
 from dspark_jax.config import Config, EvalConfig, InputError, to_json
 from dspark_jax.evaluation import rounds
 from dspark_jax.evaluation.acceptance import Counts
@@ -37,7 +38,7 @@ def test_what_fails_in_a_process_is_one_line(tmp_path: Path, capsys: Any) -> Non
     }
     (tmp_path / "job.json").write_text(json.dumps(job))
     with pytest.raises(SystemExit) as ended:
-        rounds.main(tmp_path / "job.json")
+        jobs.do(rounds.work, tmp_path / "job.json")
     said = capsys.readouterr().err
     assert ended.value.code == 2 and said.startswith("error: ") and "a/checkpoints: no checkpoint here" in said
 

@@ -31,7 +31,7 @@ from unittest import mock
 
 import jax
 
-from dspark_jax import calibrate, command, compare, evaluate, generate, plan, prepare, profile, train
+from dspark_jax import calibrate, command, compare, evaluate, generate, jobs, plan, prepare, profile, train
 from dspark_jax.config import (
     CompareConfig,
     Config,
@@ -135,7 +135,7 @@ def step_here(arguments: Sequence[str], environment: Any) -> str | None:
 
     try:
         with mock.patch.object(command, "locked", unlocked):  # the lock is that of `compare`, which is this process
-            started(module, *argv) if module else rounds.main(Path(argv[0]))
+            started(module, *argv) if module else jobs.do(rounds.work, Path(argv[0]))
     except SystemExit as ended:
         return f"status {ended.code}" if ended.code else None
     return None
@@ -154,7 +154,7 @@ def plan_here(world: Path) -> None:
     chip = (CHIPS["v5e"], jax.devices()[:1])
     with (
         mock.patch.object(plan, "devices_of", lambda topology: chip),
-        mock.patch.object(plan, "estimate_apart", lambda *job: {"crashed": "nothing is compiled"}),
+        mock.patch.object(plan, "estimate_in_process", lambda *job: {"crashed": "nothing is compiled"}),
     ):
         started(plan, *flags(world), "--topology=v5e:1x1")
 

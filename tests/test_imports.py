@@ -30,6 +30,7 @@ BASE = {
     "registry",
     "run_lock",
     "sharding",
+    "templates",
     "tokenizer",
     "target.families",
     "target.weights",

@@ -1,7 +1,10 @@
-"""The model card of an exported drafter: what it is, what it was trained on, how well it drafts, how to serve it."""
+"""The model card of an exported drafter: what it is, what it was trained on, how well it drafts, how to serve it.
+
+What it says is in `templates/card.md`; here is what of it depends on the drafter.
+"""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from dspark_jax.convert.dialect import same
@@ -11,6 +14,7 @@ from dspark_jax.convert.layouts import Layout, read_layout
 from dspark_jax.convert.servers import NO_SERVERS
 from dspark_jax.hub import is_hub_id
 from dspark_jax.kinds import KINDS
+from dspark_jax.templates import render
 
 
 def model_card(
@@ -36,51 +40,30 @@ def model_card(
       metrics: content of `eval/metrics.json`.
       side_files: of calibration.json and cost_table.json those that lie in the directory.
     """
-    target = source.target_name
-    front = [
-        "---",
-        *([f"base_model: {target}"] if is_hub_id(target) else []),
-        "tags:",
-        "- speculative-decoding",
-        f"- {source.config.kind}",
-        "---",
-    ]
-    sections = [
-        "\n".join(front),
-        f"# {name}",
-        _facts(source, content, fingerprint),
-        _training(data),
-        _tau(metrics),
-        _serving(source, content, verdicts, side_files),
-    ]
-    return "\n\n".join(section for section in sections if section) + "\n"
-
-
-def _facts(source: Source, content: Content, fingerprint: str) -> str:
     drafter, written = source.config, content.source.config
-    heads = _heads(drafter.markov_rank, drafter.markov_head_type, confidence=drafter.confidence_head)
-    layers = f"{drafter.num_layers} layer{'s' if drafter.num_layers > 1 else ''}"
     block = not KINDS[drafter.kind].token_by_token
-    lines = [
-        f"A draft model ({drafter.kind}) for speculative decoding with `{source.target_name}`. It drafts "
-        f"{drafter.block_size} tokens per round; whatever it drafts, the output has the target's distribution.",
-        "",
-        f"- {layers}, {heads}" + ("; the block begins with its anchor (`sample_from_anchor: true`)" if block else ""),
-        f"- reads the outputs of the target's layers {list(drafter.target_layer_ids)} (-1: the embeddings)",
-    ]
     added = [
         *([f"an all-zero Markov head of rank {written.markov_rank}"] if not drafter.markov_rank else []),
         *(["a confidence head that is always certain"] if not drafter.confidence_head else []),
     ]
-    if block and written != drafter and added:
-        lines.insert(3, f"- the file has {' and '.join(added)} besides, which servers want and which change no draft")
-    if block:
-        lines.append(f"- mask token {drafter.mask_token_id}")
-    copies = "the copies of them in the weights are frozen" if source.frozen else "they are not in the weights"
-    lines.append(f"- embedding and LM head are the target's; {copies}")
-    if fingerprint:
-        lines.append(f"- trained for target weights with fingerprint `{fingerprint}`")
-    return "\n".join(lines)
+    return render(
+        "card.md",
+        name=name,
+        target=source.target_name,
+        hub_target=is_hub_id(source.target_name),
+        drafter=drafter,
+        heads=_heads(drafter.markov_rank, drafter.markov_head_type, confidence=drafter.confidence_head),
+        block=block,
+        added=added if block and written != drafter else [],
+        frozen=source.frozen,
+        fingerprint=fingerprint,
+        data=_data(data) if data else None,
+        metrics=metrics,
+        scored=not source.arch.unsupported,  # check scores a drafter on its target, which has to run here
+        notes=source.notes,
+        servers=list(_servers(source, content, verdicts, side_files)),
+        cost_table="cost_table.json" in side_files,
+    )
 
 
 def _heads(rank: int, kind: str, *, confidence: bool) -> str:
@@ -89,62 +72,20 @@ def _heads(rank: int, kind: str, *, confidence: bool) -> str:
     return " and ".join([*heads, *(["a confidence head"] if confidence else [])]) or "no heads"
 
 
-def _training(data: Mapping[str, Any] | None) -> str:
-    if not data:
-        return ""
-    inputs = data.get("inputs", {}).get("data", {})
-    answers = "answers that came with the prompts"
-    if inputs.get("regenerate", True):
-        answers = f"answers of the target at temperature {inputs.get('temperature', 1.0):g}"
-    lines = [
-        "## Training data",
-        "",
-        f"{data['samples']} conversations with {answers}: {data['tokens']} tokens, {data['loss_tokens']} of them "
-        "supervised.",
-        "",
-        "| prompt set | samples | tokens | supervised |",
-        "|---|---|---|---|",
-    ]
-    for name, counts in data["prompt_sets"].items():
-        lines.append(f"| {name} | {counts['samples']} | {counts['tokens']} | {counts['loss_tokens']} |")
-    return "\n".join(lines)
+def _data(report: Mapping[str, Any]) -> dict[str, Any]:
+    """What the card says of `data/report.json`."""
+    inputs = report.get("inputs", {}).get("data", {})
+    return {
+        **report,
+        "regenerated": inputs.get("regenerate", True),
+        "temperature": inputs.get("temperature", 1.0),
+    }
 
 
-def _tau(metrics: Mapping[str, Any] | None) -> str:
-    if not metrics:
-        return ""
-    lines = [
-        "## Accepted length",
-        "",
-        f"Tokens per round (tau, the bonus token included) at temperature {metrics.get('temperature', 1.0):g}, with "
-        "95 % bootstrap intervals over prompts, and the share of rounds in which the first k drafts are accepted. "
-        "Drafts are sampled as the target is; a server that drafts greedily accepts fewer at temperatures above 0.",
-        "",
-        "| prompt set | tau | 95 % | k = 1 | k = last |",
-        "|---|---|---|---|---|",
-    ]
-    for name, row in metrics["prompt_sets"].items():
-        low, high = row["tau_ci95"]
-        survival = row["survival"]
-        lines.append(f"| {name} | {row['tau']:.2f} | {low:.2f}-{high:.2f} | {survival[0]:.2f} | {survival[-1]:.2f} |")
-    if metrics.get("tau") is not None:
-        low, high = metrics["tau_ci95"]
-        lines.append(f"| all | {metrics['tau']:.2f} | {low:.2f}-{high:.2f} | | |")
-    return "\n".join(lines)
-
-
-def _serving(source: Source, content: Content, verdicts: Sequence[Verdict], side_files: tuple[str, ...]) -> str:
-    """By server a command, or the reason why there is none."""
-    lines = [
-        "## Serving",
-        "",
-        "`DIR` is this directory. Keep `dflash` and `eagle3` out of its path unless that is the method; vLLM reads it.",
-    ]
-    if not source.arch.unsupported:  # check scores a drafter on its target, which has to run here
-        tells = "tells beforehand what will work."
-        lines[-1] += f" `python -m dspark_jax.convert check --drafter DIR --target TARGET` {tells}"
-    if source.notes:
-        lines += ["", *source.notes]
+def _servers(
+    source: Source, content: Content, verdicts: Sequence[Verdict], side_files: tuple[str, ...]
+) -> Iterator[dict[str, Any]]:
+    """By server a command and what to know of it, or the reason why there is none."""
     stated, commands = read_layout("config.json", content.config), _commands(source, content, side_files)
     for verdict in verdicts:
         if verdict.server in NO_SERVERS:
@@ -152,29 +93,12 @@ def _serving(source: Source, content: Content, verdicts: Sequence[Verdict], side
         reason = _refused(verdict, stated)
         if not reason and verdict.server in OWN_EMBEDDING:
             reason = source.own_embedding
-        if reason:
-            lines += ["", f"{verdict.server} cannot serve it: {reason}."]
+        if not reason and verdict.server not in commands:
             continue
-        if verdict.server not in commands:
-            continue
-        about, code = commands[verdict.server]
-        notes = "; ".join(note for note in (about, *verdict.notes) if note)
-        lines += ["", verdict.server + (f" ({notes})" if notes else "") + ":", "", f"```\n{code}\n```"]
-        if verdict.server == "SGLang":
-            lines += ["", SGLANG_COSTS]
-            lines += [OUR_COSTS] if "cost_table.json" in side_files else []
-    return "\n".join(lines)
+        about, code = commands.get(verdict.server, ("", ""))
+        notes = [note for note in (about, *verdict.notes) if note]
+        yield {"server": verdict.server, "reason": reason, "notes": notes, "code": code}
 
-
-SGLANG_COSTS = (
-    "With `SGLANG_RAGGED_VERIFY_MODE=compact` it verifies as many drafts as pay, if it knows what its own steps cost: "
-    "start it once with `SGLANG_DSPARK_ENABLE_SPS_RECORD=1 SGLANG_SIMULATE_ACC_LEN=1.0`, record a table with "
-    "`python -m sglang.benchmark.dspark_sps_profiler all`, and give it with `--speculative-dspark-sps-table-path`."
-)
-OUR_COSTS = (
-    "`cost_table.json` is no such table, though it has the layout: it holds the rounds per second of dspark_jax on the "
-    "device that it names."
-)
 
 OWN_EMBEDDING = ("SGLang", "llama.cpp")
 """Servers that take the embedding from the target, whatever is in the file."""

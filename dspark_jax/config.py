@@ -410,13 +410,18 @@ def to_json(config: Config) -> str:
     return json.dumps(dataclasses.asdict(config), indent=1) + "\n"
 
 
+_RENAMED = {"foreign": "unsupported"}
+"""What fields were called in versions up to 0.1, whose runs are read."""
+
+
 def from_json(text: str) -> Config:
     """Inverse of `to_json`."""
 
     def build(cls: type, values: dict[str, Any]) -> Any:
         default = cls()
         kwargs = {}
-        for name, value in values.items():
+        for stored, value in values.items():
+            name = _RENAMED.get(stored, stored)
             field = getattr(default, name)
             if dataclasses.is_dataclass(field):
                 kwargs[name] = build(type(field), value)

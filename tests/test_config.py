@@ -101,6 +101,7 @@ def test_json_round_trip():
     assert from_json(to_json(config)) == config
     older = json.loads(to_json(config))
     del older["loss"]["extra"]
+    older["target"]["architecture"]["foreign"] = older["target"]["architecture"].pop("unsupported")  # up to version 0.1
     assert from_json(json.dumps(older)) == config
 
 

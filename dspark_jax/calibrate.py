@@ -45,7 +45,6 @@ from dspark_jax.kinds import KINDS
 from dspark_jax.progress import Progress, log
 from dspark_jax.registry import listed
 from dspark_jax.sharding import make_mesh
-from dspark_jax.tokenizer import ChatTokenizer
 from dspark_jax.training.checkpoint import saved_config
 
 PREFERRED = 1.0
@@ -60,9 +59,7 @@ def calibrate(
     workdir: Path,
     *,
     mesh: Mesh | None = None,
-    target: Any = None,
-    drafter: Any = None,
-    tokenizer: ChatTokenizer | None = None,
+    decoder: Decoder | None = None,
     temperatures: Sequence[str | float] = (),
     fit_on: str = "heldout",
 ) -> dict[float, dict[str, Any]]:
@@ -72,9 +69,7 @@ def calibrate(
       config: resolved; `target`, `eval`, and of `data` the system prompt and the prompt limit are used.
       workdir: of the training run.
       mesh: of the models; that of the config if None.
-      target: the target, or None to load it.
-      drafter: the drafter, or None to load it.
-      tokenizer: the target's, or None to load it.
+      decoder: models that are loaded already, or None to load the newest checkpoint.
       temperatures: sampling temperatures; none: those of `config.eval`.
       fit_on: `heldout` fits on half of the held-out prompts and scores on the other half; `train` fits on training
         prompts, as many per file as `eval.limit` says, and scores on all held-out prompts.
@@ -90,9 +85,10 @@ def calibrate(
     if fit_on == "train":
         check_prompt_files(config.data.prompts, "data.prompts")
     mesh = make_mesh(config.mesh) if mesh is None else mesh
-    decoder = open_decoder(config, workdir, mesh, target=target, drafter=drafter, tokenizer=tokenizer)
+    given = decoder
+    decoder = open_decoder(config, workdir, mesh) if given is None else given
     if not decoder.models.confident:
-        kind = ((saved_config(workdir) if drafter is None else None) or config).drafter.kind
+        kind = ((saved_config(workdir) if given is None else None) or config).drafter.kind
         able = listed(repr(name) for name, other in KINDS.items() if other.has_heads)
         others = f"drafter.kind={able}, no other kind has one"
         remedy = "drafter.confidence_head=True" if KINDS[kind].has_heads else others

@@ -71,7 +71,6 @@ from dspark_jax.json_file import write_json
 from dspark_jax.ops.sampling import GREEDY_BELOW
 from dspark_jax.progress import Progress
 from dspark_jax.sharding import make_mesh
-from dspark_jax.tokenizer import ChatTokenizer
 
 
 def evaluate(
@@ -79,9 +78,7 @@ def evaluate(
     workdir: Path,
     *,
     mesh: Mesh | None = None,
-    target: Any = None,
-    drafter: Any = None,
-    tokenizer: ChatTokenizer | None = None,
+    decoder: Decoder | None = None,
     cost_table: str | None = None,
     traffic: str = "",
     traffic_requests: int = 60,
@@ -94,9 +91,7 @@ def evaluate(
       config: resolved; `target`, `eval`, and of `data` the system prompt and the prompt limit are used.
       workdir: of the training run; `eval/` is written in it.
       mesh: of the models; that of the config if None.
-      target: the target, or None to load it.
-      drafter: the drafter, or None to load it.
-      tokenizer: the target's, or None to load it.
+      decoder: models that are loaded already, or None to load the newest checkpoint.
       cost_table: file in SGLang's layout to replay load on, or None for a saturating accelerator.
       traffic: rates in requests per second at which the serving engine is driven, e.g. "2,4,8"; empty for none.
       traffic_requests: at every rate.
@@ -122,7 +117,7 @@ def evaluate(
         raise InputError(f"--traffic={traffic}: hosts would not launch the same rounds; leave out --distributed")
     started = time.monotonic()
     mesh = make_mesh(config.mesh) if mesh is None else mesh
-    decoder = open_decoder(config, workdir, mesh, target=target, drafter=drafter, tokenizer=tokenizer)
+    decoder = open_decoder(config, workdir, mesh) if decoder is None else decoder
     primary = jax.process_index() == 0
     folder = Path(workdir) / "eval"
     folder.mkdir(parents=True, exist_ok=True)

@@ -26,12 +26,12 @@ from dspark_jax import command
 from dspark_jax.config import Config, InputError
 from dspark_jax.engine.cost import RoundShape, round_seconds
 from dspark_jax.engine.sizes import ladder_below
+from dspark_jax.evaluation.decoding import Decoder
 from dspark_jax.evaluation.plots import cost_plot
 from dspark_jax.evaluation.setup import open_decoder
 from dspark_jax.json_file import write_json
 from dspark_jax.progress import Progress, log
 from dspark_jax.sharding import make_mesh
-from dspark_jax.tokenizer import ChatTokenizer
 
 
 def profile(
@@ -39,9 +39,7 @@ def profile(
     workdir: Path,
     *,
     mesh: Mesh | None = None,
-    target: Any = None,
-    drafter: Any = None,
-    tokenizer: ChatTokenizer | None = None,
+    decoder: Decoder | None = None,
     slots: Sequence[str | int] = (1, 8, 32),
     contexts: Sequence[str | int] = (256,),
     rounds: int = 12,
@@ -52,9 +50,7 @@ def profile(
       config: resolved; `target` is used.
       workdir: of the training run; `cost_table.json` and `eval/cost.*` are written there.
       mesh: of the models; that of the config if None.
-      target: the target, or None to load it.
-      drafter: the drafter, or None to load it.
-      tokenizer: the target's, or None to load it.
+      decoder: models that are loaded already, or None to load the newest checkpoint.
       slots: requests at a time.
       contexts: tokens of a request.
       rounds: timed together.
@@ -69,7 +65,7 @@ def profile(
     if rounds < 1:
         raise InputError(f"--rounds={rounds} times nothing; use 1 or more")
     mesh = make_mesh(config.mesh) if mesh is None else mesh
-    decoder = open_decoder(config, workdir, mesh, target=target, drafter=drafter, tokenizer=tokenizer)
+    decoder = open_decoder(config, workdir, mesh) if decoder is None else decoder
     most, block = decoder.models.arch.max_position_embeddings, decoder.models.block_size
     if most and max(lengths) + block + 1 > most:
         raise InputError(

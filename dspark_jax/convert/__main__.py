@@ -60,6 +60,7 @@ from dspark_jax.run_lock import locked
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target import families
 from dspark_jax.target.loading import fingerprint, load_target, read_checkpoint
+from dspark_jax.target.model import Target
 from dspark_jax.training.checkpoint import Checkpoints, load_step
 from dspark_jax.training.feature_cache import feature_directory
 from dspark_jax.training.optim import make_optimizer
@@ -298,7 +299,7 @@ def check(options: argparse.Namespace) -> Report:
     return report
 
 
-def examine(options: argparse.Namespace, *, mesh: Mesh | None = None, target: Any = None) -> Report:
+def examine(options: argparse.Namespace, *, mesh: Mesh | None = None, target: Target | None = None) -> Report:
     """What is to be expected of a drafter directory, for those who want it as an object.
 
     Args:

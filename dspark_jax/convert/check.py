@@ -19,6 +19,7 @@ from dspark_jax.convert.llama_tokenizer import split_to_tell
 from dspark_jax.convert.mapping import FROZEN, VOCABULARY_MAPS
 from dspark_jax.convert.servers import NO_SERVERS, replay
 from dspark_jax.target.loading import read_checkpoint
+from dspark_jax.target.model import Target
 
 _PART = 1 << 22
 """Values that are looked at together."""
@@ -134,7 +135,7 @@ def describe(layout: Layout) -> str:
 
 def check_directory(
     directory: Path,
-    target: Any,
+    target: Target,
     target_directory: Path,
     answers: Sequence[Answer],
     mesh: Mesh,

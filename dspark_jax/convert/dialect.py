@@ -21,7 +21,9 @@ import numpy as np
 from dspark_jax.config import InputError
 from dspark_jax.convert.layouts import Layout
 from dspark_jax.drafter.blocks import block_tokens
+from dspark_jax.drafter.interface import DrafterModule
 from dspark_jax.ops.sampling import Sampling
+from dspark_jax.target.model import Target
 
 MASK_TOKENS = {"Qwen3": 151669, "Qwen3.5": 248070, "Gemma 4": 4, "Kimi-K3": 163824, "DeepSeek-V4": 128799}
 """Mask tokens of released drafters (trap 15)."""
@@ -193,7 +195,12 @@ def differences(stated: Layout, best: Layout) -> Iterator[str]:
 
 
 def find_dialect(
-    drafter: Any, target: Any, stated: Layout, answers: Sequence[Answer], masks: Sequence[int] = (), anchors: int = 48
+    drafter: DrafterModule,
+    target: Target,
+    stated: Layout,
+    answers: Sequence[Answer],
+    masks: Sequence[int] = (),
+    anchors: int = 48,
 ) -> Dialect:
     """Scores block layouts x layer ids (-1, 0, +1), then mask tokens with the best of them, and the teachers.
 
@@ -306,22 +313,22 @@ def _trial(answer: Answer, stated: Layout, anchors: int) -> _Trial | None:
     return _Trial(np.pad(answer.tokens, (0, size - len(answer.tokens))).astype(np.int32), positions, len(distinct))
 
 
-def _target_pass(target: Any, trials: Sequence[_Trial], taps: tuple[int, ...]) -> list[tuple[jax.Array, jax.Array]]:
+def _target_pass(target: Target, trials: Sequence[_Trial], taps: tuple[int, ...]) -> list[tuple[jax.Array, jax.Array]]:
     """Per trial all features [S, M, D] and the last hidden states [S, D]."""
 
     return [_features(target, jnp.asarray(trial.tokens), taps=taps) for trial in trials]
 
 
 @functools.partial(jax.jit, static_argnames=("taps",))
-def _features(target: Any, tokens: jax.Array, *, taps: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+def _features(target: Target, tokens: jax.Array, *, taps: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
     """One sequence [S] through the target: features [S, M, D] and last hidden states [S, D]."""
     out = target.forward(tokens[None], jnp.arange(tokens.shape[0])[None], taps=taps)
     return out.features[0].reshape(tokens.shape[0], len(taps), -1), out.last_hidden[0]
 
 
 def _overlaps(
-    drafter: Any,
-    target: Any,
+    drafter: DrafterModule,
+    target: Target,
     features: jax.Array,
     hidden: jax.Array,
     trial: _Trial,
@@ -354,7 +361,7 @@ def _overlaps(
     return np.asarray(_chain_overlaps(drafter, target, features, hidden, tokens, positions))
 
 
-def _context(drafter: Any, features: jax.Array, tokens: jax.Array, positions: jax.Array) -> Any:
+def _context(drafter: DrafterModule, features: jax.Array, tokens: jax.Array, positions: jax.Array) -> Any:
     """A drafter's cache with one request per anchor, all over the same sequence."""
     count, length = positions.shape[0], tokens.shape[0]
     rows = jnp.broadcast_to(features.reshape(length, -1), (count, length, features.shape[1] * features.shape[2]))
@@ -363,7 +370,7 @@ def _context(drafter: Any, features: jax.Array, tokens: jax.Array, positions: ja
     return drafter.extend(cache, rows, jnp.broadcast_to(tokens, (count, length)), every, positions)
 
 
-def _shared(logits: jax.Array, target: Any, hidden: jax.Array, rows: jax.Array) -> jax.Array:
+def _shared(logits: jax.Array, target: Target, hidden: jax.Array, rows: jax.Array) -> jax.Array:
     """[2, A, G] of draft logits [A, G, V] and the target after sequence rows [A, G]: 1 - total variation, and the
     target's probability of the likeliest draft."""
     draft, teacher = (jax.nn.softmax(x.astype(jnp.float32), axis=-1) for x in (logits, target.unembed(hidden[rows])))
@@ -375,8 +382,8 @@ def _shared(logits: jax.Array, target: Any, hidden: jax.Array, rows: jax.Array) 
 
 @functools.partial(jax.jit, static_argnames=("anchor_first",))
 def _block_overlaps(
-    drafter: Any,
-    target: Any,
+    drafter: Any,  # with a backbone: DSpark, DFlash
+    target: Target,
     features: jax.Array,
     hidden: jax.Array,
     tokens: jax.Array,
@@ -400,7 +407,12 @@ def _block_overlaps(
 
 @jax.jit
 def _chain_overlaps(
-    drafter: Any, target: Any, features: jax.Array, hidden: jax.Array, tokens: jax.Array, positions: jax.Array
+    drafter: DrafterModule,
+    target: Target,
+    features: jax.Array,
+    hidden: jax.Array,
+    tokens: jax.Array,
+    positions: jax.Array,
 ) -> jax.Array:
     """`_overlaps` of a drafter that continues its greedy drafts: nothing counts after one that leaves the answer."""
     count, size = positions.shape[0], drafter.block_size

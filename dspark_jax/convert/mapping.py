@@ -1,7 +1,5 @@
 """Names and shapes of drafter checkpoints in the layout of the PyTorch reference (DeepSpec `save_pretrained`)."""
 
-from typing import Any
-
 from flax import nnx
 
 from dspark_jax.config import DrafterConfig
@@ -64,12 +62,12 @@ VOCABULARY_MAPS = ("t2d", "d2t")
 """Tensors of drafters that draft from a part of the vocabulary only."""
 
 
-def drafter_family(drafter: Any) -> Family:
+def drafter_family(drafter: nnx.Module) -> Family:
     """The family whose layers a drafter has."""
     return families.FAMILIES[next(part.family for _, part in nnx.iter_modules(drafter) if isinstance(part, Layer))]
 
 
-def drafter_weights(drafter: Any, config: DrafterConfig) -> dict[str, Weight]:
+def drafter_weights(drafter: nnx.Module, config: DrafterConfig) -> dict[str, Weight]:
     """Every parameter of a drafter and the tensor that holds it.
 
     Args:

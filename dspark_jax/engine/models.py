@@ -2,17 +2,19 @@
 
 import dataclasses
 import functools
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from dspark_jax import platform
 from dspark_jax.config import TargetArchitecture
-from dspark_jax.drafter.interface import Drafter, is_confident
+from dspark_jax.drafter.interface import Drafter, DrafterModule, is_confident
 from dspark_jax.drafter.none import NO_DRAFTER, NoDrafter
 from dspark_jax.target.decode_weights import decode_weights
 from dspark_jax.target.model import Target
+
+Loaded = TypeVar("Loaded", bound=Target | DrafterModule | NoDrafter)
 
 
 @jax.tree_util.register_dataclass
@@ -100,7 +102,7 @@ class Models:
         return dataclasses.replace(self, target=target, drafter=drafter)
 
 
-def when_loaded(model: Any) -> Any:
+def when_loaded(model: Loaded) -> Loaded:
     """A target or drafter that has just been loaded to decode, in its form where no batch decides about it.
 
     That is on a GPU; the given model cannot be used any more there.

@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from jax.sharding import Mesh
 
@@ -19,6 +18,7 @@ from dspark_jax.kinds import KINDS
 from dspark_jax.progress import log
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target.loading import load_target
+from dspark_jax.target.model import Target
 from dspark_jax.tokenizer import ChatTokenizer
 from dspark_jax.training.checkpoint import checkpoint_directory, load_step, saved_config
 
@@ -28,8 +28,8 @@ def open_decoder(
     workdir: Path,
     mesh: Mesh,
     *,
-    target: Any = None,
-    drafter: Any = None,
+    target: Target | None = None,
+    drafter: DrafterModule | None = None,
     tokenizer: ChatTokenizer | None = None,
 ) -> Decoder:
     """The newest checkpoint of `workdir` with its target, or models that are loaded already.

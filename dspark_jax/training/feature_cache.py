@@ -3,7 +3,6 @@
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +28,7 @@ from dspark_jax.progress import Progress, log
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target.frozen import save_frozen
 from dspark_jax.target.loading import fingerprint, load_target, tokenizer_fingerprint
+from dspark_jax.target.model import Target
 from dspark_jax.training.checkpoint import prepared_fingerprint
 
 
@@ -143,7 +143,7 @@ def feature_pass(config: Config, directory: Path, identity: Identity) -> Pass:
         save_frozen(frozen_file(directory), np.asarray(embedding), np.asarray(target.head), target.softcap)
 
     @jax.jit
-    def forward(target: Any, tokens: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def forward(target: Target, tokens: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         out = target.forward(tokens, jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape), taps=taps)
         # After the barrier they are what training would see online: rounded to the compute type.
         features, last = jax.lax.optimization_barrier((out.features, out.last_hidden))

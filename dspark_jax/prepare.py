@@ -2,8 +2,9 @@
 
     python -m dspark_jax.prepare --config configs/quickstart.py
 
-writes `data/` in the working directory: the samples, `report.json` (what they were made of, counts) and
-`rejected.jsonl` (every line and conversation that gave no sample, with its file, line and reason). All of it is built
+writes `data/` in the working directory: the samples, `report.json` (what they were made of, counts, lengths, and which
+held-out prompts are among the training prompts) and `rejected.jsonl` (every line and conversation that gave no sample,
+with its file, line and reason). All of it is built
 in `data.partial/` and renamed at the end. A preparation that was killed continues with the answers it has; one whose
 inputs are unchanged is skipped. It runs in one process; several hosts share its result through their file system.
 
@@ -29,6 +30,7 @@ import numpy as np
 
 from dspark_jax import command
 from dspark_jax.config import Config, DataConfig, InputError
+from dspark_jax.data import overlap, statistics
 from dspark_jax.data.chat import load_tokenizer, stop_tokens
 from dspark_jax.data.files import HUB
 from dspark_jax.data.mask_token import mask_warning
@@ -123,9 +125,13 @@ def prepare_samples(config: Config, workdir: Path, decode: Decode | None = None)
     _warn_of_mask(config)
     digest = _digest(inputs)
     found = read_ours(final / "report.json")
+    held_out = _compare_held_out(config, part(found, "held_out"))
     if found.get("fingerprint") == digest and _complete(final, found.get("samples")):
         shutil.rmtree(workdir / "data.old", ignore_errors=True)  # left behind by a kill during the last step
         log(f"data: {found['samples']} samples in {final} are up to date")
+        if held_out != part(found, "held_out"):
+            with _disk_errors(workdir):
+                found = write_json(final / "report.json", found | {"held_out": held_out})
         return found
     if jax.process_count() > 1:
         raise InputError(
@@ -137,7 +143,7 @@ def prepare_samples(config: Config, workdir: Path, decode: Decode | None = None)
     with _disk_errors(workdir):
         if read_ours(partial / "report.json").get("fingerprint") != digest:
             _open_partial(partial, digest)
-            report = _build(config, partial, decode)
+            report = _build(config, partial, decode) | ({"held_out": held_out} if held_out else {})
             write_json(partial / "report.json", {"fingerprint": digest, "inputs": inputs, **report})
         (partial / "answers.jsonl").unlink(missing_ok=True)
         (partial / "inputs.json").unlink(missing_ok=True)
@@ -145,6 +151,44 @@ def prepare_samples(config: Config, workdir: Path, decode: Decode | None = None)
     report = read_ours(final / "report.json")
     _summarise(report, final)
     return report
+
+
+def _compare_held_out(config: Config, known: dict[str, Any]) -> dict[str, Any]:
+    """Which held-out prompts are among the training prompts; warns of them, before anything is answered.
+
+    Args:
+      config: its prompts are compared.
+      known: what the report says already.
+
+    Returns:
+      See `overlap.compare`, with a hash `of` what was compared; empty where there are no held-out prompts, or they
+      cannot be read: that is for those to refuse who ask them.
+    """
+    data, held_out = config.data, config.eval
+    if not held_out.prompts:
+        return {}
+    if jax.process_count() > 1:  # one of them would have to write it
+        return known
+    try:
+        hashes = content_hashes(held_out.prompts, "eval.prompts")
+        of = _digest({"of": [content_hashes(data.prompts, "data.prompts"), data.limit, hashes, held_out.limit]})
+        if known.get("of") == of:
+            return known
+        # Lines that are no prompts are counted where they are used.
+        asked = read_prompts(held_out.prompts, held_out.limit, lambda line: None)
+    except InputError as error:
+        log(f"data: held-out prompts are not compared with those of training ({error})")
+        return {}
+    trained = read_prompts(data.prompts, data.limit, lambda line: None, tokenised=True)
+    found = {"of": of, **overlap.compare(asked, trained)}
+    if found["pairs"]:
+        first = found["pairs"][0]
+        log(
+            f"warning: the training prompts have {overlap.describe(found)}, e.g. {first['file']}:{first['line']} and "
+            f"{first['training_file']}:{first['training_line']}; what is measured on them says little. Take them out "
+            "of either (data/report.json lists pairs)"
+        )
+    return found
 
 
 def read_inputs(config: Config) -> dict[str, Any]:
@@ -350,6 +394,10 @@ def _summarise(report: dict[str, Any], final: Path) -> None:
         )
     if report["thoughts_cut"]:
         log(f"data: of {report['thoughts_cut']} conversations the chat template leaves think blocks out")
+    log("\n".join(statistics.table(report)))
+    held_out = part(report, "held_out")
+    among = f"; among the training prompts are {overlap.describe(held_out)}" if held_out else ""
+    log(f"data: {report['thinking']['share']:.0%} of the samples with thinking{among}")
     if report["unused"]:
         log(f"data: {describe_unused(report['unused'])}")
     if report["rejected"]:

@@ -87,8 +87,9 @@ def evaluate(
     traffic_requests: int = 60,
     traffic_slots: int = 8,
     details: bool = False,
+    checkpoint: str = "newest",
 ) -> dict[str, Any]:
-    """Evaluates the newest checkpoint of `workdir`, or models that are loaded already.
+    """Evaluates a checkpoint of `workdir`, or models that are loaded already.
 
     Args:
       config: resolved; `target`, `eval`, and of `data` the system prompt and the prompt limit are used.
@@ -102,6 +103,7 @@ def evaluate(
       traffic_requests: at every rate.
       traffic_slots: requests decoded together.
       details: print every table, not only what they come to.
+      checkpoint: `newest`, `best` or a step, see `training.checkpoint.load_step`.
 
     Returns:
       The content of `eval/metrics.json`.
@@ -122,7 +124,8 @@ def evaluate(
         raise InputError(f"--traffic={traffic}: hosts would not launch the same rounds; leave out --distributed")
     started = time.monotonic()
     mesh = make_mesh(config.mesh) if mesh is None else mesh
-    decoder = open_decoder(config, workdir, mesh, target=target, drafter=drafter, tokenizer=tokenizer)
+    models = {"target": target, "drafter": drafter, "tokenizer": tokenizer}
+    decoder = open_decoder(config, workdir, mesh, **models, checkpoint=checkpoint)
     primary = jax.process_index() == 0
     folder = Path(workdir) / "eval"
     folder.mkdir(parents=True, exist_ok=True)
@@ -238,7 +241,9 @@ def _speeds(
     if not requests.items:
         return [None] * len(settings.temperatures)
     if settings.speed_threads and platform.computes_on_cpu() and jax.process_count() == 1:
-        speeds = measure_speed_apart(config, workdir, requests, settings.temperatures, settings.speed_threads)
+        speeds = measure_speed_apart(
+            config, workdir, requests, settings.temperatures, settings.speed_threads, step=decoder.step
+        )
         advance(len(requests.items) * len(speeds))
         return [*speeds]
     return [measure_speed(decoder, requests, temperature, advance) for temperature in settings.temperatures]
@@ -321,6 +326,7 @@ def _define(values: flags.FlagValues) -> None:
     )
     flags.DEFINE_integer("traffic_requests", 60, "Requests at every rate of --traffic.", flag_values=values)
     flags.DEFINE_integer("traffic_slots", 8, "Requests decoded together under --traffic.", flag_values=values)
+    command.define_checkpoint(values)
     flags.DEFINE_boolean("details", False, "Print every table of the report before the overview.", flag_values=values)
 
 

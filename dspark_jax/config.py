@@ -297,7 +297,7 @@ def _feature_problems(config: Config) -> Iterator[str]:
         yield "data.supervised='thinking' with data.thinking='off' leaves nothing to train; set data.thinking='on'"
     if data.feature_dtype not in ("int8", "bfloat16"):
         yield f"data.feature_dtype={data.feature_dtype!r} is unknown; use int8 or bfloat16"
-    needs = {"data.regenerate": data.regenerate, "train.evaluate": config.train.evaluate}
+    needs: dict[str, int] = {"data.regenerate": data.regenerate, "train.evaluate": config.train.evaluate}
     needs["train.evaluate_every"] = config.train.evaluate_every
     for field, value in needs.items():
         if target.unsupported and value:

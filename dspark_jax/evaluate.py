@@ -9,6 +9,9 @@ gives the headline numbers. Speed is measured at batch 1 in the same run: plain 
 drafting where it pays (`schedulers.adaptive`), taking turns (with `eval.speed_threads`, in a process with so many CPU
 threads; on one host only).
 
+Of the paper's benchmarks (`prepare --benchmarks`) it also shows means by domain, and the paper's figures where it has
+the same target and kind of drafter.
+
 From the rounds at the first temperature it also draws, as PNG with the data as JSON: acceptance by position, the
 sweep of the confidence threshold, the reliability of the confidences before and after calibration, and, replayed on a
 cost table, throughput against per-user speed and verification budget against concurrency (`eval/load.json`). The table
@@ -63,12 +66,13 @@ from dspark_jax.evaluation.predictors import (
 from dspark_jax.evaluation.report import report
 from dspark_jax.evaluation.setup import check_prompt_files, open_decoder, read_questions, tell_left_out
 from dspark_jax.evaluation.speed import Speed, measure_speed, measure_speed_apart
-from dspark_jax.evaluation.summary import Measured, greedy_metrics, metrics_at, overview, table
+from dspark_jax.evaluation.summary import Measured, greedy_metrics, metrics_at, overview, paper_metrics, table
 from dspark_jax.evaluation.threshold import sweep_thresholds
 from dspark_jax.evaluation.traces import record
 from dspark_jax.evaluation.traffic import TrafficPoint, measure_traffic, parse_rates, traffic_table
 from dspark_jax.json_file import write_json
 from dspark_jax.ops.sampling import GREEDY_BELOW
+from dspark_jax.presets import target_like
 from dspark_jax.progress import Progress
 from dspark_jax.sharding import make_mesh
 from dspark_jax.tokenizer import ChatTokenizer
@@ -226,6 +230,9 @@ def measure(config: Config, decoder: Decoder, tally: Tally, workdir: Path) -> tu
         "max_new_tokens": settings.max_new_tokens,
         **described[0],
         **greedy_metrics(differences, requests, asked),
+        "paper": paper_metrics(
+            target_like(config.target.architecture), config.drafter.kind, described[0]["prompt_sets"]
+        ),
         "rejected": dict(tally.rejected),
         "unused": dict(tally.unused),
         "temperatures": {str(float(one["temperature"])): one for one in described[1:]},

@@ -1,5 +1,6 @@
 """Progress of a command: a bar or plain lines, `metrics.jsonl`, TensorBoard. Process 0 only."""
 
+import importlib
 import importlib.util
 import json
 import math
@@ -161,8 +162,7 @@ def _open_wandb(project: str, name: str, workdir: Path) -> Any:
     Raises:
       InputError: its package refuses, because nobody is logged in, say.
     """
-    import wandb
-
+    wandb = importlib.import_module("wandb")  # optional, and unknown to type checkers
     file = workdir / "wandb.json"
     known = read_ours(file).get("id")
     try:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from dspark_jax import command
+from dspark_jax.benchmarks import BENCHMARKS
 from dspark_jax.config import (
     Config,
     DataConfig,
@@ -143,7 +144,8 @@ def test_greedy_output_is_plain_decoding(run: Run):
     assert (run.metrics["greedy_compared"], run.metrics["greedy_different"]) == (9, 0)
 
 
-def test_training_measures_what_evaluate_measures(run: Run):
+def test_training_measures_what_evaluate_measures(run: Run, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(BENCHMARKS, "chat", dataclasses.replace(BENCHMARKS["mt-bench"], domain="code"))
     greedy = dataclasses.replace(run.config.eval, temperatures=(0.0, 1.0))
     settings = TrainConfig(evaluate_limit=0, evaluate_tokens=BUDGET)
     config, metrics = dataclasses.replace(run.config, eval=greedy, train=settings), run.metrics["temperatures"]["0.0"]
@@ -153,6 +155,7 @@ def test_training_measures_what_evaluate_measures(run: Run):
         row, noted = held_out.measure(models.drafter)
     assert decode._cache_size() == before
     assert row["heldout/tau"] == metrics["tau"] == noted.tau
+    assert row["heldout/domain/code"] == row["heldout/tau/chat"] and "heldout/domain/chat" not in row
     for name, one in metrics["prompt_sets"].items():
         assert row[f"heldout/tau/{name}"] == one["tau"]
     rates = [one["conditional_acceptance"][0] for one in metrics["prompt_sets"].values()]

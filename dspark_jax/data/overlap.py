@@ -7,12 +7,16 @@ so that any number of training prompts can be compared.
 """
 
 import dataclasses
+import hashlib
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from dspark_jax.data.prompts import Prompt
+from dspark_jax.config import Config, InputError
+from dspark_jax.data.prompts import Prompt, content_hashes, read_prompts
+from dspark_jax.progress import log
 
 RUN = 5
 """Words in a run; of shorter prompts only those are found that are the same word for word."""
@@ -75,6 +79,46 @@ def compare(held_out: Sequence[Prompt], training: Iterable[Prompt]) -> dict[str,
             if one.words != words:
                 one.saw(prompt, min(count / len(one.runs), 0.99))  # 1 says: word for word
     return _counted(asked)
+
+
+def compare_files(config: Config, known: dict[str, Any]) -> dict[str, Any]:
+    """`compare` for the prompts that a config names; warns of held-out ones that are among those of training.
+
+    Args:
+      config: its `eval.prompts` and `data.prompts` are compared, as far as their limits go.
+      known: what an earlier call has returned, or nothing.
+
+    Returns:
+      See `compare`, with a hash `of` what was compared; empty where there are no held-out prompts, or they cannot be
+      read: that is for those to refuse who ask them.
+
+    Raises:
+      InputError: training prompts cannot be read.
+    """
+    data, held_out = config.data, config.eval
+    if not held_out.prompts:
+        return {}
+    trained = content_hashes(data.prompts, "data.prompts")
+    try:
+        asked = content_hashes(held_out.prompts, "eval.prompts")
+        stated = json.dumps([trained, data.limit, asked, held_out.limit])
+        of = hashlib.sha256(stated.encode()).hexdigest()[:32]
+        if known.get("of") == of:
+            return known
+        # Lines that are no prompts are counted where they are used.
+        prompts = read_prompts(held_out.prompts, held_out.limit, lambda line: None)
+    except InputError as error:
+        log(f"data: held-out prompts are not compared with those of training ({error})")
+        return {}
+    found = {"of": of, **compare(prompts, read_prompts(data.prompts, data.limit, lambda line: None, tokenised=True))}
+    if found["pairs"]:
+        first = found["pairs"][0]
+        log(
+            f"warning: the training prompts have {describe(found)}, e.g. {first['file']}:{first['line']} and "
+            f"{first['training_file']}:{first['training_line']}; what is measured on them says little. Take them out "
+            "of either (data/report.json lists pairs)"
+        )
+    return found
 
 
 def _words(prompt: Prompt) -> Words:

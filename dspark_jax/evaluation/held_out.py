@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
+from dspark_jax.benchmarks import by_domain
 from dspark_jax.config import Config
 from dspark_jax.data.prompts import content_hashes
 from dspark_jax.data.samples import Tally
@@ -65,8 +66,9 @@ class HeldOutPrompts:
         """Decodes the prompts with a drafter, under `jax.set_mesh`.
 
         Returns:
-          A row of `metrics.jsonl`: tau, tau by prompt set, and the acceptance of draft k given that all before it were
-          accepted; what was not observed is left out. And what is noted in the checkpoint, if there is a tau.
+          A row of `metrics.jsonl`: tau, tau by prompt set and by domain of the paper's benchmarks, and the acceptance
+          of draft k given that all before it were accepted; what was not observed is left out. And what is noted in
+          the checkpoint, if there is a tau.
         """
         decoder = dataclasses.replace(self.decoder, models=Models(self.decoder.models.target, drafter))
         requests, result = answer(decoder, self.asked, self.first, self.temperature)
@@ -75,6 +77,7 @@ class HeldOutPrompts:
         tau, _ = macro_average(list(sets.values()))
         row = {"tau": tau} | {f"tau/{name}": one.tau for name, one in sets.items()}
         together = estimate(counts, 0, np.random.default_rng(0))
+        row |= {f"domain/{name}": macro_average(members)[0] for name, members in by_domain(sets).items()}
         row |= {f"conditional@{k}": float(rate) for k, rate in enumerate(together.conditional, start=1)}
         row = {PREFIX + name: value for name, value in row.items() if math.isfinite(value)}
         return row, HeldOut(tau, self.about) if math.isfinite(tau) else None

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from dspark_jax.evaluation.plots import DARK, LIGHT, Plot
+from dspark_jax.evaluation.summary import paper_cell, tau_rows
 from dspark_jax.evaluation.traffic import TrafficPoint
 
 STYLE = f"""
@@ -81,6 +82,8 @@ def report(
     ]
     for one in (metrics, *metrics["temperatures"].values()):
         parts += [f"<h2>Temperature {one['temperature']:g}</h2>", *_temperature(one, metrics["block_size"])]
+        if metrics.get("paper") and one["temperature"] == metrics["paper"]["temperature"]:
+            parts.append(_paper(metrics, one))
     parts += ["<h2>Losslessness</h2>", _lossless(metrics)]
     if calibration is not None:
         parts += [
@@ -125,6 +128,10 @@ def _temperature(one: Mapping[str, Any], block_size: int) -> list[str]:
          _number(row["mean_answer_tokens"], ".1f")]
         for name, row in one["prompt_sets"].items()
     ]  # fmt: skip
+    rows += [
+        [name, "", _number(row["tau"], ".3f"), _range(row["tau_ci95"], ".3f"), "", ""]
+        for name, row in one.get("domains", {}).items()
+    ]
     rows.append(
         ["macro average", one["prompts"], _number(one["tau"], ".3f"), _range(one["tau_ci95"], ".3f"), one["rounds"], ""]
     )
@@ -148,6 +155,17 @@ def _temperature(one: Mapping[str, Any], block_size: int) -> list[str]:
         scores = (f"{title} {_number(one['calibration'][name], '.3f')}" for name, title in _SCORES.items())
         parts.append(f"<p>Confidence head over all rounds, mean over positions: {', '.join(scores)}.</p>")
     return parts
+
+
+def _paper(metrics: Mapping[str, Any], one: Mapping[str, Any]) -> str:
+    """Accepted lengths beside the paper's."""
+    paper, rows = metrics["paper"], []
+    for group, name in tau_rows(metrics):
+        ours = one[group][name] if group else one
+        theirs = _number(paper_cell(metrics, group, name), ".2f")
+        rows.append([name, _number(ours["tau"], ".2f"), _range(ours["tau_ci95"], ".2f"), theirs])
+    title = f"Beside the figures of the paper, {paper['drafter']} for {paper['target']}"
+    return _table(title, ["", "tau", "95 % interval", "paper"], rows)
 
 
 _SCORES = {"ece": "calibration error", "auc": "AUC", "brier": "Brier score"}

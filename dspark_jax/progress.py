@@ -168,7 +168,7 @@ def _open_wandb(project: str, name: str, workdir: Path) -> Any:
     try:
         run = wandb.init(project=project, name=name, id=known, dir=str(workdir), resume="allow")
     except wandb.Error as error:
-        why = " ".join(str(error).split())
+        why = " ".join(str(error).split()).rstrip(".")
         raise InputError(f"train.wandb_project={project}: {why}; correct it, or leave it empty") from None
     write_json(file, {"id": run.id})
     return run

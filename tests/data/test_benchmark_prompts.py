@@ -1,6 +1,7 @@
 """Rows of the hub's data sets become the prompts of the reference, text for text."""
 
 import json
+import re
 import types
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from dspark_jax.config import Config, EvalConfig, InputError
 from dspark_jax.data import files
 from dspark_jax.data.benchmark_prompts import convert, fetch, places
 from dspark_jax.data.prompts import read_prompts
+from dspark_jax.evaluation.summary import paper_metrics
 from dspark_jax.kinds import KINDS
 from dspark_jax.presets import TARGETS, target_like
 
@@ -222,6 +224,18 @@ def test_domains_and_figures_are_those_of_the_paper() -> None:
             assert 100 * (ours / theirs - 1) == pytest.approx(gain, abs=0.1)
     assert paper_tau("Qwen/Qwen3-4B", "mtp") == {} == paper_tau("", "dspark")
     assert all(len(paper_tau(target, kind)) == 9 for target in TARGETS for kind in KINDS if kind != "mtp")
+
+
+def test_the_documents_have_the_same_benchmarks_and_figures() -> None:
+    docs = Path(__file__).resolve().parents[2] / "docs"
+    rows = re.findall(r"^\| `([\w-]+)` \| (\w+) \| (\d+) \| `(hub:\S+)` \|$", (docs / "data.md").read_text(), re.M)
+    known = [(name, one.domain, str(one.prompts), one.source) for name, one in BENCHMARKS.items()]
+    assert rows == known
+    shown = dict(re.findall(r"^(\S+) +\.\.\. +\.\.\. +(\d\.\d\d)$", (docs / "results.md").read_text(), re.M))
+    paper = paper_metrics("Qwen/Qwen3-4B", "dspark", BENCHMARKS)
+    assert {name: float(tau) for name, tau in shown.items()} == pytest.approx(
+        paper["prompt_sets"] | paper["domains"], abs=0.005
+    )
 
 
 def test_a_target_is_known_by_its_shape() -> None:

@@ -2,10 +2,10 @@
 
     python -m dspark_jax.calibrate --config configs/quickstart.py --workdir runs/quickstart_dspark
 
-decodes held-out prompts with the newest checkpoint of the working directory, all drafts verified, at every sampling
-temperature; fits one temperature per block position on half of the prompts; and prints how well raw and calibrated
-confidences hold on the other half, by position: calibration error (ECE), AUC and Brier score. Beside them are a
-shared bias that may be added to the head before, and the running estimate that needs no head.
+decodes held-out prompts with a checkpoint of the working directory (the newest, or that of `--checkpoint`), all drafts
+verified, at every sampling temperature; fits one temperature per block position on half of the prompts; and prints how
+well raw and calibrated confidences hold on the other half, by position: calibration error (ECE), AUC and Brier score.
+Beside them are a shared bias that may be added to the head before, and the running estimate that needs no head.
 
 Writes `calibration.json` in the layout that SGLang reads (`--speculative-dspark-confidence-sts-path`), with the bias
 and its temperatures beside it, which `generate` uses, and the step of the checkpoint; for sampling temperature 1, or
@@ -62,8 +62,9 @@ def calibrate(
     decoder: Decoder | None = None,
     temperatures: Sequence[str | float] = (),
     fit_on: str = "heldout",
+    checkpoint: str = "newest",
 ) -> dict[float, dict[str, Any]]:
-    """Calibrates the newest checkpoint of `workdir`, or models that are loaded already.
+    """Calibrates a checkpoint of `workdir`, or models that are loaded already.
 
     Args:
       config: resolved; `target`, `eval`, and of `data` the system prompt and the prompt limit are used.
@@ -73,6 +74,7 @@ def calibrate(
       temperatures: sampling temperatures; none: those of `config.eval`.
       fit_on: `heldout` fits on half of the held-out prompts and scores on the other half; `train` fits on training
         prompts, as many per file as `eval.limit` says, and scores on all held-out prompts.
+      checkpoint: `newest`, `best` or a step, see `training.checkpoint.load_step`.
 
     Returns:
       Sampling temperature -> content of its calibration file.
@@ -86,9 +88,9 @@ def calibrate(
         check_prompt_files(config.data.prompts, "data.prompts")
     mesh = make_mesh(config.mesh) if mesh is None else mesh
     given = decoder
-    decoder = open_decoder(config, workdir, mesh) if given is None else given
+    decoder = open_decoder(config, workdir, mesh, checkpoint=checkpoint) if given is None else given
     if not decoder.models.confident:
-        kind = ((saved_config(workdir) if given is None else None) or config).drafter.kind
+        kind = ((saved_config(workdir, checkpoint) if given is None else None) or config).drafter.kind
         able = listed(repr(name) for name, other in KINDS.items() if other.has_heads)
         others = f"drafter.kind={able}, no other kind has one"
         remedy = "drafter.confidence_head=True" if KINDS[kind].has_heads else others
@@ -199,6 +201,7 @@ def _temperatures(given: Sequence[str | float]) -> list[float]:
 
 
 def _define(values: flags.FlagValues) -> None:
+    command.define_checkpoint(values)
     flags.DEFINE_list(
         "temperatures", [], "Sampling temperatures, e.g. 1.0,0.7,0.0. Default: eval.temperatures.", flag_values=values
     )

@@ -184,6 +184,16 @@ def define_path(values: flags.FlagValues, name: str, text: str) -> None:
     flags.DEFINE(_LocalPath(name), name, None, text, flag_values=values)
 
 
+def define_checkpoint(values: flags.FlagValues) -> None:
+    """Adds the flag that says which checkpoint of the working directory is used."""
+    flags.DEFINE_string(
+        "checkpoint",
+        "newest",
+        "Which checkpoint: newest, best (by accepted length on held-out prompts, see train.evaluate_every), or a step.",
+        flag_values=values,
+    )
+
+
 class _LocalPath(flags.ArgumentParser):
     """Reads a flag that is a path."""
 

@@ -46,7 +46,7 @@ from dspark_jax.evaluation.comparison_runs import (
 )
 from dspark_jax.evaluation.rounds import PLAIN, read_rounds
 from dspark_jax.json_file import write_json, written_whole
-from dspark_jax.training.checkpoint import prepared_fingerprint
+from dspark_jax.training.about import prepared_fingerprint
 
 _TITLES = {"depth": "Accepted length by draft depth", "length": "Accepted length by draft length"}
 

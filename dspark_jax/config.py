@@ -159,6 +159,15 @@ class TrainConfig:
     """Block positions whose logits are in memory at once, per sequence batch (see ops/vocab_loss)."""
     evaluate: bool = True
     """Run `evaluate` on the last checkpoint when training has ended."""
+    evaluate_every: int = 0
+    """Measure accepted length on `eval.prompts` every so many steps, and at the end, and keep the best checkpoint
+    beside the newest ones; 0: never. A multiple of `checkpoint_every`."""
+    evaluate_limit: int = 8
+    """Prompts of each set that are decoded for it, at the first of `eval.temperatures`; 0 = all."""
+    evaluate_tokens: int = 256
+    """Longest answer of them; `eval.max_new_tokens` if that is less."""
+    wandb_project: str = ""
+    """Also log to this project of Weights & Biases (needs the package wandb); empty = do not."""
     init_from: str = ""
     """Start from the parameters of this drafter (a run's working directory, or a drafter in a Hugging Face directory)
     instead of from random ones. The optimizer starts from nothing."""
@@ -288,12 +297,14 @@ def _feature_problems(config: Config) -> Iterator[str]:
         yield "data.supervised='thinking' with data.thinking='off' leaves nothing to train; set data.thinking='on'"
     if data.feature_dtype not in ("int8", "bfloat16"):
         yield f"data.feature_dtype={data.feature_dtype!r} is unknown; use int8 or bfloat16"
-    if target.unsupported and (data.regenerate or config.train.evaluate):
-        field = "data.regenerate" if data.regenerate else "train.evaluate"
-        yield (
-            f"{field}=True needs a target that runs here, {target.unsupported} does not; set {field}=False "
-            "(a drafter can be trained for it and exported, but not evaluated here)"
-        )
+    needs: dict[str, int] = {"data.regenerate": data.regenerate, "train.evaluate": config.train.evaluate}
+    needs["train.evaluate_every"] = config.train.evaluate_every
+    for field, value in needs.items():
+        if target.unsupported and value:
+            yield (
+                f"{field}={value} needs a target that runs here, {target.unsupported} does not; set "
+                f"{field}={type(value)(0)} (a drafter can be trained for it and exported, but not evaluated here)"
+            )
     if data.features == "torch" and target.num_hidden_layers - 1 in config.drafter.target_layer_ids:
         yield "data.features='torch' cannot tap the last layer, whose output transformers gives normed; use 'cache'"
 
@@ -338,6 +349,11 @@ def problems(config: Config) -> Iterator[str]:
     yield from range_problems(config)
     if train.accumulate > 0 and train.batch_size % train.accumulate:
         yield f"train.batch_size={train.batch_size} is not divisible by train.accumulate={train.accumulate}"
+    if train.checkpoint_every > 0 and train.evaluate_every % train.checkpoint_every:
+        yield (
+            f"train.evaluate_every={train.evaluate_every} is no multiple of train.checkpoint_every="
+            f"{train.checkpoint_every}; what is measured is kept as a checkpoint, so change one of them"
+        )
     if data.max_prompt_length >= data.max_length:
         yield (
             f"data.max_prompt_length={data.max_prompt_length} leaves no room for an answer in "

@@ -9,6 +9,9 @@ gives the headline numbers. Speed is measured at batch 1 in the same run: plain 
 drafting where it pays (`schedulers.adaptive`), taking turns (with `eval.speed_threads`, in a process with so many CPU
 threads; on one host only).
 
+Of the paper's benchmarks (`prepare --benchmarks`) it also shows means by domain, and the paper's figures where it has
+the same target and kind of drafter.
+
 From the rounds at the first temperature it also draws, as PNG with the data as JSON: acceptance by position, the
 sweep of the confidence threshold, the reliability of the confidences before and after calibration, and, replayed on a
 cost table, throughput against per-user speed and verification budget against concurrency (`eval/load.json`). The table
@@ -63,12 +66,13 @@ from dspark_jax.evaluation.predictors import (
 from dspark_jax.evaluation.report import report
 from dspark_jax.evaluation.setup import check_prompt_files, open_decoder, read_questions, tell_left_out
 from dspark_jax.evaluation.speed import Speed, measure_speed, measure_speed_in_process
-from dspark_jax.evaluation.summary import Measured, greedy_metrics, metrics_at, overview, table
+from dspark_jax.evaluation.summary import Measured, greedy_metrics, metrics_at, overview, paper_metrics, table
 from dspark_jax.evaluation.threshold import sweep_thresholds
 from dspark_jax.evaluation.traces import record
 from dspark_jax.evaluation.traffic import TrafficPoint, measure_traffic, parse_rates, traffic_table
 from dspark_jax.json_file import write_json
 from dspark_jax.ops.sampling import GREEDY_BELOW
+from dspark_jax.presets import target_like
 from dspark_jax.progress import Progress
 from dspark_jax.sharding import make_mesh
 
@@ -84,8 +88,9 @@ def evaluate(
     traffic_requests: int = 60,
     traffic_slots: int = 8,
     details: bool = False,
+    checkpoint: str = "newest",
 ) -> dict[str, Any]:
-    """Evaluates the newest checkpoint of `workdir`, or models that are loaded already.
+    """Evaluates a checkpoint of `workdir`, or models that are loaded already.
 
     Args:
       config: resolved; `target`, `eval`, and of `data` the system prompt and the prompt limit are used.
@@ -97,6 +102,7 @@ def evaluate(
       traffic_requests: at every rate.
       traffic_slots: requests decoded together.
       details: print every table, not only what they come to.
+      checkpoint: `newest`, `best` or a step, see `training.checkpoint.load_step`.
 
     Returns:
       The content of `eval/metrics.json`.
@@ -117,7 +123,7 @@ def evaluate(
         raise InputError(f"--traffic={traffic}: hosts would not launch the same rounds; leave out --distributed")
     started = time.monotonic()
     mesh = make_mesh(config.mesh) if mesh is None else mesh
-    decoder = open_decoder(config, workdir, mesh) if decoder is None else decoder
+    decoder = open_decoder(config, workdir, mesh, checkpoint=checkpoint) if decoder is None else decoder
     primary = jax.process_index() == 0
     folder = Path(workdir) / "eval"
     folder.mkdir(parents=True, exist_ok=True)
@@ -218,6 +224,9 @@ def measure(config: Config, decoder: Decoder, tally: Tally, workdir: Path) -> tu
         "max_new_tokens": settings.max_new_tokens,
         **described[0],
         **greedy_metrics(differences, requests, asked),
+        "paper": paper_metrics(
+            target_like(config.target.architecture), config.drafter.kind, described[0]["prompt_sets"]
+        ),
         "rejected": dict(tally.rejected),
         "unused": dict(tally.unused),
         "temperatures": {str(float(one["temperature"])): one for one in described[1:]},
@@ -233,7 +242,9 @@ def _speeds(
     if not requests.items:
         return [None] * len(settings.temperatures)
     if settings.speed_threads and platform.computes_on_cpu() and jax.process_count() == 1:
-        speeds = measure_speed_in_process(config, workdir, requests, settings.temperatures, settings.speed_threads)
+        speeds = measure_speed_in_process(
+            config, workdir, requests, settings.temperatures, settings.speed_threads, step=decoder.step
+        )
         advance(len(requests.items) * len(speeds))
         return [*speeds]
     return [measure_speed(decoder, requests, temperature, advance) for temperature in settings.temperatures]
@@ -316,6 +327,7 @@ def _define(values: flags.FlagValues) -> None:
     )
     flags.DEFINE_integer("traffic_requests", 60, "Requests at every rate of --traffic.", flag_values=values)
     flags.DEFINE_integer("traffic_slots", 8, "Requests decoded together under --traffic.", flag_values=values)
+    command.define_checkpoint(values)
     flags.DEFINE_boolean("details", False, "Print every table of the report before the overview.", flag_values=values)
 
 

@@ -3,10 +3,10 @@
     python -m dspark_jax.generate --config configs/quickstart.py --prompt "What is 3 + 4?"
     echo "Write a function that adds two numbers." | python -m dspark_jax.generate --config configs/quickstart.py
 
-The newest checkpoint of the working directory drafts; `--plain` decodes with the target alone. The prompt is one user
-message in the target's chat template, from `--prompt` or from standard input. The answer goes to standard output;
-tokens, rounds, tau (tokens per round) and tokens per second go to standard error. Whatever drafts and whatever the
-scheduler admits, the answer is the target's.
+The newest checkpoint of the working directory drafts, or that of `--checkpoint`; `--plain` decodes with the target
+alone. The prompt is one user message in the target's chat template, from `--prompt` or from standard input. The answer
+goes to standard output; tokens, rounds, tau (tokens per round) and tokens per second go to standard error. Whatever
+drafts and whatever the scheduler admits, the answer is the target's.
 
 `--explain` shows every round instead, and the answer after them. Each drafted token is shown with the confidence of the
 drafter that it is accepted if all before it are:
@@ -77,6 +77,7 @@ def generate(
     threshold: float | None = None,
     plain: bool = False,
     explain: bool = False,
+    checkpoint: str = "newest",
 ) -> Request:
     """Answers one prompt on standard output.
 
@@ -96,6 +97,7 @@ def generate(
       threshold: least confidence of `threshold`; 0.5 if None.
       plain: decode without a drafter.
       explain: show the rounds.
+      checkpoint: `newest`, `best` or a step, see `training.checkpoint.load_step`.
 
     Returns:
       The request, which has ended.
@@ -109,7 +111,7 @@ def generate(
     if not text.strip():
         raise InputError("the prompt is empty; give --prompt TEXT, or text on standard input")
     mesh = make_mesh(config.mesh) if mesh is None else mesh
-    drafter = NO_DRAFTER if plain else open_drafter(config, workdir, mesh)[1]
+    drafter = NO_DRAFTER if plain else open_drafter(config, workdir, mesh, checkpoint)[1]
     rule = _scheduler(name, threshold, drafter, workdir)
     tokenizer = load_tokenizer(config.target.path)
     messages = with_system([{"role": "user", "content": text}], config.data.system_prompt)
@@ -276,6 +278,7 @@ def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_float(
         "threshold", None, "Least confidence of --scheduler=threshold; 0.5 if not given.", flag_values=values
     )
+    command.define_checkpoint(values)
     flags.DEFINE_boolean("plain", False, "Decode with the target alone.", flag_values=values)
     flags.DEFINE_boolean("explain", False, "Show what every round drafted, admitted and accepted.", flag_values=values)
 

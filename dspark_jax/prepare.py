@@ -2,10 +2,15 @@
 
     python -m dspark_jax.prepare --config configs/quickstart.py
 
-writes `data/` in the working directory: the samples, `report.json` (what they were made of, counts) and
-`rejected.jsonl` (every line and conversation that gave no sample, with its file, line and reason). All of it is built
+writes `data/` in the working directory: the samples, `report.json` (what they were made of, counts, lengths, and which
+held-out prompts are among the training prompts) and `rejected.jsonl` (every line and conversation that gave no sample,
+with its file, line and reason). All of it is built
 in `data.partial/` and renamed at the end. A preparation that was killed continues with the answers it has; one whose
 inputs are unchanged is skipped. It runs in one process; several hosts share its result through their file system.
+
+    python -m dspark_jax.prepare --config dspark_qwen3_4b --benchmarks
+
+fetches the prompts of the paper's benchmarks that the config names instead, and writes them where it names them.
 
 With `data.features=cache` or `torch` the target's features of all samples are written to `features/` as well, so that
 training does not run the target. That, too, says beforehand how much it takes, and continues where it was killed.
@@ -26,9 +31,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import flags
 
 from dspark_jax import command
+from dspark_jax.benchmarks import BENCHMARKS
 from dspark_jax.config import Config, DataConfig, InputError
+from dspark_jax.data import overlap, statistics
+from dspark_jax.data.benchmark_prompts import fetch, places
 from dspark_jax.data.chat import load_tokenizer, stop_tokens
 from dspark_jax.data.files import HUB
 from dspark_jax.data.mask_token import mask_warning
@@ -83,15 +92,30 @@ LATER_FIELDS = ("thinking", "supervised")
 """The same, but data that was made before there were any is that of their defaults."""
 
 
-def prepare(config: Config, workdir: Path, decode: Decode | None = None) -> dict[str, Any]:
+def prepare(
+    config: Config, workdir: Path, decode: Decode | None = None, benchmarks: str | None = None
+) -> dict[str, Any]:
     """Makes `workdir/data`, and `workdir/features` if the config wants a cache, unless they are there; see the parts.
 
+    Args:
+      config: resolved.
+      workdir: of the run.
+      decode: answers batches of prompts; the config's target does when there is none.
+      benchmarks: fetch the prompts of these, separated by commas, and do nothing else; `all`: of those that the config
+        names, or all nine.
+
     Returns:
-      The content of `data/report.json`.
+      The content of `data/report.json`; of benchmarks the files.
 
     Raises:
       InputError: as the parts; before any of them runs if there is a feature cache of something else.
     """
+    if benchmarks is not None:
+        names = [] if benchmarks == "all" else [name.strip() for name in benchmarks.split(",")]
+        files = places(names, config.eval.prompts)
+        with _disk_errors(workdir):
+            fetch(files)
+        return {name: str(file) for name, file in files.items()}
     if config.data.features != "online":
         check_features(config, Path(workdir), lambda: data_fingerprint(config))
     report = prepare_samples(config, Path(workdir), decode)
@@ -123,9 +147,15 @@ def prepare_samples(config: Config, workdir: Path, decode: Decode | None = None)
     _warn_of_mask(config)
     digest = _digest(inputs)
     found = read_ours(final / "report.json")
+    held_out = part(found, "held_out")
+    if jax.process_count() == 1:
+        held_out = overlap.compare_files(config, held_out)
     if found.get("fingerprint") == digest and _complete(final, found.get("samples")):
         shutil.rmtree(workdir / "data.old", ignore_errors=True)  # left behind by a kill during the last step
         log(f"data: {found['samples']} samples in {final} are up to date")
+        if held_out != part(found, "held_out"):
+            with _disk_errors(workdir):
+                found = write_json(final / "report.json", found | {"held_out": held_out})
         return found
     if jax.process_count() > 1:
         raise InputError(
@@ -137,7 +167,7 @@ def prepare_samples(config: Config, workdir: Path, decode: Decode | None = None)
     with _disk_errors(workdir):
         if read_ours(partial / "report.json").get("fingerprint") != digest:
             _open_partial(partial, digest)
-            report = _build(config, partial, decode)
+            report = _build(config, partial, decode) | ({"held_out": held_out} if held_out else {})
             write_json(partial / "report.json", {"fingerprint": digest, "inputs": inputs, **report})
         (partial / "answers.jsonl").unlink(missing_ok=True)
         (partial / "inputs.json").unlink(missing_ok=True)
@@ -350,6 +380,10 @@ def _summarise(report: dict[str, Any], final: Path) -> None:
         )
     if report["thoughts_cut"]:
         log(f"data: of {report['thoughts_cut']} conversations the chat template leaves think blocks out")
+    log("\n".join(statistics.table(report)))
+    held_out = part(report, "held_out")
+    among = f"; among the training prompts are {overlap.describe(held_out)}" if held_out else ""
+    log(f"data: {report['thinking']['share']:.0%} of the samples with thinking{among}")
     if report["unused"]:
         log(f"data: {describe_unused(report['unused'])}")
     if report["rejected"]:
@@ -374,5 +408,22 @@ def _disk_errors(workdir: Path) -> Iterator[None]:
         ) from None
 
 
+class _Names(flags.Flag):
+    """A flag with or without a value: `--benchmarks` and `--benchmarks=gsm8k,mbpp`."""
+
+    def parse(self, argument: Any) -> None:
+        """Takes a value; absl gives 'true' where there is none."""
+        super().parse("all" if argument == "true" else None if argument == "false" else argument)
+
+
+def _define(values: flags.FlagValues) -> None:
+    text = (
+        "Fetch prompts of the paper's benchmarks from the hub, and do nothing else: names separated by commas; without "
+        f"a value those that eval.prompts has. Known here: {', '.join(BENCHMARKS)}."
+    )
+    flag = _Names(flags.ArgumentParser(), None, "benchmarks", None, text, boolean=True)
+    flags.DEFINE_flag(flag, flag_values=values)
+
+
 if __name__ == "__main__":
-    command.run(prepare)
+    command.run(prepare, define=_define)

@@ -1,5 +1,6 @@
 """The released targets' shapes, and the settings of the drafters that were released for them (paper section 4)."""
 
+from dspark_jax.benchmarks import BENCHMARKS
 from dspark_jax.config import (
     Config,
     DataConfig,
@@ -11,9 +12,7 @@ from dspark_jax.config import (
     TrainConfig,
 )
 from dspark_jax.kinds import as_kind
-
-BENCHMARKS = ("gsm8k", "math500", "aime25", "mbpp", "humaneval", "livecodebench", "mt-bench", "alpaca", "arena-hard-v2")
-"""Names of the paper's prompt sets, as files in `eval_datasets/`."""
+from dspark_jax.target.families.family import SIZES
 
 _QWEN3 = {
     "vocab_size": 151936,
@@ -65,6 +64,14 @@ TARGETS = {  # shape, tapped layers, mask token
     "google/gemma-4-12B-it": (_GEMMA4_12B, (5, 17, 29, 41, 46), 4),
 }
 """By id on the hub."""
+
+
+def target_like(arch: TargetArchitecture) -> str:
+    """Id of the released target that has this shape, as its fine-tunes have; '' if there is none."""
+    same = ("model_type", *SIZES)
+    return next(
+        (name for name, (shape, *_) in TARGETS.items() if all(getattr(shape, x) == getattr(arch, x) for x in same)), ""
+    )
 
 
 def released(name: str, target: str, kind: str) -> Config:

@@ -1,5 +1,7 @@
 """Progress of a command: a bar or plain lines, `metrics.jsonl`, TensorBoard. Process 0 only."""
 
+import importlib
+import importlib.util
 import json
 import math
 import sys
@@ -12,7 +14,8 @@ from typing import Any, Self
 import jax
 from tqdm import tqdm
 
-from dspark_jax.json_file import written_whole
+from dspark_jax.errors import InputError
+from dspark_jax.json_file import read_ours, write_json, written_whole
 
 
 class Progress:
@@ -84,12 +87,35 @@ def log(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-class MetricsWriter:
-    """Rows of numbers by step, to `metrics.jsonl` and TensorBoard."""
+def check_wandb(project: str) -> None:
+    """Refuses to log to a project of Weights & Biases where its package is missing.
 
-    def __init__(self, workdir: Path, *, start: int = 0):
-        """Continues the files of `workdir` after step `start`: later rows, from a run cut short, are removed."""
+    Raises:
+      InputError: it is.
+    """
+    if project and importlib.util.find_spec("wandb") is None:
+        raise InputError(
+            f"train.wandb_project={project}: needs the package wandb; pip install wandb, or leave it empty"
+        )
+
+
+class MetricsWriter:
+    """Rows of numbers by step, to `metrics.jsonl` and TensorBoard, and to Weights & Biases if that is asked for."""
+
+    def __init__(self, workdir: Path, *, start: int = 0, wandb_project: str = "", name: str = ""):
+        """Continues the files of `workdir` after step `start`: later rows, from a run cut short, are removed.
+
+        Args:
+          workdir: of the run.
+          start: steps done.
+          wandb_project: of Weights & Biases, or empty. The run there goes on with the one here.
+          name: of the run, there.
+
+        Raises:
+          InputError: Weights & Biases cannot be used.
+        """
         self.file: Any = None
+        self.wandb: Any = None
         if jax.process_index() == 0:
             workdir.mkdir(parents=True, exist_ok=True)
             # Imported here: it imports torch wherever that is installed, a second that only training should pay.
@@ -99,6 +125,8 @@ class MetricsWriter:
             _truncate(path, start)
             self.file = path.open("a", buffering=1)
             self.board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1 if start else None)
+            if wandb_project:
+                self.wandb = _open_wandb(wandb_project, name, workdir)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """One row. A value that is not finite is null in the file: JSON has no NaN."""
@@ -108,12 +136,16 @@ class MetricsWriter:
         self.file.write(json.dumps({"step": step, **row}) + "\n")
         for name, value in values.items():
             self.board.add_scalar(name.replace("@", "_at_"), value, step)  # TensorBoard's tags have no @
+        if self.wandb is not None:
+            self.wandb.log(dict(values), step=step)
 
     def close(self) -> None:
         """Writes what is buffered."""
         if self.file is not None:
             self.file.close()
             self.board.close()
+        if self.wandb is not None:
+            self.wandb.finish()
 
     def __enter__(self) -> Self:
         """Itself."""
@@ -122,6 +154,24 @@ class MetricsWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         """Closes."""
         self.close()
+
+
+def _open_wandb(project: str, name: str, workdir: Path) -> Any:
+    """The run of Weights & Biases that belongs to `workdir`, new or continued; it takes no row twice.
+
+    Raises:
+      InputError: its package refuses, because nobody is logged in, say.
+    """
+    wandb = importlib.import_module("wandb")  # optional, and unknown to type checkers
+    file = workdir / "wandb.json"
+    known = read_ours(file).get("id")
+    try:
+        run = wandb.init(project=project, name=name, id=known, dir=str(workdir), resume="allow")
+    except wandb.Error as error:
+        why = " ".join(str(error).split()).rstrip(".")
+        raise InputError(f"train.wandb_project={project}: {why}; correct it, or leave it empty") from None
+    write_json(file, {"id": run.id})
+    return run
 
 
 def _truncate(path: Path, last: int) -> None:

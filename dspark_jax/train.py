@@ -5,6 +5,10 @@
 prepares the data if it is missing, trains, and evaluates the last checkpoint. Started again, it continues from the
 newest checkpoint, with the losses it would have had; SIGTERM makes it write one before it ends. Writes in the working
 directory: `data/`, `checkpoints/`, `metrics.jsonl`, `tensorboard/`, `config.json` and `eval/`.
+
+`--config.train.evaluate_every=1000` measures accepted length on held-out prompts while it trains (`heldout/...` in
+`metrics.jsonl` and TensorBoard) and keeps the best checkpoint beside the newest ones: `--checkpoint best` of the other
+commands.
 """
 
 import contextlib
@@ -27,12 +31,15 @@ from dspark_jax.convert.hf import import_drafter, read_drafter_config
 from dspark_jax.data.features import CachedSamples, frozen_file
 from dspark_jax.data.pipeline import MicroBatches, batches
 from dspark_jax.data.sources import SampleReader
+from dspark_jax.evaluation.held_out import HeldOutPrompts
+from dspark_jax.evaluation.setup import check_prompt_files
 from dspark_jax.metrics import values
 from dspark_jax.prepare import data_fingerprint, prepare
-from dspark_jax.progress import MetricsWriter, Progress, log
+from dspark_jax.progress import MetricsWriter, Progress, check_wandb, log
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target.frozen import load_frozen
 from dspark_jax.target.loading import compute_dtype, load_target
+from dspark_jax.training.best import HeldOut
 from dspark_jax.training.checkpoint import (
     Checkpoints,
     check_continuation,
@@ -45,7 +52,7 @@ from dspark_jax.training.host_memory import check_host_memory, describe_feature_
 from dspark_jax.training.micro_steps import MicroSteps
 from dspark_jax.training.optim import learning_rate, make_optimizer
 from dspark_jax.training.preemption import Preemption
-from dspark_jax.training.state import TrainState, abstract_drafter, init_state, state_layout, to_params
+from dspark_jax.training.state import TrainState, abstract_drafter, init_state, state_layout, to_module, to_params
 from dspark_jax.training.step import (
     FINITE,
     StepMetrics,
@@ -72,6 +79,9 @@ def train(config: Config, workdir: Path) -> None:
     mesh = make_mesh(config.mesh)
     check_batch(config, mesh)
     check_host_memory(config, mesh)
+    if config.train.evaluate_every:
+        check_prompt_files(config.eval.prompts, "eval.prompts")
+    check_wandb(config.train.wandb_project)
     if not check_continuation(config, workdir, lambda: data_fingerprint(config)):
         check_source(config)
     prepare(config, workdir)
@@ -123,6 +133,9 @@ def fit(config: Config, workdir: Path, mesh: Mesh, checkpoints: Checkpoints) -> 
     else:
         target = load_target(config.target, mesh)
     frozen = to_params(target)
+    held_out = None
+    if config.train.evaluate_every:
+        held_out = HeldOutPrompts(config, workdir, mesh, load_target(config.target, mesh) if cached else target)
     began = time.monotonic()
     return_freed_memory()
     if cached:
@@ -139,7 +152,8 @@ def fit(config: Config, workdir: Path, mesh: Mesh, checkpoints: Checkpoints) -> 
     )
 
     preemption = Preemption()
-    with Progress("train", steps, done=start) as progress, MetricsWriter(workdir, start=start) as writer, preemption:
+    writing = MetricsWriter(workdir, start=start, wandb_project=config.train.wandb_project, name=config.name)
+    with Progress("train", steps, done=start) as progress, writing as writer, preemption:
         training_log = TrainingLog(config, checkpoints, progress, writer)
         for step in range(start + 1, steps + 1):
             batch = next(data) if cached else place_batch(next(data), config.train.accumulate, mesh)
@@ -152,12 +166,19 @@ def fit(config: Config, workdir: Path, mesh: Mesh, checkpoints: Checkpoints) -> 
                 training_log.end_row()
             if at_checkpoint:
                 training_log.flush()  # a state that is not finite is never saved
-                checkpoints.save(step, state, data.get_state())
+                measured = None
+                if held_out and not leaving and (step % config.train.evaluate_every == 0 or step == steps):
+                    measured = training_log.measure(held_out, step, to_module(drafter, state.params))
+                checkpoints.save(step, state, data.get_state(), measured)
             progress.update(step)
             if leaving:
                 checkpoints.wait()
                 log(f"told to stop: {checkpoints.path(step)} is written, the same command continues from it")
                 raise SystemExit(STATUS)
+    best = checkpoints.best()
+    if best is not None:
+        tau = checkpoints.measured[best].tau
+        log(f"best on held-out prompts: {checkpoints.path(best)} with tau {tau:.3f}; --checkpoint best takes it")
 
 
 def _state_config(config: Config, workdir: Path) -> None:
@@ -286,6 +307,18 @@ class TrainingLog:
         self.progress.update(self.progress.done, _headline(row))
         if sums.not_finite != FINITE:
             self._stop(int(sums.not_finite), of_target=bool(sums.target_not_finite <= sums.not_finite))
+
+    def measure(self, held_out: HeldOutPrompts, step: int, drafter: Any) -> HeldOut | None:
+        """Writes what held-out prompts show of the drafter after step `step`; that takes no time of the rows'."""
+        began = time.monotonic()
+        row, measured = held_out.measure(drafter)
+        self.writer.write(step, row)
+        shown = ", ".join(
+            f"{name.removeprefix('heldout/')} {value:.2f}" for name, value in row.items() if "tau" in name
+        )
+        self.progress.print(f"held-out prompts after step {step}: {shown or 'no round of drafting'}")
+        self.since += time.monotonic() - began
+        return measured
 
     def _stop(self, step: int, *, of_target: bool) -> None:
         self.checkpoints.wait()

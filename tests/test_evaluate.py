@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from dspark_jax import command, jobs
+from dspark_jax.benchmarks import BENCHMARKS
 from dspark_jax.config import (
     Config,
     DataConfig,
@@ -21,6 +22,7 @@ from dspark_jax.config import (
     InputError,
     MeshConfig,
     TargetConfig,
+    TrainConfig,
     resolve,
 )
 from dspark_jax.data.chat import load_tokenizer, prompt_tokens, stop_tokens
@@ -39,6 +41,7 @@ from dspark_jax.evaluation.decoding import (
     first_difference,
     first_requests,
 )
+from dspark_jax.evaluation.held_out import HeldOutPrompts
 from dspark_jax.evaluation.load import replay
 from dspark_jax.evaluation.summary import overview, table
 from dspark_jax.sharding import make_mesh
@@ -139,6 +142,26 @@ def test_nothing_is_compiled_twice(run: Run):
 def test_greedy_output_is_plain_decoding(run: Run):
     assert run.metrics["greedy_identical"] is True
     assert (run.metrics["greedy_compared"], run.metrics["greedy_different"]) == (9, 0)
+
+
+def test_training_measures_what_evaluate_measures(run: Run, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(BENCHMARKS, "chat", dataclasses.replace(BENCHMARKS["mt-bench"], domain="code"))
+    greedy = dataclasses.replace(run.config.eval, temperatures=(0.0, 1.0))
+    settings = TrainConfig(evaluate_limit=0, evaluate_tokens=BUDGET)
+    config, metrics = dataclasses.replace(run.config, eval=greedy, train=settings), run.metrics["temperatures"]["0.0"]
+    models, before = engine_of(run).models, decode._cache_size()
+    with jax.set_mesh(run.mesh):
+        held_out = HeldOutPrompts(config, run.workdir, run.mesh, models.target)
+        row, noted = held_out.measure(models.drafter)
+    assert decode._cache_size() == before
+    assert row["heldout/tau"] == metrics["tau"] == noted.tau
+    assert row["heldout/domain/code"] == row["heldout/tau/chat"] and "heldout/domain/chat" not in row
+    for name, one in metrics["prompt_sets"].items():
+        assert row[f"heldout/tau/{name}"] == one["tau"]
+    rates = [one["conditional_acceptance"][0] for one in metrics["prompt_sets"].values()]
+    assert min(rates) <= row["heldout/conditional@1"] <= max(rates)
+    config.train.evaluate_tokens = 3  # what is asked otherwise cannot be compared
+    assert HeldOutPrompts(config, run.workdir, run.mesh, models.target).about != noted.asked
 
 
 def test_unusable_prompts_are_set_aside_and_counted(run: Run):
@@ -315,12 +338,13 @@ def test_bad_input_is_one_line(run: Run, tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_only_a_host_alone_measures_speed_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch):
     module = sys.modules["dspark_jax.evaluate"]
-    monkeypatch.setattr(module, "measure_speed_in_process", lambda *_: ["apart", "apart"])
+    monkeypatch.setattr(module, "measure_speed_in_process", lambda *_, step: [f"apart {step}"] * 2)
     monkeypatch.setattr(module, "measure_speed", lambda *_: "here")
     config, requests = Config(eval=EvalConfig(speed_threads=1)), Requests([Request([1], 0, 0, 0)], 1)
-    for hosts, expected in ((1, "apart"), (2, "here")):
+    decoder = SimpleNamespace(step=7)
+    for hosts, expected in ((1, "apart 7"), (2, "here")):
         monkeypatch.setattr(jax, "process_count", lambda hosts=hosts: hosts)
-        assert module._speeds(config, None, requests, Path(), lambda done: None) == [expected] * 2
+        assert module._speeds(config, decoder, requests, Path(), lambda done: None) == [expected] * 2
 
 
 def test_the_command_reports_bad_input_with_status_2(capsys: pytest.CaptureFixture[str], tmp_path: Path):

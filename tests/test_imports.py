@@ -12,6 +12,7 @@ PACKAGE = ROOT / "dspark_jax"
 BASE = {
     "architecture",
     "attached",
+    "benchmarks",
     "config",
     "config_fields",
     "errors",

@@ -15,7 +15,7 @@ import pytest
 
 from dspark_jax import prepare as command
 from dspark_jax import train
-from dspark_jax.config import Config, DataConfig, DrafterConfig, InputError, TargetConfig, resolve
+from dspark_jax.config import Config, DataConfig, DrafterConfig, EvalConfig, InputError, TargetConfig, resolve
 from dspark_jax.data import chat, regenerate
 from dspark_jax.data.sources import SampleReader
 from dspark_jax.prepare import data_fingerprint, prepare, target_decoder
@@ -112,9 +112,42 @@ def test_prompts_become_samples_and_a_report(
         ("prompt_too_long", 13),
         ("empty_answer", 4),
     }
+    assert report["sources"] == {"math": {"prompts": 12, "set_aside": 3}}
+    masks = [samples[i].loss_mask for i in range(10)]
+    longest = {"prompt": max(int(mask.argmax()) for mask in masks), "answer": max(int(mask.sum()) for mask in masks)}
+    assert {name: one["longest"] for name, one in report["lengths"].items()} == longest
+    assert all(sum(one["samples"]) == 10 for one in report["lengths"].values())
+    assert report["thinking"] == {"samples": 0, "share": 0.0}
     shown = capsys.readouterr().err
-    assert "10 samples (math 10)" in shown
+    assert "10 samples (math 10)" in shown and "math 12 3 10 652 186" in " ".join(shown.split())
     assert "set aside in" in shown and "1 malformed line, 1 prompt too long, 1 empty answer" in shown
+
+
+def test_held_out_prompts_among_the_training_prompts_are_named(
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before anything is answered, and again for data that is there when the held-out prompts change."""
+    held_out, run = tmp_path / "heldout.jsonl", tmp_path / "run"
+    held_out.write_text('{"prompt": "something else"}\n{"prompt": "How much is one and one and one?"}\n{broken\n')
+    config.eval = EvalConfig(prompts=(str(held_out),))
+    with pytest.raises(KeyboardInterrupt):
+        prepare(config, run, Decoder(kill_after=0))
+    warning = "warning: the training prompts have 1 of 2 held-out prompts (50.0%): 0 word for word, 1 nearly, e.g. "
+    assert f"{warning}{held_out}:2 and {config.data.prompts[0]}:3; what is measured" in capsys.readouterr().err
+    report = prepare(config, run, Decoder())
+    assert (report["held_out"]["near"], report["held_out"]["sets"]["heldout"]["prompts"]) == (1, 2)
+    assert json.loads((run / "data" / "report.json").read_text()) == report
+    assert "among the training prompts are 1 of 2 held-out prompts" in capsys.readouterr().err
+    before = files(run)
+    assert prepare(config, run, Decoder()) == report and files(run) == before
+    assert "warning" not in capsys.readouterr().err
+    held_out.write_text('{"prompt": "something else"}\n')
+    again = prepare(config, run, Decoder())
+    assert (again["held_out"]["near"], again["fingerprint"]) == (0, report["fingerprint"])
+    assert json.loads((run / "data" / "report.json").read_text()) == again
+    held_out.unlink()  # who asks them will refuse
+    assert prepare(config, run, Decoder())["samples"] == 10
+    assert f"not compared with those of training ({held_out}: cannot be read" in capsys.readouterr().err
 
 
 def test_unchanged_inputs_are_skipped_and_changed_ones_are_named(

@@ -5,15 +5,15 @@
     python -m dspark_jax.convert import --drafter DIR --target DIR --workdir runs/imported
     python -m dspark_jax.convert check --drafter DIR --target DIR
 
-`export` writes the newest checkpoint of a run, or converts a directory, to one that vLLM, SGLang, llama.cpp and
-transformers load (`universal`), to the reference's own format (`deepspec`), or for the speculators package. What the
-run has of calibration, cost table and evaluation goes with it. `import` makes a working directory of a drafter that was
-trained elsewhere, so that `evaluate`, `calibrate` and `generate` can use it. `check` tells what each server would make
-of a directory, and whether its config says how the drafter was trained: layer ids, block layout and mask token are
-scored on greedy answers of the target. Its exit status is 0 if a server drafts with it as it was trained, 1 if
-something is wrong or no server can use it, and 3 if that cannot be told: it has a part that is not implemented here,
-which servers may know all the same (their rules are replayed), the answers are too short, or next to nothing is
-accepted, for which training too little is reason enough.
+`export` writes a checkpoint of a run (the newest, or that of `--checkpoint`), or converts a directory, to one that
+vLLM, SGLang, llama.cpp and transformers load (`universal`), to the reference's own format (`deepspec`), or for the
+speculators package. What the run has of calibration, cost table and evaluation goes with it. `import` makes a working
+directory of a drafter that was trained elsewhere, so that `evaluate`, `calibrate` and `generate` can use it. `check`
+tells what each server would make of a directory, and whether its config says how the drafter was trained: layer ids,
+block layout and mask token are scored on greedy answers of the target. Its exit status is 0 if a server drafts with it
+as it was trained, 1 if something is wrong or no server can use it, and 3 if that cannot be told: it has a part that is
+not implemented here, which servers may know all the same (their rules are replayed), the answers are too short, or next
+to nothing is accepted, for which training too little is reason enough.
 """
 
 import argparse
@@ -61,6 +61,7 @@ from dspark_jax.sharding import make_mesh
 from dspark_jax.target import families
 from dspark_jax.target.loading import fingerprint, load_target, read_checkpoint
 from dspark_jax.target.model import Target
+from dspark_jax.training.best import NEWEST
 from dspark_jax.training.checkpoint import Checkpoints, load_step
 from dspark_jax.training.feature_cache import feature_directory
 from dspark_jax.training.optim import make_optimizer
@@ -126,13 +127,13 @@ def check_side_files(files: Mapping[str, Path], block_size: int) -> None:
 
 
 def export_run(workdir: str | Path, output: str | Path, **options: Any) -> Path:
-    """Exports the newest checkpoint of a run, as `python -m dspark_jax.convert export` does.
+    """Exports a checkpoint of a run, as `python -m dspark_jax.convert export` does.
 
     Args:
       workdir: of the run.
       output: directory to write.
-      **options: of the command line: `format` ("universal", "deepspec", "speculators"), `dtype`, `slim`, `name`,
-        `target_name`, `overwrite` and so on.
+      **options: of the command line: `format` ("universal", "deepspec", "speculators"), `checkpoint` ("newest",
+        "best" or a step), `dtype`, `slim`, `name`, `target_name`, `overwrite` and so on.
 
     Returns:
       The directory.
@@ -149,13 +150,13 @@ def export_run(workdir: str | Path, output: str | Path, **options: Any) -> Path:
 
 
 def run_source(workdir: Path, options: argparse.Namespace) -> tuple[Source, dict[str, Any]]:
-    """The newest checkpoint of a run, and what else the run has to give.
+    """A checkpoint of a run, and what else the run has to give.
 
     Returns:
       The source, and side files by name with `fingerprint`, `data` and `metrics` for the card.
     """
     mesh = make_mesh(MeshConfig())
-    step, config, drafter = load_step(workdir, mesh, stated_target(options.target))
+    step, config, drafter = load_step(workdir, mesh, stated_target(options.target), checkpoint=options.checkpoint)
     path, arch = config.target.path, config.target.architecture
     directory = local_directory(path)
     source = Source(
@@ -405,6 +406,11 @@ def parser() -> argparse.ArgumentParser:
     one = add("export", export, "Write a drafter in a format that others serve.")
     one.add_argument("--config", help="NAME|FILE[:ARG] of a run in its default --workdir")
     one.add_argument("--workdir", help="a run; its newest checkpoint is exported. Default: that of --config")
+    one.add_argument(
+        "--checkpoint",
+        default=NEWEST,
+        help="newest, best (by accepted length on held-out prompts, see train.evaluate_every), or a step",
+    )
     one.add_argument("--drafter", help="a drafter directory or hub id to convert, instead of a run")
     one.add_argument("--target", help="the target's directory or hub id; default: that of the run")
     one.add_argument("--output", required=True, help="directory to write")

@@ -3,6 +3,7 @@
 An entry is a file, a directory, a pattern such as `sets/*.jsonl`, or a data set of the hub:
 
     hub:OWNER/NAME?split=train&name=SUBSET&column=question
+    hub:OWNER/NAME?file=FILE,FILE
 
 How a file is packed and stored is found by its first bytes, never by its name. `PACKINGS` and `STORES` have one entry
 per format.
@@ -26,6 +27,7 @@ from types import ModuleType
 from typing import Any
 
 from dspark_jax.errors import InputError
+from dspark_jax.hub import data_file
 
 HUB = "hub:"
 """Begins an entry that names a data set of the hub."""
@@ -274,6 +276,7 @@ class HubSet:
       split: of the data set.
       name: of its subset, or ''.
       column: that holds the question or the conversation, where its name is none that `layouts` knows; or ''.
+      file: names of its files, separated by commas, that are read as files are here; or '': `datasets` reads it.
     """
 
     entry: str
@@ -281,6 +284,7 @@ class HubSet:
     split: str = "train"
     name: str = ""
     column: str = ""
+    file: str = ""
 
     @classmethod
     def parse(cls, entry: str) -> "HubSet":
@@ -291,11 +295,17 @@ class HubSet:
         """
         path, _, query = entry.removeprefix(HUB).partition("?")
         options = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
-        unknown = sorted(set(options) - {"split", "name", "column"})
+        unknown = sorted(set(options) - {"split", "name", "column", "file"})
         if not path or unknown:
             what = f"unknown {', '.join(unknown)}" if unknown else "names no data set"
             raise InputError(f"{entry}: {what}; write hub:OWNER/NAME?split=train&name=SUBSET&column=FIELD")
+        if options.get("file") and {"split", "name"} & set(options):
+            raise InputError(f"{entry}: a file has neither split nor name; leave out one or the other")
         return cls(entry, path, **options)
+
+    def local_files(self) -> list[Path]:
+        """The files that it names, downloaded if need be."""
+        return [data_file(self.path, name) for name in self.file.split(",") if name]
 
     def load(self) -> Any:
         """The data set, downloaded into the cache of `datasets` if it is not there."""
@@ -311,12 +321,19 @@ class HubSet:
     def digest(self) -> str:
         """Hash of its content, which is in Arrow files of the cache."""
         digest = hashlib.sha256(f"{self.split} {self.name} {self.column}".encode())
-        for file in self.load().cache_files:
-            digest.update(Path(file["filename"]).read_bytes())
+        cached = self.local_files() or [Path(file["filename"]) for file in self.load().cache_files]
+        for file in cached:
+            digest.update(file.read_bytes())
         return digest.hexdigest()
 
     def rows(self) -> Iterator[Row]:
         """Its rows; the column takes the place of the field whose form it has."""
+        if self.file:
+            found = (row for file in self.local_files() for row in rows(str(file)))
+            for number, row in enumerate(found, start=1):
+                record = row.record and self._renamed(row.record)
+                yield dataclasses.replace(row, number=number, record=record)
+            return
         data = self.load()
         if self.column and self.column not in data.column_names:
             names = ", ".join(data.column_names)
@@ -324,7 +341,7 @@ class HubSet:
         yield from _table(map(self._renamed, data))
 
     def _renamed(self, row: dict[str, Any]) -> dict[str, Any]:
-        if not self.column:
+        if not self.column or self.column not in row:
             return row
         value = row[self.column]
         field = "prompt"

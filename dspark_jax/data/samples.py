@@ -24,9 +24,10 @@ from dspark_jax.data.chat import (
     with_system,
 )
 from dspark_jax.data.messages import Message, has_tools
-from dspark_jax.data.prompts import Malformed, Prompt
+from dspark_jax.data.prompts import Malformed, Prompt, set_name
 from dspark_jax.data.regenerate import Answered, Rejected, options_of
 from dspark_jax.data.sources import Sample
+from dspark_jax.data.statistics import Histogram
 from dspark_jax.data.turns import renderable, samples_of_answers, samples_of_turns
 from dspark_jax.tokenizer import ChatTokenizer
 
@@ -55,6 +56,9 @@ class Tally:
         think blocks of answers out, as it does when the target is asked).
       unused: number of prompts that have a field which is not used, by its name.
       prompt_sets: samples, tokens and loss_tokens of each prompt set.
+      sources: prompts and what was set aside of each prompt set.
+      lengths: of what comes before the first supervised token, and of what is supervised.
+      thinking: samples whose answers were asked for with thinking.
     """
 
     def __init__(self, path: Path):
@@ -63,25 +67,34 @@ class Tally:
         self.counts: Counter[str] = Counter(cut_answers=0, shortened=0, split_differently=0, thoughts_cut=0)
         self.unused: Counter[str] = Counter()
         self.prompt_sets: dict[str, Counter[str]] = {}
+        self.sources: dict[str, Counter[str]] = {}
+        self.lengths = {"prompt": Histogram(), "answer": Histogram()}
+        self.thinking = 0
         self._file = path.open("w", encoding="utf-8")
 
     def malformed(self, line: Malformed) -> None:
         """Sets aside a line of a prompt file."""
+        self._source(set_name(line.file)).update(set_aside=1)
         self._put(line.kind, {"file": line.file, "line": line.line, "detail": line.reason, "text": line.text})
 
     def reject(self, sample_id: int, prompt: Prompt, error: Rejected) -> None:
         """Sets aside a conversation."""
+        self._source(prompt.prompt_set).update(set_aside=1)
         messages = [dict(message) for message in prompt.messages]
         where = {"file": prompt.file, "line": prompt.line, "sample_id": sample_id}
         self._put(error.reason, {**where, "detail": str(error), "messages": messages})
 
     def read(self, prompts: Iterable[Prompt]) -> None:
-        """Counts fields of prompts that are not used."""
+        """Counts prompts, and fields of them that are not used."""
         for prompt in prompts:
+            self._source(prompt.prompt_set).update(prompts=1)
             self.unused.update(prompt.unused)
 
-    def add(self, sample: Sample) -> None:
-        """Counts a sample."""
+    def add(self, sample: Sample, *, thinking: bool = False) -> None:
+        """Counts a sample; `thinking`: its answers were asked for with thinking."""
+        self.lengths["prompt"].add(int(np.argmax(sample.loss_mask)))
+        self.lengths["answer"].add(int(sample.loss_mask.sum()))
+        self.thinking += int(thinking)
         counts = self.prompt_sets.setdefault(sample.prompt_set, Counter())
         counts.update(samples=1, tokens=len(sample.tokens), loss_tokens=int(sample.loss_mask.sum()))
 
@@ -90,7 +103,18 @@ class Tally:
         totals = sum(self.prompt_sets.values(), Counter())
         sets = {name: dict(counts) for name, counts in self.prompt_sets.items()}
         counts = {"rejected": dict(self.rejected), **self.counts, "unused": dict(self.unused)}
-        return {**totals, **counts, "prompt_sets": sets}
+        share = self.thinking / max(totals["samples"], 1)
+        return {
+            **totals,
+            **counts,
+            "prompt_sets": sets,
+            "sources": {name: dict(counts) for name, counts in self.sources.items()},
+            "lengths": {name: one.report() for name, one in self.lengths.items()},
+            "thinking": {"samples": self.thinking, "share": share},
+        }
+
+    def _source(self, name: str) -> Counter[str]:
+        return self.sources.setdefault(name, Counter(prompts=0, set_aside=0))
 
     def _put(self, reason: str, entry: dict[str, Any]) -> None:
         self.rejected[reason] += 1
@@ -237,7 +261,7 @@ def _samples(
                 continue
             arrays = np.asarray(ids[: config.max_length], np.int32), np.asarray(mask, np.uint8)
             made.append(Sample(*arrays, prompt_set=prompt.prompt_set, sample_id=sample_id + len(made)))
-            tally.add(made[-1])
+            tally.add(made[-1], thinking=options_of(prompt, config.thinking).thinking)
     except ChatError as error:
         tally.reject(sample_id, prompt, Rejected(error.reason, str(error)))
     except Rejected as error:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dspark_jax.evaluation.plots import DARK, LIGHT, Plot
+from dspark_jax.evaluation.summary import paper_cell, tau_rows
 from dspark_jax.evaluation.traffic import TrafficPoint
 from dspark_jax.templates import number, number_range, render
 
@@ -56,7 +57,7 @@ def report(
         figures=figures,
         metrics=metrics,
         positions=[str(k) for k in range(1, metrics["block_size"] + 1)],
-        temperatures=[_at_temperature(one) for one in (metrics, *metrics["temperatures"].values())],
+        temperatures=[_at_temperature(metrics, one) for one in (metrics, *metrics["temperatures"].values())],
         difference_rows=_difference_rows(metrics["greedy_differences"]),
         calibration=calibration,
         **tables,
@@ -65,10 +66,14 @@ def report(
     )
 
 
-def _at_temperature(one: Mapping[str, Any]) -> dict[str, Any]:
+def _at_temperature(metrics: Mapping[str, Any], one: Mapping[str, Any]) -> dict[str, Any]:
     """The results at a temperature, with the rows of their tables."""
     sets = one["prompt_sets"]
     tau = [[name, *_tau_cells(row), number(row["mean_answer_tokens"], ".1f")] for name, row in sets.items()]
+    tau += [
+        [name, "", number(row["tau"], ".3f"), number_range(row["tau_ci95"], ".3f"), "", ""]
+        for name, row in one.get("domains", {}).items()
+    ]
     rates = {
         key: [[name, *(number(value, ".2f") for value in row[key])] for name, row in sets.items()]
         for key in ("conditional_acceptance", "survival")
@@ -78,7 +83,20 @@ def _at_temperature(one: Mapping[str, Any]) -> dict[str, Any]:
         "tau_rows": [*tau, ["macro average", *_tau_cells(one), ""]],
         "conditional_rows": rates["conditional_acceptance"],
         "survival_rows": rates["survival"],
+        "paper_rows": _paper_rows(metrics, one),
     }
+
+
+def _paper_rows(metrics: Mapping[str, Any], one: Mapping[str, Any]) -> Rows:
+    """Accepted lengths beside the paper's; none where it has nothing to compare with."""
+    if not metrics.get("paper") or one["temperature"] != metrics["paper"]["temperature"]:
+        return []
+    rows = []
+    for group, name in tau_rows(metrics):
+        ours = one[group][name] if group else one
+        theirs = number(paper_cell(metrics, group, name), ".2f")
+        rows.append([name, number(ours["tau"], ".2f"), number_range(ours["tau_ci95"], ".2f"), theirs])
+    return rows
 
 
 def _tau_cells(row: Mapping[str, Any]) -> list[Any]:

@@ -1,4 +1,4 @@
-"""What `evaluate` and `calibrate` begin with: the newest checkpoint as a decoder, and prompts that can be asked."""
+"""What `evaluate` and `calibrate` begin with: a checkpoint as a decoder, and prompts that can be asked."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ from dspark_jax.data.prompts import prompt_files, read_prompts, set_name
 from dspark_jax.data.regenerate import Conversation, Rejected, conversations
 from dspark_jax.data.samples import Tally, describe, describe_unused
 from dspark_jax.drafter.interface import DrafterModule
+from dspark_jax.drafter.none import NoDrafter
 from dspark_jax.engine.models import Models, when_loaded
 from dspark_jax.evaluation.decoding import Decoder, Requests, first_requests
 from dspark_jax.kinds import KINDS
@@ -20,6 +21,7 @@ from dspark_jax.sharding import make_mesh
 from dspark_jax.target.loading import load_target
 from dspark_jax.target.model import Target
 from dspark_jax.tokenizer import ChatTokenizer
+from dspark_jax.training.best import NEWEST
 from dspark_jax.training.checkpoint import checkpoint_directory, load_step, saved_config
 
 
@@ -29,10 +31,11 @@ def open_decoder(
     mesh: Mesh,
     *,
     target: Target | None = None,
-    drafter: DrafterModule | None = None,
+    drafter: DrafterModule | NoDrafter | None = None,
     tokenizer: ChatTokenizer | None = None,
+    checkpoint: str = NEWEST,
 ) -> Decoder:
-    """The newest checkpoint of `workdir` with its target, or models that are loaded already.
+    """A checkpoint of `workdir` with its target, or models that are loaded already.
 
     Args:
       config: resolved; `target` and `eval` are used.
@@ -41,13 +44,14 @@ def open_decoder(
       target: the target, or None to load it.
       drafter: the drafter, or None to load it.
       tokenizer: the target's, or None to load it.
+      checkpoint: `newest`, `best` or a step, see `training.checkpoint.load_step`.
 
     Raises:
       InputError: as `open_drafter`; or target or tokenizer cannot be used.
     """
     step = None
     if drafter is None:
-        step, drafter = open_drafter(config, workdir, mesh)
+        step, drafter = open_drafter(config, workdir, mesh, checkpoint)
         drafter = when_loaded(drafter)
     target = when_loaded(load_target(config.target, mesh)) if target is None else target
     tokenizer = load_tokenizer(config.target.path) if tokenizer is None else tokenizer
@@ -64,25 +68,30 @@ def open_decoder(
     )
 
 
-def load_run(workdir: str | Path) -> Decoder:
-    """The newest checkpoint of a training run with its target, tokenizer and settings, ready to decode.
+def load_run(workdir: str | Path, checkpoint: str = NEWEST) -> Decoder:
+    """A checkpoint of a training run with its target, tokenizer and settings, ready to decode.
+
+    Args:
+      workdir: of the run.
+      checkpoint: `newest`, `best` (by accepted length on held-out prompts, if the run measured it) or a step.
 
     Raises:
-      InputError: there is no checkpoint, or its target cannot be loaded.
+      InputError: there is no such checkpoint, or its target cannot be loaded.
     """
-    config = saved_config(Path(workdir))
+    config = saved_config(Path(workdir), checkpoint)
     if config is None:
         raise InputError(f"{checkpoint_directory(Path(workdir))}: no checkpoint here; name the --workdir of a run")
-    return open_decoder(config, Path(workdir), make_mesh(config.mesh))
+    return open_decoder(config, Path(workdir), make_mesh(config.mesh), checkpoint=checkpoint)
 
 
-def open_drafter(config: Config, workdir: Path, mesh: Mesh) -> tuple[int, DrafterModule]:
-    """The newest checkpoint's step and drafter.
+def open_drafter(config: Config, workdir: Path, mesh: Mesh, checkpoint: str = NEWEST) -> tuple[int, DrafterModule]:
+    """A checkpoint's step and drafter.
 
     Raises:
-      InputError: there is no checkpoint for the config's target, or its drafter is another one than the config states.
+      InputError: there is no such checkpoint for the config's target, or its drafter is another one than the config
+        states.
     """
-    step, saved, drafter = load_step(workdir, mesh, config.target)
+    step, saved, drafter = load_step(workdir, mesh, config.target, checkpoint=checkpoint)
     unused = {"initializer_range", *([] if KINDS[saved.drafter.kind].needs_mask else ["mask_token_id"])}
     for field in dataclasses.fields(saved.drafter):
         there, stated = getattr(saved.drafter, field.name), getattr(config.drafter, field.name)

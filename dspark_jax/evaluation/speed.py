@@ -27,6 +27,7 @@ from dspark_jax.engine.sampling import fold_keys, request_keys, request_sampling
 from dspark_jax.evaluation.decoding import Decoder, Request, Requests
 from dspark_jax.evaluation.setup import open_decoder
 from dspark_jax.sharding import make_mesh
+from dspark_jax.training.best import NEWEST
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,16 +111,23 @@ def _seconds_per_round(decoder: Decoder, requests: Requests, temperature: float,
 
 
 def measure_speed_in_process(
-    config: Config, workdir: Path, requests: Requests, temperatures: Sequence[float], threads: int
+    config: Config,
+    workdir: Path,
+    requests: Requests,
+    temperatures: Sequence[float],
+    threads: int,
+    *,
+    step: int | None = None,
 ) -> list[Speed]:
     """`measure_speed` at every temperature, in a process whose XLA has `threads` CPU threads.
 
     Args:
       config: resolved, of the run.
-      workdir: its newest checkpoint is measured.
+      workdir: of the run.
       requests: what to decode.
       temperatures: one result for each.
       threads: at least 1.
+      step: of the checkpoint that is measured; None: the newest one.
 
     Raises:
       InputError: that process refused its input, or was killed.
@@ -131,6 +139,7 @@ def measure_speed_in_process(
         "width": requests.width,
         "requests": [dataclasses.asdict(item) for item in requests.items],
         "temperatures": list(temperatures),
+        "checkpoint": NEWEST if step is None else str(step),
     }
     ended = jobs.run("dspark_jax.evaluation.speed", job, {"NPROC": str(threads), "JAX_PLATFORMS": "cpu"})
     if ended.status == -signal.SIGKILL:
@@ -151,7 +160,7 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     config = from_json(job["config"])
     requests = Requests([Request(**item) for item in job["requests"]], job["width"])
     mesh = make_mesh(config.mesh)
-    decoder = open_decoder(config, Path(job["workdir"]), mesh)
+    decoder = open_decoder(config, Path(job["workdir"]), mesh, checkpoint=job["checkpoint"])
     with jax.set_mesh(mesh):
         speeds = [measure_speed(decoder, requests, temperature) for temperature in job["temperatures"]]
     return {"speeds": [vars(one) for one in speeds]}

@@ -1,12 +1,13 @@
 """From decoded answers to the numbers of `eval/metrics.json` and what is printed of them."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dspark_jax.benchmarks import PAPER_TEMPERATURE, by_domain, paper_tau
 from dspark_jax.data.regenerate import Conversation
 from dspark_jax.engine.result import DecodeResult
 from dspark_jax.evaluation.acceptance import (
@@ -78,11 +79,12 @@ class Measured:
 def metrics_at(measured: Measured, resamples: int, seed: int) -> dict[str, Any]:
     """The metrics of one temperature; NaN where something is not defined.
 
-    Keys: temperature, prompts, prompt_sets, tau (mean over the prompt sets), tau_ci95, rounds, tokens, and those of
-    `speed_metrics` and `calibration_metrics`.
+    Keys: temperature, prompts, prompt_sets, domains (means over the paper's benchmarks of each, where there are some),
+    tau (mean over the prompt sets), tau_ci95, rounds, tokens, and those of `speed_metrics` and `calibration_metrics`.
     """
     sets = measured.acceptance(resamples, seed)
     tau, bounds = macro_average(list(sets.values()))
+    domains = {name: macro_average(members) for name, members in by_domain(sets).items()}
     owners = measured.requests.owners
     lengths = np.asarray([len(ids) for ids in measured.result.tokens])
     described = {}
@@ -106,6 +108,7 @@ def metrics_at(measured: Measured, resamples: int, seed: int) -> dict[str, Any]:
         "temperature": measured.temperature,
         "prompts": len(measured.conversations),
         "prompt_sets": described,
+        "domains": {name: {"tau": one, "tau_ci95": of_it} for name, (one, of_it) in domains.items()},
         "tau": tau,
         "tau_ci95": bounds,
         "rounds": sum(one.rounds for one in sets.values()),
@@ -151,6 +154,23 @@ def calibration_metrics(scores: Sequence[PositionCalibration] | None) -> dict[st
 
 
 BINS = ("lower", "upper", "predicted", "observed", "weight")
+
+
+def paper_metrics(target: str, drafter: str, prompt_sets: Iterable[str]) -> dict[str, Any] | None:
+    """What the paper reports for the same target and kind of drafter; None where it has no such benchmark.
+
+    Args:
+      target: id of the released target, '' if it is none.
+      drafter: kind of drafter.
+      prompt_sets: that were measured; `domains` and `tau` are means over those of them that the paper has.
+    """
+    reported = paper_tau(target, drafter)
+    sets = {name: reported[name] for name in prompt_sets if name in reported}
+    if not sets:
+        return None
+    domains = {name: float(np.mean(members)) for name, members in by_domain(sets).items()}
+    where = {"target": target, "drafter": drafter, "temperature": PAPER_TEMPERATURE}
+    return {**where, "prompt_sets": sets, "domains": domains, "tau": float(np.mean(list(sets.values())))}
 
 
 def greedy_metrics(
@@ -202,18 +222,36 @@ def overview(metrics: Mapping[str, Any], report: Path) -> str:
         f"{metrics['name']}, step {metrics['step']}: {metrics['prompts']} held-out prompts, up to "
         f"{metrics['max_new_tokens']} new tokens",
         "",
-        row("tokens per round (tau)", [f"temperature {one['temperature']:g}" for one in every]),
+        row("tokens per round (tau)", [f"temperature {one['temperature']:g}" for one in every] + _paper_title(metrics)),
     ]
-    for name in metrics["prompt_sets"]:
-        rows = [one["prompt_sets"][name] for one in every]
-        lines.append(row(name, [cell(one["tau"], one["tau_ci95"]) for one in rows]))
-    lines.append(row("macro average", [cell(one["tau"], one["tau_ci95"]) for one in every]))
+    for group, name in tau_rows(metrics):
+        rows = [one[group][name] if group else one for one in every]
+        paper = _number(paper_cell(metrics, group, name), ".2f", 0) if metrics.get("paper") else ""
+        lines.append(row(name, [*(cell(one["tau"], one["tau_ci95"]) for one in rows), paper]))
     if metrics["tokens_per_second"] is not None:
         plain = [f"{one['baseline_tokens_per_second']:.0f} tokens/s" for one in every]
         lines += ["", row("plain, one at a time", plain)]
         for name, what in (("speedup", "drafting every round"), ("adaptive_speedup", "drafting where it pays")):
             lines.append(row(what, ["x " + cell(one[name], one[f"{name}_ci95"]) for one in every]))
     return "\n".join([*lines, "", _greedy_line(metrics), f"in brackets: 95 % intervals; everything else: {report}"])
+
+
+def tau_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Rows of a table of accepted lengths: (key of a group in the metrics, name in it); the last one has no group."""
+    sets = [("prompt_sets", name) for name in metrics["prompt_sets"]]
+    return [*sets, *(("domains", name) for name in metrics.get("domains", {})), ("", "macro average")]
+
+
+def paper_cell(metrics: Mapping[str, Any], group: str, name: str) -> float | None:
+    """The paper's figure for one of `tau_rows`; None where it has none."""
+    paper = metrics.get("paper") or {}
+    return paper.get(group, {}).get(name) if group else paper.get("tau")
+
+
+def _paper_title(metrics: Mapping[str, Any]) -> list[str]:
+    """Heading of the column with the paper's figures, if there is one."""
+    paper = metrics.get("paper")
+    return [f"paper, T={paper['temperature']:g}"] if paper else []
 
 
 def _greedy_line(metrics: Mapping[str, Any]) -> str:
@@ -248,6 +286,8 @@ def _temperature_lines(one: Mapping[str, Any], metrics: Mapping[str, Any]) -> li
             f"{name:{width}}  {row['prompts']:7d}  {_number(row['tau'], '.3f', 5)}  {_interval(row['tau_ci95'])}  "
             f"{row['rounds']:7d}  {_number(row['mean_answer_tokens'], '.1f', 13)}  {rates}"
         )
+    for name, row in one.get("domains", {}).items():
+        lines.append(f"{name:{width}}  {'':7}  {_number(row['tau'], '.3f', 5)}  {_interval(row['tau_ci95'])}")
     lines.append(
         f"{'macro average':{width}}  {one['prompts']:7d}  {_number(one['tau'], '.3f', 5)}  "
         f"{_interval(one['tau_ci95'])}  {one['rounds']:7d}"

@@ -3,7 +3,8 @@
     checkpoints/500/params      the drafter's parameters
     checkpoints/500/optimizer   the optimizer's state and the step
     checkpoints/500/data        the data iterator's state, the same for every process
-    checkpoints/500/about       the resolved config, fingerprints of target, tokenizer and data, and of all the above
+    checkpoints/500/about       the resolved config, fingerprints of target, tokenizer and data, and of all the above;
+                                accepted length on held-out prompts, where it was measured
 
 Saving copies the state off the device and returns; the files are written in the background and the directory appears
 under its name only when it is complete. The random numbers of a step are functions of seed, step and sample id, so the
@@ -11,7 +12,8 @@ step and the config are all the state that randomness has.
 
 Checkpoint 0 is an imported drafter: of it, only the parameters count, whatever optimizer and data a run goes on with.
 
-Where the newest checkpoint is damaged, the newest one that is whole is taken, and a line says so.
+Where the newest checkpoint is damaged, the newest one that is whole is taken, and a line says so. The best one by
+accepted length is kept beside the newest ones; who reads a drafter may name it, or a step.
 """
 
 import contextlib
@@ -28,12 +30,19 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from dspark_jax.config import Config, InputError, TargetConfig, from_json, to_json
+from dspark_jax.config import Config, InputError, TargetConfig, from_json
 from dspark_jax.drafter.interface import DrafterModule
-from dspark_jax.json_file import read_ours
-from dspark_jax.kinds import KINDS
 from dspark_jax.progress import log
-from dspark_jax.target.loading import fingerprint, tokenizer_fingerprint
+from dspark_jax.training.about import (
+    about_of,
+    check_about,
+    check_target,
+    fingerprints,
+    prepared_fingerprint,
+    read_about,
+    read_measured,
+)
+from dspark_jax.training.best import NEWEST, HeldOut, KeepBest, best_step, check_name, named_step
 from dspark_jax.training.full_disk import check_space, reported_in_one_line
 from dspark_jax.training.integrity import Damaged, array_sums, check_sums, digest, naming_damage
 from dspark_jax.training.orbax_reports import quiet
@@ -54,9 +63,11 @@ class Checkpoints:
         """Opens (or creates) the directory; what a killed run left half-written in it is removed."""
         self.directory = checkpoint_directory(workdir).absolute()
         self.config = config
-        self.about = _about(config) | {"data": prepared_fingerprint(workdir)}
+        self.about = about_of(config) | {"data": prepared_fingerprint(workdir)}
+        self.measured: dict[int, HeldOut] = {}
+        newest = ocp.checkpoint_managers.LatestN(config.train.keep_checkpoints)
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=ocp.checkpoint_managers.LatestN(config.train.keep_checkpoints),
+            preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy([newest, KeepBest(self.measured)]),
             cleanup_tmp_directories=True,
         )
         if self.directory.exists() and not self.directory.is_dir():
@@ -64,6 +75,11 @@ class Checkpoints:
         with quiet(), _naming_metadata(self.directory), reported_in_one_line(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
             self.manager = ocp.CheckpointManager(self.directory, options=options)
+            self.measured |= read_measured(self.manager, self.directory)
+
+    def best(self) -> int | None:
+        """Step of the best complete checkpoint; None if none was measured."""
+        return best_step(self.measured)
 
     def latest(self) -> int | None:
         """Step of the newest complete checkpoint."""
@@ -73,24 +89,29 @@ class Checkpoints:
         """Directory of a step's checkpoint."""
         return self.directory / str(step)
 
-    def save(self, step: int, state: TrainState, data: dict[str, Any]) -> None:
+    def save(self, step: int, state: TrainState, data: dict[str, Any], heldout: HeldOut | None = None) -> None:
         """Starts saving; `state` may be donated as soon as this returns.
 
         Args:
           step: optimizer steps done, the checkpoint's name.
           state: the training state.
           data: the data iterator's state, as JSON can hold it.
+          heldout: what `state` was measured at, if it was.
 
         Raises:
           InputError: the disk is full, now or during the save before this one.
         """
         arrays = {"params": state.params, "optimizer": {"step": state.step, "state": state.optimizer}}
         about = self.about | {"sums": array_sums(arrays), "position": digest(data)}
+        if heldout is not None:
+            about |= {"heldout": dataclasses.asdict(heldout)}
         items = {name: ocp.args.StandardSave(value) for name, value in arrays.items()}
         items |= {"data": ocp.args.JsonSave(data), "about": ocp.args.JsonSave(about | {"digest": digest(about)})}
         with reported_in_one_line(self.directory):
             self.manager.wait_until_finished()
         check_space(self.directory, state)
+        if heldout is not None:
+            self.measured[step] = heldout
         with reported_in_one_line(self.directory):
             self.manager.save(step, args=ocp.args.Composite(**items))
 
@@ -110,6 +131,7 @@ class Checkpoints:
         steps = sorted(self.manager.all_steps(), reverse=True)
         found = _newest_whole(self.directory, steps, lambda step: self._restore(step, layout))
         for step in (step for step in steps if step > found[0]):
+            self.measured.pop(step, None)
             aside = self.directory / f"{step}.damaged"
             if aside.exists():
                 shutil.rmtree(aside)
@@ -121,8 +143,8 @@ class Checkpoints:
     def _restore(self, step: int, layout: TrainState) -> tuple[int, TrainState, dict[str, Any]]:
         """The checkpoint of one step."""
         where = self.path(step)
-        about = _read_about(self.manager, where)
-        _check_about(where, about, self.about, self.config.target.path)
+        about = read_about(self.manager, where)
+        check_about(where, about, self.about, self.config.target.path)
         if step == 0:
             params = _restore_params(self.manager, where, about, layout.params)
             return step, TrainState(jnp.zeros((), jnp.int32), params, ()), {}
@@ -156,9 +178,9 @@ class Checkpoints:
             self._quiet.__exit__(None, None, None)
 
 
-def saved_config(workdir: Path) -> Config | None:
-    """The config in the newest checkpoint of a working directory; None if it has no checkpoint."""
-    found = _newest_about(workdir)
+def saved_config(workdir: Path, checkpoint: str = NEWEST) -> Config | None:
+    """The config in a checkpoint of a working directory, see `load_step`; None if it has no checkpoint."""
+    found = _read_one_about(workdir, checkpoint)
     return None if found is None else from_json(json.dumps(found[1]["config"]))
 
 
@@ -176,38 +198,50 @@ def check_continuation(config: Config, workdir: Path, data: Callable[[], str]) -
     Raises:
       InputError: see `Checkpoints.restore`.
     """
-    found = _newest_about(workdir)
+    found = _read_one_about(workdir)
     if found is not None:
         where, about = found
         now = data() if about.get("data") else None
-        _check_about(where, about, _about(config) | {"data": now}, config.target.path)
+        check_about(where, about, about_of(config) | {"data": now}, config.target.path)
     return found is not None
 
 
 def load_drafter(
-    workdir: Path, mesh: Mesh, target: TargetConfig | None = None, *, any_target: bool = False
+    workdir: Path,
+    mesh: Mesh,
+    target: TargetConfig | None = None,
+    *,
+    any_target: bool = False,
+    checkpoint: str = NEWEST,
 ) -> tuple[Config, DrafterModule]:
-    """The drafter of the newest checkpoint; see `load_step`."""
-    return load_step(workdir, mesh, target, any_target=any_target)[1:]
+    """The drafter of a checkpoint, by default of the newest one; see `load_step`."""
+    return load_step(workdir, mesh, target, any_target=any_target, checkpoint=checkpoint)[1:]
 
 
 def load_step(
-    workdir: Path, mesh: Mesh, target: TargetConfig | None = None, *, any_target: bool = False
+    workdir: Path,
+    mesh: Mesh,
+    target: TargetConfig | None = None,
+    *,
+    any_target: bool = False,
+    checkpoint: str = NEWEST,
 ) -> tuple[int, Config, DrafterModule]:
-    """The newest checkpoint's step and its drafter, parameters only.
+    """A checkpoint's step and its drafter, parameters only.
 
     Args:
       workdir: of the training run.
       mesh: to put the parameters on.
       target: the target it is going to draft for; the one in the checkpoint's config if None.
       any_target: do not ask whether the checkpoint was made for this target, nor for its files.
+      checkpoint: `newest`, of those that are whole; `best` by accepted length on held-out prompts; or a step.
 
     Returns:
       Its step, the config it was trained with (with `target` in it) and the drafter.
 
     Raises:
-      InputError: there is no checkpoint, or it was made for another target.
+      InputError: there is no such checkpoint, or it was made for another target.
     """
+    check_name(checkpoint)
     directory = checkpoint_directory(workdir).absolute()
     missing = InputError(f"{directory}: no checkpoint here; train first, or point --workdir at a trained run")
     if not directory.is_dir():
@@ -219,12 +253,12 @@ def load_step(
 
         def read(step: int) -> tuple[int, Config, DrafterModule]:
             where = directory / str(step)
-            about = _read_about(manager, where)
+            about = read_about(manager, where)
             config = from_json(json.dumps(about["config"]))
             if target is not None:
                 config = dataclasses.replace(config, target=target)
             if not any_target:
-                _check_target(where, about, _fingerprints(config.target.path), config.target.path)
+                check_target(where, about, fingerprints(config.target.path), config.target.path)
             abstract = abstract_drafter(config)
             shapes, shardings = to_params(abstract), param_shardings(abstract, mesh)
             layout = {
@@ -233,7 +267,7 @@ def load_step(
             }
             return step, config, to_module(abstract, _restore_params(manager, where, about, layout))
 
-        return _newest_whole(directory, steps, read)
+        return _named_or_newest(manager, directory, steps, checkpoint, read)
 
 
 @contextlib.contextmanager
@@ -268,6 +302,28 @@ def _is_metadata(file: Path) -> bool:
         return True
     parts = ("item_handlers", "metrics", "performance_metrics", "custom_metadata")
     return isinstance(content, dict) and all(isinstance(content.get(name) or {}, dict) for name in parts)
+
+
+def _named_or_newest(
+    manager: ocp.CheckpointManager,
+    directory: Path,
+    steps: Sequence[int],
+    name: str,
+    read: Callable[[int], Found],
+    say: Callable[[str], None] = log,
+) -> Found:
+    """What `read` gives of the checkpoint that is meant; only for the newest one, an older one may be taken.
+
+    Raises:
+      InputError: there is none of this name, or it is damaged.
+    """
+    if name == NEWEST:
+        return _newest_whole(directory, steps, read, say)
+    step = named_step(name, directory, steps, read_measured(manager, directory))
+    try:
+        return read(step)
+    except Damaged as error:
+        raise InputError(f"{error}; put it back from a copy, or use another --checkpoint") from error
 
 
 def _newest_whole(
@@ -306,26 +362,9 @@ def _restore_params(manager: ocp.CheckpointManager, where: Path, about: dict[str
     return params
 
 
-def _about(config: Config) -> dict[str, Any]:
-    return {"config": json.loads(to_json(config)), **_fingerprints(config.target.path)}
-
-
-def _read_about(manager: ocp.CheckpointManager, where: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself. Raises Damaged."""
-    with naming_damage(where, ("about",)):
-        about = manager.restore(int(where.name), args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
-        stated = {name: value for name, value in about.items() if name != "digest"}
-        if about.get("digest", digest(stated)) != digest(stated) or not set(about) >= _ABOUT:
-            raise Damaged(f"{where / 'about'}: damaged (it is not what was saved)")
-        from_json(json.dumps(about["config"]))
-    return about
-
-
-_ABOUT = {"config", "target", "tokenizer"}
-
-
-def _newest_about(workdir: Path) -> tuple[Path, dict[str, Any]] | None:
-    """Directory and `about` of the newest checkpoint, where there is one."""
+def _read_one_about(workdir: Path, checkpoint: str = NEWEST) -> tuple[Path, dict[str, Any]] | None:
+    """Directory and `about` of a checkpoint, where there are any."""
+    check_name(checkpoint)
     directory = checkpoint_directory(workdir).absolute()
     there = directory.is_dir()
     if jax.process_count() > 1:  # hosts open it together or not at all, and the first one to go on makes it
@@ -337,59 +376,7 @@ def _newest_about(workdir: Path) -> tuple[Path, dict[str, Any]] | None:
 
         def read(step: int) -> tuple[Path, dict[str, Any]]:
             where = directory / str(step)
-            return where, _read_about(manager, where)
+            return where, read_about(manager, where)
 
         # Silently: whoever reads the rest of the checkpoint will say it.
-        return _newest_whole(directory, steps, read, say=lambda line: None) if steps else None
-
-
-def prepared_fingerprint(workdir: Path) -> str | None:
-    """Of what the samples in `workdir/data` were made of; None where they were not made by `prepare`."""
-    return read_ours(workdir / "data" / "report.json").get("fingerprint")
-
-
-def _fingerprints(path: str) -> dict[str, str]:
-    return {"target": fingerprint(path), "tokenizer": tokenizer_fingerprint(path)}
-
-
-def _check_target(where: Path, saved: dict[str, Any], present: dict[str, Any], path: str) -> None:
-    """Refuses a checkpoint of another target: its drafter would run, and accept next to nothing."""
-    for what, part in {"target": "weights", "tokenizer": "tokenizer"}.items():
-        if saved[what] != present[what]:
-            raise InputError(
-                f"{where}: made for another target, {part} {saved[what][:12]} but {path} has {present[what][:12]}; "
-                "use its own target.path, or another --workdir"
-            )
-
-
-def _check_about(where: Path, about: dict[str, Any], present: dict[str, Any], path: str) -> None:
-    """Refuses what a run cannot go on from; `about` may be older and have less in it."""
-    _check_target(where, about, present, path)
-    saved = json.loads(to_json(from_json(json.dumps(about["config"]))))  # fields that are newer have their defaults
-    imported = where.name == "0"
-    _check_config(where, saved, present["config"], imported=imported)
-    before, now = about.get("data"), present.get("data")
-    if before and now and before != now and not imported:
-        raise InputError(
-            f"{where}: trained on data with the fingerprint {before[:12]}, the config's has {now[:12]}; resume "
-            "with the old data.*, prompts and tokenizer (see data/report.json), or use another --workdir"
-        )
-
-
-def _check_config(where: Path, saved: dict[str, Any], present: dict[str, Any], *, imported: bool) -> None:
-    """Refuses what cannot be resumed: another drafter, or another order of the data and its random numbers."""
-    masked = KINDS[present["drafter"]["kind"]].needs_mask
-    free = {"dtype", "initializer_range", *([] if masked else ["mask_token_id"])}
-    fixed = [("drafter", name) for name in present["drafter"] if name not in free]
-    if present["train"]["init_from"]:  # what began elsewhere goes on without naming it, too
-        fixed += [("train", "init_from")]
-    if not imported:
-        fixed += [("train", "seed"), ("train", "batch_size"), ("data", "pack"), ("data", "max_length")]
-        fixed += [("optim", "kind")]
-    for group, name in fixed:
-        before, now = saved[group][name], present[group][name]
-        if before != now:
-            raise InputError(
-                f"{where}: {group}.{name} was {before!r}, now {now!r}; resume with the old value, or use another "
-                "--workdir"
-            )
+        return _named_or_newest(manager, directory, steps, checkpoint, read, lambda line: None) if steps else None

@@ -29,7 +29,7 @@ from dspark_jax.sharding import make_mesh
 from dspark_jax.target.frozen import save_frozen
 from dspark_jax.target.loading import fingerprint, load_target, tokenizer_fingerprint
 from dspark_jax.target.model import Target
-from dspark_jax.training.checkpoint import prepared_fingerprint
+from dspark_jax.training.about import prepared_fingerprint
 
 
 def feature_directory(workdir: Path) -> Path:

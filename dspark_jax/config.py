@@ -1,4 +1,4 @@
-"""Typed configuration of every command: the dataclasses, their defaults and `validate()`.
+"""Typed configuration of every command: the dataclasses, their defaults and `resolve()`.
 
 An experiment is a file `configs/x.py` with `get_config(arg='') -> Config`; `--config.train.steps=100` overrides one
 field. Neither this module nor what it imports knows an accelerator library, so that a config is checked before anything

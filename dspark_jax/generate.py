@@ -40,18 +40,17 @@ from jax.sharding import Mesh
 from dspark_jax import command
 from dspark_jax.config import Config, InputError
 from dspark_jax.data.chat import Options, load_tokenizer, prompt_tokens, stop_tokens, with_system
-from dspark_jax.drafter.interface import Drafter, is_confident
 from dspark_jax.drafter.none import NO_DRAFTER
 from dspark_jax.engine.generate import generate as decode
 from dspark_jax.engine.models import Models, when_loaded
 from dspark_jax.engine.request import Piece, Request, TracedRound
-from dspark_jax.engine.schedulers import SCHEDULERS, Measured, Scheduler
+from dspark_jax.engine.schedulers import SCHEDULERS
 from dspark_jax.engine.serving import Engine
-from dspark_jax.evaluation.calibration import read_calibration
-from dspark_jax.evaluation.load import read_cost_table, saturating
+from dspark_jax.evaluation.run_scheduler import run_scheduler
 from dspark_jax.evaluation.setup import open_drafter
 from dspark_jax.ops.sampling import GREEDY_BELOW
 from dspark_jax.progress import log
+from dspark_jax.registry import find
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target.loading import load_target
 from dspark_jax.tokenizer import ChatTokenizer
@@ -112,7 +111,7 @@ def generate(
         raise InputError("the prompt is empty; give --prompt TEXT, or text on standard input")
     mesh = make_mesh(config.mesh) if mesh is None else mesh
     drafter = NO_DRAFTER if plain else open_drafter(config, workdir, mesh, checkpoint)[1]
-    rule = _scheduler(name, threshold, drafter, workdir)
+    rule = run_scheduler(name, drafter, workdir, confidence=threshold)
     tokenizer = load_tokenizer(config.target.path)
     messages = with_system([{"role": "user", "content": text}], config.data.system_prompt)
     ids = prompt_tokens(tokenizer, messages, Options(config.data.thinking == "on"))
@@ -143,6 +142,7 @@ def generate(
 def _check_options(scheduler: str | None, threshold: float | None, plain: bool, explain: bool) -> str:
     """The scheduler's name, after options that make no sense together were refused."""
     name = scheduler or ("fixed" if threshold is None else "threshold")
+    find(SCHEDULERS, name, "--scheduler")
     if plain and (name != "fixed" or explain):
         other = "--explain" if explain else f"--scheduler={name}"
         raise InputError(f"--plain decodes without drafts, {other} needs them; leave one of them out")
@@ -177,29 +177,6 @@ def _capacity(prompt: int, budget: int, most: int) -> int:
     """Positions for a request, in steps, so that requests of similar lengths share executables."""
     wanted = -(-(prompt + max(budget, 1)) // _CHUNK) * _CHUNK
     return min(wanted, most) if most else wanted
-
-
-def _scheduler(name: str, threshold: float | None, drafter: Drafter, workdir: Path) -> Scheduler:
-    """The rule of that name with what the working directory knows about costs and calibration."""
-    rule, confident, block_size = SCHEDULERS[name], is_confident(drafter), drafter.block_size
-    if rule.reads_confidence and not confident:
-        raise InputError(
-            f"--scheduler={name}: it reads a confidence head, which the drafter in {workdir} does not have; "
-            "use --scheduler=fixed, or adaptive, which learns from what is accepted"
-        )
-    file = workdir / "cost_table.json"
-    table = read_cost_table(file) if file.exists() else saturating(block_size + 1)
-    return rule.from_run(
-        Measured(
-            block_size=block_size,
-            confident=confident,
-            calibration=read_calibration(workdir / "calibration.json", block_size),
-            steps_per_second=table.speculative,
-            plain_steps_per_second=table.plain,
-            cost_file=str(file) if file.exists() else None,
-            confidence=0.5 if threshold is None else threshold,
-        )
-    )
 
 
 def _show(request: Request, tokenizer: ChatTokenizer | None) -> None:
@@ -266,13 +243,13 @@ def _define(values: flags.FlagValues) -> None:
         "max_new_tokens", None, "Longest answer in tokens. Default: eval.max_new_tokens.", flag_values=values
     )
     flags.DEFINE_integer("seed", 0, "Of what is sampled: the same seed gives the same answer.", flag_values=values)
-    flags.DEFINE_enum(
+    flags.DEFINE_string(
         "scheduler",
         None,
-        list(SCHEDULERS),
         "How many drafts are verified in a round: all (fixed), those before the first one of low confidence "
-        "(threshold), or as many as pay by a cost table (early_stop, lagged, and adaptive, which drafts in some "
-        "rounds only). Default: fixed, or threshold if --threshold is given.",
+        "(threshold), as many as pay by a cost table (early_stop, lagged, and adaptive, which drafts in some "
+        "rounds only), or a rule of a module that `imports` names. Default: fixed, or threshold if --threshold is "
+        "given.",
         flag_values=values,
     )
     flags.DEFINE_float(

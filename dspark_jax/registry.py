@@ -55,7 +55,7 @@ HEADS: dict[str, Entry] = {
 """Classes of sequential heads, each a `drafter.heads.base.SequentialHead`: `drafter.markov_head_type`."""
 
 
-E = TypeVar("E", bound=Entry)
+E = TypeVar("E")
 
 
 def unknown(field: str, name: str, entries: Iterable[str]) -> str:

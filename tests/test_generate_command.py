@@ -24,13 +24,16 @@ from dspark_jax.config import (
     MeshConfig,
     TargetConfig,
     resolve,
+    to_json,
 )
 from dspark_jax.data.chat import answer_text, load_tokenizer, prompt_tokens, stop_tokens
 from dspark_jax.engine import Models
 from dspark_jax.engine import generate as decode
 from dspark_jax.engine.request import Piece, TracedRound
+from dspark_jax.engine.schedulers import SCHEDULERS, Scheduler
+from dspark_jax.evaluation.run_scheduler import run_scheduler
 from dspark_jax.evaluation.setup import open_decoder, open_drafter
-from dspark_jax.generate import _define, _explained, _mark, _marks, _scheduler, generate
+from dspark_jax.generate import _define, _explained, _mark, _marks, generate
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target.loading import load_target
 
@@ -150,47 +153,63 @@ def test_colours_are_for_terminals_that_want_them(run: Run, monkeypatch: Any, no
 
 
 def test_schedulers_read_what_the_working_directory_knows(tmp_path: Path) -> None:
-    assert _scheduler("threshold", None, DRAFTER, tmp_path).confidence == 0.5
-    flat = _scheduler("early_stop", None, DRAFTER, tmp_path)
+    assert run_scheduler("threshold", DRAFTER, tmp_path).confidence == 0.5
+    flat = run_scheduler("early_stop", DRAFTER, tmp_path)
     assert len(set(flat.steps_per_second.tolist())) == 1 and flat.temperatures is None
     (tmp_path / "calibration.json").write_text('{"temperatures": [1.5, 2.0, 0.5]}')
     table = {"sample_batch_tokens": [1, 2, 4], "sample_steps_per_sec": [30, 20, 10], "max_batch_tokens": 4}
     (tmp_path / "cost_table.json").write_text(json.dumps(table))
-    known = _scheduler("lagged", None, DRAFTER, tmp_path)
+    known = run_scheduler("lagged", DRAFTER, tmp_path)
     assert known.temperatures.tolist() == [1.5, 2.0, 0.5] and known.bias is None
     both = {"temperatures": [1.5, 2.0, 0.5], "bias": -0.25, "temperatures_with_bias": [1.0, 1.25, 0.75]}
     (tmp_path / "calibration.json").write_text(json.dumps(both))
-    shifted = _scheduler("threshold", 0.3, DRAFTER, tmp_path)
+    shifted = run_scheduler("threshold", DRAFTER, tmp_path, confidence=0.3)
     assert shifted.temperatures.tolist() == [1.0, 1.25, 0.75] and float(shifted.bias) == -0.25
     assert known.steps_per_second.tolist()[1:] == [30, 20, 20, 10]
     assert known.prior.shape == (BLOCK,)
     with pytest.raises(InputError, match="nothing about rounds without drafts"):
-        _scheduler("adaptive", None, DRAFTER, tmp_path)
+        run_scheduler("adaptive", DRAFTER, tmp_path)
     (tmp_path / "cost_table.json").write_text(
         json.dumps(table | {"plain_batch_tokens": [1], "plain_steps_per_sec": [70]})
     )
-    measured = _scheduler("adaptive", None, DRAFTER, tmp_path)
+    measured = run_scheduler("adaptive", DRAFTER, tmp_path)
     assert measured.plain_steps_per_second.tolist() == [70, 70]
     assert measured.steps_per_second.tolist()[1:] == [30, 20, 20, 10]
     (tmp_path / "cost_table.json").unlink()
-    assert _scheduler("adaptive", None, DRAFTER, tmp_path).steps_per_second.tolist() == [0.5]
+    assert run_scheduler("adaptive", DRAFTER, tmp_path).steps_per_second.tolist() == [0.5]
     assert shifted.bias == measured.bias and measured.online.confident
-    headless = _scheduler("adaptive", None, SimpleNamespace(block_size=BLOCK, confidence=None), tmp_path)
+    headless = run_scheduler("adaptive", SimpleNamespace(block_size=BLOCK, confidence=None), tmp_path)
     assert not headless.online.confident and headless.bias is None
     for name in ("threshold", "early_stop", "lagged"):
         with pytest.raises(
             InputError, match=f"--scheduler={name}: it reads a confidence head.*use --scheduler=fixed, or"
         ):
-            _scheduler(name, None, SimpleNamespace(block_size=BLOCK, confidence=None), tmp_path)
+            run_scheduler(name, SimpleNamespace(block_size=BLOCK, confidence=None), tmp_path)
     for content, message in (("{}", "no calibration"), ('{"temperatures": [1]}', "has 1 temperatures; 3 positive")):
         (tmp_path / "calibration.json").write_text(content)
         with pytest.raises(InputError, match=message):
-            _scheduler("threshold", None, DRAFTER, tmp_path)
+            run_scheduler("threshold", DRAFTER, tmp_path)
+
+
+def test_a_cost_table_is_of_as_many_requests_as_are_decoded_together(tmp_path: Path) -> None:
+    table = {"sample_batch_tokens": [1], "sample_steps_per_sec": [30], "max_batch_tokens": 1, "slots": 1}
+    one, two = (run_scheduler("early_stop", DRAFTER, tmp_path, slots=n).steps_per_second.size for n in (1, 2))
+    assert two - one == BLOCK + 1
+    (tmp_path / "cost_table.json").write_text(json.dumps(table))
+    with pytest.raises(
+        InputError, match="cost_table.json: measured with 1 requests at a time, and 2 .*profile --slots=1,2"
+    ):
+        run_scheduler("early_stop", DRAFTER, tmp_path, slots=2)
+    (tmp_path / "cost_table_s2.json").write_text(json.dumps(table | {"sample_steps_per_sec": [7], "slots": 2}))
+    assert run_scheduler("early_stop", DRAFTER, tmp_path, slots=2).steps_per_second.tolist()[1:] == [7]
+    assert run_scheduler("early_stop", DRAFTER, tmp_path).steps_per_second.tolist()[1:] == [30]
+    assert run_scheduler("lagged", DRAFTER, tmp_path, slots=2).steps_per_second.tolist()[1:] == [7]
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"prompt": PROMPT, "scheduler": "none"}, "--scheduler='none' is unknown; use fixed, threshold"),
         ({"prompt": " \n"}, "the prompt is empty; give --prompt TEXT"),
         (
             {"prompt": "caf\udce9"},
@@ -272,3 +291,46 @@ def test_the_command(run: Run, capsys: Any, tmp_path: Path) -> None:
     shown = capsys.readouterr().out
     flags = ("prompt", "temperature", "top_k", "top_p", "min_p", "max_new_tokens", "seed", "scheduler", "threshold")
     assert all(f"--{name}\n" in shown for name in (*flags, "plain", "explain"))
+
+
+RULE = """
+import dataclasses
+import jax
+import jax.numpy as jnp
+from dspark_jax.engine.schedulers import SCHEDULERS, Scheduler
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FirstHalf(Scheduler):
+    name = "first_half"
+    reads_confidence = False
+
+    def admit(self, proposal, active, history):
+        batch, size = proposal.tokens.shape
+        return self.within(jnp.full(batch, size // 2), active, size), history
+
+    @classmethod
+    def from_run(cls, measured):
+        return cls()
+
+SCHEDULERS["first_half"] = FirstHalf
+"""
+
+
+def test_a_rule_of_a_module_that_the_config_names(run: Run, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    """As docs/adding.md has it: the command line names the module and the rule."""
+    (tmp_path / "rule_of_ones_own.py").write_text(RULE)
+    (tmp_path / "config.json").write_text(to_json(run.config))
+    monkeypatch.syspath_prepend(tmp_path)
+    argv = ["--config", str(tmp_path / "config.json"), "--config.imports=('rule_of_ones_own',)"]
+    argv += ["--workdir", str(run.workdir), "--scheduler=first_half", f"--prompt={PROMPT}"]
+    config, workdir, extra = command.parse(argv, _define)
+    extra.pop("distributed")
+    try:
+        request = generate(resolve(config), workdir, mesh=run.mesh, **extra)
+        assert {piece.round.admitted for piece in request.pieces if piece.round} <= {BLOCK // 2}
+    finally:
+        SCHEDULERS.pop("first_half", None)
+    assert list(request.result().tokens) == run.tokens
+    with pytest.raises(InputError, match="scheduler='' cannot be made by a command; give Scheduler a `from_run`"):
+        Scheduler.from_run(SimpleNamespace())  # pyright: ignore[reportArgumentType]

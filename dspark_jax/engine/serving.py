@@ -157,7 +157,8 @@ class Engine:
           top_k: only so many of the likeliest tokens; 0 is off.
           top_p: only the smallest set of likeliest tokens with at least this probability; 1 is off.
           min_p: only tokens of at least this share of the likeliest one's probability; 0 is off.
-          seed: the request draws what `generate([prompt], seed=seed)` draws; 0 to 2**31 - 1.
+          seed: the request has the random numbers of `generate([prompt], seed=seed)`; 0 to 2**31 - 1. Its tokens are
+            those, too, under a scheduler that looks at one request alone.
           stop_tokens: ids that end it, besides the engine's; the stop token is the last of its tokens.
           stop_strings: texts that end it, wherever tokens end; the text stops before them.
           trace: keep what every round drafted, admitted and accepted in its pieces.

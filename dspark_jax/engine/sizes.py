@@ -1,4 +1,4 @@
-"""How many rows a round verifies: the sizes of flat batches that are compiled for it.
+"""The sizes of flat batches that are compiled for a round, one of which it takes (`round._verify`).
 
 Under a scheduler that admits few drafts, or where slots are empty, G + 1 rows for everybody would be computed in vain.
 So a round has a few sizes to choose from, on the device, after it has been scheduled. Every size is a copy of the

@@ -5,6 +5,7 @@ Every call of `generate` is padded to the same prompt width and batch size, so t
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from dspark_jax.engine.models import Models
 from dspark_jax.engine.result import DecodeResult
 from dspark_jax.engine.sampling import fold_keys, request_keys
 from dspark_jax.engine.schedulers import Scheduler
+from dspark_jax.evaluation.run_scheduler import run_scheduler
 from dspark_jax.target.model import Target
 from dspark_jax.tokenizer import ChatTokenizer
 
@@ -40,6 +42,7 @@ class Decoder:
       step: of the checkpoint that the drafter is from; None where it was loaded already.
       system_prompt: that conversations begin with; "" is none.
       thinking: the target is asked to think before it answers.
+      workdir: of the run that it was loaded from.
     """
 
     models: Models
@@ -51,6 +54,18 @@ class Decoder:
     step: int | None = None
     system_prompt: str = ""
     thinking: bool = False
+    workdir: Path | None = None
+
+    def scheduler(self, name: str, *, slots: int = 1, confidence: float | None = None) -> Scheduler:
+        """A rule by its name, with the run's cost table for `slots` requests and its calibration (`run_scheduler`).
+
+        Raises:
+          InputError: see `run_scheduler`.
+          ValueError: this is no run that was loaded.
+        """
+        if self.workdir is None:
+            raise ValueError("scheduler(...) is of a run that was loaded; use the functions of dspark_jax.schedulers")
+        return run_scheduler(name, self.models.drafter, self.workdir, slots=slots, confidence=confidence)
 
     def prompt(self, text: str) -> list[int]:
         """A user's message in the target's chat template, as token ids."""

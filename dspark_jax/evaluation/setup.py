@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+from absl import logging
 from jax.sharding import Mesh
 
 from dspark_jax.config import Config, InputError
@@ -65,6 +66,7 @@ def open_decoder(
         step=step,
         system_prompt=config.data.system_prompt,
         thinking=config.data.thinking == "on",
+        workdir=workdir,
     )
 
 
@@ -78,10 +80,15 @@ def load_run(workdir: str | Path, checkpoint: str = NEWEST) -> Decoder:
     Raises:
       InputError: there is no such checkpoint, or its target cannot be loaded.
     """
-    config = saved_config(Path(workdir), checkpoint)
-    if config is None:
-        raise InputError(f"{checkpoint_directory(Path(workdir))}: no checkpoint here; name the --workdir of a run")
-    return open_decoder(config, Path(workdir), make_mesh(config.mesh), checkpoint=checkpoint)
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)  # Orbax warns about its own defaults; what fails is raised
+    try:
+        config = saved_config(Path(workdir), checkpoint)
+        if config is None:
+            raise InputError(f"{checkpoint_directory(Path(workdir))}: no checkpoint here; name the --workdir of a run")
+        return open_decoder(config, Path(workdir), make_mesh(config.mesh), checkpoint=checkpoint)
+    finally:
+        logging.set_verbosity(before)
 
 
 def open_drafter(config: Config, workdir: Path, mesh: Mesh, checkpoint: str = NEWEST) -> tuple[int, DrafterModule]:

@@ -99,9 +99,11 @@ class Scheduler:
         """The scheduler with what a training run's directory knows about costs and calibration.
 
         Raises:
-          InputError: something that the rule needs is missing there.
+          InputError: something that the rule needs is missing there, or it is not for commands.
         """
-        raise NotImplementedError
+        raise InputError(
+            f"scheduler={cls.name!r} cannot be made by a command; give {cls.__name__} a `from_run` (docs/adding.md)"
+        )
 
     @property
     def selects(self) -> bool:

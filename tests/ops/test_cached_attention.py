@@ -153,6 +153,19 @@ def test_one_layer_of_a_stack(attention: str) -> None:
     np.testing.assert_allclose(run(jnp.int32(1)), wanted, atol=1e-5)
 
 
+@pytest.mark.parametrize("window", [0, 20])
+def test_the_kernel_for_tpus_at_the_end_of_the_cache(window: int) -> None:
+    """Tiles that a window sees whole, and the last one, which goes beyond a cache that is promised to be finite."""
+    counts, positions, (n, k, h, c) = [3, 0, 2], [37, 2, 68], (6, 2, 16, 70)
+    rng = np.random.default_rng(8)
+    query, (key, value) = rng.normal(size=(5, n, h)), rng.normal(size=(2, 3, k, c, h))
+    rows = Rows.of(jnp.asarray(counts), jnp.asarray(positions), size=5, most=4)
+    arrays = [jnp.asarray(x, jnp.float32) for x in (query, key, value)]
+    got = tpu_kernel(8)(*arrays, rows, scale=0.37, window=window, finite=True)
+    wanted = loop(query, key, value, counts, positions, window=window, causal=True)
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=3e-6 * h)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("window", [0, 3])
 def test_the_kernel_for_tpus_reads_nothing_that_was_not_written(window: int, strict_tpu: Callable[[], bool]) -> None:

@@ -43,6 +43,16 @@ def unstacks_layers() -> bool:
     return current() != "tpu"
 
 
+def cache_rows(rows: int) -> int:
+    """`rows` of a cache, or a few more on a TPU: one that ends inside a tile is laid out in another order there than
+    kernels read it in, and would be copied for each of them."""
+    return -(-rows // _TILE_ROWS) * _TILE_ROWS if current() == "tpu" else rows
+
+
+_TILE_ROWS = 16
+"""Of bfloat16, two to a register's row; float32 has 8."""
+
+
 def gpu_shared_memory() -> int:
     """Bytes of shared memory that a block of this process's GPU may have; an H100's where there is none to ask."""
     if jax.default_backend() != "gpu":

@@ -103,6 +103,12 @@ def devices_here() -> int:
     return 1 if mesh.empty else mesh.size
 
 
+def parts_of(name: str) -> int:
+    """In how many parts the mesh that is set splits a logical axis; 1 without one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in RULES[name])
+
+
 def per_device(
     run: Callable[..., Any], inputs: Sequence[Sequence[str | None]], outputs: Sequence[Sequence[str | None]]
 ) -> Callable[..., tuple[Any, ...]]:

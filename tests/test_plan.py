@@ -19,7 +19,7 @@ from dspark_jax.config import InputError, MeshConfig, TargetArchitecture, resolv
 from dspark_jax.planning import compile_job
 from dspark_jax.planning.estimate import _times, compile_and_estimate
 from dspark_jax.planning.flops import matmul_flops
-from dspark_jax.planning.hlo import Traffic, program_cost, total_cost
+from dspark_jax.planning.hlo import Kernel, Traffic, program_cost, total_cost
 from dspark_jax.planning.programs import Program, bytes_per_chip, decode_program, train_program, with_dtypes
 from dspark_jax.planning.topology import CHIPS, GIB, devices_of, listing
 from dspark_jax.sharding import make_mesh, sharding
@@ -120,15 +120,18 @@ def test_a_compiled_program_is_added_up_over_its_loops():
 
 
 def test_kernels_cost_what_they_state():
-    """The compiler gives no cycles for a Pallas kernel."""
+    """The compiler gives no cycles for a Pallas kernel; nor does one that takes a stack of layers read all of it."""
     stated = '{"custom_call_config":{"cost_estimate":{"flops":"394000000000","bytes_accessed":"9"}}}'
     kernel = f'%k = f32[100]{{0}} custom-call(%stack), custom_call_target="tpu_custom_call", backend_config={stated}'
     text = HLO.replace("  %row.1 = ", f"  {kernel}\n  %row.1 = ")
     plain, cost = program_cost(HLO), program_cost(text)
-    assert cost.kernel_flops == 8 * 394e9 and cost.cycles == plain.cycles and plain.kernel_flops == 0
+    assert cost.kernels == (Kernel(8, 394e9, 9.0),) and cost.cycles == plain.cycles and plain.kernels == ()
+    assert cost.hbm_bytes == plain.hbm_bytes + 8 * 9
     found = [_times(0.0, {}, each, CHIPS["v5e"])["compiler_seconds"] for each in (plain, cost)]
     assert found[1] - found[0] == pytest.approx(8 * 2e-3)
-    assert total_cost([(cost, 3)]).kernel_flops == 3 * cost.kernel_flops
+    assert total_cost([(cost, 3)]).kernels == (Kernel(24, 394e9, 9.0),)
+    moving = program_cost(text.replace('"bytes_accessed":"9"', '"bytes_accessed":"3276000000"'))
+    assert _times(0.0, {}, moving, CHIPS["v5e"])["compiler_seconds"] - found[0] == pytest.approx(8 * 4e-3)
 
 
 def test_the_programs_are_traced_without_weights(config):

@@ -138,8 +138,8 @@ class Backbone(nnx.Module):
             cache = cache.write(index, key, value, anchors)
             heads = cached_attention(
                 query.reshape(b * g, *query.shape[2:]),
-                *cache.stored(index),
-                rows,
+                rows=rows,
+                **cache.for_attention(index),
                 scale=projections.shape.scale,
                 causal=False,
                 finite=True,

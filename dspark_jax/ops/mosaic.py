@@ -45,6 +45,7 @@ def call(
     scratch: Sequence[Any] = (),
     flops: float = 0,
     exponentials: int = 0,
+    moved: int | None = None,
 ) -> Any:
     """`pallas_call` with the Mosaic backend; interpreted where the program is not for a TPU.
 
@@ -58,10 +59,14 @@ def call(
       grid: the last axis turns fastest.
       parallel: so many leading axes of the grid are independent of each other; the others are gone through in order.
       scratch: memory that lasts over the grid.
-      flops: what the compiler and `plan` are told of the products (and that inputs and outputs move once).
+      flops: what the compiler and `plan` are told of the products.
       exponentials: and of the rest.
+      moved: bytes that they are told are read and written; None: inputs and outputs once.
     """
-    moved = sum(x.size * x.dtype.itemsize for x in (*inputs, *jax.tree.leaves(out_shape)))
+    once = sum(x.size * x.dtype.itemsize for x in (*inputs, *jax.tree.leaves(out_shape)))
+    told = pl.CostEstimate(
+        flops=int(flops), transcendentals=exponentials, bytes_accessed=once if moved is None else moved
+    )
     order: list[Any] = ["parallel"] * parallel + ["arbitrary"] * (len(grid) - parallel)
     return pl.pallas_call(
         kernel,
@@ -74,7 +79,7 @@ def call(
         ),
         out_shape=out_shape,
         compiler_params=pltpu.CompilerParams(dimension_semantics=order),
-        cost_estimate=pl.CostEstimate(flops=int(flops), transcendentals=exponentials, bytes_accessed=moved),
+        cost_estimate=told,
         interpret=False if platform.current() == "tpu" else INTERPRETER,
     )(*tables, *inputs)
 

@@ -117,6 +117,22 @@ def is_below(uniform: jax.Array, probability: jax.Array) -> jax.Array:
     return (uniform[..., 0] < border[..., 0]) | (tied & (uniform[..., 1] < border[..., 1]))
 
 
+class Part(NamedTuple):
+    """Where a uniform falls among parts of a distribution, [...] each.
+
+    Attributes:
+      index: of the part.
+      scale: factor from weights to masses.
+      rest: how far into the part.
+      mass: of the part.
+    """
+
+    index: jax.Array
+    scale: jax.Array
+    rest: "_Fixed"
+    mass: "_Fixed"
+
+
 def draw(weights: jax.Array, uniform: jax.Array) -> jax.Array:
     """Inverse-CDF sample: the first index whose cumulative weight exceeds u * total.
 
@@ -131,16 +147,24 @@ def draw(weights: jax.Array, uniform: jax.Array) -> jax.Array:
     Returns:
       [...] int32. An index of zero weight is never returned.
     """
-    weights = weights.astype(jnp.float32)
-    blocks = _blocks(weights)
-    sums = jnp.sum(blocks, axis=-1)
+    blocks = _blocks(weights.astype(jnp.float32))
+    part = draw_part(jnp.sum(blocks, axis=-1), uniform)
+    chosen = jnp.take_along_axis(blocks, part.index[..., None, None], axis=-2)[..., 0, :]
+    return jnp.minimum(part.index * blocks.shape[-1] + draw_inside(chosen, part), weights.shape[-1] - 1)
+
+
+def draw_part(sums: jax.Array, uniform: jax.Array) -> Part:
+    """The part that is drawn of those with sums [..., P] of weights; P is at most 2047. See `draw`."""
     scale = UNIT / jnp.sum(sums, axis=-1)
     masses = _Fixed.of(sums * scale[..., None])
     whole = _Fixed(jnp.full_like(uniform[..., 0], UNIT), jnp.zeros_like(uniform[..., 0]))
-    block, rest = _position(masses, _Fixed(uniform[..., 0], uniform[..., 1] >> WORD_BITS - FRACTION_BITS), whole)
-    chosen = jnp.take_along_axis(blocks, block[..., None, None], axis=-2)[..., 0, :]
-    inside, _ = _position(_Fixed.of(chosen * scale[..., None]), rest, masses.at(block))
-    return jnp.minimum(block * blocks.shape[-1] + inside, weights.shape[-1] - 1)
+    index, rest = _position(masses, _Fixed(uniform[..., 0], uniform[..., 1] >> WORD_BITS - FRACTION_BITS), whole)
+    return Part(index, scale, rest, masses.at(index))
+
+
+def draw_inside(weights: jax.Array, part: Part) -> jax.Array:
+    """Index [...] that is drawn within a part of weights [..., N], at most 2047 of them."""
+    return _position(_Fixed.of(weights * part.scale[..., None]), part.rest, part.mass)[0]
 
 
 def _blocks(weights: jax.Array) -> jax.Array:

@@ -74,10 +74,10 @@ def _cost(programs: Sequence[tuple[Any, int]]) -> Cost | None:
 def _times(flops: float, memory: dict[str, Any], cost: Cost | None, chip: Chip) -> dict[str, Any]:
     """Seconds per call: the compiler's estimate, and the roofline that no program can beat.
 
-    The compiler's adds up its cycles of every operation, the time that kernels need for the operations they state at
-    the chip's full rate, and that of the collectives at the full rate of all links, as if nothing overlapped anything
-    else. The roofline is the slowest of operations, memory traffic and
-    collectives, each at the chip's full rate. Where the program cannot be printed, operations are all that is known;
+    The compiler's adds up its cycles of every operation, the time that kernels need for the operations and bytes they
+    state at the chip's full rates, and that of the collectives at the full rate of all links, as if nothing overlapped
+    anything else. The roofline is the slowest of operations, memory traffic and collectives, each at the chip's full
+    rate. Where the program cannot be printed, operations are all that is known;
     `incomplete` says so.
     """
     times = {"flops": flops / chip.flops}
@@ -86,7 +86,8 @@ def _times(flops: float, memory: dict[str, Any], cost: Cost | None, chip: Chip) 
         times |= {"hbm": cost.hbm_bytes / chip.hbm_bandwidth, "collectives": cost.sent_bytes / chip.ici_bandwidth}
         kinds = {kind: {"count": t.count, "bytes": t.bytes} for kind, t in cost.collectives.items()}
         found |= {"collectives": kinds, "hbm_bytes_per_chip": cost.hbm_bytes, "unknown_loops": cost.unknown_loops}
-        found["compiler_seconds"] = cost.cycles / chip.clock + cost.kernel_flops / chip.flops + times["collectives"]
+        kernels = sum(kernel.seconds(chip.flops, chip.hbm_bandwidth) for kernel in cost.kernels)
+        found["compiler_seconds"] = cost.cycles / chip.clock + kernels + times["collectives"]
     else:
         found["incomplete"] = (
             "memory traffic and collectives are not known: this libtpu cannot print the program, the one that belongs "

@@ -31,6 +31,28 @@ class Traffic:
 
 
 @dataclasses.dataclass(frozen=True)
+class Kernel:
+    """How often a Pallas kernel runs, and the operations and the bytes of HBM that it states for one time."""
+
+    count: float
+    flops: float
+    bytes: float
+
+    @classmethod
+    def stated(cls, instruction: "_Instruction", count: float) -> "Kernel | None":
+        """That of an instruction, if it is a kernel that states anything."""
+        found = re.search(r'"cost_estimate":\{([^}]*)\}', instruction.rest)
+        if found is None:
+            return None
+        numbers = dict(re.findall(r'"(\w+)":"(\d+)"', found[1]))
+        return cls(count, float(numbers.get("flops", 0)), float(numbers.get("bytes_accessed", 0)))
+
+    def seconds(self, flops: float, bandwidth: float) -> float:
+        """Time for all at a chip's full rates: computing and moving overlap in a kernel."""
+        return self.count * max(self.flops / flops, self.bytes / bandwidth)
+
+
+@dataclasses.dataclass(frozen=True)
 class Cost:
     """What one chip does in one call.
 
@@ -39,14 +61,14 @@ class Cost:
       hbm_bytes: read and written.
       collectives: by kind.
       unknown_loops: loops whose trip count could not be read; their bodies count once.
-      kernel_flops: operations of Pallas kernels as they state them; the compiler gives no cycles for those.
+      kernels: what Pallas kernels state; the compiler gives no cycles for those.
     """
 
     cycles: float
     hbm_bytes: float
     collectives: dict[str, Traffic]
     unknown_loops: int
-    kernel_flops: float = 0.0
+    kernels: tuple["Kernel", ...] = ()
 
     @property
     def sent_bytes(self) -> float:
@@ -75,13 +97,14 @@ _Program = dict[str, dict[str, _Instruction]]
 def program_cost(text: str) -> Cost:
     """Cost of one call of the compiled program whose `as_text()` this is."""
     entry, program = _parse(text)
-    cycles = traffic = kernels = 0.0
+    cycles = traffic = 0.0
+    kernels: list[Kernel] = []
     counts: collections.Counter[str] = collections.Counter()
     sizes: collections.Counter[str] = collections.Counter()
     unknown = 0
 
     def visit(name: str, times: float) -> None:
-        nonlocal cycles, traffic, kernels, unknown
+        nonlocal cycles, traffic, unknown
         for instruction in program[name].values():
             operation = instruction.operation
             if operation == "while":
@@ -102,13 +125,13 @@ def program_cost(text: str) -> Cost:
                 sizes[kind] += times * size  # pyright: ignore[reportArgumentType]  (a counter adds floats too)
             estimate = re.search(r'"estimated_cycles":"(\d+)"', instruction.rest)
             cycles += times * int(estimate[1]) if estimate else 0
-            stated = re.search(r'"cost_estimate":\{"flops":"(\d+)"', instruction.rest)
-            kernels += times * int(stated[1]) if stated else 0
-            traffic += times * _bytes(program, name, instruction)
+            kernel = Kernel.stated(instruction, times)
+            kernels.extend([kernel] if kernel else [])
+            traffic += times * (kernel.bytes if kernel else _bytes(program, name, instruction))
 
     visit(entry, 1)
     kinds = {kind: Traffic(counts[kind], float(sizes[kind])) for kind in COLLECTIVES if counts[kind]}
-    return Cost(cycles, traffic, kinds, unknown, kernels)
+    return Cost(cycles, traffic, kinds, unknown, tuple(kernels))
 
 
 def total_cost(calls: Sequence[tuple[Cost, int]]) -> Cost:
@@ -126,7 +149,7 @@ def total_cost(calls: Sequence[tuple[Cost, int]]) -> Cost:
         sum(times * cost.hbm_bytes for cost, times in calls),
         kinds,
         sum(cost.unknown_loops for cost, _ in calls),
-        sum(times * cost.kernel_flops for cost, times in calls),
+        tuple(dataclasses.replace(k, count=times * k.count) for cost, times in calls for k in cost.kernels),
     )
 
 

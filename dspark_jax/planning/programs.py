@@ -114,7 +114,8 @@ def decode_program(config: Config, mesh: Mesh) -> Program:
         axes = ["batch" if i == axis else None for i in range(leaf.ndim)]
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding(axes, leaf.shape, mesh))
 
-    shapes = slots(config.eval.batch_size)
+    with jax.set_mesh(mesh):  # caches are what they are on its chips
+        shapes = slots(config.eval.batch_size)
     state = jax.tree.map(lay, shapes, batch_axes(slots, shapes))
     released = lay(jax.ShapeDtypeStruct((config.eval.batch_size,), jnp.bool_), 0)
     target, drafter = (_laid(model, state_shardings(model, mesh), model.dtype) for model in (target, drafter))

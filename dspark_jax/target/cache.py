@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dspark_jax import platform
 from dspark_jax.config import TargetArchitecture
 from dspark_jax.ops.cached_attention import Rows
 from dspark_jax.target.families.family import AttentionShape
@@ -66,7 +67,7 @@ class KVCache:
         separate: bool = False,
         block: int = 0,
     ) -> "KVCache":
-        """An empty cache for `length` positions of a stack of one kind of layers.
+        """An empty cache for at least `length` positions of a stack of one kind of layers.
 
         `attention` says what the layers' is like; None: those of a drafter for a target of shape `arch`. `separate`
         gives each layer an array. With `block`, layers with a window have a ring that takes so many rows at once,
@@ -74,7 +75,7 @@ class KVCache:
         """
         attention = attention or drafter_layer(arch)[1].attention
         ring = ring_rows(attention.window, block) if block and attention.window else length
-        length, front = (ring, block) if ring < length else (length, 0)
+        length, front = (ring, block) if ring < length else (platform.cache_rows(length), 0)
         shape = (batch, attention.kv_heads, length, attention.width)
         if separate:
             keys, values = (tuple(jnp.zeros(shape, dtype) for _ in range(layers)) for _ in range(2))
@@ -161,6 +162,14 @@ class KVCache:
             assert isinstance(index, int), "separate caches are for lists of layers"
             return self.keys[index], self.values[index]
         return layer_at((self.keys, self.values), index)
+
+    def for_attention(self, index: jax.Array | int) -> dict[str, Any]:
+        """Keys and values of one layer as `cached_attention` takes them: of a stack whole, since a kernel reads it in
+        place while a slice of it would be copied first."""
+        if isinstance(self.keys, tuple):
+            assert isinstance(index, int), "separate caches are for lists of layers"
+            return {"key": self.keys[index], "value": self.values[index]}
+        return {"key": self.keys, "value": self.values, "layer": index}
 
     def layer(self, index: jax.Array | int) -> tuple[jax.Array, jax.Array]:
         """Keys and values [B, C, K, H] of one layer."""

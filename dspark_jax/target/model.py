@@ -265,10 +265,8 @@ def _attend_cached(
     part: KVCache, index: jax.Array | int, shape: AttentionShape, query: jax.Array, rows: Rows
 ) -> jax.Array:
     """Heads [T, N, H] of flat query rows whose keys and values are in the cache."""
-    keys, values = part.stored(index)
-    return cached_attention(
-        query, keys, values, rows, scale=shape.scale, window=shape.window, front=part.front, finite=True
-    )
+    how = {"scale": shape.scale, "window": shape.window, "front": part.front, "finite": True}
+    return cached_attention(query, rows=rows, **part.for_attention(index), **how)
 
 
 def _attend_few(

@@ -28,3 +28,31 @@ def test_block_attention_on_a_mesh() -> None:
 def test_block_attention_of_other_models(name: str) -> None:
     """Rows that fill no whole registers and blocks of 16, and wide heads in float32, on the smallest chip."""
     assert compiled_apart(f"block_attention, {name}", "v5e:2x2")["kernels"] == 3
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_cached_attention(topology: str) -> None:
+    """Rounds, plain steps, drafts, windows and rings over a stack of layers' caches, which are read where they are."""
+    for name, found in compiled_apart("cached_attention", topology).items():
+        assert found["kernels"] == 1, name
+        assert found["temporary_bytes"] < 8 << 20, name  # a layer's keys of 32 x 1024 are 67 MB
+
+
+def test_cached_attention_on_a_mesh() -> None:
+    """Requests over fsdp, heads over tensor: no device waits for another."""
+    found = compiled_apart("cached_attention on a mesh", "v5e:2x2")
+    assert found["kernels"] == 1 and found["collectives"] == 0
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_speculative_verify(topology: str) -> None:
+    """Stats of the target and of the drafter, sums and slices; no copy of the logits, which are 155 MB and 136 MB."""
+    for name, found in compiled_apart("speculative_verify", topology).items():
+        assert found["kernels"] == (1 if name == "greedy" else 4), name
+        assert found["temporary_bytes"] < 12 << 20, name
+
+
+def test_speculative_verify_on_a_mesh() -> None:
+    """Requests over data and fsdp: no device waits for another."""
+    found = compiled_apart("speculative_verify on a mesh", "v5e:2x2")
+    assert found["kernels"] == 4 and found["collectives"] == 0

@@ -12,6 +12,9 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dspark_jax.ops.block_attention import block_attention
+from dspark_jax.ops.cached_attention import Rows, cached_attention
+from dspark_jax.ops.sampling import Sampling
+from dspark_jax.ops.speculative_verify import speculative_verify
 from dspark_jax.planning.topology import devices_of
 from dspark_jax.sharding import MESH_AXES, spec
 
@@ -55,10 +58,95 @@ def train_attention(
     return figures(both, shapes | {"anchors": blocks, "keep": (blocks[0], jnp.bool_, blocks[2])}, mesh)
 
 
+DECODING: dict[str, dict[str, Any]] = {
+    "rounds": {"batch": 32, "length": 1024, "most": 8},
+    "rounds, longer": {"batch": 32, "length": 4096, "most": 8},
+    "rounds of one": {"batch": 1, "length": 4096, "most": 8},
+    "plain steps": {"batch": 32, "length": 1024, "most": 1},
+    "a drafter's blocks": {"batch": 32, "length": 1024, "most": 7, "causal": False},
+    "ragged": {"batch": 32, "length": 1040, "most": 8, "size": 64},
+    "a window": {"batch": 32, "length": 4096, "most": 8, "window": 512},
+    "a ring": {"batch": 32, "length": 544, "most": 8, "window": 512, "front": 8},
+    "5 query heads per key head": {"batch": 8, "length": 1024, "most": 8, "heads": 40},
+    "one wide key head": {"batch": 8, "length": 1024, "most": 13, "heads": 16, "key_heads": 1, "width": 512},
+    "float32": {"batch": 2, "length": 200, "most": 8, "width": 256, "dtype": jnp.float32},
+}
+"""Name -> what `decode_attention` is compiled for."""
+
+
+def decode_attention(
+    mesh: Mesh,
+    batch: int,
+    length: int,
+    most: int,
+    size: int = 0,
+    heads: int = HEADS,
+    key_heads: int = KEY_HEADS,
+    width: int = WIDTH,
+    dtype: Any = jnp.bfloat16,
+    **how: Any,
+) -> dict[str, Any]:
+    """`cached_attention` in a loop over the caches of four layers, which are stacked; with `size`, that many rows."""
+
+    def run(query: Any, key: Any, value: Any, positions: Any, counts: Any) -> Any:
+        rows = Rows.of(counts, positions, size=size, most=most) if size else Rows.whole(positions, most)
+        settings: Any = {"scale": 0.1, "finite": True, **how}
+        return jax.lax.fori_loop(0, 4, lambda i, x: cached_attention(x, key, value, rows, layer=i, **settings), query)
+
+    cache = (4, batch, key_heads, length, width), dtype, (None, "batch", "kv_heads", None, None)
+    query = (size or batch * most, heads, width), dtype, ("batch", "heads", None)
+    numbers = (batch,), jnp.int32, ("batch",)
+    return figures(run, {"q": query, "k": cache, "v": cache, "positions": numbers, "counts": numbers}, mesh)
+
+
+def decode_attentions(mesh: Mesh) -> dict[str, Any]:
+    """Figures of all of them."""
+    return {name: decode_attention(mesh, **how) for name, how in DECODING.items()}
+
+
+def verification(mesh: Mesh, batch: int, greedy: bool = False, ragged: bool = False, vocabulary: int = 151936) -> Any:
+    """`speculative_verify` of seven drafts per request, whose logits the drafter leaves position by position."""
+
+    def run(target: Any, draft: Any, first: Any, tokens: Any, lengths: Any, accept: Any, following: Any) -> Any:
+        sampling = Sampling(jnp.full((batch,), 0.0 if greedy else 1.0), greedy=greedy)
+        rows = first if ragged else None
+        return speculative_verify(target, draft.swapaxes(0, 1), rows, tokens, lengths, accept, following, sampling)
+
+    shapes: Shapes = {
+        "target": ((batch * 8, vocabulary), jnp.float32, ("batch", None)),
+        "draft": ((7, batch, vocabulary), jnp.float32, (None, "batch", None)),
+        "first": ((batch,), jnp.int32, ("batch",)),
+        "tokens": ((batch, 7), jnp.int32, ("batch", None)),
+        "lengths": ((batch,), jnp.int32, ("batch",)),
+        "accept": ((batch, 7, 2), jnp.int32, ("batch", None, None)),
+        "following": ((batch, 2), jnp.int32, ("batch", None)),
+    }
+    return figures(run, shapes, mesh)
+
+
+VERIFICATIONS: dict[str, dict[str, Any]] = {
+    "one request": {"batch": 1},
+    "32 requests": {"batch": 32},
+    "ragged": {"batch": 32, "ragged": True},
+    "greedy": {"batch": 32, "greedy": True},
+    "three requests, a tile and a bit": {"batch": 3, "vocabulary": 41344},
+}
+"""Name -> what `verification` is compiled for."""
+
+
+def verifications(mesh: Mesh) -> dict[str, Any]:
+    """Figures of all of them."""
+    return {name: verification(mesh, **how) for name, how in VERIFICATIONS.items()}
+
+
 JOBS: dict[str, tuple[Any, tuple[int, int, int]]] = {
     "block_attention": (train_attention, (1, 1, 1)),
     "block_attention on a mesh": (functools.partial(train_attention, batch=2), (1, 2, 2)),
     "block_attention, 5 query heads per key head": (functools.partial(train_attention, heads=40, size=16), (1, 1, 1)),
+    "cached_attention": (decode_attentions, (1, 1, 1)),
+    "cached_attention on a mesh": (functools.partial(decode_attention, **DECODING["rounds"]), (1, 2, 2)),
+    "speculative_verify": (verifications, (1, 1, 1)),
+    "speculative_verify on a mesh": (functools.partial(verification, batch=32), (2, 2, 1)),
     "block_attention, wide": (functools.partial(train_attention, width=256, dtype=jnp.float32), (1, 1, 1)),
 }
 """Name -> job and sizes of its mesh (data, fsdp, tensor)."""

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dspark_jax.config import MeshConfig
-from dspark_jax.ops.cached_attention import Rows, cached_attention, pallas_gpu
+from dspark_jax.ops.cached_attention import Rows, cached_attention, pallas_gpu, pallas_tpu
 from dspark_jax.ops.dispatch import Unsupported
 from dspark_jax.sharding import make_mesh
 
@@ -51,8 +51,14 @@ KERNEL_CASES = [
 
 def kernels(splits: int) -> Callable[..., jax.Array]:
     """The kernels for GPUs, interpreted, with the api's defaults."""
-    defaults = {"window": 0, "front": 0, "causal": True, "finite": False, "keys": 16, "splits": splits}
+    defaults = {"layer": None, "window": 0, "front": 0, "causal": True, "finite": False, "keys": 16, "splits": splits}
     return lambda *arrays, **how: pallas_gpu.cached_attention(*arrays, **{**defaults, **how})
+
+
+def tpu_kernel(keys: int) -> Callable[..., jax.Array]:
+    """The kernel for TPUs, interpreted, with the api's defaults."""
+    defaults = {"layer": None, "window": 0, "front": 0, "causal": True, "finite": False, "keys": keys}
+    return lambda *arrays, **how: pallas_tpu.cached_attention(*arrays, **{**defaults, **how})
 
 
 ATTENTION = {
@@ -60,6 +66,7 @@ ATTENTION = {
     "reference": functools.partial(cached_attention, implementation="reference"),
     "kernels for GPUs": kernels(1),
     "kernels for GPUs, split": kernels(4),
+    "kernel for TPUs": tpu_kernel(8),
 }
 
 
@@ -67,7 +74,7 @@ ATTENTION = {
 @pytest.mark.parametrize(("window", "causal"), [(0, True), (1, True), (3, True), (0, False)])
 def test_against_a_loop(attention: str, window: int, causal: bool) -> None:
     """Lengths 0 and 1, grouped heads, windows; everything that nobody may see is NaN."""
-    cases = KERNEL_CASES if "GPU" in attention else CASES
+    cases = KERNEL_CASES if "kernel" in attention else CASES
     for seed, (counts, positions, size, most, n, k, h, c) in enumerate(cases):
         rng = np.random.default_rng(seed)
         query = rng.normal(size=(size, n, h)).astype(np.float32)
@@ -130,20 +137,91 @@ def test_a_finite_cache_needs_no_clearing_and_bfloat16_stays() -> None:
     np.testing.assert_allclose(np.asarray(got, np.float64), wanted, atol=2**-8 * 4 * np.abs(wanted).max())
 
 
+@pytest.mark.parametrize("attention", ["xla", "reference", "kernels for GPUs", "kernel for TPUs"])
+def test_one_layer_of_a_stack(attention: str) -> None:
+    counts, positions, size, most, n, k, h, c = KERNEL_CASES[1]
+    rng = np.random.default_rng(4)
+    query, key, value = (jnp.asarray(rng.normal(size=(*x, h)), jnp.float32) for x in ((size, n), *[(2, k, c)] * 2))
+    rows = Rows.of(jnp.asarray(counts), jnp.asarray(positions), size=size, most=most)
+    stacks = [jnp.full((3, *x.shape), jnp.nan).at[1].set(x) for x in (key, value)]
+
+    @jax.jit
+    def run(layer: jax.Array) -> jax.Array:
+        return ATTENTION[attention](query, *stacks, rows, layer=layer, scale=0.37)
+
+    wanted = cached_attention(query, key, value, rows, scale=0.37)
+    np.testing.assert_allclose(run(jnp.int32(1)), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [0, 20])
+def test_the_kernel_for_tpus_at_the_end_of_the_cache(window: int) -> None:
+    """Tiles that a window sees whole, and the last one, which goes beyond a cache that is promised to be finite."""
+    counts, positions, (n, k, h, c) = [3, 0, 2], [37, 2, 68], (6, 2, 16, 70)
+    rng = np.random.default_rng(8)
+    query, (key, value) = rng.normal(size=(5, n, h)), rng.normal(size=(2, 3, k, c, h))
+    rows = Rows.of(jnp.asarray(counts), jnp.asarray(positions), size=5, most=4)
+    arrays = [jnp.asarray(x, jnp.float32) for x in (query, key, value)]
+    got = tpu_kernel(8)(*arrays, rows, scale=0.37, window=window, finite=True)
+    wanted = loop(query, key, value, counts, positions, window=window, causal=True)
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=3e-6 * h)
+
+
 @pytest.mark.slow
-def test_kernels_on_eight_devices_equal_one() -> None:
+@pytest.mark.parametrize("window", [0, 3])
+def test_the_kernel_for_tpus_reads_nothing_that_was_not_written(window: int, strict_tpu: Callable[[], bool]) -> None:
+    """Interpreted as a TPU works: unset memory is NaN, what a tile holds beyond the cache too; races are found."""
+    counts, positions, size, most, n, k, h, c = KERNEL_CASES[0]
+    rng = np.random.default_rng(6)
+    query, (key, value) = rng.normal(size=(size, n, h)), rng.normal(size=(2, len(counts), k, c, h))
+    rows = Rows.of(jnp.asarray(counts), jnp.asarray(positions), size=size, most=most)
+    arrays = [jnp.asarray(x, jnp.float32) for x in (query, key, value)]
+    got = tpu_kernel(16)(*arrays, rows, scale=0.37, window=window, finite=True)
+    wanted = loop(query, key, value, counts, positions, window=window, causal=True)
+    np.testing.assert_allclose(got, wanted, atol=1e-5)
+    assert not strict_tpu()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ring", [False, True])
+def test_the_kernel_for_tpus_in_bfloat16_with_its_own_tiles(ring: bool) -> None:
+    rng = np.random.default_rng(7)
+    most, n, k, h, c = 8, 10, 2, 64, 2500  # two tiles of 2048, five query heads per key head
+    query, (key, value) = rng.normal(size=(3 * most, n, h)), rng.normal(size=(2, 3, k, c, h))
+    arrays = [jnp.asarray(x, jnp.bfloat16) for x in (query, key, value)]
+    rows = Rows.whole(jnp.asarray([0, 2039, 9000 if ring else 2400]), most)
+    how = {"scale": 0.37, "window": 2400 if ring else 0, "front": most if ring else 0}
+    got = tpu_kernel(0)(*arrays, rows, **how)
+    wanted = cached_attention(*(x.astype(jnp.float32) for x in arrays), rows, **how, implementation="xla")
+    np.testing.assert_allclose(got.astype(jnp.float32), wanted, atol=2**-8 * 4 * np.abs(wanted).max())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", [kernels(2), tpu_kernel(16)], ids=["GPUs", "TPUs"])
+def test_kernels_on_eight_devices_equal_one(kernel: Callable[..., jax.Array]) -> None:
     """Rows of every request, which the kernels split over devices; ragged ones of several devices they refuse."""
     rng = np.random.default_rng(5)
     query, (key, value) = rng.normal(size=(12, 4, 16)), rng.normal(size=(2, 4, 2, 40, 16))
     arrays = [jnp.asarray(x, jnp.float32) for x in (query, key, value)]
     rows = Rows.whole(jnp.asarray([0, 9, 20, 37]), 3)
-    run = jax.jit(lambda *given: kernels(2)(*given, scale=0.37))
+    run = jax.jit(lambda *given: kernel(*given, scale=0.37))
     wanted = cached_attention(*arrays, rows, scale=0.37)
     with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
         np.testing.assert_allclose(run(*arrays, rows), wanted, atol=1e-6)
         ragged = Rows.of(jnp.full((4,), 3), rows.positions, size=12, most=3)
         with pytest.raises(Unsupported, match="flat rows of several devices"):
             run(*arrays, ragged)
+
+
+def test_the_kernel_for_tpus_refuses_what_it_cannot_do() -> None:
+    for width, most, dtype, message in (
+        (8, 2, jnp.float32, "the head width is no multiple of 16"),
+        (16, 2, jnp.float16, "neither bfloat16 nor float32"),
+        (16, 300, jnp.float32, "a request has too many rows"),
+    ):
+        query, key = jnp.zeros((most, 1, width), dtype), jnp.zeros((1, 1, 512, width), dtype)
+        rows = Rows.whole(jnp.zeros((1,), jnp.int32), most)
+        with pytest.raises(Unsupported, match=message):
+            cached_attention(query, key, key, rows, scale=1.0, implementation="pallas_tpu")
 
 
 def test_rows_of_requests() -> None:

@@ -6,7 +6,9 @@ from dspark_jax.ops.cached_attention.rows import Rows
 from dspark_jax.ops.dispatch import Operation
 
 OPERATION = Operation(
-    "cached_attention", {"cpu": ["xla"], "gpu": ["pallas_gpu", "xla"], "tpu": ["xla"]}, others=["reference"]
+    "cached_attention",
+    {"cpu": ["xla"], "gpu": ["pallas_gpu", "xla"], "tpu": ["pallas_tpu", "xla"]},
+    others=["reference"],
 )
 
 
@@ -16,6 +18,7 @@ def cached_attention(
     value: jax.Array,
     rows: Rows,
     *,
+    layer: jax.Array | int | None = None,
     scale: float,
     window: int = 0,
     front: int = 0,
@@ -36,16 +39,17 @@ def cached_attention(
     Args:
       query: [T, N, H], with positional rotation applied; N is a multiple of K, and query head n reads key head
         n // (N / K).
-      key: [B, K, C, H], heads before rows.
-      value: [B, K, C, H].
+      key: [B, K, C, H], heads before rows; or [L, B, K, C, H], a stack of layers' caches.
+      value: likewise.
       rows: which flat rows belong to which request, and where they are; positions + counts <= C but for a ring.
+      layer: which one of a stack is meant; None: key and value are no stacks.
       scale: factor of the scores.
       window: cache rows that a row sees at most, the last ones, its own included; 0 is all.
       front: rows before a ring; 0 = position p is in row p.
       causal: whether a row sees no later row of its own block.
       finite: promise that the whole cache is finite, which saves clearing what nobody sees.
-      implementation: None (the best one here), 'xla', 'pallas_gpu' (reads nothing that nobody sees) or 'reference' (the
-        definition).
+      implementation: None (the best one here), 'xla', 'pallas_gpu' and 'pallas_tpu' (which read little that nobody
+        sees) or 'reference' (the definition).
 
     Returns:
       [T, N, H] in the query's type; zeros in rows that belong to nobody. Scores and softmax are float32.
@@ -54,8 +58,8 @@ def cached_attention(
       ValueError: shapes do not fit together, or the implementation is unknown.
     """
     t, n, h = query.shape
-    b, k, c = key.shape[:3]
-    if key.shape != (b, k, c, h) or value.shape != key.shape:
+    b, k, c = key.shape[-4:-1]
+    if key.shape[-4:] != (b, k, c, h) or key.ndim != (4 if layer is None else 5) or value.shape != key.shape:
         raise ValueError(f"cached_attention: key {key.shape} and value {value.shape} do not fit query {query.shape}")
     if n % k:
         raise ValueError(f"cached_attention: {n} query heads are no multiple of {k} key heads")
@@ -71,5 +75,5 @@ def cached_attention(
             f"cached_attention: a ring after front={front} of {c} rows has no room for window={window} and blocks of "
             f"{rows.most}"
         )
-    settings = {"scale": scale, "window": window, "front": front, "causal": causal, "finite": finite}
+    settings = {"layer": layer, "scale": scale, "window": window, "front": front, "causal": causal, "finite": finite}
     return OPERATION(implementation, query, key, value, rows, **settings)

@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 
 from dspark_jax.ops import triton
 from dspark_jax.ops.cached_attention.rows import Rows
+from dspark_jax.ops.cached_attention.stack import of_layer
 from dspark_jax.ops.triton import LOG2E, MASKED, dot, load, numbers, power_of_two, rows_of, store
 from dspark_jax.sharding import devices_here, per_device
 
@@ -52,6 +53,7 @@ def cached_attention(
     value: jax.Array,
     rows: Rows,
     *,
+    layer: jax.Array | int | None,
     scale: float,
     window: int,
     front: int,
@@ -65,6 +67,7 @@ def cached_attention(
     `keys` of a tile and `splits` (a power of two) are for tests; 0 = what suits the shapes.
     """
     del finite  # nothing that nobody sees is read
+    key, value = of_layer(key, value, layer)
     (t, n, h), (_, k, c, _) = query.shape, key.shape
     rows_here = rows.most * (n // k)
     triton.check(

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from dspark_jax.ops.cached_attention.rows import Rows
+from dspark_jax.ops.cached_attention.stack import of_layer
 
 
 def cached_attention(
@@ -12,6 +13,7 @@ def cached_attention(
     value: jax.Array,
     rows: Rows,
     *,
+    layer: jax.Array | int | None,
     scale: float,
     window: int,
     front: int,
@@ -20,6 +22,7 @@ def cached_attention(
 ) -> jax.Array:
     """See `api.cached_attention`. Holds a copy of the cache for every row, [T, C, N, H]."""
     del finite
+    key, value = of_layer(key, value, layer)
     b, k, c, _ = key.shape
     owner = jnp.minimum(rows.owner, b - 1)
     groups = query.shape[1] // k

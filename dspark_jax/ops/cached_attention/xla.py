@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from dspark_jax.ops.cached_attention.rows import Rows
+from dspark_jax.ops.cached_attention.stack import of_layer
 
 _MASKED = -1e30  # finite: a row without anything to see stays free of NaN
 
@@ -14,6 +15,7 @@ def cached_attention(
     value: jax.Array,
     rows: Rows,
     *,
+    layer: jax.Array | int | None,
     scale: float,
     window: int,
     front: int,
@@ -22,6 +24,7 @@ def cached_attention(
 ) -> jax.Array:
     """See `api.cached_attention`. Scores [B, N, W, C] at once."""
     _, n, h = query.shape
+    key, value = of_layer(key, value, layer)
     b, k, c, _ = key.shape
     w, groups = rows.most, n // k
     padded = rows.pad(query)  # [B, W, N, H]

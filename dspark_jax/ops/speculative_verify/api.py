@@ -5,7 +5,9 @@ import jax
 from dspark_jax.ops.dispatch import Operation
 from dspark_jax.ops.sampling import Sampling
 
-OPERATION = Operation("speculative_verify", {"cpu": ["xla"], "gpu": ["pallas_gpu", "xla"], "tpu": ["xla"]})
+OPERATION = Operation(
+    "speculative_verify", {"cpu": ["xla"], "gpu": ["pallas_gpu", "xla"], "tpu": ["pallas_tpu", "xla"]}
+)
 
 
 def speculative_verify(
@@ -28,13 +30,13 @@ def speculative_verify(
     Args:
       target_logits: [T, V] float32.
       draft_logits: [B, G, V] float32, which the drafts were drawn from; G may be 0, which is plain decoding.
-      first_rows: [B] int32; None is b * (G + 1): every request has all its rows.
+      first_rows: [B] int32, ascending; None is b * (G + 1): every request has all its rows.
       tokens: [B, G] the drafts.
       lengths: [B] how many of them count.
       accept: [B, G, 2] int32 uniforms (`ops.sampling.words`), one per draft.
       following: [B, 2] int32, draws the next token.
       sampling: of the requests; temperature and filters cut both distributions.
-      implementation: None (the best one here), 'xla' (the definition) or 'pallas_gpu' (no filters).
+      implementation: None (the best one here), 'xla' (the definition), 'pallas_gpu' or 'pallas_tpu' (no filters).
 
     Returns:
       Accepted drafts [B] int32 in 0..lengths, and the next token [B] int32: the correction after a rejection, the bonus

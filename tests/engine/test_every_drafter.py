@@ -96,7 +96,7 @@ def drafts_everywhere(kind: str) -> list[np.ndarray]:
 def test_drafts_behind_rounds_without_drafts(kind: str) -> None:
     """The drafter catches up with what was committed without it: it drafts what it would have drafted anyway."""
     for probe in (1, 5, 20):  # at 16 pending rows it catches up though nothing is drafted
-        scheduler = schedulers.adaptive(1 / 1000, probe=probe)
+        scheduler = schedulers.adaptive(1 / 1000, probe=probe, trial_share=np.inf)
         options: dict[str, Any] = {"max_new_tokens": 24, "batch_size": 4, "scheduler": scheduler, "trace": True}
         result = generate(Models(target(), drafter(kind)), PROMPTS, **options)
         assert result.drafted is not None
@@ -110,7 +110,7 @@ def test_drafts_behind_rounds_without_drafts(kind: str) -> None:
 
 def test_served_drafts_behind_rounds_without_drafts() -> None:
     """The same in slots, which new requests take while others have not caught up."""
-    scheduler = schedulers.adaptive(1 / 1000, probe=2)
+    scheduler = schedulers.adaptive(1 / 1000, probe=2, trial_share=np.inf)
     options: dict[str, Any] = {"capacity": 40, "prefill_chunk": 2, "max_stop_tokens": 4, "scheduler": scheduler}
     with Engine(Models(target(), drafter("dspark")), slots=2, **options) as engine:
         handles = [

@@ -5,6 +5,7 @@ of them together, which costs far less than one by one.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -122,12 +123,27 @@ def defer_features(state: DecodeState, features: jax.Array, active: jax.Array) -
 
 
 def extend_with_pending(models: Models, state: DecodeState) -> DecodeState:
-    """Shows the drafter what is pending; its cache then holds everything before the anchors."""
+    """Shows the drafter what is pending, R rows at a time; its cache then holds everything before the anchors."""
     pending = state.pending
     assert pending is not None
-    rows = pending.features.shape[1]
-    positions = (state.positions - pending.counts)[:, None] + jnp.arange(rows)
-    tokens = jnp.take_along_axis(state.tokens, jnp.minimum(positions, state.tokens.shape[1] - 1), axis=1)
-    cache = models.drafter.extend(state.draft_cache, pending.features, tokens, positions, pending.counts)
+    size = models.pending_rows
+    first = state.positions - pending.counts
+
+    def read(start: jax.Array, cache: Any) -> Any:
+        rows = jax.lax.dynamic_slice_in_dim(pending.features, start, size, 1)
+        positions = (first + start)[:, None] + jnp.arange(size)
+        tokens = jnp.take_along_axis(state.tokens, jnp.minimum(positions, state.tokens.shape[1] - 1), axis=1)
+        counts = jnp.clip(pending.counts - start, 0, size)
+        return models.drafter.extend(cache, rows, tokens, positions, counts)
+
+    if pending.features.shape[1] == size:
+        cache = read(jnp.int32(0), state.draft_cache)
+    else:  # of one request: another's last rows could lie behind the end of the cache
+        assert len(first) == 1
+        _, cache = jax.lax.while_loop(
+            lambda carry: carry[0] < pending.counts[0],
+            lambda carry: (carry[0] + size, read(*carry)),
+            (jnp.int32(0), state.draft_cache),
+        )
     cleared = dataclasses.replace(pending, counts=jnp.zeros_like(pending.counts))
     return dataclasses.replace(state, draft_cache=cache, pending=cleared)

@@ -154,7 +154,8 @@ def decode(
         carry = jax.lax.while_loop(functools.partial(wants, drafts=True), step, carry)
         plainly = functools.partial(step, drafts=False)
         state, log, row = jax.lax.while_loop(plain, plainly, carry)
-        return catch_up(models, state, jnp.bool_(True)), log, row
+        # Nobody drafts after the last token, and reading what is pending costs up to a plain round.
+        return catch_up(models, state, running((state, log, row))), log, row
 
     body = alternate if scheduler.alternates else step
     state, log, _ = jax.lax.while_loop(running, body, (state, log, jnp.int32(0)))

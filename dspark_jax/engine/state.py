@@ -17,7 +17,7 @@ class Pending:
     """What rounds without drafts have committed and the drafter has not read yet: it reads several rows at once.
 
     Attributes:
-      features: [B, R, M*D] of the target, oldest first; undefined from `counts` on.
+      features: [B, P, M*D] of the target, oldest first; undefined from `counts` on.
       counts: [B] int32. The rows' tokens are the last `counts` before the anchor.
     """
 
@@ -26,10 +26,10 @@ class Pending:
 
     @classmethod
     def empty(cls, models: Models, batch: int) -> "Pending":
-        """Nothing, with room for R rows."""
+        """Nothing, with room for P = `models.most_pending(batch)` rows."""
         row = jnp.zeros((batch, 1), jnp.int32)
         like = jax.eval_shape(lambda: models.target.forward(row, row, taps=models.taps).features)
-        shape = (batch, models.pending_rows, like.shape[-1])
+        shape = (batch, models.most_pending(batch), like.shape[-1])
         return cls(constrain(jnp.zeros(shape, like.dtype), "batch", None, None), jnp.zeros((batch,), jnp.int32))
 
     @property

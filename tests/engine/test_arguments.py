@@ -111,7 +111,8 @@ SCHEDULERS: dict[str, tuple[dict[str, Any], dict[str, list[Any]]]] = {
         BOUNDS
         | RUNGS
         | {"steps_per_second": NO_RATES, "plain_steps_per_second": NO_RATES}
-        | {"probe": [None, "1", 1.5, True, -1, [1], HUGE], "confident": NO_BOOLEAN},
+        | {"probe": [None, "1", 1.5, True, -1, [1], HUGE], "confident": NO_BOOLEAN}
+        | {"trial_share": [None, "1", True, -0.1, math.nan, [0.1]]},
     ),
 }
 NO_REAL = [None, "1", True, [1.0], {}, math.nan, 0.0, -1.0, math.inf]

@@ -95,9 +95,10 @@ def drafts_everywhere(kind: str) -> list[np.ndarray]:
 )
 def test_drafts_behind_rounds_without_drafts(kind: str) -> None:
     """The drafter catches up with what was committed without it: it drafts what it would have drafted anyway."""
-    for probe in (1, 5, 20):  # at 16 pending rows it catches up though nothing is drafted
-        scheduler = schedulers.adaptive(1 / 1000, probe=probe)
-        options: dict[str, Any] = {"max_new_tokens": 24, "batch_size": 4, "scheduler": scheduler, "trace": True}
+    # Several requests catch up at 16 pending rows though nothing is drafted; one has more, and reads 16 at a time.
+    for probe, size in ((1, 4), (5, 4), (20, 4), (20, 1)):
+        scheduler = schedulers.adaptive(1 / 1000, probe=probe, trial_share=np.inf)
+        options: dict[str, Any] = {"max_new_tokens": 24, "batch_size": size, "scheduler": scheduler, "trace": True}
         result = generate(Models(target(), drafter(kind)), PROMPTS, **options)
         assert result.drafted is not None
         for emitted, drafted, wanted in zip(
@@ -110,7 +111,7 @@ def test_drafts_behind_rounds_without_drafts(kind: str) -> None:
 
 def test_served_drafts_behind_rounds_without_drafts() -> None:
     """The same in slots, which new requests take while others have not caught up."""
-    scheduler = schedulers.adaptive(1 / 1000, probe=2)
+    scheduler = schedulers.adaptive(1 / 1000, probe=2, trial_share=np.inf)
     options: dict[str, Any] = {"capacity": 40, "prefill_chunk": 2, "max_stop_tokens": 4, "scheduler": scheduler}
     with Engine(Models(target(), drafter("dspark")), slots=2, **options) as engine:
         handles = [

@@ -112,7 +112,10 @@ def test_rounds_without_drafts_leave_greedy_output_alone(target: Any, bigram: An
     plain = run(Models(target), batch_size=8)
     for drafter, size in ((bigram, 4), (dspark, 1)):
         mixed = run(
-            Models(target, drafter), scheduler=schedulers.adaptive(1 / 1.7, probe=4), batch_size=size, trace=True
+            Models(target, drafter),
+            scheduler=schedulers.adaptive(1 / 1.7, probe=4, trial_share=np.inf),
+            batch_size=size,
+            trace=True,
         )
         assert same(mixed.tokens, plain.tokens)
         lengths = np.concatenate(mixed.proposal_lengths)
@@ -124,7 +127,11 @@ def test_rounds_without_drafts_leave_greedy_output_alone(target: Any, bigram: An
 def test_the_drafter_is_shown_what_rounds_without_drafts_commit(target: Any, bigram: Any) -> None:
     """After any mix of rounds its cache, caught up, holds the features and tokens of everything before the anchor."""
     prompt = jnp.asarray([[3, 1, 4], [1, 5, 9]])
-    lengths, sampling, scheduler = jnp.full(2, 3), Sampling.constant(0.0, 2), schedulers.adaptive(1 / 1.7, probe=2)
+    lengths, sampling, scheduler = (
+        jnp.full(2, 3),
+        Sampling.constant(0.0, 2),
+        schedulers.adaptive(1 / 1.7, probe=2, trial_share=np.inf),
+    )
     keys, stops = request_keys(0, jnp.arange(2)), jnp.asarray([-1])
     models, prompts = Models(target, bigram), Prompts(prompt, lengths, lengths + 12, keys)
     first = Requests(round_uniforms(keys, lengths - 1, 0), sampling, stops)

@@ -207,7 +207,7 @@ def all_rules(size: int) -> dict[str, Lengths]:
     for accepted in ([size, 0], [1, 1], [size - 1, 0]):
         proposed = jnp.full(2, size)
         estimate = estimator.update(estimate, proposed, jnp.asarray(accepted), jnp.ones(2, bool))
-    learnt = History(old.survival, estimate, jnp.int32(0))
+    learnt = History(old.survival, estimate, jnp.int32(0), jnp.float32(99))
     adaptive = functools.partial(schedulers.adaptive, online=online, **free)
     return {
         "fixed": by(schedulers.fixed()),

@@ -28,9 +28,15 @@ SCHEDULERS = {
     "early stop": schedulers.early_stop(JAGGED),
     "lagged": schedulers.lagged(JAGGED, PRIOR, capacities=(4, 7, 9, 12)),
     "online": schedulers.early_stop(JAGGED, online=EstimateSettings(strength=1.0, discount=0.7, prior=0.8)),
-    "adaptive": schedulers.adaptive([1.0] * 9 + [0.7], 1.5, probe=2, online=EstimateSettings(strength=0.5, prior=0.6)),
+    "adaptive": schedulers.adaptive(
+        [1.0] * 9 + [0.7], 1.5, probe=2, trial_share=np.inf, online=EstimateSettings(strength=0.5, prior=0.6)
+    ),
     "confident": schedulers.adaptive(  # what it decides depends on drafts that were rejected in earlier rounds
-        [1.0] * 9 + [0.7], 1.9, probe=2, online=EstimateSettings(0.1, 0.5, prior=0.6, confident=True)
+        [1.0] * 9 + [0.7],
+        1.9,
+        probe=2,
+        trial_share=np.inf,
+        online=EstimateSettings(0.1, 0.5, prior=0.6, confident=True),
     ),
 }
 SETTINGS: dict[str, Any] = {

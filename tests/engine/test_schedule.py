@@ -1,6 +1,7 @@
 """Schedulers against plain loops in float64, on inputs full of ties, and what they promise whatever the input."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -319,7 +320,7 @@ def test_adaptive_drafts_where_it_pays_and_tries_again() -> None:
         return lengths, scheduler.observe(history, lengths, accepted, everyone, drafted=True)
 
     skip = jax.jit(lambda history: one.observe(history, none, none, everyone, drafted=False))
-    one = schedulers.adaptive(1 / 2, probe=6)
+    one = schedulers.adaptive(1 / 2, probe=6, trial_share=np.inf)
     history, drafted = one.start(1, 3), ""
     for number in range(100):
         drafts = bool(now(one, history, everyone))
@@ -336,6 +337,27 @@ def test_adaptive_drafts_where_it_pays_and_tries_again() -> None:
     for _ in range(80):
         assert not now(quiet, history, everyone)
         history = skip(history)
+
+
+@pytest.mark.parametrize("cost", (1.5, 4.5, 20.0))
+@pytest.mark.parametrize("prior", (0.3, 0.95))
+def test_finding_out_that_drafting_does_not_pay_costs_a_known_share(cost: float, prior: float) -> None:
+    """Drafts are never accepted: what trials cost, and drafting from the prior, is paid out of the plain rounds."""
+    scheduler = schedulers.adaptive(1 / cost, online=EstimateSettings(strength=1.0, discount=0.9, prior=prior))
+    everyone, none, three = jnp.ones(1, bool), jnp.zeros(1, jnp.int32), jnp.full(1, 3)
+
+    def turn(history: History, _: None) -> tuple[History, jax.Array]:
+        drafts = scheduler.drafts_now(history, everyone)
+        tried = scheduler.observe(history, three, none, everyone, drafted=True)
+        left = scheduler.observe(history, none, none, everyone, drafted=False)
+        return jax.tree.map(functools.partial(jnp.where, drafts), tried, left), drafts
+
+    _, drafted = jax.jit(lambda: jax.lax.scan(turn, scheduler.start(1, 3), length=3000))()
+    drafted = np.asarray(drafted)
+    burst = int(np.argmin(drafted))  # rounds at the start, which nothing has been earned for
+    lost = (cost - 1) * np.cumsum(drafted)
+    assert burst <= 4 and lost[-1] > 0.01 * 3000  # it does go on trying
+    assert (lost <= (cost - 1) * burst * 2 + 0.02 * np.arange(1, 3001) + 1e-3).all()
 
 
 def test_adaptive_learns_from_the_confidence_head() -> None:
@@ -355,7 +377,7 @@ def test_adaptive_decides_for_the_batch_and_by_the_cost_of_tokens() -> None:
     online = EstimateSettings(strength=0.5, prior=0.5)
     estimate = observed([([3, 3], [3, 0])] * 8, online, 2)
     flat = schedulers.adaptive(1 / 2.2, online=online)
-    history = History(estimate=estimate, idle=jnp.int32(0))
+    history = History(estimate=estimate, idle=jnp.int32(0), credit=jnp.float32(8))
     both, bare = jnp.ones(2, bool), Proposal(jnp.zeros((2, 3)), jnp.zeros((2, 3, 1)), None)
     assert bool(flat.drafts_now(history, jnp.asarray([True, False])))
     assert not flat.drafts_now(history, jnp.asarray([False, True]))

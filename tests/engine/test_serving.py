@@ -146,7 +146,7 @@ def test_the_lagged_scheduler_changes_no_greedy_answer(serve: Any, reference: An
 def test_rounds_without_drafts_change_no_greedy_answer(serve: Any, reference: Any) -> None:
     """Slots decide together; a drafter that is rarely right is asked rarely, and knows what happened meanwhile."""
     requests = asks(9, seed=3, sampled=False)
-    engine = serve(scheduler=schedulers.adaptive(1 / 1.8, probe=5))
+    engine = serve(scheduler=schedulers.adaptive(1 / 1.8, probe=5, trial_share=np.inf))
     handles = [engine.submit(**one, trace=True) for one in requests]
     drive(engine)
     assert [list(one.result().tokens) for one in handles] == reference(requests)

@@ -52,14 +52,20 @@ class Adaptive(Scheduler):
     """Decides before a round, by the running estimate, whether it drafts, and how many drafts are verified.
 
     As many as give the most expected tokens per second: a global argmax, which is lossless here, since all it reads is
-    older than the round. Only rounds with drafts teach the estimate. It drifts back to its prior in the others, and at
-    the latest after `probe` of them everything is drafted and verified once, so that requests that become predictable
-    are found out.
+    older than the round. Only rounds with drafts teach the estimate. It drifts back to its prior in the others, and
+    after `probe` of them everything is drafted and verified once, so that requests that become predictable are found
+    out.
+
+    Where drafting does not pay, finding that out costs little whatever a round costs: every plain round earns the time
+    of `trial_share` of one, a trial waits until that pays for a round with drafts that are all rejected, and what
+    rounds with drafts have lost (their time in plain rounds, less the tokens that they gave) is earned back before
+    drafting begins again. Gains make up for losses, and pay for the next trial at most.
 
     Attributes:
       steps_per_second: [N + 1] of rounds with drafts by verified tokens.
       plain_steps_per_second: [N + 1] of rounds without drafts.
-      probe: [] rounds without drafts after which one with them is tried; 0 is never.
+      probe: [] rounds without drafts after which one with them is tried, if there is credit for it; 0 is never.
+      trial_share: [] share of the time that may be lost by it; inf is no limit.
       capacities: batch sizes that are filled; None is any. Static.
     """
 
@@ -70,11 +76,12 @@ class Adaptive(Scheduler):
     steps_per_second: jax.Array | None = None
     plain_steps_per_second: jax.Array | None = None
     probe: jax.Array | int = 0
+    trial_share: jax.Array | float = 0.02
     capacities: tuple[int, ...] | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def remembers(self) -> bool:
-        """The estimate, and for how long nothing was drafted."""
+        """The estimate, for how long nothing was drafted, and what trials may cost."""
         return True
 
     def filling(self, sizes: tuple[int, ...]) -> Self:
@@ -84,7 +91,7 @@ class Adaptive(Scheduler):
     def start(self, batch: int, block_size: int) -> History:
         """Nothing seen."""
         assert self.online is not None
-        return History(estimate=self.online.start(batch, block_size), idle=jnp.int32(0))
+        return History(estimate=self.online.start(batch, block_size), idle=jnp.int32(0), credit=jnp.float32(0))
 
     def admit(self, proposal: Proposal, active: jax.Array, history: History) -> tuple[jax.Array, History]:
         """As many drafts as pay, or all of them in a round that is a trial."""
@@ -96,9 +103,47 @@ class Adaptive(Scheduler):
         return jnp.where(self._pays(history, active), chosen, everything), history
 
     def drafts_now(self, history: History, active: jax.Array) -> jax.Array:
-        """Where it pays, and in trials."""
-        assert history.idle is not None
-        return self._pays(history, active) | ((self.probe > 0) & (history.idle >= self.probe))
+        """Where it pays, and in trials, as far as there is credit."""
+        idle, credit = history.idle, history.credit
+        assert idle is not None and credit is not None
+        begins = (self.probe > 0) & (idle >= self.probe) & (credit >= self._trial_loss(history, active))
+        return begins | (self._pays(history, active) & ((idle == 0) | (credit >= 0)))
+
+    def observe(
+        self,
+        history: Any,
+        proposed: jax.Array,
+        accepted: jax.Array,
+        active: jax.Array,
+        *,
+        drafted: bool,
+        expected: jax.Array | None = None,
+    ) -> Any:
+        """As `Scheduler.observe`; and the credit after the round."""
+        gain = jnp.float32(self.trial_share)
+        if drafted:
+            tokens = jnp.where(active, 1 + jnp.stack([proposed, accepted]), 0).sum(axis=1)
+            requests = jnp.sum(active, dtype=jnp.int32)
+            gain = tokens[1] / jnp.maximum(requests, 1) - self._cost(tokens[0], requests)
+        credit = jnp.minimum(history.credit + gain, self._trial_loss(history, active))
+        after = super().observe(history, proposed, accepted, active, drafted=drafted, expected=expected)
+        return dataclasses.replace(after, credit=credit)
+
+    def _cost(self, tokens: jax.Array, requests: jax.Array) -> jax.Array:
+        """Time of a round with drafts that verifies so many tokens, in rounds without."""
+        rates, plain = self.steps_per_second, self.plain_steps_per_second
+        assert rates is not None and plain is not None
+        rate = rates[jnp.minimum(tokens, len(rates) - 1)]
+        # Rates may be 0; a finite cost keeps the credit a number.
+        return jnp.minimum(plain[jnp.minimum(requests, len(plain) - 1)] / jnp.maximum(rate, 1e-30), 1e6)
+
+    def _trial_loss(self, history: History, active: jax.Array) -> jax.Array:
+        """What a trial loses at most, in rounds without drafts: every request gets a token in any round."""
+        estimate, requests = history.estimate, jnp.sum(active, dtype=jnp.int32)
+        assert estimate is not None
+        batch, size = estimate.reached.shape
+        everything = self.within(jnp.full(batch, size, jnp.int32), active, size)
+        return jnp.maximum(self._cost(requests + jnp.sum(everything), requests) - 1, 0)
 
     def _pays(self, history: History, active: jax.Array) -> jax.Array:
         estimate, rates, plain = history.estimate, self.steps_per_second, self.plain_steps_per_second
@@ -124,6 +169,7 @@ class Adaptive(Scheduler):
         checks.check_rates(self, "plain_steps_per_second")
         checks.check_capacities(self)
         checks.check_counts(self, "probe", ((),))
+        checks.check_share(self, "trial_share")
 
 
 def adaptive(
@@ -131,6 +177,7 @@ def adaptive(
     plain_steps_per_second: Any = 1.0,
     *,
     probe: int = 32,
+    trial_share: float = 0.02,
     confident: bool = False,
     online: EstimateSettings | None = None,
     **bounds: Any,
@@ -142,6 +189,7 @@ def adaptive(
         rounds with drafts that last as long as 2.1 plain ones.
       plain_steps_per_second: [N + 1] of rounds without drafts, or one number, in the same unit.
       probe: see `Adaptive`.
+      trial_share: see `Adaptive`.
       confident: learn what the confidence head expects of the drafts of a round, not what came of them: a round then
         tells more, so fewer are needed to find out what does not pay.
       online: of the estimate; by default it expects much of a new request and forgets within some thirty rounds.
@@ -156,6 +204,7 @@ def adaptive(
         steps_per_second=jnp.atleast_1d(floats("steps_per_second", steps_per_second)),
         plain_steps_per_second=jnp.atleast_1d(floats("plain_steps_per_second", plain_steps_per_second)),
         probe=arguments.array("probe", probe, jnp.int32),
+        trial_share=arguments.array("trial_share", trial_share, jnp.float32),
         online=online,
         **bounds_of("adaptive", bounds, capacities=True),
     )

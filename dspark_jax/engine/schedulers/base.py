@@ -32,11 +32,13 @@ class History:
       survival: [2, B, G] float32 survivals of the last round and of the one before.
       estimate: running acceptance of every request and of all of them.
       idle: [] int32, rounds since the last one with drafts.
+      credit: [] float32, plain rounds whose time trials may still cost; below 0, what rounds with drafts have lost.
     """
 
     survival: jax.Array | None = None
     estimate: AcceptanceEstimate | None = None
     idle: jax.Array | None = None
+    credit: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,7 +187,7 @@ class Scheduler:
             estimate = estimator.update(estimate, proposed, accepted, active, expected)
         if idle is not None:
             idle = jnp.int32(0) if drafted else idle + 1
-        return History(history.survival, estimate, idle)
+        return dataclasses.replace(history, estimate=estimate, idle=idle)
 
     def logits(self, proposal: Proposal, history: Any) -> jax.Array:
         """Confidence logits [B, G] that the rule reads: calibrated ones of the head, or those of the estimate."""

@@ -83,6 +83,15 @@ def check_probability(scheduler: Any, field: str) -> None:
         )
 
 
+def check_share(scheduler: Any, field: str) -> None:
+    """A share of the time, which may be unlimited."""
+    value = _values(scheduler, field)
+    if value is None or value.ndim or not value >= 0:
+        raise InputError(
+            f"{field}={value} of scheduler {scheduler.name!r} is no share; use one number from 0, or inf for no limit"
+        )
+
+
 def check_head(scheduler: Any, size: int, requests: int) -> None:
     """What corrects the confidence head."""
     name = scheduler.name

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dspark_jax import command
-from dspark_jax.config import Config, DataConfig, InputError
+from dspark_jax.config import AnswersConfig, Config, DataConfig, InputError
 from dspark_jax.data.chat import load_tokenizer, stop_tokens
 from dspark_jax.data.files import HUB
 from dspark_jax.data.mask_token import mask_warning
@@ -38,12 +38,14 @@ from dspark_jax.data.regenerate import (
     AnswerLog,
     Conversation,
     Decode,
+    Dialogues,
     Limits,
     Rejected,
     conversations,
     regenerate,
 )
 from dspark_jax.data.samples import Tally, answered_samples, describe, describe_unused, given_samples
+from dspark_jax.data.servers import ask_servers
 from dspark_jax.data.sources import SampleReader, write_samples
 from dspark_jax.engine.generate import generate
 from dspark_jax.engine.models import Models, when_loaded
@@ -81,6 +83,13 @@ FIELDS = (
 
 LATER_FIELDS = ("thinking", "supervised")
 """The same, but data that was made before there were any is that of their defaults."""
+
+
+SAMPLING_FIELDS = ("top_p", "top_k", "min_p", "max_new_tokens")
+"""Fields of `config.data.answers` that the samples depend on."""
+
+SERVER_FIELDS = ("model", "mode")
+"""The same, where servers answer."""
 
 
 def prepare(config: Config, workdir: Path, decode: Decode | None = None) -> dict[str, Any]:
@@ -160,6 +169,7 @@ def read_inputs(config: Config) -> dict[str, Any]:
         raise InputError(f"data.repeats={data.repeats} needs data.regenerate=True; given answers exist once")
     prompts = content_hashes(data.prompts, "data.prompts")
     later = {name: getattr(data, name) for name in LATER_FIELDS if getattr(data, name) != getattr(DataConfig(), name)}
+    later |= _answer_fields(data) if data.regenerate else {}
     return {
         "format": _format(config),
         "target": {"weights": fingerprint(path), "dtype": config.target.dtype} if data.regenerate else {},
@@ -168,6 +178,18 @@ def read_inputs(config: Config) -> dict[str, Any]:
         "prompts": prompts,
         "data": {name: getattr(data, name) for name in FIELDS} | later,
     }
+
+
+def _answer_fields(data: DataConfig) -> dict[str, Any]:
+    """Fields of `data.answers` that the samples depend on, where they are not those of their defaults.
+
+    Which server it was, and how it was asked, does not count: it serves the target.
+    """
+    default = AnswersConfig()
+    names = SAMPLING_FIELDS + (SERVER_FIELDS if data.answers.endpoints else ())
+    changed = {name: getattr(data.answers, name) for name in names}
+    found = {f"answers.{name}": value for name, value in changed.items() if value != getattr(default, name)}
+    return found | ({"answers.endpoints": "servers"} if data.answers.endpoints else {})
 
 
 def _format(config: Config) -> int:
@@ -216,6 +238,9 @@ def target_decoder(config: Config) -> Decode:
                 prompts,
                 max_new_tokens=max_new_tokens,
                 temperature=data.temperature,
+                top_p=data.answers.top_p,
+                top_k=data.answers.top_k,
+                min_p=data.answers.min_p,
                 stop_tokens=stops,
                 keys=request_keys(data.seed, jnp.asarray(streams, jnp.int32)),
                 batch_size=data.decode_batch_size,
@@ -279,18 +304,12 @@ def _answers(
         max_length=data.max_length,
         max_positions=config.target.architecture.max_position_embeddings,
         batch_size=data.decode_batch_size,
+        max_new_tokens=data.answers.max_new_tokens,
     )
+    stops = stop_tokens(config.target.path, tokenizer)
 
     def reject(conversation: Conversation, error: Rejected) -> None:
         tally.reject(conversation.sample_id, conversation.prompt, error)
-
-    @functools.cache
-    def decoder() -> Decode:
-        return decode or target_decoder(config)
-
-    def decode_lazily(prompts: Any, streams: Any, max_new_tokens: int) -> Any:
-        # With all answers there already, the target is not loaded.
-        return decoder()(prompts, streams, max_new_tokens)
 
     with (
         contextlib.closing(AnswerLog(partial / "answers.jsonl")) as answers,
@@ -298,8 +317,25 @@ def _answers(
     ):
         if len(answers):
             log(f"data: continuing with {len(answers)} answers that are there already")
-        stops = stop_tokens(config.target.path, tokenizer)
-        return regenerate(tokenizer, todo, decode_lazily, stops, limits, answers, reject, progress.advance)
+        if not data.answers.endpoints:
+            decoder = functools.cache(lambda: decode or target_decoder(config))
+
+            def decode_lazily(prompts: Any, streams: Any, max_new_tokens: int) -> Any:
+                # With all answers there already, the target is not loaded.
+                return decoder()(prompts, streams, max_new_tokens)
+
+            return regenerate(tokenizer, todo, decode_lazily, stops, limits, answers, reject, progress.advance)
+
+        started, before = time.monotonic(), len(answers)
+
+        def advance(turns: int, failures: int) -> None:
+            rate = (len(answers) - before) / max(time.monotonic() - started, 1e-3)
+            progress.advance(turns, {"answers/s": rate, "failed": failures})
+
+        dialogues = Dialogues(tokenizer, stops, limits, progress.advance)
+        found = ask_servers(tokenizer, todo, config, stops, dialogues, answers, reject, advance, progress.print)
+        tally.counts["answers_as_text"] = answers.texts
+        return found
 
 
 def _open_partial(partial: Path, digest: str) -> None:
@@ -330,10 +366,19 @@ def _publish(partial: Path, final: Path) -> None:
 def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
     """What has changed between two sets of inputs, in one line."""
     fields, new = part(before, "data"), now["data"]
-    changed = [f"data.{name}={new[name]!r}, was {fields.get(name)!r}" for name in new if fields.get(name) != new[name]]
+    changed = [
+        f"data.{name}={_value(new, name)}, was {_value(fields, name)}"
+        for name in {**new, **fields}
+        if _value(new, name) != _value(fields, name)
+    ]
     others = [name for name in now if name != "data" and before.get(name) != now[name]]
     changed += [f"the {name.replace('_', ' ')} changed" for name in others]
     return "; ".join(changed) or "the samples in it are not complete"
+
+
+def _value(fields: dict[str, Any], name: str) -> str:
+    """A field as text; fields that were added later are left out where they have their default."""
+    return repr(fields[name]) if name in fields else "its default"
 
 
 def _summarise(report: dict[str, Any], final: Path) -> None:
@@ -348,6 +393,8 @@ def _summarise(report: dict[str, Any], final: Path) -> None:
             f"data: {report['cut_answers']} answers ran into data.max_length; "
             f"{report['shortened']} conversations end before their last turn"
         )
+    if report.get("answers_as_text"):
+        log(f"data: servers gave {report['answers_as_text']} answers as text, which is tokenised here")
     if report["thoughts_cut"]:
         log(f"data: of {report['thoughts_cut']} conversations the chat template leaves think blocks out")
     if report["unused"]:

@@ -114,7 +114,7 @@ def test_prompts_become_samples_and_a_report(
     }
     shown = capsys.readouterr().err
     assert "10 samples (math 10)" in shown
-    assert "set aside in" in shown and "1 malformed line, 1 prompt too long, 1 empty answer" in shown
+    assert "set aside in" in shown and "1 malformed line, 1 empty answer, 1 prompt too long" in shown
 
 
 def test_unchanged_inputs_are_skipped_and_changed_ones_are_named(

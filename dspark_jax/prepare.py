@@ -12,7 +12,6 @@ training does not run the target. That, too, says beforehand how much it takes, 
 """
 
 import contextlib
-import functools
 import hashlib
 import itertools
 import json
@@ -24,10 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from dspark_jax import command
+from dspark_jax.answering import target_decoder
 from dspark_jax.config import AnswersConfig, Config, DataConfig, InputError
 from dspark_jax.data.chat import load_tokenizer, stop_tokens
 from dspark_jax.data.files import HUB
@@ -47,20 +45,19 @@ from dspark_jax.data.regenerate import (
 from dspark_jax.data.samples import Tally, answered_samples, describe, describe_unused, given_samples
 from dspark_jax.data.servers import ask_servers
 from dspark_jax.data.sources import SampleReader, write_samples
-from dspark_jax.engine.generate import generate
-from dspark_jax.engine.models import Models, when_loaded
-from dspark_jax.engine.sampling import request_keys
 from dspark_jax.errors import UNWRITABLE, is_full_disk
 from dspark_jax.json_file import part, read_ours, write_json
 from dspark_jax.kinds import KINDS
 from dspark_jax.progress import Progress, log
-from dspark_jax.sharding import make_mesh
-from dspark_jax.target.loading import fingerprint, load_target, tokenizer_fingerprint
+from dspark_jax.target.loading import fingerprint, tokenizer_fingerprint
 from dspark_jax.tokenizer import ChatTokenizer
 from dspark_jax.training.feature_cache import check_features, prepare_features
 
 FORMAT = 2
 """Raised when the same inputs would give other samples."""
+
+ANSWERS = 2
+"""Raised when `answers.jsonl` is written in another way."""
 
 _READ_SINCE_3 = re.compile(
     rb'"(tools?|functions?|tool_calls|function_call|observation|developer|instruction|input_ids)"'
@@ -116,7 +113,7 @@ def prepare_samples(config: Config, workdir: Path, decode: Decode | None = None)
     Args:
       config: resolved.
       workdir: is created if need be.
-      decode: answers batches of prompts; the config's target does when there is none.
+      decode: answers questions; the config's target does when there is none.
 
     Returns:
       The content of `data/report.json`.
@@ -220,36 +217,6 @@ def _digest(inputs: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def target_decoder(config: Config) -> Decode:
-    """Plain batched decoding by the config's target, loaded here, with our own engine.
-
-    The stream number of a prompt decides its random draws, so its answer does not depend on the batch it is in (but for
-    rounding: other shapes sum in another order).
-    """
-    data = config.data
-    stops = stop_tokens(config.target.path, load_tokenizer(config.target.path))
-    mesh = make_mesh(config.mesh)
-    models = Models(when_loaded(load_target(config.target, mesh)))
-
-    def decode(prompts: Any, streams: Any, max_new_tokens: int) -> list[np.ndarray]:
-        with jax.set_mesh(mesh):
-            result = generate(
-                models,
-                prompts,
-                max_new_tokens=max_new_tokens,
-                temperature=data.temperature,
-                top_p=data.answers.top_p,
-                top_k=data.answers.top_k,
-                min_p=data.answers.min_p,
-                stop_tokens=stops,
-                keys=request_keys(data.seed, jnp.asarray(streams, jnp.int32)),
-                batch_size=data.decode_batch_size,
-            )
-        return result.tokens
-
-    return decode
-
-
 def _complete(final: Path, samples: int | None) -> bool:
     """Whether the samples that the report speaks of are there; says what is wrong with them."""
     try:
@@ -302,8 +269,6 @@ def _answers(
     limits = Limits(
         max_prompt_length=data.max_prompt_length,
         max_length=data.max_length,
-        max_positions=config.target.architecture.max_position_embeddings,
-        batch_size=data.decode_batch_size,
         max_new_tokens=data.answers.max_new_tokens,
     )
     stops = stop_tokens(config.target.path, tokenizer)
@@ -318,13 +283,8 @@ def _answers(
         if len(answers):
             log(f"data: continuing with {len(answers)} answers that are there already")
         if not data.answers.endpoints:
-            decoder = functools.cache(lambda: decode or target_decoder(config))
-
-            def decode_lazily(prompts: Any, streams: Any, max_new_tokens: int) -> Any:
-                # With all answers there already, the target is not loaded.
-                return decoder()(prompts, streams, max_new_tokens)
-
-            return regenerate(tokenizer, todo, decode_lazily, stops, limits, answers, reject, progress.advance)
+            decoder = decode or (lambda ask: target_decoder(config)(ask))  # loads the target if there is a question
+            return regenerate(tokenizer, todo, decoder, stops, limits, answers, reject, progress.advance)
 
         started, before = time.monotonic(), len(answers)
 
@@ -340,15 +300,16 @@ def _answers(
 
 def _open_partial(partial: Path, digest: str) -> None:
     """An empty `data.partial`, or the one of a preparation with the same inputs that did not end."""
-    stated = read_ours(partial / "inputs.json").get("fingerprint")
-    if stated == digest:
+    found = read_ours(partial / "inputs.json")
+    stated = found.get("fingerprint")
+    if stated == digest and found.get("answers") == ANSWERS:
         return
     if stated is not None:
         log("data: the inputs have changed since the preparation that did not end; its answers are not used")
     if partial.exists():
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
-    write_json(partial / "inputs.json", {"fingerprint": digest})
+    write_json(partial / "inputs.json", {"fingerprint": digest, "answers": ANSWERS})
 
 
 def _publish(partial: Path, final: Path) -> None:

@@ -1,7 +1,6 @@
 """Answers that are there already, in a file that survives a killed preparation."""
 
 import json
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,9 @@ class Rejected(Exception):
 class AnswerLog:
     """Answers so far, in a JSONL file that survives a killed preparation.
 
-    One line per part of an answer: {"id": sample id, "turn": 0, "part": 0, "tokens": [...]}, with "text": true if it
-    came as text, and one per question that has none: {"id": 3, "turn": 0, "failed": ["server", "content_filter"]}. A
-    line that was being written when the process died does not count, and is overwritten.
+    One line per answer: {"id": sample id, "turn": 0, "tokens": [...]}, with "text": true if it came as text. One line
+    per question that has none: {"id": 3, "turn": 0, "failed": ["server", "content_filter"]}. A line that was being
+    written when the process died does not count, and is overwritten.
 
     Attributes:
       texts: number of answers that came as text.
@@ -35,8 +34,8 @@ class AnswerLog:
         Raises:
           InputError: a whole line of it is damaged.
         """
-        self.texts = self._count = 0
-        self._parts: dict[tuple[int, int, int], np.ndarray] = {}
+        self.texts = 0
+        self._answers: dict[tuple[int, int], np.ndarray] = {}
         self._failed: dict[tuple[int, int], Rejected] = {}
         self._file = path.open("a+b")
         self._file.seek(0)
@@ -57,43 +56,34 @@ class AnswerLog:
             reason, detail = entry["failed"]
             self._failed[entry["id"], entry["turn"]] = Rejected(reason, detail)
         else:
-            self._parts[entry["id"], entry["turn"], entry["part"]] = np.asarray(entry["tokens"], np.int32)
-            self._count += entry["part"] == 0
+            self._answers[entry["id"], entry["turn"]] = np.asarray(entry["tokens"], np.int32)
             self.texts += bool(entry.get("text"))
 
     def __len__(self) -> int:
-        """Number of answers, begun or finished."""
-        return self._count
+        """Number of answers."""
+        return len(self._answers)
 
-    def get(self, sample_id: int, turn: int, part: int) -> np.ndarray | None:
-        """Ids of a part of an answer, or None."""
-        return self._parts.get((sample_id, turn, part))
+    def get(self, sample_id: int, turn: int) -> np.ndarray | None:
+        """Ids of an answer, or None."""
+        return self._answers.get((sample_id, turn))
 
     def failure(self, sample_id: int, turn: int) -> Rejected | None:
         """Why a question has no answer, or None."""
         return self._failed.get((sample_id, turn))
 
-    def put(
-        self, turn: int, part: int, answers: Mapping[int, Sequence[int] | np.ndarray], *, text: bool = False
-    ) -> None:
-        """Adds a part of the answers of a batch, by sample id; they are in the file when this returns."""
-        entries = []
-        for sample_id, answer in answers.items():
-            tokens = np.asarray(answer, np.int32).tolist()
-            entries.append(
-                {"id": sample_id, "turn": turn, "part": part, "tokens": tokens} | ({"text": True} if text else {})
-            )
-        self._write(entries)
+    def put(self, sample_id: int, turn: int, answer: np.ndarray, *, text: bool = False) -> None:
+        """Adds an answer; it is in the file when this returns."""
+        entry = {"id": sample_id, "turn": turn, "tokens": answer.tolist()}
+        self._write(entry | ({"text": True} if text else {}))
 
     def put_failure(self, sample_id: int, turn: int, error: "Rejected") -> None:
         """Notes that a question has no answer and is not asked again."""
-        self._write([{"id": sample_id, "turn": turn, "failed": [error.reason, str(error)]}])
+        self._write({"id": sample_id, "turn": turn, "failed": [error.reason, str(error)]})
 
-    def _write(self, entries: Sequence[dict[str, Any]]) -> None:
-        self._file.write("".join(json.dumps(entry) + "\n" for entry in entries).encode())
+    def _write(self, entry: dict[str, Any]) -> None:
+        self._file.write((json.dumps(entry) + "\n").encode())
         self._file.flush()
-        for entry in entries:
-            self._read(entry)
+        self._read(entry)
 
     def close(self) -> None:
         """Closes the file."""

@@ -1,11 +1,12 @@
-"""Answers by the target: conversations are answered turn by turn, in batches, by a decoder that is passed in.
+"""Answers by the target: conversations are answered turn by turn, by a decoder that is passed in.
 
 A drafter must learn what its own target says, so prompts are answered by the target even where a data set brings
-answers along (paper, section 4). Decoding itself is not here: `prepare` passes a function that decodes a batch.
+answers along (paper, section 4). Decoding itself is not here: `prepare` passes a function that answers questions.
 """
 
+import collections
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -15,15 +16,6 @@ from dspark_jax.data.messages import has_tools
 from dspark_jax.data.prompts import Message, Prompt
 from dspark_jax.data.turns import has_control_tokens, renderable
 from dspark_jax.tokenizer import ChatTokenizer
-
-Decode = Callable[[Sequence[Sequence[int]], Sequence[int], int], Sequence[Sequence[int] | np.ndarray]]
-"""(prompt ids of a batch, a random stream number per prompt, most new tokens) -> new ids, a stop token included."""
-
-SMALLEST_GROUP = 64
-"""Prompts up to this many tokens are decoded together."""
-
-FIRST_PART = 64
-"""Answers are decoded in parts of at most so many tokens, twice as many, four times as many, ..."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,15 +62,10 @@ class Answered:
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What bounds an answer, in tokens: of a prompt, of prompt and answer, of the target; and how many at a time.
-
-    `max_new_tokens` bounds the answer itself; 0 leaves it what `max_length` leaves it.
-    """
+    """Most tokens of a prompt, of prompt and answer, and of an answer; 0 leaves that what `max_length` leaves it."""
 
     max_prompt_length: int
     max_length: int
-    max_positions: int
-    batch_size: int
     max_new_tokens: int = 0
 
 
@@ -123,6 +110,14 @@ class Question:
     messages: tuple[Message, ...]
     ids: list[int]
     room: int
+
+
+Decode = Callable[[Callable[[], Question | None]], Iterator[tuple[Question, Sequence[int]]]]
+"""Answers questions: it is given a function that gives the next one, and yields each with its answer, in any order.
+
+Answers are ids up to a stop token, or as many as the question has room for. That function gives None if there is none
+now; when an answer has been yielded there may be one again.
+"""
 
 
 class Dialogues:
@@ -203,31 +198,51 @@ def regenerate(
     on_rejected: Callable[[Conversation, Rejected], None],
     progress: Callable[[int], None],
 ) -> list[Answered]:
-    """Answers all turns of all conversations: the first turn of each, then the second ones, and so on.
+    """Answers all turns of all conversations; each goes on as soon as its turn before is answered.
 
-    Batches are planned from all conversations, decoded or not, so that a preparation that was killed continues with
-    the very batches it would have had. What becomes of a turn that cannot be answered says `Dialogues`.
+    What becomes of a turn that cannot be answered says `Dialogues`.
 
     Args:
       tokenizer: of the target.
       todo: conversations.
-      decode: answers a batch.
+      decode: answers questions; not called if there are none.
       stop_tokens: ids that end an answer.
       limits: see there.
       log: answers that are there already are not decoded again.
-      on_rejected: called with each conversation that is left out, and why.
+      on_rejected: called with each conversation that is left out, and why, at the end.
       progress: called with a number of user turns that are done, answered or given up.
 
     Returns:
       The conversations that have an answer, in their order.
     """
     dialogues = Dialogues(tokenizer, stop_tokens, limits, progress)
-    active, turn = list(todo), 0
-    while active:
-        asked = [question for one in active if (question := dialogues.question(one, turn))]
-        answers = _answer_all(asked, turn, decode, stop_tokens, limits, log, progress)
-        active = [one.conversation for one in asked if dialogues.take(one, answers[one.conversation.sample_id])]
-        turn += 1
+    unasked, later = iter(todo), collections.deque[tuple[Conversation, int]]()
+
+    def take(question: Question, answer: np.ndarray) -> None:
+        if dialogues.take(question, answer):
+            later.append((question.conversation, question.turn + 1))
+        progress(1)
+
+    def ask() -> Question | None:
+        while True:
+            conversation, turn = later.popleft() if later else (next(unasked, None), 0)
+            if conversation is None:
+                return None
+            question = dialogues.question(conversation, turn)
+            if question is None:
+                continue
+            found = log.get(conversation.sample_id, turn)
+            if found is None:
+                return question
+            take(question, found)
+
+    first = ask()
+    if first is not None:
+        ready = [first]
+        for question, tokens in decode(lambda: ready.pop() if ready else ask()):
+            answer = np.asarray(tokens, np.int32)
+            log.put(question.conversation.sample_id, question.turn, answer)
+            take(question, answer)
     return dialogues.result(todo, on_rejected)
 
 
@@ -267,62 +282,3 @@ def _next_question(
             "prompt_too_long", f"turn {turn + 1}: {len(ids)} tokens, data.max_prompt_length={limits.max_prompt_length}"
         )
     return messages, ids
-
-
-def _answer_all(
-    questions: Sequence[Question],
-    turn: int,
-    decode: Decode,
-    stop_tokens: Sequence[int],
-    limits: Limits,
-    log: AnswerLog,
-    progress: Callable[[int], None],
-) -> dict[int, np.ndarray]:
-    """Answers to the questions of one turn, by sample id, up to their stop token or as long as they may be.
-
-    A batch decodes until its last row has ended, and few answers are as long as the longest. So answers are decoded in
-    parts: those that have not ended are put into new batches, and go on from what they have. The draws of a stream
-    depend on the position only, so an answer is the same in parts as in one piece.
-    """
-    pending, part = {one.conversation.sample_id: one.ids for one in questions}, 0
-    ends = {one.conversation.sample_id: len(one.ids) + one.room for one in questions}
-    answers = {sample_id: np.zeros(0, np.int32) for sample_id in pending}
-    while pending:
-        going_on = {}
-        for batch, most in plan_batches(pending, limits, FIRST_PART << part):
-            if any(log.get(sample_id, turn, part) is None for sample_id in batch):
-                decoded = decode([pending[sample_id] for sample_id in batch], batch, most)
-                room = [ends[sample_id] - len(pending[sample_id]) for sample_id in batch]
-                log.put(turn, part, {i: ids[:fits] for i, ids, fits in zip(batch, decoded, room, strict=True)})
-            for sample_id in batch:
-                tokens = log.get(sample_id, turn, part)
-                assert tokens is not None
-                answers[sample_id] = np.concatenate([answers[sample_id], tokens])
-                ids = [*pending[sample_id], *tokens.tolist()]
-                if len(tokens) and ids[-1] not in stop_tokens and len(ids) < ends[sample_id]:
-                    going_on[sample_id] = ids
-            progress(sum(sample_id not in going_on for sample_id in batch))
-        pending, part = going_on, part + 1
-    return answers
-
-
-def plan_batches(prompts: Mapping[int, Sequence[int]], limits: Limits, part: int) -> Iterator[tuple[list[int], int]]:
-    """Batches of prompts, as (sample ids, most new tokens), so that few shapes occur: each costs a compilation.
-
-    Prompts are grouped by length (up to 64 tokens, 128, 256, ...), and a group is dealt out like cards from longest to
-    shortest: its batches are equally large to within one and their longest prompts nearly equally long. All batches of
-    a group share one budget: `part` tokens, or a smaller power of two where no answer of the group has room for more.
-    """
-    groups: dict[int, list[int]] = {}
-    for sample_id, ids in prompts.items():
-        group = max(len(ids) - 1, SMALLEST_GROUP - 1).bit_length()
-        groups.setdefault(group, []).append(sample_id)
-    for _, members in sorted(groups.items()):
-        members.sort(key=lambda sample_id: (-len(prompts[sample_id]), sample_id))
-        longest, shortest = len(prompts[members[0]]), len(prompts[members[-1]])
-        most = min(part, 1 << (limits.max_length - shortest - 1).bit_length())
-        if limits.max_positions:
-            most = min(most, limits.max_positions - longest)
-        count = -(-len(members) // limits.batch_size)
-        for first in range(count):
-            yield members[first::count], most

@@ -314,7 +314,7 @@ async def _answer(question: Question, servers: Servers, reader: Reader, log: Ans
     sample_id, turn = question.conversation.sample_id, question.turn
     if failure := log.failure(sample_id, turn):
         raise failure
-    found = log.get(sample_id, turn, 0)
+    found = log.get(sample_id, turn)
     if found is not None:
         return found
     try:
@@ -323,7 +323,7 @@ async def _answer(question: Question, servers: Servers, reader: Reader, log: Ans
     except Rejected as error:
         log.put_failure(sample_id, turn, error)
         raise
-    log.put(turn, 0, {sample_id: answer}, text=said.ids is None)
+    log.put(sample_id, turn, answer, text=said.ids is None)
     return answer
 
 

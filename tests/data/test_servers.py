@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import pytest
 
+from dspark_jax import answering
 from dspark_jax import prepare as command
 from dspark_jax.config import (
     AnswersConfig,
@@ -29,8 +30,11 @@ from dspark_jax.config import (
 from dspark_jax.data import chat
 from dspark_jax.data.answer_log import AnswerLog
 from dspark_jax.data.sources import SampleReader
+from dspark_jax.engine import Models
+from dspark_jax.engine.serving import Engine
 from dspark_jax.prepare import prepare
 from dspark_jax.sharding import make_mesh
+from dspark_jax.target.loading import load_target
 from tests.data.openai_server import Behaviour, OpenAIServer, by_seed
 
 pytest.importorskip("openai", reason="the package openai is not installed (.[answers])")
@@ -150,7 +154,8 @@ def test_a_target_here_gives_the_same_samples(
     config: Config, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Greedily: the server decodes with the engine of this package."""
-    monkeypatch.setattr(command, "make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:1]))  # compiles faster
+    mesh = make_mesh(config.mesh, jax.devices()[:1])  # compiles faster
+    monkeypatch.setattr(answering, "make_mesh", lambda _: mesh)
     write_prompts(tmp_path / "math.jsonl", 4)
     settings = {
         "prompts": (str(tmp_path / "math.jsonl"),),
@@ -161,9 +166,14 @@ def test_a_target_here_gives_the_same_samples(
     }
     config = changed(config, **settings, answers=AnswersConfig(max_new_tokens=12))
     prepare(config, tmp_path / "here")
-    decode = command.target_decoder(config)
-    server = start(answer=lambda prompt, body: decode([prompt], [0], 12)[0].tolist())
-    prepare(asking(config, server, max_new_tokens=12), tmp_path / "server")
+    with jax.set_mesh(mesh):
+        engine = Engine(Models(load_target(config.target, mesh)), slots=4, capacity=140, stop_tokens=[STOP])
+
+    def answer(prompt: Any, body: dict[str, Any]) -> Any:
+        return engine.submit(prompt, max_new_tokens=body["max_tokens"]).result().tokens
+
+    with engine:
+        prepare(asking(config, start(answer=answer), max_new_tokens=12), tmp_path / "server")
     assert samples(tmp_path / "server") == samples(tmp_path / "here") and len(samples(tmp_path / "here")) == 4
 
 

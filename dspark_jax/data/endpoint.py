@@ -7,6 +7,7 @@ other servers the text is taken. All sampling settings are sent, also those that
 
 import asyncio
 import dataclasses
+import importlib
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -77,7 +78,7 @@ class Endpoint:
           InputError: the package openai is missing.
         """
         try:
-            import openai
+            self._openai: Any = importlib.import_module("openai")
         except ModuleNotFoundError:
             raise InputError(
                 "data.answers.endpoints needs the package openai; pip install 'dspark-jax[answers]'"
@@ -85,7 +86,9 @@ class Endpoint:
         self.url, self.config, self.settings = url.rstrip("/"), config, config.answers
         self.stop_tokens = list(stop_tokens)
         key = os.environ.get(self.settings.key_variable) or "none"
-        self._client = openai.AsyncOpenAI(base_url=self.url, api_key=key, max_retries=0, timeout=self.settings.timeout)
+        self._client = self._openai.AsyncOpenAI(
+            base_url=self.url, api_key=key, max_retries=0, timeout=self.settings.timeout
+        )
         self.model = self.settings.model
         self.kind = ""
         self._connecting: asyncio.Task[None] | None = None
@@ -219,8 +222,7 @@ class Endpoint:
 
     async def _call(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """What the server says to one request."""
-        import openai
-
+        openai = self._openai
         try:
             if method == "get":
                 found = await self._client.get(

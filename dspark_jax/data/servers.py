@@ -97,7 +97,8 @@ class Servers:
             except Trouble as error:
                 self.failures += 1
                 trouble = error
-                await self._after(state, trouble, attempt)
+                if attempt < self.settings.retries:
+                    await self._after(state, trouble, attempt)
             except Refused as error:
                 self._refused(state, error)
             else:
@@ -140,17 +141,21 @@ class Servers:
         """Waits as long as a trouble asks for; all do where it is the server's."""
         now = time.monotonic()
         if not trouble.rests:
-            wait = min(self.settings.retry_wait * 2**attempt, LONGEST_WAIT)
+            wait = self._wait(attempt)
             if now - state.said >= SILENCE:
                 state.said = now
                 self.say(f"answers: {state.endpoint.url}: {trouble}; asking again in {wait:.3g} s")
             await asyncio.sleep(wait)
         elif state.until <= now:  # else others have met with the same trouble
-            wait = max(min(self.settings.retry_wait * 2**state.failures, LONGEST_WAIT), trouble.wait)
+            wait = max(self._wait(state.failures), trouble.wait)
             state.until, state.failures = now + wait, state.failures + 1
             if trouble.limited:
                 state.most = max(state.most / 2, 1)
             self.say(f"answers: {state.endpoint.url}: {trouble}; leaving it alone for {wait:.3g} s")
+
+    def _wait(self, failures: int) -> float:
+        """Seconds to wait after so many failures before this one."""
+        return min(self.settings.retry_wait * 2 ** min(failures, 30), LONGEST_WAIT)
 
     def _refused(self, state: _State, error: Refused) -> None:
         state.refused += 1

@@ -247,7 +247,8 @@ class Endpoint:
 
     def _meaning(self, error: Any) -> Exception:
         """What a status other than 200 says."""
-        status, said = error.status_code, " ".join(str(error.message).split())[:300]
+        status = error.status_code
+        said = " ".join(str(error.message).removeprefix(f"Error code: {status} - ").split())[:300]
         if status in (401, 403):
             return InputError(
                 f"{self.url} refuses the key ({status}: {said}); set the environment variable "

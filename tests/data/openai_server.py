@@ -29,6 +29,7 @@ class Behaviour:
       template: of the server; that of the tokenizer if it is empty.
       finish: number of a request, the request -> its finish reason if it is neither stop nor length.
       more: further fields of a message of the assistant.
+      refusal_seconds: that pass before a status that is not 200 is sent.
     """
 
     answer: Answer
@@ -40,6 +41,7 @@ class Behaviour:
     template: str = ""
     finish: Callable[[int, dict[str, Any]], str] = lambda number, body: ""
     more: dict[str, Any] = dataclasses.field(default_factory=dict)
+    refusal_seconds: float = 0.0
 
 
 class OpenAIServer:
@@ -49,14 +51,17 @@ class OpenAIServer:
       url: ends in /v1.
       requests: what it was asked for answers, in order.
       answered: (prompt, seed) of what it has answered -> how often.
-      most: most requests at a time.
+      now: requests that are being answered.
+      most: most of them at a time.
+      together: of each request, how many there were when it came.
     """
 
     def __init__(self, tokenizer: Any, behaviour: Behaviour):
         self.tokenizer, self.behaviour = tokenizer, behaviour
         self.requests: list[dict[str, Any]] = []
         self.answered: collections.Counter[tuple[str, int]] = collections.Counter()
-        self.most = self._now = 0
+        self.most = self.now = 0
+        self.together: list[int] = []
         self._lock = threading.Lock()
         self._over = threading.Event()
         outer = self
@@ -109,14 +114,15 @@ class OpenAIServer:
         with self._lock:
             number = len(self.requests)
             self.requests.append(body | {"path": path})
-            self._now += 1
-            self.most = max(self.most, self._now)
+            self.now += 1
+            self.most = max(self.most, self.now)
+            self.together.append(self.now)
         try:
             if not self._fail(handler, behaviour.fault(number)):
                 self._complete(handler, path, body, behaviour.finish(number, body))
         finally:
             with self._lock:
-                self._now -= 1
+                self.now -= 1
 
     def _fail(self, handler: BaseHTTPRequestHandler, fault: str) -> bool:
         if fault == "hang":
@@ -133,6 +139,7 @@ class OpenAIServer:
             _send(handler, 200, {"choices": []})
         elif fault:
             status, _, after = fault.partition(":")
+            self._over.wait(self.behaviour.refusal_seconds)
             _send(handler, int(status), {"error": {"message": "on demand"}}, retry_after=after)
         return bool(fault)
 

@@ -8,6 +8,7 @@ heavy is loaded. `InputError` and `TargetArchitecture` are part of it, though th
 import dataclasses
 import importlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,40 @@ class DrafterConfig:
 
 
 @dataclasses.dataclass
+class AnswersConfig:
+    """Who answers the prompts, and how; temperature and seed are `data.temperature` and `data.seed`."""
+
+    endpoints: tuple[str, ...] = ()
+    """Servers that answer, by their URLs, e.g. http://localhost:8000/v1: vLLM, SGLang, llama.cpp or another one with
+    OpenAI's API, serving this very target. Questions are shared out among them. Empty: the target answers here."""
+    model: str = ""
+    """Name of the target there; empty: the one that the server lists."""
+    key_variable: str = "OPENAI_API_KEY"
+    """Environment variable that holds the key of the servers; the key itself is stored nowhere."""
+    mode: str = "tokens"
+    """What is sent: tokens (our ids, to /completions), or chat (messages, to /chat/completions; the server's chat
+    template must then render the same prompts as ours, which is checked)."""
+    check_prompts: bool = True
+    """Refuse a server that reads other prompts than ours; off: only say so."""
+    concurrency: int = 64
+    """Questions that servers answer at a time, over all of them."""
+    retries: int = 8
+    """How often a question is asked again that a server has failed to answer; then the command ends."""
+    retry_wait: float = 1.0
+    """Seconds before the first retry, twice as many before each later one, up to a minute."""
+    timeout: float = 900.0
+    """Seconds that a server may take for an answer."""
+    top_p: float = 1.0
+    """Of all answers, wherever they come from, as the next three: only the likeliest tokens with this probability."""
+    top_k: int = 0
+    """Only so many of the likeliest tokens; 0 is off."""
+    min_p: float = 0.0
+    """Only tokens of at least this share of the likeliest one's probability."""
+    max_new_tokens: int = 0
+    """Longest answer; 0: what `data.max_length` leaves it."""
+
+
+@dataclasses.dataclass
 class DataConfig:
     """Prompts, the answers that the target gives to them, and how they become training batches."""
 
@@ -92,7 +127,9 @@ class DataConfig:
     feature_dtype: str = "int8"
     """How features are stored: int8 with a scale per token and group of 128 values, or bfloat16."""
     temperature: float = 1.0
+    answers: AnswersConfig = dataclasses.field(default_factory=AnswersConfig)
     decode_batch_size: int = 32
+    """Answers that the target gives here at a time."""
     seed: int = 0
     workers: int = 1
     """Threads that read batches ahead; their number does not change the order."""
@@ -297,7 +334,8 @@ def _feature_problems(config: Config) -> Iterator[str]:
         yield "data.supervised='thinking' with data.thinking='off' leaves nothing to train; set data.thinking='on'"
     if data.feature_dtype not in ("int8", "bfloat16"):
         yield f"data.feature_dtype={data.feature_dtype!r} is unknown; use int8 or bfloat16"
-    needs: dict[str, int] = {"data.regenerate": data.regenerate, "train.evaluate": config.train.evaluate}
+    answers_here = data.regenerate and not data.answers.endpoints
+    needs: dict[str, int] = {"data.regenerate": answers_here, "train.evaluate": config.train.evaluate}
     needs["train.evaluate_every"] = config.train.evaluate_every
     for field, value in needs.items():
         if target.unsupported and value:
@@ -307,6 +345,20 @@ def _feature_problems(config: Config) -> Iterator[str]:
             )
     if data.features == "torch" and target.num_hidden_layers - 1 in config.drafter.target_layer_ids:
         yield "data.features='torch' cannot tap the last layer, whose output transformers gives normed; use 'cache'"
+
+
+def _answer_problems(data: DataConfig) -> Iterator[str]:
+    """What does not hold of who answers."""
+    answers = data.answers
+    for url in answers.endpoints:
+        if not re.match(r"https?://[^/\s]", url):
+            yield f"data.answers.endpoints has {url!r}; URLs such as http://localhost:8000/v1 are needed"
+    if len(set(answers.endpoints)) < len(answers.endpoints):
+        yield f"data.answers.endpoints={answers.endpoints} names a server twice; name each once"
+    if answers.mode not in ("tokens", "chat"):
+        yield f"data.answers.mode={answers.mode!r} is unknown; use tokens or chat"
+    if answers.endpoints and not data.regenerate:
+        yield "data.answers.endpoints needs data.regenerate=True; given answers are trained as they are"
 
 
 PATHS = ("target.path", "data.prompts", "train.init_from", "eval.prompts")
@@ -341,6 +393,7 @@ def problems(config: Config) -> Iterator[str]:
     yield from _drafter_problems(drafter, target)
     yield from _loss_problems(config.loss)
     yield from _feature_problems(config)
+    yield from _answer_problems(config.data)
     if target.num_attention_heads % max(target.num_key_value_heads, 1):
         yield (
             f"target num_attention_heads={target.num_attention_heads} is no multiple of num_key_value_heads="

@@ -17,7 +17,6 @@ training does not run the target. That, too, says beforehand how much it takes, 
 """
 
 import contextlib
-import functools
 import hashlib
 import itertools
 import json
@@ -29,13 +28,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from absl import flags
 
 from dspark_jax import command
+from dspark_jax.answering import target_decoder
 from dspark_jax.benchmarks import BENCHMARKS
-from dspark_jax.config import Config, DataConfig, InputError
+from dspark_jax.config import AnswersConfig, Config, DataConfig, InputError
 from dspark_jax.data import overlap, statistics
 from dspark_jax.data.benchmark_prompts import fetch, places
 from dspark_jax.data.chat import load_tokenizer, stop_tokens
@@ -47,27 +45,28 @@ from dspark_jax.data.regenerate import (
     AnswerLog,
     Conversation,
     Decode,
+    Dialogues,
     Limits,
     Rejected,
     conversations,
     regenerate,
 )
 from dspark_jax.data.samples import Tally, answered_samples, describe, describe_unused, given_samples
+from dspark_jax.data.servers import ask_servers
 from dspark_jax.data.sources import SampleReader, write_samples
-from dspark_jax.engine.generate import generate
-from dspark_jax.engine.models import Models, when_loaded
-from dspark_jax.engine.sampling import request_keys
 from dspark_jax.errors import UNWRITABLE, is_full_disk
 from dspark_jax.json_file import part, read_ours, write_json
 from dspark_jax.kinds import KINDS
 from dspark_jax.progress import Progress, log
-from dspark_jax.sharding import make_mesh
-from dspark_jax.target.loading import fingerprint, load_target, tokenizer_fingerprint
+from dspark_jax.target.loading import fingerprint, tokenizer_fingerprint
 from dspark_jax.tokenizer import ChatTokenizer
 from dspark_jax.training.feature_cache import check_features, prepare_features
 
 FORMAT = 2
 """Raised when the same inputs would give other samples."""
+
+ANSWERS = 2
+"""Raised when `answers.jsonl` is written in another way."""
 
 _READ_SINCE_3 = re.compile(
     rb'"(tools?|functions?|tool_calls|function_call|observation|developer|instruction|input_ids)"'
@@ -90,6 +89,13 @@ FIELDS = (
 
 LATER_FIELDS = ("thinking", "supervised")
 """The same, but data that was made before there were any is that of their defaults."""
+
+
+SAMPLING_FIELDS = ("top_p", "top_k", "min_p", "max_new_tokens")
+"""Fields of `config.data.answers` that the samples depend on."""
+
+SERVER_FIELDS = ("model", "mode")
+"""The same, where servers answer."""
 
 
 def prepare(
@@ -131,7 +137,7 @@ def prepare_samples(config: Config, workdir: Path, decode: Decode | None = None)
     Args:
       config: resolved.
       workdir: is created if need be.
-      decode: answers batches of prompts; the config's target does when there is none.
+      decode: answers questions; the config's target does when there is none.
 
     Returns:
       The content of `data/report.json`.
@@ -190,6 +196,7 @@ def read_inputs(config: Config) -> dict[str, Any]:
         raise InputError(f"data.repeats={data.repeats} needs data.regenerate=True; given answers exist once")
     prompts = content_hashes(data.prompts, "data.prompts")
     later = {name: getattr(data, name) for name in LATER_FIELDS if getattr(data, name) != getattr(DataConfig(), name)}
+    later |= _answer_fields(data) if data.regenerate else {}
     return {
         "format": _format(config),
         "target": {"weights": fingerprint(path), "dtype": config.target.dtype} if data.regenerate else {},
@@ -198,6 +205,18 @@ def read_inputs(config: Config) -> dict[str, Any]:
         "prompts": prompts,
         "data": {name: getattr(data, name) for name in FIELDS} | later,
     }
+
+
+def _answer_fields(data: DataConfig) -> dict[str, Any]:
+    """Fields of `data.answers` that the samples depend on, where they are not those of their defaults.
+
+    Which server it was, and how it was asked, does not count: it serves the target.
+    """
+    default = AnswersConfig()
+    names = SAMPLING_FIELDS + (SERVER_FIELDS if data.answers.endpoints else ())
+    changed = {name: getattr(data.answers, name) for name in names}
+    found = {f"answers.{name}": value for name, value in changed.items() if value != getattr(default, name)}
+    return found | ({"answers.endpoints": "servers"} if data.answers.endpoints else {})
 
 
 def _format(config: Config) -> int:
@@ -226,33 +245,6 @@ def _warn_of_mask(config: Config) -> None:
 
 def _digest(inputs: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def target_decoder(config: Config) -> Decode:
-    """Plain batched decoding by the config's target, loaded here, with our own engine.
-
-    The stream number of a prompt decides its random draws, so its answer does not depend on the batch it is in (but for
-    rounding: other shapes sum in another order).
-    """
-    data = config.data
-    stops = stop_tokens(config.target.path, load_tokenizer(config.target.path))
-    mesh = make_mesh(config.mesh)
-    models = Models(when_loaded(load_target(config.target, mesh)))
-
-    def decode(prompts: Any, streams: Any, max_new_tokens: int) -> list[np.ndarray]:
-        with jax.set_mesh(mesh):
-            result = generate(
-                models,
-                prompts,
-                max_new_tokens=max_new_tokens,
-                temperature=data.temperature,
-                stop_tokens=stops,
-                keys=request_keys(data.seed, jnp.asarray(streams, jnp.int32)),
-                batch_size=data.decode_batch_size,
-            )
-        return result.tokens
-
-    return decode
 
 
 def _complete(final: Path, samples: int | None) -> bool:
@@ -307,20 +299,12 @@ def _answers(
     limits = Limits(
         max_prompt_length=data.max_prompt_length,
         max_length=data.max_length,
-        max_positions=config.target.architecture.max_position_embeddings,
-        batch_size=data.decode_batch_size,
+        max_new_tokens=data.answers.max_new_tokens,
     )
+    stops = stop_tokens(config.target.path, tokenizer)
 
     def reject(conversation: Conversation, error: Rejected) -> None:
         tally.reject(conversation.sample_id, conversation.prompt, error)
-
-    @functools.cache
-    def decoder() -> Decode:
-        return decode or target_decoder(config)
-
-    def decode_lazily(prompts: Any, streams: Any, max_new_tokens: int) -> Any:
-        # With all answers there already, the target is not loaded.
-        return decoder()(prompts, streams, max_new_tokens)
 
     with (
         contextlib.closing(AnswerLog(partial / "answers.jsonl")) as answers,
@@ -328,21 +312,34 @@ def _answers(
     ):
         if len(answers):
             log(f"data: continuing with {len(answers)} answers that are there already")
-        stops = stop_tokens(config.target.path, tokenizer)
-        return regenerate(tokenizer, todo, decode_lazily, stops, limits, answers, reject, progress.advance)
+        if not data.answers.endpoints:
+            decoder = decode or (lambda ask: target_decoder(config)(ask))  # loads the target if there is a question
+            return regenerate(tokenizer, todo, decoder, stops, limits, answers, reject, progress.advance)
+
+        started, before = time.monotonic(), len(answers)
+
+        def advance(turns: int, failures: int) -> None:
+            rate = (len(answers) - before) / max(time.monotonic() - started, 1e-3)
+            progress.advance(turns, {"answers/s": rate, "failed": failures})
+
+        dialogues = Dialogues(tokenizer, stops, limits, progress.advance)
+        found = ask_servers(tokenizer, todo, config, stops, dialogues, answers, reject, advance, progress.print)
+        tally.counts["answers_as_text"] = answers.texts
+        return found
 
 
 def _open_partial(partial: Path, digest: str) -> None:
     """An empty `data.partial`, or the one of a preparation with the same inputs that did not end."""
-    stated = read_ours(partial / "inputs.json").get("fingerprint")
-    if stated == digest:
+    found = read_ours(partial / "inputs.json")
+    stated = found.get("fingerprint")
+    if stated == digest and found.get("answers") == ANSWERS:
         return
     if stated is not None:
         log("data: the inputs have changed since the preparation that did not end; its answers are not used")
     if partial.exists():
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
-    write_json(partial / "inputs.json", {"fingerprint": digest})
+    write_json(partial / "inputs.json", {"fingerprint": digest, "answers": ANSWERS})
 
 
 def _publish(partial: Path, final: Path) -> None:
@@ -360,10 +357,19 @@ def _publish(partial: Path, final: Path) -> None:
 def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
     """What has changed between two sets of inputs, in one line."""
     fields, new = part(before, "data"), now["data"]
-    changed = [f"data.{name}={new[name]!r}, was {fields.get(name)!r}" for name in new if fields.get(name) != new[name]]
+    changed = [
+        f"data.{name}={_value(new, name)}, was {_value(fields, name)}"
+        for name in {**new, **fields}
+        if _value(new, name) != _value(fields, name)
+    ]
     others = [name for name in now if name != "data" and before.get(name) != now[name]]
     changed += [f"the {name.replace('_', ' ')} changed" for name in others]
     return "; ".join(changed) or "the samples in it are not complete"
+
+
+def _value(fields: dict[str, Any], name: str) -> str:
+    """A field as text; fields that were added later are left out where they have their default."""
+    return repr(fields[name]) if name in fields else "its default"
 
 
 def _summarise(report: dict[str, Any], final: Path) -> None:
@@ -378,6 +384,8 @@ def _summarise(report: dict[str, Any], final: Path) -> None:
             f"data: {report['cut_answers']} answers ran into data.max_length; "
             f"{report['shortened']} conversations end before their last turn"
         )
+    if report.get("answers_as_text"):
+        log(f"data: servers gave {report['answers_as_text']} answers as text, which is tokenised here")
     if report["thoughts_cut"]:
         log(f"data: of {report['thoughts_cut']} conversations the chat template leaves think blocks out")
     log("\n".join(statistics.table(report)))

@@ -32,6 +32,7 @@ class Range(NamedTuple):
 POSITIVE = Range("positive", 0, open_below=True)
 NOT_NEGATIVE = Range("0 or above", 0)
 SHARE = Range("from 0 to 1", 0, 1, open_above=False)
+POSITIVE_SHARE = Range("above 0 and at most 1", 0, 1, open_below=True, open_above=False)
 BELOW_ONE = Range("at least 0 and below 1", 0, 1)
 SEED = Range("a whole number from 0 to 2147483647", 0, 2**31)
 
@@ -45,6 +46,14 @@ RANGES: Mapping[str, Range] = {
     "data.max_length": POSITIVE,
     "data.min_loss_tokens": NOT_NEGATIVE,
     "data.temperature": NOT_NEGATIVE,
+    "data.answers.concurrency": POSITIVE,
+    "data.answers.retries": NOT_NEGATIVE,
+    "data.answers.retry_wait": NOT_NEGATIVE,
+    "data.answers.timeout": POSITIVE,
+    "data.answers.top_p": POSITIVE_SHARE,
+    "data.answers.top_k": NOT_NEGATIVE,
+    "data.answers.min_p": SHARE,
+    "data.answers.max_new_tokens": NOT_NEGATIVE,
     "data.decode_batch_size": POSITIVE,
     "data.seed": SEED,
     "data.workers": POSITIVE,

@@ -9,6 +9,7 @@ import pytest
 
 from dspark_jax.command import field_paths
 from dspark_jax.config import (
+    AnswersConfig,
     Config,
     InputError,
     TargetArchitecture,
@@ -54,6 +55,17 @@ def test_a_valid_config_has_no_problems():
         ({"data": {"max_prompt_length": 4096}}, ["max_prompt_length=4096 leaves no room"]),
         ({"data": {"max_length": 5000}}, ["max_length=5000 exceeds", "4096"]),
         ({"data": {"temperature": -1.0}}, ["data.temperature=-1.0 must be 0 or above"]),
+        (
+            {"data": {"answers": AnswersConfig(("localhost:8000",))}},
+            ["endpoints has 'localhost:8000'; URLs such as http:"],
+        ),
+        ({"data": {"answers": AnswersConfig(("http://a/v1",) * 2)}}, ["names a server twice"]),
+        (
+            {"data": {"answers": AnswersConfig(mode="text")}},
+            ["data.answers.mode='text' is unknown; use tokens or chat"],
+        ),
+        ({"data": {"answers": AnswersConfig(top_p=0.0)}}, ["data.answers.top_p=0.0 must be above 0 and at most 1"]),
+        ({"data": {"answers": AnswersConfig(("http://a/v1",)), "regenerate": False}}, ["needs data.regenerate=True"]),
         ({"eval": {"temperatures": (1.0, -0.5)}}, ["eval.temperatures contains -0.5; each must be 0 or above"]),
         ({"eval": {"temperatures": (math.nan,)}}, ["eval.temperatures contains nan"]),
         ({"optim": {"learning_rate": math.inf}}, ["optim.learning_rate=inf must be positive, and finite"]),
@@ -76,6 +88,15 @@ def test_each_wrong_fact_is_one_line_with_value_and_remedy(parts, expected):
 
 OTHER = {"drafter.mask_token_id", "drafter.markov_rank", "drafter.target_layer_ids", "mesh.data", "mesh.fsdp"}
 OTHER |= {"mesh.tensor"}  # their ranges follow from other fields
+
+
+def test_servers_answer_for_a_target_that_does_not_run_here():
+    other = dataclasses.replace(ARCH, unsupported="qwen3 with rope_type 'yarn'")
+    parts = {"target": {"architecture": other}, "train": {"evaluate": False}}
+    (problem,) = problems(valid(**parts, data={"features": "torch"}))
+    assert problem.startswith("data.regenerate=True needs a target that runs here")
+    answers = AnswersConfig(("http://localhost:8000/v1",))
+    assert not list(problems(valid(**parts, data={"features": "torch", "answers": answers})))
 
 
 def test_every_number_has_a_range_that_no_infinity_is_in():

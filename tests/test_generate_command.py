@@ -196,9 +196,7 @@ def test_a_cost_table_is_of_as_many_requests_as_are_decoded_together(tmp_path: P
     one, two = (run_scheduler("early_stop", DRAFTER, tmp_path, slots=n).steps_per_second.size for n in (1, 2))
     assert two - one == BLOCK + 1
     (tmp_path / "cost_table.json").write_text(json.dumps(table))
-    with pytest.raises(
-        InputError, match="table.json: measured with 1 requests at a time, and 2 .*profile --slots=1,2"
-    ):
+    with pytest.raises(InputError, match="table.json: measured with 1 requests at a time, and 2 .*profile --slots=1,2"):
         run_scheduler("early_stop", DRAFTER, tmp_path, slots=2)
     (tmp_path / "cost_table_s2.json").write_text(json.dumps(table | {"sample_steps_per_sec": [7], "slots": 2}))
     assert run_scheduler("early_stop", DRAFTER, tmp_path, slots=2).steps_per_second.tolist()[1:] == [7]

@@ -50,6 +50,7 @@ ALLOWED = {
     "convert": BASE | {"ops", "target", "drafter", "convert"},
     "evaluation": BASE | {"ops", "data", "target", "drafter", "training", "engine", "convert", "evaluation"},
     "planning": BASE | {"ops", "target", "drafter", "training", "engine", "planning"},
+    "answering": BASE | {"data", "target", "engine"},
     "command": BASE,
     "__main__": BASE,
 }

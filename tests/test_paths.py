@@ -18,6 +18,8 @@ from dspark_jax.paths import check_local
 from tests.quickstart.builder.build import parse
 
 OTHER_FIELDS = {
+    "data.answers.endpoints", "data.answers.model", "data.answers.mode", "data.answers.key_variable",
+    "train.wandb_project",
     "data.supervised",
     "data.thinking",
     "imports",
@@ -27,7 +29,7 @@ OTHER_FIELDS = {
     "compare.depth_drafters", "compare.length_drafters",
 }  # fmt: skip
 OTHER_FLAGS = {"traffic", "temperatures", "fit_on", "slots", "contexts", "studies", "prompt", "scheduler", "topology"}
-OTHER_FLAGS |= {"parts"}
+OTHER_FLAGS |= {"parts", "benchmarks", "checkpoint"}
 OTHER_OPTIONS = {"format", "dtype", "name", "target_name", "push", "config"}
 
 

@@ -5,21 +5,34 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 import pytest
 
+from dspark_jax import answering, train
 from dspark_jax import prepare as command
-from dspark_jax import train
-from dspark_jax.config import Config, DataConfig, DrafterConfig, EvalConfig, InputError, TargetConfig, resolve
-from dspark_jax.data import chat, regenerate
+from dspark_jax.config import (
+    AnswersConfig,
+    Config,
+    DataConfig,
+    DrafterConfig,
+    EvalConfig,
+    InputError,
+    TargetConfig,
+    resolve,
+)
+from dspark_jax.data import chat
+from dspark_jax.data.regenerate import Question
 from dspark_jax.data.sources import SampleReader
-from dspark_jax.prepare import data_fingerprint, prepare, target_decoder
+from dspark_jax.engine import Models, generate
+from dspark_jax.engine.sampling import request_keys
+from dspark_jax.prepare import data_fingerprint, prepare
 from dspark_jax.sharding import make_mesh
+from dspark_jax.target.loading import load_target
 
 STOP = 294
 
@@ -42,16 +55,18 @@ def config(tiny_target: Path, tmp_path: Path) -> Config:
 
 
 class Decoder:
-    """Answers by stream number only; stream 3 stops at once. May be killed after some batches."""
+    """Answers by sample id only; that of 3 stops at once. May be killed after some questions."""
 
     def __init__(self, kill_after: int = 10**9):
-        self.kill_after, self.streams = kill_after, []
+        self.kill_after, self.streams = kill_after, list[int]()
 
-    def __call__(self, prompts: Sequence[Sequence[int]], streams: Sequence[int], most: int) -> list[list[int]]:
-        if len(self.streams) == self.kill_after:
-            raise KeyboardInterrupt
-        self.streams.append(list(streams))
-        return [[STOP] if stream == 3 else [*range(65, 71 + stream), STOP] for stream in streams]
+    def __call__(self, ask: Callable[[], Question | None]) -> Iterator[tuple[Question, list[int]]]:
+        while question := ask():
+            if len(self.streams) == self.kill_after:
+                raise KeyboardInterrupt
+            stream = question.conversation.sample_id
+            self.streams.append(stream)
+            yield question, [STOP] if stream == 3 else [*range(65, 71 + stream), STOP]
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -120,7 +135,7 @@ def test_prompts_become_samples_and_a_report(
     assert report["thinking"] == {"samples": 0, "share": 0.0}
     shown = capsys.readouterr().err
     assert "10 samples (math 10)" in shown and "math 12 3 10 652 186" in " ".join(shown.split())
-    assert "set aside in" in shown and "1 malformed line, 1 prompt too long, 1 empty answer" in shown
+    assert "set aside in" in shown and "1 malformed line, 1 empty answer, 1 prompt too long" in shown
 
 
 def test_held_out_prompts_among_the_training_prompts_are_named(
@@ -227,7 +242,7 @@ def test_answers_to_other_inputs_are_not_continued_with(
         prepare(config, tmp_path, Decoder(kill_after=2))
     decoder = Decoder()
     prepare(changed(config, seed=1), tmp_path, decoder)
-    assert sum(map(len, decoder.streams)) == 15  # eleven first turns, four second ones
+    assert len(decoder.streams) == 15  # eleven first turns, four second ones
     assert "the inputs have changed since the preparation that did not end" in capsys.readouterr().err
 
 
@@ -255,24 +270,33 @@ def test_given_answers_are_used_as_they_are_without_the_target(config: Config, t
 def test_the_target_answers_each_prompt_by_its_own_key(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(command, "make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:1]))  # compiles faster
-    monkeypatch.setattr(regenerate, "FIRST_PART", 12)
+    """Through engines of several capacities the answers are those of `generate`, which decodes each in one piece."""
+    mesh = make_mesh(config.mesh, jax.devices()[:1])  # compiles faster
+    monkeypatch.setattr(answering, "make_mesh", lambda _: mesh)
+    for name, value in {"SMALLEST_CAPACITY": 32, "LEAST_ROOM": 4}.items():
+        monkeypatch.setattr(answering, name, value)
+    capacities, engine = [], answering.Engine
+    monkeypatch.setattr(
+        answering, "Engine", lambda *models, **given: capacities.append(given["capacity"]) or engine(*models, **given)
+    )
     path = tmp_path / "prompts.jsonl"
-    path.write_text('{"prompt": "one"}\n{"prompt": "two"}\n')
-    config = changed(config, prompts=(str(path),), max_prompt_length=39, max_length=40, min_loss_tokens=1)
+    texts = ["one", "two", "the sum of the numbers", "one", "a"]
+    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    settings: dict[str, Any] = {"prompts": (str(path),), "max_prompt_length": 40, "max_length": 64, "seed": 5}
+    config = changed(config, **settings, min_loss_tokens=1, decode_batch_size=2)
     prepare(config, tmp_path / "run")
-    samples = SampleReader(tmp_path / "run" / "data")
-    tokenizer = chat.load_tokenizer(config.target.path)
-    prompts = [chat.prompt_tokens(tokenizer, [{"role": "user", "content": text}]) for text in ("one", "two")]
-    most = 40 - min(map(len, prompts))
-    decode = target_decoder(config)
-    # In one piece, with other neighbours, in another order: the same answers, because the streams are the same.
-    two, one = decode([prompts[1], prompts[0]], [1, 0], most)
-    for i, answer in enumerate((one, two)):
-        end = len(prompts[i]) + len(answer)
-        assert samples[i].tokens[:end].tolist() == [*prompts[i], *np.asarray(answer)][:40]
-    again, other = decode([prompts[0], prompts[0]], [0, 2], most)
-    assert np.array_equal(again, one) and not np.array_equal(other, one)
+    assert capacities == [32, 64]
+    samples, tokenizer = SampleReader(tmp_path / "run" / "data"), chat.load_tokenizer(config.target.path)
+    prompts = [chat.prompt_tokens(tokenizer, [{"role": "user", "content": text}]) for text in texts]
+    with jax.set_mesh(mesh):
+        keys = request_keys(5, jnp.arange(5))
+        models = Models(load_target(config.target, mesh))
+        whole = generate(models, prompts, max_new_tokens=56, temperature=1.0, stop_tokens=[STOP], keys=keys).tokens
+    for i, (prompt, answer) in enumerate(zip(prompts, whole, strict=True)):
+        end = min(len(prompt) + len(answer), 64)
+        assert samples[i].tokens[:end].tolist() == [*prompt, *answer.tolist()][:64]
+    assert whole[0].tolist() != whole[3].tolist()
+    assert any(len(prompt) + len(answer) > 32 for prompt, answer in zip(prompts, whole, strict=True))
 
 
 def test_bad_input_is_one_line_and_leaves_no_data(
@@ -280,7 +304,7 @@ def test_bad_input_is_one_line_and_leaves_no_data(
 ) -> None:
     run = tmp_path / "run"
     with pytest.raises(InputError, match=r"no sample is left of 12 prompts: .*11 too few supervised.*rejected\.jsonl"):
-        prepare(changed(config, min_loss_tokens=139), run, lambda p, s, n: [[65, STOP]] * len(s))
+        prepare(changed(config, min_loss_tokens=139), run, lambda ask: ((one, [65, STOP]) for one in iter(ask, None)))
     with pytest.raises(InputError, match=r"nothing\.jsonl: cannot be read"):
         prepare(changed(config, prompts=(str(tmp_path / "nothing.jsonl"),)), run)
     with pytest.raises(InputError, match=r"data\.prompts is empty"):
@@ -409,6 +433,22 @@ def test_packed_sets_of_a_directory_and_thoughts_become_samples(config: Config, 
     assert texts[:3] == [f"<think>{word}</think>the answer<|im_end|>\n" for word in ("one", "two", "three")]
     with pytest.raises(InputError, match="holds no prompt; line 1: it is tokenised already"):
         prepare(changed(config, regenerate=True), tmp_path / "again", Decoder())
+
+
+def test_servers_need_a_package_and_an_answer_of_another_form_is_not_read(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "openai", None)
+    asking = changed(config, answers=AnswersConfig(endpoints=("http://localhost:1/v1",)))
+    with pytest.raises(InputError, match=r"needs the package openai; pip install 'dspark-jax\[answers\]'"):
+        prepare(asking, tmp_path / "servers")
+    partial = tmp_path / "run" / "data.partial"
+    partial.mkdir(parents=True)
+    (partial / "inputs.json").write_text(json.dumps({"fingerprint": data_fingerprint(config)}))
+    (partial / "answers.jsonl").write_text('{"id": 0, "turn": 0, "part": 0, "tokens": [66]}\n')
+    decoder = Decoder()
+    prepare(config, tmp_path / "run", decoder)
+    assert 0 in decoder.streams
 
 
 def full_disk(*_: object) -> int:

@@ -41,6 +41,7 @@ REASONS = {
     "prompt_too_long": "prompt too long",
     "empty_answer": "empty answer",
     "unanswered": "without an answer",
+    "server": "not answered by the server",
     "too_few_loss_tokens": "too few supervised tokens",
 }
 """Why a line or conversation gives no sample: the word in `rejected.jsonl` and in the report, and what is shown."""

@@ -66,7 +66,7 @@ def request_settings(
     """
     for name in unknown:
         arguments.check_known("submit", name, list(given))
-    least = {"max_new_tokens": 1, "top_k": 0, "seed": 0}
+    least = {"max_new_tokens": 1, "top_k": 0, "seed": 0, "random_stream": 0}
     values: dict[str, Any] = {name: arguments.integer(name, given[name], start) for name, start in least.items()}
     values |= {name: arguments.real(name, given[name]) for name in ("temperature", "top_p", "min_p")}
     # Its checks and messages are the ones of `generate`.

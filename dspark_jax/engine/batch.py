@@ -177,7 +177,7 @@ class Batch:
 def _chunk(request: Request | None, slot: int, start: int, width: int, stops: int) -> Chunk:
     """The next tokens of a request's prompt; without a request, a chunk of zeros that asks for more."""
     prompt = np.zeros(width + 1, np.int32) if request is None else request.prompt
-    settings = request.settings if request is not None else Settings(1, 0.0, 0, 1.0, 0.0, 0, (), (), trace=False)
+    settings = request.settings if request is not None else Settings(1, 0.0, 0, 1.0, 0.0, 0, 0, (), (), trace=False)
     tokens, stop_tokens = np.zeros(width, np.int32), np.full(stops, -1, np.int32)
     part = prompt[start : start + width]
     tokens[: len(part)] = part
@@ -190,6 +190,7 @@ def _chunk(request: Request | None, slot: int, start: int, width: int, stops: in
         np.int32(len(prompt)),
         np.int32(len(prompt) + settings.max_new_tokens),
         np.int32(settings.seed),
+        np.int32(settings.random_stream),
         np.float32(settings.temperature),
         np.int32(min(settings.top_k, np.iinfo(np.int32).max)),
         np.float32(settings.top_p),

@@ -25,6 +25,7 @@ class Settings:
     top_p: float
     min_p: float
     seed: int
+    random_stream: int
     stop_tokens: tuple[int, ...]
     stop_strings: tuple[str, ...]
     trace: bool

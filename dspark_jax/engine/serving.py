@@ -141,6 +141,7 @@ class Engine:
         top_p: float = 1.0,
         min_p: float = 0.0,
         seed: int = 0,
+        random_stream: int = 0,
         stop_tokens: Sequence[int] = (),
         stop_strings: Sequence[str] = (),
         trace: bool = False,
@@ -159,6 +160,7 @@ class Engine:
           min_p: only tokens of at least this share of the likeliest one's probability; 0 is off.
           seed: the request has the random numbers of `generate([prompt], seed=seed)`; 0 to 2**31 - 1. Its tokens are
             those, too, under a scheduler that looks at one request alone.
+          random_stream: it has those which that call has for its prompt of this number; 0 to 2**31 - 1.
           stop_tokens: ids that end it, besides the engine's; the stop token is the last of its tokens.
           stop_strings: texts that end it, wherever tokens end; the text stops before them.
           trace: keep what every round drafted, admitted and accepted in its pieces.
@@ -179,6 +181,7 @@ class Engine:
             "top_p": top_p,
             "min_p": min_p,
             "seed": seed,
+            "random_stream": random_stream,
             "stop_tokens": stop_tokens,
             "stop_strings": stop_strings,
             "trace": trace,

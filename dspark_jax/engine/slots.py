@@ -52,7 +52,8 @@ class Chunk:
       slot: where the request lives.
       prompt_length: of the whole prompt; the chunk that reaches it draws the first token.
       limit: length at which the request ends.
-      seed: of the request's key.
+      seed: of the request's key, with `random_stream`.
+      random_stream: number of the request among those with that seed.
       temperature: see `Sampling`, as the filters that follow.
       top_k: 0 is off.
       top_p: 1 is off.
@@ -67,6 +68,7 @@ class Chunk:
     prompt_length: Any
     limit: Any
     seed: Any
+    random_stream: Any
     temperature: Any
     top_k: Any
     top_p: Any
@@ -244,7 +246,7 @@ def prefill_chunk(models: Models, slots: Slots, chunk: Chunk, scheduler: Schedul
         put(_given(slots.sampling.top_p), chunk.top_p),
         put(_given(slots.sampling.min_p), chunk.min_p),
     )
-    key = request_keys(chunk.seed, jnp.zeros((1,), jnp.int32))
+    key = request_keys(chunk.seed, jnp.reshape(chunk.random_stream, (1,)))
     uniform = round_uniforms(key, jnp.reshape(chunk.prompt_length - 1, (1,)), 0).next
     last = jax.lax.dynamic_slice_in_dim(output.last_hidden, chunk.count - 1, 1, axis=1)[:, 0]
     first = sample(models.target.unembed(last), sampling.take(jnp.reshape(slot, (1,))), uniform)

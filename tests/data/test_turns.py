@@ -20,7 +20,7 @@ from dspark_jax.data.turns import ToolsError, has_control_tokens, samples_of_tur
 from dspark_jax.evaluation.decoding import Decoder
 
 TEMPLATES = Path(__file__).parent / "templates"
-LIMITS = Limits(max_prompt_length=300, max_length=500, max_positions=900, batch_size=4)
+LIMITS = Limits(max_prompt_length=300, max_length=500)
 TOOLS = ({"type": "function", "function": {"name": "add", "parameters": {}}},)
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
 THINK = Options(thinking=True)
@@ -46,12 +46,12 @@ def prompt(*messages: dict[str, Any], **fields: Any) -> Prompt:
 
 def answers(tokenizer: Any, prompts: list[Prompt], texts: Sequence[str], config: DataConfig, folder: Path) -> Any:
     """Samples and tally where the target's answer of turn i is `texts[i]`."""
-    turns = itertools.count()
     rejected: list[Rejected] = []
 
-    def decode(batch: Any, streams: Any, most: int) -> list[np.ndarray]:
-        ids = tokenizer(texts[next(turns)], add_special_tokens=False)["input_ids"]
-        return [np.asarray(ids, np.int32)] * len(batch)
+    def decode(ask: Any) -> Any:
+        for question in iter(ask, None):
+            ids = tokenizer(texts[question.turn], add_special_tokens=False)["input_ids"]
+            yield question, ids[: question.room]
 
     todo = conversations(prompts, 1, config.system_prompt, config.thinking)
     with (

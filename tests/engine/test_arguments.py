@@ -53,6 +53,7 @@ SUBMIT: dict[str, list[Any]] = {
     "top_p": [*NO_NUMBER, 0, 1.5, 1e-50],
     "min_p": [*NO_NUMBER, -1, 1.5],
     "seed": NO_INTEGER,
+    "random_stream": NO_INTEGER,
     "stop_tokens": [None, "5", *NO_TOKENS],
     "stop_strings": [None, "end", b"end", 1, {}, [1], [""], [None], ["\ud800"]],
     "trace": NO_BOOLEAN,

@@ -65,7 +65,11 @@ def asks(count: int, seed: int, sampled: bool = True) -> list[dict[str, Any]]:
         budget = 1 if number == 2 else int(rng.integers(1, 24))
         found.append(
             {"prompt": rng.integers(0, VOCAB, length).tolist(), "max_new_tokens": budget, "temperature": heat}
-            | {"seed": int(rng.integers(0, 2**31)), "top_p": float(rng.choice([1.0, 0.9])) if heat else 1.0}
+            | {
+                "seed": int(rng.integers(0, 2**31)),
+                "random_stream": number % 3,
+                "top_p": float(rng.choice([1.0, 0.9])) if heat else 1.0,
+            }
         )
     return found
 
@@ -76,7 +80,7 @@ def reference(target: Target, drafter: Any) -> Any:
 
     def decode(requests: list[dict[str, Any]], stop_tokens: Sequence[int] = ()) -> list[list[int]]:
         settings = {name: [one[name] for one in requests] for name in ("temperature", "top_p")}
-        keys = jnp.stack([request_keys(one["seed"], jnp.zeros(1, jnp.int32))[0] for one in requests])
+        keys = jnp.stack([request_keys(one["seed"], jnp.array([one["random_stream"]]))[0] for one in requests])
         prompts = [one["prompt"] for one in requests]
         options: dict[str, Any] = {"max_new_tokens": 24, "prompt_width": CAPACITY, "batch_size": 8}
         result = generate(Models(target, drafter), prompts, keys=keys, stop_tokens=stop_tokens, **settings, **options)
@@ -216,7 +220,7 @@ def test_a_slot_is_handed_over_clean(models: Any, target: Target) -> None:
         slots, _ = serve_round(pair, slots, nobody, scheduler, mode=Mode())
         tokens = np.zeros(4, np.int32)
         tokens[:count] = prompt[start : start + count]
-        numbers = [np.int32(n) for n in (count, start, 1, 6, 9, 0)]
+        numbers = [np.int32(n) for n in (count, start, 1, 6, 9, 0, 0)]
         chunk = Chunk(
             tokens, *numbers, np.float32(0), np.int32(0), np.float32(1), np.float32(0), np.full(1, -1, np.int32)
         )

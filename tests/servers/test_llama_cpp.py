@@ -1,47 +1,13 @@
 """Real llama.cpp: its converter takes the exports, its server gives the target's answers, in as many rounds as ours."""
 
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from dspark_jax.convert.llama_tokenizer import split_to_tell
 from tests.servers.conftest import TARGET, TOKENS, serve
 
 pytestmark = pytest.mark.servers
-
-
-@pytest.fixture(scope="session")
-def converter(given, tmp_path_factory) -> Path:
-    """llama.cpp's converter, told of the embedded target's tokenizer by the command on the card."""
-    folder = tmp_path_factory.mktemp("converter")
-    for name in ("convert_hf_to_gguf.py", "conversion", "gguf-py"):
-        source = given("--llama-source") / name
-        (shutil.copytree if source.is_dir() else shutil.copyfile)(source, folder / name)
-    line = f'/def get_vocab_base_pre/a\\        return "{split_to_tell(TARGET)}"'
-    subprocess.run(["sed", "-i", line, folder / "conversion" / "base.py"], check=True)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def gguf(given, converter, tmp_path_factory):
-    """`gguf(directory)` converts a target, `gguf(directory, TARGET)` a drafter for it."""
-    made: dict[Path, Path] = {}
-
-    def convert(directory: Path, *target: Path) -> Path:
-        if directory not in made:
-            output = tmp_path_factory.mktemp("gguf") / "model.gguf"
-            more = [f"--target-model-dir={path}" for path in target]
-            command = [given("--llama-python"), converter / "convert_hf_to_gguf.py", directory, *more]
-            done = subprocess.run(
-                [*command, "--outtype=f32", f"--outfile={output}"], capture_output=True, text=True, check=False
-            )
-            assert done.returncode == 0, done.stderr[-3000:]
-            made[directory] = output
-        return made[directory]
-
-    return convert
 
 
 def ask(given, gguf, prompts, *, kind="dspark", size=0, drafter: Path | None = None, temperature: float = 0.0) -> dict:

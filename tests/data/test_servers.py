@@ -224,6 +224,29 @@ def test_too_many_requests_make_the_client_ask_less(config: Config, start: Start
     assert max(server.together[:16]) > 8 >= max(server.together[16:])
 
 
+WRONG: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "key": (
+        {"key": "secret"},
+        {},
+        r"refuses the key \(401: .*wrong key.*\); set the environment variable OPENAI_API_KEY",
+    ),
+    "model": ({}, {"model": "other"}, r"has no model 'other'; data\.answers\.model must be one of 'tiny'"),
+    "room": ({"room": 139}, {}, r"takes 139 tokens, prompt and answer together, and data\.max_length=140 is more"),
+    "500": ({"fault": lambda number: "500"}, {}, r"500: .*on demand.*, after 2 retries; when it answers again, run"),
+    "429": ({"fault": lambda number: "429"}, {}, "429: .*on demand.*, after 2 retries"),
+    "hang": ({"fault": lambda number: "hang"}, {"timeout": 0.1}, r"no answer within 0\.1 seconds .*, after 2 retries"),
+    "html": ({"fault": lambda number: "html"}, {}, "its answer is no.* JSON.*, after 2 retries"),
+    "400": ({"fault": lambda number: "400"}, {}, r"refuses every question \(400: .*on demand"),
+    "404": ({"fault": lambda number: "404"}, {}, r"has no such page or model \(.*on demand.*\); check the URL"),
+    "ids": (
+        {"answer": lambda prompt, body: [65, 999, STOP]},
+        {},
+        r"an answer has token 999, target\.path has 320",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
 def test_what_no_retry_mends_is_one_line(
     config: Config, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:

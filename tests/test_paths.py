@@ -30,7 +30,7 @@ OTHER_FIELDS = {
 }  # fmt: skip
 OTHER_FLAGS = {"traffic", "temperatures", "fit_on", "slots", "contexts", "studies", "prompt", "scheduler", "topology"}
 OTHER_FLAGS |= {"parts", "benchmarks", "checkpoint"}
-OTHER_OPTIONS = {"format", "dtype", "name", "target_name", "push", "config"}
+OTHER_OPTIONS = {"checkpoint", "format", "dtype", "name", "target_name", "push", "config"}
 
 
 @pytest.mark.parametrize(

@@ -8,18 +8,14 @@ heavy is loaded. `InputError` and `TargetArchitecture` are part of it, though th
 import dataclasses
 import importlib
 import json
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dspark_jax.architecture import TargetArchitecture, Unsupported
 from dspark_jax.errors import InputError
 from dspark_jax.kinds import KINDS
-from dspark_jax.paths import check_local
-from dspark_jax.ranges import NOT_NEGATIVE, range_problems
-from dspark_jax.registry import HEADS, LOSS_TERMS, listed, unknown
-from dspark_jax.target.families import FAMILIES, known
+from dspark_jax.registry import HEADS, LOSS_TERMS
 
 
 @dataclasses.dataclass
@@ -297,7 +293,7 @@ def resolve(config: Config) -> Config:
     """Fills the target's architecture from its directory, then validates; the argument is left unchanged.
 
     Raises:
-      InputError: the first fact that does not hold, see `problems`.
+      InputError: the first fact that does not hold, see `config_rules.problems`.
     """
     import_additions(config)
     architecture = config.target.architecture
@@ -316,162 +312,11 @@ def resolve(config: Config) -> Config:
     if kind and kind.reads_last_layer and not config.drafter.target_layer_ids and architecture.num_hidden_layers:
         last = (architecture.num_hidden_layers - 1,)
         config = dataclasses.replace(config, drafter=dataclasses.replace(config.drafter, target_layer_ids=last))
+    from dspark_jax.config_rules import problems  # which is about the classes here
+
     for problem in problems(config):
         raise InputError(problem)
     return config
-
-
-def _feature_problems(config: Config) -> Iterator[str]:
-    """What does not go with features from disk."""
-    target, data = config.target.architecture, config.data
-    if data.features not in ("online", "cache", "torch"):
-        yield f"data.features={data.features!r} is unknown; use online, cache or torch"
-    if data.thinking not in ("off", "on", "given"):
-        yield f"data.thinking={data.thinking!r} is unknown; use off, on or given"
-    if data.supervised not in ("both", "thinking", "answer"):
-        yield f"data.supervised={data.supervised!r} is unknown; use both, thinking or answer"
-    if data.thinking == "off" and data.supervised == "thinking":
-        yield "data.supervised='thinking' with data.thinking='off' leaves nothing to train; set data.thinking='on'"
-    if data.feature_dtype not in ("int8", "bfloat16"):
-        yield f"data.feature_dtype={data.feature_dtype!r} is unknown; use int8 or bfloat16"
-    answers_here = data.regenerate and not data.answers.endpoints
-    needs: dict[str, int] = {"data.regenerate": answers_here, "train.evaluate": config.train.evaluate}
-    needs["train.evaluate_every"] = config.train.evaluate_every
-    for field, value in needs.items():
-        if target.unsupported and value:
-            yield (
-                f"{field}={value} needs a target that runs here, {target.unsupported} does not; set "
-                f"{field}={type(value)(0)} (a drafter can be trained for it and exported, but not evaluated here)"
-            )
-    if data.features == "torch" and target.num_hidden_layers - 1 in config.drafter.target_layer_ids:
-        yield "data.features='torch' cannot tap the last layer, whose output transformers gives normed; use 'cache'"
-
-
-def _answer_problems(data: DataConfig) -> Iterator[str]:
-    """What does not hold of who answers."""
-    answers = data.answers
-    for url in answers.endpoints:
-        if not re.match(r"https?://[^/\s]", url):
-            yield f"data.answers.endpoints has {url!r}; URLs such as http://localhost:8000/v1 are needed"
-    if len(set(answers.endpoints)) < len(answers.endpoints):
-        yield f"data.answers.endpoints={answers.endpoints} names a server twice; name each once"
-    if answers.mode not in ("tokens", "chat"):
-        yield f"data.answers.mode={answers.mode!r} is unknown; use tokens or chat"
-    if answers.endpoints and not data.regenerate:
-        yield "data.answers.endpoints needs data.regenerate=True; given answers are trained as they are"
-
-
-PATHS = ("target.path", "data.prompts", "train.init_from", "eval.prompts")
-"""Fields that are local paths; a target may be an id on the hub instead."""
-
-
-def _path_problems(config: Config) -> Iterator[str]:
-    """Paths that are none here."""
-    for field in PATHS:
-        group, name = field.split(".")
-        given = getattr(getattr(config, group), name)
-        try:
-            for path in [given] if isinstance(given, str) else given:
-                check_local(field, path)
-        except InputError as error:
-            yield str(error)
-
-
-def problems(config: Config) -> Iterator[str]:
-    """Yields one line per fact about a config that does not hold: field, value, remedy."""
-    target, drafter, data, train = config.target.architecture, config.drafter, config.data, config.train
-    yield from _path_problems(config)
-    if not target.vocab_size:
-        yield (
-            f"target.path={config.target.path!r} has no config.json and target.architecture is not stated; "
-            "give the directory of a Hugging Face model"
-        )
-        return
-    if target.model_type not in FAMILIES:
-        yield f"target.architecture.model_type={target.model_type!r} is unknown; use one of: {known()}"
-        return
-    yield from _drafter_problems(drafter, target)
-    yield from _loss_problems(config.loss)
-    yield from _feature_problems(config)
-    yield from _answer_problems(config.data)
-    if target.num_attention_heads % max(target.num_key_value_heads, 1):
-        yield (
-            f"target num_attention_heads={target.num_attention_heads} is no multiple of num_key_value_heads="
-            f"{target.num_key_value_heads}; check the model's config.json"
-        )
-    yield from range_problems(config)
-    if train.accumulate > 0 and train.batch_size % train.accumulate:
-        yield f"train.batch_size={train.batch_size} is not divisible by train.accumulate={train.accumulate}"
-    if train.checkpoint_every > 0 and train.evaluate_every % train.checkpoint_every:
-        yield (
-            f"train.evaluate_every={train.evaluate_every} is no multiple of train.checkpoint_every="
-            f"{train.checkpoint_every}; what is measured is kept as a checkpoint, so change one of them"
-        )
-    if data.max_prompt_length >= data.max_length:
-        yield (
-            f"data.max_prompt_length={data.max_prompt_length} leaves no room for an answer in "
-            f"data.max_length={data.max_length}; lower the first or raise the second"
-        )
-    if target.max_position_embeddings and data.max_length > target.max_position_embeddings:
-        yield (
-            f"data.max_length={data.max_length} exceeds the target's max_position_embeddings="
-            f"{target.max_position_embeddings}; lower it"
-        )
-    if config.optim.kind not in ("adamw", "muon"):
-        yield f"optim.kind={config.optim.kind!r} is unknown; use adamw or muon"
-    for name, value in {"target.dtype": config.target.dtype, "drafter.dtype": drafter.dtype}.items():
-        if value not in ("auto", "float32", "bfloat16"):
-            yield f"{name}={value!r} is unknown; use auto, float32 or bfloat16"
-    axes = dataclasses.astuple(config.mesh)
-    if any(size != -1 and size < 1 for size in axes) or axes.count(-1) > 1:
-        yield f"mesh={axes} (data, fsdp, tensor) must be positive sizes, at most one of them -1"
-
-
-def _drafter_problems(drafter: DrafterConfig, target: TargetArchitecture) -> Iterator[str]:
-    """What does not hold of a drafter for a target of this shape."""
-    if drafter.kind not in KINDS:
-        yield unknown("drafter.kind", drafter.kind, KINDS)
-        return
-    name, kind = drafter.kind, KINDS[drafter.kind]
-    last, ids = target.num_hidden_layers - 1, drafter.target_layer_ids
-    if not ids or list(ids) != sorted(set(ids)):
-        yield f"drafter.target_layer_ids={ids} must be ascending and without repeats, e.g. (1, 9, 17)"
-    if kind.reads_last_layer and len(ids) != 1:
-        yield f"drafter.target_layer_ids={ids}: {name} reads one layer; use ({last},), the last one"
-    for i in ids:
-        if i == last and not kind.reads_last_layer:
-            yield (
-                f"drafter.target_layer_ids={ids} contains {i}, the last layer, whose output servers do not expose "
-                f"before the final norm; use ids from -1 to {last - 1}"
-            )
-        elif not -1 <= i <= last:
-            yield f"drafter.target_layer_ids={ids} contains {i}, outside -1..{last - 1} of this {last + 1}-layer target"
-    if not 0 <= drafter.mask_token_id < target.vocab_size:
-        yield (
-            f"drafter.mask_token_id={drafter.mask_token_id} is outside the vocabulary 0..{target.vocab_size - 1}; "
-            "use an id that no text produces, e.g. an unused row"
-        )
-    if not kind.has_heads and (drafter.markov_rank or drafter.confidence_head):
-        yield f"drafter.kind={name!r} has no heads; set drafter.markov_rank=0 and drafter.confidence_head=False"
-    if kind.has_heads and drafter.markov_rank <= 0:
-        yield f"drafter.markov_rank={drafter.markov_rank} must be positive for {name}; use 256, or kind='dflash'"
-    if drafter.markov_head_type not in HEADS:
-        yield unknown("drafter.markov_head_type", drafter.markov_head_type, HEADS)
-    for field, (value, why) in kind.fixed.items():
-        if getattr(drafter, field) != value:
-            yield f"drafter.{field}={getattr(drafter, field)}: {name} {why}; set it to {value}"
-
-
-def _loss_problems(loss: LossConfig) -> Iterator[str]:
-    """What does not hold of the loss's further terms."""
-    own = [field.name for field in dataclasses.fields(loss) if field.name in LOSS_TERMS]
-    for name, weight in loss.extra.items():
-        if name in own:
-            yield f"loss.extra has {name!r}, which has a field of its own; set loss.{name}={weight}"
-        elif name not in LOSS_TERMS:
-            yield f"loss.extra has {name!r}, which is unknown; use {listed(LOSS_TERMS)}"
-        elif weight not in NOT_NEGATIVE:
-            yield f"loss.extra has {name!r}: {weight}; each weight must be {NOT_NEGATIVE.words}, and finite"
 
 
 def to_json(config: Config) -> str:

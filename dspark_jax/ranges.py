@@ -99,7 +99,7 @@ RANGES: Mapping[str, Range] = {
     "target.architecture.partial_rotary_factor": SHARE,
     "target.architecture.final_logit_softcapping": NOT_NEGATIVE,
 }
-"""By dotted path, for a tuple that of its entries. What is not here depends on other fields (`config.problems`)."""
+"""By dotted path, for a tuple that of its entries. What is not here depends on other fields (`config_rules`)."""
 
 
 def range_problems(config: Any) -> Iterator[str]:

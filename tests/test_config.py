@@ -15,10 +15,10 @@ from dspark_jax.config import (
     TargetArchitecture,
     TargetConfig,
     from_json,
-    problems,
     resolve,
     to_json,
 )
+from dspark_jax.config_rules import problems
 from dspark_jax.ranges import RANGES
 
 ARCH = TargetArchitecture("qwen3", 512, 64, 6, 4, 2, 16, 128, 1e-6, 1e6, True, 4096)

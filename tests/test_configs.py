@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from dspark_jax.config import MeshConfig, problems, resolve
+from dspark_jax.config import MeshConfig, resolve
+from dspark_jax.config_rules import problems
 from dspark_jax.convert.hf import expected_tensors
 from dspark_jax.drafter import make_drafter
 from dspark_jax.kinds import names

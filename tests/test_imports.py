@@ -15,6 +15,7 @@ BASE = {
     "benchmarks",
     "config",
     "config_fields",
+    "config_rules",
     "errors",
     "experiments",
     "hub",

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dspark_jax.config import Config, DataConfig, TargetArchitecture, TargetConfig, problems
+from dspark_jax.config import Config, DataConfig, TargetArchitecture, TargetConfig
+from dspark_jax.config_rules import problems
 from dspark_jax.data import chat
 from dspark_jax.data.chat import Options
 from dspark_jax.data.prompts import Prompt

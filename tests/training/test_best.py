@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from dspark_jax import train
-from dspark_jax.config import Config, EvalConfig, InputError, MeshConfig, TargetConfig, problems, resolve
+from dspark_jax.config import Config, EvalConfig, InputError, MeshConfig, TargetConfig, resolve
+from dspark_jax.config_rules import problems
 from dspark_jax.data.sources import Sample, write_samples
 from dspark_jax.metrics import Ratio
 from dspark_jax.sharding import make_mesh

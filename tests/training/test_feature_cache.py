@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from dspark_jax import train as train_module
-from dspark_jax.config import Config, InputError, MeshConfig, TargetArchitecture, TargetConfig, problems, resolve
+from dspark_jax.config import Config, InputError, MeshConfig, TargetArchitecture, TargetConfig, resolve
+from dspark_jax.config_rules import problems
 from dspark_jax.data.feature_codec import Identity
 from dspark_jax.data.sources import Sample, write_samples
 from dspark_jax.data.torch_features import TorchTarget, load_torch_target

@@ -44,8 +44,3 @@ def values(metrics: Mapping[str, Ratio]) -> dict[str, float]:
     """Host floats by name, in one transfer; a metric without an observation has no value and is left out."""
     fetched: dict[str, Ratio] = jax.device_get(dict(metrics))
     return {name: ratio.value() for name, ratio in fetched.items() if np.asarray(ratio.den) != 0}
-
-
-def format_values(numbers: Mapping[str, float]) -> str:
-    """One line `name=value ...`, four significant digits, for people; files get the numbers themselves."""
-    return " ".join(f"{name}={number:.4g}" for name, number in numbers.items())

@@ -5,9 +5,8 @@ import math
 
 import jax
 import jax.numpy as jnp
-import pytest
 
-from dspark_jax.metrics import Ratio, format_values, merge, values
+from dspark_jax.metrics import Ratio, merge, values
 
 
 def test_a_sum_of_ratios_is_the_ratio_of_sums():
@@ -38,8 +37,3 @@ def test_without_observations_there_is_no_value():
 
 def test_not_finite_values_are_kept():
     assert math.isnan(values({"loss": Ratio(jnp.float32(jnp.nan), jnp.float32(1.0))})["loss"])
-
-
-@pytest.mark.parametrize(("number", "text"), [(0.123456, "x=0.1235"), (12345.6, "x=1.235e+04"), (2.0, "x=2")])
-def test_format(number, text):
-    assert format_values({"x": number}) == text

@@ -272,15 +272,6 @@ class CachedSamples:
         return f"CachedSamples({str(self._directory)!r})"
 
 
-def damaged_shards(directory: Path) -> list[str]:
-    """Names of shards that are not as they were written (reads all of them)."""
-    found = []
-    for shard in read_manifest(directory).get("shards", []):
-        if _digest(directory / shard["file"]) != shard["sha256"]:
-            found.append(shard["file"])
-    return found
-
-
 def read_manifest(directory: Path) -> dict[str, Any]:
     """Content of a cache's manifest; empty where there is none.
 

@@ -48,19 +48,6 @@ class DecodeResult:
         lengths = np.concatenate([*self.acceptance_lengths, np.zeros(0)])
         return float(lengths.mean()) if len(lengths) else float("nan")
 
-    def accepted_at(self) -> np.ndarray:
-        """[N, G] rounds of each request in which at least k drafts were accepted, k = 1..G."""
-        return self._reached(self.accepted_lengths)
-
-    def proposed_at(self) -> np.ndarray:
-        """[N, G] rounds of each request in which at least k drafts were verified, k = 1..G."""
-        return self._reached(self.proposal_lengths)
-
-    def _reached(self, lengths: Sequence[np.ndarray]) -> np.ndarray:
-        depth = np.arange(1, self.block_size + 1)
-        counts = [np.sum(rows[:, None] >= depth, axis=0) for rows in lengths]
-        return np.stack(counts) if counts else np.zeros((0, self.block_size), np.int64)
-
 
 def collect(parts: Sequence[tuple[list[int], Any]], requests: int, block_size: int) -> DecodeResult:
     """Joins decoded batches: `parts` are (request numbers, (DecodeState, RoundLog) on the host)."""

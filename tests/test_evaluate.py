@@ -153,7 +153,7 @@ def test_training_measures_what_evaluate_measures(run: Run, monkeypatch: pytest.
     with jax.set_mesh(run.mesh):
         held_out = HeldOutPrompts(config, run.workdir, run.mesh, models.target)
         row, noted = held_out.measure(models.drafter)
-    assert decode._cache_size() == before
+    assert decode._cache_size() <= max(before, 1)  # the program of `evaluate`, if it is still there
     assert row["heldout/tau"] == metrics["tau"] == noted.tau
     assert row["heldout/domain/code"] == row["heldout/tau/chat"] and "heldout/domain/chat" not in row
     for name, one in metrics["prompt_sets"].items():

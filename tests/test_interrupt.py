@@ -28,7 +28,7 @@ def interrupted(folder: Path, arguments: list[str]) -> tuple[int, str]:
         try:
             assert process.stdout and process.stdout.readline() == "now\n"
             process.send_signal(signal.SIGINT)
-            said = process.communicate(timeout=30)[1]
+            said = process.communicate(timeout=120)[1]
         finally:
             process.kill()
     return process.returncode, said

@@ -58,7 +58,7 @@ def report(
         metrics=metrics,
         positions=[str(k) for k in range(1, metrics["block_size"] + 1)],
         temperatures=[_at_temperature(metrics, one) for one in (metrics, *metrics["temperatures"].values())],
-        difference_rows=_difference_rows(metrics["greedy_differences"]),
+        difference_rows=_difference_rows(metrics.get("greedy_differences", ())),
         calibration=calibration,
         **tables,
         load=_load(load) if load is not None and replayed else None,

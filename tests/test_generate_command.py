@@ -202,6 +202,8 @@ def test_a_cost_table_is_of_as_many_requests_as_are_decoded_together(tmp_path: P
     assert run_scheduler("early_stop", DRAFTER, tmp_path, slots=2).steps_per_second.tolist()[1:] == [7]
     assert run_scheduler("early_stop", DRAFTER, tmp_path).steps_per_second.tolist()[1:] == [30]
     assert run_scheduler("lagged", DRAFTER, tmp_path, slots=2).steps_per_second.tolist()[1:] == [7]
+    (tmp_path / "cost_table.json").write_text(json.dumps(table | {"sample_steps_per_sec": [5], "slots": 2}))
+    assert run_scheduler("early_stop", DRAFTER, tmp_path, slots=2).steps_per_second.tolist()[1:] == [5]  # the later one
 
 
 @pytest.mark.parametrize(

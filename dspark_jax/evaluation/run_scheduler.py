@@ -49,11 +49,12 @@ def run_scheduler(
 def _cost_table(workdir: Path, slots: int, block_size: int) -> tuple[Path | None, CostTable]:
     """What rounds of `slots` requests cost; without any measurement, an accelerator that has room to spare."""
     first, own = workdir / "cost_table.json", workdir / f"cost_table_s{slots}.json"
-    if own.exists():
+    table = read_cost_table(first) if first.exists() else None
+    measured = slots if table is None else read_ours(first).get("slots", slots)
+    if own.exists() and (table is None or measured != slots):  # where both are of so many, `own` is an earlier one
         return own, read_cost_table(own)
-    if not first.exists():
+    if table is None:
         return None, saturating(slots * (block_size + 1))
-    table, measured = read_cost_table(first), read_ours(first).get("slots", slots)
     if slots > 1 and measured != slots:
         raise InputError(
             f"{first}: measured with {measured} requests at a time, and {slots} are going to be decoded together; "

@@ -45,6 +45,7 @@ from dspark_jax.kinds import KINDS
 from dspark_jax.progress import Progress, log
 from dspark_jax.registry import listed
 from dspark_jax.sharding import make_mesh
+from dspark_jax.training.best import NEWEST
 from dspark_jax.training.checkpoint import saved_config
 
 PREFERRED = 1.0
@@ -62,7 +63,7 @@ def calibrate(
     decoder: Decoder | None = None,
     temperatures: Sequence[str | float] = (),
     fit_on: str = "heldout",
-    checkpoint: str = "newest",
+    checkpoint: str = NEWEST,
 ) -> dict[float, dict[str, Any]]:
     """Calibrates a checkpoint of `workdir`, or models that are loaded already.
 

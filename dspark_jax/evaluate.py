@@ -75,6 +75,7 @@ from dspark_jax.ops.sampling import GREEDY_BELOW
 from dspark_jax.presets import target_like
 from dspark_jax.progress import Progress
 from dspark_jax.sharding import make_mesh
+from dspark_jax.training.best import NEWEST
 
 
 def evaluate(
@@ -88,7 +89,7 @@ def evaluate(
     traffic_requests: int = 60,
     traffic_slots: int = 8,
     details: bool = False,
-    checkpoint: str = "newest",
+    checkpoint: str = NEWEST,
 ) -> dict[str, Any]:
     """Evaluates a checkpoint of `workdir`, or models that are loaded already.
 

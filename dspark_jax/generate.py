@@ -54,6 +54,7 @@ from dspark_jax.registry import find
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target.loading import load_target
 from dspark_jax.tokenizer import ChatTokenizer
+from dspark_jax.training.best import NEWEST
 from dspark_jax.unicode import check_unicode
 
 _COLOURS = {"+": "32", "-": "31", ".": "90", "=": "1"}  # green, red, grey, bold
@@ -76,7 +77,7 @@ def generate(
     threshold: float | None = None,
     plain: bool = False,
     explain: bool = False,
-    checkpoint: str = "newest",
+    checkpoint: str = NEWEST,
 ) -> Request:
     """Answers one prompt on standard output.
 

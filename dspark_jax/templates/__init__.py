@@ -1,5 +1,6 @@
 """Text with holes: the evaluation report and the model card, as Jinja templates in this folder."""
 
+import math
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -35,7 +36,7 @@ def _environment() -> Any:
 
 def number(value: float | None, form: str, scale: float = 1) -> str:
     """`scale * value` in a format of Python; a dash for None and NaN."""
-    return NOT_DEFINED if value is None or value != value else format(scale * value, form)
+    return NOT_DEFINED if value is None or math.isnan(value) else format(scale * value, form)
 
 
 def number_range(bounds: Sequence[float | None], form: str) -> str:

@@ -11,9 +11,10 @@ from absl import flags
 
 from dspark_jax import command
 from dspark_jax.__main__ import COMMANDS
-from dspark_jax.config import PATHS, InputError
+from dspark_jax.config_rules import PATHS
 from dspark_jax.convert.__main__ import PATHS as OPTIONS
 from dspark_jax.convert.__main__ import main, parser
+from dspark_jax.errors import InputError
 from dspark_jax.paths import check_local
 from tests.quickstart.builder.build import parse
 

@@ -62,6 +62,7 @@ def test_a_file_is_read_by_its_content_whatever_its_name(tmp_path: Path, kind: s
         ),
         (json.dumps(RECORDS[0], indent=1).encode(), r"set: one JSON object over several lines \('prompt', 'id'\)"),
     ],
+    ids=["gzip cut short", "gzip", "parquet", "list cut short", "object", "question"],
 )
 def test_what_cannot_be_read_is_one_line(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "set").write_bytes(content)

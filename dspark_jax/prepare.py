@@ -238,7 +238,7 @@ def _answers(
             progress.advance(turns, {"answers/s": rate, "failed": failures})
 
         dialogues = Dialogues(tokenizer, stops, limits, progress.advance)
-        found = ask_servers(tokenizer, todo, config, stops, dialogues, answers, reject, advance, progress.print)
+        found = ask_servers(todo, config, dialogues, answers, reject, advance, progress.print)
         tally.counts["answers_as_text"] = answers.texts
         return found
 

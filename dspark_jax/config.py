@@ -102,8 +102,11 @@ class DataConfig:
     repeats: int = 1
     """Sampled answers per prompt."""
     thinking: str = "off"
-    """Whether the target thinks before it answers, in training data and evaluation: off, on, or given (in conversations
-    whose answers in the file have thoughts)."""
+    """Whether the target thinks before it answers, in training data and evaluation: off, on, given (in conversations
+    whose answers in the file have thoughts), or mixed (for a share of the prompts)."""
+    thinking_share: float = 0.5
+    """Share of the prompts that are asked with thinking where `thinking` is mixed; which ones follows from `seed` and
+    the text of the prompt alone."""
     supervised: str = "both"
     """What is trained of an answer with thoughts: both, thinking or answer."""
     system_prompt: str = ""

@@ -19,12 +19,21 @@ def _feature_problems(config: Config) -> Iterator[str]:
     target, data = config.target.architecture, config.data
     if data.features not in ("online", "cache", "torch"):
         yield f"data.features={data.features!r} is unknown; use online, cache or torch"
-    if data.thinking not in ("off", "on", "given"):
-        yield f"data.thinking={data.thinking!r} is unknown; use off, on or given"
+    if data.thinking not in ("off", "on", "given", "mixed"):
+        yield f"data.thinking={data.thinking!r} is unknown; use off, on, given or mixed"
+    if data.thinking == "mixed" and not data.regenerate:
+        yield (
+            "data.thinking='mixed' needs data.regenerate=True: answers of files have thoughts or have none; set "
+            "data.thinking='given'"
+        )
     if data.supervised not in ("both", "thinking", "answer"):
         yield f"data.supervised={data.supervised!r} is unknown; use both, thinking or answer"
-    if data.thinking == "off" and data.supervised == "thinking":
-        yield "data.supervised='thinking' with data.thinking='off' leaves nothing to train; set data.thinking='on'"
+    if data.thinking in ("off", "mixed") and data.supervised == "thinking":
+        of = "" if data.thinking == "off" else " of the prompts that are asked without"
+        yield (
+            f"data.supervised='thinking' with data.thinking={data.thinking!r} leaves nothing to train{of}; set "
+            "data.thinking='on'"
+        )
     if data.feature_dtype not in ("int8", "bfloat16"):
         yield f"data.feature_dtype={data.feature_dtype!r} is unknown; use int8 or bfloat16"
     answers_here = data.regenerate and not data.answers.endpoints

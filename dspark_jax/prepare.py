@@ -51,9 +51,17 @@ from dspark_jax.data.regenerate import (
     conversations,
     regenerate,
 )
-from dspark_jax.data.samples import Tally, answered_samples, describe, describe_unused, given_samples
+from dspark_jax.data.samples import (
+    Tally,
+    answered_samples,
+    describe,
+    describe_thinking,
+    describe_unused,
+    given_samples,
+)
 from dspark_jax.data.servers import ask_servers
 from dspark_jax.data.sources import SampleReader, write_samples
+from dspark_jax.data.thinking import Thinking
 from dspark_jax.errors import UNWRITABLE, is_full_disk
 from dspark_jax.json_file import part, read_ours, write_json
 from dspark_jax.kinds import KINDS
@@ -196,6 +204,8 @@ def read_inputs(config: Config) -> dict[str, Any]:
         raise InputError(f"data.repeats={data.repeats} needs data.regenerate=True; given answers exist once")
     prompts = content_hashes(data.prompts, "data.prompts")
     later = {name: getattr(data, name) for name in LATER_FIELDS if getattr(data, name) != getattr(DataConfig(), name)}
+    if data.thinking == "mixed":
+        later["thinking_share"] = data.thinking_share
     later |= _answer_fields(data) if data.regenerate else {}
     return {
         "format": _format(config),
@@ -273,7 +283,7 @@ def _build(config: Config, partial: Path, decode: Decode | None) -> dict[str, An
             tokenised=not data.regenerate,
             reasoning=data.thinking != "off",
         )
-        tally.read(prompts)
+        tally.read(prompts, Thinking.of(data))
         if data.regenerate:
             answered = _answers(config, tokenizer, prompts, partial, decode, tally)
             samples = answered_samples(tokenizer, answered, data, tally)
@@ -294,7 +304,7 @@ def _answers(
 ) -> list[Answered]:
     """Conversations answered by the target; those that were before a kill are read back."""
     data = config.data
-    todo = conversations(prompts, data.repeats, data.system_prompt, data.thinking)
+    todo = conversations(prompts, data.repeats, data.system_prompt, Thinking.of(data))
     turns = sum(len(conversation.questions) for conversation in todo)
     limits = Limits(
         max_prompt_length=data.max_prompt_length,
@@ -391,7 +401,7 @@ def _summarise(report: dict[str, Any], final: Path) -> None:
     log("\n".join(statistics.table(report)))
     held_out = part(report, "held_out")
     among = f"; among the training prompts are {overlap.describe(held_out)}" if held_out else ""
-    log(f"data: {report['thinking']['share']:.0%} of the samples with thinking{among}")
+    log(f"data: {describe_thinking(report['thinking'])}{among}")
     if report["unused"]:
         log(f"data: {describe_unused(report['unused'])}")
     if report["rejected"]:

@@ -42,6 +42,7 @@ RANGES: Mapping[str, Range] = {
     "drafter.initializer_range": POSITIVE,
     "data.limit": NOT_NEGATIVE,
     "data.repeats": POSITIVE,
+    "data.thinking_share": SHARE,
     "data.max_prompt_length": POSITIVE,
     "data.max_length": POSITIVE,
     "data.min_loss_tokens": NOT_NEGATIVE,

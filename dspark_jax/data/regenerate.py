@@ -14,6 +14,7 @@ from dspark_jax.data.answer_log import AnswerLog, Rejected
 from dspark_jax.data.chat import PLAIN, ChatError, Options, answer_text, prompt_tokens, with_system
 from dspark_jax.data.messages import has_tools
 from dspark_jax.data.prompts import Message, Prompt
+from dspark_jax.data.thinking import NEVER, Thinking
 from dspark_jax.data.turns import has_control_tokens, renderable
 from dspark_jax.tokenizer import ChatTokenizer
 
@@ -69,16 +70,17 @@ class Limits:
     max_new_tokens: int = 0
 
 
-def options_of(prompt: Prompt, thinking: str) -> Options:
-    """Options of the chat template for a prompt; `thinking` is `data.thinking`."""
-    return Options(thinking == "on" or (thinking == "given" and prompt.thinks), prompt.tools)
+def options_of(prompt: Prompt, thinking: Thinking) -> Options:
+    """Options of the chat template for a prompt."""
+    return Options(thinking.asks(prompt), prompt.tools)
 
 
 def conversations(
-    prompts: Sequence[Prompt], repeats: int, system_prompt: str = "", thinking: str = "off"
+    prompts: Sequence[Prompt], repeats: int, system_prompt: str = "", thinking: Thinking = NEVER, start: int = 0
 ) -> list[Conversation]:
-    """`repeats` conversations per prompt, numbered in order. Answers that prompts bring along are left out.
+    """`repeats` conversations per prompt, numbered in order from `start`.
 
+    Answers that prompts bring along are left out.
     A conversation ends before the first result of a tool: the target may have called another one.
     """
     out = []
@@ -89,7 +91,9 @@ def conversations(
         first = next(i for i, message in enumerate(asked) if message["role"] == "user")
         options = options_of(prompt, thinking)
         for _ in range(repeats):
-            out.append(Conversation(len(out), prompt, tuple(asked[:first]), tuple(asked[first:tool]), options, ends))
+            out.append(
+                Conversation(start + len(out), prompt, tuple(asked[:first]), tuple(asked[first:tool]), options, ends)
+            )
     return out
 
 

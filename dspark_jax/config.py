@@ -202,6 +202,11 @@ class TrainConfig:
     """Prompts of each set that are decoded for it, at the first of `eval.temperatures`; 0 = all."""
     evaluate_tokens: int = 256
     """Longest answer of them; `eval.max_new_tokens` if that is less."""
+    refresh_every: int = 0
+    """Prepare the answers to a part of the prompts only; every so many steps the drafter that is being trained helps
+    the target to answer the next part, which is then trained on as well. 0: all are answered before training."""
+    refresh_parts: int = 4
+    """Into how many parts the prompts are divided for it, the first one included."""
     wandb_project: str = ""
     """Also log to this project of Weights & Biases (needs the package wandb); empty = do not."""
     init_from: str = ""

@@ -49,6 +49,24 @@ def _feature_problems(config: Config) -> Iterator[str]:
         yield "data.features='torch' cannot tap the last layer, whose output transformers gives normed; use 'cache'"
 
 
+def _refresh_problems(config: Config) -> Iterator[str]:
+    """What does not go with answers that are decoded while a drafter is trained."""
+    train, data = config.train, config.data
+    if not train.refresh_every:
+        return
+    if train.refresh_parts == 1:
+        yield "train.refresh_parts=1 leaves nothing to answer in training; use 2 or more, or train.refresh_every=0"
+    given = {"data.regenerate": data.regenerate, "data.features": data.features}
+    given |= {"data.answers.endpoints": data.answers.endpoints}
+    needed = {"data.regenerate": True, "data.features": "online", "data.answers.endpoints": ()}
+    for field, value in needed.items():
+        if given[field] != value:
+            yield (
+                f"train.refresh_every={train.refresh_every} needs {field}={value!r}, it is {given[field]!r}: the "
+                "target answers in the run itself; change one of them"
+            )
+
+
 def _answer_problems(data: DataConfig) -> Iterator[str]:
     """What does not hold of who answers."""
     answers = data.answers
@@ -109,6 +127,7 @@ def problems(config: Config) -> Iterator[str]:
             f"train.evaluate_every={train.evaluate_every} is no multiple of train.checkpoint_every="
             f"{train.checkpoint_every}; what is measured is kept as a checkpoint, so change one of them"
         )
+    yield from _refresh_problems(config)
     if data.max_prompt_length >= data.max_length:
         yield (
             f"data.max_prompt_length={data.max_prompt_length} leaves no room for an answer in "

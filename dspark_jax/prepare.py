@@ -38,6 +38,7 @@ from dspark_jax.data import overlap, statistics
 from dspark_jax.data.benchmark_prompts import fetch, places
 from dspark_jax.data.chat import load_tokenizer, stop_tokens
 from dspark_jax.data.files import HUB
+from dspark_jax.data.growth import count_parts, part_of
 from dspark_jax.data.mask_token import mask_warning
 from dspark_jax.data.prompts import Prompt, content_hashes, prompt_files, read_prompts
 from dspark_jax.data.regenerate import (
@@ -214,6 +215,7 @@ def read_inputs(config: Config) -> dict[str, Any]:
         "stop_tokens": list(stop_tokens(path, load_tokenizer(path))),
         "prompts": prompts,
         "data": {name: getattr(data, name) for name in FIELDS} | later,
+        **({"parts": count_parts(config)} if count_parts(config) > 1 else {}),
     }
 
 
@@ -283,6 +285,7 @@ def _build(config: Config, partial: Path, decode: Decode | None) -> dict[str, An
             tokenised=not data.regenerate,
             reasoning=data.thinking != "off",
         )
+        prompts = part_of(prompts, 0, count_parts(config))
         tally.read(prompts, Thinking.of(data))
         if data.regenerate:
             answered = _answers(config, tokenizer, prompts, partial, decode, tally)
@@ -389,6 +392,8 @@ def _summarise(report: dict[str, Any], final: Path) -> None:
         f"data: {report['samples']} samples ({sets}), {report['tokens']} tokens, {report['loss_tokens']} supervised, "
         f"in {final} ({report['seconds']:.0f} s)"
     )
+    if parts := report["inputs"].get("parts"):
+        log(f"data: that is the first of {parts} parts of the prompts; the others are answered while it is trained")
     if report["cut_answers"] or report["shortened"]:
         log(
             f"data: {report['cut_answers']} answers ran into data.max_length; "

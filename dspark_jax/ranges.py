@@ -83,6 +83,8 @@ RANGES: Mapping[str, Range] = {
     "train.evaluate_every": NOT_NEGATIVE,
     "train.evaluate_limit": NOT_NEGATIVE,
     "train.evaluate_tokens": POSITIVE,
+    "train.refresh_every": NOT_NEGATIVE,
+    "train.refresh_parts": POSITIVE,
     "train.vocab_chunk": POSITIVE,
     "eval.limit": NOT_NEGATIVE,
     "eval.batch_size": POSITIVE,

@@ -198,7 +198,7 @@ def regenerate(
     decode: Decode,
     stop_tokens: Sequence[int],
     limits: Limits,
-    log: AnswerLog,
+    log: AnswerLog | None,
     on_rejected: Callable[[Conversation, Rejected], None],
     progress: Callable[[int], None],
 ) -> list[Answered]:
@@ -212,7 +212,7 @@ def regenerate(
       decode: answers questions; not called if there are none.
       stop_tokens: ids that end an answer.
       limits: see there.
-      log: answers that are there already are not decoded again.
+      log: answers that are there already are not decoded again; None keeps no log.
       on_rejected: called with each conversation that is left out, and why, at the end.
       progress: called with a number of user turns that are done, answered or given up.
 
@@ -235,7 +235,7 @@ def regenerate(
             question = dialogues.question(conversation, turn)
             if question is None:
                 continue
-            found = log.get(conversation.sample_id, turn)
+            found = None if log is None else log.get(conversation.sample_id, turn)
             if found is None:
                 return question
             take(question, found)
@@ -245,7 +245,8 @@ def regenerate(
         ready = [first]
         for question, tokens in decode(lambda: ready.pop() if ready else ask()):
             answer = np.asarray(tokens, np.int32)
-            log.put(question.conversation.sample_id, question.turn, answer)
+            if log is not None:
+                log.put(question.conversation.sample_id, question.turn, answer)
             take(question, answer)
     return dialogues.result(todo, on_rejected)
 

@@ -50,7 +50,7 @@ class Answered:
       answer: [length] int32 ids of the newest answer, with its stop token.
       cut: the newest answer ran into the length limit.
       shortened: why later turns are missing, or ''.
-      before: the turn before it, where the target thinks.
+      before: the turn before it.
     """
 
     conversation: Conversation
@@ -161,7 +161,7 @@ class Dialogues:
         if len(answer) == stopped:
             self._end(conversation, Rejected("empty_answer", f"turn {turn + 1}: the target stops at once"), left)
             return False
-        before = self._done.get(conversation.sample_id) if conversation.options.thinking else None
+        before = self._done.get(conversation.sample_id)
         shortened = "" if left else conversation.ends
         self._done[conversation.sample_id] = Answered(
             conversation, question.messages, answer, not stopped, shortened, before

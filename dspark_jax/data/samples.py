@@ -14,6 +14,7 @@ from dspark_jax.data.chat import (
     PLAIN,
     ChatError,
     Options,
+    ReasoningError,
     answer_text,
     answered_tokens,
     encode,
@@ -176,19 +177,33 @@ def answered_samples(
 
 def _answered_tokens(tokenizer: ChatTokenizer, item: Answered, config: DataConfig, tally: Tally) -> list[Tokens]:
     options, answer = item.conversation.options, item.answer.tolist()
-    if options.thinking:
+
+    def by_turn() -> list[Tokens]:
         turns, one = [], item
         while one is not None:
             turns.append((one.messages, one.answer.tolist()))
             one = one.before
-        found = samples_of_answers(tokenizer, turns[::-1], options, config.supervised)
+        return samples_of_answers(tokenizer, turns[::-1], options, config.supervised)
+
+    if options.thinking:
+        found = by_turn()
     else:
-        found = [answered_tokens(tokenizer, item.messages, answer, options)]
+        found = _whole(lambda: answered_tokens(tokenizer, item.messages, answer, options), by_turn)
     if not item.cut:
         full = [*item.messages, {"role": "assistant", "content": answer_text(tokenizer, answer)}]
         again = encode(tokenizer, render(tokenizer, full, options=options))["input_ids"]
         tally.counts["split_differently"] += int(again != found[-1][0])
     return found
+
+
+def _whole(together: Callable[[], Tokens], by_turn: Callable[[], list[Tokens]]) -> list[Tokens]:
+    """A conversation without thoughts in one sample; by turns if its template shows earlier turns in another way."""
+    try:
+        return [together()]
+    except ReasoningError:
+        raise
+    except ChatError:
+        return by_turn()
 
 
 def given_samples(
@@ -220,10 +235,11 @@ def _given_tokens(tokenizer: ChatTokenizer, prompt: Prompt, config: DataConfig, 
         given = with_system(prompt.messages, config.system_prompt)
         messages = _trainable(tokenizer, given, prompt, options, config)
         tally.counts["shortened"] += int(len(messages) < len(given))
+        by_turn = functools.partial(samples_of_turns, tokenizer, messages, options, config.supervised)
         if options != PLAIN or has_tools(messages):
-            found = samples_of_turns(tokenizer, messages, options, config.supervised)
+            found = by_turn()
         else:
-            found = [tokens_and_mask(tokenizer, messages)]
+            found = _whole(lambda: tokens_and_mask(tokenizer, messages), by_turn)
             tally.counts["thoughts_cut"] += int(thoughts_cut(tokenizer, messages))
     tally.counts["cut_answers"] += sum(len(ids) > config.max_length for ids, _ in found)
     return found

@@ -1,6 +1,6 @@
 """The target answers questions here, with our own engine: slots are filled again as soon as an answer has ended.
 
-`prepare` lets it answer alone; a run that is being trained lends it its drafter (`training.refresh`).
+`prepare` lets it answer alone; a run that is being trained lends it its drafter (`refresh`).
 
 A round of the engine reads the cache of every slot up to its capacity, and few answers are as long as the longest may
 be. So questions begin in an engine of a small capacity; answers that outgrow it go on from what they have in one of
@@ -24,7 +24,7 @@ from dspark_jax.engine.models import Models, when_loaded
 from dspark_jax.engine.request import Request
 from dspark_jax.engine.schedulers import Scheduler
 from dspark_jax.engine.serving import Engine
-from dspark_jax.sharding import make_mesh
+from dspark_jax.run import Run
 from dspark_jax.target.loading import load_target
 
 SMALLEST_CAPACITY = 256
@@ -37,12 +37,12 @@ CHUNK = 256
 """Tokens of a prompt that are read at a time; 64 in the smallest engine, where prompts are short."""
 
 
-def target_decoder(config: Config) -> Decode:
-    """Answers by the config's target without a drafter; the target is loaded here.
+def target_decoder(run: Run) -> Decode:
+    """Answers by the run's target without a drafter; the target is loaded here.
 
     The sample id of a question is the number of its random stream.
     """
-    mesh = make_mesh(config.mesh)
+    config, mesh = run.config, run.mesh
     return make_decoder(config, Models(when_loaded(load_target(config.target, mesh))), mesh)
 
 

@@ -1,37 +1,17 @@
-"""Training data that grows while it is trained on: parts of the prompts, answered one after the other.
-
-Part p of P has the prompts p, p + P, p + 2 P, ...: a little of every file. The first part is what `prepare` writes;
-each further one is a folder `refresh/p` that appears whole, and never changes then.
-"""
+"""Training data that grows while it is trained on, by the parts of the prompts that have been answered."""
 
 import bisect
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
-from dspark_jax.config import Config, InputError
+from dspark_jax.config import InputError
+from dspark_jax.data.parts import part_folder
 from dspark_jax.data.sources import Sample, SampleReader, Samples
 from dspark_jax.json_file import read_ours
-
-Prompt = TypeVar("Prompt")
-
-
-def count_parts(config: Config) -> int:
-    """Into how many parts the prompts of a config are divided."""
-    return config.train.refresh_parts if config.train.refresh_every else 1
-
-
-def part_of(prompts: Sequence[Prompt], part: int, parts: int) -> list[Prompt]:
-    """The prompts of a part."""
-    return list(prompts[part::parts])
-
-
-def part_folder(workdir: Path, part: int) -> Path:
-    """Where a part that training has added lies, from 1 on."""
-    return workdir / "refresh" / str(part)
 
 
 class JoinedSamples:

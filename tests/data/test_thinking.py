@@ -23,7 +23,8 @@ from dspark_jax.evaluation.acceptance import Counts
 from dspark_jax.evaluation.decoding import Decoder, Requests
 from dspark_jax.evaluation.setup import read_questions
 from dspark_jax.evaluation.summary import Measured, tau_rows
-from dspark_jax.prepare import prepare, read_inputs
+from dspark_jax.prepare import prepare
+from dspark_jax.run import Run
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -116,7 +117,8 @@ def test_a_share_is_asked_and_trained_with_thinking_and_evaluation_asks_alike(
 
 def test_the_share_counts_for_the_data_only_where_it_is_used(config: Config) -> None:
     def fields(**changes: Any) -> dict[str, Any]:
-        return read_inputs(dataclasses.replace(config, data=dataclasses.replace(config.data, **changes)))["data"]
+        other = dataclasses.replace(config, data=dataclasses.replace(config.data, **changes))
+        return Run(other, Path("run")).data_inputs["data"]
 
     assert fields()["thinking_share"] == 0.4 and fields(thinking_share=0.5)["thinking_share"] == 0.5
     assert "thinking_share" not in fields(thinking="on")

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from dspark_jax import answering, train
+from dspark_jax import answering, refresh, train
 from dspark_jax.config import (
     AnswersConfig,
     Config,
@@ -28,7 +28,8 @@ from dspark_jax.config import (
 )
 from dspark_jax.config_rules import problems
 from dspark_jax.data import chat
-from dspark_jax.data.growth import GrowingBatches, JoinedSamples, part_folder, part_of
+from dspark_jax.data.growth import GrowingBatches, JoinedSamples
+from dspark_jax.data.parts import part_folder, part_of
 from dspark_jax.data.pipeline import batches
 from dspark_jax.data.prompts import read_prompts
 from dspark_jax.data.regenerate import Limits, conversations, regenerate
@@ -37,11 +38,10 @@ from dspark_jax.engine import schedulers
 from dspark_jax.engine.models import Models
 from dspark_jax.evaluation.comparison_plan import make_plan
 from dspark_jax.json_file import write_json
+from dspark_jax.run import Run
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target.loading import load_target
-from dspark_jax.training import refresh
 from dspark_jax.training.checkpoint import load_drafter
-from dspark_jax.training.refresh import check_refresh
 from dspark_jax.training.state import abstract_drafter, to_params
 
 CLOCK = ("tokens_per_second", "seconds_per_step", "refresh/seconds")
@@ -80,8 +80,7 @@ def run(config: Config, workdir: Path) -> None:
     mesh = make_mesh(ONE, jax.devices()[:1])
     with pytest.MonkeyPatch.context() as patch:
         if config.mesh == ONE:
-            patch.setattr(train, "make_mesh", lambda _: mesh)
-            patch.setattr(answering, "make_mesh", lambda _: mesh)
+            patch.setattr(Run, "mesh", mesh)
         train.train(config, workdir)
 
 
@@ -218,11 +217,12 @@ def test_greedy_answers_are_those_of_plain_decoding(
     shutil.copytree(whole / "data", workdir / "data")
     mesh = make_mesh(ONE, jax.devices()[:1])
     make = functools.partial(batches, batch_size=2, max_length=72)
+    here = Run(config, workdir, mesh)
     data = GrowingBatches(workdir, lambda samples, seed: make(samples, seed=seed), 0)
     drafter, checked = load_drafter(whole, mesh)[1], []
     with jax.set_mesh(mesh):
         target = load_target(config.target, mesh)
-        growing = refresh.Refresh(config, workdir, mesh, target, abstract_drafter(config), data)
+        growing = refresh.Refresh(here, target, abstract_drafter(config), data)
         growing.scheduler = schedulers.fixed()
         said, row = growing.run(4, drafter, lambda: checked.append(1))
         plain = answering.make_decoder(config, Models(target), mesh)
@@ -288,7 +288,7 @@ def test_what_cannot_be_refreshed_is_refused(
     with pytest.raises(
         InputError, match="train.refresh_every=3: the prompts are answered on one host; leave out --dis"
     ):
-        check_refresh(config)
+        refresh.check_refresh(config)
 
 
 def sample(number: int) -> Sample:
@@ -325,7 +325,8 @@ def test_batches_over_growing_data_are_a_function_of_seed_and_parts(tmp_path: Pa
     data.add()
     assert (data.parts, data.samples) == (2, 6)
     with pytest.raises(InputError, match="refresh/3: no samples of this run"):
-        data.add() or data.add()
+        for _ in range(2):
+            data.add()
     assert (data.parts, data.samples, data.next_id) == (3, 10, 10)
     epoch = [number for _ in range(5) for number in numbers_of(next(data))]
     assert sorted(epoch) == list(range(10))

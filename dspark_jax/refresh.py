@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
 from dspark_jax.answering import Effort, make_decoder
 from dspark_jax.config import Config, InputError
 from dspark_jax.data.chat import load_tokenizer, stop_tokens
-from dspark_jax.data.growth import GrowingBatches, count_parts, part_folder, part_of
+from dspark_jax.data.growth import GrowingBatches
+from dspark_jax.data.parts import count_parts, part_folder, part_of
 from dspark_jax.data.prompts import read_prompts
 from dspark_jax.data.regenerate import Conversation, Limits, Rejected, conversations, regenerate
 from dspark_jax.data.samples import Tally, answered_samples
@@ -35,8 +35,8 @@ from dspark_jax.engine.models import Models
 from dspark_jax.evaluation.run_scheduler import run_scheduler
 from dspark_jax.json_file import read_ours, write_json
 from dspark_jax.progress import Progress, log
+from dspark_jax.run import Run
 from dspark_jax.target.model import Target
-from dspark_jax.training.about import prepared_fingerprint
 from dspark_jax.training.host_memory import return_freed_memory
 
 PREFIX = "refresh/"
@@ -62,15 +62,11 @@ class Refresh:
     Held-out prompts are no part of them.
     """
 
-    def __init__(
-        self, config: Config, workdir: Path, mesh: Mesh, target: Target, drafter: DrafterModule, data: GrowingBatches
-    ):
+    def __init__(self, run: Run, target: Target, drafter: DrafterModule, data: GrowingBatches):
         """Reads the prompts.
 
         Args:
-          config: resolved.
-          workdir: of the run, prepared.
-          mesh: of the run.
+          run: with prepared data.
           target: the model.
           drafter: that is trained, abstract.
           data: that grows.
@@ -78,15 +74,16 @@ class Refresh:
         Raises:
           InputError: a prompt file cannot be read, or `profile` has measured other rounds than those here.
         """
-        self.config, self.workdir, self.mesh, self.target, self.data = config, workdir, mesh, target, data
+        self.config, self.workdir, self.mesh, self.target, self.data = run.config, run.workdir, run.mesh, target, data
+        config = run.config
         self.parts, self.every = count_parts(config), config.train.refresh_every
         # Lines that are no prompts were set aside by `prepare`.
         self.prompts = read_prompts(
             config.data.prompts, config.data.limit, lambda malformed: None, reasoning=config.data.thinking != "off"
         )
         self.tokenizer = load_tokenizer(config.target.path)
-        self.scheduler = run_scheduler("adaptive", drafter, workdir, slots=config.data.decode_batch_size)
-        self.fingerprint = prepared_fingerprint(workdir)
+        self.scheduler = run_scheduler("adaptive", drafter, run.workdir, slots=config.data.decode_batch_size)
+        self.fingerprint = run.prepared_fingerprint
         reached = 1 + min((config.train.steps - 1) // self.every, self.parts - 1)
         if reached < self.parts:
             log(

@@ -222,6 +222,22 @@ def test_every_sample_begins_with_the_prompt_that_the_target_saw(
         assert mask[-1] == 1 and len(ids) == len(mask)
 
 
+def test_ids_of_calls_and_results_reach_the_template(tokenizer: Any) -> None:
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role + ' ' + (m.content or '') }}"
+        "{% if m.tool_call_id %}{{ m.tool_call_id + m.name }}{% endif %}"
+        "{% for c in m.tool_calls or [] %}{{ c.id + c.function.name }}{{ c.function.arguments | tojson }}"
+        "{% endfor %}{{ ';' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant ' }}{% endif %}"
+    )
+    call = {"role": "assistant", "content": None, "tool_calls": [{"id": "c7", **CALL}]}
+    result = {"role": "tool", "content": "3", "tool_call_id": "c7", "name": "add"}
+    talked = [{"role": "user", "content": "a"}, call, result, {"role": "assistant", "content": "three"}]
+    ((ids, mask),) = samples_of_turns(tokenizer, talked, Options())
+    assert tokenizer.decode(ids) == 'user a;assistant c7add{"a": 1};tool 3c7add;assistant three;'
+    trained = [one for one, on in zip(ids, mask, strict=True) if on]
+    assert tokenizer.decode(trained) == 'c7add{"a": 1};three;'
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

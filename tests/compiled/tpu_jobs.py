@@ -13,6 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dspark_jax.ops.block_attention import block_attention
 from dspark_jax.ops.cached_attention import Rows, cached_attention
+from dspark_jax.ops.markov_sample import markov_sample
 from dspark_jax.ops.sampling import Sampling
 from dspark_jax.ops.speculative_verify import speculative_verify
 from dspark_jax.planning.topology import devices_of
@@ -139,6 +140,43 @@ def verifications(mesh: Mesh) -> dict[str, Any]:
     return {name: verification(mesh, **how) for name, how in VERIFICATIONS.items()}
 
 
+def drafts(
+    mesh: Mesh, batch: int, g: int = 7, greedy: bool = False, vocabulary: int = 151936, dtype: Any = jnp.bfloat16
+) -> dict[str, Any]:
+    """`markov_sample` of rank 256; the base logits are made in the same program, and their place is taken."""
+
+    def run(base: Any, w1: Any, w2: Any, anchors: Any, uniforms: Any) -> Any:
+        sampling = Sampling(jnp.full((batch,), 0.0 if greedy else 1.0), greedy=greedy)
+        return markov_sample(base.astype(jnp.float32), w1, w2, anchors, uniforms, sampling)
+
+    shapes: Shapes = {
+        "base": ((g, batch, vocabulary), jnp.bfloat16, (None, "batch", "vocab")),
+        "w1": ((vocabulary, 2, 128), dtype, (None, None, None)),
+        "w2": ((vocabulary, 256), dtype, ("vocab", None)),
+        "anchors": ((batch,), jnp.int32, ("batch",)),
+        "uniforms": ((g, batch, 2), jnp.int32, (None, "batch", None)),
+    }
+    return figures(run, shapes, mesh)
+
+
+DRAFTS: dict[str, dict[str, Any]] = {
+    "one request": {"batch": 1},
+    "32 requests": {"batch": 32},
+    "128 requests": {"batch": 128},
+    "16 drafts": {"batch": 8, "g": 16},
+    "greedy": {"batch": 32, "greedy": True},
+    "five requests, float32": {"batch": 5, "dtype": jnp.float32},
+    "Gemma's vocabulary": {"batch": 8, "vocabulary": 262144},
+    "less than a tile": {"batch": 3, "vocabulary": 1152},
+}
+"""Name -> what `drafts` is compiled for."""
+
+
+def all_drafts(mesh: Mesh) -> dict[str, Any]:
+    """Figures of all of them."""
+    return {name: drafts(mesh, **how) for name, how in DRAFTS.items()}
+
+
 JOBS: dict[str, tuple[Any, tuple[int, int, int]]] = {
     "block_attention": (train_attention, (1, 1, 1)),
     "block_attention on a mesh": (functools.partial(train_attention, batch=2), (1, 2, 2)),
@@ -147,6 +185,9 @@ JOBS: dict[str, tuple[Any, tuple[int, int, int]]] = {
     "cached_attention on a mesh": (functools.partial(decode_attention, **DECODING["rounds"]), (1, 2, 2)),
     "speculative_verify": (verifications, (1, 1, 1)),
     "speculative_verify on a mesh": (functools.partial(verification, batch=32), (2, 2, 1)),
+    "markov_sample": (all_drafts, (1, 1, 1)),
+    "markov_sample on a mesh": (functools.partial(drafts, batch=32), (2, 2, 1)),
+    "markov_sample, split vocabulary": (functools.partial(drafts, batch=32), (1, 2, 2)),
     "block_attention, wide": (functools.partial(train_attention, width=256, dtype=jnp.float32), (1, 1, 1)),
 }
 """Name -> job and sizes of its mesh (data, fsdp, tensor)."""

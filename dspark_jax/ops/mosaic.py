@@ -99,6 +99,6 @@ def dot(left: jax.Array, right: jax.Array, *, transposed: bool = False) -> jax.A
     return jax.lax.dot_general(left, right, dimensions, precision=precision, preferred_element_type=jnp.float32)
 
 
-def numbers(shape: tuple[int, int], axis: int) -> jax.Array:
+def numbers(shape: tuple[int, ...], axis: int) -> jax.Array:
     """0, 1, ... along an axis, int32; a TPU has no vectors of one axis."""
     return jax.lax.broadcasted_iota(jnp.int32, shape, axis)

@@ -55,7 +55,7 @@ class _Case(NamedTuple):
     drawn: bool
 
     @classmethod
-    def fitting(cls, shape: tuple[int, int, int], w2_row: int, sizes: Sizes, *, drawn: bool) -> Self:
+    def fitting(cls, shape: tuple[int, ...], w2_row: int, sizes: Sizes, *, drawn: bool) -> Self:
         """For base logits of a shape and rows of W2 of so many bytes, on the chip that is compiled for."""
         (g, b, v), tile = shape, min(sizes.tile, shape[2])
         tiles, room = pl.cdiv(v, tile), platform.tpu_kernel_memory()
@@ -172,12 +172,13 @@ class _Scratch(NamedTuple):
 
 def _scratch(case: _Case, w1: jax.Array, w2: jax.Array) -> _Scratch:
     b, tile = case.b, case.tile
-    stats = [pltpu.VMEM((b, case.parts), kind) for kind in (jnp.float32, jnp.float32, jnp.int32)]
     return _Scratch(
         pltpu.VMEM((case.slots, tile, w2.shape[1]), w2.dtype),
         pltpu.VMEM((b, *w1.shape[1:]), w1.dtype),
         pltpu.VMEM((2, b, tile), jnp.float32),
-        *stats,
+        pltpu.VMEM((b, case.parts), jnp.float32),
+        pltpu.VMEM((b, case.parts), jnp.float32),
+        pltpu.VMEM((b, case.parts), jnp.int32),
         pltpu.VMEM((b, 1), jnp.int32),
         pltpu.SMEM((b, 1), jnp.int32),
         pltpu.VMEM((b, tile), jnp.float32),

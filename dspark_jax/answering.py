@@ -19,6 +19,7 @@ from dspark_jax.data.regenerate import Decode, Question
 from dspark_jax.engine.models import Models, when_loaded
 from dspark_jax.engine.request import Request
 from dspark_jax.engine.serving import Engine
+from dspark_jax.hosts import mesh_of_one_host
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target.loading import load_target
 
@@ -40,7 +41,11 @@ def target_decoder(config: Config) -> Decode:
     data = config.data
     vocabulary = config.target.architecture.vocab_size
     stops = [one for one in stop_tokens(config.target.path, load_tokenizer(config.target.path)) if one < vocabulary]
-    mesh = make_mesh(config.mesh)
+    if jax.process_count() > 1:  # every host answers by itself
+        devices = jax.local_devices()
+        mesh = make_mesh(mesh_of_one_host(config.mesh, len(devices)), devices)
+    else:
+        mesh = make_mesh(config.mesh)
     models = Models(when_loaded(load_target(config.target, mesh)))
 
     def decode(ask: Callable[[], Question | None]) -> Iterator[tuple[Question, list[int]]]:

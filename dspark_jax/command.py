@@ -49,6 +49,7 @@ def run(
     argv: Sequence[str] | None = None,
     distributed: bool = True,
     writes: bool = True,
+    together: bool = True,
 ) -> None:
     """Runs a command and ends the process with status 2 on bad input.
 
@@ -59,6 +60,8 @@ def run(
       argv: the command line without the program's name; that of the process if None.
       distributed: whether it can run on several hosts.
       writes: whether it writes in the working directory, which is then locked as long as it runs.
+      together: whether several hosts compute together. If not, each has its own devices and knows the number of hosts,
+        and JAX does not end those that are left when one is gone.
     """
     logging.set_verbosity(logging.ERROR)  # Orbax and TFDS warn about their own defaults; what fails is raised
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -75,6 +78,9 @@ def run(
             _join_hosts()
         config = resolve(with_architecture(config))
         with _locked_by_one(workdir, main.__name__) if writes else contextlib.nullcontext():
+            if not together and jax.distributed.is_initialized():
+                jax.process_count()  # is kept from here on
+                jax.distributed.shutdown()
             main(config, workdir, **extra)
 
 

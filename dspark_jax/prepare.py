@@ -6,7 +6,9 @@ writes `data/` in the working directory: the samples, `report.json` (what they w
 held-out prompts are among the training prompts) and `rejected.jsonl` (every line and conversation that gave no sample,
 with its file, line and reason). All of it is built
 in `data.partial/` and renamed at the end. A preparation that was killed continues with the answers it has; one whose
-inputs are unchanged is skipped. It runs in one process; several hosts share its result through their file system.
+inputs are unchanged is skipped. With `--distributed` every host answers its share of the prompts, and host 0 makes the
+samples of all answers: the same as one host makes, in the same order. Where a host fails, all end with one line, and
+the same command goes on.
 
     python -m dspark_jax.prepare --config dspark_qwen3_4b --benchmarks
 
@@ -17,13 +19,15 @@ training does not run the target. That, too, says beforehand how much it takes, 
 """
 
 import contextlib
+import copy
 import hashlib
 import itertools
 import json
+import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +39,7 @@ from dspark_jax.answering import target_decoder
 from dspark_jax.benchmarks import BENCHMARKS
 from dspark_jax.config import AnswersConfig, Config, DataConfig, InputError
 from dspark_jax.data import overlap, statistics
+from dspark_jax.data.answer_log import log_file, log_files
 from dspark_jax.data.benchmark_prompts import fetch, places
 from dspark_jax.data.chat import load_tokenizer, stop_tokens
 from dspark_jax.data.files import HUB
@@ -55,6 +60,7 @@ from dspark_jax.data.samples import Tally, answered_samples, describe, describe_
 from dspark_jax.data.servers import ask_servers
 from dspark_jax.data.sources import SampleReader, write_samples
 from dspark_jax.errors import UNWRITABLE, is_full_disk
+from dspark_jax.hosts import Hosts, wait_for_files
 from dspark_jax.json_file import part, read_ours, write_json
 from dspark_jax.kinds import KINDS
 from dspark_jax.progress import Progress, log
@@ -119,8 +125,9 @@ def prepare(
     if benchmarks is not None:
         names = [] if benchmarks == "all" else [name.strip() for name in benchmarks.split(",")]
         files = places(names, config.eval.prompts)
-        with _disk_errors(workdir):
-            fetch(files)
+        if jax.process_index() == 0:
+            with _disk_errors(workdir):
+                fetch(files)
         return {name: str(file) for name, file in files.items()}
     if config.data.features != "online":
         check_features(config, Path(workdir), lambda: data_fingerprint(config))
@@ -131,56 +138,93 @@ def prepare(
     return report
 
 
-def prepare_samples(config: Config, workdir: Path, decode: Decode | None = None) -> dict[str, Any]:
-    """Makes `workdir/data`, unless it is there and made of the same inputs.
+def prepare_samples(
+    config: Config, workdir: Path, decode: Decode | None = None, hosts: Hosts | None = None
+) -> dict[str, Any]:
+    """Makes `workdir/data`, unless it is there and made of the same inputs; all hosts call it.
 
     Args:
       config: resolved.
       workdir: is created if need be.
       decode: answers questions; the config's target does when there is none.
+      hosts: of this run; those of JAX when there are none.
 
     Returns:
       The content of `data/report.json`.
 
     Raises:
+      HostLost: another host is gone.
       InputError: prompts, tokenizer or target cannot be used, no sample is left, or the disk is full.
     """
     final, partial = workdir / "data", workdir / "data.partial"
     for folder in (final, partial, workdir / "data.old"):
         if folder.exists() and not folder.is_dir():
             raise InputError(f"{folder}: not a directory; remove it, or use another --workdir")
-    inputs = read_inputs(config)
-    _warn_of_mask(config)
-    digest = _digest(inputs)
-    found = read_ours(final / "report.json")
-    held_out = part(found, "held_out")
-    if jax.process_count() == 1:
-        held_out = overlap.compare_files(config, held_out)
-    if found.get("fingerprint") == digest and _complete(final, found.get("samples")):
-        shutil.rmtree(workdir / "data.old", ignore_errors=True)  # left behind by a kill during the last step
-        log(f"data: {found['samples']} samples in {final} are up to date")
-        if held_out != part(found, "held_out"):
-            with _disk_errors(workdir):
-                found = write_json(final / "report.json", found | {"held_out": held_out})
-        return found
-    if jax.process_count() > 1:
-        raise InputError(
-            f"{final}: not prepared for this config; run python -m dspark_jax.prepare on one host first, "
-            "with a --workdir that all hosts see"
-        )
-    if found:
-        log(f"data: preparing again, {_difference(part(found, 'inputs'), inputs)}")
-    with _disk_errors(workdir):
-        if read_ours(partial / "report.json").get("fingerprint") != digest:
-            _open_partial(partial, digest)
-            report = _build(config, partial, decode) | ({"held_out": held_out} if held_out else {})
-            write_json(partial / "report.json", {"fingerprint": digest, "inputs": inputs, **report})
-        (partial / "answers.jsonl").unlink(missing_ok=True)
-        (partial / "inputs.json").unlink(missing_ok=True)
-        _publish(partial, final)
-    report = read_ours(final / "report.json")
+    with hosts or Hosts(workdir) as hosts:
+        inputs = read_inputs(config)
+        _warn_of_mask(config)
+        found = read_ours(final / "report.json")
+        held_out, done = {}, False
+        if hosts.first:  # it decides for all
+            held_out = overlap.compare_files(config, part(found, "held_out"))
+            done = found.get("fingerprint") == _digest(inputs) and _complete(final, found.get("samples"))
+        parts = {name: _digest({name: value}) for name, value in inputs.items()}
+        said = hosts.meet(inputs=parts, done=done)[0]
+        others = [name.replace("_", " ") for name in parts if said["inputs"].get(name) != parts[name]]
+        if others:
+            what = f"host {hosts.index} reads another {', '.join(others)} than host 0"
+            raise InputError(f"{what}; give all hosts the same config, target and files")
+        if said["done"]:
+            if hosts.first:
+                shutil.rmtree(workdir / "data.old", ignore_errors=True)  # left behind by a kill during the last step
+            log(f"data: {found['samples']} samples in {final} are up to date")
+            if hosts.first and held_out != part(found, "held_out"):
+                with _disk_errors(workdir):
+                    found = write_json(final / "report.json", found | {"held_out": held_out})
+            return found
+        if found:
+            log(f"data: preparing again, {_difference(part(found, 'inputs'), inputs)}")
+        with _disk_errors(workdir):
+            _make(config, workdir, inputs, held_out, decode, hosts)
+        report = read_ours(final / "report.json")
     _summarise(report, final)
     return report
+
+
+def _make(
+    config: Config,
+    workdir: Path,
+    inputs: dict[str, Any],
+    held_out: dict[str, Any],
+    decode: Decode | None,
+    hosts: Hosts,
+) -> None:
+    """Makes `data`, which is there when this returns: all hosts answer, host 0 does everything else."""
+    final, partial, digest = workdir / "data", workdir / "data.partial", _digest(inputs)
+    whole = hosts.first and read_ours(partial / "report.json").get("fingerprint") == digest
+    if hosts.first and not whole:
+        _open_partial(partial, digest)
+    whole = hosts.meet(whole=whole)[0]["whole"]
+    if not whole and config.data.regenerate and hosts.count > 1:
+        _answer_share(config, partial, decode, hosts)
+    if hosts.first:
+        if not whole:
+            report = _build(config, partial, decode) | ({"held_out": held_out} if held_out else {})
+            write_json(partial / "report.json", {"fingerprint": digest, "inputs": inputs, **report})
+        for file in (*log_files(partial), partial / "inputs.json"):
+            file.unlink(missing_ok=True)
+        _publish(partial, final)
+    hosts.meet()
+
+
+def _answer_share(config: Config, partial: Path, decode: Decode | None, hosts: Hosts) -> None:
+    """Answers the questions of this host's prompts, into a log of its own; then host 0 has the answers of all."""
+    # What is set aside is counted later, when samples are made of all answers.
+    with contextlib.closing(Tally(Path(os.devnull))) as tally:
+        _answers(config, load_tokenizer(config.target.path), _prompts(config, tally), partial, decode, tally, hosts)
+    said = hosts.meet(length=log_file(partial, hosts.index).stat().st_size)
+    if hosts.first:
+        wait_for_files({log_file(partial, number): facts["length"] for number, facts in enumerate(said)})
 
 
 def read_inputs(config: Config) -> dict[str, Any]:
@@ -266,16 +310,10 @@ def _build(config: Config, partial: Path, decode: Decode | None) -> dict[str, An
             "use the tokenizer of this very model"
         )
     with contextlib.closing(Tally(partial / "rejected.jsonl")) as tally:
-        prompts = read_prompts(
-            data.prompts,
-            data.limit,
-            tally.malformed,
-            tokenised=not data.regenerate,
-            reasoning=data.thinking != "off",
-        )
+        prompts = _prompts(config, tally)
         tally.read(prompts)
         if data.regenerate:
-            answered = _answers(config, tokenizer, prompts, partial, decode, tally)
+            answered = _answers(config, tokenizer, prompts, partial, decode, tally, Hosts(partial, 0, 1))
             samples = answered_samples(tokenizer, answered, data, tally)
         else:
             samples = given_samples(tokenizer, prompts, data, tally)
@@ -289,12 +327,30 @@ def _build(config: Config, partial: Path, decode: Decode | None) -> dict[str, An
         return {"prompts": len(prompts), **tally.report(), "seconds": round(time.monotonic() - started, 1)}
 
 
-def _answers(
-    config: Config, tokenizer: ChatTokenizer, prompts: list[Prompt], partial: Path, decode: Decode | None, tally: Tally
-) -> list[Answered]:
-    """Conversations answered by the target; those that were before a kill are read back."""
+def _prompts(config: Config, tally: Tally) -> list[Prompt]:
+    """The prompts of a config; lines that are none are set aside."""
     data = config.data
+    tokenised, reasoning = not data.regenerate, data.thinking != "off"
+    return read_prompts(data.prompts, data.limit, tally.malformed, tokenised=tokenised, reasoning=reasoning)
+
+
+def _answers(
+    config: Config,
+    tokenizer: ChatTokenizer,
+    prompts: list[Prompt],
+    partial: Path,
+    decode: Decode | None,
+    tally: Tally,
+    hosts: Hosts,
+) -> list[Answered]:
+    """Conversations of this host's prompts, answered by the target; those that were before a kill are read back."""
+    data = config.data
+
+    def owns(sample_id: int) -> bool:
+        return hosts.owns(sample_id // data.repeats)
+
     todo = conversations(prompts, data.repeats, data.system_prompt, data.thinking)
+    todo = [conversation for conversation in todo if owns(conversation.sample_id)]
     turns = sum(len(conversation.questions) for conversation in todo)
     limits = Limits(
         max_prompt_length=data.max_prompt_length,
@@ -307,23 +363,30 @@ def _answers(
         tally.reject(conversation.sample_id, conversation.prompt, error)
 
     with (
-        contextlib.closing(AnswerLog(partial / "answers.jsonl")) as answers,
+        contextlib.closing(AnswerLog(log_file(partial, hosts.index), owns)) as answers,
         Progress("prepare", turns, unit="answer") as progress,
     ):
+
+        def step(turns: int, shown: Mapping[str, float] | None = None) -> None:
+            progress.advance(turns, shown)
+            hosts.check()
+
         if len(answers):
             log(f"data: continuing with {len(answers)} answers that are there already")
         if not data.answers.endpoints:
             decoder = decode or (lambda ask: target_decoder(config)(ask))  # loads the target if there is a question
-            return regenerate(tokenizer, todo, decoder, stops, limits, answers, reject, progress.advance)
+            return regenerate(tokenizer, todo, decoder, stops, limits, answers, reject, step)
 
         started, before = time.monotonic(), len(answers)
 
         def advance(turns: int, failures: int) -> None:
             rate = (len(answers) - before) / max(time.monotonic() - started, 1e-3)
-            progress.advance(turns, {"answers/s": rate, "failed": failures})
+            step(turns, {"answers/s": rate, "failed": failures})
 
-        dialogues = Dialogues(tokenizer, stops, limits, progress.advance)
-        found = ask_servers(tokenizer, todo, config, stops, dialogues, answers, reject, advance, progress.print)
+        asking = copy.deepcopy(config)  # all hosts together ask as many questions at a time as one
+        asking.data.answers.concurrency = max(data.answers.concurrency // hosts.count, 1)
+        dialogues = Dialogues(tokenizer, stops, limits, step)
+        found = ask_servers(tokenizer, todo, asking, stops, dialogues, answers, reject, advance, progress.print)
         tally.counts["answers_as_text"] = answers.texts
         return found
 
@@ -434,4 +497,4 @@ def _define(values: flags.FlagValues) -> None:
 
 
 if __name__ == "__main__":
-    command.run(prepare, define=_define)
+    command.run(prepare, define=_define, together=False)

@@ -76,7 +76,7 @@ def run(
             if not distributed:
                 raise InputError(f"--distributed: {main.__name__} runs on one host; leave the flag out")
             _join_hosts()
-        config = resolve(with_architecture(config))
+        config = _resolve_on_all(config)
         with _locked_by_one(workdir, main.__name__) if writes else contextlib.nullcontext():
             if not together and jax.distributed.is_initialized():
                 jax.process_count()  # is kept from here on
@@ -235,6 +235,22 @@ def _join_hosts() -> None:
             f"--distributed: the other hosts cannot be joined ({reason}); start it where JAX finds them (a TPU slice, "
             "SLURM, GKE), or leave the flag out on one host"
         ) from error
+
+
+def _resolve_on_all(config: Config) -> Config:
+    """The resolved config; where one of several hosts cannot use it, all end."""
+    refusal = None
+    try:
+        config = resolve(with_architecture(config))
+    except InputError as error:
+        refusal = error
+    if jax.distributed.is_initialized():
+        refused = np.atleast_1d(multihost_utils.process_allgather(np.int32(refusal is not None)))
+        if refused.any() and refusal is None:
+            refusal = InputError(f"host {int(refused.argmax())} cannot use what it was given; its own output says why")
+    if refusal is not None:
+        raise refusal
+    return config
 
 
 @contextlib.contextmanager

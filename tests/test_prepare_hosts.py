@@ -1,8 +1,12 @@
 """Several hosts prepare as one: as threads with a decoder that is made up, and as processes with the real one."""
 
+import collections
 import contextlib
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,12 +15,14 @@ from typing import Any
 import pytest
 
 from dspark_jax import hosts as hosts_module
-from dspark_jax.config import Config, DataConfig, DrafterConfig, InputError, TargetConfig, resolve
+from dspark_jax.config import Config, DataConfig, DrafterConfig, InputError, TargetConfig, resolve, to_json
+from dspark_jax.data import chat
 from dspark_jax.data.regenerate import Question
 from dspark_jax.data.sources import SampleReader
-from dspark_jax.errors import HostLost
+from dspark_jax.errors import AGAIN, HostLost
 from dspark_jax.hosts import Hosts
 from dspark_jax.prepare import prepare_samples
+from tests.data.openai_server import Behaviour, OpenAIServer, by_seed
 
 ROOT = Path(__file__).resolve().parents[1]
 STOP = 294
@@ -157,3 +163,84 @@ def test_hosts_that_do_not_read_the_same_are_one_line(config: Config, tmp_path: 
     assert all(isinstance(error, InputError) for error in found)
     assert str(found[1]) == "host 1 reads another data than host 0; give all hosts the same config, target and files"
     assert str(found[0]) == str(found[1]) and not (tmp_path / "run" / "data").exists()
+
+
+@pytest.fixture
+def launch(config: Config, tmp_path: Path) -> Callable[..., list[subprocess.CompletedProcess[str]]]:
+    """Runs the command on so many hosts: processes of one device, which SLURM's variables describe."""
+    file = tmp_path / "tiny.json"
+    file.write_text(to_json(config))
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    script = [sys.executable, str(Path(__file__).with_name("prepare_host.py"))]
+
+    def run(workdir: Path, kill_after: list[int], *more: list[str]) -> list[subprocess.CompletedProcess[str]]:
+        started = []
+        for host, after in enumerate(kill_after):
+            arguments = [str(after), "--config", str(file), "--workdir", str(workdir), *more[host % len(more)]]
+            described = {"JOB_ID": os.getpid(), "STEP_NODELIST": "localhost", "LOCALID": host}
+            described |= {"NTASKS": len(kill_after), "PROCID": host}
+            slurm = {f"SLURM_{name}": str(value) for name, value in described.items()} if len(kill_after) > 1 else {}
+            arguments += ["--distributed"] if slurm else []
+            pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+            started.append(subprocess.Popen([*script, *arguments], env=environment | slurm, **pipes))
+        said = [process.communicate(timeout=300) for process in started]
+        return [
+            subprocess.CompletedProcess(one.args, one.returncode, *pair)
+            for one, pair in zip(started, said, strict=True)
+        ]
+
+    return run
+
+
+def errors(done: subprocess.CompletedProcess[str]) -> list[str]:
+    """What a process says beside its progress and Gloo's greeting."""
+    ordinary = ("prepare ", "data: ", "[Gloo]")
+    return [line for line in done.stderr.splitlines() if not line.startswith(ordinary)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("by", ["own engine", "servers"])
+def test_two_processes_prepare_as_one(
+    launch: Callable[..., Any], config: Config, tmp_path: Path, by: str, tiny_target: Path
+) -> None:
+    """One is killed in the middle, the other ends with one line, and both started again lose and double nothing."""
+    run, alone, more = tmp_path / "run", tmp_path / "alone", ["--config.data.temperature=0.0"]
+    with contextlib.ExitStack() as stack:
+        server = None
+        if by == "servers":
+            server = OpenAIServer(chat.load_tokenizer(tiny_target), Behaviour(by_seed(STOP, 0.02)))
+            stack.callback(server.close)
+            more += [f"--config.data.answers.endpoints=('{server.url}',)", "--config.data.answers.concurrency=4"]
+        (whole,) = launch(alone, [0], more)
+        assert whole.returncode == 0, whole.stderr
+        asked = server and dict(server.answered)
+        if server:
+            server.answered.clear()
+        left, killed = launch(run, [0, 3], more)
+        assert (left.returncode, killed.returncode) == (AGAIN, -9), left.stderr
+        assert errors(left) == [
+            "error: host 1 has shown no sign of life for 5 s; start the same command on all hosts again, it goes on "
+            "with what is there"
+        ]
+        before = {path: path.read_bytes() for path in (run / "data.partial").glob("answers*")}
+        assert len(before) == 2 and not (run / "data").exists() and not (run / "lock.json").exists()
+        for done in launch(run, [0, 0], more):
+            assert done.returncode == 0, done.stderr
+        assert contents(run / "data") == contents(alone / "data")
+        assert [path.name for path in run.iterdir()] == ["data"]
+        if server:  # in flight at a kill were as many questions as it has at a time
+            again = sum((server.answered - collections.Counter(asked)).values())
+            assert set(server.answered) == set(asked) and again <= 2 and server.most <= 4
+
+
+@pytest.mark.slow
+def test_a_host_that_cannot_go_on_ends_all_with_one_line(launch: Callable[..., Any], tmp_path: Path) -> None:
+    for other, why in {
+        "--config.data.seed=1": "host 1 reads another data than host 0; give all hosts the same config",
+        f"--config.data.prompts=('{tmp_path / 'none.jsonl'}',)": "none.jsonl: cannot be read",
+        "--config.data.max_length=9999": "data.max_length=9999 exceeds",
+    }.items():
+        found = launch(tmp_path / "run", [0, 0], [], [other])
+        assert [done.returncode for done in found] == [2, 2], found
+        assert all(len(errors(done)) == 1 for done in found) and why in errors(found[1])[0], found
+        assert "host 1" in errors(found[0])[0] and not (tmp_path / "run" / "data").exists()

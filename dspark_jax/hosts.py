@@ -70,11 +70,16 @@ class Hosts:
         return number % self.count == self.index
 
     def __enter__(self) -> Self:
-        """Shows the others that this host is here."""
+        """Waits until all hosts are here: from then on each hears why another one fails. Raises as `meet`."""
         if self.count > 1:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._write()
             self._thread.start()
+            try:
+                self.meet()
+            except BaseException:
+                self._stand_still()
+                raise
         elif self._folder.is_dir():  # left behind by hosts that failed
             shutil.rmtree(self._folder)
         return self

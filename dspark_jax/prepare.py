@@ -71,6 +71,9 @@ from dspark_jax.training.feature_cache import check_features, prepare_features
 FORMAT = 2
 """Raised when the same inputs would give other samples."""
 
+CHUNKS = "chunks"
+"""Folder in `data.partial` for what lies between Beam's pipelines."""
+
 ANSWERS = 2
 """Raised when `answers.jsonl` is written in another way."""
 
@@ -105,7 +108,11 @@ SERVER_FIELDS = ("model", "mode")
 
 
 def prepare(
-    config: Config, workdir: Path, decode: Decode | None = None, benchmarks: str | None = None
+    config: Config,
+    workdir: Path,
+    decode: Decode | None = None,
+    benchmarks: str | None = None,
+    beam: str | None = None,
 ) -> dict[str, Any]:
     """Makes `workdir/data`, and `workdir/features` if the config wants a cache, unless they are there; see the parts.
 
@@ -115,6 +122,7 @@ def prepare(
       decode: answers batches of prompts; the config's target does when there is none.
       benchmarks: fetch the prompts of these, separated by commas, and do nothing else; `all`: of those that the config
         names, or all nine.
+      beam: make and write the samples through Apache Beam, with these options of it.
 
     Returns:
       The content of `data/report.json`; of benchmarks the files.
@@ -129,9 +137,11 @@ def prepare(
             with _disk_errors(workdir):
                 fetch(files)
         return {name: str(file) for name, file in files.items()}
+    if beam is not None:
+        _check_beam(beam)
     if config.data.features != "online":
         check_features(config, Path(workdir), lambda: data_fingerprint(config))
-    report = prepare_samples(config, Path(workdir), decode)
+    report = prepare_samples(config, Path(workdir), decode, beam)
     if config.data.features != "online":
         with _disk_errors(workdir):
             prepare_features(config, Path(workdir))
@@ -139,7 +149,11 @@ def prepare(
 
 
 def prepare_samples(
-    config: Config, workdir: Path, decode: Decode | None = None, hosts: Hosts | None = None
+    config: Config,
+    workdir: Path,
+    decode: Decode | None = None,
+    beam: str | None = None,
+    hosts: Hosts | None = None,
 ) -> dict[str, Any]:
     """Makes `workdir/data`, unless it is there and made of the same inputs; all hosts call it.
 
@@ -147,6 +161,7 @@ def prepare_samples(
       config: resolved.
       workdir: is created if need be.
       decode: answers questions; the config's target does when there is none.
+      beam: options of Apache Beam, through which samples are then made and written.
       hosts: of this run; those of JAX when there are none.
 
     Returns:
@@ -185,7 +200,7 @@ def prepare_samples(
         if found:
             log(f"data: preparing again, {_difference(part(found, 'inputs'), inputs)}")
         with _disk_errors(workdir):
-            _make(config, workdir, inputs, held_out, decode, hosts)
+            _make(config, workdir, inputs, held_out, decode, beam, hosts)
         report = read_ours(final / "report.json")
     _summarise(report, final)
     return report
@@ -197,6 +212,7 @@ def _make(
     inputs: dict[str, Any],
     held_out: dict[str, Any],
     decode: Decode | None,
+    beam: str | None,
     hosts: Hosts,
 ) -> None:
     """Makes `data`, which is there when this returns: all hosts answer, host 0 does everything else."""
@@ -209,10 +225,11 @@ def _make(
         _answer_share(config, partial, decode, hosts)
     if hosts.first:
         if not whole:
-            report = _build(config, partial, decode) | ({"held_out": held_out} if held_out else {})
+            report = _build(config, partial, decode, beam) | ({"held_out": held_out} if held_out else {})
             write_json(partial / "report.json", {"fingerprint": digest, "inputs": inputs, **report})
         for file in (*log_files(partial), partial / "inputs.json"):
             file.unlink(missing_ok=True)
+        shutil.rmtree(partial / CHUNKS, ignore_errors=True)
         _publish(partial, final)
     hosts.meet()
 
@@ -300,8 +317,8 @@ def _complete(final: Path, samples: int | None) -> bool:
         return False
 
 
-def _build(config: Config, partial: Path, decode: Decode | None) -> dict[str, Any]:
-    """Writes samples and rejected.jsonl into `partial`; returns the counts for the report."""
+def _build(config: Config, partial: Path, decode: Decode | None, beam: str | None) -> dict[str, Any]:
+    """Writes samples and rejected.jsonl into `partial`, with Beam's options through Beam; returns the counts."""
     data, started = config.data, time.monotonic()
     tokenizer, rows = load_tokenizer(config.target.path), config.target.architecture.vocab_size
     if len(tokenizer) > rows:
@@ -312,18 +329,24 @@ def _build(config: Config, partial: Path, decode: Decode | None) -> dict[str, An
     with contextlib.closing(Tally(partial / "rejected.jsonl")) as tally:
         prompts = _prompts(config, tally)
         tally.read(prompts)
+        given: Any = prompts
         if data.regenerate:
-            answered = _answers(config, tokenizer, prompts, partial, decode, tally, Hosts(partial, 0, 1))
-            samples = answered_samples(tokenizer, answered, data, tally)
+            given = _answers(config, tokenizer, prompts, partial, decode, tally, Hosts(partial, 0, 1))
+        if beam is not None:
+            from dspark_jax.data.beam import pipeline_options, write_with_beam
+
+            write_with_beam(partial, partial / CHUNKS, tokenizer, data, given, tally, pipeline_options(beam))
         else:
-            samples = given_samples(tokenizer, prompts, data, tally)
-        first = next(samples, None)
-        if first is None:
+            make = answered_samples if data.regenerate else given_samples
+            samples = make(tokenizer, given, data, tally)
+            first = next(samples, None)
+            if first is not None:
+                write_samples(partial, itertools.chain([first], samples))
+        if not tally.prompt_sets:
             why, where = describe(tally.rejected), partial / "rejected.jsonl"
             raise InputError(
                 f"no sample is left of {len(prompts)} prompts: {why}; see {where} and the limits in data.*"
             )
-        write_samples(partial, itertools.chain([first], samples))
         return {"prompts": len(prompts), **tally.report(), "seconds": round(time.monotonic() - started, 1)}
 
 
@@ -479,12 +502,32 @@ def _disk_errors(workdir: Path) -> Iterator[None]:
         ) from None
 
 
-class _Names(flags.Flag):
+def _check_beam(options: str) -> None:
+    """Refuses options of Beam that cannot be used, before anything is answered.
+
+    Raises:
+      InputError: the package is missing, or see `beam.pipeline_options`.
+    """
+    try:
+        from dspark_jax.data.beam import pipeline_options
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "apache_beam":
+            raise
+        raise InputError("--beam needs the package apache-beam; pip install 'dspark-jax[beam]'") from None
+    pipeline_options(options)
+
+
+class _Optional(flags.Flag):
     """A flag with or without a value: `--benchmarks` and `--benchmarks=gsm8k,mbpp`."""
+
+    def __init__(self, name: str, text: str, without: str):
+        """`without` is its value where it is given without one."""
+        self.without = without
+        super().__init__(flags.ArgumentParser(), None, name, None, text, boolean=True)
 
     def parse(self, argument: Any) -> None:
         """Takes a value; absl gives 'true' where there is none."""
-        super().parse("all" if argument == "true" else None if argument == "false" else argument)
+        super().parse(self.without if argument == "true" else None if argument == "false" else argument)
 
 
 def _define(values: flags.FlagValues) -> None:
@@ -492,8 +535,12 @@ def _define(values: flags.FlagValues) -> None:
         "Fetch prompts of the paper's benchmarks from the hub, and do nothing else: names separated by commas; without "
         f"a value those that eval.prompts has. Known here: {', '.join(BENCHMARKS)}."
     )
-    flag = _Names(flags.ArgumentParser(), None, "benchmarks", None, text, boolean=True)
-    flags.DEFINE_flag(flag, flag_values=values)
+    flags.DEFINE_flag(_Optional("benchmarks", text, "all"), flag_values=values)
+    text = (
+        "Make and write the samples through Apache Beam (needs .[beam]): without a value on this machine, else with "
+        "these options of Beam, e.g. --beam='--runner=FlinkRunner --flink_master=HOST:8081'."
+    )
+    flags.DEFINE_flag(_Optional("beam", text, ""), flag_values=values)
 
 
 if __name__ == "__main__":

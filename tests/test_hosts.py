@@ -50,7 +50,7 @@ def test_hosts_meet_and_leave_nothing_behind(tmp_path: Path, before: bool) -> No
 
     def work(index: int) -> Any:
         with Hosts(tmp_path, index, 3) as hosts:
-            time.sleep(0.1 * index)
+            time.sleep(0.05 * index)
             arrived.append(index)
             first = hosts.meet(number=index)
             assert sorted(arrived) == [0, 1, 2]
@@ -85,8 +85,7 @@ def test_a_failure_of_one_host_ends_all(
 
     def work(index: int) -> None:
         with Hosts(tmp_path, index, 3) as hosts:
-            hosts.meet()
-            if index == failing:
+            if index == failing:  # at once
                 raise InputError("prompts.jsonl: cannot be read")
             while working:
                 hosts.check()
@@ -138,7 +137,7 @@ def test_a_host_that_never_comes_or_comes_twice_is_one_line(tmp_path: Path, monk
     stale(tmp_path)
     monkeypatch.setattr(module, "COMING", 0.1)
     with pytest.raises(HostLost, match=r"^host 1 has not come within 0 s; --workdir has to be one that all hosts see"):
-        Hosts(tmp_path, 0, 2).__enter__().meet()
+        Hosts(tmp_path, 0, 2).__enter__()
     monkeypatch.setattr(module, "COMING", 300)
 
     def work(index: int) -> None:
@@ -146,7 +145,7 @@ def test_a_host_that_never_comes_or_comes_twice_is_one_line(tmp_path: Path, monk
         hosts.meet()
         if index == 1:  # restarted by itself
             hosts._ended.set()
-            Hosts(tmp_path, 1, 2).__enter__()
+            Hosts(tmp_path, 1, 2)._write()
         else:
             hosts.meet()
 

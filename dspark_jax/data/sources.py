@@ -108,12 +108,16 @@ def write_samples(directory: str | os.PathLike[str], samples: Iterable[Sample]) 
     if first is None:
         raise InputError(f"{directory}: there is no sample to write; give prompts that leave some")
     shutil.rmtree(Path(directory) / DsparkSamples.name, ignore_errors=True)
-    builder = DsparkSamples(samples=itertools.chain([first], iterator), data_dir=str(directory))
+    return build(DsparkSamples(samples=itertools.chain([first], iterator), data_dir=str(directory)), directory)
+
+
+def build(builder: DsparkSamples, directory: str | os.PathLike[str], config: Any = None) -> int:
+    """Lets a builder write its dataset in `directory`, with TFDS's `DownloadConfig`; returns its number of samples."""
     tfds.display_progress_bar(False)
     # TFDS announces a download on stdout, and leaves a folder for it.
     with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(io.StringIO()):
         try:
-            builder.download_and_prepare(download_dir=scratch)
+            builder.download_and_prepare(download_dir=scratch, download_config=config)
         except RuntimeError as error:  # ArrayRecord knows no error numbers
             if (found := as_os_error(error, directory)) is None:
                 raise

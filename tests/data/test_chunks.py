@@ -35,7 +35,10 @@ def talks(folder: Path) -> list[Prompt]:
         answers = ["the answer is one\u2028 two", "yes, it is two"] if number % 4 else ["the answer is one", ""]
         if number % 5 == 4:
             answers = ["y", "z"]
-        turns = [{"role": "user", "content": "how\u2028much?"}, {"role": "assistant", "content": answers[0], **thoughts}]
+        turns = [
+            {"role": "user", "content": "how\u2028much?"},
+            {"role": "assistant", "content": answers[0], **thoughts},
+        ]
         turns += [{"role": "user", "content": "and?"}, {"role": "assistant", "content": answers[1], **thoughts}]
         rows.append(json.dumps({"messages": turns, "id": number}, ensure_ascii=False))
     for name, part in {"one.jsonl": rows[:7], "two.jsonl": rows[7:]}.items():
@@ -54,7 +57,9 @@ def answered(prompts: Sequence[Prompt]) -> list[Answered]:
 
 
 def settings(regenerate: bool) -> DataConfig:
-    return DataConfig(regenerate=regenerate, thinking="given", min_loss_tokens=20, max_prompt_length=300, max_length=600)
+    return DataConfig(
+        regenerate=regenerate, thinking="given", min_loss_tokens=20, max_prompt_length=300, max_length=600
+    )
 
 
 def plain(samples: Sequence[Any]) -> list[Any]:

@@ -10,6 +10,7 @@ import io
 import itertools
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]  (no type stubs)
 from google.protobuf.json_format import ParseError
+from tensorflow_datasets.core import shuffle
 
 from dspark_jax.config import InputError
 from dspark_jax.errors import as_os_error
@@ -114,6 +116,8 @@ def write_samples(directory: str | os.PathLike[str], samples: Iterable[Sample]) 
 def build(builder: DsparkSamples, directory: str | os.PathLike[str], config: Any = None) -> int:
     """Lets a builder write its dataset in `directory`, with TFDS's `DownloadConfig`; returns its number of samples."""
     tfds.display_progress_bar(False)
+    # Beyond 1 GB TFDS sorts records on disk, with TensorFlow. Ours have their order already, and 4 bytes per token.
+    shuffle.MAX_MEM_BUFFER_SIZE = sys.maxsize
     # TFDS announces a download on stdout, and leaves a folder for it.
     with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(io.StringIO()):
         try:

@@ -16,12 +16,14 @@ import importlib.util
 import inspect
 import json
 import re
+import signal
 import sys
 import textwrap
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -31,6 +33,7 @@ from ml_collections import config_flags
 
 from dspark_jax import config as config_module
 from dspark_jax import experiments
+from dspark_jax.attached import STATUS
 from dspark_jax.config import CHOICES, Config, InputError, resolve
 from dspark_jax.errors import reporting_errors
 from dspark_jax.hub import with_architecture
@@ -78,10 +81,9 @@ def run(
             _join_hosts()
         config = _resolve_on_all(config)
         with _locked_by_one(workdir, main.__name__) if writes else contextlib.nullcontext():
-            if not together and jax.distributed.is_initialized():
-                jax.process_count()  # is kept from here on
-                jax.distributed.shutdown()
-            main(config, workdir, **extra)
+            apart = not together and jax.distributed.is_initialized()
+            with _parted() if apart else contextlib.nullcontext():
+                main(config, workdir, **extra)
 
 
 def parse(
@@ -235,6 +237,22 @@ def _join_hosts() -> None:
             f"--distributed: the other hosts cannot be joined ({reason}); start it where JAX finds them (a TPU slice, "
             "SLURM, GKE), or leave the flag out on one host"
         ) from error
+
+
+@contextlib.contextmanager
+def _parted() -> Iterator[None]:
+    """Ends JAX's connection to the other hosts; SIGTERM, which it has taken over and does not give back, ends us."""
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        raise SystemExit(STATUS)
+
+    jax.process_count()  # is kept from here on
+    jax.distributed.shutdown()
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _resolve_on_all(config: Config) -> Config:

@@ -20,11 +20,8 @@ training does not run the target. That, too, says beforehand how much it takes, 
 
 import contextlib
 import copy
-import hashlib
 import itertools
-import json
 import os
-import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -37,14 +34,14 @@ from absl import flags
 from dspark_jax import command
 from dspark_jax.answering import target_decoder
 from dspark_jax.benchmarks import BENCHMARKS
-from dspark_jax.config import AnswersConfig, Config, DataConfig, InputError
+from dspark_jax.config import Config, InputError
 from dspark_jax.data import overlap, statistics
 from dspark_jax.data.answer_log import log_file, log_files
 from dspark_jax.data.benchmark_prompts import fetch, places
 from dspark_jax.data.chat import load_tokenizer, stop_tokens
-from dspark_jax.data.files import HUB
+from dspark_jax.data.inputs import digest
 from dspark_jax.data.mask_token import mask_warning
-from dspark_jax.data.prompts import Prompt, content_hashes, prompt_files, read_prompts
+from dspark_jax.data.prompts import Prompt, read_prompts
 from dspark_jax.data.regenerate import (
     Answered,
     AnswerLog,
@@ -64,47 +61,15 @@ from dspark_jax.hosts import Hosts, wait_for_files
 from dspark_jax.json_file import part, read_ours, write_json
 from dspark_jax.kinds import KINDS
 from dspark_jax.progress import Progress, log
-from dspark_jax.target.loading import fingerprint, tokenizer_fingerprint
+from dspark_jax.run import Run
 from dspark_jax.tokenizer import ChatTokenizer
 from dspark_jax.training.feature_cache import check_features, prepare_features
-
-FORMAT = 2
-"""Raised when the same inputs would give other samples."""
 
 CHUNKS = "chunks"
 """Folder in `data.partial` for what lies between Beam's pipelines."""
 
 ANSWERS = 2
 """Raised when `answers.jsonl` is written in another way."""
-
-_READ_SINCE_3 = re.compile(
-    rb'"(tools?|functions?|tool_calls|function_call|observation|developer|instruction|input_ids)"'
-    rb'|"type": ?"(input_|output_)?text"'
-)
-"""Names in rows of JSON that format 2 sets aside and format 3 reads."""
-
-FIELDS = (
-    "limit",
-    "regenerate",
-    "repeats",
-    "system_prompt",
-    "max_prompt_length",
-    "max_length",
-    "min_loss_tokens",
-    "temperature",
-    "seed",
-)
-"""Fields of `config.data` that the samples depend on, besides the prompts."""
-
-LATER_FIELDS = ("thinking", "supervised")
-"""The same, but data that was made before there were any is that of their defaults."""
-
-
-SAMPLING_FIELDS = ("top_p", "top_k", "min_p", "max_new_tokens")
-"""Fields of `config.data.answers` that the samples depend on."""
-
-SERVER_FIELDS = ("model", "mode")
-"""The same, where servers answer."""
 
 
 def prepare(
@@ -139,27 +104,28 @@ def prepare(
         return {name: str(file) for name, file in files.items()}
     if beam is not None:
         _check_beam(beam)
-    if config.data.features != "online":
-        check_features(config, Path(workdir), lambda: data_fingerprint(config))
-    report = prepare_samples(config, Path(workdir), decode, beam)
-    if config.data.features != "online":
-        with _disk_errors(workdir):
-            prepare_features(config, Path(workdir))
+    return prepare_run(Run(config, Path(workdir)), decode, beam)
+
+
+def prepare_run(run: Run, decode: Decode | None = None, beam: str | None = None) -> dict[str, Any]:
+    """The same of a run that a command has already, without benchmarks."""
+    cached = run.config.data.features != "online"
+    if cached:
+        check_features(run)
+    report = prepare_samples(run, decode, beam)
+    if cached:
+        with _disk_errors(run.workdir):
+            prepare_features(run)
     return report
 
 
 def prepare_samples(
-    config: Config,
-    workdir: Path,
-    decode: Decode | None = None,
-    beam: str | None = None,
-    hosts: Hosts | None = None,
+    run: Run, decode: Decode | None = None, beam: str | None = None, hosts: Hosts | None = None
 ) -> dict[str, Any]:
     """Makes `workdir/data`, unless it is there and made of the same inputs; all hosts call it.
 
     Args:
-      config: resolved.
-      workdir: is created if need be.
+      run: its working directory is created if need be.
       decode: answers questions; the config's target does when there is none.
       beam: options of Apache Beam, through which samples are then made and written.
       hosts: of this run; those of JAX when there are none.
@@ -171,62 +137,56 @@ def prepare_samples(
       HostLost: another host is gone.
       InputError: prompts, tokenizer or target cannot be used, no sample is left, or the disk is full.
     """
-    final, partial = workdir / "data", workdir / "data.partial"
+    config, workdir = run.config, run.workdir
+    final, partial = run.data_folder, workdir / "data.partial"
     for folder in (final, partial, workdir / "data.old"):
         if folder.exists() and not folder.is_dir():
             raise InputError(f"{folder}: not a directory; remove it, or use another --workdir")
     with hosts or Hosts(workdir) as hosts:
-        inputs = read_inputs(config)
+        inputs = run.data_inputs
         _warn_of_mask(config)
         found = read_ours(final / "report.json")
         held_out, done = {}, False
         if hosts.first:  # it decides for all
             held_out = overlap.compare_files(config, part(found, "held_out"))
-            done = found.get("fingerprint") == _digest(inputs) and _complete(final, found.get("samples"))
-        parts = {name: _digest({name: value}) for name, value in inputs.items()}
+            done = found.get("fingerprint") == run.data_fingerprint and _complete(final, found.get("samples"))
+        parts = {name: digest({name: value}) for name, value in inputs.items()}
         said = hosts.meet(inputs=parts, done=done)[0]
         others = [name.replace("_", " ") for name in parts if said["inputs"].get(name) != parts[name]]
         if others:
             what = f"host {hosts.index} reads another {', '.join(others)} than host 0"
             raise InputError(f"{what}; give all hosts the same config, target and files")
         if said["done"]:
-            if hosts.first:
-                shutil.rmtree(workdir / "data.old", ignore_errors=True)  # left behind by a kill during the last step
+            if not hosts.first:
+                return found
+            shutil.rmtree(workdir / "data.old", ignore_errors=True)  # left behind by a kill during the last step
             log(f"data: {found['samples']} samples in {final} are up to date")
-            if hosts.first and held_out != part(found, "held_out"):
+            if held_out != part(found, "held_out"):
                 with _disk_errors(workdir):
                     found = write_json(final / "report.json", found | {"held_out": held_out})
             return found
         if found:
             log(f"data: preparing again, {_difference(part(found, 'inputs'), inputs)}")
         with _disk_errors(workdir):
-            _make(config, workdir, inputs, held_out, decode, beam, hosts)
+            _make(run, held_out, decode, beam, hosts)
         report = read_ours(final / "report.json")
     _summarise(report, final)
     return report
 
 
-def _make(
-    config: Config,
-    workdir: Path,
-    inputs: dict[str, Any],
-    held_out: dict[str, Any],
-    decode: Decode | None,
-    beam: str | None,
-    hosts: Hosts,
-) -> None:
+def _make(run: Run, held_out: dict[str, Any], decode: Decode | None, beam: str | None, hosts: Hosts) -> None:
     """Makes `data`, which is there when this returns: all hosts answer, host 0 does everything else."""
-    final, partial, digest = workdir / "data", workdir / "data.partial", _digest(inputs)
-    whole = hosts.first and read_ours(partial / "report.json").get("fingerprint") == digest
+    final, partial, fingerprint = run.data_folder, run.workdir / "data.partial", run.data_fingerprint
+    whole = hosts.first and read_ours(partial / "report.json").get("fingerprint") == fingerprint
     if hosts.first and not whole:
-        _open_partial(partial, digest)
+        _open_partial(partial, fingerprint)
     whole = hosts.meet(whole=whole)[0]["whole"]
-    if not whole and config.data.regenerate and hosts.count > 1:
-        _answer_share(config, partial, decode, hosts)
+    if not whole and run.config.data.regenerate and hosts.count > 1:
+        _answer_share(run, partial, decode, hosts)
     if hosts.first:
         if not whole:
-            report = _build(config, partial, decode, beam) | ({"held_out": held_out} if held_out else {})
-            write_json(partial / "report.json", {"fingerprint": digest, "inputs": inputs, **report})
+            report = _build(run, partial, decode, beam) | ({"held_out": held_out} if held_out else {})
+            write_json(partial / "report.json", {"fingerprint": fingerprint, "inputs": run.data_inputs, **report})
         for file in (*log_files(partial), partial / "inputs.json"):
             file.unlink(missing_ok=True)
         shutil.rmtree(partial / CHUNKS, ignore_errors=True)
@@ -234,65 +194,15 @@ def _make(
     hosts.meet()
 
 
-def _answer_share(config: Config, partial: Path, decode: Decode | None, hosts: Hosts) -> None:
+def _answer_share(run: Run, partial: Path, decode: Decode | None, hosts: Hosts) -> None:
     """Answers the questions of this host's prompts, into a log of its own; then host 0 has the answers of all."""
     # What is set aside is counted later, when samples are made of all answers.
     with contextlib.closing(Tally(Path(os.devnull))) as tally:
-        _answers(config, load_tokenizer(config.target.path), _prompts(config, tally), partial, decode, tally, hosts)
+        tokenizer = load_tokenizer(run.config.target.path)
+        _answers(run, tokenizer, _prompts(run.config, tally), partial, decode, tally, hosts)
     said = hosts.meet(length=log_file(partial, hosts.index).stat().st_size)
     if hosts.first:
         wait_for_files({log_file(partial, number): facts["length"] for number, facts in enumerate(said)})
-
-
-def read_inputs(config: Config) -> dict[str, Any]:
-    """Everything that decides what the samples are, in hashes and plain values.
-
-    Raises:
-      InputError: a prompt file or the target cannot be read, or fields contradict each other.
-    """
-    data, path = config.data, config.target.path
-    if not data.prompts:
-        raise InputError("data.prompts is empty; name at least one file of prompts")
-    if not data.regenerate and data.repeats > 1:
-        raise InputError(f"data.repeats={data.repeats} needs data.regenerate=True; given answers exist once")
-    prompts = content_hashes(data.prompts, "data.prompts")
-    later = {name: getattr(data, name) for name in LATER_FIELDS if getattr(data, name) != getattr(DataConfig(), name)}
-    later |= _answer_fields(data) if data.regenerate else {}
-    return {
-        "format": _format(config),
-        "target": {"weights": fingerprint(path), "dtype": config.target.dtype} if data.regenerate else {},
-        "tokenizer": tokenizer_fingerprint(path),
-        "stop_tokens": list(stop_tokens(path, load_tokenizer(path))),
-        "prompts": prompts,
-        "data": {name: getattr(data, name) for name in FIELDS} | later,
-    }
-
-
-def _answer_fields(data: DataConfig) -> dict[str, Any]:
-    """Fields of `data.answers` that the samples depend on, where they are not those of their defaults.
-
-    Which server it was, and how it was asked, does not count: it serves the target.
-    """
-    default = AnswersConfig()
-    names = SAMPLING_FIELDS + (SERVER_FIELDS if data.answers.endpoints else ())
-    changed = {name: getattr(data.answers, name) for name in names}
-    found = {f"answers.{name}": value for name, value in changed.items() if value != getattr(default, name)}
-    return found | ({"answers.endpoints": "servers"} if data.answers.endpoints else {})
-
-
-def _format(config: Config) -> int:
-    """3 where more conversations are read than in format 2; all others keep their samples, and so their fingerprint.
-
-    Those are given ones (they end where they can be trained to) and those with tools, Alpaca's columns and so on.
-    """
-    files = [file for file in prompt_files(config.data.prompts) if not file.startswith(HUB)]
-    more = not config.data.regenerate or any(_READ_SINCE_3.search(Path(file).read_bytes()) for file in files)
-    return 3 if more else FORMAT
-
-
-def data_fingerprint(config: Config) -> str:
-    """What `fingerprint` in `data/report.json` will be, without preparing anything; raises as `read_inputs`."""
-    return _digest(read_inputs(config))
 
 
 def _warn_of_mask(config: Config) -> None:
@@ -304,10 +214,6 @@ def _warn_of_mask(config: Config) -> None:
             log(f"warning: {warning}")
 
 
-def _digest(inputs: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:32]
-
-
 def _complete(final: Path, samples: int | None) -> bool:
     """Whether the samples that the report speaks of are there; says what is wrong with them."""
     try:
@@ -317,9 +223,10 @@ def _complete(final: Path, samples: int | None) -> bool:
         return False
 
 
-def _build(config: Config, partial: Path, decode: Decode | None, beam: str | None) -> dict[str, Any]:
+def _build(run: Run, partial: Path, decode: Decode | None, beam: str | None) -> dict[str, Any]:
     """Writes samples and rejected.jsonl into `partial`, with Beam's options through Beam; returns the counts."""
-    data, started = config.data, time.monotonic()
+    config, started = run.config, time.monotonic()
+    data = config.data
     tokenizer, rows = load_tokenizer(config.target.path), config.target.architecture.vocab_size
     if len(tokenizer) > rows:
         raise InputError(
@@ -331,7 +238,7 @@ def _build(config: Config, partial: Path, decode: Decode | None, beam: str | Non
         tally.read(prompts)
         given: Any = prompts
         if data.regenerate:
-            given = _answers(config, tokenizer, prompts, partial, decode, tally, Hosts(partial, 0, 1))
+            given = _answers(run, tokenizer, prompts, partial, decode, tally, Hosts(partial, 0, 1))
         if beam is not None:
             from dspark_jax.data.beam import pipeline_options, write_with_beam
 
@@ -358,7 +265,7 @@ def _prompts(config: Config, tally: Tally) -> list[Prompt]:
 
 
 def _answers(
-    config: Config,
+    run: Run,
     tokenizer: ChatTokenizer,
     prompts: list[Prompt],
     partial: Path,
@@ -367,7 +274,7 @@ def _answers(
     hosts: Hosts,
 ) -> list[Answered]:
     """Conversations of this host's prompts, answered by the target; those that were before a kill are read back."""
-    data = config.data
+    config, data = run.config, run.config.data
 
     def owns(sample_id: int) -> bool:
         return hosts.owns(sample_id // data.repeats)
@@ -395,9 +302,9 @@ def _answers(
             hosts.check()
 
         if len(answers):
-            log(f"data: continuing with {len(answers)} answers that are there already")
+            log(f"data: {len(answers)} answers are there already")
         if not data.answers.endpoints:
-            decoder = decode or (lambda ask: target_decoder(config)(ask))  # loads the target if there is a question
+            decoder = decode or (lambda ask: target_decoder(run)(ask))  # loads the target if there is a question
             return regenerate(tokenizer, todo, decoder, stops, limits, answers, reject, step)
 
         started, before = time.monotonic(), len(answers)

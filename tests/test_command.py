@@ -3,6 +3,8 @@
 import contextlib
 import errno
 import json
+import os
+import signal
 from pathlib import Path
 
 import jax
@@ -314,7 +316,7 @@ def test_what_one_host_cannot_use_ends_all(config_file, monkeypatch, capsys, min
 
 @pytest.mark.parametrize("together", [False, True])
 def test_hosts_that_do_not_compute_together_leave_each_other(config_file, monkeypatch, together):
-    """After they know their numbers: JAX would end those that are left when one is gone."""
+    """After they know their numbers: JAX would end those that are left when one is gone. It keeps SIGTERM to itself."""
     done = []
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(jax.distributed, "shutdown", lambda: done.append("left"))
@@ -322,8 +324,18 @@ def test_hosts_that_do_not_compute_together_leave_each_other(config_file, monkey
     for name, result in {"process_allgather": np.zeros(2), "broadcast_one_to_all": np.int32(0)}.items():
         monkeypatch.setattr(command.multihost_utils, name, lambda value, result=result: result)
     argv = ["--config", config_file, "--distributed", "--workdir=here"]
-    command.run(lambda config, workdir: done.append("ran"), argv=argv, together=together)
-    assert done == ["joined", "ran"] if together else ["joined", "left", "ran"]
+
+    def work(config, workdir):
+        done.append("ran")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, lambda *_: done.append("ignored"))
+    try:
+        with contextlib.nullcontext() if together else pytest.raises(SystemExit, match="143"):
+            command.run(work, argv=argv, together=together)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert done == (["joined", "ran", "ignored"] if together else ["joined", "left", "ran"])
 
 
 def test_help_lists_flags_fields_values_and_their_meaning(config_file, capsys):

@@ -22,6 +22,7 @@ from dspark_jax.data.sources import SampleReader
 from dspark_jax.errors import AGAIN, HostLost
 from dspark_jax.hosts import Hosts
 from dspark_jax.prepare import prepare_samples
+from dspark_jax.run import Run
 from tests.data.openai_server import Behaviour, OpenAIServer, by_seed
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -83,7 +84,7 @@ def on_hosts(workdir: Path, decoders: list[Decoder], *configs: Config) -> list[A
         config = configs[index % len(configs)]
         try:
             hosts = Hosts(workdir, index, len(decoders))
-            found[index] = prepare_samples(config, workdir, decoders[index], hosts=hosts)
+            found[index] = prepare_samples(Run(config, workdir), decoders[index], hosts=hosts)
         except BaseException as error:
             found[index] = error
 
@@ -99,7 +100,7 @@ def on_hosts(workdir: Path, decoders: list[Decoder], *configs: Config) -> list[A
 def alone(config: Config, tmp_path: Path) -> Decoder:
     """What one host asks; its data is in `alone/data`."""
     decoder = Decoder()
-    prepare_samples(config, tmp_path / "alone", decoder)
+    prepare_samples(Run(config, tmp_path / "alone"), decoder)
     return decoder
 
 
@@ -129,7 +130,7 @@ def test_killed_hosts_go_on_with_any_number_of_them(
             found = on_hosts(run, decoders, config)
         else:
             with contextlib.suppress(KeyboardInterrupt):
-                prepare_samples(config, run, decoders[0])
+                prepare_samples(Run(config, run), decoders[0])
         asked += sum((decoder.asked for decoder in decoders), [])
         if min(kill_after) < 10**9:
             assert not (run / "data").exists()
@@ -148,13 +149,13 @@ def test_a_line_that_a_dead_host_was_writing_does_not_count(config: Config, tmp_
     on_hosts(run, [Decoder(), Decoder(), Decoder(2)], config)
     log = run / "data.partial" / "answers-2.jsonl"
     log.write_bytes(log.read_bytes()[:-9])
-    assert prepare_samples(config, run, Decoder())["samples"] == 21
+    assert prepare_samples(Run(config, run), Decoder())["samples"] == 21
     assert contents(run / "data") == contents(tmp_path / "alone" / "data")
     on_hosts(tmp_path / "more", [Decoder(), Decoder(2)], config)
     log = tmp_path / "more" / "data.partial" / "answers-1.jsonl"
     log.write_text("{broken\n" + log.read_text())
     with pytest.raises(InputError, match=r"answers-1\.jsonl:1: damaged; remove the lines"):
-        prepare_samples(config, tmp_path / "more", Decoder())
+        prepare_samples(Run(config, tmp_path / "more"), Decoder())
 
 
 def test_hosts_that_do_not_read_the_same_are_one_line(config: Config, tmp_path: Path) -> None:

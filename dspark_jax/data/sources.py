@@ -20,7 +20,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]  (no type stubs)
 from google.protobuf.json_format import ParseError
-from tensorflow_datasets.core import shuffle
+from tensorflow_datasets.core import shuffle, writer
+from tensorflow_datasets.proto import tf_example_pb2
 
 from dspark_jax.config import InputError
 from dspark_jax.errors import as_os_error
@@ -58,6 +59,21 @@ class Samples(Protocol):
         ...
 
 
+class _Writer(writer.ExampleWriter):
+    """Writes records of which the same fields are always the same bytes.
+
+    TFDS leaves their order to the library for protocol buffers, which has another one in every process.
+    """
+
+    def write(self, path: Any, examples: Iterable[tuple[Any, bytes]]) -> Any:
+        """Writes (key, record) pairs as a shard."""
+        return super().write(path, ((key, _in_order(record)) for key, record in examples))
+
+
+def _in_order(record: bytes) -> bytes:
+    return tf_example_pb2.Example.FromString(record).SerializeToString(deterministic=True)
+
+
 class DsparkSamples(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """TFDS builder of a samples dataset; the records keep the order in which they are given."""
 
@@ -88,6 +104,9 @@ class DsparkSamples(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
         del dl_manager  # nothing is downloaded
         return {SPLIT: self._generate_examples()}
+
+    def _example_writer(self) -> writer.ExampleWriter:
+        return _Writer(file_format=self.info.file_format)
 
     def _generate_examples(self) -> Iterator[tuple[int, dict[str, Any]]]:
         for sample in self._samples:

@@ -62,19 +62,26 @@ def contents(data: Path) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shards", [1, 4])
-@pytest.mark.parametrize("answers", ["of the target", "given"])
+@pytest.mark.parametrize(
+    ("answers", "shards", "options"),
+    [
+        ("of the target", 1, ""),
+        ("of the target", 4, ""),
+        ("given", 4, ""),
+        ("given", 1, "--direct_num_workers=2 --direct_running_mode=multi_processing"),
+    ],
+)
 def test_the_same_records_as_the_local_path(
-    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shards: int, answers: str
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answers: str, shards: int, options: str
 ) -> None:
-    """Byte for byte and in the same order."""
+    """Byte for byte and in the same order, also where other processes do the work."""
     pytest.importorskip("apache_beam")
     monkeypatch.setattr(chunks, "SIZE", 7)
     if shards > 1:
         monkeypatch.setattr(shard_utils.ShardConfig, "min_shard_size", 1500)
     config = given(config, tmp_path) if answers == "given" else config
     report = prepare(config, tmp_path / "local", decode)
-    assert prepare(config, tmp_path / "beam", decode, beam="") | {"seconds": 0} == report | {"seconds": 0}
+    assert prepare(config, tmp_path / "beam", decode, beam=options) | {"seconds": 0} == report | {"seconds": 0}
     local, beam = contents(tmp_path / "local" / "data"), contents(tmp_path / "beam" / "data")
     assert all(isinstance(record, bytes) for record in local[0]) and local == beam
     assert local[1] == shards and len(local[0]) == report["samples"] > 30

@@ -29,6 +29,14 @@ def test_samples_come_back_in_their_order_with_their_types(tmp_path: Path) -> No
         assert (reader[i].prompt_set, reader[i].sample_id) == (written[i].prompt_set, written[i].sample_id)
 
 
+def test_records_have_their_fields_in_one_order(tmp_path: Path) -> None:
+    """Whatever process writes them: workers of Beam are others."""
+    write_samples(tmp_path, [sample(i, 5) for i in range(3)])
+    records = SampleReader(tmp_path)._records.data_source.__getitems__([0, 1, 2])
+    names = [b"loss_mask", b"prompt_set", b"sample_id", b"tokens"]
+    assert all(sorted(names, key=record.index) == names for record in records)
+
+
 def test_more_samples_than_tfds_keeps_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beyond 1 GB of them it would go to disk, with TensorFlow, which is not there."""
     monkeypatch.setattr(shuffle, "MAX_MEM_BUFFER_SIZE", 1000)

@@ -316,7 +316,7 @@ def _answers(
         asking = copy.deepcopy(config)  # all hosts together ask as many questions at a time as one
         asking.data.answers.concurrency = max(data.answers.concurrency // hosts.count, 1)
         dialogues = Dialogues(tokenizer, stops, limits, step)
-        found = ask_servers(tokenizer, todo, asking, stops, dialogues, answers, reject, advance, progress.print)
+        found = ask_servers(todo, asking, dialogues, answers, reject, advance, progress.print)
         tally.counts["answers_as_text"] = answers.texts
         return found
 

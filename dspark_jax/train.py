@@ -30,6 +30,7 @@ from dspark_jax.convert.hf import import_drafter, read_drafter_config
 from dspark_jax.data.features import CachedSamples, frozen_file
 from dspark_jax.data.pipeline import MicroBatches, batches
 from dspark_jax.data.sources import SampleReader
+from dspark_jax.drafter.interface import Drafter
 from dspark_jax.evaluation.held_out import HeldOutPrompts
 from dspark_jax.evaluation.setup import check_prompt_files
 from dspark_jax.metrics import values
@@ -303,7 +304,7 @@ class TrainingLog:
         if sums.not_finite != FINITE:
             self._stop(int(sums.not_finite), of_target=bool(sums.target_not_finite <= sums.not_finite))
 
-    def measure(self, held_out: HeldOutPrompts, step: int, drafter: Any) -> HeldOut | None:
+    def measure(self, held_out: HeldOutPrompts, step: int, drafter: Drafter) -> HeldOut | None:
         """Writes what held-out prompts show of the drafter after step `step`; that takes no time of the rows'."""
         began = time.monotonic()
         row, measured = held_out.measure(drafter)

@@ -71,7 +71,8 @@ class _Writer(writer.ExampleWriter):
 
 
 def _in_order(record: bytes) -> bytes:
-    return tf_example_pb2.Example.FromString(record).SerializeToString(deterministic=True)
+    example = tf_example_pb2.Example.FromString(record)  # pyright: ignore[reportAttributeAccessIssue]  (generated)
+    return example.SerializeToString(deterministic=True)
 
 
 class DsparkSamples(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -106,7 +107,7 @@ class DsparkSamples(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         return {SPLIT: self._generate_examples()}
 
     def _example_writer(self) -> writer.ExampleWriter:
-        return _Writer(file_format=self.info.file_format)
+        return _Writer(file_format=tfds.core.FileFormat.ARRAY_RECORD)
 
     def _generate_examples(self) -> Iterator[tuple[int, dict[str, Any]]]:
         for sample in self._samples:

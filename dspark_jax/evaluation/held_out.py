@@ -5,7 +5,6 @@ import dataclasses
 import math
 import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -20,6 +19,7 @@ from dspark_jax.evaluation.decoding import answer
 from dspark_jax.evaluation.setup import open_decoder, read_questions, tell_left_out
 from dspark_jax.evaluation.summary import Measured
 from dspark_jax.run import Run
+from dspark_jax.target.model import Target
 from dspark_jax.training.best import HeldOut
 from dspark_jax.training.integrity import digest
 
@@ -33,7 +33,7 @@ class HeldOutPrompts:
     Nothing of the run changes by it: random numbers are those of the prompts, and the target is the run's own.
     """
 
-    def __init__(self, run: Run, target: Any):
+    def __init__(self, run: Run, target: Target):
         """Reads the prompts.
 
         Args:

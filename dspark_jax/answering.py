@@ -24,7 +24,9 @@ from dspark_jax.engine.models import Models, when_loaded
 from dspark_jax.engine.request import Request
 from dspark_jax.engine.schedulers import Scheduler
 from dspark_jax.engine.serving import Engine
+from dspark_jax.hosts import mesh_of_one_host
 from dspark_jax.run import Run
+from dspark_jax.sharding import make_mesh
 from dspark_jax.target.loading import load_target
 
 SMALLEST_CAPACITY = 256
@@ -42,7 +44,12 @@ def target_decoder(run: Run) -> Decode:
 
     The sample id of a question is the number of its random stream.
     """
-    config, mesh = run.config, run.mesh
+    config = run.config
+    if jax.process_count() > 1:  # every host answers by itself
+        devices = jax.local_devices()
+        mesh = make_mesh(mesh_of_one_host(config.mesh, len(devices)), devices)
+    else:
+        mesh = run.mesh
     return make_decoder(config, Models(when_loaded(load_target(config.target, mesh))), mesh)
 
 

@@ -16,12 +16,14 @@ import importlib.util
 import inspect
 import json
 import re
+import signal
 import sys
 import textwrap
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -31,6 +33,7 @@ from ml_collections import config_flags
 
 from dspark_jax import config as config_module
 from dspark_jax import experiments
+from dspark_jax.attached import STATUS
 from dspark_jax.config import CHOICES, Config, InputError, resolve
 from dspark_jax.errors import reporting_errors
 from dspark_jax.hub import with_architecture
@@ -49,6 +52,7 @@ def run(
     argv: Sequence[str] | None = None,
     distributed: bool = True,
     writes: bool = True,
+    together: bool = True,
 ) -> None:
     """Runs a command and ends the process with status 2 on bad input.
 
@@ -59,6 +63,8 @@ def run(
       argv: the command line without the program's name; that of the process if None.
       distributed: whether it can run on several hosts.
       writes: whether it writes in the working directory, which is then locked as long as it runs.
+      together: whether several hosts compute together. If not, each has its own devices and knows the number of hosts,
+        and JAX does not end those that are left when one is gone.
     """
     logging.set_verbosity(logging.ERROR)  # Orbax and TFDS warn about their own defaults; what fails is raised
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -73,9 +79,11 @@ def run(
             if not distributed:
                 raise InputError(f"--distributed: {main.__name__} runs on one host; leave the flag out")
             _join_hosts()
-        config = resolve(with_architecture(config))
+        config = _resolve_on_all(config)
         with _locked_by_one(workdir, main.__name__) if writes else contextlib.nullcontext():
-            main(config, workdir, **extra)
+            apart = not together and jax.distributed.is_initialized()
+            with _parted() if apart else contextlib.nullcontext():
+                main(config, workdir, **extra)
 
 
 def parse(
@@ -229,6 +237,38 @@ def _join_hosts() -> None:
             f"--distributed: the other hosts cannot be joined ({reason}); start it where JAX finds them (a TPU slice, "
             "SLURM, GKE), or leave the flag out on one host"
         ) from error
+
+
+@contextlib.contextmanager
+def _parted() -> Iterator[None]:
+    """Ends JAX's connection to the other hosts; SIGTERM, which it has taken over and does not give back, ends us."""
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        raise SystemExit(STATUS)
+
+    jax.process_count()  # is kept from here on
+    jax.distributed.shutdown()
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _resolve_on_all(config: Config) -> Config:
+    """The resolved config; where one of several hosts cannot use it, all end."""
+    refusal = None
+    try:
+        config = resolve(with_architecture(config))
+    except InputError as error:
+        refusal = error
+    if jax.distributed.is_initialized():
+        refused = np.atleast_1d(multihost_utils.process_allgather(np.int32(refusal is not None)))
+        if refused.any() and refusal is None:
+            refusal = InputError(f"host {int(refused.argmax())} cannot use what it was given; its own output says why")
+    if refusal is not None:
+        raise refusal
+    return config
 
 
 @contextlib.contextmanager

@@ -14,6 +14,15 @@ class InputError(ValueError):
     """Something the user gave cannot be used. The message is one line: what, where, the value, the remedy."""
 
 
+class HostLost(Exception):
+    """Another host of this run is gone: nobody's mistake, and the same command goes on with what is there.
+
+    A command then ends with `AGAIN`, so that whoever started it can tell this from bad input.
+    """
+
+
+AGAIN = os.EX_TEMPFAIL
+
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 _MISPLACED = (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ELOOP, errno.ENAMETOOLONG)
@@ -48,6 +57,8 @@ _SMALLER = "lower train.batch_size, eval.batch_size or data.decode_batch_size, o
 def reporting_errors() -> Iterator[None]:
     """Turns what the user can mend into one line on stderr, `error: ...`, and status 2; Ctrl-C into one and 130.
 
+    A host that is gone is one line as well, and status 75.
+
     That is `InputError`; memory that does not suffice, a device's or the host's; and of the operating system's errors a
     full disk, a file that may not be used, and a path at which something else is than should be.
     """
@@ -57,6 +68,9 @@ def reporting_errors() -> Iterator[None]:
     except InputError as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         raise SystemExit(2) from error
+    except HostLost as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        raise SystemExit(AGAIN) from error
     except OSError as error:
         known = [remedy for numbers, remedy in _REMEDIES.items() if error.errno in numbers]
         if not known or (error.errno in _MISPLACED and error.filename is None):

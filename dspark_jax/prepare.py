@@ -6,7 +6,9 @@ writes `data/` in the working directory: the samples, `report.json` (what they w
 held-out prompts are among the training prompts) and `rejected.jsonl` (every line and conversation that gave no sample,
 with its file, line and reason). All of it is built
 in `data.partial/` and renamed at the end. A preparation that was killed continues with the answers it has; one whose
-inputs are unchanged is skipped. It runs in one process; several hosts share its result through their file system.
+inputs are unchanged is skipped. With `--distributed` every host answers its share of the prompts, and host 0 makes the
+samples of all answers: the same as one host makes, in the same order. Where a host fails, all end with one line, and
+the same command goes on.
 
     python -m dspark_jax.prepare --config dspark_qwen3_4b --benchmarks
 
@@ -17,10 +19,12 @@ training does not run the target. That, too, says beforehand how much it takes, 
 """
 
 import contextlib
+import copy
 import itertools
+import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +36,10 @@ from dspark_jax.answering import target_decoder
 from dspark_jax.benchmarks import BENCHMARKS
 from dspark_jax.config import Config, InputError
 from dspark_jax.data import overlap, statistics
+from dspark_jax.data.answer_log import log_file, log_files
 from dspark_jax.data.benchmark_prompts import fetch, places
 from dspark_jax.data.chat import load_tokenizer, stop_tokens
+from dspark_jax.data.inputs import digest
 from dspark_jax.data.mask_token import mask_warning
 from dspark_jax.data.parts import count_parts, part_of
 from dspark_jax.data.prompts import Prompt, read_prompts
@@ -60,6 +66,7 @@ from dspark_jax.data.servers import ask_servers
 from dspark_jax.data.sources import SampleReader, write_samples
 from dspark_jax.data.thinking import Thinking
 from dspark_jax.errors import UNWRITABLE, is_full_disk
+from dspark_jax.hosts import Hosts, wait_for_files
 from dspark_jax.json_file import part, read_ours, write_json
 from dspark_jax.kinds import KINDS
 from dspark_jax.progress import Progress, log
@@ -67,12 +74,19 @@ from dspark_jax.run import Run
 from dspark_jax.tokenizer import ChatTokenizer
 from dspark_jax.training.feature_cache import check_features, prepare_features
 
+CHUNKS = "chunks"
+"""Folder in `data.partial` for what lies between Beam's pipelines."""
+
 ANSWERS = 2
 """Raised when `answers.jsonl` is written in another way."""
 
 
 def prepare(
-    config: Config, workdir: Path, decode: Decode | None = None, benchmarks: str | None = None
+    config: Config,
+    workdir: Path,
+    decode: Decode | None = None,
+    benchmarks: str | None = None,
+    beam: str | None = None,
 ) -> dict[str, Any]:
     """Makes `workdir/data`, and `workdir/features` if the config wants a cache, unless they are there; see the parts.
 
@@ -82,6 +96,7 @@ def prepare(
       decode: answers batches of prompts; the config's target does when there is none.
       benchmarks: fetch the prompts of these, separated by commas, and do nothing else; `all`: of those that the config
         names, or all nine.
+      beam: make and write the samples through Apache Beam, with these options of it.
 
     Returns:
       The content of `data/report.json`; of benchmarks the files.
@@ -92,35 +107,43 @@ def prepare(
     if benchmarks is not None:
         names = [] if benchmarks == "all" else [name.strip() for name in benchmarks.split(",")]
         files = places(names, config.eval.prompts)
-        with _disk_errors(workdir):
-            fetch(files)
+        if jax.process_index() == 0:
+            with _disk_errors(workdir):
+                fetch(files)
         return {name: str(file) for name, file in files.items()}
-    return prepare_run(Run(config, Path(workdir)), decode)
+    if beam is not None:
+        _check_beam(beam)
+    return prepare_run(Run(config, Path(workdir)), decode, beam)
 
 
-def prepare_run(run: Run, decode: Decode | None = None) -> dict[str, Any]:
+def prepare_run(run: Run, decode: Decode | None = None, beam: str | None = None) -> dict[str, Any]:
     """The same of a run that a command has already, without benchmarks."""
     cached = run.config.data.features != "online"
     if cached:
         check_features(run)
-    report = prepare_samples(run, decode)
+    report = prepare_samples(run, decode, beam)
     if cached:
         with _disk_errors(run.workdir):
             prepare_features(run)
     return report
 
 
-def prepare_samples(run: Run, decode: Decode | None = None) -> dict[str, Any]:
-    """Makes `workdir/data`, unless it is there and made of the same inputs.
+def prepare_samples(
+    run: Run, decode: Decode | None = None, beam: str | None = None, hosts: Hosts | None = None
+) -> dict[str, Any]:
+    """Makes `workdir/data`, unless it is there and made of the same inputs; all hosts call it.
 
     Args:
       run: its working directory is created if need be.
       decode: answers questions; the config's target does when there is none.
+      beam: options of Apache Beam, through which samples are then made and written.
+      hosts: of this run; those of JAX when there are none.
 
     Returns:
       The content of `data/report.json`.
 
     Raises:
+      HostLost: another host is gone.
       InputError: prompts, tokenizer or target cannot be used, no sample is left, or the disk is full.
     """
     config, workdir = run.config, run.workdir
@@ -128,37 +151,67 @@ def prepare_samples(run: Run, decode: Decode | None = None) -> dict[str, Any]:
     for folder in (final, partial, workdir / "data.old"):
         if folder.exists() and not folder.is_dir():
             raise InputError(f"{folder}: not a directory; remove it, or use another --workdir")
-    inputs, digest = run.data_inputs, run.data_fingerprint
-    _warn_of_mask(config)
-    found = read_ours(final / "report.json")
-    held_out = part(found, "held_out")
-    if jax.process_count() == 1:
-        held_out = overlap.compare_files(config, held_out)
-    if found.get("fingerprint") == digest and _complete(final, found.get("samples")):
-        shutil.rmtree(workdir / "data.old", ignore_errors=True)  # left behind by a kill during the last step
-        log(f"data: {found['samples']} samples in {final} are up to date")
-        if held_out != part(found, "held_out"):
-            with _disk_errors(workdir):
-                found = write_json(final / "report.json", found | {"held_out": held_out})
-        return found
-    if jax.process_count() > 1:
-        raise InputError(
-            f"{final}: not prepared for this config; run python -m dspark_jax.prepare on one host first, "
-            "with a --workdir that all hosts see"
-        )
-    if found:
-        log(f"data: preparing again, {_difference(part(found, 'inputs'), inputs)}")
-    with _disk_errors(workdir):
-        if read_ours(partial / "report.json").get("fingerprint") != digest:
-            _open_partial(partial, digest)
-            report = _build(run, partial, decode) | ({"held_out": held_out} if held_out else {})
-            write_json(partial / "report.json", {"fingerprint": digest, "inputs": inputs, **report})
-        (partial / "answers.jsonl").unlink(missing_ok=True)
-        (partial / "inputs.json").unlink(missing_ok=True)
-        _publish(partial, final)
-    report = read_ours(final / "report.json")
+    with hosts or Hosts(workdir) as hosts:
+        inputs = run.data_inputs
+        _warn_of_mask(config)
+        found = read_ours(final / "report.json")
+        held_out, done = {}, False
+        if hosts.first:  # it decides for all
+            held_out = overlap.compare_files(config, part(found, "held_out"))
+            done = found.get("fingerprint") == run.data_fingerprint and _complete(final, found.get("samples"))
+        parts = {name: digest({name: value}) for name, value in inputs.items()}
+        said = hosts.meet(inputs=parts, done=done)[0]
+        others = [name.replace("_", " ") for name in parts if said["inputs"].get(name) != parts[name]]
+        if others:
+            what = f"host {hosts.index} reads another {', '.join(others)} than host 0"
+            raise InputError(f"{what}; give all hosts the same config, target and files")
+        if said["done"]:
+            if not hosts.first:
+                return found
+            shutil.rmtree(workdir / "data.old", ignore_errors=True)  # left behind by a kill during the last step
+            log(f"data: {found['samples']} samples in {final} are up to date")
+            if held_out != part(found, "held_out"):
+                with _disk_errors(workdir):
+                    found = write_json(final / "report.json", found | {"held_out": held_out})
+            return found
+        if found:
+            log(f"data: preparing again, {_difference(part(found, 'inputs'), inputs)}")
+        with _disk_errors(workdir):
+            _make(run, held_out, decode, beam, hosts)
+        report = read_ours(final / "report.json")
     _summarise(report, final)
     return report
+
+
+def _make(run: Run, held_out: dict[str, Any], decode: Decode | None, beam: str | None, hosts: Hosts) -> None:
+    """Makes `data`, which is there when this returns: all hosts answer, host 0 does everything else."""
+    final, partial, fingerprint = run.data_folder, run.workdir / "data.partial", run.data_fingerprint
+    whole = hosts.first and read_ours(partial / "report.json").get("fingerprint") == fingerprint
+    if hosts.first and not whole:
+        _open_partial(partial, fingerprint)
+    whole = hosts.meet(whole=whole)[0]["whole"]
+    if not whole and run.config.data.regenerate and hosts.count > 1:
+        _answer_share(run, partial, decode, hosts)
+    if hosts.first:
+        if not whole:
+            report = _build(run, partial, decode, beam) | ({"held_out": held_out} if held_out else {})
+            write_json(partial / "report.json", {"fingerprint": fingerprint, "inputs": run.data_inputs, **report})
+        for file in (*log_files(partial), partial / "inputs.json"):
+            file.unlink(missing_ok=True)
+        shutil.rmtree(partial / CHUNKS, ignore_errors=True)
+        _publish(partial, final)
+    hosts.meet()
+
+
+def _answer_share(run: Run, partial: Path, decode: Decode | None, hosts: Hosts) -> None:
+    """Answers the questions of this host's prompts, into a log of its own; then host 0 has the answers of all."""
+    # What is set aside is counted later, when samples are made of all answers.
+    with contextlib.closing(Tally(Path(os.devnull))) as tally:
+        tokenizer = load_tokenizer(run.config.target.path)
+        _answers(run, tokenizer, _prompts(run.config, tally), partial, decode, tally, hosts)
+    said = hosts.meet(length=log_file(partial, hosts.index).stat().st_size)
+    if hosts.first:
+        wait_for_files({log_file(partial, number): facts["length"] for number, facts in enumerate(said)})
 
 
 def _warn_of_mask(config: Config) -> None:
@@ -179,8 +232,8 @@ def _complete(final: Path, samples: int | None) -> bool:
         return False
 
 
-def _build(run: Run, partial: Path, decode: Decode | None) -> dict[str, Any]:
-    """Writes samples and rejected.jsonl into `partial`; returns the counts for the report."""
+def _build(run: Run, partial: Path, decode: Decode | None, beam: str | None) -> dict[str, Any]:
+    """Writes samples and rejected.jsonl into `partial`, with Beam's options through Beam; returns the counts."""
     config, started = run.config, time.monotonic()
     data = config.data
     tokenizer, rows = load_tokenizer(config.target.path), config.target.architecture.vocab_size
@@ -190,36 +243,54 @@ def _build(run: Run, partial: Path, decode: Decode | None) -> dict[str, Any]:
             "use the tokenizer of this very model"
         )
     with contextlib.closing(Tally(partial / "rejected.jsonl")) as tally:
-        prompts = read_prompts(
-            data.prompts,
-            data.limit,
-            tally.malformed,
-            tokenised=not data.regenerate,
-            reasoning=data.thinking != "off",
-        )
-        prompts = part_of(prompts, 0, count_parts(config))
+        prompts = _prompts(config, tally)
         tally.read(prompts, Thinking.of(data))
+        given: Any = prompts
         if data.regenerate:
-            answered = _answers(run, tokenizer, prompts, partial, decode, tally)
-            samples = answered_samples(tokenizer, answered, data, tally)
+            given = _answers(run, tokenizer, prompts, partial, decode, tally, Hosts(partial, 0, 1))
+        if beam is not None:
+            from dspark_jax.data.beam import pipeline_options, write_with_beam
+
+            write_with_beam(partial, partial / CHUNKS, tokenizer, data, given, tally, pipeline_options(beam))
         else:
-            samples = given_samples(tokenizer, prompts, data, tally)
-        first = next(samples, None)
-        if first is None:
+            make = answered_samples if data.regenerate else given_samples
+            samples = make(tokenizer, given, data, tally)
+            first = next(samples, None)
+            if first is not None:
+                write_samples(partial, itertools.chain([first], samples))
+        if not tally.prompt_sets:
             why, where = describe(tally.rejected), partial / "rejected.jsonl"
             raise InputError(
                 f"no sample is left of {len(prompts)} prompts: {why}; see {where} and the limits in data.*"
             )
-        write_samples(partial, itertools.chain([first], samples))
         return {"prompts": len(prompts), **tally.report(), "seconds": round(time.monotonic() - started, 1)}
 
 
+def _prompts(config: Config, tally: Tally) -> list[Prompt]:
+    """The prompts of a config that are answered before training; lines that are none are set aside."""
+    data = config.data
+    tokenised, reasoning = not data.regenerate, data.thinking != "off"
+    prompts = read_prompts(data.prompts, data.limit, tally.malformed, tokenised=tokenised, reasoning=reasoning)
+    return part_of(prompts, 0, count_parts(config))
+
+
 def _answers(
-    run: Run, tokenizer: ChatTokenizer, prompts: list[Prompt], partial: Path, decode: Decode | None, tally: Tally
+    run: Run,
+    tokenizer: ChatTokenizer,
+    prompts: list[Prompt],
+    partial: Path,
+    decode: Decode | None,
+    tally: Tally,
+    hosts: Hosts,
 ) -> list[Answered]:
-    """Conversations answered by the target; those that were before a kill are read back."""
+    """Conversations of this host's prompts, answered by the target; those that were before a kill are read back."""
     config, data = run.config, run.config.data
+
+    def owns(sample_id: int) -> bool:
+        return hosts.owns(sample_id // data.repeats)
+
     todo = conversations(prompts, data.repeats, data.system_prompt, Thinking.of(data))
+    todo = [conversation for conversation in todo if owns(conversation.sample_id)]
     turns = sum(len(conversation.questions) for conversation in todo)
     limits = Limits(
         max_prompt_length=data.max_prompt_length,
@@ -232,23 +303,30 @@ def _answers(
         tally.reject(conversation.sample_id, conversation.prompt, error)
 
     with (
-        contextlib.closing(AnswerLog(partial / "answers.jsonl")) as answers,
+        contextlib.closing(AnswerLog(log_file(partial, hosts.index), owns)) as answers,
         Progress("prepare", turns, unit="answer") as progress,
     ):
+
+        def step(turns: int, shown: Mapping[str, float] | None = None) -> None:
+            progress.advance(turns, shown)
+            hosts.check()
+
         if len(answers):
-            log(f"data: continuing with {len(answers)} answers that are there already")
+            log(f"data: {len(answers)} answers are there already")
         if not data.answers.endpoints:
             decoder = decode or (lambda ask: target_decoder(run)(ask))  # loads the target if there is a question
-            return regenerate(tokenizer, todo, decoder, stops, limits, answers, reject, progress.advance)
+            return regenerate(tokenizer, todo, decoder, stops, limits, answers, reject, step)
 
         started, before = time.monotonic(), len(answers)
 
         def advance(turns: int, failures: int) -> None:
             rate = (len(answers) - before) / max(time.monotonic() - started, 1e-3)
-            progress.advance(turns, {"answers/s": rate, "failed": failures})
+            step(turns, {"answers/s": rate, "failed": failures})
 
-        dialogues = Dialogues(tokenizer, stops, limits, progress.advance)
-        found = ask_servers(todo, config, dialogues, answers, reject, advance, progress.print)
+        asking = copy.deepcopy(config)  # all hosts together ask as many questions at a time as one
+        asking.data.answers.concurrency = max(data.answers.concurrency // hosts.count, 1)
+        dialogues = Dialogues(tokenizer, stops, limits, step)
+        found = ask_servers(todo, asking, dialogues, answers, reject, advance, progress.print)
         tally.counts["answers_as_text"] = answers.texts
         return found
 
@@ -343,12 +421,32 @@ def _disk_errors(workdir: Path) -> Iterator[None]:
         ) from None
 
 
-class _Names(flags.Flag):
+def _check_beam(options: str) -> None:
+    """Refuses options of Beam that cannot be used, before anything is answered.
+
+    Raises:
+      InputError: the package is missing, or see `beam.pipeline_options`.
+    """
+    try:
+        from dspark_jax.data.beam import pipeline_options
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "apache_beam":
+            raise
+        raise InputError("--beam needs the package apache-beam; pip install 'dspark-jax[beam]'") from None
+    pipeline_options(options)
+
+
+class _Optional(flags.Flag):
     """A flag with or without a value: `--benchmarks` and `--benchmarks=gsm8k,mbpp`."""
+
+    def __init__(self, name: str, text: str, without: str):
+        """`without` is its value where it is given without one."""
+        self.without = without
+        super().__init__(flags.ArgumentParser(), None, name, None, text, boolean=True)
 
     def parse(self, argument: Any) -> None:
         """Takes a value; absl gives 'true' where there is none."""
-        super().parse("all" if argument == "true" else None if argument == "false" else argument)
+        super().parse(self.without if argument == "true" else None if argument == "false" else argument)
 
 
 def _define(values: flags.FlagValues) -> None:
@@ -356,9 +454,13 @@ def _define(values: flags.FlagValues) -> None:
         "Fetch prompts of the paper's benchmarks from the hub, and do nothing else: names separated by commas; without "
         f"a value those that eval.prompts has. Known here: {', '.join(BENCHMARKS)}."
     )
-    flag = _Names(flags.ArgumentParser(), None, "benchmarks", None, text, boolean=True)
-    flags.DEFINE_flag(flag, flag_values=values)
+    flags.DEFINE_flag(_Optional("benchmarks", text, "all"), flag_values=values)
+    text = (
+        "Make and write the samples through Apache Beam (needs .[beam]): without a value on this machine, else with "
+        "these options of Beam, e.g. --beam='--runner=FlinkRunner --flink_master=HOST:8081'."
+    )
+    flags.DEFINE_flag(_Optional("beam", text, ""), flag_values=values)
 
 
 if __name__ == "__main__":
-    command.run(prepare, define=_define)
+    command.run(prepare, define=_define, together=False)

@@ -1,10 +1,14 @@
 """The commands' entry: flags to config, and one line with exit status 2 for what cannot be used."""
 
+import contextlib
 import errno
 import json
+import os
+import signal
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from absl import flags
 
@@ -292,6 +296,46 @@ def test_one_host_takes_the_lock_for_all(config_file, monkeypatch, process):
         with pytest.raises(InputError, match=message), command._locked_by_one(Path("here"), "train"):
             pytest.fail("it ran")
     assert told[1:] == [process == 0]
+
+
+@pytest.mark.parametrize(("mine", "refused"), [("", [0, 1, 0]), ("--config.train.steps=0", [0, 1, 0]), ("", [0, 0, 0])])
+def test_what_one_host_cannot_use_ends_all(config_file, monkeypatch, capsys, mine, refused):
+    told = []
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(command, "_join_hosts", lambda: None)
+    monkeypatch.setattr(command.multihost_utils, "process_allgather", lambda x: told.append(x) or np.array(refused))
+    ran = []
+    argv = ["--config", config_file, "--distributed", *filter(None, [mine])]
+    with pytest.raises(SystemExit) if any(refused) else contextlib.nullcontext():
+        command.run(lambda config, workdir: ran.append(config), argv=argv, writes=False)
+    said = capsys.readouterr().err
+    assert told == [np.int32(bool(mine))] and bool(ran) == (not any(refused)) and said.count("\n") == any(refused)
+    line = "config.train.steps" if mine else "host 1 cannot use what it was given; its own output says why"
+    assert (line.removeprefix("config.") in said) == any(refused)
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_hosts_that_do_not_compute_together_leave_each_other(config_file, monkeypatch, together):
+    """After they know their numbers: JAX would end those that are left when one is gone. It keeps SIGTERM to itself."""
+    done = []
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(jax.distributed, "shutdown", lambda: done.append("left"))
+    monkeypatch.setattr(command, "_join_hosts", lambda: done.append("joined"))
+    for name, result in {"process_allgather": np.zeros(2), "broadcast_one_to_all": np.int32(0)}.items():
+        monkeypatch.setattr(command.multihost_utils, name, lambda value, result=result: result)
+    argv = ["--config", config_file, "--distributed", "--workdir=here"]
+
+    def work(config, workdir):
+        done.append("ran")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, lambda *_: done.append("ignored"))
+    try:
+        with contextlib.nullcontext() if together else pytest.raises(SystemExit, match="143"):
+            command.run(work, argv=argv, together=together)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert done == (["joined", "ran", "ignored"] if together else ["joined", "left", "ran"])
 
 
 def test_help_lists_flags_fields_values_and_their_meaning(config_file, capsys):

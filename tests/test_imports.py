@@ -18,6 +18,7 @@ BASE = {
     "config_rules",
     "errors",
     "experiments",
+    "hosts",
     "hub",
     "interrupt",
     "jobs",

@@ -390,9 +390,6 @@ def test_bad_input_is_one_line_and_leaves_no_data(
         monkeypatch.setattr(command, "write_samples", failing)
         with pytest.raises(InputError, match=message):
             prepare(config, run, Decoder())
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(InputError, match="not prepared for this config; run python -m dspark_jax.prepare on one host"):
-        prepare(config, run, Decoder())
     assert not (run / "data").exists()
 
 

@@ -1,8 +1,9 @@
-"""Answers that are there already, in a file that survives a killed preparation."""
+"""Answers that are there already, in files that survive a killed preparation."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -17,8 +18,18 @@ class Rejected(Exception):
         self.reason = reason
 
 
+def log_file(folder: Path, host: int = 0) -> Path:
+    """The file in which a host writes its answers."""
+    return folder / (f"answers-{host}.jsonl" if host else "answers.jsonl")
+
+
+def log_files(folder: Path) -> list[Path]:
+    """Those of all hosts that have written one, of however many there were."""
+    return sorted(folder.glob("answers*.jsonl"))
+
+
 class AnswerLog:
-    """Answers so far, in a JSONL file that survives a killed preparation.
+    """Answers so far, in JSONL files that survive a killed preparation: one of this host, and those of other hosts.
 
     One line per answer: {"id": sample id, "turn": 0, "tokens": [...]}, with "text": true if it came as text. One line
     per question that has none: {"id": 3, "turn": 0, "failed": ["server", "content_filter"]}. A line that was being
@@ -28,28 +39,47 @@ class AnswerLog:
       texts: number of answers that came as text.
     """
 
-    def __init__(self, path: Path):
-        """Reads what is there and opens the file for more.
+    def __init__(self, path: Path, owns: Callable[[int], bool] = lambda sample_id: True):
+        """Reads what is there, in the files of all hosts, and opens the file for more.
+
+        Args:
+          path: the file of this host, see `log_file`.
+          owns: whether the answers to a conversation are wanted here; others are passed over.
 
         Raises:
-          InputError: a whole line of it is damaged.
+          InputError: a whole line is damaged.
         """
         self.texts = 0
+        self._owns = owns
         self._answers: dict[tuple[int, int], np.ndarray] = {}
         self._failed: dict[tuple[int, int], Rejected] = {}
+        for other in log_files(path.parent):
+            if other != path:
+                with other.open("rb") as file:
+                    self._read_lines(file, other)
         self._file = path.open("a+b")
         self._file.seek(0)
+        try:
+            end = self._read_lines(self._file, path)
+        except InputError:
+            self._file.close()
+            raise
+        self._file.truncate(end)
+
+    def _read_lines(self, file: BinaryIO, path: Path) -> int:
+        """Takes in all whole lines; returns where the last one ends."""
         end = 0
-        for number, line in enumerate(self._file, start=1):
+        for number, line in enumerate(file, start=1):
             if not line.endswith(b"\n"):
                 break
             try:
-                self._read(json.loads(line))
+                entry = json.loads(line)
+                if self._owns(entry["id"]):
+                    self._read(entry)
             except (ValueError, TypeError, LookupError, OverflowError):
-                self._file.close()
                 raise InputError(f"{path}:{number}: damaged; remove the lines from it on and run again") from None
             end += len(line)
-        self._file.truncate(end)
+        return end
 
     def _read(self, entry: Any) -> None:
         if "failed" in entry:
@@ -62,6 +92,11 @@ class AnswerLog:
     def __len__(self) -> int:
         """Number of answers."""
         return len(self._answers)
+
+    @property
+    def entries(self) -> int:
+        """Number of questions that need not be asked any more: those with an answer, and those that have none."""
+        return len(self._answers) + len(self._failed)
 
     def get(self, sample_id: int, turn: int) -> np.ndarray | None:
         """Ids of an answer, or None."""

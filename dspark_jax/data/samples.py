@@ -63,6 +63,7 @@ class Tally:
       lengths: of what comes before the first supervised token, and of what is supervised.
       thinking: samples whose answers were asked for with thinking.
       mixed: where a share of the prompts is asked so, that share, the number of them, and of all prompts.
+      further: ids of samples beyond one per conversation; later conversations have theirs moved by as many.
     """
 
     def __init__(self, path: Path):
@@ -73,7 +74,7 @@ class Tally:
         self.prompt_sets: dict[str, Counter[str]] = {}
         self.sources: dict[str, Counter[str]] = {}
         self.lengths = {"prompt": Histogram(), "answer": Histogram()}
-        self.thinking = 0
+        self.thinking = self.further = 0
         self.mixed: tuple[float, int, int] | None = None
         self._file = path.open("w", encoding="utf-8")
 
@@ -105,6 +106,28 @@ class Tally:
         counts = self.prompt_sets.setdefault(sample.prompt_set, Counter())
         counts.update(samples=1, tokens=len(sample.tokens), loss_tokens=int(sample.loss_mask.sum()))
 
+    def merge(self, other: "Tally", lines: Iterable[str]) -> None:
+        """Adds the counts of conversations after these, which were made into samples elsewhere.
+
+        Args:
+          other: their tally, closed.
+          lines: those of its file.
+        """
+        for line in lines:
+            entry = json.loads(line)
+            if "sample_id" in entry:
+                entry["sample_id"] += self.further
+            self._write(entry)
+        for ours, theirs in ((self.rejected, other.rejected), (self.counts, other.counts), (self.unused, other.unused)):
+            ours.update(theirs)
+        for ours, theirs in ((self.prompt_sets, other.prompt_sets), (self.sources, other.sources)):
+            for name, counts in theirs.items():
+                ours.setdefault(name, Counter()).update(counts)
+        for name, histogram in other.lengths.items():
+            self.lengths[name].merge(histogram)
+        self.thinking += other.thinking
+        self.further += other.further
+
     def report(self) -> dict[str, Any]:
         """All counts, JSON-able."""
         totals = sum(self.prompt_sets.values(), Counter())
@@ -128,8 +151,15 @@ class Tally:
 
     def _put(self, reason: str, entry: dict[str, Any]) -> None:
         self.rejected[reason] += 1
-        self._file.write(json.dumps({"reason": reason, **entry}, ensure_ascii=False) + "\n")
+        self._write({"reason": reason, **entry})
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        self._file.write(json.dumps(entry, ensure_ascii=False) + "\n")
         self._file.flush()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Its counts: a tally that is stored, or sent elsewhere, has no file any more."""
+        return {name: value for name, value in vars(self).items() if name != "_file"}
 
     def close(self) -> None:
         """Closes the file."""
@@ -166,13 +196,10 @@ def answered_samples(
     tokenizer: ChatTokenizer, answered: Iterable[Answered], config: DataConfig, tally: Tally
 ) -> Iterator[Sample]:
     """Samples of conversations that the target has answered, with the very ids that it generated."""
-    further = 0
     for item in answered:
         tally.counts.update(cut_answers=int(item.cut), shortened=int(bool(item.shortened)))
         tokens = functools.partial(_answered_tokens, tokenizer, item, config, tally)
-        made = _samples(item.conversation.sample_id + further, item.conversation.prompt, tokens, config, tally)
-        further += max(len(made) - 1, 0)
-        yield from made
+        yield from _samples(item.conversation.sample_id, item.conversation.prompt, tokens, config, tally)
 
 
 def _answered_tokens(tokenizer: ChatTokenizer, item: Answered, config: DataConfig, tally: Tally) -> list[Tokens]:
@@ -207,19 +234,16 @@ def _whole(together: Callable[[], Tokens], by_turn: Callable[[], list[Tokens]]) 
 
 
 def given_samples(
-    tokenizer: ChatTokenizer, prompts: Sequence[Prompt], config: DataConfig, tally: Tally
+    tokenizer: ChatTokenizer, prompts: Sequence[Prompt], config: DataConfig, tally: Tally, start: int = 0
 ) -> Iterator[Sample]:
     """Samples of conversations with the answers that their files bring along.
 
     A conversation has one sample, or one per turn where the template does not keep earlier turns as they were written
-    (see `turns`); ids count on from those.
+    (see `turns`); ids count on from those. `start` is the number of the first prompt.
     """
-    further = 0
-    for number, prompt in enumerate(prompts):
+    for number, prompt in enumerate(prompts, start):
         tokens = functools.partial(_given_tokens, tokenizer, prompt, config, tally)
-        made = _samples(number + further, prompt, tokens, config, tally)
-        further += max(len(made) - 1, 0)
-        yield from made
+        yield from _samples(number, prompt, tokens, config, tally)
 
 
 def _given_tokens(tokenizer: ChatTokenizer, prompt: Prompt, config: DataConfig, tally: Tally) -> list[Tokens]:
@@ -284,10 +308,10 @@ def _check_last(tokenizer: ChatTokenizer, messages: Sequence[Message], options: 
 
 
 def _samples(
-    sample_id: int, prompt: Prompt, tokens: Callable[[], list[Tokens]], config: DataConfig, tally: Tally
+    number: int, prompt: Prompt, tokens: Callable[[], list[Tokens]], config: DataConfig, tally: Tally
 ) -> list[Sample]:
-    """The samples of a conversation, or none: then it has been set aside."""
-    made: list[Sample] = []
+    """The samples of conversation `number`, or none: then it has been set aside."""
+    sample_id, made = number + tally.further, list[Sample]()
     try:
         for ids, mask in tokens():
             mask = mask[: config.max_length]
@@ -302,4 +326,5 @@ def _samples(
         tally.reject(sample_id, prompt, Rejected(error.reason, str(error)))
     except Rejected as error:
         tally.reject(sample_id, prompt, error)
+    tally.further += max(len(made) - 1, 0)
     return made

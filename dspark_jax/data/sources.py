@@ -10,6 +10,7 @@ import io
 import itertools
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -19,6 +20,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]  (no type stubs)
 from google.protobuf.json_format import ParseError
+from tensorflow_datasets.core import shuffle, writer
+from tensorflow_datasets.proto import tf_example_pb2
 
 from dspark_jax.config import InputError
 from dspark_jax.errors import as_os_error
@@ -56,6 +59,22 @@ class Samples(Protocol):
         ...
 
 
+class _Writer(writer.ExampleWriter):
+    """Writes records of which the same fields are always the same bytes.
+
+    TFDS leaves their order to the library for protocol buffers, which has another one in every process.
+    """
+
+    def write(self, path: Any, examples: Iterable[tuple[Any, bytes]]) -> Any:
+        """Writes (key, record) pairs as a shard."""
+        return super().write(path, ((key, _in_order(record)) for key, record in examples))
+
+
+def _in_order(record: bytes) -> bytes:
+    example = tf_example_pb2.Example.FromString(record)  # pyright: ignore[reportAttributeAccessIssue]  (generated)
+    return example.SerializeToString(deterministic=True)
+
+
 class DsparkSamples(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """TFDS builder of a samples dataset; the records keep the order in which they are given."""
 
@@ -87,6 +106,9 @@ class DsparkSamples(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         del dl_manager  # nothing is downloaded
         return {SPLIT: self._generate_examples()}
 
+    def _example_writer(self) -> writer.ExampleWriter:
+        return _Writer(file_format=tfds.core.FileFormat.ARRAY_RECORD)
+
     def _generate_examples(self) -> Iterator[tuple[int, dict[str, Any]]]:
         for sample in self._samples:
             yield sample.sample_id, dataclasses.asdict(sample)
@@ -108,12 +130,18 @@ def write_samples(directory: str | os.PathLike[str], samples: Iterable[Sample]) 
     if first is None:
         raise InputError(f"{directory}: there is no sample to write; give prompts that leave some")
     shutil.rmtree(Path(directory) / DsparkSamples.name, ignore_errors=True)
-    builder = DsparkSamples(samples=itertools.chain([first], iterator), data_dir=str(directory))
+    return build(DsparkSamples(samples=itertools.chain([first], iterator), data_dir=str(directory)), directory)
+
+
+def build(builder: DsparkSamples, directory: str | os.PathLike[str], config: Any = None) -> int:
+    """Lets a builder write its dataset in `directory`, with TFDS's `DownloadConfig`; returns its number of samples."""
     tfds.display_progress_bar(False)
+    # Beyond 1 GB TFDS sorts records on disk, with TensorFlow. Ours have their order already, and 4 bytes per token.
+    shuffle.MAX_MEM_BUFFER_SIZE = sys.maxsize
     # TFDS announces a download on stdout, and leaves a folder for it.
     with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(io.StringIO()):
         try:
-            builder.download_and_prepare(download_dir=scratch)
+            builder.download_and_prepare(download_dir=scratch, download_config=config)
         except RuntimeError as error:  # ArrayRecord knows no error numbers
             if (found := as_os_error(error, directory)) is None:
                 raise

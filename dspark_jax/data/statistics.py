@@ -21,6 +21,12 @@ class Histogram:
         self.total += length
         self.longest = max(self.longest, length)
 
+    def merge(self, other: "Histogram") -> None:
+        """Counts what another one has counted."""
+        self.bins.update(other.bins)
+        self.total += other.total
+        self.longest = max(self.longest, other.longest)
+
     def report(self) -> dict[str, Any]:
         """`up_to` (upper ends of the bins), `samples` in each, `mean` and `longest`."""
         bins = range(max(self.bins, default=0) + 1)

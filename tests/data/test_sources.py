@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tensorflow_datasets.core import shuffle
 
 from dspark_jax.config import InputError
 from dspark_jax.data.sources import DsparkSamples, Sample, SampleReader, write_samples
@@ -26,6 +27,22 @@ def test_samples_come_back_in_their_order_with_their_types(tmp_path: Path) -> No
         assert np.array_equal(reader[i].tokens, written[i].tokens) and reader[i].tokens.dtype == np.int32
         assert np.array_equal(reader[i].loss_mask, written[i].loss_mask) and reader[i].loss_mask.dtype == np.uint8
         assert (reader[i].prompt_set, reader[i].sample_id) == (written[i].prompt_set, written[i].sample_id)
+
+
+def test_records_have_their_fields_in_one_order(tmp_path: Path) -> None:
+    """Whatever process writes them: workers of Beam are others."""
+    write_samples(tmp_path, [sample(i, 5) for i in range(3)])
+    records = SampleReader(tmp_path)._records.data_source.__getitems__([0, 1, 2])
+    names = [b"loss_mask", b"prompt_set", b"sample_id", b"tokens"]
+    assert all(sorted(names, key=record.index) == names for record in records)
+
+
+def test_more_samples_than_tfds_keeps_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond 1 GB of them it would go to disk, with TensorFlow, which is not there."""
+    monkeypatch.setattr(shuffle, "MAX_MEM_BUFFER_SIZE", 1000)
+    write_samples(tmp_path, (sample(2 * i, 50) for i in range(20)))
+    reader = SampleReader(tmp_path)
+    assert [reader[i].sample_id for i in range(20)] == list(range(0, 40, 2))
 
 
 def test_writing_again_replaces_the_samples_and_leaves_nothing_else(tmp_path: Path) -> None:

@@ -17,9 +17,9 @@ from dspark_jax.config import Config, DataConfig
 from dspark_jax.data.chat import load_tokenizer, stop_tokens
 from dspark_jax.data.regenerate import Decode, Question
 from dspark_jax.engine.models import Models, when_loaded
+from dspark_jax.engine.placement import answering_load, decoding_mesh
 from dspark_jax.engine.request import Request
 from dspark_jax.engine.serving import Engine
-from dspark_jax.sharding import make_mesh
 from dspark_jax.target.loading import load_target
 
 SMALLEST_CAPACITY = 256
@@ -40,7 +40,7 @@ def target_decoder(config: Config) -> Decode:
     data = config.data
     vocabulary = config.target.architecture.vocab_size
     stops = [one for one in stop_tokens(config.target.path, load_tokenizer(config.target.path)) if one < vocabulary]
-    mesh = make_mesh(config.mesh)
+    mesh = decoding_mesh(config.mesh.decode, answering_load(config))
     models = Models(when_loaded(load_target(config.target, mesh)))
 
     def decode(ask: Callable[[], Question | None]) -> Iterator[tuple[Question, list[int]]]:

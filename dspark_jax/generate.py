@@ -24,6 +24,7 @@ gain by it, assumes that a round with drafts takes twice as long as one without.
 `calibration.json` if there is one.
 """
 
+import dataclasses
 import json
 import os
 import sys
@@ -43,6 +44,7 @@ from dspark_jax.data.chat import Options, load_tokenizer, prompt_tokens, stop_to
 from dspark_jax.drafter.none import NO_DRAFTER
 from dspark_jax.engine.generate import generate as decode
 from dspark_jax.engine.models import Models, when_loaded
+from dspark_jax.engine.placement import decoding_mesh, evaluation_load
 from dspark_jax.engine.request import Piece, Request, TracedRound
 from dspark_jax.engine.schedulers import SCHEDULERS
 from dspark_jax.engine.serving import Engine
@@ -51,7 +53,6 @@ from dspark_jax.evaluation.setup import open_drafter
 from dspark_jax.ops.sampling import GREEDY_BELOW
 from dspark_jax.progress import log
 from dspark_jax.registry import find
-from dspark_jax.sharding import make_mesh
 from dspark_jax.target.loading import load_target
 from dspark_jax.tokenizer import ChatTokenizer
 from dspark_jax.training.best import NEWEST
@@ -85,7 +86,7 @@ def generate(
       config: resolved; `target`, `mesh`, and of `data` the system prompt are used, and `drafter` is compared with the
         checkpoint's.
       workdir: of the training run.
-      mesh: of the models; that of the config if None.
+      mesh: of the models; that of `config.mesh.decode` if None.
       prompt: the user's message; standard input if None.
       temperature: 0 is greedy.
       top_k: 0 is off.
@@ -110,7 +111,9 @@ def generate(
     text = _read_prompt() if prompt is None else check_unicode("--prompt", prompt)
     if not text.strip():
         raise InputError("the prompt is empty; give --prompt TEXT, or text on standard input")
-    mesh = make_mesh(config.mesh) if mesh is None else mesh
+    if mesh is None:
+        load = dataclasses.replace(evaluation_load(config, plain=plain), requests=1)
+        mesh = decoding_mesh(config.mesh.decode, load)
     drafter = NO_DRAFTER if plain else open_drafter(config, workdir, mesh, checkpoint)[1]
     rule = run_scheduler(name, drafter, workdir, confidence=threshold)
     tokenizer = load_tokenizer(config.target.path)

@@ -36,7 +36,7 @@ from dspark_jax.evaluation.setup import check_prompt_files
 from dspark_jax.metrics import values
 from dspark_jax.prepare import data_fingerprint, prepare
 from dspark_jax.progress import MetricsWriter, Progress, check_wandb, log
-from dspark_jax.sharding import make_mesh
+from dspark_jax.sharding import bytes_per_device, make_mesh
 from dspark_jax.target.frozen import load_frozen
 from dspark_jax.target.loading import compute_dtype, load_target
 from dspark_jax.training.best import HeldOut
@@ -135,7 +135,9 @@ def fit(config: Config, workdir: Path, mesh: Mesh, checkpoints: Checkpoints) -> 
     frozen = to_params(target)
     held_out = None
     if config.train.evaluate_every:
-        held_out = HeldOutPrompts(config, workdir, mesh, load_target(config.target, mesh) if cached else target)
+        verifier = load_target(config.target, mesh) if cached else target
+        held = bytes_per_device((state, frozen, verifier))
+        held_out = HeldOutPrompts(config, workdir, mesh, verifier, held=held)
     began = time.monotonic()
     return_freed_memory()
     if cached:

@@ -20,9 +20,9 @@ from dspark_jax.planning import compile_job
 from dspark_jax.planning.estimate import _times, compile_and_estimate
 from dspark_jax.planning.flops import matmul_flops
 from dspark_jax.planning.hlo import Kernel, Traffic, program_cost, total_cost
-from dspark_jax.planning.programs import Program, bytes_per_chip, decode_program, train_program, with_dtypes
+from dspark_jax.planning.programs import Program, decode_program, train_program, with_dtypes
 from dspark_jax.planning.topology import CHIPS, GIB, devices_of, listing
-from dspark_jax.sharding import make_mesh, sharding
+from dspark_jax.sharding import bytes_per_device, make_mesh, sharding
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = TargetArchitecture("qwen3", 256, 128, 3, 4, 2, 32, 256, 1e-6, 1e4, True, 256)
@@ -145,13 +145,13 @@ def test_the_programs_are_traced_without_weights(config):
     # Drafter: forward and two products backward, some recomputed; the context's fc and keys over all rows.
     least = target + 2 * 3 * (rows * (2 * d * d + 2 * d * kv) + blocks * layer) + 2 * blocks * v * (3 * d + 3 * r)
     assert least < matmul_flops(program.traced.jaxpr) < 1.6 * least
-    assert bytes_per_chip(program.parts["optimizer"]) == pytest.approx(
-        2 * bytes_per_chip(program.parts["drafter_parameters"]), rel=0.01
+    assert bytes_per_device(program.parts["optimizer"]) == pytest.approx(
+        2 * bytes_per_device(program.parts["drafter_parameters"]), rel=0.01
     )
     whole = sum(leaf.size * 2 for leaf in jax.tree.leaves(program.parts["target_parameters"]))
-    assert whole / 4 <= bytes_per_chip(program.parts["target_parameters"]) < 0.3 * whole
+    assert whole / 4 <= bytes_per_device(program.parts["target_parameters"]) < 0.3 * whole
     spread = jax.ShapeDtypeStruct((8, 6), jnp.bfloat16, sharding=sharding(("batch", None), (8, 6), mesh))
-    assert bytes_per_chip(spread) == 8 * 6 * 2 / 4
+    assert bytes_per_device(spread) == 8 * 6 * 2 / 4
     decode = decode_program(config, mesh)
     assert matmul_flops(decode.traced.jaxpr) > 2 * 8 * (g + 1) * (3 * layer + d * v)
 
@@ -165,13 +165,13 @@ def test_with_features_from_disk_the_step_has_no_target(config, tmp_path, monkey
     data = dataclasses.replace(config.data, features=features, regenerate=False)
     config = dataclasses.replace(config, data=data, target=target)
     program = train_program(config, mesh)
-    assert bytes_per_chip(program.parts["target_parameters"]) == 2 * 256 * 128 * 2
+    assert bytes_per_device(program.parts["target_parameters"]) == 2 * 256 * 128 * 2
     # Of eight sequences: features, tokens, starts and mask of the rows; numbers and lengths.
     micro = 8 * 64 * (3 * (128 + 2) + 4 + 4 + 1) + 2 * 8 * 4
-    assert bytes_per_chip(program.parts["batch"]) == 2 * micro + 4  # one is computed with while the next one arrives
-    assert bytes_per_chip(program.beside) == micro and program.calls == 2
+    assert bytes_per_device(program.parts["batch"]) == 2 * micro + 4  # one is computed with while the next one arrives
+    assert bytes_per_device(program.beside) == micro and program.calls == 2
     given = sum(math.prod(aval.shape) * aval.dtype.itemsize for aval in program.traced.jaxpr.in_avals)
-    assert given == sum(bytes_per_chip(part) for part in program.parts.values()) - micro
+    assert given == sum(bytes_per_device(part) for part in program.parts.values()) - micro
     assert [aval.shape for aval in program.last.jaxpr.out_avals].count((256, 128)) == 3  # a weight and its moments
     done = found(1.0, True) | {"flops": 1e12, "flops_per_chip": 1e12}
     monkeypatch.setattr(plan, "estimate_in_process", lambda *_: dict(done))

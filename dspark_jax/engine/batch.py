@@ -17,6 +17,7 @@ from dspark_jax.engine.schedulers import Scheduler
 from dspark_jax.engine.sizes import verified_sizes
 from dspark_jax.engine.slots import Chunk, Committed, Mode, open_slots, prefill_chunk, serve_round
 from dspark_jax.ops.sampling import GREEDY_BELOW
+from dspark_jax.sharding import evenly
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,18 +57,20 @@ class Batch:
           stops: stop tokens per request.
           verify_sizes: see `serving.Engine`.
         """
+        count = evenly(slots)  # on the devices; what is more than the slots stays empty
+        scheduler = scheduler if count == slots else scheduler.take(np.minimum(np.arange(count), slots - 1))
         self.scheduler, self.metrics, self.stops = scheduler, metrics, stops
         self.width, self.chunks = width, chunks
         self.pending: collections.deque[_Launch] = collections.deque()
         # Room for the last round, which begins below the limit, and for the padding of the last chunk.
         rows = max(capacity + models.block_size, -(-capacity // width) * width)
-        self.sizes = verified_sizes(verify_sizes, scheduler, slots, models.rows, slots_may_be_empty=True)
-        self._models = models.for_decoding(batch_size=slots)
-        self._device = open_slots(self._models, scheduler, count=slots, rows=rows, stops=stops)
+        self.sizes = verified_sizes(verify_sizes, scheduler, count, models.rows, slots_may_be_empty=True)
+        self._models = models.for_decoding(batch_size=count)
+        self._device = open_slots(self._models, scheduler, count=count, rows=rows, stops=stops)
         self._requests: list[Request | None] = [None] * slots
         self._read = [0] * slots  # prompt tokens of each slot's request that have been launched
         self._filling: collections.deque[int] = collections.deque()  # slots with unread prompts, first come first
-        self._released = np.zeros(slots, bool)
+        self._released = np.zeros(count, bool)
 
     @property
     def free(self) -> int:

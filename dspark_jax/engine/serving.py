@@ -30,6 +30,7 @@ from dspark_jax.engine.models import Models
 from dspark_jax.engine.request import EngineMetrics, Request, TextStream
 from dspark_jax.engine.schedulers import Scheduler, check_scheduler
 from dspark_jax.engine.slots import Mode
+from dspark_jax.sharding import mesh_of
 from dspark_jax.tokenizer import Tokenizer
 
 
@@ -74,7 +75,7 @@ class Engine:
         """Allocates the slots; compiles nothing (see `warm_up`).
 
         Args:
-          models: the target and what drafts for it.
+          models: the target and what drafts for it; they decode on the mesh on which they lie.
           slots: requests decoded together; on a mesh, the batch axis.
           capacity: most tokens of a request, prompt and answer together.
           scheduler: decides how many drafts are verified; None verifies all.
@@ -106,18 +107,19 @@ class Engine:
         self.tokenizer, self.stop_tokens, self.max_stop_tokens = tokenizer, tuple(stop_tokens), max_stop_tokens
         self.arch = models.arch
         self.metrics = EngineMetrics()
-        self._mesh = _current_mesh()
-        self._batch = Batch(
-            models,
-            self.scheduler,
-            self.metrics,
-            slots=slots,
-            capacity=capacity,
-            width=prefill_chunk,
-            chunks=max(slots // 8, 1) if prefill_chunks is None else prefill_chunks,
-            stops=max_stop_tokens,
-            verify_sizes=verify_sizes,
-        )
+        self._mesh = mesh_of(models) or _current_mesh()
+        with _use(self._mesh):
+            self._batch = Batch(
+                models,
+                self.scheduler,
+                self.metrics,
+                slots=slots,
+                capacity=capacity,
+                width=prefill_chunk,
+                chunks=max(slots // 8, 1) if prefill_chunks is None else prefill_chunks,
+                stops=max_stop_tokens,
+                verify_sizes=verify_sizes,
+            )
 
         self._lock = threading.Lock()  # guards what several threads change: queue, metrics, closing, failure
         self._changed = threading.Condition(self._lock)

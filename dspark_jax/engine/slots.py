@@ -22,6 +22,7 @@ from dspark_jax.engine.schedulers import Scheduler
 from dspark_jax.engine.state import DecodeState, Round
 from dspark_jax.ops.sampling import Sampling, sample
 from dspark_jax.sharding import constrain, whole
+from dspark_jax.target.cache import KVCache
 
 
 @jax.tree_util.register_dataclass
@@ -177,26 +178,45 @@ def _row_mask(values: jax.Array, slot: jax.Array, axis: int) -> jax.Array:
     return (jnp.arange(values.shape[axis]) == slot).reshape(shape)
 
 
-def pin(models: Models, scheduler: Scheduler, slots: Slots) -> Slots:
-    """Keeps the slots split over the batch axes of the mesh, whatever the compiler would rather do."""
+def split_cache(cache: Any, axes: Any, lay: Callable[..., Any] = constrain) -> Any:
+    """A cache with the requests split over the mesh, and, where it is keys and values, the key heads.
 
-    def split(values: jax.Array, axis: int) -> jax.Array:
-        return constrain(values, *("batch" if i == axis else None for i in range(values.ndim)))
+    Args:
+      cache: of a target or drafter.
+      axes: of the requests in each of its leaves, see `batch_axes`.
+      lay: `lay(array, *logical axes)` pins in a program, or lays out a shape.
+    """
 
-    def split_if(values: jax.Array, axis: int) -> jax.Array:
-        return values if axis == SHARED else split(values, axis)
+    def one(part: Any, axis: Any) -> Any:
+        return part.on_mesh(lay) if isinstance(part, KVCache) else _split(part, axis, lay)
+
+    return jax.tree.map(one, cache, axes, is_leaf=lambda leaf: isinstance(leaf, KVCache))
+
+
+def _split(values: Any, axis: int, lay: Callable[..., Any]) -> Any:
+    return lay(values, *("batch" if i == axis else None for i in range(values.ndim)))
+
+
+def pin(models: Models, scheduler: Scheduler, slots: Slots, lay: Callable[..., Any] = constrain) -> Slots:
+    """Keeps the slots split over the batch axes of the mesh, and caches by heads, whatever the compiler would do.
+
+    For `lay` see `split_cache`.
+    """
+
+    def split(values: Any, axis: int = 0) -> Any:
+        return _split(values, axis, lay)
 
     state = slots.state
+    axes = batch_axes(models.target_cache, state.target_cache), batch_axes(models.draft_cache, state.draft_cache)
     caches: dict[str, Any] = {
-        "target_cache": jax.tree.map(split, state.target_cache, batch_axes(models.target_cache, state.target_cache)),
-        "draft_cache": jax.tree.map(split, state.draft_cache, batch_axes(models.draft_cache, state.draft_cache)),
-        "history": jax.tree.map(split_if, state.history, history_axes(scheduler, models.block_size)),
-        "pending": jax.tree.map(lambda values: split(values, 0), state.pending),
+        "target_cache": split_cache(state.target_cache, axes[0], lay),
+        "draft_cache": split_cache(state.draft_cache, axes[1], lay),
+        "history": jax.tree.map(split, state.history, history_axes(scheduler, models.block_size)),
+        "pending": jax.tree.map(split, state.pending),
     }
-    fields = ("tokens", "lengths", "prompt_lengths", "limits", "finished", "stopped", "rounds")
-    state = dataclasses.replace(state, **{name: split(getattr(state, name), 0) for name in fields}, **caches)
-    sampling = jax.tree.map(lambda values: split(values, 0), slots.sampling)
-    return Slots(state, sampling, split(slots.stop_tokens, 0))
+    fields = ("tokens", "lengths", "prompt_lengths", "limits", "finished", "stopped", "rounds", "keys")
+    state = dataclasses.replace(state, **{name: split(getattr(state, name)) for name in fields}, **caches)
+    return Slots(state, jax.tree.map(split, slots.sampling), split(slots.stop_tokens))
 
 
 @functools.partial(jax.jit, static_argnames=("count", "rows", "stops"))

@@ -7,20 +7,23 @@ import os
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from dspark_jax.benchmarks import by_domain
-from dspark_jax.config import Config
+from dspark_jax.config import Config, DecodeMeshConfig, InputError
 from dspark_jax.data.prompts import content_hashes
 from dspark_jax.data.samples import Tally
 from dspark_jax.drafter.interface import Drafter
 from dspark_jax.drafter.none import NO_DRAFTER
 from dspark_jax.engine.models import Models
+from dspark_jax.engine.placement import evaluation_load, place
 from dspark_jax.evaluation.acceptance import count_rounds, estimate, macro_average
 from dspark_jax.evaluation.decoding import answer
 from dspark_jax.evaluation.setup import open_decoder, read_questions, tell_left_out
 from dspark_jax.evaluation.summary import Measured
+from dspark_jax.progress import log
 from dspark_jax.training.best import HeldOut
 from dspark_jax.training.integrity import digest
 
@@ -34,7 +37,7 @@ class HeldOutPrompts:
     Nothing of the run changes by it: random numbers are those of the prompts, and the target is the run's own.
     """
 
-    def __init__(self, config: Config, workdir: Path, mesh: Mesh, target: Any):
+    def __init__(self, config: Config, workdir: Path, mesh: Mesh, target: Any, *, held: int = 0):
         """Reads the prompts.
 
         Args:
@@ -42,6 +45,7 @@ class HeldOutPrompts:
           workdir: of the run.
           mesh: of the run.
           target: the model.
+          held: bytes of every device that the run needs for itself.
 
         Raises:
           InputError: a prompt file cannot be read, or none of its prompts can be asked.
@@ -56,6 +60,8 @@ class HeldOutPrompts:
         with contextlib.closing(Tally(Path(os.devnull))) as tally:
             self.asked, self.first = read_questions(config, self.decoder, tally, settings.prompts, settings.limit)
         tell_left_out("held-out prompts", tally)
+        self.mesh = mesh
+        self.decoding = beside_training(config, mesh, held)
         self.temperature = settings.temperatures[0]
         data = config.data
         how = [self.temperature, settings.limit, settings.max_new_tokens, settings.seed]
@@ -63,15 +69,22 @@ class HeldOutPrompts:
         self.about = digest([content_hashes(settings.prompts, "eval.prompts"), how])
 
     def measure(self, drafter: Drafter) -> tuple[dict[str, float], HeldOut | None]:
-        """Decodes the prompts with a drafter, under `jax.set_mesh`.
+        """Decodes the prompts with a drafter.
+
+        The models are moved to where they decode for as long as it takes, where that is not as they train.
 
         Returns:
           A row of `metrics.jsonl`: tau, tau by prompt set and by domain of the paper's benchmarks, and the acceptance
           of draft k given that all before it were accepted; what was not observed is left out. And what is noted in
           the checkpoint, if there is a tau.
         """
-        decoder = dataclasses.replace(self.decoder, models=Models(self.decoder.models.target, drafter))
-        requests, result = answer(decoder, self.asked, self.first, self.temperature)
+        models = Models(self.decoder.models.target, drafter).moved(self.decoding)
+        if self.decoding != self.mesh:  # its own weights, not the run's
+            models = models.for_decoding(batch_size=self.decoder.batch_size, consume=True)
+        decoder = dataclasses.replace(self.decoder, models=models)
+        with jax.set_mesh(self.decoding):
+            requests, result = answer(decoder, self.asked, self.first, self.temperature)
+        del models, decoder
         counts = count_rounds(result).grouped(requests.owners, len(self.asked))
         sets = Measured(self.temperature, self.asked, requests, result, counts, None, None).acceptance(0, 0)
         tau, _ = macro_average(list(sets.values()))
@@ -81,3 +94,23 @@ class HeldOutPrompts:
         row |= {f"conditional@{k}": float(rate) for k, rate in enumerate(together.conditional, start=1)}
         row = {PREFIX + name: value for name, value in row.items() if math.isfinite(value)}
         return row, HeldOut(tau, self.about) if math.isfinite(tau) else None
+
+
+def beside_training(config: Config, mesh: Mesh, held: int) -> Mesh:
+    """Where a run decodes, of which `held` bytes of every device are taken; as it trains where there is no room.
+
+    Raises:
+      InputError: what the config asks for does not go with the devices, or does not fit.
+    """
+    wanted, load = config.mesh.decode, dataclasses.replace(evaluation_load(config), held=held)
+    if mesh.size == 1:
+        return mesh
+    try:
+        found = place(wanted, load, list(mesh.devices.flat))
+    except InputError:
+        if wanted != DecodeMeshConfig():
+            raise
+        log("decoding beside training: there is no room for other copies of the weights; they stay as they train")
+        return mesh
+    log(found.describe())
+    return found.mesh

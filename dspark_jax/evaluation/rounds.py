@@ -25,10 +25,9 @@ from dspark_jax.config import Config, InputError, from_json
 from dspark_jax.data.samples import Tally
 from dspark_jax.evaluation.acceptance import Counts, count_rounds
 from dspark_jax.evaluation.decoding import Decoder, answer
-from dspark_jax.evaluation.setup import open_decoder, read_questions, tell_left_out
+from dspark_jax.evaluation.setup import evaluation_mesh, open_decoder, read_questions, tell_left_out
 from dspark_jax.json_file import written_whole
 from dspark_jax.progress import Progress
-from dspark_jax.sharding import make_mesh
 
 PLAIN = "plain"
 """Name of decoding without a drafter among the times."""
@@ -45,7 +44,7 @@ def measure_rounds(config: Config, workdir: Path, out: Path) -> None:
     Raises:
       InputError: there is no checkpoint for this target, or a prompt file cannot be used.
     """
-    mesh = make_mesh(config.mesh)
+    mesh = evaluation_mesh(config)
     decoder = open_decoder(config, workdir, mesh)
     settings = config.eval
     with contextlib.closing(Tally(Path(os.devnull))) as tally, jax.set_mesh(mesh):
@@ -87,7 +86,7 @@ def measure_times(runs: Mapping[str, tuple[Config, Path]]) -> dict[str, dict[str
       InputError: none can be loaded, or a prompt file cannot be used.
     """
     base = next(iter(runs.values()))[0]
-    settings, mesh = base.eval, make_mesh(base.mesh)
+    settings, mesh = base.eval, evaluation_mesh(base)
     with contextlib.closing(Tally(Path(os.devnull))) as tally, jax.set_mesh(mesh):
         decoders, found = _open_all(runs, mesh)
         loaded = next(iter(decoders.values()))

@@ -15,10 +15,10 @@ from dspark_jax.data.samples import Tally, describe, describe_unused
 from dspark_jax.drafter.interface import DrafterModule
 from dspark_jax.drafter.none import NoDrafter
 from dspark_jax.engine.models import Models, when_loaded
+from dspark_jax.engine.placement import decoding_mesh, evaluation_load
 from dspark_jax.evaluation.decoding import Decoder, Requests, first_requests
 from dspark_jax.kinds import KINDS
 from dspark_jax.progress import log
-from dspark_jax.sharding import make_mesh
 from dspark_jax.target.loading import load_target
 from dspark_jax.target.model import Target
 from dspark_jax.tokenizer import ChatTokenizer
@@ -86,9 +86,18 @@ def load_run(workdir: str | Path, checkpoint: str = NEWEST) -> Decoder:
         config = saved_config(Path(workdir), checkpoint)
         if config is None:
             raise InputError(f"{checkpoint_directory(Path(workdir))}: no checkpoint here; name the --workdir of a run")
-        return open_decoder(config, Path(workdir), make_mesh(config.mesh), checkpoint=checkpoint)
+        return open_decoder(config, Path(workdir), evaluation_mesh(config), checkpoint=checkpoint)
     finally:
         logging.set_verbosity(before)
+
+
+def evaluation_mesh(config: Config) -> Mesh:
+    """The mesh on which a command decodes that evaluates a config's drafter; says which one it is.
+
+    Raises:
+      InputError: see `engine.placement.place`.
+    """
+    return decoding_mesh(config.mesh.decode, evaluation_load(config))
 
 
 def open_drafter(config: Config, workdir: Path, mesh: Mesh, checkpoint: str = NEWEST) -> tuple[int, DrafterModule]:

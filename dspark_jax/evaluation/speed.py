@@ -25,8 +25,7 @@ from dspark_jax.engine.generate import Prompts, decode, decode_shape, padded_sto
 from dspark_jax.engine.result import DecodeResult
 from dspark_jax.engine.sampling import fold_keys, request_keys, request_sampling
 from dspark_jax.evaluation.decoding import Decoder, Request, Requests
-from dspark_jax.evaluation.setup import open_decoder
-from dspark_jax.sharding import make_mesh
+from dspark_jax.evaluation.setup import evaluation_mesh, open_decoder
 from dspark_jax.training.best import NEWEST
 
 
@@ -159,7 +158,7 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     """A job of `measure_speed_in_process`: by temperature the fields of `Speed`."""
     config = from_json(job["config"])
     requests = Requests([Request(**item) for item in job["requests"]], job["width"])
-    mesh = make_mesh(config.mesh)
+    mesh = evaluation_mesh(config)
     decoder = open_decoder(config, Path(job["workdir"]), mesh, checkpoint=job["checkpoint"])
     with jax.set_mesh(mesh):
         speeds = [measure_speed(decoder, requests, temperature) for temperature in job["temperatures"]]

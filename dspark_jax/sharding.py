@@ -113,7 +113,10 @@ def parts_of(name: str) -> int:
 
 
 def per_device(
-    run: Callable[..., Any], inputs: Sequence[Sequence[str | None]], outputs: Sequence[Sequence[str | None]]
+    run: Callable[..., Any],
+    inputs: Sequence[Sequence[str | None]],
+    outputs: Sequence[Sequence[str | None]],
+    shapes: Sequence[Sequence[int]] | None = None,
 ) -> Callable[..., tuple[Any, ...]]:
     """`run` on every device's own part of the arrays, for kernels, which the compiler cannot split.
 
@@ -123,15 +126,16 @@ def per_device(
       run: arrays -> a tuple of arrays.
       inputs: logical axes of each array.
       outputs: logical axes of each result.
+      shapes: of the results, where they are not those that `run` would give of whole arrays.
     """
     if devices_here() == 1:
         return run
     mesh = jax.sharding.get_abstract_mesh()
 
     def split(*arrays: jax.Array) -> tuple[Any, ...]:
-        shapes = jax.eval_shape(run, *arrays)
+        sizes = [x.shape for x in jax.eval_shape(run, *arrays)] if shapes is None else shapes
         in_specs = tuple(spec(axes, x.shape, mesh) for axes, x in zip(inputs, arrays, strict=True))
-        out_specs = tuple(spec(axes, x.shape, mesh) for axes, x in zip(outputs, shapes, strict=True))
+        out_specs = tuple(spec(axes, size, mesh) for axes, size in zip(outputs, sizes, strict=True))
         return jax.shard_map(run, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*arrays)
 
     return split

@@ -83,8 +83,9 @@ class Engine:
           stop_tokens: ids that end every request, besides its own.
           max_queue: requests that may wait for a slot.
           prefill_chunk: tokens of a prompt that are read at once.
-          prefill_chunks: how many such chunks are read between two rounds at most. More fill free slots sooner, fewer
-            keep the rounds regular. None: one for every eight slots.
+          prefill_chunks: how many such chunks are read between two rounds at most (by each copy of the weights, where a
+            mesh has several). More fill free slots sooner, fewer keep the rounds regular. None: one for every eight
+            slots.
           max_stop_tokens: most stop tokens of one request, these included.
           verify_sizes: sizes of the batch in which a round verifies the scheduled tokens of all requests: the smallest
             one that holds them, or G + 1 tokens of every slot where none does. None chooses them (`engine.sizes`).

@@ -1,19 +1,17 @@
 """Where decoding lives: the same tokens wherever that is, and a choice by memory."""
 
-import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from dspark_jax.config import Config, DecodeMeshConfig, DrafterConfig, InputError, TargetArchitecture, TargetConfig
+from dspark_jax.config import DecodeMeshConfig, DrafterConfig, TargetArchitecture
 from dspark_jax.drafter import make_drafter
 from dspark_jax.engine import generate
 from dspark_jax.engine.models import Models
-from dspark_jax.engine.placement import GIB, Load, answering_load, evaluation_load, place
+from dspark_jax.engine.placement import Load, place
 from dspark_jax.engine.serving import Engine
 from dspark_jax.sharding import mesh_of
 from dspark_jax.target.model import Target

@@ -32,6 +32,19 @@ CHUNK = 256
 """Tokens of a prompt that are read at a time; 64 in the smallest engine, where prompts are short."""
 
 
+def capacity_for(tokens: int, most: int) -> int:
+    """Capacity of the smallest engine that has room for so many tokens of prompt and answer."""
+    capacity = SMALLEST_CAPACITY
+    while capacity < tokens:
+        capacity *= 2
+    return min(capacity, most)
+
+
+def chunk_for(capacity: int) -> int:
+    """Tokens of a prompt that an engine of this capacity reads at a time."""
+    return 64 if capacity <= SMALLEST_CAPACITY else CHUNK
+
+
 def target_decoder(config: Config) -> Decode:
     """Answers by the config's target without a drafter; the target is loaded here.
 
@@ -77,10 +90,7 @@ class _Ladder:
     def _put(self, question: Question, written: list[int]) -> None:
         """Lets a question wait for an engine that has room for more of its answer than what is written."""
         length = len(question.ids) + len(written)
-        least, capacity = length + min(LEAST_ROOM, question.room - len(written)), SMALLEST_CAPACITY
-        while capacity < least:
-            capacity *= 2
-        capacity = min(capacity, self.data.max_length)
+        capacity = capacity_for(length + min(LEAST_ROOM, question.room - len(written)), self.data.max_length)
         self.waiting.setdefault(capacity, collections.deque()).append((question, written))
 
     def _next(self, capacity: int) -> tuple[Question, list[int]] | None:
@@ -102,7 +112,7 @@ class _Ladder:
                 capacity=capacity,
                 stop_tokens=self.stops,
                 max_queue=2 * slots,
-                prefill_chunk=64 if capacity <= SMALLEST_CAPACITY else CHUNK,
+                prefill_chunk=chunk_for(capacity),
                 prefill_chunks=slots,
                 max_stop_tokens=max(len(self.stops), 8),
             )

@@ -78,6 +78,14 @@ class Placement:
     caches: int
     memory: float
 
+    def most(self, requests: int) -> int:
+        """How many requests such as these would fit, all devices together; as many as there are where nobody knows."""
+        if not math.isfinite(self.memory) or not self.caches:
+            return requests
+        copies = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        each = self.caches / math.ceil(requests / copies)
+        return max(int((self.memory * (1 - 1 / SPARE) - self.weights) / each), 1) * copies
+
     def describe(self) -> str:
         """One line."""
         data, fsdp, tensor = (self.mesh.shape[axis] for axis in ("data", "fsdp", "tensor"))

@@ -14,8 +14,9 @@ from jax.sharding import Mesh
 from dspark_jax.config import Config, InputError
 from dspark_jax.engine import schedulers
 from dspark_jax.engine.models import Models
-from dspark_jax.engine.placement import evaluation_load
-from dspark_jax.engine.slots import Mode, Slots, open_slots, pin, serve_round
+from dspark_jax.engine.placement import answering_load, evaluation_load
+from dspark_jax.engine.slots import Chunk, Mode, Slots, open_slots, parts, pin, prefill_chunk, serve_round
+from dspark_jax.ops.sampling import GREEDY_BELOW
 from dspark_jax.sharding import evenly, replicated, sharding, state_shardings
 from dspark_jax.target.frozen import abstract_frozen
 from dspark_jax.target.loading import abstract_target, compute_dtype
@@ -108,6 +109,38 @@ def decode_program(config: Config, mesh: Mesh) -> Program:
         released = jax.ShapeDtypeStruct((evenly(load.requests),), jnp.bool_, sharding=replicated(mesh))
         traced = serve_round.trace(models, slots, released, scheduler, mode=Mode(greedy=False))
     return Program("decoding round", traced, _parts(models, slots))
+
+
+def answering_programs(config: Config, mesh: Mesh, *, capacity: int, chunk: int) -> tuple[Program, Program]:
+    """A round of `prepare`'s engine, which decodes plainly, and the reading of a chunk of a prompt by every copy.
+
+    Args:
+      config: types resolved.
+      mesh: that decoding lives on.
+      capacity: of the engine.
+      chunk: tokens of a chunk.
+    """
+    load, answers = answering_load(config), config.data.answers
+    models, slots, scheduler = serving_shapes(load.models, load.requests, capacity, mesh)
+    everywhere = replicated(mesh)
+
+    def given(dtype: Any, *shape: int) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere)
+
+    filtered = answers.top_k > 0 or answers.top_p < 1 or answers.min_p > 0
+    mode = Mode(config.data.temperature < GREEDY_BELOW, filtered)
+    with jax.set_mesh(mesh):
+        count = evenly(load.requests)
+        read = parts(count)
+        numbers, settings = given(jnp.int32, read), given(jnp.float32, read)
+        pieces = Chunk(
+            given(jnp.int32, read, chunk), *[numbers] * 7, settings, numbers, settings, settings,
+            given(jnp.int32, read, STOP_TOKENS),
+        )  # fmt: skip
+        traced = serve_round.trace(models, slots, given(jnp.bool_, count), scheduler, mode=mode)
+        reading = prefill_chunk.trace(models, slots, pieces, scheduler)
+    held = _parts(models, slots)
+    return Program("round of answers", traced, held), Program("chunk of prompts", reading, held)
 
 
 def serving_shapes(models: Models, requests: int, rows: int, mesh: Mesh) -> tuple[Models, Slots, Any]:

@@ -174,10 +174,11 @@ def test_with_features_from_disk_the_step_has_no_target(config, tmp_path, monkey
     assert given == sum(bytes_per_device(part) for part in program.parts.values()) - micro
     assert [aval.shape for aval in program.last.jaxpr.out_avals].count((256, 128)) == 3  # a weight and its moments
     done = found(1.0, True) | {"flops": 1e12, "flops_per_chip": 1e12}
-    monkeypatch.setattr(plan, "estimate_in_process", lambda *_: dict(done))
+    monkeypatch.setattr(plan, "estimate_in_process", lambda *_, **__: dict(done))
     monkeypatch.setattr(plan, "devices_of", lambda _: (CHIPS["v5e"], jax.devices()))
     report = plan.plan(config, tmp_path, topology="v5e:2x4")
     assert report["train"]["verdict"].startswith("fits")
+    assert report["prepare"]["verdict"] == "not planned: data.regenerate=False trains on given answers"
     if unsupported:
         assert report["decode"]["verdict"] == "not planned: a llama has no definition here and cannot run"
     else:
@@ -303,6 +304,26 @@ def test_the_verdict_says_what_to_change(config):
     assert "lower eval.batch_size" in plan.verdict(found(20.0, False), config, mesh, "decode")
 
 
+def test_answers_are_estimated_as_prepare_gives_them(config):
+    """Plainly: 600 rounds of 32 slots, and two chunks of the prompt, of which 16 copies read one each at a time."""
+    config.data.decode_batch_size = 32
+    done = found(1.0, True) | {"flops": 1e12, "flops_per_chip": 1e12, "estimated_seconds": 0.02}
+    done |= {"chunk_seconds": 0.04, "copies": 16, "slots_that_fit": 500, "placement": "decoding on 16 devices"}
+    report = plan._of_answers(done, config, 16, plan.Questions(1_000_000, tokens=600, prompt=300, chunk=256))
+    each = 600 * 0.02 / 32 + 2 * 0.04 / 16
+    assert report["hours"] == pytest.approx(1e6 * each / 3600)
+    assert report["chip_hours"] == 16 * report["hours"] and report["tokens_per_second"] == pytest.approx(600 / each)
+    said = "\n".join(plan.describe("answers", report | {"verdict": "fits"}))
+    assert "decoding on 16 devices" in said and "1,000,000 answers" in said and "one token per round" in said
+    assert "decode_batch_size could be 500" in said
+    held = plan.verdict(found(20.0, False), config, None, "prepare")
+    assert held.endswith("lower data.decode_batch_size")
+    config.data.answers.endpoints = ("http://a/v1",)
+    assert "servers give the answers" in plan._skipped(config, "prepare")
+    with pytest.raises(InputError, match="--answer_tokens=0 --prompt_tokens=200: each must be 1 or more"):
+        plan.plan(config, Path(), topology="v5e:2x2", answer_tokens=0)
+
+
 def test_topologies_are_listed_and_others_refused():
     text = listing()
     assert all(f"{chip.name}:{shape}" in text for chip in CHIPS.values() for shape in chip.shapes)
@@ -380,3 +401,7 @@ def test_a_small_plan(config, tmp_path):
     assert train["collectives"]["all-gather"]["count"] > 3 and train["flops_per_step"] > 0
     assert decode["estimated_round_seconds"] > 0
     assert "train step: fits" in done.stdout and "decoding round: fits" in done.stdout
+    answers = report["prepare"]
+    assert answers["hours"] > 0 and answers["copies"] == 4 and "every device has a copy" in answers["placement"]
+    weights = sum(decode["memory"][f"{name}_parameters_bytes"] for name in ("target", "drafter"))
+    assert sum(traffic["bytes"] for traffic in decode["collectives"].values()) < 0.02 * weights

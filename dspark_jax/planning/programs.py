@@ -160,17 +160,25 @@ def serving_shapes(models: Models, requests: int, rows: int, mesh: Mesh) -> tupl
     def lay(leaf: Any, *axes: str | None) -> Any:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding(axes, leaf.shape, mesh))
 
-    with jax.set_mesh(mesh):  # caches are what they are on its chips
+    with jax.set_mesh(mesh):  # caches and weights are what they are on its chips
+        loaded = dataclasses.replace(models, target=_typed(models.target, models.target.dtype))
+        models = jax.eval_shape(lambda loaded: loaded.for_decoding(batch_size=evenly(requests)), loaded)
         opened = functools.partial(open_slots, count=evenly(requests), rows=rows, stops=STOP_TOKENS)
         slots = pin(models, scheduler, jax.eval_shape(opened, models, scheduler), lay)
-    laid = [_laid(model, state_shardings(model, mesh), model.dtype) for model in (models.target, models.drafter)]
-    return Models(*laid), slots, jax.tree.map(lambda leaf: lay(leaf, *(None,) * leaf.ndim), scheduler)
+    places = state_shardings(models, mesh)
+    laid = jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), models, places)
+    return laid, slots, jax.tree.map(lambda leaf: lay(leaf, *(None,) * leaf.ndim), scheduler)
 
 
 def _parts(models: Models, slots: Slots) -> dict[str, Any]:
     """What devices hold while they decode, by what it is for."""
     caches = slots.state.target_cache, slots.state.draft_cache
     return {"target_parameters": models.target, "drafter_parameters": models.drafter, "caches": caches}
+
+
+def _typed(shapes: Any, dtype: Any) -> Any:
+    """Shapes as `dtype`."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
 
 
 def _laid(shapes: Any, shardings: Any, dtype: Any) -> Any:

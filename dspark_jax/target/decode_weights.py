@@ -25,9 +25,9 @@ def decode_weights(module: Any, dtype: Any, *, separate_caches: bool = False, co
       32: a plain step 21 -> 16 ms, a round with drafts 74 -> 49 ms; at batch 1 separate arrays get copied, 0.25 ms) and
       for GPUs (batch 32 on an H100: 9.1 -> 5.9 ms, and nothing at batch 1).
     - Modules with a method `fuse_weights(dtype, join=...)` hold matrices as `dtype`, and join those that read the same
-      rows: fewer and larger products from fewer bytes. Not where a mesh splits their columns: each device would have
-      those of one matrix and need some of each.
-    - On a TPU the stacks stay, and nothing is joined.
+      rows: fewer and larger products from fewer bytes. Where a mesh splits their columns, nothing is joined: each
+      device would have those of one matrix and need some of each.
+    - On a TPU the stacks stay, and nothing is joined; projections to heads become plain matrices (`side_by_side`).
 
     Args:
       module: target or drafter, with stacked layers.

@@ -308,7 +308,8 @@ def test_answers_are_estimated_as_prepare_gives_them(config):
     """Plainly: 600 rounds of 32 slots, and two chunks of the prompt, of which 16 copies read one each at a time."""
     config.data.decode_batch_size = 32
     done = found(1.0, True) | {"flops": 1e12, "flops_per_chip": 1e12, "estimated_seconds": 0.02}
-    done |= {"chunk_seconds": 0.04, "copies": 16, "slots_that_fit": 500, "placement": "decoding on 16 devices"}
+    done |= {"roofline": {"hbm": 0.02}, "roofline_seconds": 0.02, "chunk_seconds": 0.04, "copies": 16}
+    done |= {"slots_that_fit": 500, "placement": "decoding on 16 devices"}
     report = plan._of_answers(done, config, 16, plan.Questions(1_000_000, tokens=600, prompt=300, chunk=256))
     each = 600 * 0.02 / 32 + 2 * 0.04 / 16
     assert report["hours"] == pytest.approx(1e6 * each / 3600)

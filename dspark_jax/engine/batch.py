@@ -28,45 +28,50 @@ class _Launch:
     outcome: Committed
 
 
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What is allocated and compiled for.
+
+    Attributes:
+      slots: B.
+      capacity: most tokens of a request.
+      width: tokens of a prompt chunk.
+      chunks: most chunks between two rounds.
+      stops: stop tokens per request.
+      verify_sizes: see `serving.Engine`.
+    """
+
+    slots: int
+    capacity: int
+    width: int
+    chunks: int
+    stops: int
+    verify_sizes: Sequence[int] | None = None
+
+
 class Batch:
     """Requests in slots."""
 
-    def __init__(
-        self,
-        models: Models,
-        scheduler: Scheduler,
-        metrics: EngineMetrics,
-        *,
-        slots: int,
-        capacity: int,
-        width: int,
-        chunks: int,
-        stops: int,
-        verify_sizes: Sequence[int] | None = None,
-    ):
+    def __init__(self, models: Models, scheduler: Scheduler, metrics: EngineMetrics, sizes: Sizes):
         """Empty slots.
 
         Args:
           models: target and drafter.
           scheduler: decides how many drafts are verified.
           metrics: what is launched and committed is counted there.
-          slots: B.
-          capacity: most tokens of a request.
-          width: tokens of a prompt chunk.
-          chunks: most chunks of each part of the slots between two rounds.
-          stops: stop tokens per request.
-          verify_sizes: see `serving.Engine`.
+          sizes: of what is allocated.
         """
+        slots, width = sizes.slots, sizes.width
         count = evenly(slots)  # on the devices; what is more than the slots stays empty
         scheduler = scheduler if count == slots else scheduler.take(np.minimum(np.arange(count), slots - 1))
-        self.scheduler, self.metrics, self.stops = scheduler, metrics, stops
-        self.width, self.chunks = width, chunks
+        self.scheduler, self.metrics, self.stops = scheduler, metrics, sizes.stops
+        self.width, self.chunks = width, sizes.chunks
         self.pending: collections.deque[_Launch] = collections.deque()
         # Room for the last round, which begins below the limit, and for the padding of the last chunk.
-        rows = max(capacity + models.block_size, -(-capacity // width) * width)
-        self.sizes = verified_sizes(verify_sizes, scheduler, count, models.rows, slots_may_be_empty=True)
+        rows = max(sizes.capacity + models.block_size, -(-sizes.capacity // width) * width)
+        self.sizes = verified_sizes(sizes.verify_sizes, scheduler, count, models.rows, slots_may_be_empty=True)
         self._models = models.for_decoding(batch_size=count)
-        self._device = open_slots(self._models, scheduler, count=count, rows=rows, stops=stops)
+        self._device = open_slots(self._models, scheduler, count=count, rows=rows, stops=sizes.stops)
         self._parts = parts(count)
         self._part = count // self._parts  # slots of a part
         self._requests: list[Request | None] = [None] * slots

@@ -5,7 +5,6 @@ import dataclasses
 import math
 import os
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -24,6 +23,8 @@ from dspark_jax.evaluation.decoding import answer
 from dspark_jax.evaluation.setup import open_decoder, read_questions, tell_left_out
 from dspark_jax.evaluation.summary import Measured
 from dspark_jax.progress import log
+from dspark_jax.run import Run
+from dspark_jax.target.model import Target
 from dspark_jax.training.best import HeldOut
 from dspark_jax.training.integrity import digest
 
@@ -37,31 +38,31 @@ class HeldOutPrompts:
     Nothing of the run changes by it: random numbers are those of the prompts, and the target is the run's own.
     """
 
-    def __init__(self, config: Config, workdir: Path, mesh: Mesh, target: Any, *, held: int = 0):
+    def __init__(self, run: Run, target: Target, *, held: int = 0):
         """Reads the prompts.
 
         Args:
-          config: resolved; `train.evaluate_limit` and `train.evaluate_tokens` bound what is decoded.
-          workdir: of the run.
-          mesh: of the run.
+          run: `train.evaluate_limit` and `train.evaluate_tokens` of its config bound what is decoded.
           target: the model.
           held: bytes of every device that the run needs for itself.
 
         Raises:
           InputError: a prompt file cannot be read, or none of its prompts can be asked.
         """
+        config = run.config
         settings = dataclasses.replace(
             config.eval,
             limit=config.train.evaluate_limit,
             max_new_tokens=min(config.train.evaluate_tokens, config.eval.max_new_tokens),
         )
         config = dataclasses.replace(config, eval=settings)
-        self.decoder = open_decoder(config, workdir, mesh, target=target, drafter=NO_DRAFTER)
+        run = dataclasses.replace(run, config=config)
+        self.decoder = open_decoder(run, target=target, drafter=NO_DRAFTER)
         with contextlib.closing(Tally(Path(os.devnull))) as tally:
             self.asked, self.first = read_questions(config, self.decoder, tally, settings.prompts, settings.limit)
         tell_left_out("held-out prompts", tally)
-        self.mesh = mesh
-        self.decoding = beside_training(config, mesh, held)
+        self.mesh = run.mesh
+        self.decoding = beside_training(config, self.mesh, held)
         self.temperature = settings.temperatures[0]
         data = config.data
         how = [self.temperature, settings.limit, settings.max_new_tokens, settings.seed]

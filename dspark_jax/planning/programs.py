@@ -134,8 +134,9 @@ def answering_programs(config: Config, mesh: Mesh, *, capacity: int, chunk: int)
         read = parts(count)
         numbers, settings = given(jnp.int32, read), given(jnp.float32, read)
         pieces = Chunk(
-            given(jnp.int32, read, chunk), *[numbers] * 7, settings, numbers, settings, settings,
-            given(jnp.int32, read, STOP_TOKENS),
+            tokens=given(jnp.int32, read, chunk), count=numbers, start=numbers, slot=numbers, prompt_length=numbers,
+            limit=numbers, seed=numbers, random_stream=numbers, temperature=settings, top_k=numbers, top_p=settings,
+            min_p=settings, stop_tokens=given(jnp.int32, read, STOP_TOKENS),
         )  # fmt: skip
         traced = serve_round.trace(models, slots, given(jnp.bool_, count), scheduler, mode=mode)
         reading = prefill_chunk.trace(models, slots, pieces, scheduler)

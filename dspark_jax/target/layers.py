@@ -17,7 +17,7 @@ from flax import nnx
 
 from dspark_jax.config import TargetArchitecture
 from dspark_jax.ops.product import product
-from dspark_jax.sharding import Param, constrain, gather, parts_of
+from dspark_jax.sharding import Param, gather
 from dspark_jax.target import families
 from dspark_jax.target.families.family import AttentionShape, LayerShape
 
@@ -42,17 +42,6 @@ def narrow(weight: Param | None, dtype: Any) -> None:
     """Holds a matrix as `dtype` from now on. (Setting `weight[...]` would convert it back to the type it had.)"""
     if weight is not None and weight[...].dtype != dtype:
         weight.set_value(weight[...].astype(dtype))
-
-
-def side_by_side(weight: Param | None) -> Param | None:
-    """A matrix [.., D, N, H] as [.., D, N * H], whose tiles a TPU's product reads as they are (it would turn those of
-    heads round in every round); split over the mesh by whole heads, or not at all."""
-    if weight is None or weight.axes[-1] != "head_width":
-        return weight
-    value, heads = weight[...], weight.axes[-2]
-    whole = value.shape[-2] % parts_of(heads) != 0
-    axes = (*weight.axes[:-2], None if whole else heads)
-    return Param(constrain(value.reshape(*value.shape[:-2], -1), *axes), axes=axes)
 
 
 def dense(x: jax.Array, weight: jax.Array, inputs: int = 1) -> jax.Array:
@@ -123,12 +112,12 @@ class Attention(nnx.Module):
 
     def queries(self, x: jax.Array, positions: jax.Array) -> jax.Array:
         """x [B, T, D], positions [B, T] -> normed and rotated queries [B, T, N, H]."""
-        return self._turn(self._heads(x, self.query), self.query_norm, positions)
+        return self._turn(dense(x, self.query[...]), self.query_norm, positions)
 
     def keys_values(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
         """x [B, T, D], positions [B, T] -> normed and rotated keys, and values, both [B, T, K, H]."""
-        key = self._heads(x, self.key)
-        value = key if self.value is None else self._heads(x, self.value)
+        key = dense(x, self.key[...])
+        value = key if self.value is None else dense(x, self.value[...])
         return self._turn(key, self.key_norm, positions), self._values(value)
 
     def all(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -139,10 +128,6 @@ class Attention(nnx.Module):
         heads = dense(x, self.joint[...])
         turned = self._turn(heads[..., : n + k, :], self.joint_norm, positions)
         return turned[..., :n, :], turned[..., n:, :], self._values(heads[..., -k:, :])
-
-    def _heads(self, x: jax.Array, weight: Param) -> jax.Array:
-        """x [B, T, D] times [D, N, H], or [D, N * H] after `fuse_weights`, -> [B, T, N, H]."""
-        return dense(x, weight[...]).reshape(*x.shape[:-1], -1, self.shape.width)
 
     def _turn(self, heads: jax.Array, norm: Param | None, positions: jax.Array) -> jax.Array:
         heads = heads if norm is None else rms_norm(heads, norm[...], self.eps)
@@ -156,7 +141,6 @@ class Attention(nnx.Module):
         for weight in (self.query, self.key, self.value, self.out):
             narrow(weight, dtype)
         if not join:
-            self.query, self.key, self.value = (side_by_side(weight) for weight in (self.query, self.key, self.value))
             return
         query, key = self.query[...], self.key[...]
         parts = [query, key] if self.value is None else [query, key, self.value[...]]
@@ -263,7 +247,7 @@ def layer_at(layers: Any, index: jax.Array | int) -> Any:
     def pick(leaf: Any) -> Any:
         stack = leaf.get_value() if isinstance(leaf, Param) else leaf
         value = stack[index] if isinstance(index, int) else jax.lax.dynamic_index_in_dim(stack, index, keepdims=False)
-        return leaf.replace(gather(value, *leaf.axes[1:])) if isinstance(leaf, Param) else value
+        return leaf.replace(gather(value, *leaf.axes[1:]), axes=leaf.axes[1:]) if isinstance(leaf, Param) else value
 
     return jax.tree.map(pick, layers, is_leaf=lambda leaf: isinstance(leaf, Param))
 

@@ -271,7 +271,7 @@ def _put(shape: tuple[int, ...], sharding: NamedSharding, cut: Callable[[Any], n
     first: dict[Any, jax.Array] = {}
     parts = []
     for device, index in places.items():
-        key = tuple(part.indices(size) for part, size in zip(index, shape, strict=True))
+        key = tuple(part.indices(size) for part, size in zip(index or (), shape, strict=True))
         value = first[key] if key in first else cut(index)
         parts.append(jax.block_until_ready(jax.device_put(value, device)))
         first.setdefault(key, parts[-1])

@@ -119,6 +119,34 @@ def test_a_compiled_program_is_added_up_over_its_loops():
     assert program_cost(HLO.replace("constant(8)", "parameter(1)")).unknown_loops == 1
 
 
+SLICED = """HloModule jit_step, is_scheduled=true
+
+%view (param_0: f32[8,100]) -> f32[8,100,1] {
+  %param_0 = f32[8,100]{1,0:T(8,128)} parameter(0)
+  ROOT %shape = f32[8,100,1]{1,0,2:T(8,128)} bitcast(%param_0)
+}
+
+%fused (param_0: f32[8,100], param_1: f32[8,100]) -> f32[100] {
+  %param_0 = f32[8,100]{1,0:T(8,128)} parameter(0)
+  %whole = f32[8,100,1]{1,0,2:T(8,128)} fusion(%param_0), kind=kLoop, calls=%view
+  %param_1 = f32[8,100]{1,0:T(8,128)} parameter(1)
+  %row = f32[1,100]{1,0:T(8,128)} slice(%param_1), slice={[3:4], [0:100]}
+  ROOT %product = f32[100]{0} convolution(%whole, %row)
+}
+
+ENTRY %main (p: f32[8,100], q: f32[8,100]) -> f32[100] {
+  %p = f32[8,100]{1,0:T(8,128)} parameter(0)
+  %q = f32[8,100]{1,0:T(8,128)} parameter(1)
+  ROOT %out = f32[100]{0} fusion(%p, %q), kind=kOutput, calls=%fused
+}
+"""
+
+
+def test_a_fusion_reads_what_it_uses():
+    """A matrix that it only gives another shape first, whole; of a stack from which it takes a layer, the layer."""
+    assert program_cost(SLICED).hbm_bytes == 8 * 100 * 4 + 400 + 400
+
+
 def test_kernels_cost_what_they_state():
     """The compiler gives no cycles for a Pallas kernel; nor does one that takes a stack of layers read all of it."""
     stated = '{"custom_call_config":{"cost_estimate":{"flops":"394000000000","bytes_accessed":"9"}}}'

@@ -319,7 +319,7 @@ def examine(options: argparse.Namespace, *, mesh: Mesh | None = None, target: Ta
 
     Args:
       options: of `check`, see `parser`.
-      mesh: of the models; that of `MeshConfig()` if None.
+      mesh: of the models; where decoding lives (`engine.placement`) if None.
       target: the model in `options.target`, or None to load it.
 
     Raises:

@@ -12,7 +12,7 @@ from dspark_jax import platform
 from dspark_jax.config import TargetArchitecture
 from dspark_jax.drafter.interface import Drafter, DrafterModule, is_confident
 from dspark_jax.drafter.none import NO_DRAFTER, NoDrafter
-from dspark_jax.sharding import on_mesh_of
+from dspark_jax.sharding import mesh_of, on_mesh_of
 from dspark_jax.target.decode_weights import decode_weights, moved
 from dspark_jax.target.model import Target
 
@@ -109,6 +109,12 @@ class Models:
                 for model in (self.target, self.drafter)
             )
         return dataclasses.replace(self, target=target, drafter=drafter)
+
+    def decoding_on(self, mesh: Mesh, *, batch_size: int) -> Self:
+        """The models of a run that trains, as they decode on `mesh`; themselves where they lie there anyway."""
+        if mesh.size == 1 or mesh_of(self) == mesh:
+            return self
+        return self.moved(mesh).for_decoding(batch_size=batch_size, consume=True)  # their own copy
 
     def moved(self, mesh: Mesh) -> Self:
         """The models on another mesh of the same devices; what is there already is not copied."""

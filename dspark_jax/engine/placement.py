@@ -165,6 +165,27 @@ def decoding_mesh(wanted: DecodeMeshConfig, load: Load) -> Mesh:
     return found.mesh
 
 
+def beside_training(wanted: DecodeMeshConfig, load: Load, mesh: Mesh) -> Mesh:
+    """Where a run decodes that trains on `mesh` and needs `load.held` bytes of every device for itself.
+
+    Where there is no room for other copies of the weights, they stay as they train.
+
+    Raises:
+      InputError: what the config asks for does not go with the devices, or does not fit.
+    """
+    if mesh.size == 1:
+        return mesh
+    try:
+        found = place(wanted, load, list(mesh.devices.flat))
+    except InputError:
+        if wanted != DecodeMeshConfig():
+            raise
+        log("decoding beside training: there is no room for other copies of the weights; they stay as they train")
+        return mesh
+    log(found.describe())
+    return found.mesh
+
+
 def _divisors(devices: int, wanted: DecodeMeshConfig) -> list[int]:
     """Sizes of a group, smallest first, that leave a whole number of groups of the sizes that are stated."""
     if -1 not in (wanted.data, wanted.fsdp):  # there is one

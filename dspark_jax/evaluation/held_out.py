@@ -8,21 +8,19 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from dspark_jax.benchmarks import by_domain
-from dspark_jax.config import Config, DecodeMeshConfig, InputError
 from dspark_jax.data.prompts import content_hashes
 from dspark_jax.data.samples import Tally
+from dspark_jax.data.thinking import Thinking
 from dspark_jax.drafter.interface import Drafter
 from dspark_jax.drafter.none import NO_DRAFTER
 from dspark_jax.engine.models import Models
-from dspark_jax.engine.placement import evaluation_load, place
+from dspark_jax.engine.placement import beside_training, evaluation_load
 from dspark_jax.evaluation.acceptance import count_rounds, estimate, macro_average
 from dspark_jax.evaluation.decoding import answer
 from dspark_jax.evaluation.setup import open_decoder, read_questions, tell_left_out
 from dspark_jax.evaluation.summary import Measured
-from dspark_jax.progress import log
 from dspark_jax.run import Run
 from dspark_jax.target.model import Target
 from dspark_jax.training.best import HeldOut
@@ -61,12 +59,12 @@ class HeldOutPrompts:
         with contextlib.closing(Tally(Path(os.devnull))) as tally:
             self.asked, self.first = read_questions(config, self.decoder, tally, settings.prompts, settings.limit)
         tell_left_out("held-out prompts", tally)
-        self.mesh = run.mesh
-        self.decoding = beside_training(config, self.mesh, held)
+        load = dataclasses.replace(evaluation_load(config), held=held)
+        self.mesh = beside_training(config.mesh.decode, load, run.mesh)
         self.temperature = settings.temperatures[0]
         data = config.data
         how = [self.temperature, settings.limit, settings.max_new_tokens, settings.seed]
-        how += [data.system_prompt, data.thinking, data.max_prompt_length]
+        how += [data.system_prompt, *Thinking.of(data).settings(), data.max_prompt_length]
         self.about = digest([content_hashes(settings.prompts, "eval.prompts"), how])
 
     def measure(self, drafter: Drafter) -> tuple[dict[str, float], HeldOut | None]:
@@ -75,43 +73,24 @@ class HeldOutPrompts:
         The models are moved to where they decode for as long as it takes, where that is not as they train.
 
         Returns:
-          A row of `metrics.jsonl`: tau, tau by prompt set and by domain of the paper's benchmarks, and the acceptance
-          of draft k given that all before it were accepted; what was not observed is left out. And what is noted in
-          the checkpoint, if there is a tau.
+          A row of `metrics.jsonl`: tau, tau by prompt set, by domain of the paper's benchmarks and with and without
+          thinking, where prompts are asked in both ways, and the acceptance of draft k given that all before it were
+          accepted; what was not observed is left out. And what is noted in the checkpoint, if there is a tau.
         """
-        models = Models(self.decoder.models.target, drafter).moved(self.decoding)
-        if self.decoding != self.mesh:  # its own weights, not the run's
-            models = models.for_decoding(batch_size=self.decoder.batch_size, consume=True)
-        decoder = dataclasses.replace(self.decoder, models=models)
-        with jax.set_mesh(self.decoding):
+        models = Models(self.decoder.models.target, drafter).decoding_on(self.mesh, batch_size=self.decoder.batch_size)
+        with jax.set_mesh(self.mesh):
+            decoder = dataclasses.replace(self.decoder, models=models)
             requests, result = answer(decoder, self.asked, self.first, self.temperature)
         del models, decoder
         counts = count_rounds(result).grouped(requests.owners, len(self.asked))
-        sets = Measured(self.temperature, self.asked, requests, result, counts, None, None).acceptance(0, 0)
+        measured = Measured(self.temperature, self.asked, requests, result, counts, None, None)
+        sets = measured.acceptance(0, 0)
         tau, _ = macro_average(list(sets.values()))
         row = {"tau": tau} | {f"tau/{name}": one.tau for name, one in sets.items()}
         together = estimate(counts, 0, np.random.default_rng(0))
         row |= {f"domain/{name}": macro_average(members)[0] for name, members in by_domain(sets).items()}
+        ways = measured.by_way(0, 0).items()
+        row |= {f"tau/{name.replace(' ', '_')}": macro_average(members)[0] for name, members in ways}
         row |= {f"conditional@{k}": float(rate) for k, rate in enumerate(together.conditional, start=1)}
         row = {PREFIX + name: value for name, value in row.items() if math.isfinite(value)}
         return row, HeldOut(tau, self.about) if math.isfinite(tau) else None
-
-
-def beside_training(config: Config, mesh: Mesh, held: int) -> Mesh:
-    """Where a run decodes, of which `held` bytes of every device are taken; as it trains where there is no room.
-
-    Raises:
-      InputError: what the config asks for does not go with the devices, or does not fit.
-    """
-    wanted, load = config.mesh.decode, dataclasses.replace(evaluation_load(config), held=held)
-    if mesh.size == 1:
-        return mesh
-    try:
-        found = place(wanted, load, list(mesh.devices.flat))
-    except InputError:
-        if wanted != DecodeMeshConfig():
-            raise
-        log("decoding beside training: there is no room for other copies of the weights; they stay as they train")
-        return mesh
-    log(found.describe())
-    return found.mesh

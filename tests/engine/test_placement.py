@@ -22,9 +22,16 @@ from dspark_jax.config import (
 from dspark_jax.drafter import make_drafter
 from dspark_jax.engine import generate
 from dspark_jax.engine.models import Models
-from dspark_jax.engine.placement import SPARE, Load, answering_load, decoding_mesh, evaluation_load, place
+from dspark_jax.engine.placement import (
+    SPARE,
+    Load,
+    answering_load,
+    beside_training,
+    decoding_mesh,
+    evaluation_load,
+    place,
+)
 from dspark_jax.engine.serving import Engine
-from dspark_jax.evaluation.held_out import beside_training
 from dspark_jax.planning.hlo import program_cost
 from dspark_jax.planning.programs import answering_programs, decode_program
 from dspark_jax.sharding import bytes_per_device, make_mesh, mesh_of
@@ -186,12 +193,11 @@ def test_the_choice_is_said_in_one_line(config: Config, capsys: Any) -> None:
 
 def test_beside_training_the_rest_of_the_memory_counts(config: Config, monkeypatch: Any, capsys: Any) -> None:
     """Where there is none, the weights stay as they train; but what is asked for is not silently left."""
-    mesh = make_mesh(MeshConfig())
-    memory = 4e9
+    mesh, load, memory = make_mesh(MeshConfig()), evaluation_load(config), 4e9
+    full = dataclasses.replace(load, held=memory)
     monkeypatch.setattr("dspark_jax.platform.device_memory", lambda: memory)
-    assert beside_training(config, mesh, 0).shape["data"] == 8
-    assert beside_training(config, mesh, int(memory)) is mesh
+    assert beside_training(DecodeMeshConfig(), load, mesh).shape["data"] == 8
+    assert beside_training(DecodeMeshConfig(), full, mesh) is mesh
     assert "there is no room for other copies of the weights" in capsys.readouterr().err
-    wanted = dataclasses.replace(config, mesh=MeshConfig(decode=DecodeMeshConfig(tensor=2)))
     with pytest.raises(InputError, match=r"mesh.decode data=4 fsdp=1 tensor=2: .* 3.73 GiB, 3.73 are taken"):
-        beside_training(wanted, mesh, int(memory))
+        beside_training(DecodeMeshConfig(tensor=2), full, mesh)

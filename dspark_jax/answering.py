@@ -21,12 +21,12 @@ from dspark_jax.config import Config, DataConfig
 from dspark_jax.data.chat import load_tokenizer, stop_tokens
 from dspark_jax.data.regenerate import Decode, Question
 from dspark_jax.engine.models import Models, when_loaded
+from dspark_jax.engine.placement import answering_load, decoding_mesh
 from dspark_jax.engine.request import Request
 from dspark_jax.engine.schedulers import Scheduler
 from dspark_jax.engine.serving import Engine
 from dspark_jax.hosts import mesh_of_one_host
 from dspark_jax.run import Run
-from dspark_jax.sharding import make_mesh
 from dspark_jax.target.loading import load_target
 
 SMALLEST_CAPACITY = 256
@@ -39,17 +39,35 @@ CHUNK = 256
 """Tokens of a prompt that are read at a time; 64 in the smallest engine, where prompts are short."""
 
 
+def capacity_for(tokens: int, most: int) -> int:
+    """Capacity of the smallest engine that has room for so many tokens of prompt and answer."""
+    capacity = SMALLEST_CAPACITY
+    while capacity < tokens:
+        capacity *= 2
+    return min(capacity, most)
+
+
+def chunk_for(capacity: int) -> int:
+    """Tokens of a prompt that an engine of this capacity reads at a time."""
+    return 64 if capacity <= SMALLEST_CAPACITY else CHUNK
+
+
+def _own_mesh(config: Config) -> Mesh:
+    """Where the target answers: on all devices, or, where several hosts answer, on this one's."""
+    wanted, devices = config.mesh.decode, None
+    if jax.process_count() > 1:
+        devices = jax.local_devices()
+        wanted = mesh_of_one_host(wanted, len(devices))
+    return decoding_mesh(wanted, answering_load(config), devices)
+
+
 def target_decoder(run: Run) -> Decode:
     """Answers by the run's target without a drafter; the target is loaded here.
 
     The sample id of a question is the number of its random stream.
     """
     config = run.config
-    if jax.process_count() > 1:  # every host answers by itself
-        devices = jax.local_devices()
-        mesh = make_mesh(mesh_of_one_host(config.mesh, len(devices)), devices)
-    else:
-        mesh = run.mesh
+    mesh = run.given_mesh or _own_mesh(config)
     return make_decoder(config, Models(when_loaded(load_target(config.target, mesh))), mesh)
 
 
@@ -138,10 +156,7 @@ class _Ladder:
     def _put(self, question: Question, written: list[int]) -> None:
         """Lets a question wait for an engine that has room for more of its answer than what is written."""
         length = len(question.ids) + len(written)
-        least, capacity = length + min(LEAST_ROOM, question.room - len(written)), SMALLEST_CAPACITY
-        while capacity < least:
-            capacity *= 2
-        capacity = min(capacity, self.data.max_length)
+        capacity = capacity_for(length + min(LEAST_ROOM, question.room - len(written)), self.data.max_length)
         self.waiting.setdefault(capacity, collections.deque()).append((question, written))
 
     def _next(self, capacity: int) -> tuple[Question, list[int]] | None:
@@ -164,7 +179,7 @@ class _Ladder:
                 scheduler=self.scheduler,
                 stop_tokens=self.stops,
                 max_queue=2 * slots,
-                prefill_chunk=64 if capacity <= SMALLEST_CAPACITY else CHUNK,
+                prefill_chunk=chunk_for(capacity),
                 prefill_chunks=slots,
                 max_stop_tokens=max(len(self.stops), 8),
             )

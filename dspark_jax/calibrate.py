@@ -38,7 +38,13 @@ from dspark_jax.evaluation.predictors import (
     calibration_table,
     compare_predictors,
 )
-from dspark_jax.evaluation.setup import check_prompt_files, open_decoder, read_questions, tell_left_out
+from dspark_jax.evaluation.setup import (
+    check_prompt_files,
+    decoding_run,
+    open_decoder,
+    read_questions,
+    tell_left_out,
+)
 from dspark_jax.evaluation.traces import Traces, record
 from dspark_jax.json_file import write_json
 from dspark_jax.kinds import KINDS
@@ -70,7 +76,7 @@ def calibrate(
     Args:
       config: resolved; `target`, `eval`, and of `data` the system prompt and the prompt limit are used.
       workdir: of the training run.
-      mesh: of the models; that of the config if None.
+      mesh: of the models; that of `config.mesh.decode` if None.
       decoder: models that are loaded already, or None to load the newest checkpoint.
       temperatures: sampling temperatures; none: those of `config.eval`.
       fit_on: `heldout` fits on half of the held-out prompts and scores on the other half; `train` fits on training
@@ -87,7 +93,7 @@ def calibrate(
     check_prompt_files(config.eval.prompts, "eval.prompts")
     if fit_on == "train":
         check_prompt_files(config.data.prompts, "data.prompts")
-    run = Run(config, Path(workdir), mesh)
+    run = decoding_run(Run(config, Path(workdir), mesh))
     given = decoder
     decoder = open_decoder(run, checkpoint=checkpoint) if given is None else given
     if not decoder.models.confident:

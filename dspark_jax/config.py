@@ -215,12 +215,26 @@ class TrainConfig:
 
 
 @dataclasses.dataclass
+class DecodeMeshConfig:
+    """How the devices decode (`engine.placement`): requests are split over data x fsdp, heads and vocabulary over
+    tensor. One of data and fsdp may be -1: all devices that the others leave."""
+
+    data: int = -1
+    """Copies of the weights; no copy waits for another one."""
+    fsdp: int = 1
+    """Devices that hold a part of a copy each, and collect all of it anew in every round, as in training."""
+    tensor: int = 0
+    """Devices that share a copy by tensor parallelism; 0: the fewest whose memory holds weights and caches."""
+
+
+@dataclasses.dataclass
 class MeshConfig:
-    """Device mesh. One of the axes may be -1: all devices that the others leave."""
+    """Device mesh of training. One of the axes may be -1: all devices that the others leave."""
 
     data: int = 1
     fsdp: int = -1
     tensor: int = 1
+    decode: DecodeMeshConfig = dataclasses.field(default_factory=DecodeMeshConfig)
 
 
 @dataclasses.dataclass

@@ -143,9 +143,16 @@ def problems(config: Config) -> Iterator[str]:
     for name, value in {"target.dtype": config.target.dtype, "drafter.dtype": drafter.dtype}.items():
         if value not in ("auto", "float32", "bfloat16"):
             yield f"{name}={value!r} is unknown; use auto, float32 or bfloat16"
-    axes = dataclasses.astuple(config.mesh)
+    mesh, decode = config.mesh, config.mesh.decode
+    axes = (mesh.data, mesh.fsdp, mesh.tensor)
     if any(size != -1 and size < 1 for size in axes) or axes.count(-1) > 1:
         yield f"mesh={axes} (data, fsdp, tensor) must be positive sizes, at most one of them -1"
+    axes = (decode.data, decode.fsdp)
+    if any(size != -1 and size < 1 for size in axes) or axes.count(-1) > 1 or decode.tensor < 0:
+        yield (
+            f"mesh.decode={(*axes, decode.tensor)} (data, fsdp, tensor) must be positive sizes, at most one of the "
+            "first two -1; tensor may be 0, which chooses it by memory"
+        )
 
 
 def _drafter_problems(drafter: DrafterConfig, target: TargetArchitecture) -> Iterator[str]:

@@ -64,7 +64,13 @@ from dspark_jax.evaluation.predictors import (
     compare_predictors,
 )
 from dspark_jax.evaluation.report import report
-from dspark_jax.evaluation.setup import check_prompt_files, open_decoder, read_questions, tell_left_out
+from dspark_jax.evaluation.setup import (
+    check_prompt_files,
+    decoding_run,
+    open_decoder,
+    read_questions,
+    tell_left_out,
+)
 from dspark_jax.evaluation.speed import Speed, measure_speed, measure_speed_in_process
 from dspark_jax.evaluation.summary import Measured, greedy_metrics, metrics_at, overview, paper_metrics, table
 from dspark_jax.evaluation.threshold import sweep_thresholds
@@ -96,7 +102,7 @@ def evaluate(
     Args:
       config: resolved; `target`, `eval`, and of `data` the system prompt and the prompt limit are used.
       workdir: of the training run; `eval/` is written in it.
-      mesh: of the models; that of the config if None.
+      mesh: of the models; that of `config.mesh.decode` if None.
       decoder: models that are loaded already, or None to load the newest checkpoint.
       cost_table: file in SGLang's layout to replay load on, or None for a saturating accelerator.
       traffic: rates in requests per second at which the serving engine is driven, e.g. "2,4,8"; empty for none.
@@ -148,6 +154,7 @@ def evaluate_run(
     if rates and jax.process_count() > 1:
         raise InputError(f"--traffic={traffic}: hosts would not launch the same rounds; leave out --distributed")
     started = time.monotonic()
+    run = decoding_run(run)
     decoder = open_decoder(run, checkpoint=checkpoint) if decoder is None else decoder
     primary = jax.process_index() == 0
     folder = run.eval_folder

@@ -47,7 +47,7 @@ from dspark_jax.engine.request import Piece, Request, TracedRound
 from dspark_jax.engine.schedulers import SCHEDULERS
 from dspark_jax.engine.serving import Engine
 from dspark_jax.evaluation.run_scheduler import run_scheduler
-from dspark_jax.evaluation.setup import open_drafter
+from dspark_jax.evaluation.setup import decoding_run, open_drafter
 from dspark_jax.ops.sampling import GREEDY_BELOW
 from dspark_jax.progress import log
 from dspark_jax.registry import find
@@ -85,7 +85,7 @@ def generate(
       config: resolved; `target`, `mesh`, and of `data` the system prompt are used, and `drafter` is compared with the
         checkpoint's.
       workdir: of the training run.
-      mesh: of the models; that of the config if None.
+      mesh: of the models; that of `config.mesh.decode` if None.
       prompt: the user's message; standard input if None.
       temperature: 0 is greedy.
       top_k: 0 is off.
@@ -110,7 +110,7 @@ def generate(
     text = _read_prompt() if prompt is None else check_unicode("--prompt", prompt)
     if not text.strip():
         raise InputError("the prompt is empty; give --prompt TEXT, or text on standard input")
-    run = Run(config, Path(workdir), mesh)
+    run = decoding_run(Run(config, Path(workdir), mesh))
     drafter = NO_DRAFTER if plain else open_drafter(run, checkpoint)[1]
     rule = run_scheduler(name, drafter, run.workdir, confidence=threshold)
     tokenizer = load_tokenizer(config.target.path)

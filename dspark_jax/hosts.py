@@ -24,7 +24,7 @@ from typing import Any, Self
 
 import jax
 
-from dspark_jax.config import MeshConfig
+from dspark_jax.config import DecodeMeshConfig
 from dspark_jax.errors import HostLost, InputError
 from dspark_jax.json_file import write_json
 
@@ -214,18 +214,18 @@ def wait_for_files(lengths: Mapping[Path, int]) -> None:
             time.sleep(1)
 
 
-def mesh_of_one_host(config: MeshConfig, devices: int) -> MeshConfig:
-    """The mesh of a host that computes alone: axes as long as in the mesh of all hosts, as far as its devices go.
+def mesh_of_one_host(config: DecodeMeshConfig, devices: int) -> DecodeMeshConfig:
+    """Where a host decodes alone: axes as long as those of all hosts together, as far as its devices go.
 
     Args:
-      config: mesh of all hosts.
+      config: of all hosts.
       devices: number of this host's.
     """
     sizes, left = {}, devices
     for name in ("tensor", "fsdp", "data"):
         size = getattr(config, name)
-        sizes[name] = size if size == -1 else math.gcd(size, left)
-        left //= abs(sizes[name])
-    if -1 not in sizes.values():
+        sizes[name] = math.gcd(size, left) if size > 0 else size
+        left //= max(sizes[name], 1)
+    if min(sizes.values()) > 0:
         sizes["data"] *= left
     return dataclasses.replace(config, **sizes)

@@ -1,6 +1,9 @@
 """What programs run on: the only module that asks for a backend or a processor."""
 
+import contextlib
 import functools
+import math
+import os
 from pathlib import Path
 
 import jax
@@ -63,6 +66,27 @@ def gpu_shared_memory() -> int:
 _SHARED = {"8.0": 163 << 10, "9.0": 227 << 10, "10.0": 227 << 10, "10.3": 227 << 10}
 _LEAST_SHARED = 99 << 10
 """By compute capability, after NVIDIA's table of technical specifications; all later ones than 8.0 have the least."""
+
+
+def host_memory() -> int:
+    """Bytes that this machine has, or that the container leaves of them to its processes."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for path in _GROUP_LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # there is none, or it says "max"
+            limits.append(int(Path(path).read_text()))
+    return min(limits)
+
+
+_GROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+"""Where Linux says what a control group (a container) may have, by the version of control groups."""
+
+
+def device_memory() -> float:
+    """Bytes that a device of this process may use: of a CPU its share of the host's; infinite where nobody says."""
+    if computes_on_cpu():
+        return host_memory() / jax.local_device_count()
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats.get("bytes_limit", math.inf)
 
 
 def tpu_kernel_memory() -> int:

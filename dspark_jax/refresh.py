@@ -32,6 +32,7 @@ from dspark_jax.data.sources import Sample, write_samples
 from dspark_jax.data.thinking import Thinking
 from dspark_jax.drafter.interface import DrafterModule
 from dspark_jax.engine.models import Models
+from dspark_jax.engine.placement import Load, beside_training
 from dspark_jax.evaluation.run_scheduler import run_scheduler
 from dspark_jax.json_file import read_ours, write_json
 from dspark_jax.progress import Progress, log
@@ -62,7 +63,7 @@ class Refresh:
     Held-out prompts are no part of them.
     """
 
-    def __init__(self, run: Run, target: Target, drafter: DrafterModule, data: GrowingBatches):
+    def __init__(self, run: Run, target: Target, drafter: DrafterModule, data: GrowingBatches, *, held: int = 0):
         """Reads the prompts.
 
         Args:
@@ -70,12 +71,15 @@ class Refresh:
           target: the model.
           drafter: that is trained, abstract.
           data: that grows.
+          held: bytes of every device that the run needs for itself.
 
         Raises:
           InputError: a prompt file cannot be read, or `profile` has measured other rounds than those here.
         """
-        self.config, self.workdir, self.mesh, self.target, self.data = run.config, run.workdir, run.mesh, target, data
+        self.config, self.workdir, self.target, self.data = run.config, run.workdir, target, data
         config = run.config
+        load = Load(Models(target, drafter), config.data.decode_batch_size, config.data.max_length, held)
+        self.mesh = beside_training(config.mesh.decode, load, run.mesh)
         self.parts, self.every = count_parts(config), config.train.refresh_every
         # Lines that are no prompts were set aside by `prepare`.
         self.prompts = read_prompts(
@@ -163,7 +167,8 @@ class Refresh:
                 progress.advance(turns)
                 check()
 
-            decode = make_decoder(self.config, Models(self.target, drafter), self.mesh, self.scheduler, effort)
+            models = Models(self.target, drafter).decoding_on(self.mesh, batch_size=data.decode_batch_size)
+            decode = make_decoder(self.config, models, self.mesh, self.scheduler, effort)
             stops = stop_tokens(self.config.target.path, self.tokenizer)
             answered = regenerate(self.tokenizer, todo, decode, stops, limits, None, reject, advance)
         yield from answered_samples(self.tokenizer, answered, data, tally)

@@ -19,6 +19,10 @@ def checkpoint_directory(workdir: Path) -> Path:
     return workdir / "checkpoints"
 
 
+_OF_FILES = ("target_fingerprint", "tokenizer_fingerprint", "data_inputs")
+"""What a run computes once, whatever its mesh is."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Run:
     """A resolved config and its working directory. A command makes one when it starts, and hands it on.
@@ -40,6 +44,12 @@ class Run:
     def mesh(self) -> Mesh:
         """Of the models. Raises InputError if the config's does not fit the devices."""
         return make_mesh(self.config.mesh) if self.given_mesh is None else self.given_mesh
+
+    def on(self, mesh: Mesh) -> "Run":
+        """The same run with its models on another mesh; what has been computed of its files is kept."""
+        other = dataclasses.replace(self, given_mesh=mesh)
+        vars(other).update({name: value for name, value in vars(self).items() if name in _OF_FILES})
+        return other
 
     @functools.cached_property
     def target_fingerprint(self) -> str:

@@ -4,13 +4,16 @@ Models name the axes of their parameters and activations logically (`embed`, `he
 knows which mesh axis each of them is split over. Axes are Auto: the compiler propagates, `constrain` pins.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dspark_jax.config import InputError, MeshConfig
@@ -35,8 +38,8 @@ RULES: dict[str, tuple[str, ...]] = {
 }
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """Builds the mesh (data, fsdp, tensor) over all devices.
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None, field: str = "mesh") -> Mesh:
+    """Builds the mesh (data, fsdp, tensor) over all devices; `field` is the config's, for the message.
 
     Raises:
       InputError: the axis sizes do not multiply to the number of devices.
@@ -48,7 +51,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         sizes[sizes.index(-1)] = max(len(devices) // known, 1)
     if math.prod(sizes) != len(devices):
         raise InputError(
-            f"mesh data={sizes[0]} fsdp={sizes[1]} tensor={sizes[2]} needs {math.prod(sizes)} devices, "
+            f"{field} data={sizes[0]} fsdp={sizes[1]} tensor={sizes[2]} needs {math.prod(sizes)} devices, "
             f"{len(devices)} are here; set one mesh axis to -1"
         )
     return Mesh(np.asarray(devices).reshape(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
@@ -110,7 +113,10 @@ def parts_of(name: str) -> int:
 
 
 def per_device(
-    run: Callable[..., Any], inputs: Sequence[Sequence[str | None]], outputs: Sequence[Sequence[str | None]]
+    run: Callable[..., Any],
+    inputs: Sequence[Sequence[str | None]],
+    outputs: Sequence[Sequence[str | None]],
+    shapes: Sequence[Sequence[int]] | None = None,
 ) -> Callable[..., tuple[Any, ...]]:
     """`run` on every device's own part of the arrays, for kernels, which the compiler cannot split.
 
@@ -120,18 +126,51 @@ def per_device(
       run: arrays -> a tuple of arrays.
       inputs: logical axes of each array.
       outputs: logical axes of each result.
+      shapes: of the results, where they are not those that `run` would give of whole arrays.
     """
     if devices_here() == 1:
         return run
     mesh = jax.sharding.get_abstract_mesh()
 
     def split(*arrays: jax.Array) -> tuple[Any, ...]:
-        shapes = jax.eval_shape(run, *arrays)
+        sizes = [x.shape for x in jax.eval_shape(run, *arrays)] if shapes is None else shapes
         in_specs = tuple(spec(axes, x.shape, mesh) for axes, x in zip(inputs, arrays, strict=True))
-        out_specs = tuple(spec(axes, x.shape, mesh) for axes, x in zip(outputs, shapes, strict=True))
+        out_specs = tuple(spec(axes, size, mesh) for axes, size in zip(outputs, sizes, strict=True))
         return jax.shard_map(run, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*arrays)
 
     return split
+
+
+def bytes_per_device(tree: Any) -> int:
+    """Bytes that one device holds of a tree of arrays, or of shapes, with shardings."""
+
+    def size(leaf: Any) -> int:
+        item = 8 if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype.itemsize
+        return math.prod(leaf.sharding.shard_shape(leaf.shape)) * item
+
+    return sum(size(leaf) for leaf in jax.tree.leaves(tree))
+
+
+def mesh_of(tree: Any) -> Mesh | None:
+    """The mesh of several devices on which the arrays of a tree lie; None if there is none."""
+    for leaf in jax.tree.leaves(tree):
+        if isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer):
+            found = getattr(leaf.sharding, "mesh", None)
+            if isinstance(found, Mesh) and found.size > 1:
+                return found
+    return None
+
+
+def on_mesh_of(tree: Any) -> Any:
+    """A context in which the mesh is the one on which a tree lies; without one nothing changes."""
+    mesh = mesh_of(tree)
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def evenly(requests: int) -> int:
+    """So many requests, or a few more, as the mesh that is set splits evenly. One alone is not split."""
+    parts = parts_of("batch")
+    return requests if requests == 1 else -(-requests // parts) * parts
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -43,6 +43,7 @@ from dspark_jax.prepare import prepare_run
 from dspark_jax.progress import MetricsWriter, Progress, check_wandb, log
 from dspark_jax.refresh import Refresh, check_refresh
 from dspark_jax.run import Run, checkpoint_directory
+from dspark_jax.sharding import bytes_per_device
 from dspark_jax.target.frozen import load_frozen
 from dspark_jax.target.loading import compute_dtype, load_target
 from dspark_jax.training.best import HeldOut
@@ -137,10 +138,11 @@ def fit(run: Run, checkpoints: Checkpoints) -> None:
     frozen = to_params(target)
     held_out = None
     if config.train.evaluate_every:
-        held_out = HeldOutPrompts(run, load_target(config.target, mesh) if cached else target)
+        verifier = load_target(config.target, mesh) if cached else target
+        held_out = HeldOutPrompts(run, verifier, held=bytes_per_device((state, frozen, verifier)))
     refresh = None
     if isinstance(data, GrowingBatches):
-        refresh = Refresh(run, target, drafter, data)
+        refresh = Refresh(run, target, drafter, data, held=bytes_per_device((state, frozen)))
     began = time.monotonic()
     return_freed_memory()
     if cached:

@@ -11,6 +11,7 @@ from dspark_jax.command import field_paths
 from dspark_jax.config import (
     AnswersConfig,
     Config,
+    DecodeMeshConfig,
     InputError,
     TargetArchitecture,
     TargetConfig,
@@ -74,6 +75,8 @@ def test_a_valid_config_has_no_problems():
         ({"train": {"seed": 2**31}}, ["train.seed=2147483648 must be a whole number from 0 to 2147483647"]),
         ({"target": {"dtype": "fp8"}}, ["target.dtype='fp8'", "bfloat16"]),
         ({"mesh": {"data": -1}}, ["mesh=(-1, -1, 1)"]),
+        ({"mesh": {"decode": DecodeMeshConfig(tensor=-1)}}, ["mesh.decode=(-1, 1, -1)", "tensor may be 0"]),
+        ({"mesh": {"decode": DecodeMeshConfig(fsdp=-1)}}, ["mesh.decode=(-1, -1, 0)", "at most one of the first two"]),
         ({"target": {"architecture": TargetArchitecture()}}, ["target.path=''", "Hugging Face"]),
     ],
 )
@@ -87,7 +90,12 @@ def test_each_wrong_fact_is_one_line_with_value_and_remedy(parts, expected):
 
 
 OTHER = {"drafter.mask_token_id", "drafter.markov_rank", "drafter.target_layer_ids", "mesh.data", "mesh.fsdp"}
-OTHER |= {"mesh.tensor"}  # their ranges follow from other fields
+OTHER |= {
+    "mesh.tensor",
+    "mesh.decode.data",
+    "mesh.decode.fsdp",
+    "mesh.decode.tensor",
+}  # their ranges follow from other fields
 
 
 def test_servers_answer_for_a_target_that_does_not_run_here():

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dspark_jax import hosts as module
-from dspark_jax.config import MeshConfig
+from dspark_jax.config import DecodeMeshConfig
 from dspark_jax.errors import HostLost, InputError
 from dspark_jax.hosts import Hosts, mesh_of_one_host, wait_for_files
 
@@ -171,8 +171,10 @@ def test_files_of_other_hosts_are_waited_for(tmp_path: Path, monkeypatch: pytest
         ((2, 8, 8), 4, (1, 1, 4)),
         ((16, 1, 1), 8, (8, 1, 1)),
         ((1, 1, 2), 8, (4, 1, 2)),
+        ((-1, 1, 0), 4, (-1, 1, 0)),
+        ((16, 1, 0), 4, (4, 1, 0)),
     ],
 )
 def test_the_mesh_of_one_host(given: tuple, devices: int, expected: tuple) -> None:
-    found = mesh_of_one_host(MeshConfig(*given), devices)
+    found = mesh_of_one_host(DecodeMeshConfig(*given), devices)
     assert (found.data, found.fsdp, found.tensor) == expected

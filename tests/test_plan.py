@@ -20,9 +20,9 @@ from dspark_jax.planning import compile_job
 from dspark_jax.planning.estimate import _times, compile_and_estimate
 from dspark_jax.planning.flops import matmul_flops
 from dspark_jax.planning.hlo import Kernel, Traffic, program_cost, total_cost
-from dspark_jax.planning.programs import Program, bytes_per_chip, decode_program, train_program, with_dtypes
+from dspark_jax.planning.programs import Program, decode_program, train_program, with_dtypes
 from dspark_jax.planning.topology import CHIPS, GIB, devices_of, listing
-from dspark_jax.sharding import make_mesh, sharding
+from dspark_jax.sharding import bytes_per_device, make_mesh, sharding
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = TargetArchitecture("qwen3", 256, 128, 3, 4, 2, 32, 256, 1e-6, 1e4, True, 256)
@@ -119,6 +119,34 @@ def test_a_compiled_program_is_added_up_over_its_loops():
     assert program_cost(HLO.replace("constant(8)", "parameter(1)")).unknown_loops == 1
 
 
+SLICED = """HloModule jit_step, is_scheduled=true
+
+%view (param_0: f32[8,100]) -> f32[8,100,1] {
+  %param_0 = f32[8,100]{1,0:T(8,128)} parameter(0)
+  ROOT %shape = f32[8,100,1]{1,0,2:T(8,128)} bitcast(%param_0)
+}
+
+%fused (param_0: f32[8,100], param_1: f32[8,100]) -> f32[100] {
+  %param_0 = f32[8,100]{1,0:T(8,128)} parameter(0)
+  %whole = f32[8,100,1]{1,0,2:T(8,128)} fusion(%param_0), kind=kLoop, calls=%view
+  %param_1 = f32[8,100]{1,0:T(8,128)} parameter(1)
+  %row = f32[1,100]{1,0:T(8,128)} slice(%param_1), slice={[3:4], [0:100]}
+  ROOT %product = f32[100]{0} convolution(%whole, %row)
+}
+
+ENTRY %main (p: f32[8,100], q: f32[8,100]) -> f32[100] {
+  %p = f32[8,100]{1,0:T(8,128)} parameter(0)
+  %q = f32[8,100]{1,0:T(8,128)} parameter(1)
+  ROOT %out = f32[100]{0} fusion(%p, %q), kind=kOutput, calls=%fused
+}
+"""
+
+
+def test_a_fusion_reads_what_it_uses():
+    """A matrix that it only gives another shape first, whole; of a stack from which it takes a layer, the layer."""
+    assert program_cost(SLICED).hbm_bytes == 8 * 100 * 4 + 400 + 400
+
+
 def test_kernels_cost_what_they_state():
     """The compiler gives no cycles for a Pallas kernel; nor does one that takes a stack of layers read all of it."""
     stated = '{"custom_call_config":{"cost_estimate":{"flops":"394000000000","bytes_accessed":"9"}}}'
@@ -145,13 +173,13 @@ def test_the_programs_are_traced_without_weights(config):
     # Drafter: forward and two products backward, some recomputed; the context's fc and keys over all rows.
     least = target + 2 * 3 * (rows * (2 * d * d + 2 * d * kv) + blocks * layer) + 2 * blocks * v * (3 * d + 3 * r)
     assert least < matmul_flops(program.traced.jaxpr) < 1.6 * least
-    assert bytes_per_chip(program.parts["optimizer"]) == pytest.approx(
-        2 * bytes_per_chip(program.parts["drafter_parameters"]), rel=0.01
+    assert bytes_per_device(program.parts["optimizer"]) == pytest.approx(
+        2 * bytes_per_device(program.parts["drafter_parameters"]), rel=0.01
     )
     whole = sum(leaf.size * 2 for leaf in jax.tree.leaves(program.parts["target_parameters"]))
-    assert whole / 4 <= bytes_per_chip(program.parts["target_parameters"]) < 0.3 * whole
+    assert whole / 4 <= bytes_per_device(program.parts["target_parameters"]) < 0.3 * whole
     spread = jax.ShapeDtypeStruct((8, 6), jnp.bfloat16, sharding=sharding(("batch", None), (8, 6), mesh))
-    assert bytes_per_chip(spread) == 8 * 6 * 2 / 4
+    assert bytes_per_device(spread) == 8 * 6 * 2 / 4
     decode = decode_program(config, mesh)
     assert matmul_flops(decode.traced.jaxpr) > 2 * 8 * (g + 1) * (3 * layer + d * v)
 
@@ -165,19 +193,20 @@ def test_with_features_from_disk_the_step_has_no_target(config, tmp_path, monkey
     data = dataclasses.replace(config.data, features=features, regenerate=False)
     config = dataclasses.replace(config, data=data, target=target)
     program = train_program(config, mesh)
-    assert bytes_per_chip(program.parts["target_parameters"]) == 2 * 256 * 128 * 2
+    assert bytes_per_device(program.parts["target_parameters"]) == 2 * 256 * 128 * 2
     # Of eight sequences: features, tokens, starts and mask of the rows; numbers and lengths.
     micro = 8 * 64 * (3 * (128 + 2) + 4 + 4 + 1) + 2 * 8 * 4
-    assert bytes_per_chip(program.parts["batch"]) == 2 * micro + 4  # one is computed with while the next one arrives
-    assert bytes_per_chip(program.beside) == micro and program.calls == 2
+    assert bytes_per_device(program.parts["batch"]) == 2 * micro + 4  # one is computed with while the next one arrives
+    assert bytes_per_device(program.beside) == micro and program.calls == 2
     given = sum(math.prod(aval.shape) * aval.dtype.itemsize for aval in program.traced.jaxpr.in_avals)
-    assert given == sum(bytes_per_chip(part) for part in program.parts.values()) - micro
+    assert given == sum(bytes_per_device(part) for part in program.parts.values()) - micro
     assert [aval.shape for aval in program.last.jaxpr.out_avals].count((256, 128)) == 3  # a weight and its moments
     done = found(1.0, True) | {"flops": 1e12, "flops_per_chip": 1e12}
-    monkeypatch.setattr(plan, "estimate_in_process", lambda *_: dict(done))
+    monkeypatch.setattr(plan, "estimate_in_process", lambda *_, **__: dict(done))
     monkeypatch.setattr(plan, "devices_of", lambda _: (CHIPS["v5e"], jax.devices()))
     report = plan.plan(config, tmp_path, topology="v5e:2x4")
     assert report["train"]["verdict"].startswith("fits")
+    assert report["prepare"]["verdict"] == "not planned: data.regenerate=False trains on given answers"
     if unsupported:
         assert report["decode"]["verdict"] == "not planned: a llama has no definition here and cannot run"
     else:
@@ -303,6 +332,27 @@ def test_the_verdict_says_what_to_change(config):
     assert "lower eval.batch_size" in plan.verdict(found(20.0, False), config, mesh, "decode")
 
 
+def test_answers_are_estimated_as_prepare_gives_them(config):
+    """Plainly: 600 rounds of 32 slots, and two chunks of the prompt, of which 16 copies read one each at a time."""
+    config.data.decode_batch_size = 32
+    done = found(1.0, True) | {"flops": 1e12, "flops_per_chip": 1e12, "estimated_seconds": 0.02}
+    done |= {"roofline": {"hbm": 0.02}, "roofline_seconds": 0.02, "chunk_seconds": 0.04, "copies": 16}
+    done |= {"slots_that_fit": 500, "placement": "decoding on 16 devices"}
+    report = plan._of_answers(done, config, 16, plan.Questions(1_000_000, tokens=600, prompt=300, chunk=256))
+    each = 600 * 0.02 / 32 + 2 * 0.04 / 16
+    assert report["hours"] == pytest.approx(1e6 * each / 3600)
+    assert report["chip_hours"] == 16 * report["hours"] and report["tokens_per_second"] == pytest.approx(600 / each)
+    said = "\n".join(plan.describe("answers", report | {"verdict": "fits"}))
+    assert "decoding on 16 devices" in said and "1,000,000 answers" in said and "one token per round" in said
+    assert "decode_batch_size could be 500" in said
+    held = plan.verdict(found(20.0, False), config, None, "prepare")
+    assert held.endswith("lower data.decode_batch_size")
+    config.data.answers.endpoints = ("http://a/v1",)
+    assert "servers give the answers" in plan._skipped(config, "prepare")
+    with pytest.raises(InputError, match="--answer_tokens=0 --prompt_tokens=200: each must be 1 or more"):
+        plan.plan(config, Path(), topology="v5e:2x2", answer_tokens=0)
+
+
 def test_topologies_are_listed_and_others_refused():
     text = listing()
     assert all(f"{chip.name}:{shape}" in text for chip in CHIPS.values() for shape in chip.shapes)
@@ -380,3 +430,7 @@ def test_a_small_plan(config, tmp_path):
     assert train["collectives"]["all-gather"]["count"] > 3 and train["flops_per_step"] > 0
     assert decode["estimated_round_seconds"] > 0
     assert "train step: fits" in done.stdout and "decoding round: fits" in done.stdout
+    answers = report["prepare"]
+    assert answers["hours"] > 0 and answers["copies"] == 4 and "every device has a copy" in answers["placement"]
+    weights = sum(decode["memory"][f"{name}_parameters_bytes"] for name in ("target", "drafter"))
+    assert sum(traffic["bytes"] for traffic in decode["collectives"].values()) < 0.02 * weights

@@ -24,9 +24,11 @@ from dspark_jax.config import (
     AnswersConfig,
     Config,
     DataConfig,
+    DecodeMeshConfig,
     DrafterConfig,
     EvalConfig,
     InputError,
+    MeshConfig,
     TargetConfig,
     resolve,
 )
@@ -44,6 +46,7 @@ from dspark_jax.target import loading
 from dspark_jax.target.loading import load_target
 from dspark_jax.training.checkpoint import Checkpoints
 from dspark_jax.training.state import TrainState
+from tests.conftest import others_slow
 
 STOP = 294
 
@@ -337,12 +340,19 @@ def test_given_answers_are_used_as_they_are_without_the_target(config: Config, t
         prepare(changed(config, regenerate=False, repeats=2), tmp_path / "run")
 
 
+@pytest.mark.parametrize("tensor", others_slow((0, 1, 2), 0))
 def test_the_target_answers_each_prompt_by_its_own_key(
-    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tensor: int
 ) -> None:
-    """Through engines of several capacities the answers are those of `generate`, which decodes each in one piece."""
+    """Through engines of several capacities the answers are those of `generate`, which decodes each in one piece.
+
+    They are on one device (0), or on eight, of which so many share a copy of the weights: two slots for 8 or 4 copies.
+    """
     mesh = make_mesh(config.mesh, jax.devices()[:1])  # compiles faster
-    monkeypatch.setattr("dspark_jax.run.make_mesh", lambda _: mesh)
+    if tensor:
+        config = dataclasses.replace(config, mesh=MeshConfig(decode=DecodeMeshConfig(tensor=tensor)))
+    else:
+        monkeypatch.setattr(answering, "decoding_mesh", lambda *_: mesh)
     for name, value in {"SMALLEST_CAPACITY": 32, "LEAST_ROOM": 4}.items():
         monkeypatch.setattr(answering, name, value)
     capacities, engine = [], answering.Engine

@@ -30,7 +30,16 @@ from absl import logging
 from jax.sharding import Mesh
 
 from dspark_jax import command
-from dspark_jax.config import Config, InputError, MeshConfig, TargetArchitecture, TargetConfig, resolve, to_json
+from dspark_jax.config import (
+    Config,
+    DataConfig,
+    InputError,
+    MeshConfig,
+    TargetArchitecture,
+    TargetConfig,
+    resolve,
+    to_json,
+)
 from dspark_jax.convert.card import model_card
 from dspark_jax.convert.check import VERDICTS, Report, check_directory
 from dspark_jax.convert.dialect import MASK_TOKENS, Answer
@@ -49,6 +58,7 @@ from dspark_jax.data.prompts import Malformed, read_prompts
 from dspark_jax.engine.arguments import check_known
 from dspark_jax.engine.generate import generate
 from dspark_jax.engine.models import Models
+from dspark_jax.engine.placement import answering_load, decoding_mesh
 from dspark_jax.evaluation.calibration import read_calibration
 from dspark_jax.evaluation.load import read_cost_table
 from dspark_jax.hub import local_directory, with_architecture
@@ -309,7 +319,7 @@ def examine(options: argparse.Namespace, *, mesh: Mesh | None = None, target: Ta
 
     Args:
       options: of `check`, see `parser`.
-      mesh: of the models; that of `MeshConfig()` if None.
+      mesh: of the models; where decoding lives (`engine.placement`) if None.
       target: the model in `options.target`, or None to load it.
 
     Raises:
@@ -317,16 +327,16 @@ def examine(options: argparse.Namespace, *, mesh: Mesh | None = None, target: Ta
     """
     directory = local_directory(options.drafter)
     read_layout(options.drafter, read_config(directory))  # before anything large is loaded
-    mesh = make_mesh(MeshConfig()) if mesh is None else mesh
     options.target = str(local_directory(options.target))
+    architecture = TargetArchitecture.of_any_model(options.target) if target is None else target.arch
+    if architecture.unsupported:
+        raise InputError(
+            f"--target {options.target}: a {architecture.unsupported} has no definition here, and check "
+            "decodes with the target; the README.md that export writes says what servers make of the drafter"
+        )
+    mesh = _checking_mesh(options, architecture) if mesh is None else mesh
     with jax.set_mesh(mesh):
         if target is None:
-            architecture = TargetArchitecture.of_any_model(options.target)
-            if architecture.unsupported:
-                raise InputError(
-                    f"--target {options.target}: a {architecture.unsupported} has no definition here, and check "
-                    "decodes with the target; the README.md that export writes says what servers make of the drafter"
-                )
             target = load_target(TargetConfig(path=options.target, architecture=architecture), mesh)
         prompts, masks = check_prompts(options, target.arch.vocab_size)
         written = generate(Models(target), prompts, max_new_tokens=options.tokens, batch_size=len(prompts)).tokens
@@ -335,6 +345,12 @@ def examine(options: argparse.Namespace, *, mesh: Mesh | None = None, target: Ta
             for prompt, tokens in zip(prompts, written, strict=True)
         ]
         return check_directory(directory, target, Path(options.target), answers, mesh, masks=masks)
+
+
+def _checking_mesh(options: argparse.Namespace, architecture: TargetArchitecture) -> Mesh:
+    """Where `check` decodes with a target of this shape."""
+    config = Config(target=TargetConfig(architecture=architecture), data=DataConfig(decode_batch_size=options.limit))
+    return decoding_mesh(config.mesh.decode, answering_load(config))
 
 
 def show(report: Report, file: str | None) -> None:

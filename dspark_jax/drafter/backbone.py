@@ -33,8 +33,9 @@ class Backbone(nnx.Module):
         self.layers.attention.reads_context = True
         self.norm = ones((), d)
 
-    def fuse_weights(self, dtype: Any) -> None:
+    def fuse_weights(self, dtype: Any, *, join: bool) -> None:
         """See `target.decode_weights`."""
+        del join
         narrow(self.fc, dtype)
 
     def context(self, features: jax.Array) -> jax.Array:

@@ -45,8 +45,9 @@ class Eagle3(Autoregressive):
         self.layers = Eagle3Layer(arch, stack=(1,), scale=scale, rngs=rngs)
         self.layers.attention.reads_context = True
 
-    def fuse_weights(self, dtype: Any) -> None:
+    def fuse_weights(self, dtype: Any, *, join: bool) -> None:
         """See `target.decode_weights`."""
+        del join
         narrow(self.fc, dtype)
 
     def fuse(self, features: jax.Array) -> jax.Array:

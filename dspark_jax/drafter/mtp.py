@@ -29,8 +29,9 @@ class MTP(Autoregressive):
         self.layers = Layer(arch, stack=(1,), scale=scale, rngs=rngs)
         self.layers.attention.reads_context = True
 
-    def fuse_weights(self, dtype: Any) -> None:
+    def fuse_weights(self, dtype: Any, *, join: bool) -> None:
         """See `target.decode_weights`."""
+        del join
         narrow(self.projection, dtype)
 
     def fuse(self, features: jax.Array) -> jax.Array:

@@ -15,8 +15,9 @@ from dspark_jax.engine.models import Models
 from dspark_jax.engine.request import EngineMetrics, FinishReason, Request, Settings, TracedRound
 from dspark_jax.engine.schedulers import Scheduler
 from dspark_jax.engine.sizes import verified_sizes
-from dspark_jax.engine.slots import Chunk, Committed, Mode, open_slots, prefill_chunk, serve_round
+from dspark_jax.engine.slots import Chunk, Committed, Mode, open_slots, parts, prefill_chunk, serve_round
 from dspark_jax.ops.sampling import GREEDY_BELOW
+from dspark_jax.sharding import evenly
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,18 +62,22 @@ class Batch:
           sizes: of what is allocated.
         """
         slots, width = sizes.slots, sizes.width
+        count = evenly(slots)  # on the devices; what is more than the slots stays empty
+        scheduler = scheduler if count == slots else scheduler.take(np.minimum(np.arange(count), slots - 1))
         self.scheduler, self.metrics, self.stops = scheduler, metrics, sizes.stops
         self.width, self.chunks = width, sizes.chunks
         self.pending: collections.deque[_Launch] = collections.deque()
         # Room for the last round, which begins below the limit, and for the padding of the last chunk.
         rows = max(sizes.capacity + models.block_size, -(-sizes.capacity // width) * width)
-        self.sizes = verified_sizes(sizes.verify_sizes, scheduler, slots, models.rows, slots_may_be_empty=True)
-        self._models = models.for_decoding(batch_size=slots)
-        self._device = open_slots(self._models, scheduler, count=slots, rows=rows, stops=sizes.stops)
+        self.sizes = verified_sizes(sizes.verify_sizes, scheduler, count, models.rows, slots_may_be_empty=True)
+        self._models = models.for_decoding(batch_size=count)
+        self._device = open_slots(self._models, scheduler, count=count, rows=rows, stops=sizes.stops)
+        self._parts = parts(count)
+        self._part = count // self._parts  # slots of a part
         self._requests: list[Request | None] = [None] * slots
         self._read = [0] * slots  # prompt tokens of each slot's request that have been launched
         self._filling: collections.deque[int] = collections.deque()  # slots with unread prompts, first come first
-        self._released = np.zeros(slots, bool)
+        self._released = np.zeros(count, bool)
 
     @property
     def free(self) -> int:
@@ -93,8 +98,10 @@ class Batch:
                     self._filling.remove(slot)
 
     def place(self, request: Request) -> None:
-        """Gives a free slot to a request."""
-        slot = self._requests.index(None)
+        """Gives a free slot to a request, in the part of the slots that has the fewest."""
+        free = [slot for slot, other in enumerate(self._requests) if other is None]
+        taken = collections.Counter(slot // self._part for slot, other in enumerate(self._requests) if other)
+        slot = min(free, key=lambda slot: taken[slot // self._part])
         self._requests[slot], self._read[slot] = request, 0
         self._filling.append(slot)
         request.admitted()
@@ -109,21 +116,26 @@ class Batch:
             self._collect(self.pending.popleft())
 
     def _launch_chunk(self) -> None:
-        """Launches the next chunk of the prompt that has waited longest."""
+        """Launches the next chunk of the prompt that has waited longest, of each part of the slots."""
         if not self._filling:
             return
-        slot = self._filling[0]
-        request = self._requests[slot]
-        assert request is not None
-        start = self._read[slot]
-        self._read[slot] = min(start + self.width, len(request.prompt))
+        chosen: dict[int, int] = {}  # part -> slot
+        for slot in self._filling:
+            chosen.setdefault(slot // self._part, slot)
         owners: list[tuple[int, Request]] = []
-        if self._read[slot] == len(request.prompt):
-            owners.append((0, request))
-            self._filling.popleft()
-        self._released[slot] = False  # the chunk sets the slot's state whole
-        outcome = self._prefill(_chunk(request, slot, start, self.width, self.stops))
-        self.metrics.chunks += 1
+        chunks = [_chunk(None, -1, 0, self.width, self.stops)] * self._parts
+        for part, slot in chosen.items():
+            request = self._requests[slot]
+            assert request is not None
+            start = self._read[slot]
+            self._read[slot] = min(start + self.width, len(request.prompt))
+            if self._read[slot] == len(request.prompt):
+                owners.append((part, request))
+                self._filling.remove(slot)
+            self._released[slot] = False  # the chunk sets the slot's state whole
+            chunks[part] = _chunk(request, slot % self._part, start, self.width, self.stops)
+        outcome = self._prefill(_together(chunks))
+        self.metrics.chunks += len(chosen)
         self.pending.append(_Launch(owners, _fetching(outcome)))
 
     def _launch_round(self) -> None:
@@ -173,14 +185,14 @@ class Batch:
     def warm_up(self, modes: Sequence[Mode]) -> None:
         """Compiles the chunk and a round of every mode, by running them on empty slots."""
         # A chunk of a prompt that goes on leaves its slot finished; the next request sets it whole.
-        outcome = self._prefill(_chunk(None, 0, 0, self.width, self.stops))
+        outcome = self._prefill(_together([_chunk(None, 0, 0, self.width, self.stops)] * self._parts))
         for mode in modes:
             outcome = self._round(mode)
         jax.block_until_ready(outcome)
 
 
 def _chunk(request: Request | None, slot: int, start: int, width: int, stops: int) -> Chunk:
-    """The next tokens of a request's prompt; without a request, a chunk of zeros that asks for more."""
+    """The next tokens of a request's prompt for a slot of a part; without a request, zeros that ask for more."""
     prompt = np.zeros(width + 1, np.int32) if request is None else request.prompt
     settings = request.settings if request is not None else Settings(1, 0.0, 0, 1.0, 0.0, 0, 0, (), (), trace=False)
     tokens, stop_tokens = np.zeros(width, np.int32), np.full(stops, -1, np.int32)
@@ -202,6 +214,11 @@ def _chunk(request: Request | None, slot: int, start: int, width: int, stops: in
         np.float32(settings.min_p),
         stop_tokens,
     )
+
+
+def _together(chunks: Sequence[Chunk]) -> Chunk:
+    """The chunks of all parts."""
+    return jax.tree.map(lambda *values: np.stack(values), *chunks)
 
 
 def _mode(settings: Sequence[Settings]) -> Mode:

@@ -19,6 +19,7 @@ from dspark_jax.engine.schedulers import Scheduler
 from dspark_jax.engine.sizes import verified_sizes
 from dspark_jax.engine.state import DecodeState, Pending
 from dspark_jax.ops.sampling import Sampling
+from dspark_jax.sharding import evenly
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,13 +75,14 @@ def round_seconds(models: Models, shape: RoundShape, *, rounds: int = 12, repeat
 
 def rounds_of(models: Models, shape: RoundShape) -> Callable[[int], jax.Array]:
     """What `round_seconds` times: decodes so many rounds of this shape in one program, that of `Engine`."""
-    models = models.for_decoding(batch_size=shape.slots)
+    slots = evenly(shape.slots)
+    models = models.for_decoding(batch_size=slots)
     active = min(shape.tokens, shape.slots) or shape.slots
     share, more = divmod(shape.tokens, active)
-    drafted = jnp.clip(share - 1 + (jnp.arange(shape.slots) < more), 0, models.block_size)
+    drafted = jnp.clip(share - 1 + (jnp.arange(slots) < more), 0, models.block_size)
     scheduler = schedulers.fixed(drafted)
-    sizes = verified_sizes(None, scheduler, shape.slots, models.rows)
-    state = decoding_state(models, scheduler, shape.slots, active, shape.context)
+    sizes = verified_sizes(None, scheduler, slots, models.rows)
+    state = decoding_state(models, scheduler, slots, active, shape.context)
     drafts = bool(shape.tokens) or not models.drafts
     return lambda count: _rounds(models, state, scheduler, jnp.int32(count), drafts=drafts, sizes=sizes)
 

@@ -24,7 +24,7 @@ from dspark_jax.engine.schedulers import Scheduler, check_scheduler, fixed, thre
 from dspark_jax.engine.sizes import verified_sizes
 from dspark_jax.engine.state import DecodeState, Pending, RoundLog
 from dspark_jax.ops.sampling import Sampling, sample
-from dspark_jax.sharding import constrain, whole
+from dspark_jax.sharding import constrain, evenly, on_mesh_of, whole
 
 
 @jax.tree_util.register_dataclass
@@ -192,7 +192,8 @@ def generate(
     Temperature and filters are one value for all prompts or one per prompt, for drafter and target alike.
 
     Args:
-      models: the target, and what drafts for it; without a drafter a round is one token.
+      models: the target, and what drafts for it; without a drafter a round is one token. They decode on the mesh on
+        which they lie.
       prompts: token ids, at least one per prompt.
       max_new_tokens: budget of each request.
       temperature: below 1e-5 is greedy.
@@ -235,27 +236,28 @@ def generate(
     stops = padded_stops(arguments.token_ids("stop_tokens", stop_tokens, arguments.MOST).tolist())
     order = sorted(range(len(token_rows)), key=lambda i: (len(token_rows[i]), i))
     parts = []
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        width = ladder(max(prompt_width, *(len(token_rows[i]) for i in chosen)))
-        rows = batch_size if prompt_width else min(ladder(len(chosen)), batch_size)
-        # Rows that fill up the batch are finished before they start.
-        tokens = np.zeros((rows, width), np.int32)
-        lengths, limits = np.ones(rows, np.int32), np.ones(rows, np.int32)
-        for row, i in enumerate(chosen):
-            lengths[row], limits[row] = len(token_rows[i]), len(token_rows[i]) + max_new_tokens
-            tokens[row, : lengths[row]] = token_rows[i]
-        picked = np.asarray(chosen + chosen[:1] * (rows - len(chosen)))
-        own_keys, own_sampling, own_scheduler = _settings_of(picked, keys, sampling, scheduler)
-        shape = dataclasses.replace(
-            decode_shape(width, max_new_tokens, models, trace=trace),
-            sizes=verified_sizes(verify_sizes, own_scheduler, rows, models.rows),
-        )
-        batch = Prompts(tokens, lengths, limits, own_keys)
-        state, log = decode(models, batch, own_sampling, stops, own_scheduler, shape=shape)
-        parts.append((chosen, jax.device_get((dataclasses.replace(state, keys=None), log))))
-        if progress is not None:
-            progress(len(chosen))
+    with on_mesh_of(models):
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            width = ladder(max(prompt_width, *(len(token_rows[i]) for i in chosen)))
+            rows = evenly(batch_size if prompt_width else min(ladder(len(chosen)), batch_size))
+            # Rows that fill up the batch are finished before they start.
+            tokens = np.zeros((rows, width), np.int32)
+            lengths, limits = np.ones(rows, np.int32), np.ones(rows, np.int32)
+            for row, i in enumerate(chosen):
+                lengths[row], limits[row] = len(token_rows[i]), len(token_rows[i]) + max_new_tokens
+                tokens[row, : lengths[row]] = token_rows[i]
+            picked = np.asarray(chosen + chosen[:1] * (rows - len(chosen)))
+            own_keys, own_sampling, own_scheduler = _settings_of(picked, keys, sampling, scheduler)
+            shape = dataclasses.replace(
+                decode_shape(width, max_new_tokens, models, trace=trace),
+                sizes=verified_sizes(verify_sizes, own_scheduler, rows, models.rows),
+            )
+            batch = Prompts(tokens, lengths, limits, own_keys)
+            state, log = decode(models, batch, own_sampling, stops, own_scheduler, shape=shape)
+            parts.append((chosen, jax.device_get((dataclasses.replace(state, keys=None), log))))
+            if progress is not None:
+                progress(len(chosen))
     return collect(parts, len(token_rows), models.block_size)
 
 

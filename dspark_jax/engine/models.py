@@ -6,12 +6,14 @@ from typing import Any, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from dspark_jax import platform
 from dspark_jax.config import TargetArchitecture
 from dspark_jax.drafter.interface import Drafter, DrafterModule, is_confident
 from dspark_jax.drafter.none import NO_DRAFTER, NoDrafter
-from dspark_jax.target.decode_weights import decode_weights
+from dspark_jax.sharding import mesh_of, on_mesh_of
+from dspark_jax.target.decode_weights import decode_weights, moved
 from dspark_jax.target.model import Target
 
 Loaded = TypeVar("Loaded", bound=Target | DrafterModule | NoDrafter)
@@ -99,25 +101,35 @@ class Models:
           consume: give up the given models' weights while the new ones are made (on a GPU), so that there is never a
             second copy of all of them.
         """
-        if not platform.unstacks_layers():
-            return self
-        if platform.current() == "cpu":
-            return _on_cpu(self, batch_size=batch_size)
-        target, drafter = (
-            decode_weights(model, model.dtype, separate_caches=True, consume=consume)
-            for model in (self.target, self.drafter)
-        )
+        with on_mesh_of(self):
+            if platform.current() == "cpu":
+                return _on_cpu(self, batch_size=batch_size)
+            target, drafter = (
+                decode_weights(model, model.dtype, separate_caches=True, consume=consume)
+                for model in (self.target, self.drafter)
+            )
         return dataclasses.replace(self, target=target, drafter=drafter)
+
+    def decoding_on(self, mesh: Mesh, *, batch_size: int) -> Self:
+        """The models of a run that trains, as they decode on `mesh`; themselves where they lie there anyway."""
+        if mesh.size == 1 or mesh_of(self) == mesh:
+            return self
+        return self.moved(mesh).for_decoding(batch_size=batch_size, consume=True)  # their own copy
+
+    def moved(self, mesh: Mesh) -> Self:
+        """The models on another mesh of the same devices; what is there already is not copied."""
+        return dataclasses.replace(self, target=moved(self.target, mesh), drafter=moved(self.drafter, mesh))
 
 
 def when_loaded(model: Loaded) -> Loaded:
     """A target or drafter that has just been loaded to decode, in its form where no batch decides about it.
 
-    That is on a GPU; the given model cannot be used any more there.
+    That is on a GPU or TPU; the given model cannot be used any more on a GPU.
     """
-    if platform.current() != "gpu":
+    if platform.current() == "cpu":
         return model
-    return decode_weights(model, model.dtype, separate_caches=True, consume=True)
+    with on_mesh_of(model):
+        return decode_weights(model, model.dtype, separate_caches=True, consume=True)
 
 
 @functools.partial(jax.jit, static_argnames=("batch_size",))

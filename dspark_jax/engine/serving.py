@@ -30,6 +30,7 @@ from dspark_jax.engine.models import Models
 from dspark_jax.engine.request import EngineMetrics, Request, TextStream
 from dspark_jax.engine.schedulers import Scheduler, check_scheduler
 from dspark_jax.engine.slots import Mode
+from dspark_jax.sharding import mesh_of
 from dspark_jax.tokenizer import Tokenizer
 
 
@@ -74,7 +75,7 @@ class Engine:
         """Allocates the slots; compiles nothing (see `warm_up`).
 
         Args:
-          models: the target and what drafts for it.
+          models: the target and what drafts for it; they decode on the mesh on which they lie.
           slots: requests decoded together; on a mesh, the batch axis.
           capacity: most tokens of a request, prompt and answer together.
           scheduler: decides how many drafts are verified; None verifies all.
@@ -82,8 +83,9 @@ class Engine:
           stop_tokens: ids that end every request, besides its own.
           max_queue: requests that may wait for a slot.
           prefill_chunk: tokens of a prompt that are read at once.
-          prefill_chunks: how many such chunks are read between two rounds at most. More fill free slots sooner, fewer
-            keep the rounds regular. None: one for every eight slots.
+          prefill_chunks: how many such chunks are read between two rounds at most (by each copy of the weights, where a
+            mesh has several). More fill free slots sooner, fewer keep the rounds regular. None: one for every eight
+            slots.
           max_stop_tokens: most stop tokens of one request, these included.
           verify_sizes: sizes of the batch in which a round verifies the scheduled tokens of all requests: the smallest
             one that holds them, or G + 1 tokens of every slot where none does. None chooses them (`engine.sizes`).
@@ -106,10 +108,11 @@ class Engine:
         self.tokenizer, self.stop_tokens, self.max_stop_tokens = tokenizer, tuple(stop_tokens), max_stop_tokens
         self.arch = models.arch
         self.metrics = EngineMetrics()
-        self._mesh = _current_mesh()
+        self._mesh = mesh_of(models) or _current_mesh()
         chunks = max(slots // 8, 1) if prefill_chunks is None else prefill_chunks
         allocated = Sizes(slots, capacity, prefill_chunk, chunks, max_stop_tokens, verify_sizes)
-        self._batch = Batch(models, self.scheduler, self.metrics, allocated)
+        with _use(self._mesh):
+            self._batch = Batch(models, self.scheduler, self.metrics, allocated)
 
         self._lock = threading.Lock()  # guards what several threads change: queue, metrics, closing, failure
         self._changed = threading.Condition(self._lock)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from dspark_jax.engine import arguments
 from dspark_jax.engine.schedulers import Scheduler
+from dspark_jax.sharding import parts_of
 
 RUNGS = 3
 """Sizes below the full one: its half, quarter and eighth. An eighth of 8 rows is a request's anchor alone."""
@@ -31,7 +32,10 @@ def verified_sizes(
     """
     most = batch * rows
     if wanted is None:
-        return ladder_below(most) if scheduler.selects or (slots_may_be_empty and batch > 1) else ()
+        chosen = ladder_below(most) if scheduler.selects or (slots_may_be_empty and batch > 1) else ()
+        # Every device of a mesh computes a flat batch whole, and of the full one its own requests' rows.
+        each = most if batch == 1 else most // parts_of("batch")
+        return tuple(size for size in chosen if size < each)
     return tuple(sorted({size for size in arguments.sizes("verify_sizes", wanted) if size < most}))
 
 

@@ -1,4 +1,7 @@
-"""The device side of serving: slots that requests pass through, one chunk of a prompt, one round of all slots.
+"""The device side of serving: slots that requests pass through, chunks of prompts, one round of all slots.
+
+A mesh splits the slots into equal parts, one for each copy of the weights; chunks are read one for each part at a time,
+each by the devices whose slot it goes into. Without a mesh there is one part.
 
 A slot is a row of a `DecodeState`. While a prompt is being read, its slot is finished as far as decoding is concerned,
 and `lengths` - 1 is the number of prompt tokens read so far. A round writes the cache rows of finished slots too, from
@@ -13,15 +16,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dspark_jax.engine.commit import is_stop
+from dspark_jax.engine.commit import append, is_stop
 from dspark_jax.engine.generate import begin
 from dspark_jax.engine.models import Models
 from dspark_jax.engine.round import decode_round
-from dspark_jax.engine.sampling import Requests, request_keys, round_uniforms
+from dspark_jax.engine.sampling import Requests, fold_keys, round_uniforms
 from dspark_jax.engine.schedulers import Scheduler
 from dspark_jax.engine.state import DecodeState, Round
 from dspark_jax.ops.sampling import Sampling, sample
-from dspark_jax.sharding import constrain, whole
+from dspark_jax.sharding import constrain, parts_of, per_device, whole
+from dspark_jax.target.cache import KVCache
 
 
 @jax.tree_util.register_dataclass
@@ -43,13 +47,13 @@ class Slots:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """A piece of a prompt for one slot, and the request's settings; numbers unless said otherwise.
+    """A piece of a prompt for a slot of each of P parts, and the requests' settings; [P] unless said otherwise.
 
     Attributes:
-      tokens: [W] int32, padded.
+      tokens: [P, W] int32, padded.
       count: how many of them are real.
       start: position of the first one, a multiple of W.
-      slot: where the request lives.
+      slot: where the request lives, counted within the part; -1 is nowhere: the part has no chunk.
       prompt_length: of the whole prompt; the chunk that reaches it draws the first token.
       limit: length at which the request ends.
       seed: of the request's key, with `random_stream`.
@@ -58,7 +62,7 @@ class Chunk:
       top_k: 0 is off.
       top_p: 1 is off.
       min_p: 0 is off.
-      stop_tokens: [K] int32, padded with negative ids.
+      stop_tokens: [P, K] int32, padded with negative ids.
     """
 
     tokens: Any
@@ -82,11 +86,11 @@ class Committed:
     """What a launch has committed, small enough to be fetched every time.
 
     Attributes:
-      tokens: [B, T] new tokens; T is G + 1 for a round and 1 for a chunk, where B is 1.
+      tokens: [B, T] new tokens; T is G + 1 for a round and 1 for chunks, where B is P.
       counts: [B] how many of them are real.
       finished: [B] bool.
       stopped: [B] bool, finished by a stop token.
-      round: what the round did, or None for a chunk.
+      round: what the round did, or None for chunks.
     """
 
     tokens: jax.Array
@@ -154,49 +158,89 @@ def history_axes(scheduler: Scheduler, block_size: int) -> Any:
     return request_axes(lambda count: scheduler.start(count, block_size))
 
 
-def take_row(values: jax.Array, slot: jax.Array, axis: int) -> jax.Array:
-    """Row `slot` along `axis`, which stays with size 1.
+Lay = Callable[..., Any]
+"""`lay(array, *logical axes)`: pins an array in a program, lays out a shape, or does something else with it."""
 
-    On a mesh that splits the axis a slice would collect the whole array first; a masked sum moves one row only.
+
+def parts(slots: int) -> int:
+    """P, parts into which the mesh that is set splits so many slots."""
+    return parts_of("batch") if slots % parts_of("batch") == 0 else 1
+
+
+def take_rows(values: jax.Array, *axes: str | None, slot: jax.Array) -> jax.Array:
+    """Row slot[p] of every part, on its own devices: `values` with P in the place of B. Where slot is -1, any row."""
+    axis = axes.index("batch")
+
+    def here(values: jax.Array, slot: jax.Array) -> tuple[jax.Array]:
+        return (jax.lax.dynamic_slice_in_dim(values, jnp.maximum(slot[0], 0), 1, axis),)
+
+    taken = (*values.shape[:axis], len(slot), *values.shape[axis + 1 :])
+    return per_device(here, (axes, ("batch",)), (axes,), (taken,))(values, slot)[0]
+
+
+def put_rows(values: jax.Array, rows: jax.Array, *axes: str | None, slot: jax.Array) -> jax.Array:
+    """`values` with `rows`, which have P in the place of B, as row slot[p] of every part; -1 leaves a part alone."""
+    axis = axes.index("batch")
+
+    def here(values: jax.Array, rows: jax.Array, slot: jax.Array) -> tuple[jax.Array]:
+        at = jnp.maximum(slot[0], 0)
+        old = jax.lax.dynamic_slice_in_dim(values, at, 1, axis)
+        rows = jnp.where(slot[0] < 0, old, rows.astype(values.dtype))
+        return (jax.lax.dynamic_update_slice_in_dim(values, rows, at, axis),)
+
+    return per_device(here, (axes, axes, ("batch",)), (axes,))(values, rows, slot)[0]
+
+
+def split_cache(cache: Any, axes: Any, lay: Lay = constrain) -> Any:
+    """A cache with the requests split over the mesh, and, where it is keys and values, the key heads.
+
+    Args:
+      cache: of a target or drafter.
+      axes: of the requests in each of its leaves, see `batch_axes`.
+      lay: what is done with each leaf.
     """
-    if jax.sharding.get_abstract_mesh().size <= 1:
-        return jax.lax.dynamic_slice_in_dim(values, slot, 1, axis)
-    return jnp.sum(jnp.where(_row_mask(values, slot, axis), values, 0), axis, values.dtype, keepdims=True)
+
+    def one(part: Any, axis: Any) -> Any:
+        return part.on_mesh(lay) if isinstance(part, KVCache) else _split(part, axis, lay)
+
+    return jax.tree.map(one, cache, axes, is_leaf=lambda leaf: isinstance(leaf, KVCache))
 
 
-def put_row(values: jax.Array, row: jax.Array, slot: jax.Array, axis: int) -> jax.Array:
-    """`values` with `row` (size 1 along `axis`) in place of row `slot`; see `take_row`."""
-    if jax.sharding.get_abstract_mesh().size <= 1:
-        return jax.lax.dynamic_update_slice_in_dim(values, row.astype(values.dtype), slot, axis)
-    return jnp.where(_row_mask(values, slot, axis), row.astype(values.dtype), values)
+def _put_in_cache(cache: Any, own: Any, axes: Any, slot: jax.Array) -> Any:
+    """A cache with what `own` holds of one request of each part."""
+    names: list[tuple[str | None, ...]] = []
+    split_cache(cache, axes, lambda leaf, *axes: names.append(axes))
+    leaves = [
+        put_rows(values, rows, *leaf, slot=slot)
+        for values, rows, leaf in zip(jax.tree.leaves(cache), jax.tree.leaves(own), names, strict=True)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(cache), leaves)
 
 
-def _row_mask(values: jax.Array, slot: jax.Array, axis: int) -> jax.Array:
-    shape = [1] * values.ndim
-    shape[axis] = values.shape[axis]
-    return (jnp.arange(values.shape[axis]) == slot).reshape(shape)
+def _split(values: Any, axis: int, lay: Lay) -> Any:
+    return lay(values, *("batch" if i == axis else None for i in range(values.ndim)))
 
 
-def pin(models: Models, scheduler: Scheduler, slots: Slots) -> Slots:
-    """Keeps the slots split over the batch axes of the mesh, whatever the compiler would rather do."""
+def pin(models: Models, scheduler: Scheduler, slots: Slots, lay: Lay = constrain) -> Slots:
+    """Keeps the slots split over the batch axes of the mesh, and caches by heads, whatever the compiler would do.
 
-    def split(values: jax.Array, axis: int) -> jax.Array:
-        return constrain(values, *("batch" if i == axis else None for i in range(values.ndim)))
+    For `lay` see `split_cache`.
+    """
 
-    def split_if(values: jax.Array, axis: int) -> jax.Array:
-        return values if axis == SHARED else split(values, axis)
+    def split(values: Any, axis: int = 0) -> Any:
+        return _split(values, axis, lay)
 
     state = slots.state
+    axes = batch_axes(models.target_cache, state.target_cache), batch_axes(models.draft_cache, state.draft_cache)
     caches: dict[str, Any] = {
-        "target_cache": jax.tree.map(split, state.target_cache, batch_axes(models.target_cache, state.target_cache)),
-        "draft_cache": jax.tree.map(split, state.draft_cache, batch_axes(models.draft_cache, state.draft_cache)),
-        "history": jax.tree.map(split_if, state.history, history_axes(scheduler, models.block_size)),
-        "pending": jax.tree.map(lambda values: split(values, 0), state.pending),
+        "target_cache": split_cache(state.target_cache, axes[0], lay),
+        "draft_cache": split_cache(state.draft_cache, axes[1], lay),
+        "history": jax.tree.map(split, state.history, history_axes(scheduler, models.block_size)),
+        "pending": jax.tree.map(split, state.pending),
     }
-    fields = ("tokens", "lengths", "prompt_lengths", "limits", "finished", "stopped", "rounds")
-    state = dataclasses.replace(state, **{name: split(getattr(state, name), 0) for name in fields}, **caches)
-    sampling = jax.tree.map(lambda values: split(values, 0), slots.sampling)
-    return Slots(state, sampling, split(slots.stop_tokens, 0))
+    fields = ("tokens", "lengths", "prompt_lengths", "limits", "finished", "stopped", "rounds", "keys")
+    state = dataclasses.replace(state, **{name: split(getattr(state, name)) for name in fields}, **caches)
+    return Slots(state, jax.tree.map(split, slots.sampling), split(slots.stop_tokens))
 
 
 @functools.partial(jax.jit, static_argnames=("count", "rows", "stops"))
@@ -219,48 +263,47 @@ def open_slots(models: Models, scheduler: Scheduler, *, count: int, rows: int, s
 
 @functools.partial(jax.jit, donate_argnames=("slots",))
 def prefill_chunk(models: Models, slots: Slots, chunk: Chunk, scheduler: Scheduler) -> tuple[Slots, Committed]:
-    """Reads one chunk of a prompt into its slot; the last chunk draws the first token and lets the slot decode.
+    """Reads a chunk of a prompt into a slot of each part; the last chunk draws the first token and lets a slot decode.
 
     The slot's settings and history are written with every chunk, since the rounds in between move the history on.
     What a drafter's cache remembers of the slot's last request is cleared with the first one; the target's cache and
     the token buffer need no clearing, stale rows are never visible.
     """
-    state, slot, width = slots.state, chunk.slot, chunk.tokens.shape[0]
-    tokens = chunk.tokens[None]
-    positions = chunk.start + jnp.arange(width)[None]
+    state, (count, width) = slots.state, chunk.tokens.shape
+    chunk = jax.tree.map(lambda values: constrain(jnp.asarray(values), "batch", *(None,) * (values.ndim - 1)), chunk)
+    positions = chunk.start[:, None] + jnp.arange(width)
+    take = functools.partial(take_rows, slot=chunk.slot)
     axes = batch_axes(models.target_cache, state.target_cache)
-    row = jax.tree.map(lambda values, axis: take_row(values, slot, axis), state.target_cache, axes)
-    count = jnp.reshape(chunk.count, (1,))
-    output = models.target.forward(tokens, positions, row, taps=models.taps, counts=count)
-    target_cache = jax.tree.map(
-        lambda values, new, axis: put_row(values, new, slot, axis), state.target_cache, output.cache, axes
-    )
-    shown = _extend_row(models, state, output.features, tokens, positions, chunk)
+    own = split_cache(state.target_cache, axes, take)
+    output = models.target.forward(chunk.tokens, positions, own, taps=models.taps, counts=chunk.count)
+    target_cache = _put_in_cache(state.target_cache, output.cache, axes, chunk.slot)
+    draft_cache = _extend_rows(models, state, output.features, positions, chunk)
 
-    def put(values: jax.Array, value: Any) -> jax.Array:
-        return values.at[slot].set(value)
+    def put(values: jax.Array, rows: Any) -> jax.Array:
+        axes = ("batch", *(None,) * (values.ndim - 1))
+        return put_rows(values, jnp.broadcast_to(rows, (count, *values.shape[1:])), *axes, slot=chunk.slot)
 
-    sampling = Sampling(
-        put(slots.sampling.temperature, chunk.temperature),
-        put(_given(slots.sampling.top_k), chunk.top_k),
-        put(_given(slots.sampling.top_p), chunk.top_p),
-        put(_given(slots.sampling.min_p), chunk.min_p),
-    )
-    key = request_keys(chunk.seed, jnp.reshape(chunk.random_stream, (1,)))
-    uniform = round_uniforms(key, jnp.reshape(chunk.prompt_length - 1, (1,)), 0).next
-    last = jax.lax.dynamic_slice_in_dim(output.last_hidden, chunk.count - 1, 1, axis=1)[:, 0]
-    first = sample(models.target.unembed(last), sampling.take(jnp.reshape(slot, (1,))), uniform)
+    keys = fold_keys(jax.vmap(jax.random.key)(chunk.seed), chunk.random_stream)
+    last = jnp.take_along_axis(output.last_hidden, jnp.maximum(chunk.count - 1, 0)[:, None, None], axis=1)[:, 0]
+    settings = Sampling(chunk.temperature, chunk.top_k, chunk.top_p, chunk.min_p)
+    uniforms = round_uniforms(keys, chunk.prompt_length - 1, 0)
+    first = sample(models.target.unembed(last), settings, uniforms.next)
 
     read = chunk.start + chunk.count
-    complete = read >= chunk.prompt_length
-    stopped = complete & is_stop(first, chunk.stop_tokens)[0]
+    complete = (read >= chunk.prompt_length) & (chunk.slot >= 0)
+    stopped = complete & is_stop(first, chunk.stop_tokens)
     finished = stopped | (chunk.prompt_length + 1 >= chunk.limit)
-    own = jax.lax.dynamic_update_slice_in_dim(take_row(state.tokens, slot, 0), tokens, chunk.start, axis=1)
-    written = put_row(state.tokens, own, slot, 0)
+    tokens = append(take(state.tokens, "batch", None), chunk.start, chunk.tokens)
+    tokens = append(tokens, chunk.prompt_length, first[:, None])
+
+    def put_history(values: jax.Array, new: jax.Array, axis: int) -> jax.Array:
+        axes = ["batch" if i == axis else None for i in range(values.ndim)]
+        return values if axis == SHARED else put_rows(values, new, *axes, slot=chunk.slot)
+
     history = jax.tree.map(
-        lambda values, new, axis: values if axis == SHARED else put_row(values, new, slot, axis),
+        put_history,
         state.history,
-        scheduler.start(1, models.block_size),
+        scheduler.start(count, models.block_size),
         history_axes(scheduler, models.block_size),
     )
     pending = state.pending
@@ -268,39 +311,38 @@ def prefill_chunk(models: Models, slots: Slots, chunk: Chunk, scheduler: Schedul
         pending = dataclasses.replace(pending, counts=put(pending.counts, 0))
     state = dataclasses.replace(
         state,
-        tokens=written.at[slot, chunk.prompt_length].set(first[0]),
+        tokens=put(state.tokens, tokens),
         lengths=put(state.lengths, read + 1),
         prompt_lengths=put(state.prompt_lengths, chunk.prompt_length),
         limits=put(state.limits, chunk.limit),
         finished=put(state.finished, finished | ~complete),
         stopped=put(state.stopped, stopped),
         rounds=put(state.rounds, 0),
-        keys=put(state.keys, key[0]),
+        keys=put(state.keys, keys),
         target_cache=target_cache,
-        draft_cache=shown,
+        draft_cache=draft_cache,
         history=history,
         pending=pending,
     )
+    sampling = jax.tree.map(put, slots.sampling, settings)
     slots = Slots(state, sampling, put(slots.stop_tokens, chunk.stop_tokens))
-    report = Committed(first[:, None], complete[None].astype(jnp.int32), finished[None], stopped[None], None)
+    report = Committed(first[:, None], complete.astype(jnp.int32), finished, stopped, None)
     return pin(models, scheduler, slots), whole(report)
 
 
-def _extend_row(
-    models: Models, state: DecodeState, features: jax.Array, tokens: jax.Array, positions: jax.Array, chunk: Chunk
-) -> Any:
-    """The drafter's cache after it has absorbed a chunk in one slot."""
+def _extend_rows(models: Models, state: DecodeState, features: jax.Array, positions: jax.Array, chunk: Chunk) -> Any:
+    """The drafter's cache after it has absorbed a chunk in a slot of each part."""
     cache, axes = state.draft_cache, batch_axes(models.draft_cache, state.draft_cache)
-    own = jax.tree.map(lambda values, axis: take_row(values, chunk.slot, axis), cache, axes)
-    begins, empty = chunk.start == 0, models.draft_cache(1, state.tokens.shape[1])
-    own = jax.tree.map(lambda old, new: jnp.where(begins, new, old), own, empty)
-    own = models.drafter.extend(own, features, tokens, positions, jnp.reshape(chunk.count, (1,)))
-    return jax.tree.map(lambda values, new, axis: put_row(values, new, chunk.slot, axis), cache, own, axes)
+    own = split_cache(cache, axes, functools.partial(take_rows, slot=chunk.slot))
+    empty = models.draft_cache(len(chunk.start), state.tokens.shape[1])
 
+    def begin(old: jax.Array, new: jax.Array, axis: int) -> jax.Array:
+        begins = (chunk.start == 0).reshape([-1 if i == axis else 1 for i in range(old.ndim)])
+        return jnp.where(begins, new, old)
 
-def _given(values: jax.Array | None) -> jax.Array:
-    assert values is not None, "slots have every filter"
-    return values
+    own = jax.tree.map(begin, own, empty, axes)
+    own = models.drafter.extend(own, features, chunk.tokens, positions, chunk.count)
+    return _put_in_cache(cache, own, axes, chunk.slot)
 
 
 @functools.partial(jax.jit, static_argnames=("mode", "sizes"), donate_argnames=("slots",))

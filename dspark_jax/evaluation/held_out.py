@@ -6,6 +6,7 @@ import math
 import os
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from dspark_jax.benchmarks import by_domain
@@ -15,6 +16,7 @@ from dspark_jax.data.thinking import Thinking
 from dspark_jax.drafter.interface import Drafter
 from dspark_jax.drafter.none import NO_DRAFTER
 from dspark_jax.engine.models import Models
+from dspark_jax.engine.placement import beside_training, evaluation_load
 from dspark_jax.evaluation.acceptance import count_rounds, estimate, macro_average
 from dspark_jax.evaluation.decoding import answer
 from dspark_jax.evaluation.setup import open_decoder, read_questions, tell_left_out
@@ -34,12 +36,13 @@ class HeldOutPrompts:
     Nothing of the run changes by it: random numbers are those of the prompts, and the target is the run's own.
     """
 
-    def __init__(self, run: Run, target: Target):
+    def __init__(self, run: Run, target: Target, *, held: int = 0):
         """Reads the prompts.
 
         Args:
           run: `train.evaluate_limit` and `train.evaluate_tokens` of its config bound what is decoded.
           target: the model.
+          held: bytes of every device that the run needs for itself.
 
         Raises:
           InputError: a prompt file cannot be read, or none of its prompts can be asked.
@@ -56,6 +59,8 @@ class HeldOutPrompts:
         with contextlib.closing(Tally(Path(os.devnull))) as tally:
             self.asked, self.first = read_questions(config, self.decoder, tally, settings.prompts, settings.limit)
         tell_left_out("held-out prompts", tally)
+        load = dataclasses.replace(evaluation_load(config), held=held)
+        self.mesh = beside_training(config.mesh.decode, load, run.mesh)
         self.temperature = settings.temperatures[0]
         data = config.data
         how = [self.temperature, settings.limit, settings.max_new_tokens, settings.seed]
@@ -63,15 +68,20 @@ class HeldOutPrompts:
         self.about = digest([content_hashes(settings.prompts, "eval.prompts"), how])
 
     def measure(self, drafter: Drafter) -> tuple[dict[str, float], HeldOut | None]:
-        """Decodes the prompts with a drafter, under `jax.set_mesh`.
+        """Decodes the prompts with a drafter.
+
+        The models are moved to where they decode for as long as it takes, where that is not as they train.
 
         Returns:
           A row of `metrics.jsonl`: tau, tau by prompt set, by domain of the paper's benchmarks and with and without
           thinking, where prompts are asked in both ways, and the acceptance of draft k given that all before it were
           accepted; what was not observed is left out. And what is noted in the checkpoint, if there is a tau.
         """
-        decoder = dataclasses.replace(self.decoder, models=Models(self.decoder.models.target, drafter))
-        requests, result = answer(decoder, self.asked, self.first, self.temperature)
+        models = Models(self.decoder.models.target, drafter).decoding_on(self.mesh, batch_size=self.decoder.batch_size)
+        with jax.set_mesh(self.mesh):
+            decoder = dataclasses.replace(self.decoder, models=models)
+            requests, result = answer(decoder, self.asked, self.first, self.temperature)
+        del models, decoder
         counts = count_rounds(result).grouped(requests.owners, len(self.asked))
         measured = Measured(self.temperature, self.asked, requests, result, counts, None, None)
         sets = measured.acceptance(0, 0)

@@ -24,7 +24,7 @@ from dspark_jax.config import InputError, from_json
 from dspark_jax.data.samples import Tally
 from dspark_jax.evaluation.acceptance import Counts, count_rounds
 from dspark_jax.evaluation.decoding import Decoder, answer
-from dspark_jax.evaluation.setup import open_decoder, read_questions, tell_left_out
+from dspark_jax.evaluation.setup import decoding_run, open_decoder, read_questions, tell_left_out
 from dspark_jax.json_file import written_whole
 from dspark_jax.progress import Progress
 from dspark_jax.run import Run
@@ -43,6 +43,7 @@ def measure_rounds(run: Run, out: Path) -> None:
     Raises:
       InputError: there is no checkpoint for this target, or a prompt file cannot be used.
     """
+    run = decoding_run(run)
     decoder, settings = open_decoder(run), run.config.eval
     with contextlib.closing(Tally(Path(os.devnull))) as tally, jax.set_mesh(run.mesh):
         asked, first = read_questions(run.config, decoder, tally, settings.prompts, settings.limit)
@@ -82,10 +83,10 @@ def measure_times(runs: Mapping[str, Run]) -> dict[str, dict[str, Any]]:
     Raises:
       InputError: none can be loaded, or a prompt file cannot be used.
     """
-    base = next(iter(runs.values()))
+    base = decoding_run(next(iter(runs.values())))
     settings = base.config.eval
     with contextlib.closing(Tally(Path(os.devnull))) as tally, jax.set_mesh(base.mesh):
-        decoders, found = _open_all(runs)
+        decoders, found = _open_all({name: run.on(base.mesh) for name, run in runs.items()})
         loaded = next(iter(decoders.values()))
         asked, first = read_questions(base.config, loaded, tally, settings.prompts, settings.limit)
         quick = first.take(_first_of_each([one.prompt.prompt_set for one in asked], settings.speed_prompts))

@@ -15,6 +15,7 @@ from dspark_jax.data.thinking import Thinking
 from dspark_jax.drafter.interface import DrafterModule
 from dspark_jax.drafter.none import NoDrafter
 from dspark_jax.engine.models import Models, when_loaded
+from dspark_jax.engine.placement import decoding_mesh, evaluation_load
 from dspark_jax.evaluation.decoding import Decoder, Requests, first_requests
 from dspark_jax.kinds import KINDS
 from dspark_jax.progress import log
@@ -82,9 +83,20 @@ def load_run(workdir: str | Path, checkpoint: str = NEWEST) -> Decoder:
         config = saved_config(Path(workdir), checkpoint)
         if config is None:
             raise InputError(f"{checkpoint_directory(Path(workdir))}: no checkpoint here; name the --workdir of a run")
-        return open_decoder(Run(config, Path(workdir)), checkpoint=checkpoint)
+        return open_decoder(decoding_run(Run(config, Path(workdir))), checkpoint=checkpoint)
     finally:
         logging.set_verbosity(before)
+
+
+def decoding_run(run: Run) -> Run:
+    """The run with its models where decoding lives, unless its mesh was given; says in one line where that is.
+
+    Raises:
+      InputError: see `engine.placement.place`.
+    """
+    if run.given_mesh is not None:
+        return run
+    return run.on(decoding_mesh(run.config.mesh.decode, evaluation_load(run.config)))
 
 
 def open_drafter(run: Run, checkpoint: str = NEWEST) -> tuple[int, DrafterModule]:

@@ -25,7 +25,7 @@ from dspark_jax.engine.generate import Prompts, decode, decode_shape, padded_sto
 from dspark_jax.engine.result import DecodeResult
 from dspark_jax.engine.sampling import fold_keys, request_keys, request_sampling
 from dspark_jax.evaluation.decoding import Decoder, Request, Requests
-from dspark_jax.evaluation.setup import open_decoder
+from dspark_jax.evaluation.setup import decoding_run, open_decoder
 from dspark_jax.run import Run
 from dspark_jax.training.best import NEWEST
 
@@ -155,7 +155,7 @@ def measure_speed_in_process(
 
 def work(job: dict[str, Any]) -> dict[str, Any]:
     """A job of `measure_speed_in_process`: by temperature the fields of `Speed`."""
-    run = Run(from_json(job["config"]), Path(job["workdir"]))
+    run = decoding_run(Run(from_json(job["config"]), Path(job["workdir"])))
     requests = Requests([Request(**item) for item in job["requests"]], job["width"])
     decoder = open_decoder(run, checkpoint=job["checkpoint"])
     with jax.set_mesh(run.mesh):

@@ -9,8 +9,9 @@ import jax
 
 from dspark_jax.planning.flops import matmul_flops
 from dspark_jax.planning.hlo import Cost, program_cost, total_cost
-from dspark_jax.planning.programs import Program, bytes_per_chip
+from dspark_jax.planning.programs import Program
 from dspark_jax.planning.topology import GIB, Chip
+from dspark_jax.sharding import bytes_per_device
 
 OPTIONS: Any = {"xla_tpu_enable_latency_hiding_scheduler": "false"}
 """Compiles in less than half the time; the peak of memory moves by less than 3 %."""
@@ -27,8 +28,8 @@ def compile_and_estimate(program: Program, chip: Chip, mesh: jax.sharding.Mesh) 
     started = time.monotonic()
     flops = program.calls * matmul_flops(program.traced.jaxpr)
     flops += matmul_flops(program.last.jaxpr) if program.last else 0.0
-    beside = bytes_per_chip(program.beside)
-    parts = {f"{name}_bytes": bytes_per_chip(tree) for name, tree in program.parts.items()}
+    beside = bytes_per_device(program.beside)
+    parts = {f"{name}_bytes": bytes_per_device(tree) for name, tree in program.parts.items()}
     found: dict[str, Any] = {"devices": mesh.size, "flops": flops, "flops_per_chip": flops / mesh.size}
     try:
         with jax.set_mesh(mesh):

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota", "while", "conditional"}
 _VIEWS = ("bitcast", "reshape")
+_SLICES = ("dynamic-slice", "slice")
 _UPDATES = {"dynamic-update-slice": 1, "scatter": -1}
 """Operations that change their first operand in place -> which operand holds the new values."""
 
@@ -224,7 +225,7 @@ def _bytes(program: _Program, computation: str, instruction: _Instruction) -> fl
     local = program[computation]
     types = [local[name].type if name in local else "" for name in instruction.operands]
     written = _size(_shapes(instruction.type), hbm=True)
-    if operation == "dynamic-slice":
+    if operation in _SLICES:
         return 2 * written
     if operation in _UPDATES:
         return 2 * _size(_shapes(types[_UPDATES[operation]]), hbm=True)
@@ -235,26 +236,41 @@ def _bytes(program: _Program, computation: str, instruction: _Instruction) -> fl
     return read + _written(inner, written)
 
 
-def _users(inner: dict[str, _Instruction], name: str) -> list[tuple[_Instruction, str]]:
+def _users(program: _Program, inner: dict[str, _Instruction], name: str) -> list[tuple[_Instruction, str]]:
     """(user, name that it uses) of a value of a fusion, looking through changes of shape."""
     found = []
     for user in inner.values():
         if name in user.operands:
-            found += _users(inner, user.name) if user.operation in _VIEWS else [(user, name)]
+            view = user.operation in _VIEWS or (user.operation == "fusion" and _is_view(program, user, name))
+            found += _users(program, inner, user.name) if view else [(user, name)]
     return found
+
+
+def _parameters(program: _Program, fusion: _Instruction, name: str) -> list[_Instruction]:
+    """The parameters of a fusion's program that are the operand of this name."""
+    numbers = {str(number) for number, operand in enumerate(fusion.operands) if operand == name}
+    inner = program[fusion.called("calls")[0]].values()
+    return [one for one in inner if one.operation == "parameter" and one.operands[0] in numbers]
+
+
+def _is_view(program: _Program, fusion: _Instruction, name: str) -> bool:
+    """Whether a fusion gives this operand as it is, in another shape."""
+    inner = program[fusion.called("calls")[0]]
+    root = next(one for one in inner.values() if one.root)
+    while root.operation in _VIEWS:
+        root = inner[root.operands[0]]
+    return root in _parameters(program, fusion, name)
 
 
 def _read(program: _Program, inner: dict[str, _Instruction], parameter: _Instruction) -> float:
     """HBM bytes that a fusion reads of a parameter: the slices, where it reads slices only; 0 where it updates it."""
     size, total = _size(_shapes(parameter.type), hbm=True), 0.0
-    for user, name in _users(inner, parameter.name):
-        if user.operation in ("dynamic-slice", "gather") and user.operands[0] == name:
+    for user, name in _users(program, inner, parameter.name):
+        if user.operation in (*_SLICES, "gather") and user.operands[0] == name:
             total += _size(_shapes(user.type))
         elif user.operation == "fusion":
             nested = program[user.called("calls")[0]]
-            numbers = {str(number) for number, operand in enumerate(user.operands) if operand == name}
-            within = [i for i in nested.values() if i.operation == "parameter" and i.operands[0] in numbers]
-            total += sum(_read(program, nested, i) for i in within)
+            total += sum(_read(program, nested, one) for one in _parameters(program, user, name))
         elif not (user.operation in _UPDATES and user.operands[0] == name):
             total += size
     return min(size, total)

@@ -14,8 +14,10 @@ from jax.sharding import Mesh
 from dspark_jax.config import Config, InputError
 from dspark_jax.engine import schedulers
 from dspark_jax.engine.models import Models
-from dspark_jax.engine.slots import Mode, batch_axes, open_slots, serve_round
-from dspark_jax.sharding import replicated, sharding, state_shardings
+from dspark_jax.engine.placement import answering_load, evaluation_load
+from dspark_jax.engine.slots import Chunk, Mode, Slots, open_slots, parts, pin, prefill_chunk, serve_round
+from dspark_jax.ops.sampling import GREEDY_BELOW
+from dspark_jax.sharding import evenly, replicated, sharding, state_shardings
 from dspark_jax.target.frozen import abstract_frozen
 from dspark_jax.target.loading import abstract_target, compute_dtype
 from dspark_jax.training.micro_steps import ON_DEVICE, MicroSteps
@@ -99,38 +101,85 @@ def train_program(config: Config, mesh: Mesh) -> Program:
 def decode_program(config: Config, mesh: Mesh) -> Program:
     """One decoding round of `eval.batch_size` requests of the longest prompts and answers, sampling at temperature 1.
 
-    Weights lie as in training, requests are split over data x fsdp.
+    `mesh` is the one that decoding lives on (`engine.placement`).
     """
-    target = abstract_target(config.target.architecture, compute_dtype(config.target.dtype))
-    drafter = abstract_drafter(config)
-    rows = config.data.max_prompt_length + config.eval.max_new_tokens + config.drafter.block_size + 1
+    load = evaluation_load(config)
+    models, slots, scheduler = serving_shapes(load.models, load.requests, load.rows, mesh)
+    with jax.set_mesh(mesh):
+        released = jax.ShapeDtypeStruct((evenly(load.requests),), jnp.bool_, sharding=replicated(mesh))
+        traced = serve_round.trace(models, slots, released, scheduler, mode=Mode(greedy=False))
+    return Program("decoding round", traced, _parts(models, slots))
+
+
+def answering_programs(config: Config, mesh: Mesh, *, capacity: int, chunk: int) -> tuple[Program, Program]:
+    """A round of `prepare`'s engine, which decodes plainly, and the reading of a chunk of a prompt by every copy.
+
+    Args:
+      config: types resolved.
+      mesh: that decoding lives on.
+      capacity: of the engine.
+      chunk: tokens of a chunk.
+    """
+    load, answers = answering_load(config), config.data.answers
+    models, slots, scheduler = serving_shapes(load.models, load.requests, capacity, mesh)
+    everywhere = replicated(mesh)
+
+    def given(dtype: Any, *shape: int) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere)
+
+    filtered = answers.top_k > 0 or answers.top_p < 1 or answers.min_p > 0
+    mode = Mode(config.data.temperature < GREEDY_BELOW, filtered)
+    with jax.set_mesh(mesh):
+        count = evenly(load.requests)
+        read = parts(count)
+        numbers, settings = given(jnp.int32, read), given(jnp.float32, read)
+        pieces = Chunk(
+            tokens=given(jnp.int32, read, chunk), count=numbers, start=numbers, slot=numbers, prompt_length=numbers,
+            limit=numbers, seed=numbers, random_stream=numbers, temperature=settings, top_k=numbers, top_p=settings,
+            min_p=settings, stop_tokens=given(jnp.int32, read, STOP_TOKENS),
+        )  # fmt: skip
+        traced = serve_round.trace(models, slots, given(jnp.bool_, count), scheduler, mode=mode)
+        reading = prefill_chunk.trace(models, slots, pieces, scheduler)
+    held = _parts(models, slots)
+    return Program("round of answers", traced, held), Program("chunk of prompts", reading, held)
+
+
+def serving_shapes(models: Models, requests: int, rows: int, mesh: Mesh) -> tuple[Models, Slots, Any]:
+    """Shapes with shardings of what `serve_round` and `prefill_chunk` are given.
+
+    Args:
+      models: shapes of target and drafter.
+      requests: decoded together.
+      rows: of each one's caches.
+      mesh: that decoding lives on.
+
+    Returns:
+      The models in their compute type, the slots, and the scheduler.
+    """
     scheduler = jax.eval_shape(schedulers.fixed)
 
-    def slots(count: int, rows: int = rows) -> Any:
-        opened = functools.partial(open_slots, count=count, rows=rows, stops=STOP_TOKENS)
-        return jax.eval_shape(opened, Models(target, drafter), scheduler)
-
-    def lay(leaf: Any, axis: int) -> Any:
-        axes = ["batch" if i == axis else None for i in range(leaf.ndim)]
+    def lay(leaf: Any, *axes: str | None) -> Any:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding(axes, leaf.shape, mesh))
 
-    with jax.set_mesh(mesh):  # caches are what they are on its chips
-        shapes = slots(config.eval.batch_size)
-    state = jax.tree.map(lay, shapes, batch_axes(slots, shapes))
-    released = lay(jax.ShapeDtypeStruct((config.eval.batch_size,), jnp.bool_), 0)
-    target, drafter = (_laid(model, state_shardings(model, mesh), model.dtype) for model in (target, drafter))
-    everywhere = jax.tree.map(lambda leaf: replicated(mesh), scheduler)
-    scheduler = jax.tree.map(
-        lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), scheduler, everywhere
-    )
-    with jax.set_mesh(mesh):
-        traced = serve_round.trace(Models(target, drafter), state, released, scheduler, mode=Mode(greedy=False))
-    parts = {
-        "target_parameters": target,
-        "drafter_parameters": drafter,
-        "caches": (state.state.target_cache, state.state.draft_cache),
-    }
-    return Program("decoding round", traced, parts)
+    with jax.set_mesh(mesh):  # caches and weights are what they are on its chips
+        loaded = dataclasses.replace(models, target=_typed(models.target, models.target.dtype))
+        models = jax.eval_shape(lambda loaded: loaded.for_decoding(batch_size=evenly(requests)), loaded)
+        opened = functools.partial(open_slots, count=evenly(requests), rows=rows, stops=STOP_TOKENS)
+        slots = pin(models, scheduler, jax.eval_shape(opened, models, scheduler), lay)
+    places = state_shardings(models, mesh)
+    laid = jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), models, places)
+    return laid, slots, jax.tree.map(lambda leaf: lay(leaf, *(None,) * leaf.ndim), scheduler)
+
+
+def _parts(models: Models, slots: Slots) -> dict[str, Any]:
+    """What devices hold while they decode, by what it is for."""
+    caches = slots.state.target_cache, slots.state.draft_cache
+    return {"target_parameters": models.target, "drafter_parameters": models.drafter, "caches": caches}
+
+
+def _typed(shapes: Any, dtype: Any) -> Any:
+    """Shapes as `dtype`."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
 
 
 def _laid(shapes: Any, shardings: Any, dtype: Any) -> Any:
@@ -140,17 +189,3 @@ def _laid(shapes: Any, shardings: Any, dtype: Any) -> Any:
         return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=at)
 
     return jax.tree.map(one, shapes, shardings)
-
-
-def bytes_per_chip(tree: Any) -> int:
-    """Bytes that one device holds of a tree of shapes with shardings."""
-
-    def size(leaf: Any) -> int:
-        shape = leaf.sharding.shard_shape(leaf.shape)
-        item = 8 if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype.itemsize
-        count = 1
-        for length in shape:
-            count *= length
-        return count * item
-
-    return sum(size(leaf) for leaf in jax.tree.leaves(tree))

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from dspark_jax import platform
 from dspark_jax.config import TargetArchitecture
 from dspark_jax.ops.cached_attention import Rows
+from dspark_jax.sharding import constrain, per_device
 from dspark_jax.target.families.family import AttentionShape
 from dspark_jax.target.layers import drafter_layer, layer_at
 
@@ -79,8 +80,17 @@ class KVCache:
         shape = (batch, attention.kv_heads, length, attention.width)
         if separate:
             keys, values = (tuple(jnp.zeros(shape, dtype) for _ in range(layers)) for _ in range(2))
-            return cls(keys, values, front)
-        return cls(jnp.zeros((layers, *shape), dtype), jnp.zeros((layers, *shape), dtype), front)
+            return cls(keys, values, front).on_mesh()
+        return cls(jnp.zeros((layers, *shape), dtype), jnp.zeros((layers, *shape), dtype), front).on_mesh()
+
+    def on_mesh(self, pin: Callable[..., Any] = constrain) -> "KVCache":
+        """The cache with requests and key heads split over the mesh.
+
+        `pin(array, *logical axes)` does it: pins in a program, or lays out a shape.
+        """
+        axes = ("batch", "kv_heads", None, None)
+        stacked = not isinstance(self.keys, tuple)
+        return jax.tree.map(lambda rows: pin(rows, *((None, *axes) if stacked else axes)), self)
 
     def write(self, index: jax.Array | int, keys: jax.Array, values: jax.Array, starts: jax.Array) -> "KVCache":
         """Puts rows [B, T, K, H] of layer `index` at positions starts[b]..starts[b]+T-1.
@@ -189,16 +199,22 @@ def _put(cache: Any, rows: jax.Array, index: jax.Array | int, starts: jax.Array)
     """Keys or values with rows [B, T, K, H] at starts [B] of layer `index`."""
 
     def change(stack: jax.Array, number: jax.Array | int) -> jax.Array:
-        new = rows.astype(stack.dtype).swapaxes(1, 2)[None]  # [1, B, K, T, H]
-        if new.shape[1] == 1:  # updated in place; on a CPU the other way is a slow loop
-            return jax.lax.dynamic_update_slice(stack, new, (number, 0, 0, starts[0], 0))
+        new = rows.astype(stack.dtype).swapaxes(1, 2)  # [B, K, T, H]
+        cache, own = (None, "batch", "kv_heads", None, None), ("batch", "kv_heads", None, None)
+        # On every device of a mesh its own requests' rows: the compiler would collect those of all first.
+        put = per_device(lambda *arrays: (here(*arrays),), (cache, own, ("batch",), ()), (cache,))
+        return put(stack, new, starts, jnp.asarray(number, jnp.int32))[0]
+
+    def here(stack: jax.Array, new: jax.Array, starts: jax.Array, number: jax.Array) -> jax.Array:
+        if len(new) == 1:  # updated in place; on a CPU the other way is a slow loop
+            return jax.lax.dynamic_update_slice(stack, new[None], (number, 0, 0, starts[0], 0))
 
         # One piece [K, T, H] per request. With pieces [K, H], or requests as a batching dimension (`vmap`), a TPU would
         # transpose the whole cache before it and back again; with indices that are clipped, a mesh would collect it.
         return jax.lax.scatter(
             stack,
             jnp.stack([jnp.full_like(starts, number), jnp.arange(starts.size, dtype=starts.dtype), starts], axis=-1),
-            new[0],
+            new,
             jax.lax.ScatterDimensionNumbers(
                 update_window_dims=(1, 2, 3), inserted_window_dims=(0, 1), scatter_dims_to_operand_dims=(0, 1, 3)
             ),

@@ -136,13 +136,15 @@ class Attention(nnx.Module):
     def _values(self, value: jax.Array) -> jax.Array:
         return rms_norm(value, None, self.eps) if self.shape.value_norm else value
 
-    def fuse_weights(self, dtype: Any) -> None:
-        """See `decode_weights`; for a single layer."""
+    def fuse_weights(self, dtype: Any, *, join: bool) -> None:
+        """See `decode_weights`; joined are those of a single layer."""
         for weight in (self.query, self.key, self.value, self.out):
             narrow(weight, dtype)
+        if not join:
+            return
         query, key = self.query[...], self.key[...]
         parts = [query, key] if self.value is None else [query, key, self.value[...]]
-        self.joint = Param(jnp.concatenate(parts, axis=1), axes=(None,) * 3)
+        self.joint = Param(jnp.concatenate(parts, axis=1), axes=("embed", None, None))
         norms = [jnp.broadcast_to(norm[...], (part.shape[1], part.shape[2])) for norm, part in
                  ((self.query_norm, query), (self.key_norm, key)) if norm is not None]  # fmt: skip
         self.joint_norm: Any = Param(jnp.concatenate(norms), axes=(None,) * 2) if norms else None
@@ -182,11 +184,15 @@ class MLP(nnx.Module):
             gate, up = jnp.split(dense(x, self.joint[...]), 2, axis=-1)
         return dense(GATES[self.function](gate) * up, self.down[...])
 
-    def fuse_weights(self, dtype: Any) -> None:
-        """See `decode_weights`; for a single layer."""
-        joint = jnp.concatenate([self.gate[...].astype(dtype), self.up[...].astype(dtype)], axis=1)
-        self.joint, self.gate, self.up = Param(joint, axes=(None,) * 2), None, None
+    def fuse_weights(self, dtype: Any, *, join: bool) -> None:
+        """See `decode_weights`; joined are those of a single layer."""
         narrow(self.down, dtype)
+        if not join:
+            narrow(self.gate, dtype)
+            narrow(self.up, dtype)
+            return
+        joint = jnp.concatenate([self.gate[...].astype(dtype), self.up[...].astype(dtype)], axis=1)
+        self.joint, self.gate, self.up = Param(joint, axes=("embed", None)), None, None
 
 
 class Layer(nnx.Module):
@@ -241,7 +247,7 @@ def layer_at(layers: Any, index: jax.Array | int) -> Any:
     def pick(leaf: Any) -> Any:
         stack = leaf.get_value() if isinstance(leaf, Param) else leaf
         value = stack[index] if isinstance(index, int) else jax.lax.dynamic_index_in_dim(stack, index, keepdims=False)
-        return leaf.replace(gather(value, *leaf.axes[1:])) if isinstance(leaf, Param) else value
+        return leaf.replace(gather(value, *leaf.axes[1:]), axes=leaf.axes[1:]) if isinstance(leaf, Param) else value
 
     return jax.tree.map(pick, layers, is_leaf=lambda leaf: isinstance(leaf, Param))
 

@@ -263,9 +263,18 @@ def _load(
 
 
 def _put(shape: tuple[int, ...], sharding: NamedSharding, cut: Callable[[Any], np.ndarray]) -> jax.Array:
-    """An array on the devices here, one after the other, so that only one shard at a time is on the host."""
+    """An array on the devices here, slice by slice, so that only one at a time is on the host.
+
+    Devices that hold the same slice get it from the first of them.
+    """
     places = sharding.addressable_devices_indices_map(shape)
-    parts = [jax.block_until_ready(jax.device_put(cut(index), device)) for device, index in places.items()]
+    first: dict[Any, jax.Array] = {}
+    parts = []
+    for device, index in places.items():
+        key = tuple(part.indices(size) for part, size in zip(index or (), shape, strict=True))
+        value = first[key] if key in first else cut(index)
+        parts.append(jax.block_until_ready(jax.device_put(value, device)))
+        first.setdefault(key, parts[-1])
     return jax.make_array_from_single_device_arrays(shape, sharding, parts)
 
 
@@ -294,8 +303,17 @@ def _advise(tensor: np.ndarray, advice: str) -> None:
         mapped.madvise(getattr(mmap, advice))
 
 
-def abstract_target(arch: TargetArchitecture, dtype: Any) -> Target:
-    """A target whose parameters are shapes only."""
+def abstract_target(arch: TargetArchitecture, dtype: Any, where: str | Path = "target") -> Target:
+    """A target whose parameters are shapes only; `where` it is from, for the message.
+
+    Raises:
+      InputError: it has no definition here.
+    """
+    if arch.unsupported:
+        raise InputError(
+            f"{where}: a {arch.unsupported} has no definition here, so nothing can be decoded with it; train a "
+            "drafter from its features (data.features=torch), export it, and measure it where the target is served"
+        )
     made = families.of_shape(arch).model() or Target
     return nnx.eval_shape(lambda: made(arch, rngs=nnx.Rngs(0), dtype=dtype))
 
@@ -308,14 +326,9 @@ def load_target(config: TargetConfig, mesh: Mesh) -> Target:
         or the model's config says another shape than ours, or tied embeddings beside a head that differs from them.
     """
     directory, arch, dtype = local_directory(config.path), config.architecture, compute_dtype(config.dtype)
-    if arch.unsupported:
-        raise InputError(
-            f"{directory}: a {arch.unsupported} has no definition here, so nothing can be decoded with it; train a "
-            "drafter from its features (data.features=torch), export it, and measure it where the target is served"
-        )
+    target = abstract_target(arch, dtype, directory)
     if (directory / "config.json").exists():  # of a model on the hub, nobody has compared it before
         arch.refuse_other(TargetArchitecture.from_hf(directory), config.path)
-    target = abstract_target(arch, dtype)
     tensors = read_checkpoint(directory)
     tensors = {name: tensor for name, tensor in tensors.items() if not target.family.ignores(name)}
     weights = target.family.weights(arch, tensors)

@@ -114,8 +114,9 @@ class Target(nnx.Module):
             logits = jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
         return self.softcap * jnp.tanh(logits / self.softcap) if self.softcap else logits
 
-    def fuse_weights(self, dtype: Any) -> None:
+    def fuse_weights(self, dtype: Any, *, join: bool) -> None:
         """See `decode_weights`."""
+        del join
         self.columns = head_columns(self.head, dtype)
 
     def init_cache(self, batch: int, length: int, block: int = 1) -> Cache:

@@ -1,22 +1,17 @@
 """Host memory: what features from disk need of it, and what compiling leaves behind."""
 
-import contextlib
 import ctypes
 import math
-import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 from jax.sharding import Mesh
 
 from dspark_jax.config import Config, InputError
 from dspark_jax.data.pipeline import ON_HOST
+from dspark_jax.platform import host_memory
 from dspark_jax.training.step import batch_layout
-
-_GROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-"""Where Linux says what a control group (a container) may have, by the version of control groups."""
 
 
 def return_freed_memory() -> None:
@@ -28,15 +23,6 @@ def return_freed_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
-
-
-def total_memory() -> int:
-    """Bytes that this machine has, or that the container leaves of them to its processes."""
-    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for path in _GROUP_LIMITS:
-        with contextlib.suppress(OSError, ValueError):  # there is none, or it says "max"
-            limits.append(int(Path(path).read_text()))
-    return min(limits)
 
 
 def feature_memory(config: Config, mesh: Mesh) -> int:
@@ -63,7 +49,7 @@ def check_host_memory(config: Config, mesh: Mesh) -> None:
     Raises:
       InputError: they take more than all of its memory.
     """
-    needed, there = feature_memory(config, mesh), total_memory()
+    needed, there = feature_memory(config, mesh), host_memory()
     if needed <= there:
         return
     train, rows = config.train, config.train.batch_size // config.train.accumulate

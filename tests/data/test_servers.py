@@ -154,7 +154,7 @@ def test_a_target_here_gives_the_same_samples(
 ) -> None:
     """Greedily: the server decodes with the engine of this package."""
     mesh = make_mesh(config.mesh, jax.devices()[:1])  # compiles faster
-    monkeypatch.setattr("dspark_jax.run.make_mesh", lambda _: mesh)
+    monkeypatch.setattr("dspark_jax.answering.decoding_mesh", lambda *_: mesh)
     write_prompts(tmp_path / "math.jsonl", 4)
     settings = {
         "prompts": (str(tmp_path / "math.jsonl"),),

@@ -224,6 +224,7 @@ def test_a_slot_is_handed_over_clean(models: Any, target: Target) -> None:
         chunk = Chunk(
             tokens, *numbers, np.float32(0), np.int32(0), np.float32(1), np.float32(0), np.full(1, -1, np.int32)
         )
+        chunk = jax.tree.map(lambda value: value[None], chunk)  # one part
         slots, committed = prefill_chunk(pair, slots, chunk, scheduler)
         assert committed.counts.tolist() == [int(start == 4)]
         assert slots.state.lengths.tolist() == [1, start + count + 1]

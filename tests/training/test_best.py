@@ -143,7 +143,7 @@ def test_a_run_keeps_the_best_of_what_it_measures(config, fit, meshes, tmp_path,
     taus, seen = {3: 2.0, 6: 3.0, 8: 1.0}, []
 
     class Fake:
-        def __init__(self, *_):
+        def __init__(self, *_, **__):
             seen.append({})
 
         def measure(self, drafter: Any) -> Any:

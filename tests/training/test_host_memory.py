@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from dspark_jax import platform
 from dspark_jax.config import InputError
 from dspark_jax.training import host_memory
 from dspark_jax.training.host_memory import (
@@ -32,7 +33,7 @@ def test_freed_memory_is_returned():
 
 
 def test_micro_batches_that_do_not_fit_are_refused(config, meshes, monkeypatch):
-    monkeypatch.setattr(host_memory, "total_memory", lambda: 20_000)
+    monkeypatch.setattr(host_memory, "host_memory", lambda: 20_000)
     check_host_memory(config, meshes["one"])  # online, there are none
     config.data.features = "cache"
     # Three times eight sequences x 24 tokens x three layers of 32 bytes with a scale of two bytes each.
@@ -47,14 +48,14 @@ def test_micro_batches_that_do_not_fit_are_refused(config, meshes, monkeypatch):
     assert "; set train.accumulate=4, or data.pack=True" in message
     config.train.accumulate = 4
     check_host_memory(config, meshes["one"])
-    monkeypatch.setattr(host_memory, "total_memory", lambda: 5_000)
+    monkeypatch.setattr(host_memory, "host_memory", lambda: 5_000)
     with pytest.raises(InputError, match="lower data.max_length"):
         check_host_memory(config, meshes["one"])
 
 
 def test_the_limit_of_a_container_counts(tmp_path, monkeypatch):
     (tmp_path / "memory.max").write_text("max\n")
-    monkeypatch.setattr(host_memory, "_GROUP_LIMITS", (str(tmp_path / "memory.max"), str(tmp_path / "none")))
-    assert host_memory.total_memory() > 2**20
+    monkeypatch.setattr(platform, "_GROUP_LIMITS", (str(tmp_path / "memory.max"), str(tmp_path / "none")))
+    assert platform.host_memory() > 2**20
     (tmp_path / "memory.max").write_text("4096\n")
-    assert host_memory.total_memory() == 4096
+    assert platform.host_memory() == 4096

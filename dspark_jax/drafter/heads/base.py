@@ -48,8 +48,9 @@ class SequentialHead(nnx.Module):
         """
         raise NotImplementedError
 
-    def fuse_weights(self, dtype: Any) -> None:
+    def fuse_weights(self, dtype: Any, *, join: bool) -> None:
         """See `target.decode_weights`: W2 is read again for every draft."""
+        del join
         narrow(self.w1, dtype)
         narrow(self.w2, dtype)
 

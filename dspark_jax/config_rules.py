@@ -13,6 +13,8 @@ from dspark_jax.ranges import NOT_NEGATIVE, range_problems
 from dspark_jax.registry import HEADS, LOSS_TERMS, listed, unknown
 from dspark_jax.target.families import FAMILIES, known
 
+BLOCK_LAYOUTS = ("anchor_first", "fill_in")
+
 
 def _feature_problems(config: Config) -> Iterator[str]:
     """What does not go with features from disk."""
@@ -150,6 +152,8 @@ def _drafter_problems(drafter: DrafterConfig, target: TargetArchitecture) -> Ite
         yield f"drafter.markov_rank={drafter.markov_rank} must be positive for {name}; use 256, or kind='dflash'"
     if drafter.markov_head_type not in HEADS:
         yield unknown("drafter.markov_head_type", drafter.markov_head_type, HEADS)
+    if drafter.block_layout not in BLOCK_LAYOUTS:
+        yield f"drafter.block_layout={drafter.block_layout!r} is unknown; use {listed(BLOCK_LAYOUTS)}"
     for field, (value, why) in kind.fixed.items():
         if getattr(drafter, field) != value:
             yield f"drafter.{field}={getattr(drafter, field)}: {name} {why}; set it to {value}"

@@ -1,8 +1,8 @@
 """Kinds of drafters: where the class of each is, and everything else that differs from kind to kind.
 
-A config names a kind in `drafter.kind`. `as_kind` turns a config into one of another kind, or of a variant of dspark:
-dspark with another sequential head or another loss. Everything else of a config (target, data, steps, optimizer) stays,
-so that drafters are compared on equal terms.
+A config names a kind in `drafter.kind`. `as_kind` turns a config into one of another kind, or of a variant of one:
+dspark with another sequential head or another loss, dflash with other blocks. Everything else of a config (target,
+data, steps, optimizer) stays, so that drafters are compared on equal terms.
 
 A program adds its own from anywhere: `KINDS["mine"] = Kind("what it is", MyDrafter)`. Neither this module nor what it
 imports knows an accelerator library.
@@ -17,7 +17,7 @@ from dspark_jax.errors import InputError
 from dspark_jax.registry import Entry
 
 if TYPE_CHECKING:
-    from dspark_jax.config import Config
+    from dspark_jax.config import Config, DrafterConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Kind(Entry):
       fixed: field of `DrafterConfig` -> the one value that it has, and why.
       loss: what its own loss sets of `LossConfig`; None: it is trained with any.
       served_as: under which method servers load its exports; None: no server does.
+      fill_in_served_as: the same with fill-in blocks; empty: under the same method.
     """
 
     token_by_token: bool = False
@@ -43,21 +44,24 @@ class Kind(Entry):
     fixed: Mapping[str, tuple[Any, str]] = dataclasses.field(default_factory=dict)
     loss: Mapping[str, Any] | None = None
     served_as: str | None = None
+    fill_in_served_as: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """Dspark with other settings.
+    """A kind with other settings.
 
     Attributes:
       description: what it is, for `--help`.
       drafter: what it sets of `DrafterConfig`.
       loss: what it sets of `LossConfig`.
+      kind: which kind.
     """
 
     description: str
     drafter: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     loss: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    kind: str = "dspark"
 
 
 _EAGLE3_LOSS = {"decay": -1.0 / math.log(0.8), "ce": 0.0, "l1": 0.0, "confidence": 0.0, "soft_ce": 1.0, "per_row": True}
@@ -66,7 +70,7 @@ _EAGLE3_LOSS = {"decay": -1.0 / math.log(0.8), "ce": 0.0, "l1": 0.0, "confidence
 _MTP_LOSS = {"ce": 1.0, "l1": 0.0, "confidence": 0.0}
 """DeepSeek-V3's: cross-entropy with the data."""
 
-_ONE_LAYER = {"num_layers": (1, "has one layer")}
+_ONE_LAYER = {"num_layers": (1, "has one layer"), "block_layout": ("anchor_first", "has no blocks")}
 
 KINDS: dict[str, Kind] = {
     "dspark": Kind(
@@ -75,7 +79,12 @@ KINDS: dict[str, Kind] = {
         has_heads=True,
         served_as="dspark",
     ),
-    "dflash": Kind("dspark_jax.drafter.dspark:DSpark", "dspark without its heads", served_as="dspark"),
+    "dflash": Kind(
+        "dspark_jax.drafter.dspark:DSpark",
+        "dspark without its heads",
+        served_as="dspark",
+        fill_in_served_as="dflash",
+    ),
     "eagle3": Kind(
         "dspark_jax.drafter.eagle3:Eagle3",
         "one layer, fed with its own outputs",
@@ -99,6 +108,9 @@ KINDS: dict[str, Kind] = {
 VARIANTS: dict[str, Variant] = {
     "gated": Variant("dspark with the gated head", drafter={"markov_head_type": "gated"}),
     "rnn": Variant("dspark with the recurrent head", drafter={"markov_head_type": "rnn"}),
+    "fill_in": Variant(
+        "dflash as z-lab has it: the anchor's row predicts nothing", drafter={"block_layout": "fill_in"}, kind="dflash"
+    ),
     "length": Variant("dspark that maximises its expected accepted length", loss={"l1": 0.0, "length": 1.0}),
 }
 
@@ -106,6 +118,12 @@ VARIANTS: dict[str, Variant] = {
 def names() -> list[str]:
     """What `as_kind` takes."""
     return [*KINDS, *VARIANTS]
+
+
+def served_as(config: "DrafterConfig") -> str | None:
+    """Under which method servers load a drafter, dspark, dflash or eagle3; None: they do not."""
+    kind = KINDS[config.kind]
+    return config.block_layout == "fill_in" and kind.fill_in_served_as or kind.served_as
 
 
 def as_kind(config: "Config", name: str) -> "Config":
@@ -120,8 +138,8 @@ def as_kind(config: "Config", name: str) -> "Config":
     """
     if name not in names():
         raise InputError(f"drafter kind {name!r} is unknown; use one of: {', '.join(names())}")
-    kind, variant = KINDS.get(name, KINDS["dspark"]), VARIANTS.get(name, Variant(""))
-    changes: dict[str, Any] = {"kind": name if name in KINDS else "dspark"}
+    variant = VARIANTS.get(name, Variant("", kind=name))
+    kind, changes = KINDS[variant.kind], dict[str, Any](kind=variant.kind)
     if kind.has_heads:
         changes["markov_head_type"] = "vanilla"
     else:

@@ -42,7 +42,9 @@ def test_only_drafter_loss_and_rows_change(base: Config, kind: str) -> None:
     assert config.drafter.block_size == (1 if kind == "mtp" else 5)
     assert config.drafter.mask_token_id == (0 if kind in ("eagle3", "mtp") else 66)
     assert config.drafter.target_layer_ids == ((3,) if kind == "mtp" else (0, 2))
-    assert (config.drafter.markov_rank == 0) == (kind in ("dflash", "eagle3", "mtp"))
+    assert (config.drafter.markov_rank == 0) == (kind in ("dflash", "fill_in", "eagle3", "mtp"))
+    assert (config.drafter.block_layout == "fill_in") == (kind == "fill_in")
+    assert config.drafter.block_rows == config.drafter.block_size + (kind == "fill_in")
     config.loss.ce, config.loss.extra["mine"] = 9.0, 1.0  # the presets are not shared
     assert as_kind(base, kind).loss.ce != 9.0 and not as_kind(base, kind).loss.extra
 
@@ -82,6 +84,8 @@ def test_a_drafter_that_another_program_had_added_is_refused_when_it_is_made(bas
         ("eagle3", {"target_layer_ids": (0, 3)}, "contains 3, the last layer"),
         ("eagle3", {"markov_rank": 4}, "drafter.kind='eagle3' has no heads"),
         ("rnn", {"markov_head_type": "lstm"}, "drafter.markov_head_type='lstm' is unknown; use vanilla, gated or rnn"),
+        ("eagle3", {"block_layout": "fill_in"}, "eagle3 has no blocks; set it to anchor_first"),
+        ("dspark", {"block_layout": "zlab"}, "drafter.block_layout='zlab' is unknown; use anchor_first or fill_in"),
         ("dspark", {"kind": "hydra"}, "drafter.kind='hydra' is unknown; use dspark, dflash, eagle3 or mtp"),
     ],
 )

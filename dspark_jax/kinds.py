@@ -31,6 +31,7 @@ class Kind(Entry):
         0 there.
       has_heads: it has a sequential head, and may have a confidence head.
       reads_last_layer: it reads one layer of the target, by default the last one; the others read any but the last.
+      settings: what `as_kind` sets of `DrafterConfig` besides; other values go as well.
       fixed: field of `DrafterConfig` -> the one value that it has, and why.
       loss: what its own loss sets of `LossConfig`; None: it is trained with any.
       served_as: under which method servers load its exports; None: no server does.
@@ -41,6 +42,7 @@ class Kind(Entry):
     needs_mask: bool = True
     has_heads: bool = False
     reads_last_layer: bool = False
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     fixed: Mapping[str, tuple[Any, str]] = dataclasses.field(default_factory=dict)
     loss: Mapping[str, Any] | None = None
     served_as: str | None = None
@@ -70,7 +72,21 @@ _EAGLE3_LOSS = {"decay": -1.0 / math.log(0.8), "ce": 0.0, "l1": 0.0, "confidence
 _MTP_LOSS = {"ce": 1.0, "l1": 0.0, "confidence": 0.0}
 """DeepSeek-V3's: cross-entropy with the data."""
 
-_ONE_LAYER = {"num_layers": (1, "has one layer"), "block_layout": ("anchor_first", "has no blocks")}
+_DFLASH2 = {
+    "conv_kernel_size": 2,
+    "markov_head_type": "selector",
+    "block_layout": "fill_in",
+    "confidence_head": False,
+    "confidence_with_markov": False,
+}
+_DFLASH2_LOSS = {"ce": 0.0, "l1": 0.0, "confidence": 0.0, "soft_ce": 1.0, "extra": {"selector": 1.0}}
+"""That of speculators, as the authors' is not published: KL with the target, and the selector's cross-entropy."""
+
+_ONE_LAYER = {
+    "num_layers": (1, "has one layer"),
+    "block_layout": ("anchor_first", "has no blocks"),
+    "conv_kernel_size": (0, "has no blocks"),
+}
 
 KINDS: dict[str, Kind] = {
     "dspark": Kind(
@@ -83,6 +99,14 @@ KINDS: dict[str, Kind] = {
         "dspark_jax.drafter.dspark:DSpark",
         "dspark without its heads",
         served_as="dspark",
+        fill_in_served_as="dflash",
+    ),
+    "dflash2": Kind(
+        "dspark_jax.drafter.dspark:DSpark",
+        "dflash with convolutions along the block, and a head that chooses among the likeliest tokens",
+        has_heads=True,
+        settings=_DFLASH2,
+        loss=_DFLASH2_LOSS,
         fill_in_served_as="dflash",
     ),
     "eagle3": Kind(
@@ -144,7 +168,7 @@ def as_kind(config: "Config", name: str) -> "Config":
         changes["markov_head_type"] = "vanilla"
     else:
         changes |= {"markov_rank": 0, "confidence_head": False, "confidence_with_markov": False}
-    changes |= {field: value for field, (value, _) in kind.fixed.items()} | dict(variant.drafter)
+    changes |= dict(kind.settings) | {field: value for field, (value, _) in kind.fixed.items()} | dict(variant.drafter)
     if kind.reads_last_layer:
         changes["target_layer_ids"] = ()
     if not kind.needs_mask:

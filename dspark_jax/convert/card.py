@@ -70,6 +70,8 @@ def model_card(
 
 def _heads(rank: int, kind: str, *, confidence: bool) -> str:
     """The heads of a drafter in words."""
+    if rank and kind == "selector":
+        return f"convolutions along the block, and a candidate selector of rank {rank}"
     heads = [f"a {'' if kind == 'vanilla' else f'{kind} '}Markov head of rank {rank}"] if rank else []
     return " and ".join([*heads, *(["a confidence head"] if confidence else [])]) or "no heads"
 

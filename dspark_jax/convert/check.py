@@ -127,6 +127,8 @@ def describe(layout: Layout) -> str:
         )
     order = "anchor-first" if layout.anchor_first else "fill-in"
     heads = f"{layout.markov_head_type} Markov head of rank {layout.markov_rank}" if layout.markov_rank else "no heads"
+    if layout.markov_head_type == "selector":
+        heads = f"convolutions, and a selector of rank {layout.markov_rank} among {layout.selector_top_k}"
     return (
         f"{order} blocks of {layout.block_size}, outputs of layers {list(layout.taps)}, mask token "
         f"{layout.mask_token_id}, {heads}"

@@ -48,8 +48,9 @@ def drafter_config(where: str, layout: Layout) -> DrafterConfig:
     head = layout.markov_head_type if layout.markov_rank else "vanilla"
     if head not in HEADS:
         raise Unsupported(where, f"markov_head_type {head!r}", f"use {listed(HEADS)}")
+    kind = "dspark" if layout.markov_rank or layout.confidence else "dflash"
     return DrafterConfig(
-        kind="dspark" if layout.markov_rank or layout.confidence else "dflash",
+        kind="dflash2" if head == "selector" else kind,
         num_layers=layout.num_layers,
         block_size=layout.drafts,
         block_layout="anchor_first" if layout.anchor_first else "fill_in",
@@ -59,6 +60,9 @@ def drafter_config(where: str, layout: Layout) -> DrafterConfig:
         confidence_head=layout.confidence,
         confidence_with_markov=layout.confidence_with_markov,
         markov_head_type=head,
+        conv_kernel_size=layout.conv_kernel_size,
+        conv_group_size=layout.conv_group_size,
+        selector_top_k=layout.selector_top_k,
     )
 
 

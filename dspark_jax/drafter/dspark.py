@@ -1,7 +1,7 @@
 """DSpark (paper section 3): the parallel backbone, a sequential head and the confidence head.
 
-DFlash is the same drafter without the heads. The embedding and the LM head belong to the target, which every method
-that needs them takes as an argument.
+DFlash is the same drafter without the heads; DFlash 2 has convolutions and the selector (`heads/selector.py`). The
+embedding and the LM head belong to the target, which every method that needs them takes as an argument.
 """
 
 from typing import Any
@@ -25,7 +25,7 @@ class DSpark(DrafterModule):
     """A block drafter for one target. Parameters are float32; `dtype` is the compute type."""
 
     def __init__(self, arch: TargetArchitecture, config: DrafterConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32):
-        scale, rank = config.initializer_range, config.markov_rank
+        rank = config.markov_rank
         self.block_size, self.rows = config.block_size, config.block_rows
         self.taps = tuple(config.target_layer_ids)
         self.mask_token = config.mask_token_id
@@ -33,10 +33,10 @@ class DSpark(DrafterModule):
         self.backbone = Backbone(arch, config, rngs=rngs)
         if rank:
             head = find(HEADS, config.markov_head_type, "drafter.markov_head_type").load()
-            self.markov = head(arch.vocab_size, arch.hidden_size, rank, scale=scale, rngs=rngs)
+            self.markov = head.of(arch, config, rngs=rngs)
         if config.confidence_head:
             seen = rank if config.confidence_with_markov else 0
-            self.confidence = ConfidenceHead(arch.hidden_size, seen, scale=scale, rngs=rngs)
+            self.confidence = ConfidenceHead(arch.hidden_size, seen, scale=config.initializer_range, rngs=rngs)
 
     def __call__(
         self,

@@ -87,6 +87,29 @@ def test_z_labs_dflash_has_a_command_for_each_server():
         card_of(GEMMA, replace(DFLASH, block_layout="fill_in"), "universal")
 
 
+def test_dflash2_has_a_command_where_it_is_known():
+    config = replace(
+        DSPARK, kind="dflash2", block_layout="fill_in", markov_head_type="selector", confidence_head=False,
+        confidence_with_markov=False, conv_kernel_size=2,
+    )  # fmt: skip
+    card = card_of(QWEN, config, "universal")
+    for server in ("tpu-inference", "sglang-jax"):
+        assert f"{server} cannot serve it: it has no DFlash 2." in card
+    assert card.count("cannot serve it") == 2 and "candidate selector of rank 8" in card and "besides" not in card
+    assert '{"method": "dflash", "model": "DIR", "num_speculative_tokens": 5' in card
+    assert "--spec-type draft-dflash" in card and "--speculative-num-draft-tokens 6" in card
+    assert "vllm serve DIR" in card_of(QWEN, config, "speculators")
+    for change, message in (
+        ({"confidence_head": True}, "without a confidence head only"),
+        ({"conv_kernel_size": 0}, "this drafter has conv_kernel_size=0"),
+        ({"kind": "dspark"}, "no server has a dspark with a selector; train with drafter.kind='dflash2'"),
+        ({"kind": "dspark", "markov_head_type": "vanilla"}, "no server has a dspark with convolutions"),
+        ({"block_layout": "anchor_first"}, "no format that a server loads; .*fill_in"),
+    ):
+        with pytest.raises(InputError, match=message):
+            card_of(QWEN, replace(config, **change), "universal")
+
+
 def test_costs_of_this_engine_are_not_given_to_another():
     """A table of another engine's steps, or another machine's, makes SGLang verify too much or too little."""
     card = card_of(QWEN, DSPARK, "universal")

@@ -43,6 +43,10 @@ VARIANTS = {
 }
 FILL_IN = replace(DSPARK, block_layout="fill_in")
 Z_LAB = replace(VARIANTS["dflash"], block_layout="fill_in")
+DFLASH2 = replace(
+    FILL_IN, kind="dflash2", markov_head_type="selector", confidence_head=False, confidence_with_markov=False,
+    conv_kernel_size=2, conv_group_size=8, selector_top_k=7,
+)  # fmt: skip
 
 EAGLE3 = replace(DSPARK, kind="eagle3", num_layers=1, mask_token_id=0, markov_rank=0, confidence_head=False)
 EAGLE3 = replace(EAGLE3, confidence_with_markov=False)
@@ -105,7 +109,9 @@ def test_what_comes_back_drafts_the_same(tiny_target, tmp_path, form, variant):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize("wanted", [DSPARK, EAGLE3, FILL_IN, Z_LAB], ids=["dspark", "eagle3", "fill-in", "z-lab"])
+@pytest.mark.parametrize(
+    "wanted", [DSPARK, EAGLE3, FILL_IN, Z_LAB, DFLASH2], ids=["dspark", "eagle3", "fill-in", "z-lab", "dflash2"]
+)
 def test_round_trips_are_bit_exact(tiny_target, tmp_path, form, dtype, wanted):
     source, drafter = make_source(tiny_target, wanted)
     if form == "deepspec" and wanted.block_layout == "fill_in":

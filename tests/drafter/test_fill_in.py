@@ -99,9 +99,13 @@ def expected() -> np.ndarray:
 
 
 def outputs(config: DrafterConfig = DFLASH, loss_mask: Any = None) -> Any:
-    mask = jnp.ones_like(TOKENS) if loss_mask is None else jnp.asarray(loss_mask)
+    return forward(drafter(config), jnp.ones_like(TOKENS) if loss_mask is None else jnp.asarray(loss_mask))
+
+
+@jax.jit
+def forward(model: Any, loss_mask: jax.Array) -> Any:
     anchors = Anchors(jnp.asarray(ANCHORS), jnp.ones(ANCHORS.shape, bool))
-    return drafter(config)(Matrices(), jnp.asarray(FEATURES), jnp.asarray(TOKENS), mask, anchors)
+    return model(Matrices(), jnp.asarray(FEATURES), jnp.asarray(TOKENS), loss_mask, anchors)
 
 
 def test_training_rows() -> None:
@@ -157,6 +161,6 @@ def test_drafts_are_what_the_training_pass_gives(config: DrafterConfig) -> None:
     logits = Matrices().unembed(hidden)
     if model.markov is not None:
         previous = model.markov.embed(jnp.concatenate([first[:, None], proposal.tokens[:, :-1]], axis=1))
-        logits = logits + model.markov.bias(model.markov.latent(hidden, previous))
+        logits = model.markov.logits(logits, hidden, previous)
     np.testing.assert_allclose(proposal.logits, logits, atol=2e-4)
     np.testing.assert_array_equal(proposal.tokens, np.argmax(logits, axis=-1))

@@ -15,6 +15,21 @@ from speculators.models.attention import create_float_mask
 from speculators.models.dflash import core
 
 
+def chosen(model: SpeculatorModel, hidden: torch.Tensor, logits: torch.Tensor, given: dict) -> dict:
+    """Candidates of every row and their scores after the true token before, [A, rows, K]; and the greedy walk."""
+    size, anchors, selector = model.block_size, given["anchors"], model.candidate_selector
+    hidden, logits = (values.reshape(len(anchors), size, -1) for values in (hidden, logits))
+    rows = anchors[:, None] + torch.arange(size)
+    before = given["tokens"][torch.cat([rows[:, :1], rows[:, :-1]], dim=1)]
+    ids, scores = selector.select(logits, hidden, before)
+    walk, previous = [], given["tokens"][anchors]
+    for row in range(1, size):
+        candidates, edges = selector.select(logits[:, row], hidden[:, row], previous)
+        previous = candidates.gather(-1, edges.argmax(-1, keepdim=True))[:, 0]
+        walk.append(previous)
+    return {"candidates": ids, "scores": scores, "walk": torch.stack(walk, dim=1)}
+
+
 def main() -> None:
     """Writes hidden states, logits, the loss (KL with the target, and what the kind adds) and every gradient."""
     asked = json.load(sys.stdin)
@@ -31,7 +46,10 @@ def main() -> None:
     hidden, logits, _, mask, _ = model._backbone_forward(*inputs, max_anchors=len(given["anchors"]))
     found = {"hidden": hidden, "logits": logits, "mask": mask}
     if type(model).__name__ != "DSparkDraftModel":
-        loss = {"loss_config": resolve_loss_config("kl_div", "eager")}
+        loss: dict = {"loss_config": resolve_loss_config("kl_div", "eager")}
+        if hasattr(model, "candidate_selector"):
+            loss["tv_loss_fn"] = resolve_loss_config("tv", "eager")["tv"][0]
+            found |= chosen(model, hidden, logits, given)
         _, found["loss"], _ = model(*inputs, max_anchors=len(given["anchors"]), **loss)
         found["loss"].backward()
         found |= {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}

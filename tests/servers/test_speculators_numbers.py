@@ -14,12 +14,13 @@ from dspark_jax.convert.export import write_export
 from dspark_jax.convert.hf import drafter_tensors, import_drafter
 from dspark_jax.convert.mapping import FROZEN
 from dspark_jax.drafter.blocks import Anchors
+from dspark_jax.ops.sampling import Sampling
 from dspark_jax.training.loss import drafter_loss
-from tests.convert.test_export import FILL_IN, Z_LAB, make_source, mesh
+from tests.convert.test_export import DFLASH2, FILL_IN, Z_LAB, make_source, mesh
 from tests.servers.conftest import serve
 
 pytestmark = pytest.mark.servers
-DRAFTERS = {"fill-in dspark": FILL_IN, "dflash": Z_LAB}
+DRAFTERS = {"fill-in dspark": FILL_IN, "dflash": Z_LAB, "dflash2": DFLASH2}
 ANCHORS, LENGTH, TOLERANCE = [1, 4, 5, 12], 24, 2e-5
 
 
@@ -38,6 +39,19 @@ class Matrices:
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         return hidden @ self.head.T
+
+
+def compare_choices(drafter: Any, target: Any, out: Any, theirs: dict[str, np.ndarray]) -> None:
+    """Candidates, their scores after the true token before, and the greedy walk from the anchors."""
+    ids, scores = (theirs[key][:, 1:] for key in ("candidates", "scores"))
+    base, head = target.unembed(out.hidden), drafter.markov
+    logits = np.asarray(head.logits(base, out.hidden, head.embed(out.prev_tokens)))[0]
+    np.testing.assert_allclose(np.take_along_axis(logits, ids, axis=-1), scores, atol=10 * TOLERANCE)
+    assert np.isfinite(logits).sum() == ids.size
+    steps = (jnp.swapaxes(values[0], 0, 1) for values in (base, out.hidden))
+    uniforms = jnp.zeros((ids.shape[1], len(ids), 2), jnp.int32)
+    tokens, _ = head.sample(*steps, out.prev_tokens[0, :, 0], uniforms, Sampling.constant(0.0, len(ids)))
+    np.testing.assert_array_equal(tokens.T, theirs["walk"])
 
 
 @pytest.mark.parametrize("name", DRAFTERS)
@@ -81,7 +95,8 @@ def test_numbers_of_the_package(given: Any, tiny_target: Path, tmp_path: Path, n
         return model(target, batch["features"], batch["tokens"], jnp.ones((1, LENGTH)), anchors)
 
     def loss(model: Any) -> Any:
-        terms = LossConfig(ce=0.0, l1=0.0, confidence=0.0, soft_ce=1.0)
+        more = {"selector": 1.0} if config.kind == "dflash2" else {}
+        terms = LossConfig(ce=0.0, l1=0.0, confidence=0.0, soft_ce=1.0, extra=more)
         last = jnp.asarray(arrays["last_hidden"])[None]
         return drafter_loss(model, target, run(model), last, terms, vocab_chunk=16).total
 
@@ -93,6 +108,8 @@ def test_numbers_of_the_package(given: Any, tiny_target: Path, tmp_path: Path, n
     assert rows(theirs["mask"]).all() and np.asarray(out.mask).all()
     np.testing.assert_allclose(out.hidden[0], rows(theirs["hidden"]), atol=TOLERANCE)
     np.testing.assert_allclose(target.unembed(out.hidden)[0], rows(theirs["logits"]), atol=10 * TOLERANCE)
+    if config.kind == "dflash2":
+        compare_choices(drafter, target, out, {key: theirs.pop(key) for key in ("candidates", "scores", "walk")})
     if "loss" not in theirs:
         return
     supervised = len(ANCHORS) * config.block_size

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from dspark_jax import sharding
-from dspark_jax.ops.vocab_loss.result import VocabLoss
+from dspark_jax.ops.vocab_loss.result import Favourites, VocabLoss
 from dspark_jax.ops.vocab_loss.term import Distributions, VocabTerm
 
 
@@ -31,6 +31,7 @@ class _Settings(NamedTuple):
     block: int
     softcap: float
     chunk: int
+    candidates: int
 
 
 class _Rows(NamedTuple):
@@ -64,13 +65,14 @@ def vocab_loss(
     block: int = 1,
     softcap: float = 0.0,
     chunk: int,
+    candidates: int = 0,
 ) -> VocabLoss:
     """See `api.vocab_loss`."""
     head, teacher, weights = jax.lax.stop_gradient((head, teacher, weights))
     rows = _Rows(hidden, prev_embedding, teacher, labels, weights.astype(jnp.float32))
-    settings = _Settings(tuple((name, *term) for name, term in terms.items()), block, softcap, chunk)
+    settings = _Settings(tuple((name, *term) for name, term in terms.items()), block, softcap, chunk, candidates)
     out = cast(VocabLoss, _loss(rows, head, markov_w2, settings))
-    return VocabLoss(out.loss, *jax.lax.stop_gradient((out.values, out.accept)))
+    return VocabLoss(out.loss, *jax.lax.stop_gradient((out.values, out.accept, out.favourites)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -142,8 +144,8 @@ def _run(
         start = sharding.constrain(jnp.zeros((shards, *w2.shape[::-1]), jnp.float32), "batch", None, "vocab")
     w2_sum, (metrics, gradients) = jax.lax.scan(body, start, jax.tree.map(split, rows))
 
-    (values, accept), gradients = jax.tree.map(join, (metrics, gradients))
-    out = VocabLoss(_total(values, rows.weights, settings), values, accept)
+    (values, accept, favourites), gradients = jax.tree.map(join, (metrics, gradients))
+    out = VocabLoss(_total(values, rows.weights, settings), values, accept, favourites)
     if w2_sum is not None:
         gradients = gradients._replace(w2=jnp.sum(w2_sum, axis=0).T.astype(w2_type))
     return out, gradients
@@ -162,8 +164,8 @@ def _total(values: Mapping[str, jax.Array], weights: jax.Array, settings: _Setti
 
 def _chunk(
     rows: _Rows, head: jax.Array, w2: jax.Array | None, settings: _Settings, *, with_gradients: bool
-) -> tuple[tuple[dict[str, jax.Array], jax.Array], _Gradients | None]:
-    """Values by term and acceptance, all [P, m], and gradients of the rows of one chunk."""
+) -> tuple[tuple[dict[str, jax.Array], jax.Array, Favourites | None], _Gradients | None]:
+    """Values by term, acceptance and favourites, all [P, m, ..], and gradients of the rows of one chunk."""
     base = logits = _capped(_logits(rows.hidden, head), settings.softcap)
     label_logit = _capped(_label_logit(rows.hidden, head, rows.labels), settings.softcap)
     if rows.prev is not None and w2 is not None:
@@ -171,7 +173,8 @@ def _chunk(
         label_logit += _label_logit(rows.prev, w2, rows.labels)
     teacher = _capped(_logits(rows.teacher, head), settings.softcap)
     both = Distributions.of(logits, teacher, label_logit, rows.labels, rows.weights, settings.block)
-    metrics = {name: term.value(both) for name, term, _ in settings.terms}, both.accept
+    values = {name: term.value(both) for name, term, _ in settings.terms}
+    metrics = values, both.accept, Favourites.of(logits, teacher, settings.candidates)
     if not with_gradients:
         return metrics, None
 

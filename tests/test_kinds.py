@@ -89,7 +89,7 @@ def test_a_drafter_that_another_program_had_added_is_refused_when_it_is_made(bas
         ("rnn", {"markov_head_type": "lstm"}, "drafter.markov_head_type='lstm' is unknown; use vanilla, gated, rnn or"),
         ("eagle3", {"block_layout": "fill_in"}, "eagle3 has no blocks; set it to anchor_first"),
         ("dspark", {"block_layout": "zlab"}, "drafter.block_layout='zlab' is unknown; use anchor_first or fill_in"),
-        ("mtp", {"conv_kernel_size": 2}, "drafter.conv_kernel_size=2: mtp has no blocks; set it to 0"),
+        ("eagle3", {"conv_kernel_size": 2}, "drafter.conv_kernel_size=2: eagle3 has no blocks; set it to 0"),
         ("dflash2", {"conv_kernel_size": 7}, "drafter.conv_kernel_size=7 exceeds the 6 rows of a block; lower it"),
         ("dflash2", {"conv_group_size": 3}, "drafter.conv_group_size=3 does not divide the target's width 32"),
         ("dflash2", {"selector_top_k": 68}, "drafter.selector_top_k=68 exceeds the vocabulary of 67; lower it"),

@@ -182,6 +182,24 @@ def test_ties_are_drawn_as_they_are_scored() -> None:
     assert tokens.tolist() == [[3, 3]]
 
 
+def test_filters_cut_candidates_as_they_cut_the_vocabulary() -> None:
+    """So a draft is drawn from what scores it: of a greedy request, and of top-k, top-p and min-p."""
+    rng = np.random.default_rng(4)
+    base, hidden = (jnp.asarray(rng.normal(size=(1, 4, n)), jnp.float32) for n in (V, D))
+    sampling = Sampling(
+        jnp.array([0.0, 0.8, 1.0, 1.2]), jnp.array([0, 2, 0, 0]), jnp.array([1.0, 1.0, 0.6, 1.0]),
+        jnp.array([0.0, 0.0, 0.0, 0.4]),
+    )  # fmt: skip
+    unary, ids = head().best(base[0])
+    scores = head().scores(unary, head().step(None, hidden[0], head().embed(jnp.full(4, 5)))[1], ids)
+    uniforms = jax.random.randint(jax.random.key(1), (1, 4, 2), 0, 1 << 30)
+    tokens, logits = head().sample(base, hidden, jnp.full(4, 5), uniforms, sampling)
+    whole, few = distribution(logits[0], sampling), distribution(scores, sampling)
+    np.testing.assert_allclose(jnp.take_along_axis(whole, ids, axis=-1), few, atol=1e-6)
+    assert (np.take_along_axis(np.asarray(whole), tokens.T, axis=-1) > 0).all()
+    assert [int((row > 0).sum()) for row in few][:2] == [1, 2] and (np.asarray(few)[2:] == 0).any()
+
+
 def losses(config: LossConfig, chunk: int = 5) -> Any:
     """The loss as a compiled function of the drafter."""
     last = jnp.asarray(np.random.default_rng(9).normal(size=(2, 14, D)), jnp.float32)

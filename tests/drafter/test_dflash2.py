@@ -182,6 +182,7 @@ def test_ties_are_drawn_as_they_are_scored() -> None:
     assert tokens.tolist() == [[3, 3]]
 
 
+@pytest.mark.slow
 def test_filters_cut_candidates_as_they_cut_the_vocabulary() -> None:
     """So a draft is drawn from what scores it: of a greedy request, and of top-k, top-p and min-p."""
     rng = np.random.default_rng(4)

@@ -140,22 +140,26 @@ def test_the_loss_is_the_cross_entropy_of_the_masks_rows() -> None:
     np.testing.assert_allclose(float(found.normalised()), total / weight, rtol=1e-5)
 
 
+@jax.jit
+def drafts(model: Any, features: jax.Array, tokens: jax.Array, positions: jax.Array, anchors: jax.Array) -> Any:
+    """What is drafted greedily after rows [N] of sequences, of which the cache has all rows."""
+    count, length = tokens.shape
+    cache = model.init_cache(count, length + G + 1)
+    cache = model.extend(cache, features, tokens, jnp.broadcast_to(jnp.arange(length), tokens.shape), positions)
+    uniforms = jnp.zeros((count, G, 2), jnp.int32)
+    return model.propose(Matrices(), cache, anchors, positions, uniforms, Sampling.constant(0.0, count))[0]
+
+
 @pytest.mark.parametrize(
     "config", [DFLASH, dataclasses.replace(DFLASH, kind="dspark", markov_rank=4, confidence_head=True)]
 )
 def test_drafts_are_what_the_training_pass_gives(config: DrafterConfig) -> None:
     """From a cache that has more behind the anchors: stale rows, of which nothing may be seen. With heads as well."""
-    model, (rows, anchors) = drafter(config), ANCHORS.shape
+    model, anchors = drafter(config), ANCHORS.shape[1]
     flat, tokens = ANCHORS.reshape(-1), np.repeat(TOKENS, anchors, axis=0)
     features = jnp.asarray(np.repeat(FEATURES, anchors, axis=0))
-    cache = model.init_cache(rows * anchors, 14 + G + 1)
-    every = jnp.broadcast_to(jnp.arange(14), tokens.shape)
-    cache = model.extend(cache, features, jnp.asarray(tokens), every, jnp.asarray(flat))
     first = jnp.asarray(tokens[np.arange(len(flat)), flat])
-    uniforms = jnp.zeros((len(flat), G, 2), jnp.int32)
-    proposal, _ = model.propose(
-        Matrices(), cache, first, jnp.asarray(flat), uniforms, Sampling.constant(0.0, len(flat))
-    )
+    proposal = drafts(model, features, jnp.asarray(tokens), jnp.asarray(flat), first)
     assert proposal.tokens.shape == (len(flat), G) and proposal.logits.shape == (len(flat), G, V)
     hidden = outputs(config).hidden.reshape(-1, G, D)
     logits = Matrices().unembed(hidden)

@@ -23,8 +23,9 @@ from typing import Any
 import numpy as np
 
 from dspark_jax.config import DrafterConfig, InputError, TargetArchitecture
+from dspark_jax.convert.dflash_keys import dflash2_keys, dflash_keys, refuse_unknown_parts
 from dspark_jax.convert.hf import expected_tensors
-from dspark_jax.convert.layouts import DFLASH2, DFLASH2_KEYS
+from dspark_jax.convert.layouts import DFLASH2
 from dspark_jax.convert.mapping import FROZEN, HEADS
 from dspark_jax.convert.output import built_beside, check_output, write_text
 from dspark_jax.convert.safetensors_file import write_safetensors
@@ -111,7 +112,7 @@ def content(source: Source, form: str, dtype: str) -> Content:
         )
     if drafter.markov_rank and drafter.markov_head_type not in HEADS:
         raise InputError(f"no server has the head {drafter.markov_head_type!r}; only {listed(HEADS)} is exported")
-    _refuse_unknown_parts(drafter)
+    refuse_unknown_parts(drafter)
     source = servable(source) if form != "deepspec" else source
     config = CONFIGS[form](source, dtype)
     reason = source.own_embedding or (source.family.slim_refusal if form == "universal" else "")
@@ -121,22 +122,6 @@ def content(source: Source, form: str, dtype: str) -> Content:
     if not source.frozen:
         shapes = {name: shape for name, shape in shapes.items() if name not in FROZEN}
     return Content(source, config, shapes)
-
-
-def _refuse_unknown_parts(drafter: DrafterConfig) -> None:
-    """Refuses combinations of parts for which no server has a class: DFlash 2 has convolutions and the selector, and
-    nothing else has either."""
-    selector, taps = drafter.markov_rank > 0 and drafter.markov_head_type == "selector", drafter.conv_kernel_size
-    if drafter.kind == "dflash2":
-        if not (selector and taps) or drafter.confidence_head:
-            raise InputError(
-                "servers know DFlash 2 with convolutions, with the selector and without a confidence head only; this "
-                f"drafter has conv_kernel_size={taps}, markov_head_type={drafter.markov_head_type!r}, "
-                f"confidence_head={drafter.confidence_head}"
-            )
-    elif selector or taps:
-        part = "a selector" if selector else "convolutions"
-        raise InputError(f"no server has a {drafter.kind} with {part}; train with drafter.kind='dflash2'")
 
 
 def write_export(
@@ -281,7 +266,7 @@ def reference_config(source: Source, dtype: str) -> dict[str, Any]:
             "target_layer_ids": list(drafter.target_layer_ids),
         }
     )
-    keys = {"eagle3": _eagle3_keys, "dflash": _dflash_keys, "dspark": _dspark_keys}[served_as(drafter) or ""]
+    keys = {"eagle3": _eagle3_keys, "dflash": dflash_keys, "dspark": _dspark_keys}[served_as(drafter) or ""]
     return family.drafter_config(config | keys(source), target)
 
 
@@ -306,35 +291,6 @@ def _dspark_keys(source: Source) -> dict[str, Any]:
     if drafter.markov_rank:
         keys["markov_head_type"] = drafter.markov_head_type
     return keys
-
-
-def _dflash_keys(source: Source) -> dict[str, Any]:
-    """Keys of z-lab's DFlash; its own `dflash_config`, and at the top level what sglang-jax reads there first.
-
-    Raises:
-      InputError: servers have no such drafters with these layers.
-    """
-    drafter, family = source.config, source.family
-    if not family.dflash_class:
-        raise InputError(
-            f"no server has a fill-in DFlash for {family.title}; train with drafter.block_layout='anchor_first', or "
-            "with drafter.kind='dspark'"
-        )
-    own = {"mask_token_id": drafter.mask_token_id, "target_layer_ids": list(drafter.target_layer_ids)}
-    second = drafter.kind == "dflash2"
-    return {
-        "architectures": [DFLASH2 if second else family.dflash_class],
-        "mask_token_id": drafter.mask_token_id,
-        "block_size": drafter.block_rows,
-        "num_anchors": source.num_anchors,
-        "dflash_config": own | (_dflash2_keys(drafter) if second else {}),
-    }
-
-
-def _dflash2_keys(drafter: DrafterConfig) -> dict[str, int]:
-    """Sizes of the convolutions and of the selector."""
-    sizes = (drafter.conv_kernel_size, drafter.conv_group_size, drafter.markov_rank, drafter.selector_top_k)
-    return dict(zip(DFLASH2_KEYS, sizes, strict=True))
 
 
 def _eagle3_keys(source: Source) -> dict[str, Any]:
@@ -400,7 +356,7 @@ def speculators_config(source: Source, dtype: str) -> dict[str, Any]:
         keys = {name: base[name] for name in ("block_size", "mask_token_id", "sample_from_anchor", *names)}
         if source.config.kind == "dflash2":
             kind, architecture = "dflash2", DFLASH2
-            keys |= _dflash2_keys(source.config)
+            keys |= dflash2_keys(source.config)
         keys |= {"architectures": [architecture], "sliding_window_non_causal": True}
         keys |= {"aux_hidden_state_layer_ids": [i + 1 for i in base["target_layer_ids"]]}
     else:

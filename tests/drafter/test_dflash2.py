@@ -197,7 +197,7 @@ def test_filters_cut_candidates_as_they_cut_the_vocabulary() -> None:
     tokens, logits = head().sample(base, hidden, jnp.full(4, 5), uniforms, sampling)
     whole, few = distribution(logits[0], sampling), distribution(scores, sampling)
     np.testing.assert_allclose(jnp.take_along_axis(whole, ids, axis=-1), few, atol=1e-6)
-    assert (np.take_along_axis(np.asarray(whole), tokens.T, axis=-1) > 0).all()
+    assert (np.take_along_axis(np.asarray(whole), np.asarray(tokens.T), axis=-1) > 0).all()
     assert [int((row > 0).sum()) for row in few][:2] == [1, 2] and (np.asarray(few)[2:] == 0).any()
 
 

@@ -38,8 +38,7 @@ class DrafterConfig:
     """What drafts, see `dspark_jax.kinds`."""
     num_layers: int = 5
     block_size: int = 7
-    """Draft tokens per round (gamma); the anchor row is the first prediction. Of eagle3 also the steps of its
-    training-time test, of mtp 1."""
+    """Draft tokens per round (gamma). Of eagle3 also the steps of its training-time test, of mtp 1."""
     target_layer_ids: tuple[int, ...] = (1, 9, 17, 25, 33)
     """Tapped target layers: i = raw output of layer i, -1 = the embeddings. Never the last layer, but for mtp, which
     reads one layer; empty is the last one there."""
@@ -52,6 +51,21 @@ class DrafterConfig:
     initializer_range: float = 0.02
     markov_head_type: str = "vanilla"
     """Sequential head of dspark: what it sees of the block so far."""
+    block_layout: str = "anchor_first"
+    """Rows of a block: anchor_first (the anchor's row is the first prediction: gamma rows) or fill_in (what the
+    anchor's row gives is thrown away, every mask predicts the token at its own position: gamma + 1 rows)."""
+
+    conv_kernel_size: int = 0
+    """Taps of the convolutions along a block's rows around attention and MLP (DFlash 2 has 2); 0: there are none."""
+    conv_group_size: int = 16
+    """Channels that share the coefficients of a convolution which depend on the row."""
+    selector_top_k: int = 16
+    """Likeliest tokens of a position among which the head `selector` chooses; `drafter.markov_rank` is its rank."""
+
+    @property
+    def block_rows(self) -> int:
+        """Rows of a block, its anchor included; what files and servers call the block size."""
+        return self.block_size + (self.block_layout == "fill_in")
 
 
 @dataclasses.dataclass

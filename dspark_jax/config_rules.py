@@ -13,6 +13,8 @@ from dspark_jax.ranges import NOT_NEGATIVE, range_problems
 from dspark_jax.registry import HEADS, LOSS_TERMS, listed, unknown
 from dspark_jax.target.families import FAMILIES, known
 
+BLOCK_LAYOUTS = ("anchor_first", "fill_in")
+
 
 def _feature_problems(config: Config) -> Iterator[str]:
     """What does not go with features from disk."""
@@ -185,9 +187,23 @@ def _drafter_problems(drafter: DrafterConfig, target: TargetArchitecture) -> Ite
         yield f"drafter.markov_rank={drafter.markov_rank} must be positive for {name}; use 256, or kind='dflash'"
     if drafter.markov_head_type not in HEADS:
         yield unknown("drafter.markov_head_type", drafter.markov_head_type, HEADS)
+    yield from _convolution_problems(drafter, target)
+    if drafter.markov_head_type == "selector" and drafter.selector_top_k > target.vocab_size:
+        yield f"drafter.selector_top_k={drafter.selector_top_k} exceeds the vocabulary of {target.vocab_size}; lower it"
+    if drafter.block_layout not in BLOCK_LAYOUTS:
+        yield f"drafter.block_layout={drafter.block_layout!r} is unknown; use {listed(BLOCK_LAYOUTS)}"
     for field, (value, why) in kind.fixed.items():
         if getattr(drafter, field) != value:
             yield f"drafter.{field}={getattr(drafter, field)}: {name} {why}; set it to {value}"
+
+
+def _convolution_problems(drafter: DrafterConfig, target: TargetArchitecture) -> Iterator[str]:
+    """What does not hold of the convolutions."""
+    taps, group = drafter.conv_kernel_size, drafter.conv_group_size
+    if taps > drafter.block_rows:
+        yield f"drafter.conv_kernel_size={taps} exceeds the {drafter.block_rows} rows of a block; lower it"
+    if taps and group > 0 and target.hidden_size % group:
+        yield f"drafter.conv_group_size={group} does not divide the target's width {target.hidden_size}; use a divisor"
 
 
 def _loss_problems(loss: LossConfig) -> Iterator[str]:

@@ -1,8 +1,8 @@
 """Kinds of drafters: where the class of each is, and everything else that differs from kind to kind.
 
-A config names a kind in `drafter.kind`. `as_kind` turns a config into one of another kind, or of a variant of dspark:
-dspark with another sequential head or another loss. Everything else of a config (target, data, steps, optimizer) stays,
-so that drafters are compared on equal terms.
+A config names a kind in `drafter.kind`. `as_kind` turns a config into one of another kind, or of a variant of one:
+dspark with another sequential head or another loss, dflash with other blocks. Everything else of a config (target,
+data, steps, optimizer) stays, so that drafters are compared on equal terms.
 
 A program adds its own from anywhere: `KINDS["mine"] = Kind("what it is", MyDrafter)`. Neither this module nor what it
 imports knows an accelerator library.
@@ -17,7 +17,7 @@ from dspark_jax.errors import InputError
 from dspark_jax.registry import Entry
 
 if TYPE_CHECKING:
-    from dspark_jax.config import Config
+    from dspark_jax.config import Config, DrafterConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,33 +31,39 @@ class Kind(Entry):
         0 there.
       has_heads: it has a sequential head, and may have a confidence head.
       reads_last_layer: it reads one layer of the target, by default the last one; the others read any but the last.
+      settings: what `as_kind` sets of `DrafterConfig` besides; other values go as well.
       fixed: field of `DrafterConfig` -> the one value that it has, and why.
       loss: what its own loss sets of `LossConfig`; None: it is trained with any.
       served_as: under which method servers load its exports; None: no server does.
+      fill_in_served_as: the same with fill-in blocks; empty: under the same method.
     """
 
     token_by_token: bool = False
     needs_mask: bool = True
     has_heads: bool = False
     reads_last_layer: bool = False
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     fixed: Mapping[str, tuple[Any, str]] = dataclasses.field(default_factory=dict)
     loss: Mapping[str, Any] | None = None
     served_as: str | None = None
+    fill_in_served_as: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """Dspark with other settings.
+    """A kind with other settings.
 
     Attributes:
       description: what it is, for `--help`.
       drafter: what it sets of `DrafterConfig`.
       loss: what it sets of `LossConfig`.
+      kind: which kind.
     """
 
     description: str
     drafter: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     loss: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    kind: str = "dspark"
 
 
 _EAGLE3_LOSS = {"decay": -1.0 / math.log(0.8), "ce": 0.0, "l1": 0.0, "confidence": 0.0, "soft_ce": 1.0, "per_row": True}
@@ -66,7 +72,21 @@ _EAGLE3_LOSS = {"decay": -1.0 / math.log(0.8), "ce": 0.0, "l1": 0.0, "confidence
 _MTP_LOSS = {"ce": 1.0, "l1": 0.0, "confidence": 0.0}
 """DeepSeek-V3's: cross-entropy with the data."""
 
-_ONE_LAYER = {"num_layers": (1, "has one layer")}
+_DFLASH2 = {
+    "conv_kernel_size": 2,
+    "markov_head_type": "selector",
+    "block_layout": "fill_in",
+    "confidence_head": False,
+    "confidence_with_markov": False,
+}
+_DFLASH2_LOSS = {"ce": 0.0, "l1": 0.0, "confidence": 0.0, "soft_ce": 1.0, "extra": {"selector": 1.0}}
+"""That of speculators, as the authors' is not published: KL with the target, and the selector's cross-entropy."""
+
+_ONE_LAYER = {
+    "num_layers": (1, "has one layer"),
+    "block_layout": ("anchor_first", "has no blocks"),
+    "conv_kernel_size": (0, "has no blocks"),
+}
 
 KINDS: dict[str, Kind] = {
     "dspark": Kind(
@@ -75,7 +95,20 @@ KINDS: dict[str, Kind] = {
         has_heads=True,
         served_as="dspark",
     ),
-    "dflash": Kind("dspark_jax.drafter.dspark:DSpark", "dspark without its heads", served_as="dspark"),
+    "dflash": Kind(
+        "dspark_jax.drafter.dspark:DSpark",
+        "dspark without its heads",
+        served_as="dspark",
+        fill_in_served_as="dflash",
+    ),
+    "dflash2": Kind(
+        "dspark_jax.drafter.dspark:DSpark",
+        "dflash with convolutions along the block, and a head that chooses among the likeliest tokens",
+        has_heads=True,
+        settings=_DFLASH2,
+        loss=_DFLASH2_LOSS,
+        fill_in_served_as="dflash",
+    ),
     "eagle3": Kind(
         "dspark_jax.drafter.eagle3:Eagle3",
         "one layer, fed with its own outputs",
@@ -99,6 +132,9 @@ KINDS: dict[str, Kind] = {
 VARIANTS: dict[str, Variant] = {
     "gated": Variant("dspark with the gated head", drafter={"markov_head_type": "gated"}),
     "rnn": Variant("dspark with the recurrent head", drafter={"markov_head_type": "rnn"}),
+    "fill_in": Variant(
+        "dflash as z-lab has it: the anchor's row predicts nothing", drafter={"block_layout": "fill_in"}, kind="dflash"
+    ),
     "length": Variant("dspark that maximises its expected accepted length", loss={"l1": 0.0, "length": 1.0}),
 }
 
@@ -106,6 +142,12 @@ VARIANTS: dict[str, Variant] = {
 def names() -> list[str]:
     """What `as_kind` takes."""
     return [*KINDS, *VARIANTS]
+
+
+def served_as(config: "DrafterConfig") -> str | None:
+    """Under which method servers load a drafter, dspark, dflash or eagle3; None: they do not."""
+    kind = KINDS[config.kind]
+    return config.block_layout == "fill_in" and kind.fill_in_served_as or kind.served_as
 
 
 def as_kind(config: "Config", name: str) -> "Config":
@@ -120,13 +162,13 @@ def as_kind(config: "Config", name: str) -> "Config":
     """
     if name not in names():
         raise InputError(f"drafter kind {name!r} is unknown; use one of: {', '.join(names())}")
-    kind, variant = KINDS.get(name, KINDS["dspark"]), VARIANTS.get(name, Variant(""))
-    changes: dict[str, Any] = {"kind": name if name in KINDS else "dspark"}
+    variant = VARIANTS.get(name, Variant("", kind=name))
+    kind, changes = KINDS[variant.kind], dict[str, Any](kind=variant.kind)
     if kind.has_heads:
         changes["markov_head_type"] = "vanilla"
     else:
         changes |= {"markov_rank": 0, "confidence_head": False, "confidence_with_markov": False}
-    changes |= {field: value for field, (value, _) in kind.fixed.items()} | dict(variant.drafter)
+    changes |= dict(kind.settings) | {field: value for field, (value, _) in kind.fixed.items()} | dict(variant.drafter)
     if kind.reads_last_layer:
         changes["target_layer_ids"] = ()
     if not kind.needs_mask:

@@ -42,6 +42,9 @@ LOSS_TERMS: dict[str, Entry] = {
     "l1": Entry(f"{_LOSSES}.l1:Distance", "sum_v |p_draft - p_target|"),
     "soft_ce": Entry(f"{_LOSSES}.soft_ce:SoftCrossEntropy", "cross-entropy with the target's distribution"),
     "length": Entry(f"{_LOSSES}.length:Length", "what is missing of a block's expected accepted length"),
+    "selector": Entry(
+        f"{_LOSSES}.selector:Selector", "cross-entropy of the selector with the target's likeliest token"
+    ),
     "confidence": Entry(f"{_LOSSES}.confidence:Confidence", "the confidence head's error about the acceptance"),
 }
 """Classes (or functions without arguments) that make a `training.losses.base.BlockTerm` or a `VocabTerm`. Those with a
@@ -51,6 +54,7 @@ HEADS: dict[str, Entry] = {
     "vanilla": Entry(f"{_HEADS}.markov:MarkovHead", "the token before"),
     "gated": Entry(f"{_HEADS}.gated:GatedHead", "the token before, as far as the hidden state lets it"),
     "rnn": Entry(f"{_HEADS}.rnn:RNNHead", "the whole prefix of the block"),
+    "selector": Entry(f"{_HEADS}.selector:SelectorHead", "the token before and the hidden state, of a few candidates"),
 }
 """Classes of sequential heads, each a `drafter.heads.base.SequentialHead`: `drafter.markov_head_type`."""
 

@@ -48,7 +48,7 @@ def test_a_valid_config_has_no_problems():
         ({"drafter": {"target_layer_ids": ()}}, ["ascending"]),
         ({"drafter": {"mask_token_id": 512}}, ["mask_token_id=512 is outside the vocabulary 0..511"]),
         ({"drafter": {"mask_token_id": -1}}, ["mask_token_id=-1"]),
-        ({"drafter": {"kind": "dsprk"}}, ["drafter.kind='dsprk'", "dspark, dflash, eagle3 or mtp"]),
+        ({"drafter": {"kind": "dsprk"}}, ["drafter.kind='dsprk'", "dspark, dflash, dflash2, eagle3 or mtp"]),
         ({"drafter": {"kind": "dflash"}}, ["no heads", "markov_rank=0"]),
         ({"drafter": {"markov_rank": 0}}, ["markov_rank=0 must be positive"]),
         ({"train": {"steps": 0}}, ["train.steps=0 must be positive"]),

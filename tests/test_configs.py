@@ -46,8 +46,9 @@ def test_validates_and_builds(name, arg):
     arch = config.target.architecture
     target = abstract_target(arch, jnp.bfloat16)
     drafter = nnx.eval_shape(lambda: make_drafter(arch, config.drafter, rngs=nnx.Rngs(0)))
-    assert (drafter.confidence is not None) == (drafter.markov is not None) == (config.drafter.kind == "dspark")
-    assert arg not in ("dflash", "eagle3", "mtp") or config.drafter.kind == arg
+    assert (drafter.confidence is not None) == (config.drafter.kind == "dspark")
+    assert (drafter.markov is not None) == (config.drafter.kind in ("dspark", "dflash2"))
+    assert arg not in ("dflash", "dflash2", "eagle3", "mtp") or config.drafter.kind == arg
     mesh = make_mesh(MeshConfig(2, 2, 2))
     shardings = jax.tree.leaves(state_shardings(nnx.state(drafter), mesh))
     assert any("tensor" in str(s.spec) for s in shardings) and any("fsdp" in str(s.spec) for s in shardings)

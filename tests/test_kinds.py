@@ -42,9 +42,12 @@ def test_only_drafter_loss_and_rows_change(base: Config, kind: str) -> None:
     assert config.drafter.block_size == (1 if kind == "mtp" else 5)
     assert config.drafter.mask_token_id == (0 if kind in ("eagle3", "mtp") else 66)
     assert config.drafter.target_layer_ids == ((3,) if kind == "mtp" else (0, 2))
-    assert (config.drafter.markov_rank == 0) == (kind in ("dflash", "eagle3", "mtp"))
+    assert (config.drafter.markov_rank == 0) == (kind in ("dflash", "fill_in", "eagle3", "mtp"))
+    assert (config.drafter.block_layout == "fill_in") == (kind in ("fill_in", "dflash2"))
+    assert config.drafter.block_rows == config.drafter.block_size + (kind in ("fill_in", "dflash2"))
+    assert config.drafter.conv_kernel_size == (2 if kind == "dflash2" else 0)
     config.loss.ce, config.loss.extra["mine"] = 9.0, 1.0  # the presets are not shared
-    assert as_kind(base, kind).loss.ce != 9.0 and not as_kind(base, kind).loss.extra
+    assert as_kind(base, kind).loss.ce != 9.0 and "mine" not in as_kind(base, kind).loss.extra
 
 
 def test_kinds_differ_in_what_they_are_named_after(base: Config) -> None:
@@ -62,7 +65,9 @@ def test_kinds_differ_in_what_they_are_named_after(base: Config) -> None:
 
 
 def test_an_unknown_kind_is_refused(base: Config) -> None:
-    with pytest.raises(InputError, match="drafter kind 'medusa' is unknown; use one of: dspark, dflash, eagle3"):
+    with pytest.raises(
+        InputError, match="drafter kind 'medusa' is unknown; use one of: dspark, dflash, dflash2, eagle3"
+    ):
         as_kind(base, "medusa")
 
 
@@ -81,8 +86,14 @@ def test_a_drafter_that_another_program_had_added_is_refused_when_it_is_made(bas
         ("mtp", {"target_layer_ids": (1, 3)}, r"drafter.target_layer_ids=\(1, 3\): mtp reads one layer"),
         ("eagle3", {"target_layer_ids": (0, 3)}, "contains 3, the last layer"),
         ("eagle3", {"markov_rank": 4}, "drafter.kind='eagle3' has no heads"),
-        ("rnn", {"markov_head_type": "lstm"}, "drafter.markov_head_type='lstm' is unknown; use vanilla, gated or rnn"),
-        ("dspark", {"kind": "hydra"}, "drafter.kind='hydra' is unknown; use dspark, dflash, eagle3 or mtp"),
+        ("rnn", {"markov_head_type": "lstm"}, "drafter.markov_head_type='lstm' is unknown; use vanilla, gated, rnn or"),
+        ("eagle3", {"block_layout": "fill_in"}, "eagle3 has no blocks; set it to anchor_first"),
+        ("dspark", {"block_layout": "zlab"}, "drafter.block_layout='zlab' is unknown; use anchor_first or fill_in"),
+        ("eagle3", {"conv_kernel_size": 2}, "drafter.conv_kernel_size=2: eagle3 has no blocks; set it to 0"),
+        ("dflash2", {"conv_kernel_size": 7}, "drafter.conv_kernel_size=7 exceeds the 6 rows of a block; lower it"),
+        ("dflash2", {"conv_group_size": 3}, "drafter.conv_group_size=3 does not divide the target's width 32"),
+        ("dflash2", {"selector_top_k": 68}, "drafter.selector_top_k=68 exceeds the vocabulary of 67; lower it"),
+        ("dspark", {"kind": "hydra"}, "drafter.kind='hydra' is unknown; use dspark, dflash, dflash2, eagle3 or"),
     ],
 )
 def test_what_does_not_hold(base: Config, kind: str, change: dict, message: str) -> None:

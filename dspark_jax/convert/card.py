@@ -9,11 +9,11 @@ from typing import Any
 
 from dspark_jax.convert.dialect import same
 from dspark_jax.convert.drafter_files import Verdict
-from dspark_jax.convert.export import Content, Source, served_as
+from dspark_jax.convert.export import Content, Source
 from dspark_jax.convert.layouts import Layout, read_layout
 from dspark_jax.convert.servers import NO_SERVERS
 from dspark_jax.hub import is_hub_id
-from dspark_jax.kinds import KINDS
+from dspark_jax.kinds import KINDS, served_as
 from dspark_jax.templates import render
 
 
@@ -54,6 +54,8 @@ def model_card(
         drafter=drafter,
         heads=_heads(drafter.markov_rank, drafter.markov_head_type, confidence=drafter.confidence_head),
         block=block,
+        fill_in=drafter.block_layout == "fill_in",
+        method=served_as(drafter),
         added=added if block and written != drafter else [],
         frozen=source.frozen,
         fingerprint=fingerprint,
@@ -68,6 +70,8 @@ def model_card(
 
 def _heads(rank: int, kind: str, *, confidence: bool) -> str:
     """The heads of a drafter in words."""
+    if rank and kind == "selector":
+        return f"convolutions along the block, and a candidate selector of rank {rank}"
     heads = [f"a {'' if kind == 'vanilla' else f'{kind} '}Markov head of rank {rank}"] if rank else []
     return " and ".join([*heads, *(["a confidence head"] if confidence else [])]) or "no heads"
 
@@ -115,20 +119,20 @@ def _refused(verdict: Verdict, stated: Layout) -> str:
 def _commands(source: Source, content: Content, side_files: tuple[str, ...]) -> dict[str, tuple[str, str]]:
     """By server what to know of its command, and the command."""
     target, size = source.target_name, source.config.block_size
-    method = served_as(source.config)
+    method = served_as(source.config) or ""
     settings: dict[str, Any] = {"method": method, "model": "DIR", "num_speculative_tokens": size}
     about = ""
-    if method == "dspark":
+    if method != "eagle3":
         settings |= {"draft_sample_method": "probabilistic"}
         about = "without `probabilistic` drafts are greedy, and fewer are accepted at temperature 1"
     vllm = f"vllm serve {target} --speculative-config '{json.dumps(settings)}'"
     if "speculators_model_type" in content.config:
         vllm += "\nvllm serve DIR  # the target is named in config.json"
-    sglang = (
-        f"python -m sglang.launch_server --model-path {target} --speculative-algorithm DSPARK "
-        f"--speculative-draft-model-path DIR --speculative-dspark-block-size {size}"
-    )
-    if "calibration.json" in side_files:
+    number = "--speculative-num-draft-tokens" if method == "dflash" else "--speculative-dspark-block-size"
+    drafting = f"--model-path {target} --speculative-algorithm {method.upper()} --speculative-draft-model-path DIR"
+    rows = source.config.block_rows  # for a DSpark its drafts, for a DFlash the rows of its block
+    sglang = f"python -m sglang.launch_server {drafting} {number} {rows if method == 'dflash' else size}"
+    if "calibration.json" in side_files and method == "dspark":
         sglang += " --speculative-dspark-confidence-sts-path DIR/calibration.json"
     here, fetch = target, ""
     if is_hub_id(target):  # the converter wants a directory
@@ -139,7 +143,13 @@ def _commands(source: Source, content: Content, side_files: tuple[str, ...]) -> 
     llama = (
         f"{fetch}{tell}python convert_hf_to_gguf.py {here} --outtype bf16 --outfile target.gguf\n"
         f"python convert_hf_to_gguf.py DIR --target-model-dir {here} --outtype bf16 --outfile drafter.gguf\n"
-        f"llama-server -m target.gguf -md drafter.gguf --spec-type draft-dspark --spec-draft-n-max {size} -fa on "
+        f"llama-server -m target.gguf -md drafter.gguf --spec-type draft-{method} --spec-draft-n-max {size} -fa on "
         "--jinja"
     )
-    return {"vLLM": (about, vllm), "SGLang": ("", sglang), "llama.cpp": ("", llama)}
+    commands = {"vLLM": (about, vllm), "SGLang": ("", sglang), "llama.cpp": ("", llama)}
+    if method == "dflash":
+        greedy = json.dumps({key: value for key, value in settings.items() if key != "draft_sample_method"})
+        commands["tpu-inference"] = ("", f"vllm serve {target} --speculative-config '{greedy}'")
+        chain = f"--speculative-num-draft-tokens {rows} --speculative-num-steps 1 --speculative-eagle-topk 1"
+        commands["sglang-jax"] = ("", f"python -m sgl_jax.launch_server {drafting} {chain}")
+    return commands

@@ -127,6 +127,8 @@ def describe(layout: Layout) -> str:
         )
     order = "anchor-first" if layout.anchor_first else "fill-in"
     heads = f"{layout.markov_head_type} Markov head of rank {layout.markov_rank}" if layout.markov_rank else "no heads"
+    if layout.markov_head_type == "selector":
+        heads = f"convolutions, and a selector of rank {layout.markov_rank} among {layout.selector_top_k}"
     return (
         f"{order} blocks of {layout.block_size}, outputs of layers {list(layout.taps)}, mask token "
         f"{layout.mask_token_id}, {heads}"
@@ -178,12 +180,18 @@ def check_directory(
 
 
 def _load(directory: Path, raw: Mapping[str, Any], stated: Layout, mesh: Mesh, dtype: Any) -> Any:
-    """The drafter, or `InputError`; of a fill-in one too, which is only scored here."""
+    """The drafter, or `InputError`."""
     source = layers_config(raw)
     arch = TargetArchitecture.from_hf(directory / "config.json" if source is raw else source)
     config = drafter_config(str(directory / "config.json"), stated)
     if stated.family == "block":  # scoring is by readings; what the module knows of them only tells executables
-        config = dataclasses.replace(config, target_layer_ids=tuple(range(len(stated.taps))), mask_token_id=0)
+        config = dataclasses.replace(
+            config,
+            block_size=stated.block_size,
+            block_layout="anchor_first",
+            target_layer_ids=tuple(range(len(stated.taps))),
+            mask_token_id=0,
+        )
     return load_tensors(directory, arch, config, mesh, dtype=dtype, finite=False)
 
 

@@ -401,8 +401,7 @@ def _block_overlaps(
     rows = positions[:, None] + jnp.arange(states.shape[1])  # the target's rows, whose tokens come before each draft
     logits = target.unembed(states)
     if drafter.markov is not None:
-        previous = drafter.markov.embed(tokens[rows])
-        logits = logits + drafter.markov.bias(drafter.markov.latent(states, previous))
+        logits = drafter.markov.logits(logits, states, drafter.markov.embed(tokens[rows]))
     return _shared(logits, target, hidden, rows)
 
 

@@ -3,7 +3,8 @@
 Three formats (names, keys and their reasons in the comments):
 
     universal    one directory that transformers, vLLM, SGLang and llama.cpp load: the reference's names and keys, and
-                 what each of the others wants besides. The default.
+                 what each of the others wants besides; of a fill-in DFlash z-lab's, which tpu-inference and
+                 sglang-jax load too. The default.
     deepspec     exactly what the PyTorch reference writes
     speculators  the speculators package, and vLLM through it
 
@@ -22,11 +23,13 @@ from typing import Any
 import numpy as np
 
 from dspark_jax.config import DrafterConfig, InputError, TargetArchitecture
+from dspark_jax.convert.dflash_keys import dflash2_keys, dflash_keys, refuse_unknown_parts
 from dspark_jax.convert.hf import expected_tensors
+from dspark_jax.convert.layouts import DFLASH2
 from dspark_jax.convert.mapping import FROZEN, HEADS
 from dspark_jax.convert.output import built_beside, check_output, write_text
 from dspark_jax.convert.safetensors_file import write_safetensors
-from dspark_jax.kinds import KINDS
+from dspark_jax.kinds import KINDS, served_as
 from dspark_jax.registry import listed
 from dspark_jax.target import families
 from dspark_jax.target.checks import refuse_two_heads
@@ -103,11 +106,13 @@ def content(source: Source, form: str, dtype: str) -> Content:
     drafter = source.config
     if served_as(drafter) is None:
         exported = listed(name for name, kind in KINDS.items() if kind.served_as)
+        other = KINDS[drafter.kind].fill_in_served_as and ", or this one with drafter.block_layout='fill_in'"
         raise InputError(
-            f"a drafter of kind {drafter.kind!r} has no format that a server loads; only {exported} is exported"
+            f"a drafter of kind {drafter.kind!r} has no format that a server loads; only {exported} is exported{other}"
         )
     if drafter.markov_rank and drafter.markov_head_type not in HEADS:
         raise InputError(f"no server has the head {drafter.markov_head_type!r}; only {listed(HEADS)} is exported")
+    refuse_unknown_parts(drafter)
     source = servable(source) if form != "deepspec" else source
     config = CONFIGS[form](source, dtype)
     reason = source.own_embedding or (source.family.slim_refusal if form == "universal" else "")
@@ -117,11 +122,6 @@ def content(source: Source, form: str, dtype: str) -> Content:
     if not source.frozen:
         shapes = {name: shape for name, shape in shapes.items() if name not in FROZEN}
     return Content(source, config, shapes)
-
-
-def served_as(config: DrafterConfig) -> str | None:
-    """Under which method servers load a drafter, dspark or eagle3; None: they do not."""
-    return KINDS[config.kind].served_as
 
 
 def write_export(
@@ -192,6 +192,7 @@ def servable(source: Source) -> Source:
     """The same drafter with the heads that servers insist on, made so that they change nothing.
 
     An anchor-first DFlash gets an all-zero Markov head: without one, vLLM and SGLang take it for a fill-in drafter. A
+    fill-in DFlash is left as it is. A
     missing confidence head becomes a constant one, since SGLang builds it in any case and llama.cpp wants it beside a
     Markov head; one that does not read the Markov embedding gets zeros to read it with, for llama.cpp.
     """
@@ -225,7 +226,21 @@ def _completed(source: Source, rank: int) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def deepspec_config(source: Source, dtype: str) -> dict[str, Any]:
-    """`config.json` as the reference writes it: the target's (text) config with the drafter's keys at the top level.
+    """`config.json` as the reference writes it, which has no word for the layout of a block.
+
+    Raises:
+      InputError: its blocks are not laid out as the reference's.
+    """
+    if source.config.block_layout != "anchor_first":
+        raise InputError(
+            "--format deepspec: the reference's blocks are anchor-first and its config cannot say otherwise, this "
+            "drafter fills them in; use --format universal or speculators"
+        )
+    return reference_config(source, dtype)
+
+
+def reference_config(source: Source, dtype: str) -> dict[str, Any]:
+    """A `config.json` in the reference's form: the target's (text) config with the drafter's keys at the top level.
 
     The shape of the layers is the drafter's own in any case: a target's config may state it in a way that does not fit
     fewer layers (`per_layer_config`), and a drafter may have another one than its target.
@@ -251,9 +266,8 @@ def deepspec_config(source: Source, dtype: str) -> dict[str, Any]:
             "target_layer_ids": list(drafter.target_layer_ids),
         }
     )
-    prefix = family.drafter_class
-    config |= _eagle3_keys(source, prefix) if served_as(drafter) == "eagle3" else _block_keys(source, prefix)
-    return family.drafter_config(config, target)
+    keys = {"eagle3": _eagle3_keys, "dflash": dflash_keys, "dspark": _dspark_keys}[served_as(drafter) or ""]
+    return family.drafter_config(config | keys(source), target)
 
 
 _TARGETS_OWN = ("torch_dtype", "transformers_version", "auto_map", "quantization_config", "_name_or_path")
@@ -261,13 +275,13 @@ _TARGETS_OWN += ("per_layer_config",)
 """Keys of a target's config that would be wrong in its drafter's."""
 
 
-def _block_keys(source: Source, prefix: str) -> dict[str, Any]:
-    """Keys of DSpark and DFlash."""
+def _dspark_keys(source: Source) -> dict[str, Any]:
+    """Keys of DSpark, and of a DFlash that is served as such."""
     drafter = source.config
     keys = {
-        "architectures": [f"{prefix}DSparkModel"],
+        "architectures": [f"{source.family.drafter_class}DSparkModel"],
         "mask_token_id": drafter.mask_token_id,
-        "block_size": drafter.block_size,
+        "block_size": drafter.block_rows,
         "num_anchors": source.num_anchors,
         "enable_confidence_head": drafter.confidence_head,
         "markov_rank": drafter.markov_rank,
@@ -279,10 +293,10 @@ def _block_keys(source: Source, prefix: str) -> dict[str, Any]:
     return keys
 
 
-def _eagle3_keys(source: Source, prefix: str) -> dict[str, Any]:
+def _eagle3_keys(source: Source) -> dict[str, Any]:
     """Keys of EAGLE-3."""
     return {
-        "architectures": [f"{prefix}Eagle3Model"],
+        "architectures": [f"{source.family.drafter_class}Eagle3Model"],
         "draft_num_hidden_layers": source.config.num_layers,
         "target_model_name_or_path": source.target_name,
         "ttt_length": source.config.block_size,
@@ -297,13 +311,14 @@ def universal_config(source: Source, dtype: str) -> dict[str, Any]:
     whatever the method is, and nobody needs it. RoPE is written in the old and the new form. There is no
     `eagle_aux_hidden_state_layer_ids`: servers prefer it and disagree about what it counts (trap 13).
     """
-    config = deepspec_config(source, dtype)
-    if served_as(source.config) == "eagle3":
+    config, kind = reference_config(source, dtype), served_as(source.config)
+    if kind == "eagle3":
         return _vllm_eagle3(source, config)
-    config["sample_from_anchor"] = True
-    keys = ("block_size", "mask_token_id", "target_layer_ids", "markov_rank", "markov_head_type")
-    nested = {key: config[key] for key in keys}
-    config |= {"dflash_config": nested, "dspark_config": nested | {"sample_from_anchor": True}}
+    first = config["sample_from_anchor"] = source.config.block_layout == "anchor_first"
+    if kind == "dspark":
+        keys = ("block_size", "mask_token_id", "target_layer_ids", "markov_rank", "markov_head_type")
+        nested = {key: config[key] for key in keys}
+        config |= {"dflash_config": nested, "dspark_config": nested | {"sample_from_anchor": first}}
     return config | source.family.drafter_rope(source.arch)
 
 
@@ -335,11 +350,14 @@ def speculators_config(source: Source, dtype: str) -> dict[str, Any]:
     base, kind = universal_config(source, dtype), served_as(source.config)
     own = {"dflash_config", "dspark_config", "sample_from_anchor", "num_target_layers", "target_layer_ids"}
     own |= {"eagle_aux_hidden_state_layer_ids", "norm_before_residual", "draft_vocab_size"}
-    own |= set(_block_keys(source, "")) | set(_eagle3_keys(source, ""))
-    if kind == "dspark":
-        names = ("block_size", "mask_token_id", "sample_from_anchor", "markov_rank", "markov_head_type")
-        keys = {name: base[name] for name in (*names, "enable_confidence_head", "confidence_head_with_markov")}
-        keys |= {"architectures": ["DSparkSpeculator"], "sliding_window_non_causal": True}
+    own |= set(_dspark_keys(source)) | set(_eagle3_keys(source))
+    if kind in _SPECULATORS:
+        architecture, names = _SPECULATORS[kind]
+        keys = {name: base[name] for name in ("block_size", "mask_token_id", "sample_from_anchor", *names)}
+        if source.config.kind == "dflash2":
+            kind, architecture = "dflash2", DFLASH2
+            keys |= dflash2_keys(source.config)
+        keys |= {"architectures": [architecture], "sliding_window_non_causal": True}
         keys |= {"aux_hidden_state_layer_ids": [i + 1 for i in base["target_layer_ids"]]}
     else:
         off = ("norm_before_fc", "fc_norm", "norm_output", "embed_requires_grad")
@@ -364,5 +382,9 @@ def speculators_config(source: Source, dtype: str) -> dict[str, Any]:
         "tie_word_embeddings": False,
     }
 
+
+_DSPARK_HEADS = ("markov_rank", "markov_head_type", "enable_confidence_head", "confidence_head_with_markov")
+_SPECULATORS = {"dspark": ("DSparkSpeculator", _DSPARK_HEADS), "dflash": ("DFlashSpeculator", ())}
+"""By method what speculators calls a block drafter, and the keys of its heads."""
 
 CONFIGS = {"universal": universal_config, "deepspec": deepspec_config, "speculators": speculators_config}

@@ -29,11 +29,6 @@ def read_drafter_config(directory: Path) -> tuple[TargetArchitecture, DrafterCon
     """
     path, raw = directory / "config.json", read_config(directory)
     layout = read_layout(str(path), raw)
-    if not layout.anchor_first:
-        raise InputError(
-            f"{path}: blocks are filled in (row 0 is thrown away), drafters here predict from row 0; "
-            "if the file is wrong about itself, set sample_from_anchor to true (convert check tells)"
-        )
     parts = unsupported_parts(raw)
     if parts:
         raise Unsupported(str(path), parts[0], ELSEWHERE)
@@ -43,7 +38,7 @@ def read_drafter_config(directory: Path) -> tuple[TargetArchitecture, DrafterCon
 
 
 def drafter_config(where: str, layout: Layout) -> DrafterConfig:
-    """The drafter that a layout describes; whether its blocks are anchor-first is not looked at.
+    """The drafter that a layout describes.
 
     Raises:
       InputError: it is of a kind that is not implemented.
@@ -53,16 +48,21 @@ def drafter_config(where: str, layout: Layout) -> DrafterConfig:
     head = layout.markov_head_type if layout.markov_rank else "vanilla"
     if head not in HEADS:
         raise Unsupported(where, f"markov_head_type {head!r}", f"use {listed(HEADS)}")
+    kind = "dspark" if layout.markov_rank or layout.confidence else "dflash"
     return DrafterConfig(
-        kind="dspark" if layout.markov_rank or layout.confidence else "dflash",
+        kind="dflash2" if head == "selector" else kind,
         num_layers=layout.num_layers,
-        block_size=layout.block_size,
+        block_size=layout.drafts,
+        block_layout="anchor_first" if layout.anchor_first else "fill_in",
         target_layer_ids=layout.taps,
         mask_token_id=layout.mask_token_id,
         markov_rank=layout.markov_rank,
         confidence_head=layout.confidence,
         confidence_with_markov=layout.confidence_with_markov,
         markov_head_type=head,
+        conv_kernel_size=layout.conv_kernel_size,
+        conv_group_size=layout.conv_group_size,
+        selector_top_k=layout.selector_top_k,
     )
 
 

@@ -2,7 +2,7 @@
 
     deepspec      all keys at the top level (the PyTorch reference; our universal export has copies in nested dicts)
     specforge     `architectures: ["DSparkDraftModel"]`, keys in `dflash_config`
-    dflash        `architectures: ["DFlashDraftModel"]`, keys in `dflash_config`; fill-in blocks
+    dflash        `architectures: ["DFlashDraftModel"]` or DFlash2DraftModel, keys in `dflash_config`; fill-in blocks
     speculators   `speculators_model_type`; layer ids are one higher (the layer whose input is tapped)
 
 How each server reads the same file is another matter: see `convert.servers`.
@@ -18,6 +18,8 @@ from dspark_jax.config import InputError
 from dspark_jax.json_file import read_object
 from dspark_jax.target.families import FAMILIES, claiming
 
+DFLASH2 = "DFlash2DraftModel"
+Z_LAB = ("DFlashDraftModel", DFLASH2)
 LLAMA_EAGLE_ARCHITECTURES = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM")
 
 
@@ -40,15 +42,19 @@ class Layout:
     Attributes:
       dialect: deepspec, specforge, dflash or speculators.
       family: block (DSpark, DFlash) or eagle3.
-      block_size: rows of a block; for eagle3 the steps it was trained for, 0 where that is not said.
+      block_size: rows of a block, its anchor included; for eagle3 the steps it was trained for, 0 where that is not
+        said.
       taps: tapped layers, i = output of layer i, -1 = the embeddings; empty where they are left to the server.
       mask_token_id: fills a block after its anchor; -1 for eagle3.
       anchor_first: row k predicts anchor + k + 1; else row 0 is thrown away and row k predicts anchor + k (trap 1).
       num_layers: of the drafter.
       markov_rank: 0 = no Markov head.
-      markov_head_type: vanilla, gated or rnn.
+      markov_head_type: vanilla, gated, rnn or selector.
       confidence: whether there is a confidence head.
       confidence_with_markov: whether it reads the Markov embedding.
+      conv_kernel_size: taps of the convolutions; 0 = there are none.
+      conv_group_size: channels that share a coefficient.
+      selector_top_k: candidates of a selector.
     """
 
     dialect: str
@@ -62,6 +68,9 @@ class Layout:
     markov_head_type: str = "vanilla"
     confidence: bool = False
     confidence_with_markov: bool = False
+    conv_kernel_size: int = 0
+    conv_group_size: int = 16
+    selector_top_k: int = 16
 
     @property
     def drafts(self) -> int:
@@ -116,6 +125,9 @@ def unsupported_parts(raw: Mapping[str, Any]) -> list[str]:
         found.append("blocks that are attended causally")
     if "sliding_attention" in (layers.get("layer_types") or []):
         found.append("layers with a sliding window")
+    found += [
+        f"{name} {nested[name]}" for name, off in _DFLASH2_OFF.items() if nested.get(name, off) not in (off, None)
+    ]
     if nested.get("projector_type") not in (None, "dspark", "dflash"):
         found.append(f"projector_type {nested['projector_type']}")
     whole = layers.get("vocab_size")
@@ -123,6 +135,9 @@ def unsupported_parts(raw: Mapping[str, Any]) -> list[str]:
         found.append("a reduced draft vocabulary")
     return found
 
+
+_DFLASH2_OFF = {"input_embedding_scale": 1.0, "output_multiplier": 1.0, "final_logit_softcapping": 0.0}
+"""Numbers of DFlash 2 that servers take and the values that change nothing."""
 
 _OFF = ("norm_before_fc", "fc_norm", "norm_output", "use_aux_norm")
 """Switches of EAGLE-3 variants: off, or the computation is another one."""
@@ -146,7 +161,7 @@ def read_layout(where: str, raw: Mapping[str, Any]) -> Layout:
         return _block(where, raw, raw, "deepspec", anchor_first=bool(raw.get("sample_from_anchor", True)))
     if name in eagle_architectures():
         return _eagle(where, raw)
-    if name in ("DSparkDraftModel", "DFlashDraftModel"):
+    if name in ("DSparkDraftModel", *Z_LAB):
         nested = raw.get("dflash_config") or raw.get("dspark_config") or {}
         values = {**raw, **nested}
         dspark = name == "DSparkDraftModel"
@@ -154,7 +169,7 @@ def read_layout(where: str, raw: Mapping[str, Any]) -> Layout:
         return _block(where, values, raw, dialect, anchor_first=bool(values.get("sample_from_anchor", dspark)))
     raise InputError(
         f"{where}: architectures {raw.get('architectures')} is not one of "
-        f"{[*block_architectures(), *eagle_architectures(), 'DSparkDraftModel', 'DFlashDraftModel']} and there is no "
+        f"{[*block_architectures(), *eagle_architectures(), 'DSparkDraftModel', *Z_LAB]} and there is no "
         "speculators_model_type; this is not a drafter that is known here"
     )
 
@@ -166,7 +181,10 @@ def _block(
     _require(where, values, "block_size", "mask_token_id", "target_layer_ids")
     _require(where, raw, "num_hidden_layers")
     rank, taps = int(values.get("markov_rank") or 0), tuple(values["target_layer_ids"])
-    return Layout(
+    if int(values["block_size"]) < (1 if anchor_first else 2):
+        alone = "" if anchor_first else " of a fill-in block, in which the anchor's row drafts nothing"
+        raise InputError(f"{where}: block_size={values['block_size']}{alone} leaves no drafts; correct it")
+    layout = Layout(
         dialect=dialect,
         family="block",
         block_size=int(values["block_size"]),
@@ -179,6 +197,21 @@ def _block(
         confidence=bool(values.get("enable_confidence_head", False)),
         confidence_with_markov=bool(values.get("confidence_head_with_markov", False)),
     )
+    if architecture(values) == DFLASH2:
+        _require(where, values, *DFLASH2_KEYS)
+        taps, group, rank, candidates = (int(values[name]) for name in DFLASH2_KEYS)
+        layout = dataclasses.replace(
+            layout,
+            markov_rank=rank,
+            markov_head_type="selector",
+            selector_top_k=candidates,
+            conv_kernel_size=taps,
+            conv_group_size=group,
+        )
+    return layout
+
+
+DFLASH2_KEYS = ("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k")
 
 
 def _eagle(where: str, raw: Mapping[str, Any]) -> Layout:
@@ -206,13 +239,16 @@ def _speculators(where: str, raw: Mapping[str, Any]) -> Layout:
         methods = (raw.get("speculators_config") or {}).get("proposal_methods") or [{}]
         steps = int(methods[0].get("speculative_tokens") or 0)
         return Layout("speculators", "eagle3", steps, taps, -1, anchor_first=True, num_layers=layers)
-    if kind not in ("dspark", "dflash"):
+    if kind not in ("dspark", "dflash", "dflash2"):
         raise InputError(
-            f"{where}: speculators_model_type {kind!r} is not supported; use one of: dspark, dflash, eagle3"
+            f"{where}: speculators_model_type {kind!r} is not supported; use one of: dspark, dflash, dflash2, eagle3"
         )
     _require(where, raw, "block_size", "mask_token_id", "aux_hidden_state_layer_ids")
     heads = {"markov_rank": 256, "enable_confidence_head": True, "confidence_head_with_markov": True}
-    values = {**(heads if kind == "dspark" else {}), **raw}
+    defaults = {"dspark": heads, "dflash2": dict(zip(DFLASH2_KEYS, (2, 16, 256, 16), strict=True))}
+    values = {**defaults.get(kind, {}), **raw}
+    if kind == "dflash2":
+        values["architectures"] = [DFLASH2]
     values["target_layer_ids"] = [i - 1 for i in raw["aux_hidden_state_layer_ids"]]
     anchor_first = bool(raw.get("sample_from_anchor", kind == "dspark"))
     return _block(where, values, raw["transformer_layer_config"], "speculators", anchor_first=anchor_first)
@@ -222,7 +258,7 @@ _OBJECTS = ("dflash_config", "dspark_config", "eagle_config", "transformer_layer
 _LISTS = ("target_layer_ids", "aux_hidden_state_layer_ids", "eagle_aux_hidden_state_layer_ids")
 _NUMBERS = (
     "block_size", "mask_token_id", "num_hidden_layers", "markov_rank", "ttt_length", "draft_vocab_size",
-    "noise_token_id", "speculative_tokens",
+    "noise_token_id", "speculative_tokens", *DFLASH2_KEYS,
 )  # fmt: skip
 
 

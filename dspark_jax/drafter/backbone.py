@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dspark_jax.config import DrafterConfig, TargetArchitecture
+from dspark_jax.drafter.convolution import BlockConvolution
 from dspark_jax.ops.block_attention import block_attention
 from dspark_jax.ops.cached_attention import Rows, cached_attention
 from dspark_jax.sharding import constrain
@@ -19,7 +20,8 @@ class Backbone(nnx.Module):
 
     The context is projected and normed once, `hidden_norm(fc(features))`, and shared by all layers; it does not pass
     the layers' input norm, the block's stream does (trap 12). Rows attend to the context strictly before their anchor
-    and, in both directions, to their own block (trap 3).
+    and, in both directions, to their own block (trap 3). There may be convolutions along the rows of a block around
+    attention and MLP (`drafter/convolution.py`); the context passes none.
     """
 
     def __init__(self, arch: TargetArchitecture, config: DrafterConfig, *, rngs: nnx.Rngs):
@@ -29,7 +31,8 @@ class Backbone(nnx.Module):
         width = len(config.target_layer_ids) * d
         self.fc = normal(rngs, (), (width, d), ("features", "embed"), scale)
         self.hidden_norm = ones((), d)
-        self.layers = Layer(arch, stack=(config.num_layers,), scale=scale, rngs=rngs)
+        around, stack = (_convolution(d, config), _convolution(d, config)), (config.num_layers,)
+        self.layers = Layer(arch, stack=stack, scale=scale, rngs=rngs, around=around)
         self.layers.attention.reads_context = True
         self.norm = ones((), d)
 
@@ -151,3 +154,11 @@ class Backbone(nnx.Module):
         for index in range(self.num_layers):
             x = constrain(layer_at(self.layers, index)(x, attention), "batch", None, None)
         return rms_norm(x, self.norm[...], self.arch.rms_norm_eps), cache
+
+
+def _convolution(width: int, config: DrafterConfig) -> BlockConvolution | None:
+    """A stack of convolutions, if the config has such."""
+    taps, group = config.conv_kernel_size, config.conv_group_size
+    if not taps:
+        return None
+    return BlockConvolution(width, config.block_rows, taps=taps, group=group, stack=(config.num_layers,))

@@ -61,7 +61,8 @@ class BlockTargets(NamedTuple):
 def block_targets(tokens: jax.Array, loss_mask: jax.Array, anchors: Anchors, block_size: int) -> BlockTargets:
     """What position k of each block predicts: token anchor+1+k, from the target's row anchor+k.
 
-    Row 0, the anchor, is the first prediction (trap 1). A block is supervised up to its first label outside the
+    The same in both layouts of a block: the row of prediction k is k where the anchor's row is the first prediction,
+    and k + 1 where it is thrown away (trap 1). A block is supervised up to its first label outside the
     sequence or the loss mask, gathered at the label's position (trap 7).
 
     Args:
@@ -86,7 +87,7 @@ def block_targets(tokens: jax.Array, loss_mask: jax.Array, anchors: Anchors, blo
     return BlockTargets(labels, prev_tokens, clamped - 1, mask)
 
 
-def block_tokens(anchor_tokens: jax.Array, mask_token: int, block_size: int) -> jax.Array:
-    """Input ids of blocks: [...] anchors -> [..., G] with the anchor first and masks after it."""
-    masks = jnp.full((*anchor_tokens.shape, block_size - 1), mask_token, anchor_tokens.dtype)
+def block_tokens(anchor_tokens: jax.Array, mask_token: int, rows: int) -> jax.Array:
+    """Input ids of blocks: [...] anchors -> [..., rows] with the anchor first and masks after it."""
+    masks = jnp.full((*anchor_tokens.shape, rows - 1), mask_token, anchor_tokens.dtype)
     return jnp.concatenate([anchor_tokens[..., None], masks], axis=-1)

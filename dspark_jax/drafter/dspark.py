@@ -1,7 +1,7 @@
 """DSpark (paper section 3): the parallel backbone, a sequential head and the confidence head.
 
-DFlash is the same drafter without the heads. The embedding and the LM head belong to the target, which every method
-that needs them takes as an argument.
+DFlash is the same drafter without the heads; DFlash 2 has convolutions and the selector (`heads/selector.py`). The
+embedding and the LM head belong to the target, which every method that needs them takes as an argument.
 """
 
 from typing import Any
@@ -25,18 +25,18 @@ class DSpark(DrafterModule):
     """A block drafter for one target. Parameters are float32; `dtype` is the compute type."""
 
     def __init__(self, arch: TargetArchitecture, config: DrafterConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32):
-        scale, rank = config.initializer_range, config.markov_rank
-        self.block_size = config.block_size
+        rank = config.markov_rank
+        self.block_size, self.rows = config.block_size, config.block_rows
         self.taps = tuple(config.target_layer_ids)
         self.mask_token = config.mask_token_id
         self.dtype = dtype
         self.backbone = Backbone(arch, config, rngs=rngs)
         if rank:
             head = find(HEADS, config.markov_head_type, "drafter.markov_head_type").load()
-            self.markov = head(arch.vocab_size, arch.hidden_size, rank, scale=scale, rngs=rngs)
+            self.markov = head.of(arch, config, rngs=rngs)
         if config.confidence_head:
             seen = rank if config.confidence_with_markov else 0
-            self.confidence = ConfidenceHead(arch.hidden_size, seen, scale=scale, rngs=rngs)
+            self.confidence = ConfidenceHead(arch.hidden_size, seen, scale=config.initializer_range, rngs=rngs)
 
     def __call__(
         self,
@@ -49,10 +49,14 @@ class DSpark(DrafterModule):
     ) -> BlockOutputs:
         """Training pass; see `drafter.interface.DrafterModule`."""
         targets = block_targets(tokens, loss_mask, anchors, self.block_size)
-        inputs = block_tokens(targets.prev_tokens[:, :, 0], self.mask_token, self.block_size)
-        embedded = target.embed(inputs).astype(self.dtype)
-        hidden = self.backbone(embedded, features, anchors.positions, anchors.keep, starts)
+        embedded = target.embed(block_tokens(targets.prev_tokens[:, :, 0], self.mask_token, self.rows))
+        states = self.backbone(embedded.astype(self.dtype), features, anchors.positions, anchors.keep, starts)
+        hidden = self.predictions(states)
         return BlockOutputs(hidden, targets.prev_tokens, targets.labels, targets.teacher_rows, targets.mask)
+
+    def predictions(self, states: jax.Array) -> jax.Array:
+        """States of all rows of blocks -> [..., G, D], those that predict: all of them, or all but the anchor's."""
+        return states[..., self.rows - self.block_size :, :]
 
     def init_cache(self, batch: int, length: int) -> KVCache:
         """An empty cache for `length` positions of `batch` requests."""
@@ -78,8 +82,9 @@ class DSpark(DrafterModule):
         sampling: Sampling,
     ) -> tuple[Proposal, KVCache]:
         """Drafts G tokens after each anchor; see `drafter.interface.Drafter`."""
-        embedded = target.embed(block_tokens(anchors, self.mask_token, self.block_size)).astype(self.dtype)
-        hidden, cache = self.backbone.decode(embedded, cache, positions)
+        embedded = target.embed(block_tokens(anchors, self.mask_token, self.rows)).astype(self.dtype)
+        states, cache = self.backbone.decode(embedded, cache, positions)
+        hidden = self.predictions(states)
         positions_first, draws = hidden.swapaxes(0, 1), uniforms.swapaxes(0, 1)
         base = target.unembed(positions_first)  # [G, B, V]
         if self.markov is None:

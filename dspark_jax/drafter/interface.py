@@ -93,7 +93,7 @@ class Drafter(Protocol):
 
         Args:
           target: its `embed` and `unembed` are used.
-          cache: holds the features of all positions before the anchors, with room for `block_size` rows more.
+          cache: holds the features of all positions before the anchors, with room for `block_size` + 1 rows more.
           anchors: [B] newest token of each request (not yet seen by the target).
           positions: [B] the anchors' absolute positions.
           uniforms: [B, G, 2] int32, one per drafted token; see `ops.sampling.words`.

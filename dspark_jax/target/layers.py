@@ -213,8 +213,12 @@ class Layer(nnx.Module):
         scale: float = 0.02,
         rngs: nnx.Rngs,
         shape: LayerShape | None = None,
+        around: tuple[Any, Any] = (None, None),
     ):
-        """A random layer like `shape`; None: that of a drafter for a target of shape `arch`."""
+        """A random layer like `shape`; None: that of a drafter for a target of shape `arch`.
+
+        `around` are modules that a drafter puts around attention and MLP, (normed x, the sublayer) -> [B, T, D].
+        """
         if shape is None:
             arch, shape = drafter_layer(arch)
         self.family = arch.model_type
@@ -226,12 +230,20 @@ class Layer(nnx.Module):
         self.mlp_out_norm = ones(stack, arch.hidden_size) if shape.out_norms else None
         self.scalar = ones(stack, 1) if shape.scalar else None
         self.eps = arch.rms_norm_eps
+        self.around_attention, self.around_mlp = around
 
     def __call__(self, x: jax.Array, attention: Callable[["Attention", jax.Array], jax.Array]) -> jax.Array:
         """x [B, T, D] -> [B, T, D]; `attention(projections, normed x)` returns the heads [B, T, N, H]."""
-        heads = attention(self.attention, rms_norm(x, self.attention_norm[...], self.eps))
-        x = x + self._normed(self.attention.output(heads), self.attention_out_norm)
-        x = x + self._normed(self.mlp(rms_norm(x, self.mlp_norm[...], self.eps)), self.mlp_out_norm)
+
+        def attend(normed: jax.Array) -> jax.Array:
+            return self.attention.output(attention(self.attention, normed))
+
+        normed = rms_norm(x, self.attention_norm[...], self.eps)
+        out = attend(normed) if self.around_attention is None else self.around_attention(normed, attend)
+        x = x + self._normed(out, self.attention_out_norm)
+        normed = rms_norm(x, self.mlp_norm[...], self.eps)
+        out = self.mlp(normed) if self.around_mlp is None else self.around_mlp(normed, self.mlp)
+        x = x + self._normed(out, self.mlp_out_norm)
         return x if self.scalar is None else x * self.scalar[...].astype(x.dtype)
 
     def _normed(self, x: jax.Array, norm: Param | None) -> jax.Array:

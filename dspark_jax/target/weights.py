@@ -14,6 +14,7 @@ class Weight(NamedTuple):
       name: tensor name; `{i}` runs over layers and makes the parameter a stack.
       inputs: how many leading axes of the parameter are inputs of a linear layer, which is stored as [out, in];
         0 = stored as it is, up to merged axes.
+      whole: stored with all its axes.
       row: a vector that is stored as a linear layer with one output, [1, in].
       layers: the layers that a stack holds, where those are not 0, 1, 2, ...
     """
@@ -22,6 +23,7 @@ class Weight(NamedTuple):
     inputs: int = 0
     row: bool = False
     layers: tuple[int, ...] = ()
+    whole: bool = False
 
     @property
     def stacked(self) -> bool:
@@ -36,6 +38,8 @@ class Weight(NamedTuple):
         """Shape of the stored tensor of one layer whose parameter has `shape`."""
         if self.row:
             return (1, *shape)
+        if self.whole:
+            return shape
         if self.inputs:
             return math.prod(shape[self.inputs :]), math.prod(shape[: self.inputs])
         return (shape[0], math.prod(shape[1:])) if len(shape) > 2 else shape

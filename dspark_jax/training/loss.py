@@ -62,7 +62,8 @@ def drafter_loss(
         the mean of every term that has a coefficient or is always reported (ce, l1, confidence): weighted, or that over
         supervised positions where the term is not `weighted`,
         tv: l1 / 2,
-        accept@k: plain mean over supervised positions k = 1..G of 1 - tv, given that all before k were accepted,
+        accept@k: plain mean over supervised positions k = 1..G of 1 - tv, given that all before k were accepted; of a
+        head that chooses among candidates it is the acceptance without it, as the terms over the vocabulary are,
         tau_expected: 1 + sum over k of the product of accept@1..k, mean over blocks whose first position is supervised,
         supervised: share of the block positions that are supervised,
         and what terms report besides.
@@ -72,10 +73,12 @@ def drafter_loss(
     weights = jnp.exp(-jnp.arange(g, dtype=jnp.float32) / config.decay) * mask
     weight_sum = jnp.sum(weights)
     denominator = jnp.asarray(b * a, jnp.float32) if config.per_row else weight_sum
-    previous = latent = None
-    if drafter.markov is not None:
-        previous = drafter.markov.embed(outputs.prev_tokens)
-        latent = drafter.markov.latent(outputs.hidden, previous)
+    head, previous, latent = drafter.markov, None, None
+    if head is not None:
+        previous = head.embed(outputs.prev_tokens)
+        latent = head.latent(outputs.hidden, previous)
+    candidates = 0 if head is None else head.candidates
+    biased = head is not None and not candidates
     rows = outputs.teacher_rows.reshape(b, a * g)
     teacher = jax.vmap(lambda states, at: states[at])(jax.lax.stop_gradient(last_hidden), rows)
 
@@ -83,16 +86,17 @@ def drafter_loss(
     terms = vocab_terms(coefficients)
     out = vocab_loss(
         outputs.hidden.reshape(b, a * g, d),
-        None if latent is None else latent.reshape(b, a * g, -1),
+        latent.reshape(b, a * g, -1) if biased and latent is not None else None,
         teacher,
         target.head,
-        None if drafter.markov is None else drafter.markov.w2[...],
+        head.w2[...] if biased and head is not None else None,
         outputs.labels.reshape(b, a * g),
         weights.reshape(b, a * g),
         terms=terms,
         block=g,
         softcap=target.softcap,
         chunk=vocab_chunk,
+        candidates=candidates,
     )
 
     def cleared(x: jax.Array) -> jax.Array:
@@ -105,7 +109,8 @@ def drafter_loss(
         each = weights if term.weighted else mask.astype(jnp.float32)
         metrics[name] = Ratio(jnp.sum(each * cleared(out.values[name])), jnp.sum(each))
     metrics["tv"] = Ratio(0.5 * metrics["l1"].num, weight_sum)
-    blocks = Blocks(drafter, outputs, previous, accept, weights)
+    favourites = jax.tree.map(lambda ids: ids.reshape(b, a, g, *ids.shape[2:]), out.favourites)
+    blocks = Blocks(drafter, target, outputs, previous, accept, weights, latent, favourites)
     for name, (term, coefficient) in block_terms(coefficients, drafter).items():
         values, more = term(blocks)
         summed = jnp.sum(weights * values)

@@ -72,8 +72,9 @@ def make_optimizer(
 def matrix_axes(params: Mapping[str, Any]) -> dict[str, MuonDimensionNumbers | None]:
     """Which axes of each parameter are a matrix's inputs and outputs; None where Muon does not apply.
 
-    The matrices of the layers, and those of the gated and the RNN head, are orthogonalised, layer by layer. Norms, the
-    Markov tables (embeddings) and the confidence head are left to AdamW, which has Nesterov momentum here.
+    The matrices of the layers, and those of the gated, the RNN and the selector head, are orthogonalised, layer by
+    layer. Norms, the Markov tables (embeddings), the confidence head and the convolutions, which start from zero, are
+    left to AdamW, which has Nesterov momentum here.
     """
     return {path: _MATRICES.get(path.removeprefix("backbone.")) for path in params}
 
@@ -82,6 +83,7 @@ _MATRICES = {
     "fc": MuonDimensionNumbers((0,), (1,)),
     "projection": MuonDimensionNumbers((0,), (1,)),
     "markov.gate": MuonDimensionNumbers((0,), (1,)),
+    "markov.projection": MuonDimensionNumbers((0,), (1,)),
     "markov.joint": MuonDimensionNumbers((0,), (1,)),
     "layers.attention.query": MuonDimensionNumbers((1,), (2, 3)),
     "layers.attention.key": MuonDimensionNumbers((1,), (2, 3)),

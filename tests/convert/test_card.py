@@ -49,6 +49,7 @@ def card_of(
         (QWEN, DFLASH, "universal", {"vLLM", "SGLang", "llama.cpp"}),
         (QWEN, DFLASH, "deepspec", {"llama.cpp"}),
         (QWEN, replace(DSPARK, markov_head_type="gated"), "universal", {"SGLang"}),
+        (QWEN, replace(DSPARK, block_layout="fill_in"), "universal", {"vLLM", "SGLang", "llama.cpp"}),
         (QWEN, EAGLE3, "universal", {"vLLM"}),
         (QWEN, EAGLE3, "deepspec", set()),
         (GEMMA, DSPARK, "universal", {"vLLM"}),
@@ -60,10 +61,53 @@ def test_commands_are_those_of_servers_that_load_it(arch, drafter, form, serving
     for server, command in COMMANDS.items():
         assert (command in card) == (server in serving), card
         assert (f"{server} cannot serve it: " in card) == (server not in serving), card
-    block = drafter.kind != "eagle3"
-    assert ("mask token 60" in card) == ("begins with its anchor" in card) == block
+    block, fill_in = drafter.kind != "eagle3", drafter.block_layout == "fill_in"
+    assert ("mask token 60" in card) == block
+    assert "sample_from_anchor: true" in card if block and not fill_in else "sample_from_anchor: true" not in card
+    assert ("anchor predicts nothing (`sample_from_anchor: false`)" in card) == fill_in
+    assert ("num_speculative_tokens to 5" in card) == fill_in  # the default is the 6 rows of the block
     assert "mask token 0" not in card
     assert ('"method": "eagle3"' in card) == (drafter.kind == "eagle3" and "vLLM" in serving)
+
+
+def test_z_labs_dflash_has_a_command_for_each_server():
+    """Servers name rows or drafts: a block of six rows has five drafts."""
+    card = card_of(QWEN, replace(DFLASH, block_layout="fill_in"), "universal")
+    assert "cannot serve it" not in card and "besides" not in card and "SPS" not in card
+    method = '{"method": "dflash", "model": "DIR", "num_speculative_tokens": 5'
+    sampled = f"""--speculative-config '{method}, "draft_sample_method": "probabilistic"}}'"""
+    assert sampled in card and f"--speculative-config '{method}}}'" in card  # the latter for tpu-inference
+    sglang = "--speculative-algorithm DFLASH --speculative-draft-model-path DIR --speculative-num-draft-tokens 6"
+    assert f"sglang.launch_server --model-path org/base {sglang}\n" in card
+    assert f"sgl_jax.launch_server --model-path org/base {sglang} --speculative-num-steps 1" in card
+    assert "--spec-type draft-dflash --spec-draft-n-max 5" in card
+    card = card_of(QWEN, replace(DFLASH, block_layout="fill_in"), "speculators")
+    assert "SGLang cannot serve it" in card and "llama.cpp cannot serve it: its converter does not know DFlash" in card
+    with pytest.raises(InputError, match="no server has a fill-in DFlash for Gemma 4; train with drafter.block_layout"):
+        card_of(GEMMA, replace(DFLASH, block_layout="fill_in"), "universal")
+
+
+def test_dflash2_has_a_command_where_it_is_known():
+    config = replace(
+        DSPARK, kind="dflash2", block_layout="fill_in", markov_head_type="selector", confidence_head=False,
+        confidence_with_markov=False, conv_kernel_size=2,
+    )  # fmt: skip
+    card = card_of(QWEN, config, "universal")
+    for server in ("tpu-inference", "sglang-jax"):
+        assert f"{server} cannot serve it: it has no DFlash 2." in card
+    assert card.count("cannot serve it") == 2 and "candidate selector of rank 8" in card and "besides" not in card
+    assert '{"method": "dflash", "model": "DIR", "num_speculative_tokens": 5' in card
+    assert "--spec-type draft-dflash" in card and "--speculative-num-draft-tokens 6" in card
+    assert "vllm serve DIR" in card_of(QWEN, config, "speculators")
+    for change, message in (
+        ({"confidence_head": True}, "without a confidence head only"),
+        ({"conv_kernel_size": 0}, "this drafter has conv_kernel_size=0"),
+        ({"kind": "dspark"}, "no server has a dspark with a selector; train with drafter.kind='dflash2'"),
+        ({"kind": "dspark", "markov_head_type": "vanilla"}, "no server has a dspark with convolutions"),
+        ({"block_layout": "anchor_first"}, "no format that a server loads; .*fill_in"),
+    ):
+        with pytest.raises(InputError, match=message):
+            card_of(QWEN, replace(config, **change), "universal")
 
 
 def test_costs_of_this_engine_are_not_given_to_another():

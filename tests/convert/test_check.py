@@ -19,11 +19,13 @@ from dspark_jax.convert import dialect
 from dspark_jax.convert.__main__ import main, parser
 from dspark_jax.convert.check import UNKNOWN, WRONG, Report, check_directory, frozen_problems
 from dspark_jax.convert.dialect import Answer, Score, find_dialect, readings
-from dspark_jax.convert.hf import read_drafter_config
+from dspark_jax.convert.export import Source, frozen_tensors, write_export
+from dspark_jax.convert.hf import read_drafter_config, stored_tensors
 from dspark_jax.convert.layouts import Layout
 from dspark_jax.drafter import make_drafter
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target.loading import load_target
+from tests.convert.conftest import DRAFTER
 
 MASKS = (45, 47, 46, 0)
 
@@ -95,6 +97,51 @@ def test_a_fill_in_drafter_is_named(world, copy):
     right = report(world, copy("fill-in", "right", sample_from_anchor=False))
     assert right.problems == ()
     assert verdicts(right)["vLLM"][0] == "serves"
+
+
+def test_z_labs_dflash_works_in_every_server_that_fills_blocks_in(world, tmp_path, copy):
+    """In its own layout: settings in `dflash_config`, no heads, no copies of the target's matrices."""
+    directory = copy("fill-in", "z-lab")
+    raw = json.loads((directory / "config.json").read_text())
+    heads = [name for name in raw if name.startswith(("markov_", "confidence_", "enable_", "sample_", "dspark_"))]
+    raw = {name: value for name, value in raw.items() if name not in (*heads, "mask_token_id", "target_layer_ids")}
+    raw |= {"architectures": ["DFlashDraftModel"], "dflash_config": {"mask_token_id": 45, "target_layer_ids": [0, 1]}}
+    (directory / "config.json").write_text(json.dumps(raw))
+    tensors = load_file(directory / "model.safetensors")
+    own = {name: value for name, value in tensors.items() if not name.startswith(("markov", "conf", "embed", "lm_"))}
+    save_file(own, directory / "model.safetensors")
+    found = report(world, directory)
+    words = {server: word for server, (word, _) in verdicts(found).items()}
+    assert words.pop("speculators") == "refuses" and set(words.values()) == {"serves"}, words
+    assert found.verdict == "works" and found.stated.drafts == 3
+    assert found.dialect.stated.tau > 1.4
+    shifted = json.dumps(raw | {"dflash_config": raw["dflash_config"] | {"target_layer_ids": [1, 2]}})
+    (directory / "config.json").write_text(shifted)
+    assert "layer ids [1, 2] are one too high" in report(world, directory).problems[0]
+
+
+@pytest.mark.slow
+def test_dflash2_is_scored_and_not_wrong(world, tmp_path):
+    """An untrained one: it accepts next to nothing, in every dialect. With parts that are unknown it is not scored."""
+    config = dataclasses.replace(
+        DRAFTER, kind="dflash2", block_size=3, block_layout="fill_in", markov_head_type="selector",
+        confidence_head=False, confidence_with_markov=False, conv_kernel_size=2,
+    )  # fmt: skip
+    drafter = make_drafter(world.target.arch, config, rngs=nnx.Rngs(0))
+    raw = json.loads((world.path / "config.json").read_text())
+    tensors = list(stored_tensors(drafter, config))
+    source = Source(lambda: tensors, config, world.target.arch, raw, frozen_tensors(world.path), "org/target")
+    directory = write_export(tmp_path / "second", source, dtype="float32")
+    found = report(world, directory)
+    assert found.problems == () and found.verdict == UNKNOWN and "next to nothing" in found.unknown
+    assert found.stated.drafts == 3 and "a selector of rank 8 among 16" in found.lines()[0]
+    raw = json.loads((directory / "config.json").read_text())
+    raw["dflash_config"]["output_multiplier"], raw["layer_types"] = 0.5, ["sliding_attention"]
+    (directory / "config.json").write_text(json.dumps(raw))
+    found = report(world, directory)
+    assert found.problems == () and found.verdict == UNKNOWN
+    assert found.unsupported == ("layers with a sliding window", "output_multiplier 0.5")
+    assert verdicts(found)["vLLM"][0] == "loads"
 
 
 def test_layer_ids_of_an_eagle3_drafter_are_scored(world):

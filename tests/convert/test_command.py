@@ -29,7 +29,7 @@ from dspark_jax.convert import __main__ as entry
 from dspark_jax.convert.__main__ import check_prompts, main, parser
 from dspark_jax.convert.check import Report
 from dspark_jax.convert.export import Source, frozen_tensors, write_export
-from dspark_jax.convert.hf import expected_tensors, import_drafter, read_drafter_config
+from dspark_jax.convert.hf import drafter_tensors, expected_tensors, import_drafter, read_drafter_config
 from dspark_jax.convert.hub import push
 from dspark_jax.convert.layouts import Layout
 from dspark_jax.convert.mapping import FROZEN
@@ -37,6 +37,7 @@ from dspark_jax.convert.targets import fitting
 from dspark_jax.data.features import frozen_file
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target.frozen import save_frozen
+from dspark_jax.train import check_source
 from dspark_jax.training.checkpoint import load_drafter
 from dspark_jax.training.state import to_params
 
@@ -104,6 +105,35 @@ def test_export_of_a_run_and_import_of_it(run, tiny_target, tmp_path, monkeypatc
     assert set(ours) == set(theirs)
     for name, value in ours.items():
         np.testing.assert_array_equal(value, theirs[name], err_msg=name)
+
+
+def test_z_labs_dflash_is_imported_and_goes_on_training(tiny_target, tmp_path):
+    """With what their files state, and no more: no copies of the target's matrices, no word about the layout."""
+    config = dataclasses.replace(
+        DrafterConfig("dflash", 2, 5, (-1, 0), 319, 0, False, False), block_layout="fill_in"
+    )  # fmt: skip
+    shapes, rng = expected_tensors(TargetArchitecture.from_hf(tiny_target), config), np.random.default_rng(0)
+    tensors = {name: rng.normal(size=s).astype(np.float32) for name, s in shapes.items() if name not in FROZEN}
+    raw = json.loads((tiny_target / "config.json").read_text()) | {
+        "architectures": ["DFlashDraftModel"], "num_target_layers": 2, "num_hidden_layers": 2, "block_size": 6,
+        "dflash_config": {"mask_token_id": 319, "target_layer_ids": [-1, 0]},
+    }  # fmt: skip
+    (tmp_path / "z-lab").mkdir()
+    (tmp_path / "z-lab" / "config.json").write_text(json.dumps(raw))
+    save_file(tensors, tmp_path / "z-lab" / "model.safetensors")
+    main(["import", f"--drafter={tmp_path / 'z-lab'}", f"--target={tiny_target}", f"--workdir={tmp_path / 'run'}"])
+    imported, drafter = load_drafter(tmp_path / "run", mesh())
+    assert imported.drafter == config
+    for name, value in drafter_tensors(drafter, config).items():
+        np.testing.assert_array_equal(value, tensors[name], err_msg=name)
+    check_source(dataclasses.replace(imported, train=TrainConfig(init_from=str(tmp_path / "z-lab"))))
+    out = tmp_path / "out"
+    main(["export", f"--workdir={tmp_path / 'run'}", f"--output={out}", "--dtype=float32", "--slim"])
+    back, written = load_file(out / "model.safetensors"), json.loads((out / "config.json").read_text())
+    assert back.keys() == tensors.keys() and all(np.array_equal(back[name], tensors[name]) for name in tensors)
+    assert {name: written[name] for name in ("architectures", "block_size", "dflash_config")} == {
+        name: raw[name] for name in ("architectures", "block_size", "dflash_config")
+    }
 
 
 @pytest.fixture(scope="module")

@@ -41,6 +41,12 @@ VARIANTS = {
     "no confidence": replace(DSPARK, confidence_head=False, confidence_with_markov=False),
     "dflash": replace(DSPARK, kind="dflash", markov_rank=0, confidence_head=False, confidence_with_markov=False),
 }
+FILL_IN = replace(DSPARK, block_layout="fill_in")
+Z_LAB = replace(VARIANTS["dflash"], block_layout="fill_in")
+DFLASH2 = replace(
+    FILL_IN, kind="dflash2", markov_head_type="selector", confidence_head=False, confidence_with_markov=False,
+    conv_kernel_size=2, conv_group_size=8, selector_top_k=7,
+)  # fmt: skip
 
 EAGLE3 = replace(DSPARK, kind="eagle3", num_layers=1, mask_token_id=0, markov_rank=0, confidence_head=False)
 EAGLE3 = replace(EAGLE3, confidence_with_markov=False)
@@ -88,6 +94,7 @@ def test_what_comes_back_drafts_the_same(tiny_target, tmp_path, form, variant):
     directory = write_export(tmp_path / "drafter", source, form=form, dtype="float32")
     config, back = import_drafter(directory, mesh())
     assert (config.block_size, config.target_layer_ids, config.mask_token_id) == (5, (-1, 0), 319)
+    assert config.block_layout == "anchor_first"
     embedding = jnp.asarray(source.frozen[FROZEN[0]])
     back = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), back)  # where the first one lies: compiled once
     (logits, confidence), (logits_back, confidence_back) = draft(drafter, embedding), draft(back, embedding)
@@ -102,10 +109,15 @@ def test_what_comes_back_drafts_the_same(tiny_target, tmp_path, form, variant):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize("kind", ["dspark", "eagle3"])
-def test_round_trips_are_bit_exact(tiny_target, tmp_path, form, dtype, kind):
-    wanted = EAGLE3 if kind == "eagle3" else DSPARK
+@pytest.mark.parametrize(
+    "wanted", [DSPARK, EAGLE3, FILL_IN, Z_LAB, DFLASH2], ids=["dspark", "eagle3", "fill-in", "z-lab", "dflash2"]
+)
+def test_round_trips_are_bit_exact(tiny_target, tmp_path, form, dtype, wanted):
     source, drafter = make_source(tiny_target, wanted)
+    if form == "deepspec" and wanted.block_layout == "fill_in":
+        with pytest.raises(InputError, match="^--format deepspec: the reference's blocks are anchor-first"):
+            write_export(tmp_path / "first", source, form=form)
+        return
     first = write_export(tmp_path / "first", source, form=form, dtype=dtype)
     config, back = import_drafter(first, mesh())
     assert config == wanted
@@ -157,7 +169,7 @@ def test_what_has_no_format_is_said(golden_gemma4_eagle3_case, tiny_target, tmp_
     source, _ = make_source(tiny_target, DSPARK)
     with pytest.raises(InputError, match="kind 'mtp' has no format .*; only dspark, dflash or eagle3 is exported"):
         write_export(tmp_path / "a", replace(source, config=replace(EAGLE3, kind="mtp")))
-    with pytest.raises(InputError, match="no server has the head 'mine'; only vanilla, gated or rnn is exported"):
+    with pytest.raises(InputError, match="no server has the head 'mine'; only vanilla, gated, rnn or selector is"):
         write_export(tmp_path / "a", replace(source, config=replace(source.config, markov_head_type="mine")))
     assert not list(tmp_path.iterdir())
 
@@ -342,13 +354,15 @@ def edit(directory: Path, change) -> Path:
 
 
 def test_dialects_are_read_by_their_own_rules(tiny_target, tmp_path):
-    """Layer ids of speculators count inputs; a fill-in drafter is refused by name, not drafted one token off."""
+    """Layer ids of speculators count inputs; the rows of a block that is filled in are one more than its drafts."""
     source, _ = make_source(tiny_target, DSPARK)
     speculators = write_export(tmp_path / "s", source, form="speculators")
     assert json.loads((speculators / "config.json").read_text())["aux_hidden_state_layer_ids"] == [0, 1]
     assert import_drafter(speculators, mesh())[0].target_layer_ids == (-1, 0)
     edit(speculators, lambda raw: raw.update(sample_from_anchor=False))
-    with pytest.raises(InputError, match="row 0 is thrown away"):
+    assert import_drafter(speculators, mesh())[0] == replace(FILL_IN, block_size=4)
+    edit(speculators, lambda raw: raw.update(block_size=1))
+    with pytest.raises(InputError, match="config.json: block_size=1 of a fill-in block, .* leaves no drafts"):
         import_drafter(speculators, mesh())
 
     def specforge(raw):
@@ -360,8 +374,7 @@ def test_dialects_are_read_by_their_own_rules(tiny_target, tmp_path):
     assert import_drafter(nested, mesh())[0] == DSPARK
     flash = edit(write_export(tmp_path / "f", source), lambda raw: raw.update(architectures=["DFlashDraftModel"]))
     edit(flash, lambda raw: raw.pop("sample_from_anchor"))
-    with pytest.raises(InputError, match="row 0 is thrown away"):
-        import_drafter(flash, mesh())
+    assert import_drafter(flash, mesh())[0] == replace(FILL_IN, block_size=4)
 
 
 def test_a_half_exported_directory_is_not_mistaken_for_one(tiny_target, tmp_path):

@@ -33,14 +33,20 @@ def target() -> Target:
 def drafter(kind: str) -> Any:
     """A random drafter of a kind."""
     base = DrafterConfig(
-        num_layers=2, block_size=3, target_layer_ids=(0, 1), mask_token_id=4, markov_rank=4, initializer_range=0.5
-    )
+        num_layers=2, block_size=3, target_layer_ids=(0, 1), mask_token_id=4, markov_rank=4, initializer_range=0.5,
+        selector_top_k=3,
+    )  # fmt: skip
     data = DataConfig(max_length=64, max_prompt_length=16)
     config = resolve(as_kind(Config(target=TargetConfig(architecture=ARCH), drafter=base, data=data), kind))
     return make_drafter(ARCH, config.drafter, rngs=nnx.Rngs(3))
 
 
-DRAFTERS = [kind for kind in names() if kind != "length"]  # which is dspark with another loss
+SLOW = ("fill_in", "dflash2")
+DRAFTERS = [
+    pytest.param(kind, marks=pytest.mark.slow if kind in SLOW else ())
+    for kind in names()
+    if kind != "length"  # which is dspark with another loss
+]
 
 
 GREEDY, SAMPLES, BUDGET = len(PROMPTS), 4000, 8

@@ -22,8 +22,9 @@ SIZES = {"xla": V, "kernels for GPUs": V, "kernels for TPUs": 2176}
 CLOSE = 3e-6  # of a uniform to a border: either side is right
 
 
-def problem(seed, temperature, ragged=False, v=V):
-    """Arguments of the operation. Where requests have fewer than G + 1 rows, there are as many for nobody."""
+def problem(seed, temperature, ragged=False, v=V, candidates=False):
+    """Arguments of the operation. Where requests have fewer than G + 1 rows, there are as many for nobody. With
+    candidates, a draft can be one of half of the tokens only; the others have no logit."""
     rng = np.random.default_rng(seed)
     lengths = np.array([3, 1, 0, 2, 3]) if ragged else np.full(B, G)
     counts = lengths + 1
@@ -36,6 +37,9 @@ def problem(seed, temperature, ragged=False, v=V):
             near = draft[b, min(k, G - 1)]
             # Like the drafter, so that some drafts are accepted.
             target[first[b] + k] = near + (0.7 if v == V else 0.3) * rng.normal(size=v)
+    if candidates:
+        draft = np.where(draft < np.median(draft, axis=-1, keepdims=True), -np.inf, draft)
+    for b in range(B):
         for k in range(G):
             tokens[b, k] = draft[b, k].argmax() if temperature[b] == 0 else rng.choice(v, p=soft(draft[b, k], 1.0))
     uniforms = rng.random((B, G + 1)).astype(np.float32)
@@ -58,11 +62,11 @@ def run(implementation, arrays, uniforms, sampling):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("temperature", [[0.0] * 5, [1.0, 0.0, 0.7, 1.0, 1.3]], ids=["greedy", "mixed"])
-@pytest.mark.parametrize("ragged", [False, True])
-def test_equals_the_rule(implementation, temperature, ragged):
+@pytest.mark.parametrize(("ragged", "candidates"), [(False, False), (True, False), (False, True)])
+def test_equals_the_rule(implementation, temperature, ragged, candidates):
     counts = set()
     for seed in range(4):
-        arrays, uniforms, sampling = problem(seed, temperature, ragged, SIZES[implementation])
+        arrays, uniforms, sampling = problem(seed, temperature, ragged, SIZES[implementation], candidates)
         target, draft, first, tokens, lengths = arrays
         accepted, following = run(implementation, arrays, uniforms, sampling)
         for b, heat in enumerate(temperature):

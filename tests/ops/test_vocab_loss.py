@@ -169,6 +169,19 @@ def test_equal_distributions_pull_nowhere():
     assert not np.asarray(grads["hidden"]).any()
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_favourites_are_the_largest_logits(implementation):
+    """Of the draft in their order, and the target's; in chunks that the rows do not fill."""
+    args = problem(r=None)
+    out = vocab_loss(**args, terms=TERMS, chunk=3, candidates=4, implementation=implementation)
+    draft, teacher = (args[name].astype(np.float64) @ args["head"].T for name in ("hidden", "teacher"))
+    np.testing.assert_array_equal(out.favourites.draft, np.argsort(-draft, axis=-1)[..., :4])
+    np.testing.assert_array_equal(out.favourites.target, np.argmax(teacher, axis=-1))
+    assert vocab_loss(**args, terms=TERMS, chunk=3, implementation=implementation).favourites is None
+    with pytest.raises(ValueError, match="38 candidates of a vocabulary of 37"):
+        vocab_loss(**args, terms=TERMS, chunk=3, candidates=38)
+
+
 def test_gradients_scale_with_the_cotangent():
     args = problem()
     _, grads = run(args)

@@ -29,7 +29,10 @@ def problem(heads=True, seed=0):
 
     embedding, confidence = normal(V, R), normal(D + R)
     markov = SimpleNamespace(
-        embed=lambda tokens: jnp.asarray(embedding)[tokens], latent=lambda hidden, previous: previous, w2=normal(V, R)
+        candidates=0,
+        embed=lambda tokens: jnp.asarray(embedding)[tokens],
+        latent=lambda hidden, previous: previous,
+        w2=normal(V, R),
     )
 
     def predict(hidden, previous):

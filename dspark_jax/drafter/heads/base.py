@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from dspark_jax.config import DrafterConfig, TargetArchitecture
 from dspark_jax.ops.markov_sample import sample_chain
 from dspark_jax.ops.sampling import Sampling
 from dspark_jax.target.layers import narrow, normal
@@ -20,7 +21,13 @@ class SequentialHead(nnx.Module):
     """Tables W1, W2 in [V, R], and a step from position to position; a subclass says which.
 
     Where R is a multiple of 128, W1 is stored as [V, R/128, 128]: only then can a TPU kernel fetch single rows.
+
+    Attributes:
+      candidates: of a head that chooses among some tokens of each position only, how many; the loss over the vocabulary
+        is then that of the base logits. 0 of the others.
     """
+
+    candidates: int = 0
 
     def __init__(self, vocab_size: int, hidden_size: int, rank: int, *, scale: float, rngs: nnx.Rngs):
         """`hidden_size` is the width D of the hidden states, which some heads read."""
@@ -30,6 +37,12 @@ class SequentialHead(nnx.Module):
         axes = ("vocab", "rank_rows", "rank") if len(rows) == 2 else ("vocab", "rank")
         self.w1 = normal(rngs, (), (vocab_size, *rows), axes, scale)
         self.w2 = normal(rngs, (), (vocab_size, rank), ("vocab", "rank"), scale)
+
+    @classmethod
+    def of(cls, arch: TargetArchitecture, config: DrafterConfig, *, rngs: nnx.Rngs) -> "SequentialHead":
+        """A random head for a target of shape `arch`; a class with settings of its own reads them here."""
+        sizes = (arch.vocab_size, arch.hidden_size, config.markov_rank)
+        return cls(*sizes, scale=config.initializer_range, rngs=rngs)
 
     def start(self, shape: tuple[int, ...]) -> Any:
         """What the head remembers before the first position of blocks [...]; None of a head without memory."""
@@ -79,6 +92,10 @@ class SequentialHead(nnx.Module):
         steps = (jnp.moveaxis(hidden, -2, 0), jnp.moveaxis(prev_embedding, -2, 0))
         _, latents = jax.lax.scan(lambda state, at: self.step(state, *at), state, steps)
         return jnp.moveaxis(latents, 0, -2)
+
+    def logits(self, base_logits: jax.Array, hidden: jax.Array, prev_embedding: jax.Array) -> jax.Array:
+        """Teacher-forced logits [..., G, V] of whole blocks, from the base logits; see `latent` for the rest."""
+        return base_logits + self.bias(self.latent(hidden, prev_embedding))
 
     def sample(
         self, base_logits: jax.Array, hidden: jax.Array, anchors: jax.Array, uniforms: jax.Array, sampling: Sampling

@@ -29,6 +29,7 @@ def vocab_loss(
     block: int = 1,
     softcap: float = 0.0,
     chunk: int,
+    candidates: int = 0,
     implementation: str | None = None,
 ) -> VocabLoss:
     """Terms of the loss that need a row's whole distribution over the vocabulary (paper 3.3).
@@ -53,6 +54,7 @@ def vocab_loss(
       softcap: the head's logits are softcap * tanh(logits / softcap), the Markov bias is not capped; 0 = no cap.
       chunk: rows per device whose [rows, V] logits are in memory at once; with a `blockwise` term rounded up to whole
         blocks.
+      candidates: K, at most V, of the likeliest draft tokens to name beside the target's likeliest; 0: none.
       implementation: None (the best one here), 'xla' (bounded memory), 'pallas_tpu' (the same, with a kernel; not every
         term) or 'reference' (the definition).
 
@@ -61,7 +63,7 @@ def vocab_loss(
 
     Raises:
       ValueError: shapes do not fit together, T is no multiple of the block, chunk is not positive, or the
-        implementation is unknown.
+        implementation is unknown; or there are more candidates than tokens.
     """
     b, t, d = hidden.shape
     v = head.shape[0]
@@ -82,7 +84,10 @@ def vocab_loss(
             raise ValueError(f"vocab_loss: {name} is {array.shape}, with hidden {hidden.shape} it must be {shape}")
     if chunk <= 0 or not jnp.issubdtype(labels.dtype, jnp.integer):
         raise ValueError(f"vocab_loss: chunk {chunk} must be positive and labels {labels.dtype} integers")
+    if not 0 <= candidates <= v:
+        raise ValueError(f"vocab_loss: {candidates} candidates of a vocabulary of {v}")
     if block < 1 or t % block:
         raise ValueError(f"vocab_loss: {t} rows are no multiple of block {block}")
     arrays = jax.tree.map(jnp.asarray, (hidden, prev_embedding, teacher, head, markov_w2, labels, weights))
-    return OPERATION(implementation, *arrays, terms=terms, block=block, softcap=softcap, chunk=chunk)
+    settings = {"terms": terms, "block": block, "softcap": softcap, "chunk": chunk, "candidates": candidates}
+    return OPERATION(implementation, *arrays, **settings)

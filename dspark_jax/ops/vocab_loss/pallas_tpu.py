@@ -49,6 +49,7 @@ def vocab_loss(
     block: int = 1,
     softcap: float = 0.0,
     chunk: int,
+    candidates: int = 0,
 ) -> VocabLoss:
     """See `api.vocab_loss`. Over a mesh, devices split the sequences."""
     v = head.shape[0]
@@ -59,7 +60,8 @@ def vocab_loss(
         the_vocabulary_is_split_over_devices=parts_of("vocab") == 1,
         eight_rows_do_not_fit_on_the_chip=_memory(v, hidden.dtype, capped=capped) <= platform.tpu_kernel_memory(),
     )
-    settings = Settings(tuple((name, *term) for name, term in terms.items()), block, softcap, chunk, _rowwise)
+    named = tuple((name, *term) for name, term in terms.items())
+    settings = Settings(named, block, softcap, chunk, _rowwise, candidates)
     return chunked(hidden, prev_embedding, teacher, head, markov_w2, labels, weights, settings)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from dspark_jax.ops.vocab_loss.result import VocabLoss
+from dspark_jax.ops.vocab_loss.result import Favourites, VocabLoss
 from dspark_jax.ops.vocab_loss.term import Distributions, VocabTerm
 
 
@@ -22,6 +22,7 @@ def vocab_loss(
     block: int = 1,
     softcap: float = 0.0,
     chunk: int = 0,
+    candidates: int = 0,
 ) -> VocabLoss:
     """See `api.vocab_loss`; `chunk` is ignored, and rows of weight 0 must be finite."""
     del chunk
@@ -38,9 +39,11 @@ def vocab_loss(
     if prev_embedding is not None and markov_w2 is not None:
         draft += logits(prev_embedding, markov_w2)
     label_logit = jnp.take_along_axis(draft, labels[..., None], axis=-1)[..., 0]
-    rows = Distributions.of(draft, base(teacher), label_logit, labels, weights, block)
+    teacher_logits = base(teacher)
+    rows = Distributions.of(draft, teacher_logits, label_logit, labels, weights, block)
     values = {name: term.value(rows) for name, (term, _) in terms.items()}
     loss = jnp.zeros((), jnp.float32)
     for name, (term, coefficient) in terms.items():
         loss += coefficient * jnp.sum(jnp.where(weights > 0, values[name] * (weights if term.weighted else 1.0), 0.0))
-    return VocabLoss(loss, *jax.lax.stop_gradient((values, rows.accept)))
+    favourites = Favourites.of(draft, teacher_logits, candidates)
+    return VocabLoss(loss, *jax.lax.stop_gradient((values, rows.accept, favourites)))

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from dspark_jax import sharding
-from dspark_jax.ops.vocab_loss.result import VocabLoss
+from dspark_jax.ops.vocab_loss.result import Favourites, VocabLoss
 from dspark_jax.ops.vocab_loss.term import Distributions, VocabTerm
 
 
@@ -32,6 +32,7 @@ class Settings(NamedTuple):
     softcap: float
     chunk: int
     rowwise: "Rowwise"
+    candidates: int = 0
 
 
 class Logits(NamedTuple):
@@ -101,9 +102,11 @@ def vocab_loss(
     block: int = 1,
     softcap: float = 0.0,
     chunk: int,
+    candidates: int = 0,
 ) -> VocabLoss:
     """See `api.vocab_loss`."""
-    settings = Settings(tuple((name, *term) for name, term in terms.items()), block, softcap, chunk, rowwise)
+    named = tuple((name, *term) for name, term in terms.items())
+    settings = Settings(named, block, softcap, chunk, rowwise, candidates)
     return chunked(hidden, prev_embedding, teacher, head, markov_w2, labels, weights, settings)
 
 
@@ -121,7 +124,7 @@ def chunked(
     head, teacher, weights = jax.lax.stop_gradient((head, teacher, weights))
     rows = _Rows(hidden, prev_embedding, teacher, labels, weights.astype(jnp.float32))
     out = cast(VocabLoss, _loss(rows, head, markov_w2, settings))
-    return VocabLoss(out.loss, *jax.lax.stop_gradient((out.values, out.accept)))
+    return VocabLoss(out.loss, *jax.lax.stop_gradient((out.values, out.accept, out.favourites)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -193,8 +196,8 @@ def _run(
         start = sharding.constrain(jnp.zeros((shards, *w2.shape[::-1]), jnp.float32), "batch", None, "vocab")
     w2_sum, (metrics, gradients) = jax.lax.scan(body, start, jax.tree.map(split, rows))
 
-    (values, accept), gradients = jax.tree.map(join, (metrics, gradients))
-    out = VocabLoss(_total(values, rows.weights, settings), values, accept)
+    (values, accept, favourites), gradients = jax.tree.map(join, (metrics, gradients))
+    out = VocabLoss(_total(values, rows.weights, settings), values, accept, favourites)
     if w2_sum is not None:
         gradients = gradients._replace(w2=jnp.sum(w2_sum, axis=0).T.astype(w2_type))
     return out, gradients
@@ -213,8 +216,8 @@ def _total(values: Mapping[str, jax.Array], weights: jax.Array, settings: Settin
 
 def _chunk(
     rows: _Rows, head: jax.Array, w2: jax.Array | None, settings: Settings, *, with_gradients: bool
-) -> tuple[tuple[dict[str, jax.Array], jax.Array], _Gradients | None]:
-    """Values by term and acceptance, all [P, m], and gradients of the rows of one chunk."""
+) -> tuple[tuple[dict[str, jax.Array], jax.Array, Favourites | None], _Gradients | None]:
+    """Values by term, acceptance and favourites, all [P, m, ..], and gradients of the rows of one chunk."""
     capped = draft = _capped(_logits(rows.hidden, head), settings.softcap)
     label = _capped(_label_logit(rows.hidden, head, rows.labels), settings.softcap)
     if rows.prev is not None and w2 is not None:
@@ -222,12 +225,13 @@ def _chunk(
         label += _label_logit(rows.prev, w2, rows.labels)
     teacher = _capped(_logits(rows.teacher, head), settings.softcap)
     logits = Logits(draft, teacher, capped if settings.softcap and capped is not draft else None, label)
+    favourites = Favourites.of(draft, teacher, settings.candidates)
     if not with_gradients:
         both = Distributions.of(draft, teacher, label, rows.labels, rows.weights, settings.block)
-        return ({name: term.value(both) for name, term, _ in settings.terms}, both.accept), None
+        return ({name: term.value(both) for name, term, _ in settings.terms}, both.accept, favourites), None
     dtype = rows.hidden.dtype
     values, accept, slope, bent = settings.rowwise(logits, rows.labels, rows.weights, settings, dtype)
-    metrics = values, accept
+    metrics = values, accept, favourites
     gradients = _Gradients(_product("pmv,vd->pmd", bent, head).astype(rows.hidden.dtype), None, None)
     if rows.prev is not None and w2 is not None:
         prev = jnp.where(rows.weights[..., None] > 0, rows.prev, 0).astype(slope.dtype)

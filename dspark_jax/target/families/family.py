@@ -102,6 +102,7 @@ class Family:
         Qwen3 in Qwen3DSparkModel. Empty: there are none, and drafters have Qwen3's layers.
       drafter_fields: fields of `TargetArchitecture` that a drafter's layers depend on.
       drafter_constants: tensors of a drafter's file that are always 1 and no parameters here.
+      dflash_class: of servers' fill-in DFlash with its layers; empty: no server has one.
       eagle3_class: of vLLM's EAGLE-3 for it; empty: no server has one.
       slim_refusal: why a drafter's file cannot go without embedding and LM head; empty if it can.
       speculators_refusal: why the speculators package would draft other tokens; empty if it would not.
@@ -116,6 +117,7 @@ class Family:
     drafter_class: str = ""
     drafter_fields: tuple[str, ...] = ()
     drafter_constants: tuple[str, ...] = ()
+    dflash_class: str = ""
     eagle3_class: str = ""
     slim_refusal: str = ""
     speculators_refusal: str = ""

@@ -37,6 +37,7 @@ class Qwen3(Family):
     drafter_fields = (
         "num_attention_heads", "intermediate_size", "rms_norm_eps", "rope_theta", "num_key_value_heads", "head_dim"
     )  # fmt: skip
+    dflash_class = "DFlashDraftModel"
     eagle3_class = "Eagle3Qwen3ForCausalLM"
 
     def values(self, raw: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -7,6 +7,8 @@ import jax
 
 from dspark_jax.drafter.interface import BlockOutputs, DrafterModule
 from dspark_jax.metrics import Ratio
+from dspark_jax.ops.vocab_loss import Favourites
+from dspark_jax.target.interface import EmbeddingAndHead
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,17 +17,23 @@ class Blocks:
 
     Attributes:
       drafter: with its heads.
+      target: its LM head; frozen.
       outputs: A blocks of G positions per sequence.
       previous: [B, A, G, R] Markov embedding of the token before each label, or None without a Markov head.
       accept: [B, A, G] acceptance of the draft distribution, 0 where nothing is supervised; a constant.
       weights: [B, A, G], 0 where nothing is supervised.
+      latent: [B, A, G, R] what the Markov head makes of it, or None without one.
+      favourites: [B, A, G, ..] likeliest tokens, of a drafter whose head chooses among candidates.
     """
 
     drafter: DrafterModule
+    target: EmbeddingAndHead
     outputs: BlockOutputs
     previous: jax.Array | None
     accept: jax.Array
     weights: jax.Array
+    latent: jax.Array | None = None
+    favourites: Favourites | None = None
 
 
 class BlockTerm:

@@ -33,9 +33,10 @@ from absl import flags
 from dspark_jax import command
 from dspark_jax.answering import target_decoder
 from dspark_jax.benchmarks import BENCHMARKS
+from dspark_jax.buckets import places
+from dspark_jax.buckets.inputs import local_file
 from dspark_jax.config import AnswersConfig, Config, DataConfig, InputError
-from dspark_jax.data import overlap, statistics
-from dspark_jax.data.benchmark_prompts import fetch, places
+from dspark_jax.data import benchmark_prompts, overlap, statistics
 from dspark_jax.data.chat import load_tokenizer, stop_tokens
 from dspark_jax.data.files import HUB
 from dspark_jax.data.mask_token import mask_warning
@@ -118,9 +119,9 @@ def prepare(
     """
     if benchmarks is not None:
         names = [] if benchmarks == "all" else [name.strip() for name in benchmarks.split(",")]
-        files = places(names, config.eval.prompts)
+        files = benchmark_prompts.places(names, config.eval.prompts)
         with _disk_errors(workdir):
-            fetch(files)
+            benchmark_prompts.fetch(files)
         return {name: str(file) for name, file in files.items()}
     if config.data.features != "online":
         check_features(config, Path(workdir), lambda: data_fingerprint(config))
@@ -162,6 +163,7 @@ def prepare_samples(config: Config, workdir: Path, decode: Decode | None = None)
         if held_out != part(found, "held_out"):
             with _disk_errors(workdir):
                 found = write_json(final / "report.json", found | {"held_out": held_out})
+                places.publish(final)
         return found
     if jax.process_count() > 1:
         raise InputError(
@@ -178,6 +180,8 @@ def prepare_samples(config: Config, workdir: Path, decode: Decode | None = None)
         (partial / "answers.jsonl").unlink(missing_ok=True)
         (partial / "inputs.json").unlink(missing_ok=True)
         _publish(partial, final)
+        places.publish(final)
+        places.withdraw(partial)
     report = read_ours(final / "report.json")
     _summarise(report, final)
     return report
@@ -225,7 +229,7 @@ def _format(config: Config) -> int:
     Those are given ones (they end where they can be trained to) and those with tools, Alpaca's columns and so on.
     """
     files = [file for file in prompt_files(config.data.prompts) if not file.startswith(HUB)]
-    more = not config.data.regenerate or any(_READ_SINCE_3.search(Path(file).read_bytes()) for file in files)
+    more = not config.data.regenerate or any(_READ_SINCE_3.search(local_file(file).read_bytes()) for file in files)
     return 3 if more else FORMAT
 
 
@@ -330,6 +334,7 @@ def _answers(
 
 def _open_partial(partial: Path, digest: str) -> None:
     """An empty `data.partial`, or the one of a preparation with the same inputs that did not end."""
+    places.fetch(partial)
     found = read_ours(partial / "inputs.json")
     stated = found.get("fingerprint")
     if stated == digest and found.get("answers") == ANSWERS:
@@ -340,6 +345,7 @@ def _open_partial(partial: Path, digest: str) -> None:
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
     write_json(partial / "inputs.json", {"fingerprint": digest, "answers": ANSWERS})
+    places.begin_logs(partial)
 
 
 def _publish(partial: Path, final: Path) -> None:

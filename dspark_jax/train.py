@@ -25,6 +25,7 @@ from jax.sharding import Mesh
 
 from dspark_jax import command
 from dspark_jax.attached import STATUS
+from dspark_jax.buckets.places import reading
 from dspark_jax.config import Config, InputError, to_json
 from dspark_jax.convert.hf import abstract_drafter as abstract_import
 from dspark_jax.convert.hf import import_drafter, read_drafter_config
@@ -215,7 +216,7 @@ def check_source(config: Config) -> None:
     source = config.train.init_from
     if not source:
         return
-    folder = Path(source)
+    folder = reading(source)
     with _naming_source(source):
         if _is_exported(folder):
             found: Any = abstract_import(*read_drafter_config(folder))
@@ -235,7 +236,7 @@ def _fresh_state(config: Config, optimizer: optax.GradientTransformation, mesh: 
     state, source = init_state(config, optimizer, mesh), config.train.init_from
     if not source:
         return state
-    folder = Path(source)
+    folder = reading(source)
     with _naming_source(source):
         if _is_exported(folder):
             drafter = import_drafter(folder, mesh)[1]

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from dspark_jax.buckets.places import watch
 from dspark_jax.config import InputError
 
 
@@ -50,6 +51,7 @@ class AnswerLog:
                 raise InputError(f"{path}:{number}: damaged; remove the lines from it on and run again") from None
             end += len(line)
         self._file.truncate(end)
+        watch(path)
 
     def _read(self, entry: Any) -> None:
         if "failed" in entry:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dspark_jax.buckets.places import fetch
 from dspark_jax.config import Config, InputError, TargetArchitecture
 from dspark_jax.data.feature_codec import Coded, Identity, code_on_device
 from dspark_jax.data.features import (
@@ -89,6 +90,7 @@ def open_features(config: Config, workdir: Path) -> CachedSamples:
       InputError: there is no complete cache for this config.
     """
     samples = SampleReader(workdir / "data")
+    fetch(feature_directory(workdir))
     return CachedSamples(samples, feature_directory(workdir), feature_identity(config, workdir))
 
 
@@ -99,6 +101,7 @@ def prepare_features(config: Config, workdir: Path) -> None:
       InputError: the target cannot be used, there is a cache of something else, or the disk has no room.
     """
     directory, identity = feature_directory(workdir), feature_identity(config, workdir)
+    fetch(directory)
     check_identity(directory, identity)
     if is_complete(directory, identity):
         log(f"features: {directory} is up to date")

@@ -253,7 +253,7 @@ def _locked_by_one(workdir: Path, command: str) -> Iterator[Path]:
         return
     if url := bucket_url(workdir):
         raise InputError(
-            f"--workdir {url}: with --distributed all hosts have to see one folder; mount the bucket (with gcsfuse, say) "
+            f"--workdir {url}: with --distributed all hosts have to see one folder; mount the bucket (gcsfuse) "
             "or use a shared disk, and give that path"
         )
     refusal = None

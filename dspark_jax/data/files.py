@@ -68,8 +68,8 @@ def prompt_files(entries: Iterable[str | os.PathLike[str]]) -> list[str]:
     for entry in map(str, entries):
         if entry.startswith(HUB):
             found.append(entry)
-        elif bucket_url(entry):
-            found += _files_in_bucket(entry)
+        elif url := bucket_url(entry):
+            found += _files_in_bucket(url)
         elif Path(entry).is_dir():
             files = sorted(path for path in Path(entry).rglob("*") if _is_prompt_file(path.relative_to(entry)))
             if not files:
@@ -92,7 +92,7 @@ def _files_in_bucket(entry: str) -> list[str]:
     if files == [entry] or glob.has_magic(entry):
         found = files
     else:
-        found = [file for file in files if _is_prompt_file(Path(file.removeprefix(entry).lstrip("/")))]
+        found = [file for file in files if _is_prompt_file(Path(file.removeprefix(f"{entry}/")))]
     if not found:
         raise InputError(f"{entry}: no prompt file there in the bucket; correct it")
     return found

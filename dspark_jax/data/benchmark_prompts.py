@@ -33,7 +33,7 @@ def places(asked: Iterable[str], entries: Iterable[str]) -> dict[str, Path]:
         if name not in BENCHMARKS:
             raise InputError(f"--benchmarks has {name!r}, which is unknown; use {listed(BENCHMARKS)}")
         if url := bucket_url(known.get(name, "")):
-            raise InputError(f"eval.prompts has {url}: prompts are fetched into local files; name one, and copy it there")
+            raise InputError(f"eval.prompts has {url}: prompts are fetched into local files; name one")
     return {name: known.get(name, FOLDER / f"{name}.jsonl") for name in wanted}
 
 

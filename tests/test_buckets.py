@@ -3,7 +3,7 @@
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +26,7 @@ from tests.conftest import others_slow
 URL = "gs://bucket/run"
 
 
-@pytest.fixture(autouse=True)
-def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """An empty bucket, and a machine whose disk is empty."""
-    (tmp_path / "bucket").mkdir()
-    monkeypatch.setenv(fake_bucket.FOLDER, str(tmp_path / "bucket"))
-    fake_bucket.register()
-    new_machine(tmp_path, monkeypatch, "first")
-    monkeypatch.setattr(places, "_OPEN", {})
-    monkeypatch.setattr(fake_bucket.FakeBucket, "before", staticmethod(lambda what, key: None))
-    yield
-
-
-def new_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / name))
+pytestmark = pytest.mark.usefixtures("bucket")
 
 
 def write(path: Path, content: str) -> None:
@@ -160,7 +147,7 @@ def test_a_kill_before_any_request_leaves_what_was_said_to_be_done(part: int, tm
         assert all(line.split() == [line[:3], str(number)] for number, line in enumerate(lines))
 
 
-def test_only_what_is_needed_is_downloaded_and_only_once(tmp_path: Path, monkeypatch: Any) -> None:
+def test_only_what_is_needed_is_downloaded_and_only_once(bucket: Callable[[], None], monkeypatch: Any) -> None:
     with places.working_directory(Path(URL), "train") as folder:
         for step in (1, 2):
             for name in ("about/metadata", "params/array", "optimizer/array"):
@@ -170,7 +157,7 @@ def test_only_what_is_needed_is_downloaded_and_only_once(tmp_path: Path, monkeyp
         places.publish(folder / "data")
         write(folder / "eval" / "metrics.json", "{}")
         write(folder / "tensorboard" / "events", "...")
-    new_machine(tmp_path, monkeypatch, "second")
+    bucket()
     requests = Requests(monkeypatch)
     folder = places.reading(URL)
     places.fetch(folder / "checkpoints" / "2" / "params")
@@ -364,6 +351,7 @@ def test_prompts_in_a_bucket(tmp_path: Path) -> None:
     assert prompt_files([f"{entry}/"]) == [f"{entry}/a.jsonl", f"{entry}/b.jsonl", f"{entry}/deep/c.jsonl"]
     assert prompt_files([f"{entry}/*.jsonl"]) == [f"{entry}/a.jsonl", f"{entry}/b.jsonl"]
     assert prompt_files([f"{entry}/README.md"]) == [f"{entry}/README.md"]
+    assert len(prompt_files(["gs://bucket"])) == 3
     assert files_at(f"{entry}/**/*.jsonl") == [f"{entry}/deep/.hidden.jsonl", f"{entry}/deep/c.jsonl"]
     (one,) = read_prompts([f"{entry}/b.jsonl"])
     assert (one.prompt_set, one.file, one.line) == ("b", f"{entry}/b.jsonl", 1)
@@ -371,6 +359,8 @@ def test_prompts_in_a_bucket(tmp_path: Path) -> None:
     assert content_hashes([f"{entry}/b.jsonl"], "x") == content_hashes([str(tmp_path / "b.jsonl")], "x")
     with pytest.raises(InputError, match="no prompt file there in the bucket"):
         prompt_files(["gs://bucket/none.jsonl"])
+    with pytest.raises(InputError, match="no prompt file there in the bucket"):
+        prompt_files(["gs://other"])
 
 
 def test_a_model_in_a_bucket_is_downloaded_as_far_as_it_is_needed(tmp_path: Path, monkeypatch: Any) -> None:

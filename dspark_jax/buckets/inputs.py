@@ -63,7 +63,8 @@ def files_at(url: str) -> list[str]:
         )
     parent, _, name = url.rpartition("/")
     below = sorted(f"{url}/{inner}" for inner in Store(url).list())
-    return below or ([url] if Store(parent).version(name) else [])
+    is_file = not below and not parent.endswith(":/") and Store(parent).version(name)
+    return [url] if is_file else below
 
 
 def _fits(name: str, patterns: Iterable[str]) -> bool:

@@ -4,7 +4,9 @@ What is guaranteed: of commands that find no lock, the store lets exactly one cr
 it every few seconds; when that stands still for `PATIENCE` seconds, the holder is taken for dead, and of those that
 waited for it the store lets exactly one take its place. A holder that was only cut off from the store sees that when it
 is back, and ends: before it says that anything is whole (`check`), and at its next sign of life. What it uploads until
-then lies in the bucket under names that nothing refers to, or is a file of its own (metrics, figures).
+then lies in the bucket under names that nothing refers to, or is a file of its own (metrics, figures). Of a store that
+creates without the condition (some that only resemble Amazon's), two commands that begin in the same second may both
+go on, until the next sign of life of the one that was overwritten: it ends.
 """
 
 import contextlib
@@ -43,16 +45,14 @@ class BucketLock:
         Raises:
           InputError: another process is writing there.
         """
-        while not self.store.create(FILE, self._content()):
-            there = self._read()
+        # What is read decides: the store's answer may be lost on its way, and one that knows no condition overwrites.
+        while (there := self._read()) is None or there["token"] != self.holder["token"]:
             if there is None:
-                continue  # its holder has just removed it
-            if there["token"] == self.holder["token"]:
-                break  # the store's answer to a first attempt was lost on its way
+                self.store.create(FILE, self._content())
+                continue
             if (there["boot"], there["folder"]) != (self.holder["boot"], self.holder["folder"]):
                 self._wait_for_death(there)
-            if self._follow(there):
-                break
+            self._follow(there)
         self._thread.start()
 
     def check(self) -> None:
@@ -113,8 +113,8 @@ class BucketLock:
             if seen != there:
                 raise self._in_use(seen)
 
-    def _follow(self, dead: Holder) -> bool:
-        """Takes the place of a dead holder, unless another one does or the lock is gone: then it is asked for anew."""
+    def _follow(self, dead: Holder) -> None:
+        """Takes the place of a dead holder, unless another one does or the lock is gone."""
         claim = CLAIM + dead["token"]
         if not self.store.create(claim, self._content()):
             time.sleep(run_lock.BEAT / 4)
@@ -123,13 +123,11 @@ class BucketLock:
                     f"{self.store.url}/{claim}: another command is taking the place of {dead}; if none runs, "
                     f"remove it and {FILE}"
                 )
-            return False
+            return
         try:
             # Whoever had the claim before has removed it only after the dead holder's name had gone.
-            if self._read() != dead:
-                return False
-            self.store.write(FILE, self._content())
-            return True
+            if self._read() == dead:
+                self.store.write(FILE, self._content())
         finally:
             self.store.delete([claim])
 

@@ -72,10 +72,10 @@ def cache_folder(kind: str, url: str) -> Path:
     """The local folder for an address; of its own for every kind of use.
 
     Raises:
-      InputError: the address names no folder in a bucket.
+      InputError: the address names no folder: a working directory is never a whole bucket.
     """
     parent, _, name = url.rpartition("/")
-    if parent.endswith(":/") or name in ("", ".", ".."):
+    if (parent.endswith(":/") and kind != "inputs") or name in ("", ".", ".."):
         raise InputError(f"{url}: names no folder in a bucket; write {'/'.join(url.split('/')[:3])}/NAME")
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute()
     folder = caches / "dspark_jax" / kind / urllib.parse.quote(parent, safe="") / name

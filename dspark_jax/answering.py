@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 from jax.sharding import Mesh
 
-from dspark_jax.config import Config, DataConfig
+from dspark_jax.config import DataConfig
 from dspark_jax.data.chat import load_tokenizer, stop_tokens
 from dspark_jax.data.regenerate import Decode, Question
 from dspark_jax.engine.models import Models, when_loaded
 from dspark_jax.engine.request import Request
 from dspark_jax.engine.serving import Engine
-from dspark_jax.sharding import make_mesh
+from dspark_jax.run import Run
 from dspark_jax.target.loading import load_target
 
 SMALLEST_CAPACITY = 256
@@ -32,19 +32,18 @@ CHUNK = 256
 """Tokens of a prompt that are read at a time; 64 in the smallest engine, where prompts are short."""
 
 
-def target_decoder(config: Config) -> Decode:
-    """Answers by the config's target without a drafter; the target is loaded here.
+def target_decoder(run: Run) -> Decode:
+    """Answers by the run's target without a drafter; the target is loaded here.
 
     The sample id of a question is the number of its random stream.
     """
-    data = config.data
+    config, mesh = run.config, run.mesh
     vocabulary = config.target.architecture.vocab_size
     stops = [one for one in stop_tokens(config.target.path, load_tokenizer(config.target.path)) if one < vocabulary]
-    mesh = make_mesh(config.mesh)
     models = Models(when_loaded(load_target(config.target, mesh)))
 
     def decode(ask: Callable[[], Question | None]) -> Iterator[tuple[Question, list[int]]]:
-        return _Ladder(models, mesh, data, stops, ask).answers()
+        return _Ladder(models, mesh, config.data, stops, ask).answers()
 
     return decode
 

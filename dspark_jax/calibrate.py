@@ -44,7 +44,7 @@ from dspark_jax.json_file import write_json
 from dspark_jax.kinds import KINDS
 from dspark_jax.progress import Progress, log
 from dspark_jax.registry import listed
-from dspark_jax.sharding import make_mesh
+from dspark_jax.run import Run
 from dspark_jax.training.best import NEWEST
 from dspark_jax.training.checkpoint import saved_config
 
@@ -75,7 +75,7 @@ def calibrate(
       temperatures: sampling temperatures; none: those of `config.eval`.
       fit_on: `heldout` fits on half of the held-out prompts and scores on the other half; `train` fits on training
         prompts, as many per file as `eval.limit` says, and scores on all held-out prompts.
-      checkpoint: `newest`, `best` or a step, see `training.checkpoint.load_step`.
+      checkpoint: `newest`, `best` or a step, see `training.checkpoint.load_drafter`.
 
     Returns:
       Sampling temperature -> content of its calibration file.
@@ -87,22 +87,22 @@ def calibrate(
     check_prompt_files(config.eval.prompts, "eval.prompts")
     if fit_on == "train":
         check_prompt_files(config.data.prompts, "data.prompts")
-    mesh = make_mesh(config.mesh) if mesh is None else mesh
+    run = Run(config, Path(workdir), mesh)
     given = decoder
-    decoder = open_decoder(config, workdir, mesh, checkpoint=checkpoint) if given is None else given
+    decoder = open_decoder(run, checkpoint=checkpoint) if given is None else given
     if not decoder.models.confident:
-        kind = ((saved_config(workdir, checkpoint) if given is None else None) or config).drafter.kind
+        kind = ((saved_config(run.workdir, checkpoint) if given is None else None) or config).drafter.kind
         able = listed(repr(name) for name, other in KINDS.items() if other.has_heads)
         others = f"drafter.kind={able}, no other kind has one"
         remedy = "drafter.confidence_head=True" if KINDS[kind].has_heads else others
         raise InputError(
-            f"{workdir}: its drafter (kind {kind!r}) has no confidence head to calibrate; train one with {remedy}"
+            f"{run.workdir}: its drafter (kind {kind!r}) has no confidence head to calibrate; train one with {remedy}"
         )
     primary = jax.process_index() == 0
-    folder = Path(workdir) / "eval"
+    folder = run.eval_folder
     folder.mkdir(parents=True, exist_ok=True)
     rejected = folder / "rejected.jsonl"
-    with contextlib.closing(Tally(rejected if primary else Path(os.devnull))) as tally, jax.set_mesh(mesh):
+    with contextlib.closing(Tally(rejected if primary else Path(os.devnull))) as tally, jax.set_mesh(run.mesh):
         traces = decode(config, decoder, tally, sampled, fit_on)
     written = {}
     if primary:
@@ -115,7 +115,7 @@ def calibrate(
             suffix = "" if temperature == _main(sampled) else f"_t{temperature:g}"
             names = ", ".join(fit.set_names)
             content = sglang(calibration, names) | {"step": decoder.step}
-            written[temperature] = write_json(Path(workdir) / f"calibration{suffix}.json", content)
+            written[temperature] = write_json(run.workdir / f"calibration{suffix}.json", content)
             data = write_json(folder / f"calibration{suffix}.json", calibration_data(calibration))
             title = f"{config.name}, temperature {temperature:g}"
             for plot in reliability_plots(calibration, title, suffix):

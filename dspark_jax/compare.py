@@ -46,7 +46,7 @@ from dspark_jax.evaluation.comparison_runs import (
 )
 from dspark_jax.evaluation.rounds import PLAIN, read_rounds
 from dspark_jax.json_file import write_json, written_whole
-from dspark_jax.training.about import prepared_fingerprint
+from dspark_jax.run import Run
 
 _TITLES = {"depth": "Accepted length by draft depth", "length": "Accepted length by draft length"}
 
@@ -67,21 +67,23 @@ def compare(config: Config, workdir: Path, *, studies: str = ",".join(STUDIES), 
       InputError: the config or a study cannot be used, or the data cannot be prepared.
       SystemExit: with status 1, after everything else, if a drafter failed; with 143 at SIGTERM.
     """
-    plan, now = make_plan(config, studies), contents(config)
+    run = Run(config, workdir)
+    plan, now = make_plan(config, studies), contents(run)
     _check_runs(workdir, plan, now)
     workdir.mkdir(parents=True, exist_ok=True)
     with _ended_by_sigterm():
-        failures = _compare(config, workdir, plan, now, step or run_module)
+        failures = _compare(run, plan, now, step or run_module)
     if failures:
         raise SystemExit(1)
 
 
-def _compare(config: Config, workdir: Path, plan: Plan, now: dict[str, Any], step: Step) -> dict[str, str]:
+def _compare(run: Run, plan: Plan, now: dict[str, Any], step: Step) -> dict[str, str]:
     """The same with everything checked; returns what failed."""
+    config, workdir = run.config, run.workdir
     settings = _write_settings(workdir, config)
     if error := step(["dspark_jax.prepare", "--config", str(settings), "--workdir", str(workdir)], {}):
         raise InputError(f"preparing the data failed: {error}")
-    if data := prepared_fingerprint(workdir):
+    if data := run.prepared_fingerprint:
         now = {**now, "data": data}
     _check_runs(workdir, plan, now)
     failures: dict[str, str] = {}
@@ -90,11 +92,11 @@ def _compare(config: Config, workdir: Path, plan: Plan, now: dict[str, Any], ste
         if error := _finish_run(workdir, name, sub, now, step, f"{number}/{len(plan.runs)}"):
             failures[name] = error
             _say(f"compare: {name} failed: {error}")
-        write_report(config, workdir, whole, failures, times={})
-    times = _measure_times(config, workdir, whole, now, failures, step)
-    report = write_report(config, workdir, whole, failures, times)
+        write_report(run, whole, failures, times={})
+    times = _measure_times(run, whole, now, failures, step)
+    report = write_report(run, whole, failures, times)
     print(_text(config, plan, report), flush=True)
-    _draw(workdir, plan, report, _estimates(config, workdir, plan))
+    _draw(workdir, plan, report, _estimates(run, plan))
     return failures
 
 
@@ -149,9 +151,10 @@ def _finish_run(workdir: Path, name: str, config: Config, now: Mapping[str, Any]
 
 
 def _measure_times(
-    config: Config, workdir: Path, plan: Plan, now: Mapping[str, Any], failures: dict[str, str], step: Step
+    run: Run, plan: Plan, now: Mapping[str, Any], failures: dict[str, str], step: Step
 ) -> dict[str, dict[str, float]]:
     """Time per round of all runs that did not fail, measured together; measured again when a run has joined."""
+    config, workdir = run.config, run.workdir
     if not config.eval.speed_prompts:
         return {}
     runs = {name: sub for name, sub in plan.runs.items() if name not in failures}
@@ -186,21 +189,21 @@ def _measure(
     return step(["dspark_jax.evaluation.rounds", str(job)], environment)
 
 
-def _estimates(config: Config, workdir: Path, plan: Plan) -> dict[str, TauEstimate]:
+def _estimates(run: Run, plan: Plan) -> dict[str, TauEstimate]:
     """Of every run that has been measured."""
     found = {}
     for name in plan.runs:
-        path = _folder(workdir, name) / "rounds.npz"
+        path = _folder(run.workdir, name) / "rounds.npz"
         if path.exists():
-            found[name] = estimate_tau(*read_rounds(path), config.eval.bootstrap, config.eval.seed)
+            found[name] = estimate_tau(*read_rounds(path), run.config.eval.bootstrap, run.config.eval.seed)
     return found
 
 
 def write_report(
-    config: Config, workdir: Path, plan: Plan, failures: Mapping[str, str], times: Mapping[str, Mapping[str, float]]
+    run: Run, plan: Plan, failures: Mapping[str, str], times: Mapping[str, Mapping[str, float]]
 ) -> dict[str, Any]:
     """Writes `compare.json` from what has been measured so far, and returns its content."""
-    estimates = _estimates(config, workdir, plan)
+    config, estimates = run.config, _estimates(run, plan)
     main = {point.kind: estimates[point.run] for point in plan.of("main") if point.run in estimates}
     drafters = {
         point.kind: describe(main[point.kind], main, times.get(point.run))
@@ -228,7 +231,7 @@ def write_report(
         "growth": {study: growth(values) for study, values in beside.items()},
         "failures": dict(failures),
     }
-    return write_json(workdir / "compare.json", report)
+    return write_json(run.workdir / "compare.json", report)
 
 
 def _by_value(plan: Plan, study: str, estimates: Mapping[str, TauEstimate]) -> dict[int, dict[str, TauEstimate]]:

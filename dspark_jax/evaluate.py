@@ -74,7 +74,7 @@ from dspark_jax.json_file import write_json
 from dspark_jax.ops.sampling import GREEDY_BELOW
 from dspark_jax.presets import target_like
 from dspark_jax.progress import Progress
-from dspark_jax.sharding import make_mesh
+from dspark_jax.run import Run
 from dspark_jax.shown_paths import as_given
 from dspark_jax.training.best import NEWEST
 
@@ -104,7 +104,7 @@ def evaluate(
       traffic_requests: at every rate.
       traffic_slots: requests decoded together.
       details: print every table, not only what they come to.
-      checkpoint: `newest`, `best` or a step, see `training.checkpoint.load_step`.
+      checkpoint: `newest`, `best` or a step, see `training.checkpoint.load_drafter`.
 
     Returns:
       The content of `eval/metrics.json`.
@@ -113,6 +113,31 @@ def evaluate(
       InputError: there is no checkpoint for this target, or target, tokenizer, prompts or cost table cannot be used;
         traffic on several hosts.
     """
+    return evaluate_run(
+        Run(config, Path(workdir), mesh),
+        decoder=decoder,
+        cost_table=cost_table,
+        traffic=traffic,
+        traffic_requests=traffic_requests,
+        traffic_slots=traffic_slots,
+        details=details,
+        checkpoint=checkpoint,
+    )
+
+
+def evaluate_run(
+    run: Run,
+    *,
+    decoder: Decoder | None = None,
+    cost_table: str | None = None,
+    traffic: str = "",
+    traffic_requests: int = 60,
+    traffic_slots: int = 8,
+    details: bool = False,
+    checkpoint: str = NEWEST,
+) -> dict[str, Any]:
+    """The same of a run that a command has already."""
+    config = run.config
     check_prompt_files(config.eval.prompts, "eval.prompts")
     if not config.eval.temperatures:
         raise InputError("eval.temperatures is empty; give at least one, e.g. (1.0, 0.0)")
@@ -124,14 +149,13 @@ def evaluate(
     if rates and jax.process_count() > 1:
         raise InputError(f"--traffic={traffic}: hosts would not launch the same rounds; leave out --distributed")
     started = time.monotonic()
-    mesh = make_mesh(config.mesh) if mesh is None else mesh
-    decoder = open_decoder(config, workdir, mesh, checkpoint=checkpoint) if decoder is None else decoder
+    decoder = open_decoder(run, checkpoint=checkpoint) if decoder is None else decoder
     primary = jax.process_index() == 0
-    folder = Path(workdir) / "eval"
+    folder = run.eval_folder
     folder.mkdir(parents=True, exist_ok=True)
     rejected = folder / "rejected.jsonl"
-    with contextlib.closing(Tally(rejected if primary else Path(os.devnull))) as tally, jax.set_mesh(mesh):
-        metrics, measured = measure(config, decoder, tally, workdir)
+    with contextlib.closing(Tally(rejected if primary else Path(os.devnull))) as tally, jax.set_mesh(run.mesh):
+        metrics, measured = measure(run, decoder, tally)
         curves = {}
         if rates:
             items = measured[0].requests.items
@@ -186,14 +210,14 @@ def show(
     print("\n\n".join([*parts, as_given(overview(metrics, page))]), flush=True)
 
 
-def measure(config: Config, decoder: Decoder, tally: Tally, workdir: Path) -> tuple[dict[str, Any], list[Measured]]:
+def measure(run: Run, decoder: Decoder, tally: Tally) -> tuple[dict[str, Any], list[Measured]]:
     """Decodes everything and computes the metrics, under `jax.set_mesh`; writes and prints nothing.
 
     Returns:
       Metrics in the layout of `eval/metrics.json` (NaN where something is not defined), and what they were computed
       from, one entry per temperature; the first one has traces.
     """
-    settings = config.eval
+    config, settings = run.config, run.config.eval
     asked, first = read_questions(config, decoder, tally, settings.prompts, settings.limit)
     set_names = [one.prompt.prompt_set for one in asked]
     quick = first.take(_first_of_each(set_names, settings.speed_prompts))
@@ -203,7 +227,7 @@ def measure(config: Config, decoder: Decoder, tally: Tally, workdir: Path) -> tu
     total = turns * runs + len(quick.items) * len(settings.temperatures)
     measured: list[Measured] = []
     with Progress("evaluate", total, unit="answer") as progress:
-        speeds = _speeds(config, decoder, quick, workdir, progress.advance)
+        speeds = _speeds(run, decoder, quick, progress.advance)
         for temperature, speed in zip(settings.temperatures, speeds, strict=True):
             trace = not measured
             requests, result = answer(decoder, asked, first, temperature, trace=trace, advance=progress.advance)
@@ -236,16 +260,14 @@ def measure(config: Config, decoder: Decoder, tally: Tally, workdir: Path) -> tu
     return metrics, measured
 
 
-def _speeds(
-    config: Config, decoder: Decoder, requests: Requests, workdir: Path, advance: Callable[[int], None]
-) -> list[Speed | None]:
+def _speeds(run: Run, decoder: Decoder, requests: Requests, advance: Callable[[int], None]) -> list[Speed | None]:
     """Speed at every temperature; None for each where there are no requests to measure it on."""
-    settings = config.eval
+    settings = run.config.eval
     if not requests.items:
         return [None] * len(settings.temperatures)
     if settings.speed_threads and platform.computes_on_cpu() and jax.process_count() == 1:
         speeds = measure_speed_in_process(
-            config, workdir, requests, settings.temperatures, settings.speed_threads, step=decoder.step
+            run, requests, settings.temperatures, settings.speed_threads, step=decoder.step
         )
         advance(len(requests.items) * len(speeds))
         return [*speeds]

@@ -51,7 +51,7 @@ from dspark_jax.evaluation.setup import open_drafter
 from dspark_jax.ops.sampling import GREEDY_BELOW
 from dspark_jax.progress import log
 from dspark_jax.registry import find
-from dspark_jax.sharding import make_mesh
+from dspark_jax.run import Run
 from dspark_jax.target.loading import load_target
 from dspark_jax.tokenizer import ChatTokenizer
 from dspark_jax.training.best import NEWEST
@@ -97,7 +97,7 @@ def generate(
       threshold: least confidence of `threshold`; 0.5 if None.
       plain: decode without a drafter.
       explain: show the rounds.
-      checkpoint: `newest`, `best` or a step, see `training.checkpoint.load_step`.
+      checkpoint: `newest`, `best` or a step, see `training.checkpoint.load_drafter`.
 
     Returns:
       The request, which has ended.
@@ -110,15 +110,15 @@ def generate(
     text = _read_prompt() if prompt is None else check_unicode("--prompt", prompt)
     if not text.strip():
         raise InputError("the prompt is empty; give --prompt TEXT, or text on standard input")
-    mesh = make_mesh(config.mesh) if mesh is None else mesh
-    drafter = NO_DRAFTER if plain else open_drafter(config, workdir, mesh, checkpoint)[1]
-    rule = run_scheduler(name, drafter, workdir, confidence=threshold)
+    run = Run(config, Path(workdir), mesh)
+    drafter = NO_DRAFTER if plain else open_drafter(run, checkpoint)[1]
+    rule = run_scheduler(name, drafter, run.workdir, confidence=threshold)
     tokenizer = load_tokenizer(config.target.path)
     messages = with_system([{"role": "user", "content": text}], config.data.system_prompt)
     ids = prompt_tokens(tokenizer, messages, Options(config.data.thinking == "on"))
     budget = config.eval.max_new_tokens if max_new_tokens is None else max_new_tokens
-    models = Models(when_loaded(load_target(config.target, mesh)), when_loaded(drafter))
-    with jax.set_mesh(mesh):
+    models = Models(when_loaded(load_target(config.target, run.mesh)), when_loaded(drafter))
+    with jax.set_mesh(run.mesh):
         engine = Engine(
             models,
             slots=1,

@@ -17,10 +17,7 @@ training does not run the target. That, too, says beforehand how much it takes, 
 """
 
 import contextlib
-import hashlib
 import itertools
-import json
-import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -34,13 +31,11 @@ from dspark_jax import command
 from dspark_jax.answering import target_decoder
 from dspark_jax.benchmarks import BENCHMARKS
 from dspark_jax.buckets import places
-from dspark_jax.buckets.inputs import local_file
-from dspark_jax.config import AnswersConfig, Config, DataConfig, InputError
+from dspark_jax.config import Config, InputError
 from dspark_jax.data import benchmark_prompts, overlap, statistics
 from dspark_jax.data.chat import load_tokenizer, stop_tokens
-from dspark_jax.data.files import HUB
 from dspark_jax.data.mask_token import mask_warning
-from dspark_jax.data.prompts import Prompt, content_hashes, prompt_files, read_prompts
+from dspark_jax.data.prompts import Prompt, read_prompts
 from dspark_jax.data.regenerate import (
     Answered,
     AnswerLog,
@@ -59,44 +54,12 @@ from dspark_jax.errors import UNWRITABLE, is_full_disk
 from dspark_jax.json_file import part, read_ours, write_json
 from dspark_jax.kinds import KINDS
 from dspark_jax.progress import Progress, log
-from dspark_jax.target.loading import fingerprint, tokenizer_fingerprint
+from dspark_jax.run import Run
 from dspark_jax.tokenizer import ChatTokenizer
 from dspark_jax.training.feature_cache import check_features, prepare_features
 
-FORMAT = 2
-"""Raised when the same inputs would give other samples."""
-
 ANSWERS = 2
 """Raised when `answers.jsonl` is written in another way."""
-
-_READ_SINCE_3 = re.compile(
-    rb'"(tools?|functions?|tool_calls|function_call|observation|developer|instruction|input_ids)"'
-    rb'|"type": ?"(input_|output_)?text"'
-)
-"""Names in rows of JSON that format 2 sets aside and format 3 reads."""
-
-FIELDS = (
-    "limit",
-    "regenerate",
-    "repeats",
-    "system_prompt",
-    "max_prompt_length",
-    "max_length",
-    "min_loss_tokens",
-    "temperature",
-    "seed",
-)
-"""Fields of `config.data` that the samples depend on, besides the prompts."""
-
-LATER_FIELDS = ("thinking", "supervised")
-"""The same, but data that was made before there were any is that of their defaults."""
-
-
-SAMPLING_FIELDS = ("top_p", "top_k", "min_p", "max_new_tokens")
-"""Fields of `config.data.answers` that the samples depend on."""
-
-SERVER_FIELDS = ("model", "mode")
-"""The same, where servers answer."""
 
 
 def prepare(
@@ -123,21 +86,26 @@ def prepare(
         with _disk_errors(workdir):
             benchmark_prompts.fetch(files)
         return {name: str(file) for name, file in files.items()}
-    if config.data.features != "online":
-        check_features(config, Path(workdir), lambda: data_fingerprint(config))
-    report = prepare_samples(config, Path(workdir), decode)
-    if config.data.features != "online":
-        with _disk_errors(workdir):
-            prepare_features(config, Path(workdir))
+    return prepare_run(Run(config, Path(workdir)), decode)
+
+
+def prepare_run(run: Run, decode: Decode | None = None) -> dict[str, Any]:
+    """The same of a run that a command has already, without benchmarks."""
+    cached = run.config.data.features != "online"
+    if cached:
+        check_features(run)
+    report = prepare_samples(run, decode)
+    if cached:
+        with _disk_errors(run.workdir):
+            prepare_features(run)
     return report
 
 
-def prepare_samples(config: Config, workdir: Path, decode: Decode | None = None) -> dict[str, Any]:
+def prepare_samples(run: Run, decode: Decode | None = None) -> dict[str, Any]:
     """Makes `workdir/data`, unless it is there and made of the same inputs.
 
     Args:
-      config: resolved.
-      workdir: is created if need be.
+      run: its working directory is created if need be.
       decode: answers questions; the config's target does when there is none.
 
     Returns:
@@ -146,13 +114,13 @@ def prepare_samples(config: Config, workdir: Path, decode: Decode | None = None)
     Raises:
       InputError: prompts, tokenizer or target cannot be used, no sample is left, or the disk is full.
     """
-    final, partial = workdir / "data", workdir / "data.partial"
+    config, workdir = run.config, run.workdir
+    final, partial = run.data_folder, workdir / "data.partial"
     for folder in (final, partial, workdir / "data.old"):
         if folder.exists() and not folder.is_dir():
             raise InputError(f"{folder}: not a directory; remove it, or use another --workdir")
-    inputs = read_inputs(config)
+    inputs, digest = run.data_inputs, run.data_fingerprint
     _warn_of_mask(config)
-    digest = _digest(inputs)
     found = read_ours(final / "report.json")
     held_out = part(found, "held_out")
     if jax.process_count() == 1:
@@ -175,7 +143,7 @@ def prepare_samples(config: Config, workdir: Path, decode: Decode | None = None)
     with _disk_errors(workdir):
         if read_ours(partial / "report.json").get("fingerprint") != digest:
             _open_partial(partial, digest)
-            report = _build(config, partial, decode) | ({"held_out": held_out} if held_out else {})
+            report = _build(run, partial, decode) | ({"held_out": held_out} if held_out else {})
             write_json(partial / "report.json", {"fingerprint": digest, "inputs": inputs, **report})
         (partial / "answers.jsonl").unlink(missing_ok=True)
         (partial / "inputs.json").unlink(missing_ok=True)
@@ -187,57 +155,6 @@ def prepare_samples(config: Config, workdir: Path, decode: Decode | None = None)
     return report
 
 
-def read_inputs(config: Config) -> dict[str, Any]:
-    """Everything that decides what the samples are, in hashes and plain values.
-
-    Raises:
-      InputError: a prompt file or the target cannot be read, or fields contradict each other.
-    """
-    data, path = config.data, config.target.path
-    if not data.prompts:
-        raise InputError("data.prompts is empty; name at least one file of prompts")
-    if not data.regenerate and data.repeats > 1:
-        raise InputError(f"data.repeats={data.repeats} needs data.regenerate=True; given answers exist once")
-    prompts = content_hashes(data.prompts, "data.prompts")
-    later = {name: getattr(data, name) for name in LATER_FIELDS if getattr(data, name) != getattr(DataConfig(), name)}
-    later |= _answer_fields(data) if data.regenerate else {}
-    return {
-        "format": _format(config),
-        "target": {"weights": fingerprint(path), "dtype": config.target.dtype} if data.regenerate else {},
-        "tokenizer": tokenizer_fingerprint(path),
-        "stop_tokens": list(stop_tokens(path, load_tokenizer(path))),
-        "prompts": prompts,
-        "data": {name: getattr(data, name) for name in FIELDS} | later,
-    }
-
-
-def _answer_fields(data: DataConfig) -> dict[str, Any]:
-    """Fields of `data.answers` that the samples depend on, where they are not those of their defaults.
-
-    Which server it was, and how it was asked, does not count: it serves the target.
-    """
-    default = AnswersConfig()
-    names = SAMPLING_FIELDS + (SERVER_FIELDS if data.answers.endpoints else ())
-    changed = {name: getattr(data.answers, name) for name in names}
-    found = {f"answers.{name}": value for name, value in changed.items() if value != getattr(default, name)}
-    return found | ({"answers.endpoints": "servers"} if data.answers.endpoints else {})
-
-
-def _format(config: Config) -> int:
-    """3 where more conversations are read than in format 2; all others keep their samples, and so their fingerprint.
-
-    Those are given ones (they end where they can be trained to) and those with tools, Alpaca's columns and so on.
-    """
-    files = [file for file in prompt_files(config.data.prompts) if not file.startswith(HUB)]
-    more = not config.data.regenerate or any(_READ_SINCE_3.search(local_file(file).read_bytes()) for file in files)
-    return 3 if more else FORMAT
-
-
-def data_fingerprint(config: Config) -> str:
-    """What `fingerprint` in `data/report.json` will be, without preparing anything; raises as `read_inputs`."""
-    return _digest(read_inputs(config))
-
-
 def _warn_of_mask(config: Config) -> None:
     """Says so if the drafter's mask token is a part of texts."""
     if KINDS[config.drafter.kind].needs_mask:
@@ -245,10 +162,6 @@ def _warn_of_mask(config: Config) -> None:
         warning = mask_warning(load_tokenizer(config.target.path), config.drafter.mask_token_id, rows)
         if warning:
             log(f"warning: {warning}")
-
-
-def _digest(inputs: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _complete(final: Path, samples: int | None) -> bool:
@@ -260,9 +173,10 @@ def _complete(final: Path, samples: int | None) -> bool:
         return False
 
 
-def _build(config: Config, partial: Path, decode: Decode | None) -> dict[str, Any]:
+def _build(run: Run, partial: Path, decode: Decode | None) -> dict[str, Any]:
     """Writes samples and rejected.jsonl into `partial`; returns the counts for the report."""
-    data, started = config.data, time.monotonic()
+    config, started = run.config, time.monotonic()
+    data = config.data
     tokenizer, rows = load_tokenizer(config.target.path), config.target.architecture.vocab_size
     if len(tokenizer) > rows:
         raise InputError(
@@ -279,7 +193,7 @@ def _build(config: Config, partial: Path, decode: Decode | None) -> dict[str, An
         )
         tally.read(prompts)
         if data.regenerate:
-            answered = _answers(config, tokenizer, prompts, partial, decode, tally)
+            answered = _answers(run, tokenizer, prompts, partial, decode, tally)
             samples = answered_samples(tokenizer, answered, data, tally)
         else:
             samples = given_samples(tokenizer, prompts, data, tally)
@@ -294,10 +208,10 @@ def _build(config: Config, partial: Path, decode: Decode | None) -> dict[str, An
 
 
 def _answers(
-    config: Config, tokenizer: ChatTokenizer, prompts: list[Prompt], partial: Path, decode: Decode | None, tally: Tally
+    run: Run, tokenizer: ChatTokenizer, prompts: list[Prompt], partial: Path, decode: Decode | None, tally: Tally
 ) -> list[Answered]:
     """Conversations answered by the target; those that were before a kill are read back."""
-    data = config.data
+    config, data = run.config, run.config.data
     todo = conversations(prompts, data.repeats, data.system_prompt, data.thinking)
     turns = sum(len(conversation.questions) for conversation in todo)
     limits = Limits(
@@ -317,7 +231,7 @@ def _answers(
         if len(answers):
             log(f"data: continuing with {len(answers)} answers that are there already")
         if not data.answers.endpoints:
-            decoder = decode or (lambda ask: target_decoder(config)(ask))  # loads the target if there is a question
+            decoder = decode or (lambda ask: target_decoder(run)(ask))  # loads the target if there is a question
             return regenerate(tokenizer, todo, decoder, stops, limits, answers, reject, progress.advance)
 
         started, before = time.monotonic(), len(answers)
@@ -327,7 +241,7 @@ def _answers(
             progress.advance(turns, {"answers/s": rate, "failed": failures})
 
         dialogues = Dialogues(tokenizer, stops, limits, progress.advance)
-        found = ask_servers(tokenizer, todo, config, stops, dialogues, answers, reject, advance, progress.print)
+        found = ask_servers(todo, config, dialogues, answers, reject, advance, progress.print)
         tally.counts["answers_as_text"] = answers.texts
         return found
 

@@ -31,7 +31,7 @@ from dspark_jax.evaluation.plots import cost_plot
 from dspark_jax.evaluation.setup import open_decoder
 from dspark_jax.json_file import write_json
 from dspark_jax.progress import Progress, log
-from dspark_jax.sharding import make_mesh
+from dspark_jax.run import Run
 
 
 def profile(
@@ -64,8 +64,8 @@ def profile(
     sizes, lengths = _numbers("slots", slots), _numbers("contexts", contexts)
     if rounds < 1:
         raise InputError(f"--rounds={rounds} times nothing; use 1 or more")
-    mesh = make_mesh(config.mesh) if mesh is None else mesh
-    decoder = open_decoder(config, workdir, mesh) if decoder is None else decoder
+    run = Run(config, Path(workdir), mesh)
+    decoder = open_decoder(run) if decoder is None else decoder
     most, block = decoder.models.arch.max_position_embeddings, decoder.models.block_size
     if most and max(lengths) + block + 1 > most:
         raise InputError(
@@ -78,22 +78,22 @@ def profile(
         for tokens in (0, *rungs(count * (block + 1)))
     ]
     measured = []
-    with Progress("profile", len(shapes), unit="shape") as progress, jax.set_mesh(mesh):
+    with Progress("profile", len(shapes), unit="shape") as progress, jax.set_mesh(run.mesh):
         for shape in shapes:
             seconds = round_seconds(decoder.models, shape, rounds=rounds)
             measured.append({**vars(shape), "milliseconds": 1e3 * seconds})
             progress.advance(1)
-    where = {"engine": "dspark_jax", "device": f"{mesh.size} x {mesh.devices.flat[0].device_kind}"}
+    where = {"engine": "dspark_jax", "device": f"{run.mesh.size} x {run.mesh.devices.flat[0].device_kind}"}
     tables = {count: cost_table(measured, count, lengths[0]) | where for count in sizes}
     if jax.process_index() == 0:
-        folder = Path(workdir) / "eval"
+        folder = run.eval_folder
         folder.mkdir(parents=True, exist_ok=True)
         for count in sizes:
             suffix = "" if count == sizes[0] else f"_s{count}"
-            tables[count] = write_json(Path(workdir) / f"cost_table{suffix}.json", tables[count])
+            tables[count] = write_json(run.workdir / f"cost_table{suffix}.json", tables[count])
         cost_plot(measured, config.name).write(folder)
         print(describe(measured), flush=True)
-        log(f"profile: wrote {Path(workdir) / 'cost_table.json'} for {sizes[0]} slots, and {folder / 'cost.png'}")
+        log(f"profile: wrote {run.workdir / 'cost_table.json'} for {sizes[0]} slots, and {folder / 'cost.png'}")
     return tables
 
 

@@ -21,7 +21,6 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from jax.sharding import Mesh
 
 from dspark_jax import command
 from dspark_jax.attached import STATUS
@@ -32,23 +31,18 @@ from dspark_jax.convert.hf import import_drafter, read_drafter_config
 from dspark_jax.data.features import CachedSamples, frozen_file
 from dspark_jax.data.pipeline import MicroBatches, batches
 from dspark_jax.data.sources import SampleReader
+from dspark_jax.drafter.interface import Drafter
 from dspark_jax.evaluation.held_out import HeldOutPrompts
 from dspark_jax.evaluation.setup import check_prompt_files
 from dspark_jax.metrics import values
-from dspark_jax.prepare import data_fingerprint, prepare
+from dspark_jax.prepare import prepare_run
 from dspark_jax.progress import MetricsWriter, Progress, check_wandb, log
-from dspark_jax.sharding import make_mesh
+from dspark_jax.run import Run, checkpoint_directory
 from dspark_jax.target.frozen import load_frozen
 from dspark_jax.target.loading import compute_dtype, load_target
 from dspark_jax.training.best import HeldOut
-from dspark_jax.training.checkpoint import (
-    Checkpoints,
-    check_continuation,
-    checkpoint_directory,
-    load_drafter,
-    saved_config,
-)
-from dspark_jax.training.feature_cache import feature_directory, open_features
+from dspark_jax.training.checkpoint import Checkpoints, check_continuation, load_drafter, saved_config
+from dspark_jax.training.feature_cache import open_features
 from dspark_jax.training.host_memory import check_host_memory, describe_feature_memory, return_freed_memory
 from dspark_jax.training.micro_steps import MicroSteps
 from dspark_jax.training.optim import learning_rate, make_optimizer
@@ -77,25 +71,26 @@ def train(config: Config, workdir: Path) -> None:
       InputError: something given cannot be used, the disk is full, or the loss stopped being finite.
       SystemExit: SIGTERM came while it trained; a checkpoint is written.
     """
-    mesh = make_mesh(config.mesh)
-    check_batch(config, mesh)
-    check_host_memory(config, mesh)
+    run = Run(config, Path(workdir))
+    check_batch(config, run.mesh)
+    check_host_memory(config, run.mesh)
     if config.train.evaluate_every:
         check_prompt_files(config.eval.prompts, "eval.prompts")
     check_wandb(config.train.wandb_project)
-    if not check_continuation(config, workdir, lambda: data_fingerprint(config)):
+    if not check_continuation(run):
         check_source(config)
-    prepare(config, workdir)
-    with Checkpoints(workdir, config) as checkpoints, jax.set_mesh(mesh):
-        fit(config, workdir, mesh, checkpoints)
+    prepare_run(run)
+    with Checkpoints(run) as checkpoints, jax.set_mesh(run.mesh):
+        fit(run, checkpoints)
     if config.train.evaluate:
-        from dspark_jax.evaluate import evaluate  # only this one command runs after another
+        from dspark_jax.evaluate import evaluate_run  # only this one command runs after another
 
-        evaluate(config, workdir)
+        evaluate_run(run)
 
 
-def fit(config: Config, workdir: Path, mesh: Mesh, checkpoints: Checkpoints) -> None:
-    """Runs the optimizer steps that are still to do, under `jax.set_mesh(mesh)`."""
+def fit(run: Run, checkpoints: Checkpoints) -> None:
+    """Runs the optimizer steps that are still to do, under `jax.set_mesh(run.mesh)`."""
+    config, mesh = run.config, run.mesh
     steps, every = config.train.steps, config.train.checkpoint_every
     cached = config.data.features != "online"
     latest = checkpoints.latest()
@@ -106,17 +101,17 @@ def fit(config: Config, workdir: Path, mesh: Mesh, checkpoints: Checkpoints) -> 
             "give at least as many, or use another --workdir"
         )
     if start == steps:
-        _state_config(config, workdir)
+        _state_config(run)
         log(f"training is finished: {checkpoints.path(start)} is the last of {steps} steps; raise train.steps to go on")
         return
-    data = _open_data(config, workdir, mesh)
+    data = _open_data(run)
 
     # The state: fresh, with imported parameters, or that of the newest checkpoint.
     drafter = abstract_drafter(config)
     optimizer = make_optimizer(config.optim, steps)
     layout = state_layout(drafter, optimizer, mesh)
     if latest is None:
-        state = _fresh_state(config, optimizer, mesh)
+        state = _fresh_state(run, optimizer)
     else:
         start, state, position = checkpoints.restore(layout)
         if start:
@@ -125,18 +120,18 @@ def fit(config: Config, workdir: Path, mesh: Mesh, checkpoints: Checkpoints) -> 
         else:
             state = dataclasses.replace(init_state(config, optimizer, mesh), params=state.params)
             log(f"starting from the imported parameters of {checkpoints.path(0)}")
-    _state_config(config, workdir)
+    _state_config(run)
 
     # The step, compiled before the clock starts.
     if cached:
-        where, dtype = frozen_file(feature_directory(workdir)), compute_dtype(config.target.dtype)
+        where, dtype = frozen_file(run.feature_folder), compute_dtype(config.target.dtype)
         target: Any = load_frozen(where, config.target.architecture, mesh, dtype)
     else:
         target = load_target(config.target, mesh)
     frozen = to_params(target)
     held_out = None
     if config.train.evaluate_every:
-        held_out = HeldOutPrompts(config, workdir, mesh, load_target(config.target, mesh) if cached else target)
+        held_out = HeldOutPrompts(run, load_target(config.target, mesh) if cached else target)
     began = time.monotonic()
     return_freed_memory()
     if cached:
@@ -153,7 +148,7 @@ def fit(config: Config, workdir: Path, mesh: Mesh, checkpoints: Checkpoints) -> 
     )
 
     preemption = Preemption()
-    writing = MetricsWriter(workdir, start=start, wandb_project=config.train.wandb_project, name=config.name)
+    writing = MetricsWriter(run.workdir, start=start, wandb_project=config.train.wandb_project, name=config.name)
     with Progress("train", steps, done=start) as progress, writing as writer, preemption:
         training_log = TrainingLog(config, checkpoints, progress, writer)
         for step in range(start + 1, steps + 1):
@@ -182,15 +177,16 @@ def fit(config: Config, workdir: Path, mesh: Mesh, checkpoints: Checkpoints) -> 
         log(f"best on held-out prompts: {checkpoints.path(best)} with tau {tau:.3f}; --checkpoint best takes it")
 
 
-def _state_config(config: Config, workdir: Path) -> None:
+def _state_config(run: Run) -> None:
     """Writes the config that the run has from now on."""
     if jax.process_index() == 0:
-        (workdir / "config.json").write_text(to_json(config))
+        (run.workdir / "config.json").write_text(to_json(run.config))
 
 
-def _open_data(config: Config, workdir: Path, mesh: Mesh) -> Any:
+def _open_data(run: Run) -> Any:
     """The batches of this process: an iterator with a state, of arrays, or of micro-batches with features from disk."""
-    samples = open_features(config, workdir) if config.data.features != "online" else SampleReader(workdir / "data")
+    config = run.config
+    samples = open_features(run) if config.data.features != "online" else SampleReader(run.data_folder)
     data = batches(
         samples,
         batch_size=config.train.batch_size,
@@ -202,7 +198,7 @@ def _open_data(config: Config, workdir: Path, mesh: Mesh) -> Any:
         pack=config.data.pack,
     )
     if isinstance(samples, CachedSamples):
-        log(describe_feature_memory(config, mesh, samples.lengths))
+        log(describe_feature_memory(config, run.mesh, samples.lengths))
         return MicroBatches(data, config.train.accumulate, config.data.workers)
     return data
 
@@ -231,17 +227,17 @@ def check_source(config: Config) -> None:
         check_parameters(to_params(found), to_params(abstract_drafter(config)))
 
 
-def _fresh_state(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def _fresh_state(run: Run, optimizer: optax.GradientTransformation) -> TrainState:
     """The state of step 0, with the parameters of `train.init_from` if there is one."""
-    state, source = init_state(config, optimizer, mesh), config.train.init_from
+    state, source = init_state(run.config, optimizer, run.mesh), run.config.train.init_from
     if not source:
         return state
     folder = reading(source)
     with _naming_source(source):
         if _is_exported(folder):
-            drafter = import_drafter(folder, mesh)[1]
+            drafter = import_drafter(folder, run.mesh)[1]
         else:
-            drafter = load_drafter(folder, mesh, any_target=True)[1]
+            drafter = load_drafter(folder, run.mesh, any_target=True)[1]
         state = warm_start(state, drafter)
     log(f"starting from the parameters of {source}")
     return state
@@ -309,7 +305,7 @@ class TrainingLog:
         if sums.not_finite != FINITE:
             self._stop(int(sums.not_finite), of_target=bool(sums.target_not_finite <= sums.not_finite))
 
-    def measure(self, held_out: HeldOutPrompts, step: int, drafter: Any) -> HeldOut | None:
+    def measure(self, held_out: HeldOutPrompts, step: int, drafter: Drafter) -> HeldOut | None:
         """Writes what held-out prompts show of the drafter after step `step`; that takes no time of the rows'."""
         began = time.monotonic()
         row, measured = held_out.measure(drafter)

@@ -107,11 +107,12 @@ def save_untrained() -> Callable[..., None]:
     """`save(config, workdir, mesh)` writes the checkpoint of a freshly initialised drafter, as a run would."""
 
     def save(config: Any, workdir: Path, mesh: Any) -> None:
+        from dspark_jax.run import Run
         from dspark_jax.training.checkpoint import Checkpoints
         from dspark_jax.training.optim import make_optimizer
         from dspark_jax.training.state import init_state
 
-        with Checkpoints(workdir, config) as checkpoints:
+        with Checkpoints(Run(config, workdir)) as checkpoints:
             checkpoints.save(1, init_state(config, make_optimizer(config.optim, 1), mesh), {})
 
     return save

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from dspark_jax import command, jobs
+from dspark_jax import run as resolved
 from dspark_jax.benchmarks import BENCHMARKS
 from dspark_jax.config import (
     Config,
@@ -151,7 +152,7 @@ def test_training_measures_what_evaluate_measures(run: Run, monkeypatch: pytest.
     config, metrics = dataclasses.replace(run.config, eval=greedy, train=settings), run.metrics["temperatures"]["0.0"]
     models, before = engine_of(run).models, decode._cache_size()
     with jax.set_mesh(run.mesh):
-        held_out = HeldOutPrompts(config, run.workdir, run.mesh, models.target)
+        held_out = HeldOutPrompts(resolved.Run(config, run.workdir, run.mesh), models.target)
         row, noted = held_out.measure(models.drafter)
     assert decode._cache_size() <= max(before, 1)  # the program of `evaluate`, if it is still there
     assert row["heldout/tau"] == metrics["tau"] == noted.tau
@@ -161,7 +162,7 @@ def test_training_measures_what_evaluate_measures(run: Run, monkeypatch: pytest.
     rates = [one["conditional_acceptance"][0] for one in metrics["prompt_sets"].values()]
     assert min(rates) <= row["heldout/conditional@1"] <= max(rates)
     config.train.evaluate_tokens = 3  # what is asked otherwise cannot be compared
-    assert HeldOutPrompts(config, run.workdir, run.mesh, models.target).about != noted.asked
+    assert HeldOutPrompts(resolved.Run(config, run.workdir, run.mesh), models.target).about != noted.asked
 
 
 def test_unusable_prompts_are_set_aside_and_counted(run: Run):
@@ -344,7 +345,7 @@ def test_only_a_host_alone_measures_speed_in_a_process_of_its_own(monkeypatch: p
     decoder = SimpleNamespace(step=7)
     for hosts, expected in ((1, "apart 7"), (2, "here")):
         monkeypatch.setattr(jax, "process_count", lambda hosts=hosts: hosts)
-        assert module._speeds(config, decoder, requests, Path(), lambda done: None) == [expected] * 2
+        assert module._speeds(resolved.Run(config, Path()), decoder, requests, lambda done: None) == [expected] * 2
 
 
 def test_the_command_reports_bad_input_with_status_2(capsys: pytest.CaptureFixture[str], tmp_path: Path):
@@ -363,4 +364,4 @@ def test_the_command_reports_bad_input_with_status_2(capsys: pytest.CaptureFixtu
 def test_the_process_that_measures_speed_may_end_early(monkeypatch, tmp_path, status, said, expected):
     monkeypatch.setattr(jobs, "run_quietly", lambda *_: SimpleNamespace(returncode=status, stderr=said))
     with pytest.raises(InputError, match=expected):
-        speed.measure_speed_in_process(Config(), tmp_path, Requests([], 8), [1.0], 2)
+        speed.measure_speed_in_process(resolved.Run(Config(), tmp_path), Requests([], 8), [1.0], 2)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from dspark_jax import command
+from dspark_jax import run as resolved
 from dspark_jax.config import (
     Config,
     DataConfig,
@@ -246,13 +247,14 @@ def test_another_drafter_than_the_config_states_is_refused(run: Run, changes: An
     whole = f"{run.workdir}/checkpoints/1: {difference}"
     for opened in (
         lambda: generate(config, run.workdir, mesh=run.mesh, prompt=PROMPT),
-        lambda: open_decoder(config, run.workdir, run.mesh),
+        lambda: open_decoder(resolved.Run(config, run.workdir, run.mesh)),
     ):
         with pytest.raises(InputError) as error:
             opened()
         assert str(error.value).startswith(whole) and f"; use --config {run.workdir}/config.json" in str(error.value)
     unused = dataclasses.replace(run.config.drafter, initializer_range=0.5)
-    assert open_drafter(dataclasses.replace(run.config, drafter=unused), run.workdir, run.mesh)[0] == 1
+    config = dataclasses.replace(run.config, drafter=unused)
+    assert open_drafter(resolved.Run(config, run.workdir, run.mesh))[0] == 1
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from huggingface_hub import constants
 
 from dspark_jax.config import Config, DrafterConfig, InputError, MeshConfig, TargetArchitecture, TargetConfig, resolve
 from dspark_jax.hub import is_hub_id, local_directory, with_architecture
+from dspark_jax.run import Run
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target.loading import fingerprint, load_target
 from dspark_jax.training.feature_cache import feature_identity
@@ -57,7 +58,7 @@ def test_a_stated_shape_is_compared_when_the_model_is_loaded(cache, tiny_target)
     with pytest.raises(InputError, match=r"target.architecture.rope_theta=5000000.0 but me/tiny/config.json has "):
         load_target(config.target, mesh)
     with pytest.raises(InputError, match=r"target.architecture.rope_theta=5000000.0 but me/tiny/config.json has "):
-        feature_identity(config, tiny_target)
+        feature_identity(Run(config, tiny_target))
 
 
 @pytest.mark.parametrize("name", ["runs/my--drafter", "a/b..c", "a/b.", "models/" + "x" * 100])

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dspark_jax import answering, train
+from dspark_jax import (
+    answering,
+    evaluate,
+    train,
+)
 from dspark_jax import prepare as command
 from dspark_jax.buckets.places import working_directory
 from dspark_jax.config import (
@@ -27,13 +32,19 @@ from dspark_jax.config import (
     resolve,
 )
 from dspark_jax.data import chat
+from dspark_jax.data.inputs import FIELDS
 from dspark_jax.data.regenerate import Question
 from dspark_jax.data.sources import SampleReader
 from dspark_jax.engine import Models, generate
 from dspark_jax.engine.sampling import request_keys
-from dspark_jax.prepare import data_fingerprint, prepare
+from dspark_jax.evaluation.setup import open_drafter
+from dspark_jax.prepare import prepare, prepare_samples
+from dspark_jax.run import Run
 from dspark_jax.sharding import make_mesh
+from dspark_jax.target import loading
 from dspark_jax.target.loading import load_target
+from dspark_jax.training.checkpoint import Checkpoints
+from dspark_jax.training.state import TrainState
 from tests import fake_bucket
 
 STOP = 294
@@ -127,6 +138,65 @@ def changed(config: Config, **fields: Any) -> Config:
     return dataclasses.replace(config, data=dataclasses.replace(config.data, **fields))
 
 
+@pytest.fixture
+def fingerprints(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often the files of the target were hashed, by function, whoever asked for it."""
+    counts: Counter[str] = Counter()
+    for name in ("fingerprint", "tokenizer_fingerprint"):
+        original = getattr(loading, name)
+
+        def counted(directory: str, name: str = name, original: Callable[[str], str] = original) -> str:
+            counts[name] += 1
+            return original(directory)
+
+        for module in [module for key, module in sys.modules.items() if key.startswith("dspark_jax")]:
+            if getattr(module, name, None) is original:
+                monkeypatch.setattr(module, name, counted)
+    return counts
+
+
+def test_a_command_hashes_the_target_once(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fingerprints: Counter[str]
+) -> None:
+    """`prepare` with a feature cache; `train`, which prepares, notes the target in checkpoints and loads one."""
+    once, config = {"fingerprint": 1, "tokenizer_fingerprint": 1}, changed(config, features="cache")
+    monkeypatch.setattr("dspark_jax.training.feature_cache.write_features", lambda *_, **__: None)
+    prepare(config, tmp_path, Decoder())
+    assert fingerprints == once
+
+    def fit(run: Run, checkpoints: Checkpoints) -> None:
+        checkpoints.save(1, TrainState(jnp.int32(1), {"x": jnp.zeros(2)}, {}), {})
+
+    def evaluate_run(run: Run) -> None:
+        with pytest.raises(ZeroDivisionError):
+            open_drafter(run)
+
+    monkeypatch.setattr(train, "fit", fit)
+    monkeypatch.setattr(evaluate, "evaluate_run", evaluate_run)
+    # The target has been compared when the drafter's shape is asked for.
+    monkeypatch.setattr("dspark_jax.training.checkpoint.abstract_drafter", lambda config: 1 // 0)
+    config.train = dataclasses.replace(config.train, batch_size=8)
+    fingerprints.clear()
+    train.train(config, tmp_path)
+    assert fingerprints == once
+    monkeypatch.setattr(train, "fit", lambda *_: None)
+    fingerprints.clear()
+    train.train(config, tmp_path)  # goes on from a checkpoint that states its data
+    assert fingerprints == once
+
+
+def test_what_was_prepared_is_looked_at_again(config: Config, tmp_path: Path) -> None:
+    """A command that prepares data notes what it has made, not what lay there when it began."""
+    run = Run(config, tmp_path)
+    assert run.prepared_fingerprint is None
+    prepare_samples(run, Decoder())
+    assert run.prepared_fingerprint == run.data_fingerprint
+    other = Run(changed(config, temperature=0.5), tmp_path)
+    assert other.prepared_fingerprint != other.data_fingerprint
+    prepare_samples(other, Decoder())
+    assert run.prepared_fingerprint == other.data_fingerprint != run.data_fingerprint
+
+
 def test_prompts_become_samples_and_a_report(
     config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -203,7 +273,7 @@ def test_unchanged_inputs_are_skipped_and_changed_ones_are_named(
     assert capsys.readouterr().err == f"data: 10 samples in {run / 'data'} are up to date\n"
 
     again = prepare(changed(config, temperature=0.5), run, Decoder())
-    assert again["fingerprint"] != first["fingerprint"] == data_fingerprint(same)
+    assert again["fingerprint"] != first["fingerprint"] == Run(same, run).data_fingerprint
     assert "preparing again, data.temperature=0.5, was 1.0" in capsys.readouterr().err
     with Path(config.data.prompts[0]).open("a") as file:
         file.write('{"prompt": "more"}\n')
@@ -297,7 +367,7 @@ def test_the_target_answers_each_prompt_by_its_own_key(
 ) -> None:
     """Through engines of several capacities the answers are those of `generate`, which decodes each in one piece."""
     mesh = make_mesh(config.mesh, jax.devices()[:1])  # compiles faster
-    monkeypatch.setattr(answering, "make_mesh", lambda _: mesh)
+    monkeypatch.setattr("dspark_jax.run.make_mesh", lambda _: mesh)
     for name, value in {"SMALLEST_CAPACITY": 32, "LEAST_ROOM": 4}.items():
         monkeypatch.setattr(answering, name, value)
     capacities, engine = [], answering.Engine
@@ -420,10 +490,10 @@ def test_what_is_not_used_of_the_prompts_is_said(
 
 def test_only_what_reads_more_than_before_has_another_fingerprint(config: Config, tmp_path: Path) -> None:
     """Data that was made before there were tools and thinking stays up to date."""
-    before = command.read_inputs(config)
-    assert before["format"] == 2 and tuple(before["data"]) == command.FIELDS
-    assert command.read_inputs(changed(config, thinking="on"))["data"]["thinking"] == "on"
-    assert command.read_inputs(changed(config, regenerate=False))["format"] == 3
+    before = Run(config, tmp_path).data_inputs
+    assert before["format"] == 2 and tuple(before["data"]) == FIELDS
+    assert Run(changed(config, thinking="on"), tmp_path).data_inputs["data"]["thinking"] == "on"
+    assert Run(changed(config, regenerate=False), tmp_path).data_inputs["format"] == 3
     more = (
         {"prompt": "q", "tools": TOOLS},
         {"instruction": "q"},
@@ -432,7 +502,7 @@ def test_only_what_reads_more_than_before_has_another_fingerprint(config: Config
     for number, row in enumerate(more):
         path = tmp_path / f"{number}.jsonl"
         path.write_text(json.dumps(row) + "\n")
-        assert command.read_inputs(changed(config, prompts=(str(path),)))["format"] == 3
+        assert Run(changed(config, prompts=(str(path),)), tmp_path).data_inputs["format"] == 3
 
 
 def test_packed_sets_of_a_directory_and_thoughts_become_samples(config: Config, tmp_path: Path) -> None:
@@ -469,7 +539,7 @@ def test_servers_need_a_package_and_an_answer_of_another_form_is_not_read(
         prepare(asking, tmp_path / "servers")
     partial = tmp_path / "run" / "data.partial"
     partial.mkdir(parents=True)
-    (partial / "inputs.json").write_text(json.dumps({"fingerprint": data_fingerprint(config)}))
+    (partial / "inputs.json").write_text(json.dumps({"fingerprint": Run(config, tmp_path).data_fingerprint}))
     (partial / "answers.jsonl").write_text('{"id": 0, "turn": 0, "part": 0, "tokens": [66]}\n')
     decoder = Decoder()
     prepare(config, tmp_path / "run", decoder)

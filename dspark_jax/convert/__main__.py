@@ -57,13 +57,13 @@ from dspark_jax.json_file import read_object
 from dspark_jax.kinds import as_kind
 from dspark_jax.paths import check_local, check_path
 from dspark_jax.progress import log
+from dspark_jax.run import Run, checkpoint_directory
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target import families
 from dspark_jax.target.loading import fingerprint, load_target, read_checkpoint
 from dspark_jax.target.model import Target
 from dspark_jax.training.best import NEWEST
-from dspark_jax.training.checkpoint import Checkpoints, load_step
-from dspark_jax.training.feature_cache import feature_directory
+from dspark_jax.training.checkpoint import Checkpoints, load_step, saved_config
 from dspark_jax.training.optim import make_optimizer
 from dspark_jax.training.state import init_state, to_params
 
@@ -155,8 +155,12 @@ def run_source(workdir: Path, options: argparse.Namespace) -> tuple[Source, dict
     Returns:
       The source, and side files by name with `fingerprint`, `data` and `metrics` for the card.
     """
-    mesh = make_mesh(MeshConfig())
-    step, config, drafter = load_step(workdir, mesh, stated_target(options.target), checkpoint=options.checkpoint)
+    saved = saved_config(workdir, options.checkpoint)
+    if saved is None:
+        raise InputError(f"{checkpoint_directory(workdir)}: no checkpoint here; train first, or name a trained run")
+    stated = dataclasses.replace(saved, target=stated_target(options.target) or saved.target)
+    run = Run(stated, workdir, make_mesh(MeshConfig()))
+    step, config, drafter = load_step(run, options.checkpoint)
     path, arch = config.target.path, config.target.architecture
     directory = local_directory(path)
     source = Source(
@@ -170,18 +174,18 @@ def run_source(workdir: Path, options: argparse.Namespace) -> tuple[Source, dict
         num_anchors=config.train.num_anchors,
     )
     if arch.unsupported:
-        source = with_frozen(source, frozen_from_file(frozen_file(feature_directory(workdir)), directory, arch))
+        source = with_frozen(source, frozen_from_file(frozen_file(run.feature_folder), directory, arch))
     elif families.of_drafters(arch).name != arch.model_type:
         source = with_frozen(source, frozen_of_target(source.frozen, directory, arch, arch.final_logit_softcapping))
-    return slim(source, options), run_files(workdir, path, step)
+    return slim(source, options), run_files(run, step)
 
 
-def run_files(workdir: Path, target: str, step: int) -> dict[str, Any]:
+def run_files(run: Run, step: int) -> dict[str, Any]:
     """What a run has besides its drafter: see `run_source`. Figures of an earlier checkpoint are left out."""
-    files: dict[str, Any] = {"fingerprint": fingerprint(target)}
+    files: dict[str, Any] = {"fingerprint": run.target_fingerprint}
     found = {"data": "data/report.json", "metrics": "eval/metrics.json"} | {name: name for name in SIDE_FILES}
     for key, name in found.items():
-        file = workdir / name
+        file = run.workdir / name
         if not file.exists():
             continue
         content = read_object(file, "", "remove it")
@@ -274,13 +278,13 @@ def import_(options: argparse.Namespace) -> Path:
     target = dataclasses.replace(config.target, path=options.target, architecture=TargetArchitecture())
     config = resolve(with_architecture(dataclasses.replace(config, drafter=drafter, target=target)))
     fitting(directory, arch, options.target, config.target.architecture, whole=True)
-    mesh = make_mesh(config.mesh)
-    imported = import_drafter(directory, mesh)[1]
+    imported = import_drafter(directory, make_mesh(config.mesh))[1]
     with working_directory(Path(options.workdir), "convert import") as workdir:
-        with Checkpoints(workdir, config) as checkpoints:
+        run = Run(config, workdir)
+        with Checkpoints(run) as checkpoints:
             if checkpoints.latest() is not None:
                 raise InputError(f"{checkpoints.directory}: has checkpoints already; import to another --workdir")
-            state = init_state(config, make_optimizer(config.optim, config.train.steps), mesh)
+            state = init_state(config, make_optimizer(config.optim, config.train.steps), run.mesh)
             checkpoints.save(0, dataclasses.replace(state, params=to_params(imported)), {})
         (workdir / "config.json").write_text(to_json(config))
     log(f"import: {options.drafter} is checkpoint 0 of {options.workdir}")

@@ -14,8 +14,7 @@ from dspark_jax.config import Config, InputError, from_json, to_json
 from dspark_jax.data.prompts import content_hashes, read_prompts
 from dspark_jax.evaluation.setup import check_prompt_files
 from dspark_jax.json_file import part, read_ours, write_json
-from dspark_jax.target.loading import fingerprint, tokenizer_fingerprint
-from dspark_jax.training.checkpoint import checkpoint_directory
+from dspark_jax.run import Run, checkpoint_directory
 
 GROUPS = ("target", "drafter", "data", "loss", "optim", "train")
 """A trained drafter depends on these, but for the fields of `FREE`."""
@@ -28,20 +27,19 @@ FREE = {
 """Fields that change nothing but the order of sums, or how a run is kept and shown."""
 
 
-def contents(config: Config) -> dict[str, Any]:
+def contents(run: Run) -> dict[str, Any]:
     """Hashes of the files that a comparison reads, by what names them.
 
     Raises:
-      InputError: one of them cannot be used, or `config.eval` does not say what to measure.
+      InputError: one of them cannot be used, or `eval` does not say what to measure.
     """
+    config = run.config
     check_prompt_files(config.eval.prompts, "eval.prompts")
     if not config.eval.temperatures:
         raise InputError("eval.temperatures is empty; give at least one, e.g. (1.0,)")
     read_prompts(config.eval.prompts, 1, lambda malformed: None)  # refuses a file without any
-    path = config.target.path
     return {
-        "target": fingerprint(path),
-        "tokenizer": tokenizer_fingerprint(path),
+        **run.fingerprints,
         "data.prompts": content_hashes(config.data.prompts, "data.prompts"),
         "eval.prompts": content_hashes(config.eval.prompts, "eval.prompts"),
     }

@@ -5,13 +5,10 @@ import dataclasses
 import math
 import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from jax.sharding import Mesh
 
 from dspark_jax.benchmarks import by_domain
-from dspark_jax.config import Config
 from dspark_jax.data.prompts import content_hashes
 from dspark_jax.data.samples import Tally
 from dspark_jax.drafter.interface import Drafter
@@ -21,6 +18,8 @@ from dspark_jax.evaluation.acceptance import count_rounds, estimate, macro_avera
 from dspark_jax.evaluation.decoding import answer
 from dspark_jax.evaluation.setup import open_decoder, read_questions, tell_left_out
 from dspark_jax.evaluation.summary import Measured
+from dspark_jax.run import Run
+from dspark_jax.target.model import Target
 from dspark_jax.training.best import HeldOut
 from dspark_jax.training.integrity import digest
 
@@ -34,25 +33,25 @@ class HeldOutPrompts:
     Nothing of the run changes by it: random numbers are those of the prompts, and the target is the run's own.
     """
 
-    def __init__(self, config: Config, workdir: Path, mesh: Mesh, target: Any):
+    def __init__(self, run: Run, target: Target):
         """Reads the prompts.
 
         Args:
-          config: resolved; `train.evaluate_limit` and `train.evaluate_tokens` bound what is decoded.
-          workdir: of the run.
-          mesh: of the run.
+          run: `train.evaluate_limit` and `train.evaluate_tokens` of its config bound what is decoded.
           target: the model.
 
         Raises:
           InputError: a prompt file cannot be read, or none of its prompts can be asked.
         """
+        config = run.config
         settings = dataclasses.replace(
             config.eval,
             limit=config.train.evaluate_limit,
             max_new_tokens=min(config.train.evaluate_tokens, config.eval.max_new_tokens),
         )
         config = dataclasses.replace(config, eval=settings)
-        self.decoder = open_decoder(config, workdir, mesh, target=target, drafter=NO_DRAFTER)
+        run = dataclasses.replace(run, config=config)
+        self.decoder = open_decoder(run, target=target, drafter=NO_DRAFTER)
         with contextlib.closing(Tally(Path(os.devnull))) as tally:
             self.asked, self.first = read_questions(config, self.decoder, tally, settings.prompts, settings.limit)
         tell_left_out("held-out prompts", tally)

@@ -18,38 +18,34 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from dspark_jax import jobs
-from dspark_jax.config import Config, InputError, from_json
+from dspark_jax.config import InputError, from_json
 from dspark_jax.data.samples import Tally
 from dspark_jax.evaluation.acceptance import Counts, count_rounds
 from dspark_jax.evaluation.decoding import Decoder, answer
 from dspark_jax.evaluation.setup import open_decoder, read_questions, tell_left_out
 from dspark_jax.json_file import written_whole
 from dspark_jax.progress import Progress
-from dspark_jax.sharding import make_mesh
+from dspark_jax.run import Run
 
 PLAIN = "plain"
 """Name of decoding without a drafter among the times."""
 
 
-def measure_rounds(config: Config, workdir: Path, out: Path) -> None:
-    """Answers all held-out prompts at the first temperature of `config.eval`, and writes the counts.
+def measure_rounds(run: Run, out: Path) -> None:
+    """Answers all held-out prompts at the first temperature of `eval`, and writes the counts.
 
     Args:
-      config: resolved, of the run.
-      workdir: its newest checkpoint is measured.
+      run: its newest checkpoint is measured.
       out: NPZ file to write: `prompt_sets` [N] names, and the fields of `Counts` by prompt.
 
     Raises:
       InputError: there is no checkpoint for this target, or a prompt file cannot be used.
     """
-    mesh = make_mesh(config.mesh)
-    decoder = open_decoder(config, workdir, mesh)
-    settings = config.eval
-    with contextlib.closing(Tally(Path(os.devnull))) as tally, jax.set_mesh(mesh):
-        asked, first = read_questions(config, decoder, tally, settings.prompts, settings.limit)
+    decoder, settings = open_decoder(run), run.config.eval
+    with contextlib.closing(Tally(Path(os.devnull))) as tally, jax.set_mesh(run.mesh):
+        asked, first = read_questions(run.config, decoder, tally, settings.prompts, settings.limit)
         turns = sum(len(one.questions) for one in asked)
         with Progress("measure", turns, unit="answer") as progress:
             requests, result = answer(decoder, asked, first, settings.temperatures[0], advance=progress.advance)
@@ -73,11 +69,11 @@ def read_rounds(path: Path) -> tuple[list[str], Counts]:
         raise InputError(f"{path}: damaged ({error}); remove it, it will be measured again") from None
 
 
-def measure_times(runs: Mapping[str, tuple[Config, Path]]) -> dict[str, dict[str, Any]]:
+def measure_times(runs: Mapping[str, Run]) -> dict[str, dict[str, Any]]:
     """Decodes some prompts at batch 1 with every drafter in turn, and without one.
 
     Args:
-      runs: by name, resolved config and working directory. All have the same target, prompts and settings.
+      runs: by name. All have the same target, prompts and settings.
 
     Returns:
       By name, and for `PLAIN`: seconds (prefill included), rounds and new tokens of every prompt. Compilation happens
@@ -86,12 +82,12 @@ def measure_times(runs: Mapping[str, tuple[Config, Path]]) -> dict[str, dict[str
     Raises:
       InputError: none can be loaded, or a prompt file cannot be used.
     """
-    base = next(iter(runs.values()))[0]
-    settings, mesh = base.eval, make_mesh(base.mesh)
-    with contextlib.closing(Tally(Path(os.devnull))) as tally, jax.set_mesh(mesh):
-        decoders, found = _open_all(runs, mesh)
+    base = next(iter(runs.values()))
+    settings = base.config.eval
+    with contextlib.closing(Tally(Path(os.devnull))) as tally, jax.set_mesh(base.mesh):
+        decoders, found = _open_all(runs)
         loaded = next(iter(decoders.values()))
-        asked, first = read_questions(base, loaded, tally, settings.prompts, settings.limit)
+        asked, first = read_questions(base.config, loaded, tally, settings.prompts, settings.limit)
         quick = first.take(_first_of_each([one.prompt.prompt_set for one in asked], settings.speed_prompts))
         decoders[PLAIN] = loaded
         with Progress("time", len(quick.items) * len(decoders), unit="answer") as progress:
@@ -114,16 +110,14 @@ def measure_times(runs: Mapping[str, tuple[Config, Path]]) -> dict[str, dict[str
     return found
 
 
-def _open_all(
-    runs: Mapping[str, tuple[Config, Path]], mesh: Mesh
-) -> tuple[dict[str, Decoder], dict[str, dict[str, Any]]]:
+def _open_all(runs: Mapping[str, Run]) -> tuple[dict[str, Decoder], dict[str, dict[str, Any]]]:
     """Engines with the same target by name, and {"error": why} of those that cannot be loaded."""
     decoders: dict[str, Decoder] = {}
     errors: dict[str, dict[str, Any]] = {}
     target = None
-    for name, (config, workdir) in runs.items():
+    for name, run in runs.items():
         try:
-            decoders[name] = open_decoder(config, workdir, mesh, target=target)
+            decoders[name] = open_decoder(run, target=target)
         except InputError as error:
             errors[name] = {"error": " ".join(str(error).split())[:200]}
         else:
@@ -140,11 +134,11 @@ def _first_of_each(sets: Sequence[str], most: int) -> list[int]:
 
 def work(job: dict[str, Any]) -> dict[str, Any] | None:
     """A job of `compare`: {"task": "rounds" or "times", "out": file, "runs": {name: {"config", "workdir"}}}."""
-    runs = {name: (from_json(run["config"]), Path(run["workdir"])) for name, run in job["runs"].items()}
+    runs = {name: Run(from_json(run["config"]), Path(run["workdir"])) for name, run in job["runs"].items()}
     if job["task"] == "times":
         return measure_times(runs)
-    for config, workdir in runs.values():
-        measure_rounds(config, workdir, Path(job["out"]))
+    for run in runs.values():
+        measure_rounds(run, Path(job["out"]))
     return None
 
 

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from absl import logging
-from jax.sharding import Mesh
 
 from dspark_jax.buckets.places import reading
 from dspark_jax.config import Config, InputError
@@ -19,43 +18,39 @@ from dspark_jax.engine.models import Models, when_loaded
 from dspark_jax.evaluation.decoding import Decoder, Requests, first_requests
 from dspark_jax.kinds import KINDS
 from dspark_jax.progress import log
-from dspark_jax.sharding import make_mesh
+from dspark_jax.run import Run, checkpoint_directory
 from dspark_jax.target.loading import load_target
 from dspark_jax.target.model import Target
 from dspark_jax.tokenizer import ChatTokenizer
 from dspark_jax.training.best import NEWEST
-from dspark_jax.training.checkpoint import checkpoint_directory, load_step, saved_config
+from dspark_jax.training.checkpoint import load_step, saved_config
 
 
 def open_decoder(
-    config: Config,
-    workdir: Path,
-    mesh: Mesh,
+    run: Run,
     *,
     target: Target | None = None,
     drafter: DrafterModule | NoDrafter | None = None,
     tokenizer: ChatTokenizer | None = None,
     checkpoint: str = NEWEST,
 ) -> Decoder:
-    """A checkpoint of `workdir` with its target, or models that are loaded already.
+    """A checkpoint of a run with its target, or models that are loaded already.
 
     Args:
-      config: resolved; `target` and `eval` are used.
-      workdir: of the training run.
-      mesh: where the models live.
+      run: of its config, `target` and `eval` are used.
       target: the target, or None to load it.
       drafter: the drafter, or None to load it.
       tokenizer: the target's, or None to load it.
-      checkpoint: `newest`, `best` or a step, see `training.checkpoint.load_step`.
+      checkpoint: `newest`, `best` or a step, see `training.checkpoint.load_drafter`.
 
     Raises:
       InputError: as `open_drafter`; or target or tokenizer cannot be used.
     """
-    step = None
+    config, step = run.config, None
     if drafter is None:
-        step, drafter = open_drafter(config, workdir, mesh, checkpoint)
+        step, drafter = open_drafter(run, checkpoint)
         drafter = when_loaded(drafter)
-    target = when_loaded(load_target(config.target, mesh)) if target is None else target
+    target = when_loaded(load_target(config.target, run.mesh)) if target is None else target
     tokenizer = load_tokenizer(config.target.path) if tokenizer is None else tokenizer
     return Decoder(
         models=Models(target, drafter),
@@ -67,7 +62,7 @@ def open_decoder(
         step=step,
         system_prompt=config.data.system_prompt,
         thinking=config.data.thinking == "on",
-        workdir=workdir,
+        workdir=run.workdir,
     )
 
 
@@ -88,26 +83,26 @@ def load_run(workdir: str | Path, checkpoint: str = NEWEST) -> Decoder:
         config = saved_config(folder, checkpoint)
         if config is None:
             raise InputError(f"{checkpoint_directory(folder)}: no checkpoint here; name the --workdir of a run")
-        return open_decoder(config, folder, make_mesh(config.mesh), checkpoint=checkpoint)
+        return open_decoder(Run(config, folder), checkpoint=checkpoint)
     finally:
         logging.set_verbosity(before)
 
 
-def open_drafter(config: Config, workdir: Path, mesh: Mesh, checkpoint: str = NEWEST) -> tuple[int, DrafterModule]:
+def open_drafter(run: Run, checkpoint: str = NEWEST) -> tuple[int, DrafterModule]:
     """A checkpoint's step and drafter.
 
     Raises:
       InputError: there is no such checkpoint for the config's target, or its drafter is another one than the config
         states.
     """
-    step, saved, drafter = load_step(workdir, mesh, config.target, checkpoint=checkpoint)
+    step, saved, drafter = load_step(run, checkpoint)
     unused = {"initializer_range", *([] if KINDS[saved.drafter.kind].needs_mask else ["mask_token_id"])}
     for field in dataclasses.fields(saved.drafter):
-        there, stated = getattr(saved.drafter, field.name), getattr(config.drafter, field.name)
+        there, stated = getattr(saved.drafter, field.name), getattr(run.config.drafter, field.name)
         if there != stated and field.name not in unused:
             raise InputError(
-                f"{checkpoint_directory(workdir) / str(step)}: drafter.{field.name} is {there!r} there and {stated!r} "
-                f"in the config; use --config {workdir / 'config.json'}, or the --workdir of such a drafter"
+                f"{run.checkpoint_folder / str(step)}: drafter.{field.name} is {there!r} there and {stated!r} "
+                f"in the config; use --config {run.workdir / 'config.json'}, or the --workdir of such a drafter"
             )
     return step, drafter
 

@@ -19,14 +19,14 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from dspark_jax import jobs
-from dspark_jax.config import Config, InputError, from_json, to_json
+from dspark_jax.config import InputError, from_json, to_json
 from dspark_jax.engine import schedulers
 from dspark_jax.engine.generate import Prompts, decode, decode_shape, padded_stops
 from dspark_jax.engine.result import DecodeResult
 from dspark_jax.engine.sampling import fold_keys, request_keys, request_sampling
 from dspark_jax.evaluation.decoding import Decoder, Request, Requests
 from dspark_jax.evaluation.setup import open_decoder
-from dspark_jax.sharding import make_mesh
+from dspark_jax.run import Run
 from dspark_jax.training.best import NEWEST
 
 
@@ -111,8 +111,7 @@ def _seconds_per_round(decoder: Decoder, requests: Requests, temperature: float,
 
 
 def measure_speed_in_process(
-    config: Config,
-    workdir: Path,
+    run: Run,
     requests: Requests,
     temperatures: Sequence[float],
     threads: int,
@@ -122,8 +121,7 @@ def measure_speed_in_process(
     """`measure_speed` at every temperature, in a process whose XLA has `threads` CPU threads.
 
     Args:
-      config: resolved, of the run.
-      workdir: of the run.
+      run: what is measured.
       requests: what to decode.
       temperatures: one result for each.
       threads: at least 1.
@@ -134,8 +132,8 @@ def measure_speed_in_process(
       RuntimeError: it failed; its last words are in the message.
     """
     job = {
-        "config": to_json(config),
-        "workdir": str(Path(workdir).resolve()),
+        "config": to_json(run.config),
+        "workdir": str(run.workdir.resolve()),
         "width": requests.width,
         "requests": [dataclasses.asdict(item) for item in requests.items],
         "temperatures": list(temperatures),
@@ -157,11 +155,10 @@ def measure_speed_in_process(
 
 def work(job: dict[str, Any]) -> dict[str, Any]:
     """A job of `measure_speed_in_process`: by temperature the fields of `Speed`."""
-    config = from_json(job["config"])
+    run = Run(from_json(job["config"]), Path(job["workdir"]))
     requests = Requests([Request(**item) for item in job["requests"]], job["width"])
-    mesh = make_mesh(config.mesh)
-    decoder = open_decoder(config, Path(job["workdir"]), mesh, checkpoint=job["checkpoint"])
-    with jax.set_mesh(mesh):
+    decoder = open_decoder(run, checkpoint=job["checkpoint"])
+    with jax.set_mesh(run.mesh):
         speeds = [measure_speed(decoder, requests, temperature) for temperature in job["temperatures"]]
     return {"speeds": [vars(one) for one in speeds]}
 

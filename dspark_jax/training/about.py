@@ -7,17 +7,16 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
-from dspark_jax.config import Config, InputError, from_json, to_json
-from dspark_jax.json_file import read_ours
+from dspark_jax.config import InputError, from_json, to_json
 from dspark_jax.kinds import KINDS
-from dspark_jax.target.loading import fingerprint, tokenizer_fingerprint
+from dspark_jax.run import Run
 from dspark_jax.training.best import HeldOut
 from dspark_jax.training.integrity import Damaged, digest, naming_damage
 
 
-def about_of(config: Config) -> dict[str, Any]:
+def about_of(run: Run) -> dict[str, Any]:
     """The resolved config, and fingerprints of its target."""
-    return {"config": json.loads(to_json(config)), **fingerprints(config.target.path)}
+    return {"config": json.loads(to_json(run.config)), **run.fingerprints}
 
 
 def read_about(manager: ocp.CheckpointManager, where: Path) -> dict[str, Any]:
@@ -32,16 +31,6 @@ def read_about(manager: ocp.CheckpointManager, where: Path) -> dict[str, Any]:
 
 
 _ABOUT = {"config", "target", "tokenizer"}
-
-
-def prepared_fingerprint(workdir: Path) -> str | None:
-    """Of what the samples in `workdir/data` were made of; None where they were not made by `prepare`."""
-    return read_ours(workdir / "data" / "report.json").get("fingerprint")
-
-
-def fingerprints(path: str) -> dict[str, str]:
-    """Of the weights and the tokenizer of a target."""
-    return {"target": fingerprint(path), "tokenizer": tokenizer_fingerprint(path)}
 
 
 def check_target(where: Path, saved: dict[str, Any], present: dict[str, Any], path: str) -> None:

@@ -34,15 +34,8 @@ from dspark_jax.buckets import places
 from dspark_jax.config import Config, InputError, TargetConfig, from_json
 from dspark_jax.drafter.interface import DrafterModule
 from dspark_jax.progress import log
-from dspark_jax.training.about import (
-    about_of,
-    check_about,
-    check_target,
-    fingerprints,
-    prepared_fingerprint,
-    read_about,
-    read_measured,
-)
+from dspark_jax.run import Run, checkpoint_directory
+from dspark_jax.training.about import about_of, check_about, check_target, read_about, read_measured
 from dspark_jax.training.best import NEWEST, HeldOut, KeepBest, best_step, check_name, named_step
 from dspark_jax.training.full_disk import check_space, reported_in_one_line
 from dspark_jax.training.integrity import Damaged, array_sums, check_sums, digest, naming_damage
@@ -52,21 +45,16 @@ from dspark_jax.training.state import Params, TrainState, abstract_drafter, para
 Found = TypeVar("Found")
 
 
-def checkpoint_directory(workdir: Path) -> Path:
-    """Where the checkpoints of a working directory lie."""
-    return workdir / "checkpoints"
-
-
 class Checkpoints:
     """The checkpoints of one run. Use as a context manager: leaving it waits for the last save."""
 
-    def __init__(self, workdir: Path, config: Config):
+    def __init__(self, run: Run):
         """Opens (or creates) the directory; what a killed run left half-written in it is removed."""
-        self.directory = checkpoint_directory(workdir).absolute()
-        self.config = config
-        self.about = about_of(config) | {"data": prepared_fingerprint(workdir)}
+        self.directory = run.checkpoint_folder.absolute()
+        self.config = run.config
+        self.about = about_of(run) | {"data": run.prepared_fingerprint}
         self.measured: dict[int, HeldOut] = {}
-        newest = ocp.checkpoint_managers.LatestN(config.train.keep_checkpoints)
+        newest = ocp.checkpoint_managers.LatestN(run.config.train.keep_checkpoints)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy([newest, KeepBest(self.measured)]),
             cleanup_tmp_directories=True,
@@ -185,18 +173,13 @@ class Checkpoints:
 
 
 def saved_config(workdir: Path, checkpoint: str = NEWEST) -> Config | None:
-    """The config in a checkpoint of a working directory, see `load_step`; None if it has no checkpoint."""
+    """The config in a checkpoint of a working directory, see `load_drafter`; None if it has no checkpoint."""
     found = _read_one_about(workdir, checkpoint)
     return None if found is None else from_json(json.dumps(found[1]["config"]))
 
 
-def check_continuation(config: Config, workdir: Path, data: Callable[[], str]) -> bool:
+def check_continuation(run: Run) -> bool:
     """Refuses what `Checkpoints.restore` would, before data is prepared again for it.
-
-    Args:
-      config: resolved.
-      workdir: of the training run.
-      data: gives the fingerprint of the data that the config asks for; called where the checkpoint has one.
 
     Returns:
       Whether there is a checkpoint to go on from.
@@ -204,11 +187,11 @@ def check_continuation(config: Config, workdir: Path, data: Callable[[], str]) -
     Raises:
       InputError: see `Checkpoints.restore`.
     """
-    found = _read_one_about(workdir)
+    found = _read_one_about(run.workdir)
     if found is not None:
         where, about = found
-        now = data() if about.get("data") else None
-        check_about(where, about, about_of(config) | {"data": now}, config.target.path)
+        now = run.data_fingerprint if about.get("data") else None
+        check_about(where, about, about_of(run) | {"data": now}, run.config.target.path)
     return found is not None
 
 
@@ -220,19 +203,7 @@ def load_drafter(
     any_target: bool = False,
     checkpoint: str = NEWEST,
 ) -> tuple[Config, DrafterModule]:
-    """The drafter of a checkpoint, by default of the newest one; see `load_step`."""
-    return load_step(workdir, mesh, target, any_target=any_target, checkpoint=checkpoint)[1:]
-
-
-def load_step(
-    workdir: Path,
-    mesh: Mesh,
-    target: TargetConfig | None = None,
-    *,
-    any_target: bool = False,
-    checkpoint: str = NEWEST,
-) -> tuple[int, Config, DrafterModule]:
-    """A checkpoint's step and its drafter, parameters only.
+    """The drafter of a checkpoint, parameters only.
 
     Args:
       workdir: of the training run.
@@ -242,11 +213,45 @@ def load_step(
       checkpoint: `newest`, of those that are whole; `best` by accepted length on held-out prompts; or a step.
 
     Returns:
-      Its step, the config it was trained with (with `target` in it) and the drafter.
+      The config it was trained with (with `target` in it) and the drafter.
 
     Raises:
       InputError: there is no such checkpoint, or it was made for another target.
     """
+
+    def check(where: Path, about: dict[str, Any], config: Config) -> None:
+        if not any_target:
+            check_target(where, about, Run(config, workdir).fingerprints, config.target.path)
+
+    return _load_step(workdir, mesh, target, checkpoint, check)[1:]
+
+
+def load_step(run: Run, checkpoint: str = NEWEST) -> tuple[int, Config, DrafterModule]:
+    """A checkpoint's step, the config it was trained with (with the run's target in it) and the drafter.
+
+    Args:
+      run: its target is the one that the drafter is going to draft for.
+      checkpoint: as `load_drafter`.
+
+    Raises:
+      InputError: as `load_drafter`.
+    """
+    target = run.config.target
+
+    def check(where: Path, about: dict[str, Any], _: Config) -> None:
+        check_target(where, about, run.fingerprints, target.path)
+
+    return _load_step(run.workdir, run.mesh, target, checkpoint, check)
+
+
+def _load_step(
+    workdir: Path,
+    mesh: Mesh,
+    target: TargetConfig | None,
+    checkpoint: str,
+    check: Callable[[Path, dict[str, Any], Config], None],
+) -> tuple[int, Config, DrafterModule]:
+    """The same; `check` gets a checkpoint's directory, what it says of itself and its config, and refuses it."""
     check_name(checkpoint)
     directory = checkpoint_directory(workdir).absolute()
     missing = InputError(f"{directory}: no checkpoint here; train first, or point --workdir at a trained run")
@@ -263,8 +268,7 @@ def load_step(
             config = from_json(json.dumps(about["config"]))
             if target is not None:
                 config = dataclasses.replace(config, target=target)
-            if not any_target:
-                check_target(where, about, fingerprints(config.target.path), config.target.path)
+            check(where, about, config)
             abstract = abstract_drafter(config)
             shapes, shardings = to_params(abstract), param_shardings(abstract, mesh)
             layout = {

@@ -2,14 +2,13 @@
 
 import functools
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from dspark_jax.buckets.places import fetch
-from dspark_jax.config import Config, InputError, TargetArchitecture
+from dspark_jax.config import InputError, TargetArchitecture
 from dspark_jax.data.feature_codec import Coded, Identity, code_on_device
 from dspark_jax.data.features import (
     PASS_TOKENS,
@@ -26,38 +25,32 @@ from dspark_jax.data.sources import SampleReader
 from dspark_jax.data.torch_features import load_torch_target
 from dspark_jax.hub import local_directory
 from dspark_jax.progress import Progress, log
-from dspark_jax.sharding import make_mesh
+from dspark_jax.run import Run
 from dspark_jax.target.frozen import save_frozen
-from dspark_jax.target.loading import fingerprint, load_target, tokenizer_fingerprint
+from dspark_jax.target.loading import load_target
 from dspark_jax.target.model import Target
-from dspark_jax.training.about import prepared_fingerprint
 
 
-def feature_directory(workdir: Path) -> Path:
-    """Where the feature cache of a working directory lies."""
-    return workdir / "features"
-
-
-def feature_identity(config: Config, workdir: Path, data: str | None = None) -> Identity:
-    """What a cache for this config has to be of.
+def feature_identity(run: Run, data: str | None = None) -> Identity:
+    """What a cache for this run has to be of.
 
     Args:
-      config: resolved.
-      workdir: has the samples.
+      run: has the samples.
       data: fingerprint of the samples, where they are not there yet.
 
     Raises:
       InputError: the samples' fingerprint is not known, or the target is missing, damaged, or not of the shape that the
         config states.
     """
+    config = run.config
     found = TargetArchitecture.of_any_model(local_directory(config.target.path))
     config.target.architecture.refuse_other(found, config.target.path)
-    data = data or prepared_fingerprint(workdir)
+    data = data or run.prepared_fingerprint
     if data is None:
-        raise InputError(f"{workdir / 'data'}: has no report.json with a fingerprint; run prepare again")
+        raise InputError(f"{run.data_folder}: has no report.json with a fingerprint; run prepare again")
     return Identity(
-        target=fingerprint(config.target.path),
-        tokenizer=tokenizer_fingerprint(config.target.path),
+        target=run.target_fingerprint,
+        tokenizer=run.tokenizer_fingerprint,
         data=data,
         source="torch" if config.data.features == "torch" else "jax",
         taps=tuple(config.drafter.target_layer_ids),
@@ -67,40 +60,33 @@ def feature_identity(config: Config, workdir: Path, data: str | None = None) -> 
     )
 
 
-def check_features(config: Config, workdir: Path, data: Callable[[], str]) -> None:
+def check_features(run: Run) -> None:
     """Refuses what `prepare_features` would, before samples are prepared again for it.
 
-    Args:
-      config: resolved.
-      workdir: may have a cache.
-      data: gives the fingerprint of the samples that the config asks for; called if there is a cache.
-
     Raises:
-      InputError: the cache is of something else.
+      InputError: there is a cache, of something else.
     """
-    directory = feature_directory(workdir)
-    if read_manifest(directory):
-        check_identity(directory, feature_identity(config, workdir, data()))
+    if read_manifest(run.feature_folder):
+        check_identity(run.feature_folder, feature_identity(run, run.data_fingerprint))
 
 
-def open_features(config: Config, workdir: Path) -> CachedSamples:
-    """The samples of `workdir` with their features.
+def open_features(run: Run) -> CachedSamples:
+    """The samples of a run with their features.
 
     Raises:
       InputError: there is no complete cache for this config.
     """
-    samples = SampleReader(workdir / "data")
-    fetch(feature_directory(workdir))
-    return CachedSamples(samples, feature_directory(workdir), feature_identity(config, workdir))
+    fetch(run.feature_folder)
+    return CachedSamples(SampleReader(run.data_folder), run.feature_folder, feature_identity(run))
 
 
-def prepare_features(config: Config, workdir: Path) -> None:
+def prepare_features(run: Run) -> None:
     """Makes `workdir/features`, or what is missing of it.
 
     Raises:
       InputError: the target cannot be used, there is a cache of something else, or the disk has no room.
     """
-    directory, identity = feature_directory(workdir), feature_identity(config, workdir)
+    config, directory, identity = run.config, run.feature_folder, feature_identity(run)
     fetch(directory)
     check_identity(directory, identity)
     if is_complete(directory, identity):
@@ -108,7 +94,7 @@ def prepare_features(config: Config, workdir: Path) -> None:
         return
     if jax.process_count() > 1:
         raise InputError(f"{directory}: not complete; run python -m dspark_jax.prepare on one host first")
-    samples = SampleReader(workdir / "data")
+    samples = SampleReader(run.data_folder)
     lengths = [len(samples[i].tokens) for i in range(len(samples))]
     size, plain = estimate(identity, sum(lengths))
     log(
@@ -121,29 +107,30 @@ def prepare_features(config: Config, workdir: Path) -> None:
             identity,
             samples,
             lengths,
-            functools.partial(feature_pass, config, directory, identity),
+            functools.partial(feature_pass, run, identity),
             batch_size=config.data.decode_batch_size,
             pass_tokens=PASS_TOKENS * (1 if config.data.features == "torch" else jax.device_count()),
             progress=progress.advance,
         )
 
 
-def feature_pass(config: Config, directory: Path, identity: Identity) -> Pass:
+def feature_pass(run: Run, identity: Identity) -> Pass:
     """The target, loaded, as the function that gives features; its embedding and LM head are put beside the cache.
 
     Features are coded where they are computed, and only then fetched: on a host's single thread it would take longer
     than the pass.
     """
+    config = run.config
     taps = tuple(config.drafter.target_layer_ids)
     if config.data.features == "torch":
         model = load_torch_target(config.target.path, taps, config.target.dtype)
-        save_frozen(frozen_file(directory), *model.frozen_matrices())
+        save_frozen(frozen_file(run.feature_folder), *model.frozen_matrices())
         return functools.partial(model.start, identity=identity)
-    mesh = make_mesh(config.mesh)
+    mesh = run.mesh
     with jax.set_mesh(mesh):
         target = load_target(config.target, mesh)
         embedding = jax.jit(target.embed)(jnp.arange(config.target.architecture.vocab_size))
-        save_frozen(frozen_file(directory), np.asarray(embedding), np.asarray(target.head), target.softcap)
+        save_frozen(frozen_file(run.feature_folder), np.asarray(embedding), np.asarray(target.head), target.softcap)
 
     @jax.jit
     def forward(target: Target, tokens: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -108,13 +108,13 @@ def trained(workdir: Path, count: int) -> tuple[Any, Any, Any, list[list[int]], 
 
     from dspark_jax.config import from_json
     from dspark_jax.data.samples import Tally
-    from dspark_jax.evaluation.setup import ask, open_decoder
-    from dspark_jax.sharding import make_mesh
+    from dspark_jax.evaluation.setup import open_decoder, read_questions
+    from dspark_jax.run import Run
 
     config = from_json((workdir / "config.json").read_text())
-    decoder = open_decoder(config, workdir, make_mesh(config.mesh))
+    decoder = open_decoder(Run(config, workdir))
     with contextlib.closing(Tally(Path(os.devnull))) as tally:
-        _, requests = ask(config, decoder, tally, config.eval.prompts, count)
+        _, requests = read_questions(config, decoder, tally, config.eval.prompts, count)
     model = transformers.AutoModelForCausalLM.from_pretrained(config.target.path, dtype="float32").eval()
     models = decoder.models
     return models.target, models.drafter, model, [item.prompt for item in requests.items], list(decoder.stop_tokens)

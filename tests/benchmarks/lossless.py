@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import stats
 
+from dspark_jax import run as resolved
 from dspark_jax.command import load_config
 from dspark_jax.config import Config, resolve
 from dspark_jax.data.chat import prompt_tokens
@@ -37,7 +38,6 @@ from dspark_jax.engine.schedulers import Scheduler
 from dspark_jax.engine.serving import Engine
 from dspark_jax.evaluation.setup import open_decoder
 from dspark_jax.progress import Progress
-from dspark_jax.sharding import make_mesh
 
 ROOT = Path(__file__).resolve().parents[2]
 BUDGET, WIDTH, BINS, ROWS = 96, 256, 100, 8
@@ -64,8 +64,8 @@ class Run:
     """The run's models and the prompts of its evaluation sets."""
 
     def __init__(self, config: Config, workdir: Path, prompts: int):
-        self.mesh = make_mesh(config.mesh)
-        decoder = open_decoder(config, workdir, self.mesh)
+        run = resolved.Run(config, workdir)
+        self.mesh, decoder = run.mesh, open_decoder(run)
         self.models, self.stops = decoder.models, decoder.stop_tokens
         found = read_prompts(config.eval.prompts, prompts)
         rows = [prompt_tokens(decoder.tokenizer, prompt.messages[:1]) for prompt in found]

@@ -40,6 +40,7 @@ from dspark_jax.engine.sampling import request_keys
 from dspark_jax.engine.serving import Engine, QueueFull
 from dspark_jax.evaluation.setup import open_decoder
 from dspark_jax.ops.sampling import GREEDY_BELOW
+from dspark_jax.run import Run
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target.loading import compute_dtype
 
@@ -350,7 +351,7 @@ def main() -> None:
     if not arguments.workdir:
         dtype = compute_dtype(config.drafter.dtype)
         drafter = make_drafter(config.target.architecture, config.drafter, rngs=nnx.Rngs(arguments.seed), dtype=dtype)
-    decoder = open_decoder(config, Path(arguments.workdir or "."), mesh, drafter=drafter)
+    decoder = open_decoder(Run(config, Path(arguments.workdir or "."), mesh), drafter=drafter)
     models, tokenizer, stops = decoder.models, decoder.tokenizer, decoder.stop_tokens
     with jax.set_mesh(mesh):
         asked = questions(config, models, tokenizer, stops, arguments.questions)

@@ -7,7 +7,9 @@ from transformers import AutoTokenizer
 
 from dspark_jax import prepare
 from dspark_jax.config import Config, DrafterConfig, TargetArchitecture, TargetConfig
+from dspark_jax.data.inputs import digest
 from dspark_jax.data.mask_token import mask_warning
+from dspark_jax.run import Run
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +41,10 @@ def test_tokens_that_no_text_has_are_masks(tokenizer):
 def test_prepare_says_so_even_if_its_data_is_there(tiny_target, tmp_path, capsys, monkeypatch, kind, mask, warns):
     config = Config(target=TargetConfig(str(tiny_target), architecture=TargetArchitecture.from_hf(tiny_target)))
     config = dataclasses.replace(config, drafter=DrafterConfig(kind=kind, mask_token_id=mask))
-    monkeypatch.setattr(prepare, "read_inputs", lambda config: {"data": {}})
-    found = {"fingerprint": prepare._digest({"data": {}}), "samples": 3}
+    monkeypatch.setattr("dspark_jax.run.read_inputs", lambda *_: {"data": {}})
+    found = {"fingerprint": digest({"data": {}}), "samples": 3}
     monkeypatch.setattr(prepare, "read_ours", lambda path: found)
     monkeypatch.setattr(prepare, "_complete", lambda final, samples: True)
-    assert prepare.prepare_samples(config, tmp_path) == found
+    assert prepare.prepare_samples(Run(config, tmp_path)) == found
     said = capsys.readouterr().err
     assert ("warning: drafter.mask_token_id=280" in said) == warns and ("warning" in said) == warns

@@ -15,8 +15,6 @@ from typing import Any
 import jax
 import pytest
 
-from dspark_jax import answering
-from dspark_jax import prepare as command
 from dspark_jax.config import (
     AnswersConfig,
     Config,
@@ -33,6 +31,7 @@ from dspark_jax.data.sources import SampleReader
 from dspark_jax.engine import Models
 from dspark_jax.engine.serving import Engine
 from dspark_jax.prepare import prepare
+from dspark_jax.run import Run
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target.loading import load_target
 from tests.data.openai_server import Behaviour, OpenAIServer, by_seed
@@ -155,7 +154,7 @@ def test_a_target_here_gives_the_same_samples(
 ) -> None:
     """Greedily: the server decodes with the engine of this package."""
     mesh = make_mesh(config.mesh, jax.devices()[:1])  # compiles faster
-    monkeypatch.setattr(answering, "make_mesh", lambda _: mesh)
+    monkeypatch.setattr("dspark_jax.run.make_mesh", lambda _: mesh)
     write_prompts(tmp_path / "math.jsonl", 4)
     settings = {
         "prompts": (str(tmp_path / "math.jsonl"),),
@@ -370,11 +369,15 @@ def test_the_order_of_arrival_does_not_matter(config: Config, start: Start, tmp_
 def test_what_the_samples_depend_on_has_a_fingerprint(config: Config, start: Start, tmp_path: Path) -> None:
     """Not which server it was, nor how it was asked; data that was made before there were servers stays up to date."""
     server = start()
-    before = command.read_inputs(config)["data"]
+    before = Run(config, tmp_path).data_inputs["data"]
+
+    def fingerprint(config: Config) -> str:
+        return Run(config, tmp_path).data_fingerprint
+
     assert not [name for name in before if name.startswith("answers")]
-    first = command.data_fingerprint(asking(config, server))
-    assert first != command.data_fingerprint(config)
-    assert first == command.data_fingerprint(asking(config, start(), concurrency=9, timeout=3.0, key_variable="K"))
+    first = fingerprint(asking(config, server))
+    assert first != fingerprint(config)
+    assert first == fingerprint(asking(config, start(), concurrency=9, timeout=3.0, key_variable="K"))
     for other in (
         {"mode": "chat"},
         {"model": "x"},
@@ -383,9 +386,9 @@ def test_what_the_samples_depend_on_has_a_fingerprint(config: Config, start: Sta
         {"min_p": 0.1},
         {"max_new_tokens": 5},
     ):
-        assert first != command.data_fingerprint(asking(config, server, **other))
-    here = command.data_fingerprint(changed(config, answers=AnswersConfig(top_k=3)))
-    assert here not in (first, command.data_fingerprint(config))
+        assert first != fingerprint(asking(config, server, **other))
+    here = fingerprint(changed(config, answers=AnswersConfig(top_k=3)))
+    assert here not in (first, fingerprint(config))
 
 
 def test_changed_answers_are_named(

@@ -12,22 +12,23 @@ from dspark_jax import jobs
 from dspark_jax.config import Config, EvalConfig, InputError, to_json
 from dspark_jax.evaluation import rounds
 from dspark_jax.evaluation.acceptance import Counts
+from dspark_jax.run import Run
 
 
 def test_a_run_that_cannot_be_loaded_is_named(tmp_path: Path, monkeypatch: Any) -> None:
     whole = SimpleNamespace(models=SimpleNamespace(target="the target"))
 
-    def open_decoder(config: Config, workdir: Path, mesh: Any, *, target: Any) -> Any:
-        assert workdir.name != "c" or target == whole.models.target  # loaded once
-        if workdir.name == "b":
+    def open_decoder(run: Run, *, target: Any) -> Any:
+        assert run.workdir.name != "c" or target == whole.models.target  # loaded once
+        if run.workdir.name == "b":
             raise InputError("no checkpoint here")
         return whole
 
     monkeypatch.setattr(rounds, "open_decoder", open_decoder)
-    engines, errors = rounds._open_all({name: (Config(), tmp_path / name) for name in "abc"}, None)  # pyright: ignore[reportArgumentType]
+    engines, errors = rounds._open_all({name: Run(Config(), tmp_path / name) for name in "abc"})
     assert list(engines) == ["a", "c"] and errors == {"b": {"error": "no checkpoint here"}}
     with pytest.raises(InputError, match="b: no checkpoint here"):
-        rounds._open_all({"b": (Config(), tmp_path / "b")}, None)  # pyright: ignore[reportArgumentType]
+        rounds._open_all({"b": Run(Config(), tmp_path / "b")})
 
 
 def test_what_fails_in_a_process_is_one_line(tmp_path: Path, capsys: Any) -> None:
@@ -52,7 +53,7 @@ def test_what_a_comparison_leaves_out_is_said(tmp_path: Path, monkeypatch: Any, 
     monkeypatch.setattr("dspark_jax.evaluation.setup.first_requests", lambda _, todo, *__: (todo, None))
     monkeypatch.setattr(rounds, "answer", lambda *_, **__: (SimpleNamespace(owners=[0]), None))
     monkeypatch.setattr(rounds, "count_rounds", lambda _: counts)
-    rounds.measure_rounds(config, tmp_path, tmp_path / "rounds.npz")
+    rounds.measure_rounds(Run(config, tmp_path), tmp_path / "rounds.npz")
     said = capsys.readouterr().err.splitlines()
     assert said == ["measure: set aside: 1 malformed line", "measure: fields of prompts that are not used: `id` of 1"]
 

@@ -17,6 +17,7 @@ from dspark_jax.config import Config, EvalConfig, InputError, MeshConfig, Target
 from dspark_jax.config_rules import problems
 from dspark_jax.data.sources import Sample, write_samples
 from dspark_jax.metrics import Ratio
+from dspark_jax.run import Run
 from dspark_jax.sharding import make_mesh
 from dspark_jax.training.best import HeldOut, best_step
 from dspark_jax.training.checkpoint import Checkpoints, load_drafter, load_step, saved_config
@@ -42,7 +43,7 @@ def measured(make_tiny_config, target_directory, meshes, tmp_path_factory) -> tu
     config, workdir = make_tiny_config(target_directory), tmp_path_factory.mktemp("measured")
     state = init_state(config, make_optimizer(config.optim, 1), meshes["one"])
     for steps in ((1, 2), (3, 4, 5)):  # a run, and one that goes on
-        with Checkpoints(workdir, config) as checkpoints:
+        with Checkpoints(Run(config, workdir)) as checkpoints:
             for step in steps:
                 params = jax.tree.map(lambda leaf, step=step: leaf * 0 + step, state.params)
                 tau = {1: 2.5, 2: 2.0, 4: 2.25}.get(step)
@@ -60,7 +61,7 @@ def test_the_best_is_kept_beside_the_newest(measured):
 @pytest.mark.parametrize(("name", "step"), [("newest", 5), ("best", 1), ("4", 4)])
 def test_a_checkpoint_is_named_in_one_way(measured, meshes, name, step):
     config, workdir, _ = measured
-    found, _, drafter = load_step(workdir, meshes["one"], checkpoint=name)
+    found, _, drafter = load_step(Run(config, workdir, meshes["one"]), name)
     assert found == step
     assert all((np.asarray(leaf) == step).all() for leaf in to_params(drafter).values())
     assert saved_config(workdir, name) == config
@@ -76,7 +77,7 @@ def test_a_checkpoint_is_named_in_one_way(measured, meshes, name, step):
 )
 def test_what_names_no_checkpoint_is_refused(measured, meshes, name, message):
     with pytest.raises(InputError, match=message):
-        load_step(measured[1], meshes["one"], checkpoint=name)
+        load_step(Run(measured[0], measured[1], meshes["one"]), name)
 
 
 def test_a_best_that_is_damaged_or_never_was_is_refused(measured, meshes, tmp_path):
@@ -110,7 +111,7 @@ def run_config(config: Config, tiny_target: Path, tmp_path: Path) -> Config:
 @pytest.fixture
 def fit(monkeypatch):
     """(config, workdir, fields of `train`) runs the train command here, on random samples; returns the config."""
-    monkeypatch.setattr(train, "prepare", lambda config, workdir: None)
+    monkeypatch.setattr(train, "prepare_run", lambda run: None)
 
     def run(config: Config, workdir: Path, **fields: Any) -> Config:
         config = resolve(dataclasses.replace(config, train=dataclasses.replace(config.train, **fields)))
@@ -151,7 +152,7 @@ def test_a_run_keeps_the_best_of_what_it_measures(config, fit, meshes, tmp_path,
             return {"heldout/tau": taus[step]}, HeldOut(taus[step], "asked")
 
     monkeypatch.setattr(train, "HeldOutPrompts", Fake)
-    monkeypatch.setattr(train, "make_mesh", lambda _: meshes["one"])
+    monkeypatch.setattr("dspark_jax.run.make_mesh", lambda _: meshes["one"])
     compiled = types.SimpleNamespace(compile=lambda: one_more)
     monkeypatch.setattr(train, "make_train_step", lambda *_: types.SimpleNamespace(lower=lambda *_: compiled))
     config.eval.prompts, first = ("heldout.jsonl",), 0
@@ -160,7 +161,7 @@ def test_a_run_keeps_the_best_of_what_it_measures(config, fit, meshes, tmp_path,
     assert [row for row in found if "heldout/tau" in row] == [{"step": k, "heldout/tau": v} for k, v in taus.items()]
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["6", "8"]
     for name in ("best", "8"):
-        step, _, drafter = load_step(tmp_path, meshes["one"], checkpoint=name)
+        step, _, drafter = load_step(Run(config, tmp_path, meshes["one"]), name)
         for path, value in to_params(drafter).items():
             np.testing.assert_array_equal(seen[0][step][path], value)
     assert "/checkpoints/6 with tau 3.000; --checkpoint best takes it" in capsys.readouterr().err
@@ -169,7 +170,7 @@ def test_a_run_keeps_the_best_of_what_it_measures(config, fit, meshes, tmp_path,
     first = 6
     fit(config, tmp_path, evaluate_every=3, keep_checkpoints=1)
     assert rows(tmp_path) == found and list(seen[1]) == [8]
-    assert load_step(tmp_path, meshes["one"], checkpoint="best")[0] == 6
+    assert load_step(Run(config, tmp_path, meshes["one"]), "best")[0] == 6
 
 
 @pytest.mark.slow
@@ -186,7 +187,7 @@ def test_a_run_that_measures_itself_is_the_same_run(run_config, fit, tmp_path):
     for name, value in theirs.items():
         np.testing.assert_array_equal(ours[name], value)
     best = max(found, key=lambda row: (row["heldout/tau"], row["step"]))
-    assert load_step(gated, mesh, checkpoint="best")[0] == best["step"]
+    assert load_step(Run(config, gated, mesh), "best")[0] == best["step"]
     shutil.rmtree(gated / "checkpoints/8")
     before = rows(gated)
     fit(run_config, gated, evaluate_every=3, keep_checkpoints=2)

@@ -12,6 +12,7 @@ import pytest
 from dspark_jax.buckets.mirror import Mirror
 from dspark_jax.buckets.places import reading, working_directory
 from dspark_jax.config import Config, InputError
+from dspark_jax.run import Run
 from dspark_jax.training.checkpoint import Checkpoints, load_step
 from dspark_jax.training.optim import make_optimizer
 from dspark_jax.training.state import TrainState, abstract_drafter, init_state, state_layout, to_params
@@ -39,7 +40,7 @@ def test_a_checkpoint_is_in_the_bucket_when_it_is_said_to_be_there(
     config: Config, meshes: dict[str, Any], state: TrainState, bucket: Callable[[], None]
 ) -> None:
     config.train.keep_checkpoints = 2
-    with working_directory(RUN, "train") as folder, Checkpoints(folder, config) as checkpoints:
+    with working_directory(RUN, "train") as folder, Checkpoints(Run(config, folder)) as checkpoints:
         checkpoints.save(1, state, {"next_index": 1})
         checkpoints.wait()
         assert there() == {"1"}
@@ -50,7 +51,7 @@ def test_a_checkpoint_is_in_the_bucket_when_it_is_said_to_be_there(
     assert there() == {"2", "3"}
     assert not [name for name in fake_bucket.objects() if "/checkpoints/1/" in name or "lock" in name]
     bucket()
-    with working_directory(RUN, "train") as folder, Checkpoints(folder, config) as checkpoints:
+    with working_directory(RUN, "train") as folder, Checkpoints(Run(config, folder)) as checkpoints:
         assert checkpoints.latest() == 3 and not (folder / "checkpoints" / "3" / "params").exists()
         step, found, data = checkpoints.restore(layout(config, meshes["cube"]))
         assert (step, data) == (3, {"next_index": 3})
@@ -62,11 +63,11 @@ def test_a_checkpoint_is_in_the_bucket_when_it_is_said_to_be_there(
 def test_a_drafter_is_loaded_without_the_optimizer(
     config: Config, meshes: dict[str, Any], state: TrainState, bucket: Callable[[], None]
 ) -> None:
-    with working_directory(RUN, "train") as folder, Checkpoints(folder, config) as checkpoints:
+    with working_directory(RUN, "train") as folder, Checkpoints(Run(config, folder)) as checkpoints:
         checkpoints.save(5, state, {})
     bucket()
     folder = reading(RUN)
-    step, _, drafter = load_step(folder, meshes["one"])
+    step, _, drafter = load_step(Run(config, folder))
     assert step == 5 and to_params(drafter).keys() == state.params.keys()
     assert sorted(path.name for path in (folder / "checkpoints" / "5").iterdir() if path.is_dir()) == [
         "about", "data", "params",
@@ -76,14 +77,14 @@ def test_a_drafter_is_loaded_without_the_optimizer(
 def test_a_damaged_checkpoint_in_the_bucket_is_set_aside_there(
     config: Config, meshes: dict[str, Any], state: TrainState, bucket: Callable[[], None], capsys: Any
 ) -> None:
-    with working_directory(RUN, "train") as folder, Checkpoints(folder, config) as checkpoints:
+    with working_directory(RUN, "train") as folder, Checkpoints(Run(config, folder)) as checkpoints:
         for step in (1, 2):
             checkpoints.save(step, state, {"next_index": step})
     for name in fake_bucket.objects():
         if "checkpoints/2/params" in name and name.endswith("_METADATA"):
             fake_bucket.put(name, b"{")
     bucket()
-    with working_directory(RUN, "train") as folder, Checkpoints(folder, config) as checkpoints:
+    with working_directory(RUN, "train") as folder, Checkpoints(Run(config, folder)) as checkpoints:
         assert checkpoints.restore(layout(config, meshes["one"]))[0] == 1
         assert there() == {"1", "2.damaged"}
         checkpoints.save(2, dataclasses.replace(state), {"next_index": 2})
@@ -97,7 +98,7 @@ def test_a_save_that_does_not_reach_the_bucket_is_an_error(
         raise InputError("s3://bucket/run: cannot be written")
 
     monkeypatch.setattr(Mirror, "publish", fail)
-    with working_directory(RUN, "train") as folder, Checkpoints(folder, config) as checkpoints:
+    with working_directory(RUN, "train") as folder, Checkpoints(Run(config, folder)) as checkpoints:
         checkpoints.save(1, state, {})
         with pytest.raises(InputError, match="cannot be written"):
             checkpoints.wait()

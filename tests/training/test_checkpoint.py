@@ -18,6 +18,7 @@ import pytest
 
 from dspark_jax import train
 from dspark_jax.config import InputError, MeshConfig, TargetConfig
+from dspark_jax.run import Run
 from dspark_jax.training import orbax_reports
 from dspark_jax.training.checkpoint import Checkpoints, check_continuation, load_drafter, load_step
 from dspark_jax.training.orbax_reports import quiet
@@ -51,11 +52,11 @@ def assert_states_equal(ours, theirs):
 
 @pytest.mark.parametrize("name", ["one", "cube", "wide"])
 def test_a_state_comes_back_on_any_mesh(config, meshes, saved, tmp_path, name):
-    with Checkpoints(tmp_path, config) as checkpoints:
+    with Checkpoints(Run(config, tmp_path)) as checkpoints:
         assert checkpoints.latest() is None
         checkpoints.save(40, saved, {"next_index": 40})
         checkpoints.save(50, saved, {"next_index": 50})
-    with Checkpoints(tmp_path, config) as checkpoints:
+    with Checkpoints(Run(config, tmp_path)) as checkpoints:
         assert checkpoints.latest() == 50
         wanted = layout(config, meshes[name])
         step, state, data = checkpoints.restore(wanted)
@@ -68,23 +69,23 @@ def test_a_state_comes_back_on_any_mesh(config, meshes, saved, tmp_path, name):
 
 def test_the_state_may_be_overwritten_while_it_is_written(config, meshes, saved, tmp_path):
     state = jax.tree.map(lambda x: x + 0, saved)
-    with Checkpoints(tmp_path, config) as checkpoints:
+    with Checkpoints(Run(config, tmp_path)) as checkpoints:
         checkpoints.save(1, state, {})
         jax.block_until_ready(overwrite(state))
-    with Checkpoints(tmp_path, config) as checkpoints:
+    with Checkpoints(Run(config, tmp_path)) as checkpoints:
         assert_states_equal(checkpoints.restore(layout(config, meshes["one"]))[1], saved)
 
 
 def test_only_the_newest_are_kept(config, saved, tmp_path):
     config.train.keep_checkpoints = 2
-    with Checkpoints(tmp_path, config) as checkpoints:
+    with Checkpoints(Run(config, tmp_path)) as checkpoints:
         for step in (1, 2, 3):
             checkpoints.save(step, saved, {})
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2", "3"]
 
 
 def test_a_drafter_is_loaded_for_use(config, meshes, saved, tmp_path):
-    with Checkpoints(tmp_path, config) as checkpoints:
+    with Checkpoints(Run(config, tmp_path)) as checkpoints:
         checkpoints.save(3, saved, {})
     found, drafter = load_drafter(tmp_path, meshes["cube"])
     assert found == config
@@ -98,19 +99,19 @@ def test_a_drafter_is_loaded_for_use(config, meshes, saved, tmp_path):
 def test_no_checkpoint_to_load(config, meshes, tmp_path):
     with pytest.raises(InputError, match="no checkpoint here; train first"):
         load_drafter(tmp_path, meshes["one"])
-    with Checkpoints(tmp_path, config):
+    with Checkpoints(Run(config, tmp_path)):
         pass
     with pytest.raises(InputError, match="no checkpoint here; train first"):
         load_drafter(tmp_path, meshes["one"])
 
 
 def test_a_checkpoint_of_another_target_is_refused(config, meshes, saved, tmp_path, new_target):
-    with Checkpoints(tmp_path, config) as checkpoints:
+    with Checkpoints(Run(config, tmp_path)) as checkpoints:
         checkpoints.save(3, saved, {})
     other = str(new_target(tmp_path / "other", seed=1))
     elsewhere = dataclasses.replace(config, target=dataclasses.replace(config.target, path=other))
     message = r"checkpoints/3: made for another target, weights \w+ but \S+/other has \w+; use its own target.path"
-    with Checkpoints(tmp_path, elsewhere) as checkpoints, pytest.raises(InputError, match=message):
+    with Checkpoints(Run(elsewhere, tmp_path)) as checkpoints, pytest.raises(InputError, match=message):
         checkpoints.restore(layout(config, meshes["one"]))
     with pytest.raises(InputError, match=message):
         load_drafter(tmp_path, meshes["one"], TargetConfig(path=other))
@@ -119,7 +120,7 @@ def test_a_checkpoint_of_another_target_is_refused(config, meshes, saved, tmp_pa
 def test_another_tokenizer_is_another_target(config, meshes, saved, tmp_path, new_target):
     mine = new_target(tmp_path / "mine")
     config = dataclasses.replace(config, target=dataclasses.replace(config.target, path=str(mine)))
-    with Checkpoints(tmp_path, config) as checkpoints:
+    with Checkpoints(Run(config, tmp_path)) as checkpoints:
         checkpoints.save(3, saved, {})
     (mine / "tokenizer.json").write_text("{}")
     with pytest.raises(InputError, match="made for another target, tokenizer"):
@@ -138,29 +139,29 @@ def test_another_tokenizer_is_another_target(config, meshes, saved, tmp_path, ne
     ],
 )
 def test_what_cannot_be_continued_is_refused(config, meshes, saved, tmp_path, group, name, value):
-    with Checkpoints(tmp_path, config) as checkpoints:
+    with Checkpoints(Run(config, tmp_path)) as checkpoints:
         checkpoints.save(3, saved, {})
     before = getattr(getattr(config, group), name)
     setattr(getattr(config, group), name, value)
     message = rf"checkpoints/3: {group}.{name} was {before!r}, now {value!r}; resume with the old value"
-    with Checkpoints(tmp_path, config) as checkpoints, pytest.raises(InputError, match=message):
+    with Checkpoints(Run(config, tmp_path)) as checkpoints, pytest.raises(InputError, match=message):
         checkpoints.restore(layout(config, meshes["one"]))
     with pytest.raises(InputError, match=message):
-        check_continuation(config, tmp_path, lambda: pytest.fail("there is no fingerprint to compare with"))
+        check_continuation(Run(config, tmp_path))
 
 
 @pytest.mark.parametrize("kind", ["eagle3", "mtp", "dflash"])
 def test_the_mask_token_counts_only_where_there_is_one(config, tmp_path, kind):
     """Runs of EAGLE-3 and MTP from before their presets had 0 there still resume."""
     config.drafter.kind = kind
-    with Checkpoints(tmp_path, config) as checkpoints:
+    with Checkpoints(Run(config, tmp_path)) as checkpoints:
         checkpoints.save(3, TrainState(jnp.int32(3), {"x": jnp.zeros(2)}, {}), {})
     config.drafter.mask_token_id = 0
     if kind != "dflash":
-        assert check_continuation(config, tmp_path, lambda: "")
+        assert check_continuation(Run(config, tmp_path))
         return
     with pytest.raises(InputError, match=r"checkpoints/3: drafter.mask_token_id was 66, now 0; resume with the old"):
-        check_continuation(config, tmp_path, lambda: "")
+        check_continuation(Run(config, tmp_path))
 
 
 def test_other_data_is_refused(config, meshes, saved, tmp_path, monkeypatch):
@@ -171,50 +172,51 @@ def test_other_data_is_refused(config, meshes, saved, tmp_path, monkeypatch):
     config.train.init_from = "runs/other"
     for step, before, now in ((1, None, "b"), (2, "b", None), (3, "b", "b"), (4, "b", "c")):
         report.write_text(json.dumps({"fingerprint": before}) if before else "{}")
-        with Checkpoints(tmp_path, config) as checkpoints:
+        with Checkpoints(Run(config, tmp_path)) as checkpoints:
             checkpoints.save(step, saved, {})
         report.write_text(json.dumps({"fingerprint": now}) if now else "{}")
         present = dataclasses.replace(config, train=dataclasses.replace(config.train, init_from=""))
-        with Checkpoints(tmp_path, present) as checkpoints:
+        with Checkpoints(Run(present, tmp_path)) as checkpoints:
             if step < 4:
                 checkpoints.restore(layout(config, meshes["one"]))
                 continue
             with pytest.raises(InputError, match=message):
                 checkpoints.restore(layout(config, meshes["one"]))
-    assert check_continuation(present, tmp_path, lambda: "b")
-    monkeypatch.setattr(train, "data_fingerprint", lambda config: "c")
-    monkeypatch.setattr(train, "prepare", lambda *_: pytest.fail("the old data was replaced"))
+    monkeypatch.setattr(Run, "data_fingerprint", "b")
+    assert check_continuation(Run(present, tmp_path))
+    monkeypatch.setattr(Run, "data_fingerprint", "c")
+    monkeypatch.setattr(train, "prepare_run", lambda *_: pytest.fail("the old data was replaced"))
     with pytest.raises(InputError, match=message):
         train.train(dataclasses.replace(present, mesh=MeshConfig()), tmp_path)
 
 
 def test_a_full_disk_leaves_one_line_and_the_earlier_checkpoint(config, meshes, saved, tmp_path):
     """Files may not grow beyond 8 kB during the second save: the operating system refuses as it does on a full disk."""
-    with Checkpoints(tmp_path, config) as checkpoints:
+    with Checkpoints(Run(config, tmp_path)) as checkpoints:
         checkpoints.save(3, saved, {"next_index": 3})
     message = "disk is full.*the checkpoint of step 3 is intact; free space"
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
-        with pytest.raises(InputError, match=message) as error, Checkpoints(tmp_path, config) as checkpoints:
+        with pytest.raises(InputError, match=message) as error, Checkpoints(Run(config, tmp_path)) as checkpoints:
             resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))
             checkpoints.save(6, saved, {"next_index": 6})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "\n" not in str(error.value)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["3"]
-    with Checkpoints(tmp_path, config) as checkpoints:
+    with Checkpoints(Run(config, tmp_path)) as checkpoints:
         step, state, data = checkpoints.restore(layout(config, meshes["one"]))
     assert (step, data) == (3, {"next_index": 3})
     assert_states_equal(state, saved)
 
 
 def test_a_save_without_room_is_not_started(config, saved, tmp_path, monkeypatch):
-    with Checkpoints(tmp_path, config) as checkpoints:
+    with Checkpoints(Run(config, tmp_path)) as checkpoints:
         checkpoints.save(3, saved, {})
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     message = r"the disk is full, a checkpoint takes 0\.\d MB and 0.0 MB are free; the checkpoint of step 3 is intact"
-    with pytest.raises(InputError, match=message), Checkpoints(tmp_path, config) as checkpoints:
+    with pytest.raises(InputError, match=message), Checkpoints(Run(config, tmp_path)) as checkpoints:
         checkpoints.save(6, saved, {})
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["3"]
 
@@ -262,7 +264,7 @@ def two(tmp_path_factory, target_directory, make_tiny_config, meshes):
         return jax.device_put(rng.uniform(1, 100, leaf.shape).astype(leaf.dtype), leaf.sharding)
 
     states = {step: jax.tree.map(fill, layout(config, meshes["one"])) for step in (3, 6)}
-    with Checkpoints(workdir, config) as checkpoints:
+    with Checkpoints(Run(config, workdir)) as checkpoints:
         for step, state in states.items():
             checkpoints.save(step, state, {"next_index": step})
     return config, workdir, states
@@ -278,9 +280,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(two, meshes, 
     assert_states_equal(to_params(drafter), states[6 if still_drafts else 3].params)
     said = capfd.readouterr().err
     assert said == "" if still_drafts else re.search(line, said) and len(said.splitlines()) == 2, said
-    assert check_continuation(config, tmp_path, lambda: "")
+    assert check_continuation(Run(config, tmp_path))
 
-    with Checkpoints(tmp_path, config) as checkpoints:
+    with Checkpoints(Run(config, tmp_path)) as checkpoints:
         step, state, data = checkpoints.restore(layout(config, meshes["one"]))
         assert (step, data) == (3, {"next_index": 3})
         assert_states_equal(state, states[3])
@@ -288,7 +290,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(two, meshes, 
     said = capfd.readouterr().err
     assert re.search(line, said) and "using" in said and "6.damaged; remove it" in said and len(said.splitlines()) == 3
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["3", "6", "6.damaged"]
-    assert load_step(tmp_path, meshes["one"])[0] == 6
+    assert load_step(Run(config, tmp_path, meshes["one"]))[0] == 6
 
 
 @pytest.mark.parametrize("name", ["no about", "params cut", "params changed"])
@@ -300,7 +302,7 @@ def test_where_no_checkpoint_is_whole_nothing_is_touched(two, meshes, tmp_path, 
     message = f"{line}.*; no older checkpoint is whole: put it back from a copy, or remove"
     with pytest.raises(InputError, match=message):
         load_drafter(tmp_path, meshes["one"])
-    with Checkpoints(tmp_path, config) as checkpoints, pytest.raises(InputError, match=message):
+    with Checkpoints(Run(config, tmp_path)) as checkpoints, pytest.raises(InputError, match=message):
         checkpoints.restore(layout(config, meshes["one"]))
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["6"]
 
@@ -311,7 +313,7 @@ def test_checkpoints_from_before_there_were_sums_are_read(two, meshes, tmp_path)
     file = tmp_path / "checkpoints/6/about/metadata"
     about = json.loads(file.read_text())
     file.write_text(json.dumps({name: about[name] for name in ("config", "target", "tokenizer", "data")}))
-    with Checkpoints(tmp_path, config) as checkpoints:
+    with Checkpoints(Run(config, tmp_path)) as checkpoints:
         assert_states_equal(checkpoints.restore(layout(config, meshes["one"]))[1], states[6])
 
 
@@ -324,9 +326,9 @@ def test_damaged_notes_of_orbax_are_named(two, meshes, tmp_path, content):
     with pytest.raises(InputError, match=message):
         load_drafter(tmp_path, meshes["one"])
     with pytest.raises(InputError, match=message):
-        Checkpoints(tmp_path, config)
+        Checkpoints(Run(config, tmp_path))
     (tmp_path / "checkpoints/6/_CHECKPOINT_METADATA").unlink()
-    assert load_step(tmp_path, meshes["one"])[0] == 6
+    assert load_step(Run(config, tmp_path, meshes["one"]))[0] == 6
 
 
 def test_what_comes_late_of_a_failed_reading_is_not_shown(caplog):

@@ -16,6 +16,7 @@ from dspark_jax.data.feature_codec import Identity
 from dspark_jax.data.sources import Sample, write_samples
 from dspark_jax.data.torch_features import TorchTarget, load_torch_target
 from dspark_jax.hub import with_architecture
+from dspark_jax.run import Run
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target.frozen import read_frozen
 from dspark_jax.training.checkpoint import Checkpoints
@@ -39,11 +40,11 @@ def fit(config: Config, workdir, mesh: MeshConfig | None = None) -> list[dict]:
     if not (workdir / "data").exists():
         make_data(workdir)
     if config.data.features != "online":
-        prepare_features(config, workdir)
+        prepare_features(Run(config, workdir))
     config = dataclasses.replace(config, mesh=mesh or config.mesh)
-    mesh = make_mesh(config.mesh, jax.devices()[: 8 if mesh else 1])
-    with Checkpoints(workdir, config) as checkpoints, jax.set_mesh(mesh):
-        train_module.fit(config, workdir, mesh, checkpoints)
+    run = Run(config, workdir, make_mesh(config.mesh, jax.devices()[: 8 if mesh else 1]))
+    with Checkpoints(run) as checkpoints, jax.set_mesh(run.mesh):
+        train_module.fit(run, checkpoints)
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -52,7 +53,7 @@ def single_device(monkeypatch):
     """`make_mesh` over one of the eight host devices, as the tiny configs ask for."""
     original = make_mesh
     one = lambda config, devices=None: original(config, devices or jax.devices()[:1])  # noqa: E731
-    monkeypatch.setattr("dspark_jax.training.feature_cache.make_mesh", one)
+    monkeypatch.setattr("dspark_jax.run.make_mesh", one)
 
 
 @pytest.mark.slow
@@ -88,8 +89,8 @@ def test_packed_sequences_have_the_features_of_their_samples(config, tmp_path, s
 def test_another_target_is_refused(config, tmp_path, single_device, new_target):
     make_data(tmp_path)
     config.data.features = "cache"
-    prepare_features(config, tmp_path)
-    open_features(config, tmp_path)
+    prepare_features(Run(config, tmp_path))
+    open_features(Run(config, tmp_path))
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "features").glob("shard-*")}
     frozen = tmp_path / "features" / "frozen.safetensors"
     whole = frozen.read_bytes()
@@ -100,18 +101,17 @@ def test_another_target_is_refused(config, tmp_path, single_device, new_target):
         with pytest.raises(InputError, match=f"frozen.safetensors: {remedy} python -m dspark_jax.prepare again"):
             read_frozen(frozen, config.target.architecture)
         frozen.unlink(missing_ok=True)
-        prepare_features(config, tmp_path)
+        prepare_features(Run(config, tmp_path))
         assert frozen.read_bytes() == whole
     assert before == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "features").glob("shard-*")}
     other_type = "bfloat16" if config.target.dtype != "bfloat16" else "float32"
     with pytest.raises(InputError, match=rf"made with target\.dtype {config.target.dtype}, needed is {other_type}"):
-        open_features(
-            dataclasses.replace(config, target=dataclasses.replace(config.target, dtype=other_type)), tmp_path
-        )
+        target = dataclasses.replace(config.target, dtype=other_type)
+        open_features(Run(dataclasses.replace(config, target=target), tmp_path))
     other = new_target(tmp_path / "other", 5)
     config = dataclasses.replace(config, target=dataclasses.replace(config.target, path=str(other)))
     with pytest.raises(InputError, match=r"made with target\.path \(weights\) .* needed is"):
-        open_features(config, tmp_path)
+        open_features(Run(config, tmp_path))
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +143,8 @@ def test_a_model_without_a_definition_gives_its_features(config, llama, tmp_path
     path, model = llama
     config = of_pytorch(config, path)
     assert (config.target.architecture.unsupported, config.target.architecture.head_dim) == ("llama", 8)
-    start = feature_pass(config, tmp_path, TORCH)
+    (tmp_path / "features").mkdir()
+    start = feature_pass(Run(config, tmp_path), TORCH)
     tokens = np.random.default_rng(0).integers(0, VOCAB, (2, 9)).astype(np.int32)
     *tapped, last = start.func.__self__.hidden(tokens)
     features = torch.cat(tapped, -1)
@@ -168,7 +169,7 @@ def test_a_model_without_a_definition_gives_its_features(config, llama, tmp_path
     from dspark_jax.target.frozen import load_frozen
 
     frozen = load_frozen(
-        tmp_path / "frozen.safetensors",
+        tmp_path / "features" / "frozen.safetensors",
         config.target.architecture,
         make_mesh(config.mesh, jax.devices()[:1]),
         np.float32,
@@ -206,7 +207,8 @@ def test_it_may_come_from_the_hub(config, llama, tmp_path, hub_cache):
     there = resolve(with_architecture(config))
     assert there.target.architecture == here.target.architecture
     tokens, lengths = np.arange(8, dtype=np.int32)[None] % VOCAB, np.asarray([8], np.int32)
-    near, far = (list(feature_pass(one, tmp_path, TORCH)(tokens, lengths)())[0] for one in (here, there))
+    (tmp_path / "features").mkdir()
+    near, far = (list(feature_pass(Run(one, tmp_path), TORCH)(tokens, lengths)())[0] for one in (here, there))
     np.testing.assert_array_equal(far.values, near.values)
 
 
@@ -251,4 +253,4 @@ def test_shapes_of_other_families(tmp_path):
 
 def test_samples_that_nobody_describes_are_refused(config, tmp_path):
     with pytest.raises(InputError, match=r"/data: has no report\.json with a fingerprint; run prepare again"):
-        feature_identity(config, tmp_path)
+        feature_identity(Run(config, tmp_path))

@@ -23,6 +23,7 @@ from dspark_jax.config import Config, InputError, MeshConfig, from_json, to_json
 from dspark_jax.data.sources import Sample, write_samples
 from dspark_jax.engine import generate
 from dspark_jax.engine.models import Models
+from dspark_jax.run import Run
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target.loading import load_target
 from dspark_jax.training.checkpoint import Checkpoints, load_drafter
@@ -185,7 +186,7 @@ def test_a_full_disk_is_one_line_and_status_2(launch, uninterrupted, tmp_path):
 @pytest.fixture
 def here(monkeypatch):
     """Runs the train command in this process, on all eight devices, with what `tiny_run` has prepared."""
-    monkeypatch.setattr(train, "prepare", lambda config, workdir: None)
+    monkeypatch.setattr(train, "prepare_run", lambda run: None)
 
     def run(config: Config, workdir: Path) -> None:
         train.train(dataclasses.replace(config, mesh=MeshConfig(2, 2, 2)), workdir)
@@ -256,7 +257,7 @@ def test_a_target_that_overflows_stops_the_run(here, config, tmp_path, uninterru
 def test_a_finished_run_only_evaluates(here, config, uninterrupted, tmp_path, monkeypatch, capsys):
     workdir = shutil.copytree(uninterrupted, tmp_path / "run")
     evaluated = []
-    module = types.SimpleNamespace(evaluate=lambda config, workdir: evaluated.append(workdir))
+    module = types.SimpleNamespace(evaluate_run=lambda run: evaluated.append(run.workdir))
     monkeypatch.setitem(sys.modules, "dspark_jax.evaluate", module)
     config.train.evaluate = True
     before = rows(workdir)
@@ -284,7 +285,7 @@ def test_an_imported_drafter_is_trained_on(here, config, meshes, tmp_path, monke
     rng = np.random.default_rng(0)
     layout = state_layout(abstract_drafter(config), make_optimizer(config.optim, 1), meshes["one"])
     filled = jax.tree.map(lambda leaf: jax.numpy.asarray(rng.uniform(1, 9, leaf.shape), leaf.dtype), layout)
-    with Checkpoints(tmp_path, config) as checkpoints:
+    with Checkpoints(Run(config, tmp_path)) as checkpoints:
         checkpoints.save(0, filled, {})
     tokens = np.arange(12, dtype=np.int32)
     write_samples(tmp_path / "data", [Sample(tokens, np.ones(12, np.uint8), "set", i) for i in range(4)])

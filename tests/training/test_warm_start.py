@@ -11,13 +11,14 @@ from safetensors.numpy import save_file
 from dspark_jax import train
 from dspark_jax.config import InputError, MeshConfig
 from dspark_jax.convert.hf import drafter_tensors
+from dspark_jax.run import Run
 from dspark_jax.training.optim import make_optimizer
 from dspark_jax.training.state import build_drafter, init_state, to_params
 
 
 def state_of(config, mesh, source):
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, init_from=str(source)))
-    return train._fresh_state(config, make_optimizer(config.optim, 4), mesh)
+    return train._fresh_state(Run(config, source, mesh), make_optimizer(config.optim, 4))
 
 
 @pytest.fixture
@@ -73,7 +74,7 @@ def test_parameters_of_an_exported_directory(config, meshes, tmp_path):
     ids=["shape", "missing", "left over"],
 )
 def test_another_drafter_is_refused_before_data_is_prepared(config, source, tmp_path, monkeypatch, changes, message):
-    monkeypatch.setattr(train, "prepare", lambda *_: pytest.fail("data was prepared"))
+    monkeypatch.setattr(train, "prepare_run", lambda *_: pytest.fail("data was prepared"))
     changed = dataclasses.replace(config, drafter=dataclasses.replace(config.drafter, **changes))
     changed.train.init_from, changed.mesh = str(source[0]), MeshConfig()
     with pytest.raises(InputError) as caught:

@@ -33,16 +33,16 @@ LENGTH, VOCAB = 24, 67
 PROMPTS, BUDGET = ([3, 5, 7], [11, 2], [1, 4, 9, 16, 25], [8]), 12
 
 
-def fake_prepare(config, workdir):
+def fake_prepare(run):
     """Random samples in the place of the target's answers."""
-    if (workdir / "data").exists():
+    if run.data_folder.exists():
         return
     rng, samples = np.random.default_rng(0), []
     for index in range(21):  # no multiple of the batch: batches run over the ends of epochs
         length = int(rng.integers(LENGTH // 2, LENGTH + 1))
         mask = (np.arange(length) >= 3).astype(np.uint8)
         samples.append(Sample(rng.integers(0, VOCAB - 1, length).astype(np.int32), mask, "random", index))
-    write_samples(workdir / "data", samples)
+    write_samples(run.data_folder, samples)
 
 
 def die():
@@ -114,7 +114,7 @@ def decode(workdir: Path) -> None:
 
 if __name__ == "__main__":
     config_file, workdir, *moment = sys.argv[1:]
-    train.prepare = fake_prepare
+    train.prepare_run = fake_prepare
     if moment and moment[0] != "decode":
         arm(moment[0], Path(workdir) / "checkpoints")
     hosts = ["--distributed", "--config.mesh.fsdp=2"] if "SLURM_NTASKS" in os.environ else []

@@ -352,7 +352,8 @@ def test_prompts_in_a_bucket(tmp_path: Path) -> None:
     assert prompt_files([f"{entry}/*.jsonl"]) == [f"{entry}/a.jsonl", f"{entry}/b.jsonl"]
     assert prompt_files([f"{entry}/README.md"]) == [f"{entry}/README.md"]
     assert len(prompt_files(["gs://bucket"])) == 3
-    assert files_at(f"{entry}/**/*.jsonl") == [f"{entry}/deep/.hidden.jsonl", f"{entry}/deep/c.jsonl"]
+    assert files_at(f"{entry}/**/*.jsonl") == [f"{entry}/a.jsonl", f"{entry}/b.jsonl", f"{entry}/deep/c.jsonl"]
+    assert files_at(f"{entry}/[!b]*.jsonl") == files_at(f"{entry}/[a].json?") == [f"{entry}/a.jsonl"]
     (one,) = read_prompts([f"{entry}/b.jsonl"])
     assert (one.prompt_set, one.file, one.line) == ("b", f"{entry}/b.jsonl", 1)
     (tmp_path / "b.jsonl").write_bytes(row % 7)

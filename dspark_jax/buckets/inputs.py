@@ -8,6 +8,7 @@ import functools
 import glob
 import json
 import os
+import re
 import uuid
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -55,16 +56,26 @@ def files_at(url: str) -> list[str]:
     """Addresses of the files that one stands for: itself, all below it, or those that fit its pattern; none: []."""
     if glob.has_magic(url):
         plain = url[: min(url.find(sign) for sign in "*?[" if sign in url)].rpartition("/")[0]
-        found = [f"{plain}/{name}" for name in Store(plain).list()]
-        parts = url.count("/")
-        # As in a local pattern, a star stays in its folder; two of them do not.
-        return sorted(
-            one for one in found if fnmatch.fnmatchcase(one, url) and ("**" in url or one.count("/") == parts)
-        )
+        found = [f"{plain}/{name}" for name in Store(plain).list() if "/." not in f"/{name}"]
+        return sorted(filter(_pattern(url).fullmatch, found))
     parent, _, name = url.rpartition("/")
     below = sorted(f"{url}/{inner}" for inner in Store(url).list())
     is_file = not below and not parent.endswith(":/") and Store(parent).version(name)
     return [url] if is_file else below
+
+
+_SIGNS = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+
+
+def _pattern(url: str) -> re.Pattern[str]:
+    """What a pattern means, as a local one does: a star stays in its folder, two are any number of folders."""
+
+    def meaning(part: str) -> str:
+        if part.startswith("["):
+            return part.replace("[!", "[^", 1)
+        return _SIGNS.get(part, re.escape(part))
+
+    return re.compile("".join(map(meaning, re.split(r"(\*\*/|\*\*|\*|\?|\[[^\]]+\])", url))))
 
 
 def _fits(name: str, patterns: Iterable[str]) -> bool:

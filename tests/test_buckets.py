@@ -278,6 +278,26 @@ def test_of_many_that_find_a_dead_holder_one_follows(tmp_path: Path, quick: None
     assert not fake_bucket.objects()
 
 
+def test_two_that_follow_a_dead_holder_do_not_meet(tmp_path: Path, monkeypatch: Any, quick: None) -> None:
+    """The other one comes while the first is at it, and again when it is done."""
+    dead, one, two = (lock_on(tmp_path / name, name) for name in ("dead", "one", "two"))
+    fake_bucket.put("bucket/run/lock.json", dead._content())
+    there = dead._read()
+    assert there is not None
+    met = list[str]()
+
+    def before(what: str, key: str) -> None:
+        if (what, key) == ("write", "bucket/run/lock.json") and not met:
+            met.append(key)
+            with pytest.raises(InputError, match="another command is taking the place of dead"):
+                two._follow(there)
+
+    monkeypatch.setattr(fake_bucket.FakeBucket, "before", staticmethod(before))
+    one._follow(there)
+    two._follow(there)
+    assert met and json.loads(fake_bucket.objects()["bucket/run/lock.json"])["token"] == one.holder["token"]
+
+
 def test_what_died_in_this_folder_is_followed_at_once(tmp_path: Path, monkeypatch: Any) -> None:
     folder = tmp_path / "here"
     folder.mkdir()

@@ -67,7 +67,7 @@ def test_a_drafter_is_loaded_without_the_optimizer(
         checkpoints.save(5, state, {})
     bucket()
     folder = reading(RUN)
-    step, _, drafter = load_step(Run(config, folder))
+    step, _, drafter = load_step(Run(config, folder, meshes["one"]))
     assert step == 5 and to_params(drafter).keys() == state.params.keys()
     assert sorted(path.name for path in (folder / "checkpoints" / "5").iterdir() if path.is_dir()) == [
         "about", "data", "params",

@@ -44,6 +44,7 @@ from dspark_jax.sharding import make_mesh
 from dspark_jax.target import loading
 from dspark_jax.target.loading import load_target
 from dspark_jax.training.checkpoint import Checkpoints
+from dspark_jax.training.feature_cache import open_features
 from dspark_jax.training.state import TrainState
 from tests import fake_bucket
 
@@ -132,6 +133,22 @@ def test_a_preparation_in_a_bucket_goes_on_elsewhere(
     bucket()
     with working_directory(run, "prepare") as folder:
         assert prepare(config, folder, third) == report and not third.streams
+
+
+def test_a_feature_cache_in_a_bucket_is_opened_elsewhere(
+    config: Config, tmp_path: Path, bucket: Callable[[], None]
+) -> None:
+    talk = [{"role": "user", "content": "how much is one"}, {"role": "assistant", "content": "one is one " * 3}]
+    fake_bucket.put("bucket/given.jsonl", (json.dumps({"messages": talk}) + "\n").encode())
+    config = changed(config, features="cache", regenerate=False, prompts=("gs://bucket/given.jsonl",))
+    with working_directory(Path("gs://bucket/run"), "prepare") as folder:
+        prepare(config, folder)
+        made = files(folder / "features")
+    bucket()
+    with working_directory(Path("gs://bucket/run"), "train") as folder:
+        assert set(files(folder / "features")) == {"manifest.json"}
+        assert len(open_features(Run(config, folder))) == 1
+        assert files(folder / "features") == made and "shard-00000.array_record" in made
 
 
 def changed(config: Config, **fields: Any) -> Config:

@@ -228,6 +228,24 @@ def test_a_set_is_published_when_it_has_its_name(monkeypatch: Any) -> None:
         assert "bucket/run/checkpoints/1/params" not in fake_bucket.objects()
 
 
+def test_a_set_that_nobody_waited_for_is_whole_or_an_error(monkeypatch: Any) -> None:
+    with places.working_directory(Path(URL), "train") as folder:
+        write(folder / "checkpoints" / "1" / "params", "1")
+        places.publish(folder / "checkpoints" / "1", wait=False)
+    assert "bucket/run/manifests/checkpoints/1.json" in fake_bucket.objects()
+
+    def fail(what: str, key: str) -> None:
+        if (what, key) == ("write", "bucket/run/checkpoints/2/params"):
+            raise PermissionError("Access Denied")
+
+    monkeypatch.setattr(fake_bucket.FakeBucket, "before", staticmethod(fail))
+    refused = pytest.raises(InputError, match="checkpoints/2/params: cannot be written")
+    with refused, places.working_directory(Path(URL), "train") as folder:
+        write(folder / "checkpoints" / "2" / "params", "2")
+        places.publish(folder / "checkpoints" / "2", wait=False)
+    assert "bucket/run/lock.json" not in fake_bucket.objects()
+
+
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_lock, "BEAT", 0.05)

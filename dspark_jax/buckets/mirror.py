@@ -206,13 +206,14 @@ class Mirror:
                 self._stamps = {name: stamp for name, stamp in self._stamps.items() if name not in gone}
 
     def close(self) -> None:
-        """Puts everything into the bucket that is not there yet, and stops; sets that nobody waited for are left."""
+        """Puts everything that is finished into the bucket and stops; raises what keeps it from there."""
         self._ended.set()
         self._background.shutdown()
         if self._lock is not None:
             self._ticking.join()
             self.put_lines()
             self.put_files()
+        self.settle()
 
     def _tick(self) -> None:
         """Puts what grows into the bucket now and then."""

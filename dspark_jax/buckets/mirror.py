@@ -3,9 +3,10 @@
 The bucket has the same files under the same names, so that it can be looked at and copied. What it says counts: a
 command begins with what is there, and what the local folder has besides is removed. Three kinds of things are in it:
 
-    sets    data, features, checkpoints/500: files that belong together. `manifests/checkpoints/500.json` lists them and
-            is written last: without it there is no set. What a manifest lists is never overwritten; a file that has
-            changed gets another name in the bucket. Fetched when they are needed, and only the part that is.
+    sets    data, refresh/1, features, checkpoints/500: files that belong together. `manifests/checkpoints/500.json`
+            lists them and is written last: without it there is no set. What a manifest lists is never overwritten; a
+            file that has changed gets another name in the bucket. Fetched when they are needed, and only the part
+            that is.
     logs    data.partial: `inputs.json`, and files that grow. A bucket cannot append, so every `INTERVAL` seconds the
             new lines become an object of their own, `data.partial/answers.jsonl/000000000000000`, named after the
             byte that it begins with.
@@ -44,9 +45,11 @@ INPUTS = f"{LOGS}/inputs.json"
 STATE = ".mirror.json"
 """Local file: which versions of the bucket's files lie in the folder, with their sizes and times of change."""
 
-_SET = re.compile(r"(data|features|checkpoints/[^/]+)/.+")
+_SET = re.compile(r"(data|features|(checkpoints|refresh)/[^/]+)/.+")
 _MANIFEST = re.compile(r"manifests/(.+)\.json")
-_HEADS = re.compile(r"data/report\.json|features/manifest\.json|checkpoints/[^/]+/(?!params/|optimizer/).*")
+_HEADS = re.compile(
+    r"(data|refresh/[^/]+)/report\.json|features/manifest\.json|checkpoints/[^/]+/(?!params/|optimizer/).*"
+)
 """Files of sets that are always fetched: small ones that say what the rest is."""
 _GROWING = re.compile(r"metrics\.jsonl|tensorboard/.*")
 _NO_FILE = re.compile(rf"({LOGS}|data\.old|manifests|wandb|checkpoints)/.*|{LOCK}|{CLAIM}.*|(.*/)?\.[^/]*|.*\.tmp")

@@ -34,12 +34,12 @@ from ml_collections import config_flags
 from dspark_jax import config as config_module
 from dspark_jax import experiments
 from dspark_jax.attached import STATUS
+from dspark_jax.buckets.places import reading, working_directory
 from dspark_jax.config import CHOICES, Config, InputError, resolve
 from dspark_jax.errors import reporting_errors
 from dspark_jax.hub import with_architecture
-from dspark_jax.paths import check_local
+from dspark_jax.paths import bucket_url, check_local, check_path
 from dspark_jax.registry import described
-from dspark_jax.run_lock import locked
 from dspark_jax.unicode import check_unicode
 
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]*)")
@@ -53,6 +53,7 @@ def run(
     distributed: bool = True,
     writes: bool = True,
     together: bool = True,
+    buckets: bool = True,
 ) -> None:
     """Runs a command and ends the process with status 2 on bad input.
 
@@ -65,6 +66,7 @@ def run(
       writes: whether it writes in the working directory, which is then locked as long as it runs.
       together: whether several hosts compute together. If not, each has its own devices and knows the number of hosts,
         and JAX does not end those that are left when one is gone.
+      buckets: whether it can work in a bucket.
     """
     logging.set_verbosity(logging.ERROR)  # Orbax and TFDS warn about their own defaults; what fails is raised
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -80,10 +82,12 @@ def run(
                 raise InputError(f"--distributed: {main.__name__} runs on one host; leave the flag out")
             _join_hosts()
         config = _resolve_on_all(config)
-        with _locked_by_one(workdir, main.__name__) if writes else contextlib.nullcontext():
+        if bucket_url(workdir) and not buckets:
+            raise InputError(f"--workdir {bucket_url(workdir)}: {main.__name__} needs a local one; give one")
+        with _locked_by_one(workdir, main.__name__) if writes else contextlib.nullcontext(reading(workdir)) as folder:
             apart = not together and jax.distributed.is_initialized()
             with _parted() if apart else contextlib.nullcontext():
-                main(config, workdir, **extra)
+                main(config, folder, **extra)
 
 
 def parse(
@@ -214,6 +218,15 @@ class _LocalPath(flags.ArgumentParser):
         return argument
 
 
+class _Path(_LocalPath):
+    """Reads a flag that is a path, here or in a bucket."""
+
+    def parse(self, argument: str) -> str:
+        """The path, if it is one."""
+        check_path(f"--{self.name}", argument)
+        return argument
+
+
 class _Weights(flags.ArgumentParser):
     """Reads a field that is a dict, which absl and ml_collections have no parser for."""
 
@@ -272,22 +285,27 @@ def _resolve_on_all(config: Config) -> Config:
 
 
 @contextlib.contextmanager
-def _locked_by_one(workdir: Path, command: str) -> Iterator[None]:
-    """Process 0 holds the lock for all; where it is refused, all end."""
+def _locked_by_one(workdir: Path, command: str) -> Iterator[Path]:
+    """Gives the local folder to work in. Process 0 holds the lock for all; where it is refused, all end."""
     if not jax.distributed.is_initialized():
-        with locked(workdir, command):
-            yield
+        with working_directory(workdir, command) as folder:
+            yield folder
         return
+    if url := bucket_url(workdir):
+        raise InputError(
+            f"--workdir {url}: with --distributed all hosts have to see one folder; mount the bucket (gcsfuse) "
+            "or use a shared disk, and give that path"
+        )
     refusal = None
     with contextlib.ExitStack() as stack:
         if jax.process_index() == 0:
             try:
-                stack.enter_context(locked(workdir, command))
+                stack.enter_context(working_directory(workdir, command))
             except InputError as error:
                 refusal = error
         if multihost_utils.broadcast_one_to_all(np.int32(refusal is not None)):
             raise refusal or InputError(f"--workdir {workdir}: cannot be used; process 0 says why")
-        yield
+        yield workdir
 
 
 def field_paths() -> dict[str, dataclasses.Field[Any]]:
@@ -315,7 +333,8 @@ def _innermost(error: BaseException) -> tuple[str, int]:
 def _flags(define: Callable[[flags.FlagValues], None] | None, argv: Sequence[str]) -> flags.FlagValues:
     """The flags of a command: ours and its own, without those that libraries define globally."""
     values = flags.FlagValues()
-    define_path(values, "workdir", "Where everything is written and found again. Default: runs/<config name>.")
+    text = "Where everything is written and found again, here or in a bucket. Default: runs/<config name>."
+    flags.DEFINE(_Path("workdir"), "workdir", None, text, flag_values=values)
     flags.DEFINE_boolean(
         "distributed",
         False,

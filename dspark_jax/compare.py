@@ -298,4 +298,4 @@ def _define(values: flags.FlagValues) -> None:
 
 
 if __name__ == "__main__":
-    command.run(compare, define=_define, distributed=False)
+    command.run(compare, define=_define, distributed=False, buckets=False)

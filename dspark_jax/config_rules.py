@@ -8,7 +8,7 @@ from dspark_jax.architecture import TargetArchitecture
 from dspark_jax.config import Config, DataConfig, DrafterConfig, LossConfig
 from dspark_jax.errors import InputError
 from dspark_jax.kinds import KINDS
-from dspark_jax.paths import check_local
+from dspark_jax.paths import check_path
 from dspark_jax.ranges import NOT_NEGATIVE, range_problems
 from dspark_jax.registry import HEADS, LOSS_TERMS, listed, unknown
 from dspark_jax.target.families import FAMILIES, known
@@ -84,7 +84,7 @@ def _answer_problems(data: DataConfig) -> Iterator[str]:
 
 
 PATHS = ("target.path", "data.prompts", "train.init_from", "eval.prompts")
-"""Fields that are local paths; a target may be an id on the hub instead."""
+"""Fields that are paths, here or in a bucket; a target may be an id on the hub instead."""
 
 
 def _path_problems(config: Config) -> Iterator[str]:
@@ -94,7 +94,7 @@ def _path_problems(config: Config) -> Iterator[str]:
         given = getattr(getattr(config, group), name)
         try:
             for path in [given] if isinstance(given, str) else given:
-                check_local(field, path)
+                check_path(field, path)
         except InputError as error:
             yield str(error)
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 
 from dspark_jax import interrupt
+from dspark_jax.shown_paths import as_given
 
 
 class InputError(ValueError):
@@ -66,7 +67,7 @@ def reporting_errors() -> Iterator[None]:
         with interrupt.interruptible():
             yield
     except InputError as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        print("error: " + as_given(" ".join(str(error).split())), file=sys.stderr)
         raise SystemExit(2) from error
     except HostLost as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
@@ -75,7 +76,7 @@ def reporting_errors() -> Iterator[None]:
         known = [remedy for numbers, remedy in _REMEDIES.items() if error.errno in numbers]
         if not known or (error.errno in _MISPLACED and error.filename is None):
             raise
-        print(f"error: {error.filename or 'a file'}: {error.strerror}; {known[0]}", file=sys.stderr)
+        print(f"error: {as_given(str(error.filename or 'a file'))}: {error.strerror}; {known[0]}", file=sys.stderr)
         raise SystemExit(2) from error
     except (MemoryError, RuntimeError) as error:
         device = "RESOURCE_EXHAUSTED" in str(error)  # as JAX begins the message of its own kind of RuntimeError

@@ -81,6 +81,7 @@ from dspark_jax.ops.sampling import GREEDY_BELOW
 from dspark_jax.presets import target_like
 from dspark_jax.progress import Progress
 from dspark_jax.run import Run
+from dspark_jax.shown_paths import as_given
 from dspark_jax.training.best import NEWEST
 
 
@@ -213,7 +214,7 @@ def show(
             parts += [calibration_table(predicted, title), load_table(load)]
     if traffic:
         parts.append(traffic_table(traffic))
-    print("\n\n".join([*parts, overview(metrics, page)]), flush=True)
+    print("\n\n".join([*parts, as_given(overview(metrics, page))]), flush=True)
 
 
 def measure(run: Run, decoder: Decoder, tally: Tally) -> tuple[dict[str, Any], list[Measured]]:

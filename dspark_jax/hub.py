@@ -1,4 +1,4 @@
-"""Models by path: a local directory, or an id on the Hugging Face hub, downloaded once into the hub's own cache.
+"""Models by path: a local directory, one in a bucket, or an id on the Hugging Face hub, downloaded once into its cache.
 
 `HF_HUB_OFFLINE=1` keeps to what is in the cache; an interrupted download goes on where it stopped.
 """
@@ -10,7 +10,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from dspark_jax.buckets.inputs import local_folder
 from dspark_jax.config import Config, InputError, TargetArchitecture
+from dspark_jax.paths import bucket_url
 
 FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
 """What is needed of a model: configs, weights, tokenizer and chat template."""
@@ -24,15 +26,18 @@ def is_hub_id(path: str | os.PathLike[str]) -> bool:
 
 
 def local_directory(path: str | os.PathLike[str], files: tuple[str, ...] = FILES) -> Path:
-    """The directory that holds a model; one of the hub is downloaded first, as far as it is not in the cache.
+    """The directory that holds a model; one of the hub or in a bucket is downloaded first, as far as it is not here.
 
     Args:
-      path: a directory, or the id of a model.
+      path: a directory, here or in a bucket, or the id of a model.
       files: patterns of the files that are needed.
 
     Raises:
-      InputError: the hub cannot be reached and the cache does not hold it, there is no such model, or no access to it.
+      InputError: the bucket cannot be read; the hub cannot be reached and the cache does not hold it, there is no such
+        model, or no access to it.
     """
+    if url := bucket_url(path):
+        return local_folder(url, files)
     if not is_hub_id(path):
         return Path(path)
     from huggingface_hub import snapshot_download
@@ -108,9 +113,9 @@ def _in_one_line(path: str, what: str, instead: str) -> Iterator[None]:
 
 
 def with_architecture(config: Config) -> Config:
-    """The config with the shape of a target that is on the hub, unless it states one itself."""
+    """The config with the shape of a target that is on the hub or in a bucket, unless it states one itself."""
     target = config.target
-    if target.architecture.vocab_size or not is_hub_id(target.path):
+    if target.architecture.vocab_size or not (is_hub_id(target.path) or bucket_url(target.path)):
         return config
     read = TargetArchitecture.of_any_model if config.data.features == "torch" else TargetArchitecture.from_hf
     found = read(local_directory(target.path, ("config.json",)))

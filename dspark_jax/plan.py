@@ -241,4 +241,5 @@ if __name__ == "__main__":
     if {"--topology=list", "list"} & set(sys.argv[1:]):
         print(listing())
     else:
-        command.run(plan, define=_define, writes=False)  # one file, whole: it may run beside others
+        # One file, whole: it may run beside others.
+        command.run(plan, define=_define, writes=False, buckets=False)

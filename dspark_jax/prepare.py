@@ -34,10 +34,10 @@ from absl import flags
 from dspark_jax import command
 from dspark_jax.answering import target_decoder
 from dspark_jax.benchmarks import BENCHMARKS
+from dspark_jax.buckets import places
 from dspark_jax.config import Config, InputError
-from dspark_jax.data import overlap, statistics
+from dspark_jax.data import benchmark_prompts, overlap, statistics
 from dspark_jax.data.answer_log import log_file, log_files
-from dspark_jax.data.benchmark_prompts import fetch, places
 from dspark_jax.data.chat import load_tokenizer, stop_tokens
 from dspark_jax.data.inputs import digest
 from dspark_jax.data.mask_token import mask_warning
@@ -106,10 +106,10 @@ def prepare(
     """
     if benchmarks is not None:
         names = [] if benchmarks == "all" else [name.strip() for name in benchmarks.split(",")]
-        files = places(names, config.eval.prompts)
+        files = benchmark_prompts.places(names, config.eval.prompts)
         if jax.process_index() == 0:
             with _disk_errors(workdir):
-                fetch(files)
+                benchmark_prompts.fetch(files)
         return {name: str(file) for name, file in files.items()}
     if beam is not None:
         _check_beam(beam)
@@ -173,6 +173,7 @@ def prepare_samples(
             if held_out != part(found, "held_out"):
                 with _disk_errors(workdir):
                     found = write_json(final / "report.json", found | {"held_out": held_out})
+                    places.publish(final)
             return found
         if found:
             log(f"data: preparing again, {_difference(part(found, 'inputs'), inputs)}")
@@ -200,6 +201,8 @@ def _make(run: Run, held_out: dict[str, Any], decode: Decode | None, beam: str |
             file.unlink(missing_ok=True)
         shutil.rmtree(partial / CHUNKS, ignore_errors=True)
         _publish(partial, final)
+        places.publish(final)
+        places.withdraw(partial)
     hosts.meet()
 
 
@@ -333,6 +336,7 @@ def _answers(
 
 def _open_partial(partial: Path, digest: str) -> None:
     """An empty `data.partial`, or the one of a preparation with the same inputs that did not end."""
+    places.fetch(partial)
     found = read_ours(partial / "inputs.json")
     stated = found.get("fingerprint")
     if stated == digest and found.get("answers") == ANSWERS:
@@ -343,6 +347,7 @@ def _open_partial(partial: Path, digest: str) -> None:
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
     write_json(partial / "inputs.json", {"fingerprint": digest, "answers": ANSWERS})
+    places.begin_logs(partial)
 
 
 def _publish(partial: Path, final: Path) -> None:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from dspark_jax.errors import InputError
 from dspark_jax.json_file import read_ours, write_json, written_whole
+from dspark_jax.shown_paths import as_given
 
 
 class Progress:
@@ -84,7 +85,7 @@ class Progress:
 def log(line: str) -> None:
     """A plain line on stderr, on process 0."""
     if jax.process_index() == 0:
-        print(line, file=sys.stderr, flush=True)
+        print(as_given(line), file=sys.stderr, flush=True)
 
 
 def check_wandb(project: str) -> None:

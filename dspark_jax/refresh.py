@@ -21,6 +21,7 @@ from typing import Any
 import jax
 
 from dspark_jax.answering import Effort, make_decoder
+from dspark_jax.buckets.places import publish
 from dspark_jax.config import Config, InputError
 from dspark_jax.data.chat import load_tokenizer, stop_tokens
 from dspark_jax.data.growth import GrowingBatches
@@ -145,6 +146,7 @@ class Refresh:
             about = {"fingerprint": self.fingerprint, "part": part, "step": step, "digest": _digest(samples)}
             report = write_json(partial / "report.json", {**about, "samples": 0, **tally.report(), "refresh": answers})
         os.replace(partial, folder)
+        publish(folder)
         return report
 
     def _samples(

@@ -44,7 +44,7 @@ def locked(workdir: Path, command: str, *, option: str = "--workdir") -> Iterato
     """
     made = make_directory(workdir, option)
     try:
-        file = _acquire(workdir / FILE, _Holder.this(command), option)
+        file = _acquire(workdir / FILE, Holder.this(command), option)
         if file is None:  # our parent's
             yield
             return
@@ -84,19 +84,19 @@ def _refused(workdir: Path, error: OSError, option: str) -> InputError:
     return InputError(f"{option} {workdir}: cannot be written in ({error.strerror}); choose another place")
 
 
-class _Holder(dict[str, Any]):
+class Holder(dict[str, Any]):
     """The content of a lock file: command, host, boot (the running system), process, since, alive (both times)."""
 
     @classmethod
-    def this(cls, command: str) -> "_Holder":
+    def this(cls, command: str) -> "Holder":
         """For this process."""
         boot = Path("/proc/sys/kernel/random/boot_id")  # containers of one system share it, whatever their host names
-        host, now = socket.gethostname(), _now()
+        host, since = socket.gethostname(), now()
         system = boot.read_text().strip() if boot.exists() else host
-        return cls(command=command, host=host, boot=system, process=os.getpid(), since=now, alive=now)
+        return cls(command=command, host=host, boot=system, process=os.getpid(), since=since, alive=since)
 
     @classmethod
-    def read(cls, path: Path) -> "_Holder | None":
+    def read(cls, path: Path) -> "Holder | None":
         """Of a lock file; None where there is none, or nothing (yet) in it."""
         try:
             found = json.loads(path.read_text("utf-8"))
@@ -104,7 +104,7 @@ class _Holder(dict[str, Any]):
             return None
         return cls(found) if isinstance(found, dict) and set(cls.this("")) <= set(found) else None
 
-    def is_same(self, other: "_Holder | None") -> bool:
+    def is_same(self, other: "Holder | None") -> bool:
         """Whether it is of the same process, at whatever time."""
         return other is not None and self | {"alive": ""} == other | {"alive": ""}
 
@@ -113,17 +113,19 @@ class _Holder(dict[str, Any]):
         return (self["process"], self["boot"]) == (os.getppid(), self.this("")["boot"])
 
     def __str__(self) -> str:
+        """For those who find it locked."""
         return f"{self['command']} (process {self['process']} on {self['host']}, since {self['since']})"
 
 
-def _now() -> str:
+def now() -> str:
+    """The time, as it is in lock files."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 class _Held:
     """A lock file that this process holds, and the thread that writes the time into it."""
 
-    def __init__(self, path: Path, descriptor: int, holder: _Holder):
+    def __init__(self, path: Path, descriptor: int, holder: Holder):
         """Writes that it is ours."""
         self.path, self.descriptor, self.holder = path, descriptor, holder
         os.ftruncate(descriptor, 0)
@@ -136,19 +138,19 @@ class _Held:
         """Removes the file."""
         self.ended.set()
         self.thread.join()
-        if self.holder.is_same(_Holder.read(self.path)):
+        if self.holder.is_same(Holder.read(self.path)):
             self.path.unlink(missing_ok=True)
         os.close(self.descriptor)
 
     def _write(self) -> None:
-        self.holder["alive"] = _now()  # always of the same length
+        self.holder["alive"] = now()  # always of the same length
         os.pwrite(self.descriptor, json.dumps(self.holder).encode() + b"\n", 0)
         os.fsync(self.descriptor)
 
     def _beat(self) -> None:
         while not self.ended.wait(BEAT):
             with contextlib.suppress(OSError):  # the next one may succeed
-                there = _Holder.read(self.path)
+                there = Holder.read(self.path)
                 if there is not None and not self.holder.is_same(there):
                     print(f"error: {self.path}: this process stood still, and was taken for dead by {there}; it ends",
                           file=sys.stderr, flush=True)  # fmt: skip
@@ -156,7 +158,7 @@ class _Held:
                 self._write()
 
 
-def _acquire(path: Path, ours: _Holder, option: str) -> _Held | None:
+def _acquire(path: Path, ours: Holder, option: str) -> _Held | None:
     """Waits, if that decides it, and takes the file; None if the process that started this one has it."""
     while True:
         try:
@@ -169,7 +171,7 @@ def _acquire(path: Path, ours: _Holder, option: str) -> _Held | None:
         kept = False
         try:
             alone = _flock(descriptor)
-            there = _Holder.read(path)
+            there = Holder.read(path)
             if alone is not True and there is not None and there.is_parent():
                 return None
             if alone is False:
@@ -205,7 +207,7 @@ def _flock(descriptor: int) -> bool | None:
     return True
 
 
-def _wait_for_death(path: Path, there: _Holder, option: str) -> None:
+def _wait_for_death(path: Path, there: Holder, option: str) -> None:
     """Returns when the holder, which flock says nothing about, has given no sign of life for `PATIENCE` seconds."""
     print(
         f"{path}: held by {there}, of which nothing else is known here; if it shows no sign of life for "
@@ -216,15 +218,15 @@ def _wait_for_death(path: Path, there: _Holder, option: str) -> None:
     ends = time.monotonic() + PATIENCE
     while time.monotonic() < ends:
         time.sleep(min(BEAT / 4, PATIENCE / 4))
-        now = _Holder.read(path)
+        now = Holder.read(path)
         if now is None:
             return  # it has ended
         if now != there:
             raise _in_use(path, now, option)
 
 
-def _in_use(path: Path, there: _Holder | None, option: str) -> InputError:
-    here = there is None or there["boot"] == _Holder.this("")["boot"]
+def _in_use(path: Path, there: Holder | None, option: str) -> InputError:
+    here = there is None or there["boot"] == Holder.this("")["boot"]
     otherwise = "" if here else f"; if it has ended, remove {path}"
     who = there or "another process"
     return InputError(f"{path.parent}: in use by {who}; wait for its end, or use another {option}{otherwise}")

@@ -28,6 +28,7 @@ import optax
 
 from dspark_jax import command
 from dspark_jax.attached import STATUS
+from dspark_jax.buckets.places import reading
 from dspark_jax.config import Config, InputError, to_json
 from dspark_jax.convert.hf import abstract_drafter as abstract_import
 from dspark_jax.convert.hf import import_drafter, read_drafter_config
@@ -229,7 +230,7 @@ def check_source(config: Config) -> None:
     source = config.train.init_from
     if not source:
         return
-    folder = Path(source)
+    folder = reading(source)
     with _naming_source(source):
         if _is_exported(folder):
             found: Any = abstract_import(*read_drafter_config(folder))
@@ -249,7 +250,7 @@ def _fresh_state(run: Run, optimizer: optax.GradientTransformation) -> TrainStat
     state, source = init_state(run.config, optimizer, run.mesh), run.config.train.init_from
     if not source:
         return state
-    folder = Path(source)
+    folder = reading(source)
     with _naming_source(source):
         if _is_exported(folder):
             drafter = import_drafter(folder, run.mesh)[1]

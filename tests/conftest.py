@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -115,6 +116,28 @@ def save_untrained() -> Callable[..., None]:
             checkpoints.save(1, init_state(config, make_optimizer(config.optim, 1), mesh), {})
 
     return save
+
+
+@pytest.fixture
+def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """An empty bucket for gs:// and s3://, on a machine that has fetched nothing; call it to have another machine."""
+    from dspark_jax.buckets import inputs, places
+    from tests import fake_bucket
+
+    folder, numbers = tmp_path / "the bucket", itertools.count()
+    folder.mkdir()
+    monkeypatch.setenv(fake_bucket.FOLDER, str(folder))
+    monkeypatch.setattr(fake_bucket.FakeBucket, "before", staticmethod(lambda what, key: None))
+    fake_bucket.register()
+
+    def another() -> None:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"machine{next(numbers)}"))
+        monkeypatch.setattr(places, "_OPEN", {})
+        inputs.local_folder.cache_clear()
+        inputs._file.cache_clear()
+
+    another()
+    return another
 
 
 @pytest.fixture

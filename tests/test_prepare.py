@@ -20,6 +20,7 @@ from dspark_jax import (
     train,
 )
 from dspark_jax import prepare as command
+from dspark_jax.buckets.places import working_directory
 from dspark_jax.config import (
     AnswersConfig,
     Config,
@@ -45,7 +46,9 @@ from dspark_jax.sharding import make_mesh
 from dspark_jax.target import loading
 from dspark_jax.target.loading import load_target
 from dspark_jax.training.checkpoint import Checkpoints
+from dspark_jax.training.feature_cache import open_features
 from dspark_jax.training.state import TrainState
+from tests import fake_bucket
 from tests.conftest import others_slow
 
 STOP = 294
@@ -110,6 +113,45 @@ def test_a_feature_cache_of_something_else_is_refused_before_anything_is_touched
         with pytest.raises(InputError, match=f"run/features: made with {message}; go back to the old settings, remove"):
             run(other, tmp_path / "run")
         assert files(tmp_path / "run") == before
+
+
+def test_a_preparation_in_a_bucket_goes_on_elsewhere(
+    config: Config, tmp_path: Path, bucket: Callable[[], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepare(config, tmp_path / "run", whole := Decoder())
+    fake_bucket.put("bucket/math.jsonl", Path(config.data.prompts[0]).read_bytes())
+    config, run = changed(config, prompts=("gs://bucket/math.jsonl",)), Path("gs://bucket/run")
+    first, second, third = Decoder(kill_after=6), Decoder(), Decoder()
+    with pytest.raises(KeyboardInterrupt), working_directory(run, "prepare") as folder:
+        prepare(config, folder, first)
+    bucket()
+    with working_directory(run, "prepare") as folder:
+        report = prepare(config, folder, second)
+        assert "continuing with 6 answers" in capsys.readouterr().err
+        expected = {name: content for name, content in files(tmp_path / "run" / "data").items() if "json" not in name}
+        assert expected and expected.items() <= files(folder / "data").items()
+    assert len(first.streams) == 6 and sorted(first.streams + second.streams) == sorted(whole.streams)
+    left = {name.split("/")[2] for name in fake_bucket.objects() if name.startswith("bucket/run/")}
+    assert left == {"data", "manifests"}
+    bucket()
+    with working_directory(run, "prepare") as folder:
+        assert prepare(config, folder, third) == report and not third.streams
+
+
+def test_a_feature_cache_in_a_bucket_is_opened_elsewhere(
+    config: Config, tmp_path: Path, bucket: Callable[[], None]
+) -> None:
+    talk = [{"role": "user", "content": "how much is one"}, {"role": "assistant", "content": "one is one " * 3}]
+    fake_bucket.put("bucket/given.jsonl", (json.dumps({"messages": talk}) + "\n").encode())
+    config = changed(config, features="cache", regenerate=False, prompts=("gs://bucket/given.jsonl",))
+    with working_directory(Path("gs://bucket/run"), "prepare") as folder:
+        prepare(config, folder)
+        made = files(folder / "features")
+    bucket()
+    with working_directory(Path("gs://bucket/run"), "train") as folder:
+        assert set(files(folder / "features")) == {"manifest.json"}
+        assert len(open_features(Run(config, folder))) == 1
+        assert files(folder / "features") == made and "shard-00000.array_record" in made
 
 
 def changed(config: Config, **fields: Any) -> Config:

@@ -40,7 +40,7 @@ def hold(workdir: Path, *program: str) -> subprocess.Popen[str]:
 
 def elsewhere(**changes: Any) -> dict[str, Any]:
     """What a process on another machine has written."""
-    return dict(run_lock._Holder.this("train")) | {"host": "far", "boot": "another"} | changes
+    return dict(run_lock.Holder.this("train")) | {"host": "far", "boot": "another"} | changes
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ def test_another_machine(tmp_path: Path, monkeypatch: Any, capsys: Any, lockable
 
 @pytest.mark.usefixtures("hasty")
 def test_a_holder_gives_signs_of_life(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(run_lock, "_now", lambda: f"{time.monotonic():020.3f}")
+    monkeypatch.setattr(run_lock, "now", lambda: f"{time.monotonic():020.3f}")
     with locked(tmp_path, "train"):
         first = (tmp_path / FILE).read_text()
         time.sleep(0.2)

@@ -30,6 +30,7 @@ from absl import logging
 from jax.sharding import Mesh
 
 from dspark_jax import command
+from dspark_jax.buckets.places import reading, working_directory
 from dspark_jax.config import (
     Config,
     DataConfig,
@@ -64,10 +65,9 @@ from dspark_jax.evaluation.load import read_cost_table
 from dspark_jax.hub import local_directory, with_architecture
 from dspark_jax.json_file import read_object
 from dspark_jax.kinds import as_kind
-from dspark_jax.paths import check_local
+from dspark_jax.paths import check_local, check_path
 from dspark_jax.progress import log
 from dspark_jax.run import Run, checkpoint_directory
-from dspark_jax.run_lock import locked
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target import families
 from dspark_jax.target.loading import fingerprint, load_target, read_checkpoint
@@ -91,7 +91,7 @@ def export(options: argparse.Namespace) -> Path:
         which = "--workdir" if options.workdir else "--config"
         raise InputError(f"{which} and --drafter: only one of the two can be exported; leave one out")
     if workdir:
-        source, files = run_source(Path(workdir), options)
+        source, files = run_source(reading(workdir), options)
     elif options.drafter and options.target:
         source, files = directory_source(local_directory(options.drafter), options)
     else:
@@ -276,29 +276,29 @@ def import_(options: argparse.Namespace) -> Path:
     Raises:
       InputError: drafter and target do not fit, or there are checkpoints already.
     """
-    workdir, directory = Path(options.workdir), local_directory(options.drafter)
+    directory = local_directory(options.drafter)
     arch, drafter = read_drafter_config(directory)
     if options.config:
         config = command.load_config(options.config)
     else:
-        config = Config(name=workdir.name)
+        config = Config(name=Path(options.workdir).name)
         config.data.max_length = min(config.data.max_length, arch.max_position_embeddings)
         config.data.max_prompt_length = min(config.data.max_prompt_length, config.data.max_length // 2)
         config = as_kind(config, drafter.kind)  # its loss, and the rows that it learns from
     target = dataclasses.replace(config.target, path=options.target, architecture=TargetArchitecture())
     config = resolve(with_architecture(dataclasses.replace(config, drafter=drafter, target=target)))
     fitting(directory, arch, options.target, config.target.architecture, whole=True)
-    run = Run(config, workdir)
-    imported = import_drafter(directory, run.mesh)[1]
-    with locked(workdir, "convert import"):
+    imported = import_drafter(directory, make_mesh(config.mesh))[1]
+    with working_directory(Path(options.workdir), "convert import") as workdir:
+        run = Run(config, workdir)
         with Checkpoints(run) as checkpoints:
             if checkpoints.latest() is not None:
                 raise InputError(f"{checkpoints.directory}: has checkpoints already; import to another --workdir")
             state = init_state(config, make_optimizer(config.optim, config.train.steps), run.mesh)
             checkpoints.save(0, dataclasses.replace(state, params=to_params(imported)), {})
         (workdir / "config.json").write_text(to_json(config))
-    log(f"import: {directory} is checkpoint 0 of {workdir}")
-    return workdir
+    log(f"import: {options.drafter} is checkpoint 0 of {options.workdir}")
+    return Path(options.workdir)
 
 
 def check(options: argparse.Namespace) -> Report:
@@ -477,16 +477,19 @@ def main(argv: Sequence[str] | None = None) -> Any:
         return options.function(options)
 
 
-PATHS = ("workdir", "drafter", "target", "output", "prompts", "json")
-"""Options that are local paths (or ids on the hub)."""
+PATHS = ("workdir", "drafter", "target", "prompts")
+"""Options that are paths, here or in a bucket, or ids on the hub."""
+
+LOCAL_PATHS = ("output", "json")
+"""Options that are local paths."""
 
 
 def check_paths(options: argparse.Namespace) -> None:
     """Refuses paths that are none here, whichever option has them."""
-    for name in PATHS:
+    for name in PATHS + LOCAL_PATHS:
         given = getattr(options, name, None) or ()
         for path in [given] if isinstance(given, str) else given:
-            check_local(f"--{name}", path)
+            (check_path if name in PATHS else check_local)(f"--{name}", path)
 
 
 if __name__ == "__main__":

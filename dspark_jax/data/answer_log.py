@@ -7,6 +7,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from dspark_jax.buckets.places import watch
 from dspark_jax.config import InputError
 
 
@@ -65,6 +66,7 @@ class AnswerLog:
             self._file.close()
             raise
         self._file.truncate(end)
+        watch(path)
 
     def _read_lines(self, file: BinaryIO, path: Path) -> int:
         """Takes in all whole lines; returns where the last one ends."""

@@ -9,6 +9,7 @@ from dspark_jax.benchmarks import BENCHMARKS, Benchmark
 from dspark_jax.data.files import HUB, HubSet, set_name
 from dspark_jax.errors import InputError
 from dspark_jax.json_file import written_whole
+from dspark_jax.paths import bucket_url
 from dspark_jax.progress import log
 from dspark_jax.registry import listed
 
@@ -24,13 +25,15 @@ def places(asked: Iterable[str], entries: Iterable[str]) -> dict[str, Path]:
       entries: of `eval.prompts`; a file with the name of a benchmark is its place.
 
     Raises:
-      InputError: a name that is none.
+      InputError: a name that is none, or a place in a bucket.
     """
     known = {set_name(entry): Path(entry) for entry in entries if not entry.startswith(HUB)}
     wanted = list(asked) or [name for name in BENCHMARKS if name in known] or list(BENCHMARKS)
     for name in wanted:
         if name not in BENCHMARKS:
             raise InputError(f"--benchmarks has {name!r}, which is unknown; use {listed(BENCHMARKS)}")
+        if url := bucket_url(known.get(name, "")):
+            raise InputError(f"eval.prompts has {url}: prompts are fetched into local files; name one")
     return {name: known.get(name, FOLDER / f"{name}.jsonl") for name in wanted}
 
 

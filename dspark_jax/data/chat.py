@@ -15,6 +15,7 @@ from dspark_jax.config import InputError
 from dspark_jax.data.messages import REASONING, THINK_END, Message
 from dspark_jax.hub import local_directory
 from dspark_jax.json_file import read_object
+from dspark_jax.paths import bucket_url
 from dspark_jax.tokenizer import ChatTokenizer
 from dspark_jax.unicode import check_unicode
 
@@ -74,7 +75,8 @@ def load_tokenizer(path: str | os.PathLike[str]) -> ChatTokenizer:
     from transformers import AutoTokenizer  # takes seconds to import
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+        place = local_directory(path) if bucket_url(path) else path
+        tokenizer = AutoTokenizer.from_pretrained(str(place), local_files_only=True)
         tokenizer.decode(encode(tokenizer, "a")["input_ids"])  # some fields are not looked at before
     except Exception as error:
         # Of files with another structure transformers raises what their use happens to raise, and the tokenizers

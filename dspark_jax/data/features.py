@@ -27,6 +27,7 @@ import numpy as np
 from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]  (no type stubs)
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
+from dspark_jax.buckets.places import fetch, publish
 from dspark_jax.config import InputError
 from dspark_jax.data.feature_codec import AGAIN, REMEDY, Coded, FeatureSample, Identity, decode, encode
 from dspark_jax.data.sources import Sample, Samples
@@ -46,6 +47,7 @@ waits for it. What is past a length, and samples of length 0, may be anything.""
 
 def frozen_file(directory: Path) -> Path:
     """The file of the target's embedding and LM head in a feature directory."""
+    fetch(directory / "frozen.safetensors")
     earlier = directory / "lender.safetensors"  # versions up to 0.1 named it so
     return earlier if earlier.exists() else directory / "frozen.safetensors"
 
@@ -368,6 +370,7 @@ def _write_manifest(
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(directory / "manifest.json")
+    publish(directory)
 
 
 def _plain(identity: Identity) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Rows of prompt files: what `data.prompts` may name, unpacked and taken apart, whatever it is stored as.
 
-An entry is a file, a directory, a pattern such as `sets/*.jsonl`, or a data set of the hub:
+An entry is a file, a directory or a pattern such as `sets/*.jsonl`, here or in a bucket, or a data set of the hub:
 
     hub:OWNER/NAME?split=train&name=SUBSET&column=question
     hub:OWNER/NAME?file=FILE,FILE
@@ -26,8 +26,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from dspark_jax.buckets.inputs import files_at, local_file
 from dspark_jax.errors import InputError
 from dspark_jax.hub import data_file, data_set_commit
+from dspark_jax.paths import bucket_url
 
 HUB = "hub:"
 """Begins an entry that names a data set of the hub."""
@@ -66,6 +68,8 @@ def prompt_files(entries: Iterable[str | os.PathLike[str]]) -> list[str]:
     for entry in map(str, entries):
         if entry.startswith(HUB):
             found.append(entry)
+        elif url := bucket_url(entry):
+            found += _files_in_bucket(url)
         elif Path(entry).is_dir():
             files = sorted(path for path in Path(entry).rglob("*") if _is_prompt_file(path.relative_to(entry)))
             if not files:
@@ -79,6 +83,18 @@ def prompt_files(entries: Iterable[str | os.PathLike[str]]) -> list[str]:
             found += files
         else:
             found.append(entry)
+    return found
+
+
+def _files_in_bucket(entry: str) -> list[str]:
+    """The same of an address in a bucket."""
+    files = files_at(entry)
+    if files == [entry] or glob.has_magic(entry):
+        found = files
+    else:
+        found = [file for file in files if _is_prompt_file(Path(file.removeprefix(f"{entry}/")))]
+    if not found:
+        raise InputError(f"{entry}: no prompt file there in the bucket; correct it")
     return found
 
 
@@ -109,7 +125,7 @@ def content_hashes(files: Iterable[str], field: str) -> list[list[str]]:
             digest = HubSet.parse(file).digest()
         else:
             try:
-                digest = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+                digest = hashlib.sha256(local_file(file).read_bytes()).hexdigest()
             except OSError as error:
                 raise InputError(f"{file}: cannot be read ({error.strerror}); correct {field}") from None
         found.append([set_name(file), digest[:32]])
@@ -127,7 +143,7 @@ def rows(file: str) -> Iterator[Row]:
         yield from HubSet.parse(file).rows()
         return
     try:
-        content = Path(file).read_bytes()
+        content = local_file(file).read_bytes()
     except OSError as error:
         raise InputError(f"{file}: cannot be read ({error.strerror}); give a JSONL file of prompts") from None
     for magic, unpack in PACKINGS.items():

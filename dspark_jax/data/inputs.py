@@ -3,9 +3,9 @@
 import hashlib
 import json
 import re
-from pathlib import Path
 from typing import Any
 
+from dspark_jax.buckets.inputs import local_file
 from dspark_jax.config import AnswersConfig, Config, DataConfig, InputError
 from dspark_jax.data.chat import load_tokenizer, stop_tokens
 from dspark_jax.data.files import HUB
@@ -94,7 +94,7 @@ def _format(config: Config) -> int:
     Those are given ones (they end where they can be trained to) and those with tools, Alpaca's columns and so on.
     """
     files = [file for file in prompt_files(config.data.prompts) if not file.startswith(HUB)]
-    more = not config.data.regenerate or any(_READ_SINCE_3.search(Path(file).read_bytes()) for file in files)
+    more = not config.data.regenerate or any(_READ_SINCE_3.search(local_file(file).read_bytes()) for file in files)
     return 3 if more else FORMAT
 
 

@@ -23,6 +23,7 @@ from google.protobuf.json_format import ParseError
 from tensorflow_datasets.core import shuffle, writer
 from tensorflow_datasets.proto import tf_example_pb2
 
+from dspark_jax.buckets.places import fetch
 from dspark_jax.config import InputError
 from dspark_jax.errors import as_os_error
 from dspark_jax.json_file import read_object
@@ -159,6 +160,7 @@ class SampleReader:
     def __init__(self, directory: str | os.PathLike[str]):
         self._path = Path(directory) / DsparkSamples.name / str(DsparkSamples.VERSION)
         self._directory = directory
+        fetch(Path(directory))
         if not (self._path / "dataset_info.json").exists():
             raise InputError(f"{directory}: no prepared samples; run python -m dspark_jax.prepare first")
         for name in ("dataset_info.json", "features.json"):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from absl import logging
 
+from dspark_jax.buckets.places import reading
 from dspark_jax.config import Config, InputError
 from dspark_jax.data.chat import load_tokenizer, stop_tokens
 from dspark_jax.data.prompts import prompt_files, read_prompts, set_name
@@ -71,7 +72,7 @@ def load_run(workdir: str | Path, checkpoint: str = NEWEST) -> Decoder:
     """A checkpoint of a training run with its target, tokenizer and settings, ready to decode.
 
     Args:
-      workdir: of the run.
+      workdir: of the run, here or in a bucket.
       checkpoint: `newest`, `best` (by accepted length on held-out prompts, if the run measured it) or a step.
 
     Raises:
@@ -80,10 +81,11 @@ def load_run(workdir: str | Path, checkpoint: str = NEWEST) -> Decoder:
     before = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)  # Orbax warns about its own defaults; what fails is raised
     try:
-        config = saved_config(Path(workdir), checkpoint)
+        folder = reading(workdir)
+        config = saved_config(folder, checkpoint)
         if config is None:
-            raise InputError(f"{checkpoint_directory(Path(workdir))}: no checkpoint here; name the --workdir of a run")
-        return open_decoder(decoding_run(Run(config, Path(workdir))), checkpoint=checkpoint)
+            raise InputError(f"{checkpoint_directory(folder)}: no checkpoint here; name the --workdir of a run")
+        return open_decoder(decoding_run(Run(config, folder)), checkpoint=checkpoint)
     finally:
         logging.set_verbosity(before)
 

@@ -30,6 +30,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from dspark_jax.buckets import places
 from dspark_jax.config import Config, InputError, TargetConfig, from_json
 from dspark_jax.drafter.interface import DrafterModule
 from dspark_jax.progress import log
@@ -95,13 +96,13 @@ class Checkpoints:
             about |= {"heldout": dataclasses.asdict(heldout)}
         items = {name: ocp.args.StandardSave(value) for name, value in arrays.items()}
         items |= {"data": ocp.args.JsonSave(data), "about": ocp.args.JsonSave(about | {"digest": digest(about)})}
-        with reported_in_one_line(self.directory):
-            self.manager.wait_until_finished()
+        self.wait()
         check_space(self.directory, state)
         if heldout is not None:
             self.measured[step] = heldout
         with reported_in_one_line(self.directory):
             self.manager.save(step, args=ocp.args.Composite(**items))
+        places.publish(self.path(step), wait=False)
 
     def restore(self, layout: TrainState) -> tuple[int, TrainState, dict[str, Any]]:
         """The newest checkpoint that is whole; damaged ones that are newer are renamed, so that they can be made again.
@@ -124,6 +125,8 @@ class Checkpoints:
             if aside.exists():
                 shutil.rmtree(aside)
             self.path(step).rename(aside)
+            places.publish(aside)
+            places.withdraw(self.path(step))
             log(f"the damaged checkpoint is now {aside}; remove it when you do not need it")
         self.manager.reload()
         return found
@@ -139,6 +142,7 @@ class Checkpoints:
         arrays = {"params": layout.params, "optimizer": {"step": layout.step, "state": layout.optimizer}}
         items = {name: ocp.args.StandardRestore(value) for name, value in arrays.items()}
         args = ocp.args.Composite(**items, data=ocp.args.JsonRestore())
+        places.fetch(where)
         with naming_damage(where, ("params", "optimizer", "data")):
             found = self.manager.restore(step, args=args)
         check_sums(where, {name: found[name] for name in arrays}, about.get("sums", {}))
@@ -148,9 +152,10 @@ class Checkpoints:
         return step, state, found["data"]
 
     def wait(self) -> None:
-        """Returns when everything is on disk. Raises InputError if the disk is full."""
+        """Returns when everything is on disk, or in the bucket. Raises InputError if the disk is full."""
         with reported_in_one_line(self.directory):
             self.manager.wait_until_finished()
+        places.settle(self.directory)
 
     def __enter__(self) -> "Checkpoints":
         """Itself."""
@@ -163,6 +168,7 @@ class Checkpoints:
         with reported_in_one_line(self.directory):
             self.manager.close()
         if error is None:
+            places.settle(self.directory)
             self._quiet.__exit__(None, None, None)
 
 
@@ -360,6 +366,7 @@ def _newest_whole(
 def _restore_params(manager: ocp.CheckpointManager, where: Path, about: dict[str, Any], layout: Params) -> Params:
     """The parameters of a checkpoint alone."""
     args = ocp.args.Composite(params=ocp.args.StandardRestore(layout))
+    places.fetch(where / "params")
     with naming_damage(where, ("params",)):
         params = manager.restore(int(where.name), args=args)["params"]
     check_sums(where, {"params": params}, about.get("sums", {}))

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dspark_jax.buckets.places import fetch
 from dspark_jax.config import InputError, TargetArchitecture
 from dspark_jax.data.feature_codec import Coded, Identity, code_on_device
 from dspark_jax.data.features import (
@@ -75,6 +76,7 @@ def open_features(run: Run) -> CachedSamples:
     Raises:
       InputError: there is no complete cache for this config.
     """
+    fetch(run.feature_folder)
     return CachedSamples(SampleReader(run.data_folder), run.feature_folder, feature_identity(run))
 
 
@@ -85,6 +87,7 @@ def prepare_features(run: Run) -> None:
       InputError: the target cannot be used, there is a cache of something else, or the disk has no room.
     """
     config, directory, identity = run.config, run.feature_folder, feature_identity(run)
+    fetch(directory)
     check_identity(directory, identity)
     if is_complete(directory, identity):
         log(f"features: {directory} is up to date")

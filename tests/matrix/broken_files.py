@@ -120,10 +120,10 @@ def started(module: Any, *argv: str, name: str = "") -> None:
     command.run(main, define=getattr(module, "_define", None), argv=argv)
 
 
-def unlocked(workdir: Path, name: str) -> contextlib.AbstractContextManager[None]:
-    """In the place of `run_lock.locked`."""
-    del workdir, name
-    return contextlib.nullcontext()
+def unlocked(workdir: Path, name: str) -> contextlib.AbstractContextManager[Path]:
+    """In the place of `places.working_directory`."""
+    del name
+    return contextlib.nullcontext(workdir)
 
 
 def step_here(arguments: Sequence[str], environment: Any) -> str | None:
@@ -134,7 +134,8 @@ def step_here(arguments: Sequence[str], environment: Any) -> str | None:
     from dspark_jax.evaluation import rounds
 
     try:
-        with mock.patch.object(command, "locked", unlocked):  # the lock is that of `compare`, which is this process
+        # The lock is that of `compare`, which is this process.
+        with mock.patch.object(command, "working_directory", unlocked):
             started(module, *argv) if module else jobs.do(rounds.work, Path(argv[0]))
     except SystemExit as ended:
         return f"status {ended.code}" if ended.code else None

@@ -1,5 +1,7 @@
 """The target answers questions here, with our own engine: slots are filled again as soon as an answer has ended.
 
+`prepare` lets it answer alone; a run that is being trained lends it its drafter (`refresh`).
+
 A round of the engine reads the cache of every slot up to its capacity, and few answers are as long as the longest may
 be. So questions begin in an engine of a small capacity; answers that outgrow it go on from what they have in one of
 twice the capacity, and so on. The draws of a request depend on its stream and on its position only, so an answer does
@@ -8,16 +10,19 @@ order).
 """
 
 import collections
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from dspark_jax.config import DataConfig
+from dspark_jax.config import Config, DataConfig
 from dspark_jax.data.chat import load_tokenizer, stop_tokens
 from dspark_jax.data.regenerate import Decode, Question
 from dspark_jax.engine.models import Models, when_loaded
 from dspark_jax.engine.request import Request
+from dspark_jax.engine.schedulers import Scheduler
 from dspark_jax.engine.serving import Engine
 from dspark_jax.run import Run
 from dspark_jax.target.loading import load_target
@@ -38,12 +43,59 @@ def target_decoder(run: Run) -> Decode:
     The sample id of a question is the number of its random stream.
     """
     config, mesh = run.config, run.mesh
+    return make_decoder(config, Models(when_loaded(load_target(config.target, mesh))), mesh)
+
+
+@dataclasses.dataclass
+class Effort:
+    """What answers have taken.
+
+    Attributes:
+      answers: that are complete.
+      tokens: in them.
+      rounds: of single requests.
+      drafting_rounds: those that drafted.
+      emitted: tokens of these, bonus tokens included.
+    """
+
+    answers: int = 0
+    tokens: int = 0
+    rounds: int = 0
+    drafting_rounds: int = 0
+    emitted: int = 0
+
+    def add(self, request: Request) -> None:
+        """Counts a request that has ended, and was traced."""
+        traced = [piece.round for piece in request.pieces if piece.round is not None]
+        drafting = [one for one in traced if one.drafted]
+        self.rounds += len(traced)
+        self.drafting_rounds += len(drafting)
+        self.emitted += sum(one.accepted + (one.next_token is not None) for one in drafting)
+
+    def report(self) -> dict[str, Any]:
+        """JSON-able; `accepted_length` is tokens per round that drafted, None if none did."""
+        length = self.emitted / self.drafting_rounds if self.drafting_rounds else None
+        counts = {name: value for name, value in vars(self).items() if name != "emitted"}
+        return counts | {"accepted_length": length}
+
+
+def make_decoder(
+    config: Config, models: Models, mesh: Mesh, scheduler: Scheduler | None = None, effort: Effort | None = None
+) -> Decode:
+    """Answers by models that are loaded.
+
+    Args:
+      config: resolved; `data` says how answers are sampled.
+      models: the config's target, with or without a drafter.
+      mesh: where they live.
+      scheduler: decides how many drafts are verified; None verifies all.
+      effort: is added to.
+    """
     vocabulary = config.target.architecture.vocab_size
     stops = [one for one in stop_tokens(config.target.path, load_tokenizer(config.target.path)) if one < vocabulary]
-    models = Models(when_loaded(load_target(config.target, mesh)))
 
     def decode(ask: Callable[[], Question | None]) -> Iterator[tuple[Question, list[int]]]:
-        return _Ladder(models, mesh, config.data, stops, ask).answers()
+        return _Ladder(models, mesh, config.data, stops, ask, scheduler, effort).answers()
 
     return decode
 
@@ -58,8 +110,11 @@ class _Ladder:
         data: DataConfig,
         stops: Sequence[int],
         ask: Callable[[], Question | None],
+        scheduler: Scheduler | None,
+        effort: Effort | None,
     ):
         self.models, self.mesh, self.data, self.stops, self.ask = models, mesh, data, stops, ask
+        self.scheduler, self.effort = scheduler, effort
         self.waiting: dict[int, collections.deque[tuple[Question, list[int]]]] = {}
 
     def answers(self) -> Iterator[tuple[Question, list[int]]]:
@@ -99,6 +154,7 @@ class _Ladder:
                 self.models,
                 slots=slots,
                 capacity=capacity,
+                scheduler=self.scheduler,
                 stop_tokens=self.stops,
                 max_queue=2 * slots,
                 prefill_chunk=64 if capacity <= SMALLEST_CAPACITY else CHUNK,
@@ -116,7 +172,12 @@ class _Ladder:
                 for request in [request for request in live if request.done]:
                     question, written = live.pop(request)
                     written = [*written, *request.result().tokens]
+                    if self.effort:
+                        self.effort.add(request)
                     if written[-1] in self.stops or len(written) == question.room:
+                        if self.effort:
+                            self.effort.answers += 1
+                            self.effort.tokens += len(written)
                         yield question, written
                     else:
                         self._put(question, written)
@@ -134,4 +195,5 @@ class _Ladder:
             min_p=data.answers.min_p,
             seed=data.seed,
             random_stream=question.conversation.sample_id,
+            trace=self.effort is not None,
         )

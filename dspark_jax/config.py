@@ -116,8 +116,11 @@ class DataConfig:
     repeats: int = 1
     """Sampled answers per prompt."""
     thinking: str = "off"
-    """Whether the target thinks before it answers, in training data and evaluation: off, on, or given (in conversations
-    whose answers in the file have thoughts)."""
+    """Whether the target thinks before it answers, in training data and evaluation: off, on, given (in conversations
+    whose answers in the file have thoughts), or mixed (for a share of the prompts)."""
+    thinking_share: float = 0.5
+    """Share of the prompts that are asked with thinking where `thinking` is mixed; which ones follows from `seed` and
+    the text of the prompt alone."""
     supervised: str = "both"
     """What is trained of an answer with thoughts: both, thinking or answer."""
     system_prompt: str = ""
@@ -213,6 +216,11 @@ class TrainConfig:
     """Prompts of each set that are decoded for it, at the first of `eval.temperatures`; 0 = all."""
     evaluate_tokens: int = 256
     """Longest answer of them; `eval.max_new_tokens` if that is less."""
+    refresh_every: int = 0
+    """Prepare the answers to a part of the prompts only; every so many steps the drafter that is being trained helps
+    the target to answer the next part, which is then trained on as well. 0: all are answered before training."""
+    refresh_parts: int = 4
+    """Into how many parts the prompts are divided for it, the first one included."""
     wandb_project: str = ""
     """Also log to this project of Weights & Biases (needs the package wandb); empty = do not."""
     init_from: str = ""

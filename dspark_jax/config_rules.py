@@ -21,12 +21,21 @@ def _feature_problems(config: Config) -> Iterator[str]:
     target, data = config.target.architecture, config.data
     if data.features not in ("online", "cache", "torch"):
         yield f"data.features={data.features!r} is unknown; use online, cache or torch"
-    if data.thinking not in ("off", "on", "given"):
-        yield f"data.thinking={data.thinking!r} is unknown; use off, on or given"
+    if data.thinking not in ("off", "on", "given", "mixed"):
+        yield f"data.thinking={data.thinking!r} is unknown; use off, on, given or mixed"
+    if data.thinking == "mixed" and not data.regenerate:
+        yield (
+            "data.thinking='mixed' needs data.regenerate=True: answers of files have thoughts or have none; set "
+            "data.thinking='given'"
+        )
     if data.supervised not in ("both", "thinking", "answer"):
         yield f"data.supervised={data.supervised!r} is unknown; use both, thinking or answer"
-    if data.thinking == "off" and data.supervised == "thinking":
-        yield "data.supervised='thinking' with data.thinking='off' leaves nothing to train; set data.thinking='on'"
+    if data.thinking in ("off", "mixed") and data.supervised == "thinking":
+        of = "" if data.thinking == "off" else " of the prompts that are asked without"
+        yield (
+            f"data.supervised='thinking' with data.thinking={data.thinking!r} leaves nothing to train{of}; set "
+            "data.thinking='on'"
+        )
     if data.feature_dtype not in ("int8", "bfloat16"):
         yield f"data.feature_dtype={data.feature_dtype!r} is unknown; use int8 or bfloat16"
     answers_here = data.regenerate and not data.answers.endpoints
@@ -40,6 +49,24 @@ def _feature_problems(config: Config) -> Iterator[str]:
             )
     if data.features == "torch" and target.num_hidden_layers - 1 in config.drafter.target_layer_ids:
         yield "data.features='torch' cannot tap the last layer, whose output transformers gives normed; use 'cache'"
+
+
+def _refresh_problems(config: Config) -> Iterator[str]:
+    """What does not go with answers that are decoded while a drafter is trained."""
+    train, data = config.train, config.data
+    if not train.refresh_every:
+        return
+    if train.refresh_parts == 1:
+        yield "train.refresh_parts=1 leaves nothing to answer in training; use 2 or more, or train.refresh_every=0"
+    given = {"data.regenerate": data.regenerate, "data.features": data.features}
+    given |= {"data.answers.endpoints": data.answers.endpoints}
+    needed = {"data.regenerate": True, "data.features": "online", "data.answers.endpoints": ()}
+    for field, value in needed.items():
+        if given[field] != value:
+            yield (
+                f"train.refresh_every={train.refresh_every} needs {field}={value!r}, it is {given[field]!r}: the "
+                "target answers in the run itself; change one of them"
+            )
 
 
 def _answer_problems(data: DataConfig) -> Iterator[str]:
@@ -102,6 +129,7 @@ def problems(config: Config) -> Iterator[str]:
             f"train.evaluate_every={train.evaluate_every} is no multiple of train.checkpoint_every="
             f"{train.checkpoint_every}; what is measured is kept as a checkpoint, so change one of them"
         )
+    yield from _refresh_problems(config)
     if data.max_prompt_length >= data.max_length:
         yield (
             f"data.max_prompt_length={data.max_prompt_length} leaves no room for an answer in "

@@ -57,6 +57,18 @@ def data_file(data_set: str, name: str) -> Path:
         return Path(hf_hub_download(data_set, name, repo_type="dataset"))
 
 
+def data_set_commit(data_set: str) -> str:
+    """The newest commit of a data set of the hub, which has to be reached for it.
+
+    Raises:
+      InputError: as `local_directory`.
+    """
+    from huggingface_hub import HfApi
+
+    with _in_one_line(data_set, "data set", "local file"):
+        return HfApi().dataset_info(data_set).sha or ""
+
+
 @contextlib.contextmanager
 def _in_one_line(path: str, what: str, instead: str) -> Iterator[None]:
     """Turns what the hub answers into one line.

@@ -65,6 +65,19 @@ _LEAST_SHARED = 99 << 10
 """By compute capability, after NVIDIA's table of technical specifications; all later ones than 8.0 have the least."""
 
 
+def tpu_kernel_memory() -> int:
+    """Bytes on the chip that a kernel may take on the TPU of the mesh that is set, or of this process: seven eighths of
+    what there is; the rest is left to the compiler."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    kind = jax.local_devices()[0].device_kind if device is None else device.device_kind
+    return _ON_CHIP.get(kind, _LEAST_ON_CHIP) // 8 * 7
+
+
+_ON_CHIP = {"TPU v5 lite": 128 << 20, "TPU v6 lite": 128 << 20, "cpu": 128 << 20}
+_LEAST_ON_CHIP = 64 << 20
+"""By kind, of a core; a CPU interprets kernels and has all the memory they want."""
+
+
 def unoptimised() -> dict[str, int] | None:
     """Compiler options for a program that runs once."""
     return {"xla_backend_optimization_level": 0} if computes_on_cpu() else None

@@ -35,6 +35,7 @@ from dspark_jax.data import overlap, statistics
 from dspark_jax.data.benchmark_prompts import fetch, places
 from dspark_jax.data.chat import load_tokenizer, stop_tokens
 from dspark_jax.data.mask_token import mask_warning
+from dspark_jax.data.parts import count_parts, part_of
 from dspark_jax.data.prompts import Prompt, read_prompts
 from dspark_jax.data.regenerate import (
     Answered,
@@ -47,9 +48,17 @@ from dspark_jax.data.regenerate import (
     conversations,
     regenerate,
 )
-from dspark_jax.data.samples import Tally, answered_samples, describe, describe_unused, given_samples
+from dspark_jax.data.samples import (
+    Tally,
+    answered_samples,
+    describe,
+    describe_thinking,
+    describe_unused,
+    given_samples,
+)
 from dspark_jax.data.servers import ask_servers
 from dspark_jax.data.sources import SampleReader, write_samples
+from dspark_jax.data.thinking import Thinking
 from dspark_jax.errors import UNWRITABLE, is_full_disk
 from dspark_jax.json_file import part, read_ours, write_json
 from dspark_jax.kinds import KINDS
@@ -188,7 +197,8 @@ def _build(run: Run, partial: Path, decode: Decode | None) -> dict[str, Any]:
             tokenised=not data.regenerate,
             reasoning=data.thinking != "off",
         )
-        tally.read(prompts)
+        prompts = part_of(prompts, 0, count_parts(config))
+        tally.read(prompts, Thinking.of(data))
         if data.regenerate:
             answered = _answers(run, tokenizer, prompts, partial, decode, tally)
             samples = answered_samples(tokenizer, answered, data, tally)
@@ -209,7 +219,7 @@ def _answers(
 ) -> list[Answered]:
     """Conversations answered by the target; those that were before a kill are read back."""
     config, data = run.config, run.config.data
-    todo = conversations(prompts, data.repeats, data.system_prompt, data.thinking)
+    todo = conversations(prompts, data.repeats, data.system_prompt, Thinking.of(data))
     turns = sum(len(conversation.questions) for conversation in todo)
     limits = Limits(
         max_prompt_length=data.max_prompt_length,
@@ -238,7 +248,7 @@ def _answers(
             progress.advance(turns, {"answers/s": rate, "failed": failures})
 
         dialogues = Dialogues(tokenizer, stops, limits, progress.advance)
-        found = ask_servers(tokenizer, todo, config, stops, dialogues, answers, reject, advance, progress.print)
+        found = ask_servers(todo, config, dialogues, answers, reject, advance, progress.print)
         tally.counts["answers_as_text"] = answers.texts
         return found
 
@@ -294,6 +304,8 @@ def _summarise(report: dict[str, Any], final: Path) -> None:
         f"data: {report['samples']} samples ({sets}), {report['tokens']} tokens, {report['loss_tokens']} supervised, "
         f"in {final} ({report['seconds']:.0f} s)"
     )
+    if parts := report["inputs"].get("parts"):
+        log(f"data: that is the first of {parts} parts of the prompts; the others are answered while it is trained")
     if report["cut_answers"] or report["shortened"]:
         log(
             f"data: {report['cut_answers']} answers ran into data.max_length; "
@@ -306,7 +318,7 @@ def _summarise(report: dict[str, Any], final: Path) -> None:
     log("\n".join(statistics.table(report)))
     held_out = part(report, "held_out")
     among = f"; among the training prompts are {overlap.describe(held_out)}" if held_out else ""
-    log(f"data: {report['thinking']['share']:.0%} of the samples with thinking{among}")
+    log(f"data: {describe_thinking(report['thinking'])}{among}")
     if report["unused"]:
         log(f"data: {describe_unused(report['unused'])}")
     if report["rejected"]:

@@ -6,6 +6,9 @@ prepares the data if it is missing, trains, and evaluates the last checkpoint. S
 newest checkpoint, with the losses it would have had; SIGTERM makes it write one before it ends. Writes in the working
 directory: `data/`, `checkpoints/`, `metrics.jsonl`, `tensorboard/`, `config.json` and `eval/`.
 
+`--config.train.refresh_every=1000` starts with the answers to a part of the prompts; every so many steps the drafter
+that is being trained helps the target to answer the next part (`refresh/` in the working directory).
+
 `--config.train.evaluate_every=1000` measures accepted length on held-out prompts while it trains (`heldout/...` in
 `metrics.jsonl` and TensorBoard) and keeps the best checkpoint beside the newest ones: `--checkpoint best` of the other
 commands.
@@ -13,6 +16,7 @@ commands.
 
 import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -28,13 +32,16 @@ from dspark_jax.config import Config, InputError, to_json
 from dspark_jax.convert.hf import abstract_drafter as abstract_import
 from dspark_jax.convert.hf import import_drafter, read_drafter_config
 from dspark_jax.data.features import CachedSamples, frozen_file
+from dspark_jax.data.growth import GrowingBatches
 from dspark_jax.data.pipeline import MicroBatches, batches
 from dspark_jax.data.sources import SampleReader
+from dspark_jax.drafter.interface import Drafter
 from dspark_jax.evaluation.held_out import HeldOutPrompts
 from dspark_jax.evaluation.setup import check_prompt_files
 from dspark_jax.metrics import values
 from dspark_jax.prepare import prepare_run
 from dspark_jax.progress import MetricsWriter, Progress, check_wandb, log
+from dspark_jax.refresh import Refresh, check_refresh
 from dspark_jax.run import Run, checkpoint_directory
 from dspark_jax.target.frozen import load_frozen
 from dspark_jax.target.loading import compute_dtype, load_target
@@ -75,6 +82,7 @@ def train(config: Config, workdir: Path) -> None:
     if config.train.evaluate_every:
         check_prompt_files(config.eval.prompts, "eval.prompts")
     check_wandb(config.train.wandb_project)
+    check_refresh(config)
     if not check_continuation(run):
         check_source(config)
     prepare_run(run)
@@ -130,6 +138,9 @@ def fit(run: Run, checkpoints: Checkpoints) -> None:
     held_out = None
     if config.train.evaluate_every:
         held_out = HeldOutPrompts(run, load_target(config.target, mesh) if cached else target)
+    refresh = None
+    if isinstance(data, GrowingBatches):
+        refresh = Refresh(run, target, drafter, data)
     began = time.monotonic()
     return_freed_memory()
     if cached:
@@ -150,12 +161,16 @@ def fit(run: Run, checkpoints: Checkpoints) -> None:
     with Progress("train", steps, done=start) as progress, writing as writer, preemption:
         training_log = TrainingLog(config, checkpoints, progress, writer)
         for step in range(start + 1, steps + 1):
+            while refresh and refresh.due(step):
+                checkpoints.wait()  # from which a run goes on that is killed while the prompts are answered
+                training_log.grow(refresh, step, to_module(drafter, state.params), preemption)
             batch = next(data) if cached else place_batch(next(data), config.train.accumulate, mesh)
             state, metrics = run_step(state, frozen, batch)
             training_log.add(step, metrics)
             leaving = preemption.reached(step)
             # Rows also end at checkpoints: a continued run then starts its first row where this one would.
             at_checkpoint = step % every == 0 or step == steps or leaving
+            at_checkpoint |= refresh is not None and refresh.due(step + 1)
             if step % config.train.log_every == 0 or at_checkpoint:
                 training_log.end_row()
             if at_checkpoint:
@@ -184,17 +199,19 @@ def _state_config(run: Run) -> None:
 def _open_data(run: Run) -> Any:
     """The batches of this process: an iterator with a state, of arrays, or of micro-batches with features from disk."""
     config = run.config
-    samples = open_features(run) if config.data.features != "online" else SampleReader(run.data_folder)
-    data = batches(
-        samples,
+    make = functools.partial(
+        batches,
         batch_size=config.train.batch_size,
         max_length=config.data.max_length,
-        seed=config.train.seed,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         threads=config.data.workers,
         pack=config.data.pack,
     )
+    if config.train.refresh_every:
+        return GrowingBatches(run.workdir, lambda samples, seed: make(samples, seed=seed), config.train.seed)
+    samples = open_features(run) if config.data.features != "online" else SampleReader(run.data_folder)
+    data = make(samples, seed=config.train.seed)
     if isinstance(samples, CachedSamples):
         log(describe_feature_memory(config, run.mesh, samples.lengths))
         return MicroBatches(data, config.train.accumulate, config.data.workers)
@@ -303,7 +320,7 @@ class TrainingLog:
         if sums.not_finite != FINITE:
             self._stop(int(sums.not_finite), of_target=bool(sums.target_not_finite <= sums.not_finite))
 
-    def measure(self, held_out: HeldOutPrompts, step: int, drafter: Any) -> HeldOut | None:
+    def measure(self, held_out: HeldOutPrompts, step: int, drafter: Drafter) -> HeldOut | None:
         """Writes what held-out prompts show of the drafter after step `step`; that takes no time of the rows'."""
         began = time.monotonic()
         row, measured = held_out.measure(drafter)
@@ -314,6 +331,24 @@ class TrainingLog:
         self.progress.print(f"held-out prompts after step {step}: {shown or 'no round of drafting'}")
         self.since += time.monotonic() - began
         return measured
+
+    def grow(self, refresh: Refresh, step: int, drafter: Any, preemption: Preemption) -> None:
+        """Lets the target answer more prompts before step `step`; that takes no time of the rows'.
+
+        Raises:
+          SystemExit: SIGTERM came meanwhile.
+        """
+        began = time.monotonic()
+
+        def check() -> None:
+            if preemption.noted:
+                log("told to stop: the same command continues from the last checkpoint")
+                raise SystemExit(STATUS)
+
+        said, row = refresh.run(step, drafter, check)
+        self.writer.write(step, row)
+        self.progress.print(said)
+        self.since += time.monotonic() - began
 
     def _stop(self, step: int, *, of_target: bool) -> None:
         self.checkpoints.wait()

@@ -53,6 +53,7 @@ ALLOWED = {
     "run": BASE | {"data", "target"},
     "planning": BASE | {"ops", "target", "drafter", "training", "engine", "planning"},
     "answering": BASE | {"data", "target", "engine", "run"},
+    "refresh": BASE | {"data", "target", "drafter", "run", "training", "engine", "evaluation", "answering"},
     "command": BASE,
     "__main__": BASE,
 }

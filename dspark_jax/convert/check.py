@@ -166,14 +166,14 @@ def check_directory(
     others = list(other_target(raw, stated, target.arch))
     problems += others
     unsupported, dialect = unsupported_parts(raw), None
-    try:
-        drafter = None if unsupported or others else _load(directory, raw, stated, mesh, target.dtype)
-    except Unsupported as error:
-        unsupported.append(error.what)
-    except InputError as error:
-        problems.append(str(error))
-    else:
-        if drafter is not None:
+    if not (unsupported or others):
+        try:
+            drafter = _load(directory, raw, stated, mesh, target.dtype)
+        except Unsupported as error:
+            unsupported.append(error.what)
+        except InputError as error:
+            problems.append(str(error))
+        else:
             dialect = find_dialect(drafter, target, stated, answers, masks)
             problems += dialect.findings()
     return Report(stated, tuple(problems), tuple(unsupported), dialect, tuple(verdicts))

@@ -21,6 +21,7 @@ import numpy as np
 from dspark_jax.config import InputError
 from dspark_jax.convert.layouts import Layout
 from dspark_jax.drafter.blocks import block_tokens
+from dspark_jax.drafter.dspark import DSpark
 from dspark_jax.drafter.interface import DrafterModule
 from dspark_jax.ops.sampling import Sampling
 from dspark_jax.target.model import Target
@@ -382,7 +383,7 @@ def _shared(logits: jax.Array, target: Target, hidden: jax.Array, rows: jax.Arra
 
 @functools.partial(jax.jit, static_argnames=("anchor_first",))
 def _block_overlaps(
-    drafter: Any,  # with a backbone: DSpark, DFlash
+    drafter: DSpark,  # or DFlash, which is one without heads
     target: Target,
     features: jax.Array,
     hidden: jax.Array,

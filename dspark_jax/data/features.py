@@ -64,7 +64,6 @@ def write_features(
     *,
     batch_size: int,
     pass_tokens: int = PASS_TOKENS,
-    shard_bytes: int = SHARD_BYTES,
     progress: Callable[[int], None] = lambda count: None,
 ) -> None:
     """Writes the features of all samples, or of those that are missing yet.
@@ -77,7 +76,6 @@ def write_features(
       compute: makes the pass, and puts the frozen matrices beside the shards; only called if something is missing.
       batch_size: samples at a time, at most.
       pass_tokens: tokens at a time, at most, but for a single sample that is longer.
-      shard_bytes: a shard is closed when it is so large; a kill loses at most one.
       progress: called with the numbers of samples done.
 
     Raises:
@@ -98,7 +96,7 @@ def write_features(
         written, size = list[int](), 0
         with _full_disk_in_one_line(temporary):
             writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
-            while done < len(lengths) and size < shard_bytes:
+            while done < len(lengths) and size < SHARD_BYTES:
                 batch, found = next(computed)
                 for sample, coded in zip(batch, found, strict=False):  # after the batch, there may be padding
                     record = encode(sample, coded, identity)

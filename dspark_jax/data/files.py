@@ -27,7 +27,7 @@ from types import ModuleType
 from typing import Any
 
 from dspark_jax.errors import InputError
-from dspark_jax.hub import data_file
+from dspark_jax.hub import data_file, data_set_commit
 
 HUB = "hub:"
 """Begins an entry that names a data set of the hub."""
@@ -277,6 +277,7 @@ class HubSet:
       name: of its subset, or ''.
       column: that holds the question or the conversation, where its name is none that `layouts` knows; or ''.
       file: names of its files, separated by commas, that are read as files are here; or '': `datasets` reads it.
+      streaming: 'true': rows are read while they are downloaded, and no more of them than are asked for.
     """
 
     entry: str
@@ -285,6 +286,7 @@ class HubSet:
     name: str = ""
     column: str = ""
     file: str = ""
+    streaming: str = ""
 
     @classmethod
     def parse(cls, entry: str) -> "HubSet":
@@ -295,12 +297,16 @@ class HubSet:
         """
         path, _, query = entry.removeprefix(HUB).partition("?")
         options = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
-        unknown = sorted(set(options) - {"split", "name", "column", "file"})
+        unknown = sorted(set(options) - {"split", "name", "column", "file", "streaming"})
         if not path or unknown:
             what = f"unknown {', '.join(unknown)}" if unknown else "names no data set"
             raise InputError(f"{entry}: {what}; write hub:OWNER/NAME?split=train&name=SUBSET&column=FIELD")
         if options.get("file") and {"split", "name"} & set(options):
             raise InputError(f"{entry}: a file has neither split nor name; leave out one or the other")
+        if options.get("file") and "streaming" in options:
+            raise InputError(f"{entry}: a file is not streamed; leave out one or the other")
+        if options.get("streaming", "true") != "true":
+            raise InputError(f"{entry}: streaming={options['streaming']}; write streaming=true, or leave it out")
         return cls(entry, path, **options)
 
     def local_files(self) -> list[Path]:
@@ -311,7 +317,8 @@ class HubSet:
         """The data set, downloaded into the cache of `datasets` if it is not there."""
         datasets = _package("datasets", self.entry, "a data set of the hub")
         try:
-            return datasets.load_dataset(self.path, self.name or None, split=self.split)
+            more = {"streaming": True} if self.streaming else {}
+            return datasets.load_dataset(self.path, self.name or None, split=self.split, **more)
         except (ValueError, OSError, LookupError, RuntimeError, datasets.exceptions.DatasetsError) as error:
             if getattr(error, "errno", None) is not None:  # a full disk, say
                 raise
@@ -319,8 +326,11 @@ class HubSet:
             raise InputError(f"{self.entry}: cannot be loaded ({why}); correct it, or give a local file") from None
 
     def digest(self) -> str:
-        """Hash of its content, which is in Arrow files of the cache."""
+        """Hash of its content, which is in Arrow files of the cache; of one that is streamed, of its commit."""
         digest = hashlib.sha256(f"{self.split} {self.name} {self.column}".encode())
+        if self.streaming:
+            digest.update(data_set_commit(self.path).encode())
+            return digest.hexdigest()
         cached = self.local_files() or [Path(file["filename"]) for file in self.load().cache_files]
         for file in cached:
             digest.update(file.read_bytes())
@@ -335,7 +345,7 @@ class HubSet:
                 yield dataclasses.replace(row, number=number, record=record)
             return
         data = self.load()
-        if self.column and self.column not in data.column_names:
+        if self.column and data.column_names and self.column not in data.column_names:  # a stream may not know them
             names = ", ".join(data.column_names)
             raise InputError(f"{self.entry}: it has no column {self.column!r}, but {names}; correct it")
         yield from _table(map(self._renamed, data))

@@ -9,6 +9,7 @@ from typing import Any
 from dspark_jax.config import AnswersConfig, Config, DataConfig, InputError
 from dspark_jax.data.chat import load_tokenizer, stop_tokens
 from dspark_jax.data.files import HUB
+from dspark_jax.data.parts import count_parts
 from dspark_jax.data.prompts import content_hashes, prompt_files
 
 FORMAT = 2
@@ -61,6 +62,8 @@ def read_inputs(config: Config, weights: str | None, tokenizer: str) -> dict[str
         raise InputError(f"data.repeats={data.repeats} needs data.regenerate=True; given answers exist once")
     prompts = content_hashes(data.prompts, "data.prompts")
     later = {name: getattr(data, name) for name in LATER_FIELDS if getattr(data, name) != getattr(DataConfig(), name)}
+    if data.thinking == "mixed":
+        later["thinking_share"] = data.thinking_share
     later |= _answer_fields(data) if data.regenerate else {}
     return {
         "format": _format(config),
@@ -69,6 +72,7 @@ def read_inputs(config: Config, weights: str | None, tokenizer: str) -> dict[str
         "stop_tokens": list(stop_tokens(path, load_tokenizer(path))),
         "prompts": prompts,
         "data": {name: getattr(data, name) for name in FIELDS} | later,
+        **({"parts": count_parts(config)} if count_parts(config) > 1 else {}),
     }
 
 

@@ -14,8 +14,8 @@ Message = Mapping[str, Any]
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Fields of a message in which assistants keep their thoughts."""
 
-THINK_END = "</think>"
-"""After an assistant's thoughts, where they are part of the text of its answer."""
+THINK_BEGIN, THINK_END = "<think>", "</think>"
+"""Before and after an assistant's thoughts, where they are part of the text of its answer."""
 
 ROLES = {
     "human": "user",

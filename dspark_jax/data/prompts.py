@@ -88,8 +88,6 @@ def read_prompts(
     for file in prompt_files(paths):
         name, found, first = set_name(file), 0, None
         for row in rows(file):
-            if limit and found == limit:
-                break
             try:
                 read = _read(row, tokenised, reasoning)
             except ValueError as error:
@@ -102,6 +100,8 @@ def read_prompts(
                 continue
             prompts.append(Prompt(read.messages, name, file, row.number, read.unused, read.tools, read.tokens))
             found += 1
+            if found == limit:  # 0 is none; a row more might have to be downloaded
+                break
         if not found:
             why = f"line {first.line}: {first.reason}" if first else f"the file is empty; write {EXAMPLE} on its lines"
             raise InputError(f"{file}: holds no prompt; {why}")

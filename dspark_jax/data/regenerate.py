@@ -14,6 +14,7 @@ from dspark_jax.data.answer_log import AnswerLog, Rejected
 from dspark_jax.data.chat import PLAIN, ChatError, Options, answer_text, prompt_tokens, with_system
 from dspark_jax.data.messages import has_tools
 from dspark_jax.data.prompts import Message, Prompt
+from dspark_jax.data.thinking import NEVER, Thinking
 from dspark_jax.data.turns import has_control_tokens, renderable
 from dspark_jax.tokenizer import ChatTokenizer
 
@@ -49,7 +50,7 @@ class Answered:
       answer: [length] int32 ids of the newest answer, with its stop token.
       cut: the newest answer ran into the length limit.
       shortened: why later turns are missing, or ''.
-      before: the turn before it, where the target thinks.
+      before: the turn before it.
     """
 
     conversation: Conversation
@@ -69,16 +70,17 @@ class Limits:
     max_new_tokens: int = 0
 
 
-def options_of(prompt: Prompt, thinking: str) -> Options:
-    """Options of the chat template for a prompt; `thinking` is `data.thinking`."""
-    return Options(thinking == "on" or (thinking == "given" and prompt.thinks), prompt.tools)
+def options_of(prompt: Prompt, thinking: Thinking) -> Options:
+    """Options of the chat template for a prompt."""
+    return Options(thinking.asks(prompt), prompt.tools)
 
 
 def conversations(
-    prompts: Sequence[Prompt], repeats: int, system_prompt: str = "", thinking: str = "off"
+    prompts: Sequence[Prompt], repeats: int, system_prompt: str = "", thinking: Thinking = NEVER, start: int = 0
 ) -> list[Conversation]:
-    """`repeats` conversations per prompt, numbered in order. Answers that prompts bring along are left out.
+    """`repeats` conversations per prompt, numbered in order from `start`.
 
+    Answers that prompts bring along are left out.
     A conversation ends before the first result of a tool: the target may have called another one.
     """
     out = []
@@ -89,7 +91,9 @@ def conversations(
         first = next(i for i, message in enumerate(asked) if message["role"] == "user")
         options = options_of(prompt, thinking)
         for _ in range(repeats):
-            out.append(Conversation(len(out), prompt, tuple(asked[:first]), tuple(asked[first:tool]), options, ends))
+            out.append(
+                Conversation(start + len(out), prompt, tuple(asked[:first]), tuple(asked[first:tool]), options, ends)
+            )
     return out
 
 
@@ -157,7 +161,7 @@ class Dialogues:
         if len(answer) == stopped:
             self._end(conversation, Rejected("empty_answer", f"turn {turn + 1}: the target stops at once"), left)
             return False
-        before = self._done.get(conversation.sample_id) if conversation.options.thinking else None
+        before = self._done.get(conversation.sample_id)
         shortened = "" if left else conversation.ends
         self._done[conversation.sample_id] = Answered(
             conversation, question.messages, answer, not stopped, shortened, before
@@ -194,7 +198,7 @@ def regenerate(
     decode: Decode,
     stop_tokens: Sequence[int],
     limits: Limits,
-    log: AnswerLog,
+    log: AnswerLog | None,
     on_rejected: Callable[[Conversation, Rejected], None],
     progress: Callable[[int], None],
 ) -> list[Answered]:
@@ -208,7 +212,7 @@ def regenerate(
       decode: answers questions; not called if there are none.
       stop_tokens: ids that end an answer.
       limits: see there.
-      log: answers that are there already are not decoded again.
+      log: answers that are there already are not decoded again; None keeps no log.
       on_rejected: called with each conversation that is left out, and why, at the end.
       progress: called with a number of user turns that are done, answered or given up.
 
@@ -231,7 +235,7 @@ def regenerate(
             question = dialogues.question(conversation, turn)
             if question is None:
                 continue
-            found = log.get(conversation.sample_id, turn)
+            found = None if log is None else log.get(conversation.sample_id, turn)
             if found is None:
                 return question
             take(question, found)
@@ -241,7 +245,8 @@ def regenerate(
         ready = [first]
         for question, tokens in decode(lambda: ready.pop() if ready else ask()):
             answer = np.asarray(tokens, np.int32)
-            log.put(question.conversation.sample_id, question.turn, answer)
+            if log is not None:
+                log.put(question.conversation.sample_id, question.turn, answer)
             take(question, answer)
     return dialogues.result(todo, on_rejected)
 

@@ -14,6 +14,7 @@ from dspark_jax.data.chat import (
     PLAIN,
     ChatError,
     Options,
+    ReasoningError,
     answer_text,
     answered_tokens,
     encode,
@@ -28,6 +29,7 @@ from dspark_jax.data.prompts import Malformed, Prompt, set_name
 from dspark_jax.data.regenerate import Answered, Rejected, options_of
 from dspark_jax.data.sources import Sample
 from dspark_jax.data.statistics import Histogram
+from dspark_jax.data.thinking import NEVER, Thinking
 from dspark_jax.data.turns import renderable, samples_of_answers, samples_of_turns
 from dspark_jax.tokenizer import ChatTokenizer
 
@@ -60,6 +62,7 @@ class Tally:
       sources: prompts and what was set aside of each prompt set.
       lengths: of what comes before the first supervised token, and of what is supervised.
       thinking: samples whose answers were asked for with thinking.
+      mixed: where a share of the prompts is asked so, that share, the number of them, and of all prompts.
     """
 
     def __init__(self, path: Path):
@@ -71,6 +74,7 @@ class Tally:
         self.sources: dict[str, Counter[str]] = {}
         self.lengths = {"prompt": Histogram(), "answer": Histogram()}
         self.thinking = 0
+        self.mixed: tuple[float, int, int] | None = None
         self._file = path.open("w", encoding="utf-8")
 
     def malformed(self, line: Malformed) -> None:
@@ -85,8 +89,10 @@ class Tally:
         where = {"file": prompt.file, "line": prompt.line, "sample_id": sample_id}
         self._put(error.reason, {**where, "detail": str(error), "messages": messages})
 
-    def read(self, prompts: Iterable[Prompt]) -> None:
-        """Counts prompts, and fields of them that are not used."""
+    def read(self, prompts: Sequence[Prompt], thinking: Thinking = NEVER) -> None:
+        """Counts prompts, those that are asked with thinking, and fields of them that are not used."""
+        if thinking.mode == "mixed":
+            self.mixed = thinking.share, sum(map(thinking.asks, prompts)), len(prompts)
         for prompt in prompts:
             self._source(prompt.prompt_set).update(prompts=1)
             self.unused.update(prompt.unused)
@@ -104,14 +110,17 @@ class Tally:
         totals = sum(self.prompt_sets.values(), Counter())
         sets = {name: dict(counts) for name, counts in self.prompt_sets.items()}
         counts = {"rejected": dict(self.rejected), **self.counts, "unused": dict(self.unused)}
-        share = self.thinking / max(totals["samples"], 1)
+        thinking: dict[str, Any] = {"samples": self.thinking, "share": self.thinking / max(totals["samples"], 1)}
+        if self.mixed:
+            asked, thinks, prompts = self.mixed
+            thinking |= {"asked_share": asked, "prompts": thinks, "prompts_share": thinks / max(prompts, 1)}
         return {
             **totals,
             **counts,
             "prompt_sets": sets,
             "sources": {name: dict(counts) for name, counts in self.sources.items()},
             "lengths": {name: one.report() for name, one in self.lengths.items()},
-            "thinking": {"samples": self.thinking, "share": share},
+            "thinking": thinking,
         }
 
     def _source(self, name: str) -> Counter[str]:
@@ -130,6 +139,17 @@ class Tally:
 def describe(rejected: dict[str, int]) -> str:
     """Counts by reason in words, e.g. "2 malformed line, 1 empty answer"."""
     return ", ".join(f"{count} {REASONS[reason]}" for reason, count in rejected.items()) or "none"
+
+
+def describe_thinking(thinking: Mapping[str, Any]) -> str:
+    """The share of samples with thinking in words, as `Tally.report` states it."""
+    words = f"{thinking['share']:.0%} of the samples with thinking"
+    if "asked_share" in thinking:
+        words += (
+            f" ({thinking['prompts']} prompts, {thinking['prompts_share']:.1%}; "
+            f"data.thinking_share={thinking['asked_share']:g})"
+        )
+    return words
 
 
 def describe_unused(unused: Mapping[str, int]) -> str:
@@ -157,19 +177,33 @@ def answered_samples(
 
 def _answered_tokens(tokenizer: ChatTokenizer, item: Answered, config: DataConfig, tally: Tally) -> list[Tokens]:
     options, answer = item.conversation.options, item.answer.tolist()
-    if options.thinking:
+
+    def by_turn() -> list[Tokens]:
         turns, one = [], item
         while one is not None:
             turns.append((one.messages, one.answer.tolist()))
             one = one.before
-        found = samples_of_answers(tokenizer, turns[::-1], options, config.supervised)
+        return samples_of_answers(tokenizer, turns[::-1], options, config.supervised)
+
+    if options.thinking:
+        found = by_turn()
     else:
-        found = [answered_tokens(tokenizer, item.messages, answer, options)]
+        found = _whole(lambda: answered_tokens(tokenizer, item.messages, answer, options), by_turn)
     if not item.cut:
         full = [*item.messages, {"role": "assistant", "content": answer_text(tokenizer, answer)}]
         again = encode(tokenizer, render(tokenizer, full, options=options))["input_ids"]
         tally.counts["split_differently"] += int(again != found[-1][0])
     return found
+
+
+def _whole(together: Callable[[], Tokens], by_turn: Callable[[], list[Tokens]]) -> list[Tokens]:
+    """A conversation without thoughts in one sample; by turns if its template shows earlier turns in another way."""
+    try:
+        return [together()]
+    except ReasoningError:
+        raise
+    except ChatError:
+        return by_turn()
 
 
 def given_samples(
@@ -197,14 +231,15 @@ def _given_tokens(tokenizer: ChatTokenizer, prompt: Prompt, config: DataConfig, 
             )
         found = [(ids, mask)]
     else:
-        options = options_of(prompt, config.thinking)
+        options = options_of(prompt, Thinking.of(config))
         given = with_system(prompt.messages, config.system_prompt)
         messages = _trainable(tokenizer, given, prompt, options, config)
         tally.counts["shortened"] += int(len(messages) < len(given))
+        by_turn = functools.partial(samples_of_turns, tokenizer, messages, options, config.supervised)
         if options != PLAIN or has_tools(messages):
-            found = samples_of_turns(tokenizer, messages, options, config.supervised)
+            found = by_turn()
         else:
-            found = [tokens_and_mask(tokenizer, messages)]
+            found = _whole(lambda: tokens_and_mask(tokenizer, messages), by_turn)
             tally.counts["thoughts_cut"] += int(thoughts_cut(tokenizer, messages))
     tally.counts["cut_answers"] += sum(len(ids) > config.max_length for ids, _ in found)
     return found
@@ -262,7 +297,7 @@ def _samples(
                 continue
             arrays = np.asarray(ids[: config.max_length], np.int32), np.asarray(mask, np.uint8)
             made.append(Sample(*arrays, prompt_set=prompt.prompt_set, sample_id=sample_id + len(made)))
-            tally.add(made[-1], thinking=options_of(prompt, config.thinking).thinking)
+            tally.add(made[-1], thinking=Thinking.of(config).asks(prompt))
     except ChatError as error:
         tally.reject(sample_id, prompt, Rejected(error.reason, str(error)))
     except Rejected as error:

@@ -236,10 +236,8 @@ class Reader:
 
 
 def ask_servers(
-    tokenizer: ChatTokenizer,
     todo: Sequence[Conversation],
     config: Config,
-    stop_tokens: Sequence[int],
     dialogues: Dialogues,
     log: AnswerLog,
     on_rejected: Callable[[Conversation, Rejected], None],
@@ -249,11 +247,9 @@ def ask_servers(
     """Answers all turns of all conversations by the servers of `config.data.answers`.
 
     Args:
-      tokenizer: of the target.
       todo: conversations.
       config: who is asked, and how.
-      stop_tokens: ids that end an answer.
-      dialogues: of these conversations.
+      dialogues: of these conversations, with the target's tokenizer and the ids that end an answer.
       log: answers that are there already are not asked for again.
       on_rejected: called with each conversation that is left out, and why, at the end.
       progress: called with a number of turns that are done, and the number of failures so far.
@@ -265,8 +261,8 @@ def ask_servers(
     Raises:
       InputError: a server cannot be used, or does not answer; what there is stays in the log.
     """
-    endpoints = [Endpoint(url, config.data, stop_tokens) for url in config.data.answers.endpoints]
-    reader = Reader(tokenizer, stop_tokens, config, say)
+    endpoints = [Endpoint(url, config.data, dialogues.stop_tokens) for url in config.data.answers.endpoints]
+    reader = Reader(dialogues.tokenizer, dialogues.stop_tokens, config, say)
 
     async def run() -> None:
         asyncio.get_running_loop().set_exception_handler(_unhandled)

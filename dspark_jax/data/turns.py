@@ -20,16 +20,19 @@ from dspark_jax.data.chat import (
     Options,
     ReasoningError,
     after_stop,
-    answer_text,
     masked_tokens,
     prompt_tokens,
     render,
 )
-from dspark_jax.data.messages import THINK_END, Message, has_thoughts
+from dspark_jax.data.messages import THINK_BEGIN, THINK_END, Message, has_thoughts
 from dspark_jax.tokenizer import ChatTokenizer
 
 SUPERVISED = ("both", "thinking", "answer")
 """Which of an assistant's tokens are trained: all that it wrote, only its thoughts, or only what comes after them."""
+
+
+_THOUGHTS = PROBE.replace("answer", "thoughts")
+"""Replaces thoughts, as `PROBE` does an answer."""
 
 
 class ToolsError(ChatError):
@@ -114,7 +117,9 @@ def samples_of_answers(
     for messages, answer in answered:
         prompt = prompt_tokens(tokenizer, messages, options)
         tail = after_stop(tokenizer, messages, answer, options)
-        thoughts = _thoughts_length(tokenizer, prompt, answer) if supervised != "both" else 0
+        thoughts = 0
+        if supervised != "both" and options.thinking:
+            thoughts = _thoughts_length(tokenizer, prompt, answer, *_thought_marks(tokenizer, messages, options))
         on = [int(supervised == "both" or (i < thoughts) == (supervised == "thinking")) for i in range(len(answer))]
         on += [int(supervised != "thinking")] * len(tail)
         ids, mask = [*prompt, *answer, *tail], [*([0] * len(prompt)), *on]
@@ -126,18 +131,39 @@ def samples_of_answers(
     return found
 
 
-def _thoughts_length(tokenizer: ChatTokenizer, prompt: Sequence[int], answer: Sequence[int]) -> int:
-    """Number of ids of an answer that are its thoughts, with the mark that ends them; 0 if it has none."""
-    if has_control_tokens(tokenizer, answer):
-        raise ReasoningError("thoughts that end in a control token cannot be told from the answer; train both")
-    if THINK_END not in answer_text(tokenizer, answer):
+def _thought_marks(tokenizer: ChatTokenizer, messages: Sequence[Message], options: Options) -> tuple[str, str]:
+    """What stands before the thoughts of an answer to `messages`, and between them and the answer.
+
+    As the template writes it, without white space at its ends; of a template that shows no thoughts, the usual.
+    """
+    prompt = render(tokenizer, messages, generation_prompt=True, options=options)
+    answer: Message = {"role": "assistant", "content": PROBE, "reasoning_content": _THOUGHTS}
+    before, found, rest = render(tokenizer, [*messages, answer], options=options).partition(_THOUGHTS)
+    between, also_found, _ = rest.partition(PROBE)
+    if not (found and also_found and between.strip() and before.startswith(prompt)):
+        return THINK_BEGIN, THINK_END
+    return before[len(prompt) :].strip() or THINK_BEGIN, between.strip()
+
+
+def _thoughts_length(
+    tokenizer: ChatTokenizer, prompt: Sequence[int], answer: Sequence[int], begin: str, end: str
+) -> int:
+    """Number of ids of an answer that are its thoughts, with the mark `end` after them; 0 if it has none."""
+
+    def text(ids: Sequence[int]) -> str:
+        return tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    if end not in text(answer):
         # An answer that was cut while the target thought, or that it gave without thinking.
-        return len(answer) if "<think>" in answer_text(tokenizer, [*prompt[-8:], *answer]) else 0
+        if begin not in text([*prompt[-8:], *answer]):
+            return 0
+        if has_control_tokens(tokenizer, answer):
+            raise ReasoningError("its thoughts, which end in another way, cannot be told from its answer; train both")
+        return len(answer)
     fewest, most = 1, len(answer)
     while fewest < most:  # the shortest beginning that has the mark
         middle = (fewest + most) // 2
-        has = THINK_END in answer_text(tokenizer, answer[:middle])
-        fewest, most = (fewest, middle) if has else (middle + 1, most)
+        fewest, most = (fewest, middle) if end in text(answer[:middle]) else (middle + 1, most)
     return fewest
 
 

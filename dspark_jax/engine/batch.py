@@ -27,43 +27,48 @@ class _Launch:
     outcome: Committed
 
 
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What is allocated and compiled for.
+
+    Attributes:
+      slots: B.
+      capacity: most tokens of a request.
+      width: tokens of a prompt chunk.
+      chunks: most chunks between two rounds.
+      stops: stop tokens per request.
+      verify_sizes: see `serving.Engine`.
+    """
+
+    slots: int
+    capacity: int
+    width: int
+    chunks: int
+    stops: int
+    verify_sizes: Sequence[int] | None = None
+
+
 class Batch:
     """Requests in slots."""
 
-    def __init__(
-        self,
-        models: Models,
-        scheduler: Scheduler,
-        metrics: EngineMetrics,
-        *,
-        slots: int,
-        capacity: int,
-        width: int,
-        chunks: int,
-        stops: int,
-        verify_sizes: Sequence[int] | None = None,
-    ):
+    def __init__(self, models: Models, scheduler: Scheduler, metrics: EngineMetrics, sizes: Sizes):
         """Empty slots.
 
         Args:
           models: target and drafter.
           scheduler: decides how many drafts are verified.
           metrics: what is launched and committed is counted there.
-          slots: B.
-          capacity: most tokens of a request.
-          width: tokens of a prompt chunk.
-          chunks: most chunks between two rounds.
-          stops: stop tokens per request.
-          verify_sizes: see `serving.Engine`.
+          sizes: of what is allocated.
         """
-        self.scheduler, self.metrics, self.stops = scheduler, metrics, stops
-        self.width, self.chunks = width, chunks
+        slots, width = sizes.slots, sizes.width
+        self.scheduler, self.metrics, self.stops = scheduler, metrics, sizes.stops
+        self.width, self.chunks = width, sizes.chunks
         self.pending: collections.deque[_Launch] = collections.deque()
         # Room for the last round, which begins below the limit, and for the padding of the last chunk.
-        rows = max(capacity + models.block_size, -(-capacity // width) * width)
-        self.sizes = verified_sizes(verify_sizes, scheduler, slots, models.rows, slots_may_be_empty=True)
+        rows = max(sizes.capacity + models.block_size, -(-sizes.capacity // width) * width)
+        self.sizes = verified_sizes(sizes.verify_sizes, scheduler, slots, models.rows, slots_may_be_empty=True)
         self._models = models.for_decoding(batch_size=slots)
-        self._device = open_slots(self._models, scheduler, count=slots, rows=rows, stops=stops)
+        self._device = open_slots(self._models, scheduler, count=slots, rows=rows, stops=sizes.stops)
         self._requests: list[Request | None] = [None] * slots
         self._read = [0] * slots  # prompt tokens of each slot's request that have been launched
         self._filling: collections.deque[int] = collections.deque()  # slots with unread prompts, first come first

@@ -25,7 +25,7 @@ from dspark_jax.config import InputError
 from dspark_jax.engine import schedulers
 from dspark_jax.engine.admission import check_engine, check_fits, prompt_ids, request_settings
 from dspark_jax.engine.arguments import boolean, check_models, seconds
-from dspark_jax.engine.batch import Batch
+from dspark_jax.engine.batch import Batch, Sizes
 from dspark_jax.engine.models import Models
 from dspark_jax.engine.request import EngineMetrics, Request, TextStream
 from dspark_jax.engine.schedulers import Scheduler, check_scheduler
@@ -107,17 +107,9 @@ class Engine:
         self.arch = models.arch
         self.metrics = EngineMetrics()
         self._mesh = _current_mesh()
-        self._batch = Batch(
-            models,
-            self.scheduler,
-            self.metrics,
-            slots=slots,
-            capacity=capacity,
-            width=prefill_chunk,
-            chunks=max(slots // 8, 1) if prefill_chunks is None else prefill_chunks,
-            stops=max_stop_tokens,
-            verify_sizes=verify_sizes,
-        )
+        chunks = max(slots // 8, 1) if prefill_chunks is None else prefill_chunks
+        allocated = Sizes(slots, capacity, prefill_chunk, chunks, max_stop_tokens, verify_sizes)
+        self._batch = Batch(models, self.scheduler, self.metrics, allocated)
 
         self._lock = threading.Lock()  # guards what several threads change: queue, metrics, closing, failure
         self._changed = threading.Condition(self._lock)

@@ -58,6 +58,11 @@ def make_plan(config: Config, studies: str) -> Plan:
         raise InputError(
             f"drafter.kind={config.drafter.kind!r}: state a dspark drafter, the others are derived from it"
         )
+    if config.train.refresh_every:
+        raise InputError(
+            f"train.refresh_every={config.train.refresh_every}: drafters that answer prompts themselves are trained on "
+            "different answers; set train.refresh_every=0 to compare them"
+        )
     wanted = config.compare
     runs: dict[str, Config] = {}
     points: list[Point] = []

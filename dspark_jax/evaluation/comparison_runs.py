@@ -12,6 +12,7 @@ from typing import Any
 
 from dspark_jax.config import Config, InputError, from_json, to_json
 from dspark_jax.data.prompts import content_hashes, read_prompts
+from dspark_jax.data.thinking import Thinking
 from dspark_jax.evaluation.setup import check_prompt_files
 from dspark_jax.json_file import part, read_ours, write_json
 from dspark_jax.run import Run, checkpoint_directory
@@ -135,7 +136,8 @@ def _rounds_depend_on(config: Config) -> list[Any]:
     """Settings that change the rounds of a trained drafter; the content of the prompts is compared separately."""
     asked, data = config.eval, config.data
     prompts = [Path(file).stem for file in asked.prompts]
-    prompted = [data.system_prompt, data.max_prompt_length, *([data.thinking] if data.thinking != "off" else [])]
+    thinking = Thinking.of(data).settings() if data.thinking != "off" else []
+    prompted = [data.system_prompt, data.max_prompt_length, *thinking]
     return [prompts, *prompted, asked.limit, asked.batch_size, asked.max_new_tokens, asked.temperatures[0], asked.seed]
 
 

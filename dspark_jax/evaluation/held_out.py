@@ -5,13 +5,13 @@ import dataclasses
 import math
 import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from dspark_jax.benchmarks import by_domain
 from dspark_jax.data.prompts import content_hashes
 from dspark_jax.data.samples import Tally
+from dspark_jax.data.thinking import Thinking
 from dspark_jax.drafter.interface import Drafter
 from dspark_jax.drafter.none import NO_DRAFTER
 from dspark_jax.engine.models import Models
@@ -20,6 +20,7 @@ from dspark_jax.evaluation.decoding import answer
 from dspark_jax.evaluation.setup import open_decoder, read_questions, tell_left_out
 from dspark_jax.evaluation.summary import Measured
 from dspark_jax.run import Run
+from dspark_jax.target.model import Target
 from dspark_jax.training.best import HeldOut
 from dspark_jax.training.integrity import digest
 
@@ -33,7 +34,7 @@ class HeldOutPrompts:
     Nothing of the run changes by it: random numbers are those of the prompts, and the target is the run's own.
     """
 
-    def __init__(self, run: Run, target: Any):
+    def __init__(self, run: Run, target: Target):
         """Reads the prompts.
 
         Args:
@@ -58,25 +59,28 @@ class HeldOutPrompts:
         self.temperature = settings.temperatures[0]
         data = config.data
         how = [self.temperature, settings.limit, settings.max_new_tokens, settings.seed]
-        how += [data.system_prompt, data.thinking, data.max_prompt_length]
+        how += [data.system_prompt, *Thinking.of(data).settings(), data.max_prompt_length]
         self.about = digest([content_hashes(settings.prompts, "eval.prompts"), how])
 
     def measure(self, drafter: Drafter) -> tuple[dict[str, float], HeldOut | None]:
         """Decodes the prompts with a drafter, under `jax.set_mesh`.
 
         Returns:
-          A row of `metrics.jsonl`: tau, tau by prompt set and by domain of the paper's benchmarks, and the acceptance
-          of draft k given that all before it were accepted; what was not observed is left out. And what is noted in
-          the checkpoint, if there is a tau.
+          A row of `metrics.jsonl`: tau, tau by prompt set, by domain of the paper's benchmarks and with and without
+          thinking, where prompts are asked in both ways, and the acceptance of draft k given that all before it were
+          accepted; what was not observed is left out. And what is noted in the checkpoint, if there is a tau.
         """
         decoder = dataclasses.replace(self.decoder, models=Models(self.decoder.models.target, drafter))
         requests, result = answer(decoder, self.asked, self.first, self.temperature)
         counts = count_rounds(result).grouped(requests.owners, len(self.asked))
-        sets = Measured(self.temperature, self.asked, requests, result, counts, None, None).acceptance(0, 0)
+        measured = Measured(self.temperature, self.asked, requests, result, counts, None, None)
+        sets = measured.acceptance(0, 0)
         tau, _ = macro_average(list(sets.values()))
         row = {"tau": tau} | {f"tau/{name}": one.tau for name, one in sets.items()}
         together = estimate(counts, 0, np.random.default_rng(0))
         row |= {f"domain/{name}": macro_average(members)[0] for name, members in by_domain(sets).items()}
+        ways = measured.by_way(0, 0).items()
+        row |= {f"tau/{name.replace(' ', '_')}": macro_average(members)[0] for name, members in ways}
         row |= {f"conditional@{k}": float(rate) for k, rate in enumerate(together.conditional, start=1)}
         row = {PREFIX + name: value for name, value in row.items() if math.isfinite(value)}
         return row, HeldOut(tau, self.about) if math.isfinite(tau) else None

@@ -71,8 +71,8 @@ def _at_temperature(metrics: Mapping[str, Any], one: Mapping[str, Any]) -> dict[
     sets = one["prompt_sets"]
     tau = [[name, *_tau_cells(row), number(row["mean_answer_tokens"], ".1f")] for name, row in sets.items()]
     tau += [
-        [name, "", number(row["tau"], ".3f"), number_range(row["tau_ci95"], ".3f"), "", ""]
-        for name, row in one.get("domains", {}).items()
+        [name, row.get("prompts", ""), number(row["tau"], ".3f"), number_range(row["tau_ci95"], ".3f"), "", ""]
+        for name, row in {**one.get("domains", {}), **one.get("ways", {})}.items()
     ]
     rates = {
         key: [[name, *(number(value, ".2f") for value in row[key])] for name, row in sets.items()]

@@ -11,6 +11,7 @@ from dspark_jax.data.chat import load_tokenizer, stop_tokens
 from dspark_jax.data.prompts import prompt_files, read_prompts, set_name
 from dspark_jax.data.regenerate import Conversation, Rejected, conversations
 from dspark_jax.data.samples import Tally, describe, describe_unused
+from dspark_jax.data.thinking import Thinking
 from dspark_jax.drafter.interface import DrafterModule
 from dspark_jax.drafter.none import NoDrafter
 from dspark_jax.engine.models import Models, when_loaded
@@ -126,7 +127,7 @@ def read_questions(
     def reject(conversation: Conversation, error: Rejected) -> None:
         tally.reject(conversation.sample_id, conversation.prompt, error)
 
-    todo = conversations(prompts, 1, config.data.system_prompt, config.data.thinking)
+    todo = conversations(prompts, 1, config.data.system_prompt, Thinking.of(config.data))
     asked, first = first_requests(decoder, todo, config.data.max_prompt_length, reject)
     left = {one.prompt.file for one in asked}
     for file in prompt_files(files):

@@ -60,13 +60,24 @@ class Measured:
         names = [one.prompt.prompt_set for one in self.conversations]
         return {name: np.flatnonzero([other == name for other in names]) for name in dict.fromkeys(names)}
 
-    def acceptance(self, resamples: int, seed: int) -> dict[str, Acceptance]:
-        """Acceptance by prompt set; the resamples are the same at every call."""
+    def acceptance(self, resamples: int, seed: int, chosen: np.ndarray | None = None) -> dict[str, Acceptance]:
+        """Acceptance by prompt set, of all or of the `chosen` [N] bool; the resamples are the same at every call."""
         sets = {}
         for number, (name, members) in enumerate(self.members().items()):
+            members = members if chosen is None else members[chosen[members]]
             fields = {f.name: getattr(self.counts, f.name)[members] for f in dataclasses.fields(self.counts)}
             sets[name] = estimate(Counts(**fields), resamples, np.random.default_rng([seed, number]))
         return sets
+
+    def ways(self) -> dict[str, np.ndarray]:
+        """[N] bool: which conversations were asked with thinking, and which without; empty where all were alike."""
+        thinks = np.asarray([one.options.thinking for one in self.conversations])
+        return {"with thinking": thinks, "without thinking": ~thinks} if 0 < thinks.sum() < len(thinks) else {}
+
+    def by_way(self, resamples: int, seed: int) -> dict[str, list[Acceptance]]:
+        """Acceptance of the prompt sets in each of these ways."""
+        ways = self.ways().items()
+        return {name: list(self.acceptance(resamples, seed, chosen).values()) for name, chosen in ways}
 
     def calibration(self) -> list[PositionCalibration] | None:
         """Scores of the confidence head as it is over all rounds, or None where confidences were not traced."""
@@ -80,11 +91,14 @@ def metrics_at(measured: Measured, resamples: int, seed: int) -> dict[str, Any]:
     """The metrics of one temperature; NaN where something is not defined.
 
     Keys: temperature, prompts, prompt_sets, domains (means over the paper's benchmarks of each, where there are some),
+    ways (means over the prompt sets of the prompts asked with thinking, and without, where there are both),
     tau (mean over the prompt sets), tau_ci95, rounds, tokens, and those of `speed_metrics` and `calibration_metrics`.
     """
     sets = measured.acceptance(resamples, seed)
     tau, bounds = macro_average(list(sets.values()))
     domains = {name: macro_average(members) for name, members in by_domain(sets).items()}
+    asked = {name: int(chosen.sum()) for name, chosen in measured.ways().items()}
+    ways = {name: macro_average(members) for name, members in measured.by_way(resamples, seed).items()}
     owners = measured.requests.owners
     lengths = np.asarray([len(ids) for ids in measured.result.tokens])
     described = {}
@@ -109,6 +123,7 @@ def metrics_at(measured: Measured, resamples: int, seed: int) -> dict[str, Any]:
         "prompts": len(measured.conversations),
         "prompt_sets": described,
         "domains": {name: {"tau": one, "tau_ci95": of_it} for name, (one, of_it) in domains.items()},
+        "ways": {name: {"tau": one, "tau_ci95": of_it, "prompts": asked[name]} for name, (one, of_it) in ways.items()},
         "tau": tau,
         "tau_ci95": bounds,
         "rounds": sum(one.rounds for one in sets.values()),
@@ -239,7 +254,8 @@ def overview(metrics: Mapping[str, Any], report: Path) -> str:
 def tau_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Rows of a table of accepted lengths: (key of a group in the metrics, name in it); the last one has no group."""
     sets = [("prompt_sets", name) for name in metrics["prompt_sets"]]
-    return [*sets, *(("domains", name) for name in metrics.get("domains", {})), ("", "macro average")]
+    groups = [(group, name) for group in ("domains", "ways") for name in metrics.get(group, {})]
+    return [*sets, *groups, ("", "macro average")]
 
 
 def paper_cell(metrics: Mapping[str, Any], group: str, name: str) -> float | None:
@@ -274,7 +290,7 @@ def table(metrics: Mapping[str, Any]) -> str:
 
 
 def _temperature_lines(one: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[str]:
-    width = max(13, *(len(name) for name in one["prompt_sets"]))
+    width = max(13, *(len(name) for name in (*one["prompt_sets"], *one.get("ways", {}))))
     lines = [
         f"{metrics['name']}: temperature {one['temperature']}, up to {metrics['max_new_tokens']} new tokens",
         f"{'prompt set':{width}}  prompts    tau  95 % interval   rounds  tokens/answer  "
@@ -286,8 +302,9 @@ def _temperature_lines(one: Mapping[str, Any], metrics: Mapping[str, Any]) -> li
             f"{name:{width}}  {row['prompts']:7d}  {_number(row['tau'], '.3f', 5)}  {_interval(row['tau_ci95'])}  "
             f"{row['rounds']:7d}  {_number(row['mean_answer_tokens'], '.1f', 13)}  {rates}"
         )
-    for name, row in one.get("domains", {}).items():
-        lines.append(f"{name:{width}}  {'':7}  {_number(row['tau'], '.3f', 5)}  {_interval(row['tau_ci95'])}")
+    for name, row in {**one.get("domains", {}), **one.get("ways", {})}.items():
+        prompts = row.get("prompts", "")
+        lines.append(f"{name:{width}}  {prompts:>7}  {_number(row['tau'], '.3f', 5)}  {_interval(row['tau_ci95'])}")
     lines.append(
         f"{'macro average':{width}}  {one['prompts']:7d}  {_number(one['tau'], '.3f', 5)}  "
         f"{_interval(one['tau_ci95'])}  {one['rounds']:7d}"

@@ -178,14 +178,11 @@ def summarise(served: Sequence[Served], rate: float) -> TrafficPoint:
 def traffic_curves(
     contenders: Mapping[str, tuple[Models, Scheduler | None]],
     make_engine: Callable[[Models, Scheduler | None], Engine],
-    prompts: Sequence[Sequence[int]],
-    sets: Sequence[str],
+    arrivals: Callable[[float], Sequence[Arrival]],
     rates: Sequence[float],
     *,
-    count: int,
     max_new_tokens: int,
     temperature: float,
-    seed: int,
     advance: Callable[[int], None] = lambda _: None,
 ) -> dict[str, list[TrafficPoint]]:
     """Every contender at every rate, each with a fresh engine that has compiled everything before the clock starts.
@@ -193,24 +190,20 @@ def traffic_curves(
     Args:
       contenders: (models, scheduler or None) by name.
       make_engine: (models, scheduler) -> an engine that is not started.
-      prompts: token ids.
-      sets: prompt set of each prompt.
+      arrivals: requests per second -> the requests, see `poisson_arrivals`.
       rates: requests per second.
-      count: requests at every rate.
       max_new_tokens: budget of each.
       temperature: of each.
-      seed: of the traffic.
       advance: called with the number of requests that have been submitted.
     """
     curves: dict[str, list[TrafficPoint]] = {name: [] for name in contenders}
     for name, (models, scheduler) in contenders.items():
         for rate in rates:
-            arrivals = poisson_arrivals(prompts, sets, rate, count, seed)
             engine = make_engine(models, scheduler)
             engine.warm_up(greedy=True, sampled=temperature > 0)
             with engine:
                 served = drive(
-                    engine, arrivals, max_new_tokens=max_new_tokens, temperature=temperature, advance=advance
+                    engine, arrivals(rate), max_new_tokens=max_new_tokens, temperature=temperature, advance=advance
                 )
             curves[name].append(summarise(served, rate))
     return curves
@@ -287,17 +280,17 @@ def measure_traffic(
             max_queue=max(count, 1),
         )
 
+    def arrivals(rate: float) -> list[Arrival]:
+        return poisson_arrivals(prompts, sets, rate, count, decoder.seed)
+
     with Progress("traffic", len(contenders) * len(rates) * count, unit="request") as progress:
         return traffic_curves(
             contenders,
             make_engine,
-            prompts,
-            sets,
+            arrivals,
             rates,
-            count=count,
             max_new_tokens=decoder.max_new_tokens,
             temperature=temperature,
-            seed=decoder.seed,
             advance=progress.advance,
         )
 

@@ -46,6 +46,8 @@ def call(
     flops: float = 0,
     exponentials: int = 0,
     moved: int | None = None,
+    memory: int | None = None,
+    in_place: int | None = None,
 ) -> Any:
     """`pallas_call` with the Mosaic backend; interpreted where the program is not for a TPU.
 
@@ -62,11 +64,16 @@ def call(
       flops: what the compiler and `plan` are told of the products.
       exponentials: and of the rest.
       moved: bytes that they are told are read and written; None: inputs and outputs once.
+      memory: bytes on the chip that the kernel may take; None: what the compiler gives every kernel.
+      in_place: number of the input whose memory the first output takes, where nobody needs it any more.
     """
     once = sum(x.size * x.dtype.itemsize for x in (*inputs, *jax.tree.leaves(out_shape)))
     told = pl.CostEstimate(
         flops=int(flops), transcendentals=exponentials, bytes_accessed=once if moved is None else moved
     )
+    compiled = platform.current() == "tpu"
+    # The interpreter of JAX 0.10.2 cannot do it where blocks do not divide the array.
+    aliases = {len(tables) + in_place: 0} if compiled and in_place is not None else {}
     order: list[Any] = ["parallel"] * parallel + ["arbitrary"] * (len(grid) - parallel)
     return pl.pallas_call(
         kernel,
@@ -78,9 +85,10 @@ def call(
             scratch_shapes=list(scratch),
         ),
         out_shape=out_shape,
-        compiler_params=pltpu.CompilerParams(dimension_semantics=order),
+        input_output_aliases=aliases,
+        compiler_params=pltpu.CompilerParams(dimension_semantics=order, vmem_limit_bytes=memory),
         cost_estimate=told,
-        interpret=False if platform.current() == "tpu" else INTERPRETER,
+        interpret=False if compiled else INTERPRETER,
     )(*tables, *inputs)
 
 

@@ -53,7 +53,8 @@ def check_about(where: Path, about: dict[str, Any], present: dict[str, Any], pat
     if before and now and before != now and not imported:
         raise InputError(
             f"{where}: trained on data with the fingerprint {before[:12]}, the config's has {now[:12]}; resume "
-            "with the old data.*, prompts and tokenizer (see data/report.json), or use another --workdir"
+            "with the old data.*, train.refresh_*, prompts and tokenizer (see data/report.json), or use another "
+            "--workdir"
         )
 
 

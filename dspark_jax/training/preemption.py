@@ -27,6 +27,11 @@ class Preemption:
             return multihost_utils.reached_preemption_sync_point(step)
         return self._noted
 
+    @property
+    def noted(self) -> bool:
+        """Whether this process got the notice; where several train, they agree on a step by `reached`."""
+        return self._noted
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._noted = True
         signal.signal(number, self._before)

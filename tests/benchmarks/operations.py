@@ -20,6 +20,9 @@ from dspark_jax.ops.markov_sample.api import OPERATION as MARKOV_SAMPLE
 from dspark_jax.ops.sampling import Sampling
 from dspark_jax.ops.speculative_verify import speculative_verify
 from dspark_jax.ops.speculative_verify.api import OPERATION as SPECULATIVE_VERIFY
+from dspark_jax.ops.vocab_loss import vocab_loss
+from dspark_jax.ops.vocab_loss.api import OPERATION as VOCAB_LOSS
+from dspark_jax.training.losses import vocab_terms
 
 HEADS, KEY_HEADS, WIDTH = 32, 8, 128
 
@@ -42,6 +45,7 @@ def operations(rates: Any, row: Callable[..., Any], best: Callable[..., float], 
         *_cached_attention(rates, row, best, quick),
         *_markov_sample(rates, row, best, quick),
         *_speculative_verify(rates, row, best, quick),
+        *_vocab_loss(rates, row, best, quick),
     ]
 
 
@@ -125,7 +129,7 @@ def _markov_sample(rates: Any, row: Any, best: Any, quick: bool) -> list[Any]:
     """Milliseconds of a whole block; the floor reads W2 for every draft and reads and writes the logits."""
     found = []
     for batch, size in ((2, 3),) if quick else ((1, 7), (32, 7), (128, 7), (128, 16)):
-        v, rank = (1000, 128) if quick else (151936, 256)
+        v, rank = (1024, 128) if quick else (151936, 256)
         base, w1, w2 = _logits(0, size, batch, v), normal(1, v, rank), normal(2, v, rank)
         anchors = jnp.arange(batch, dtype=jnp.int32)
         floor = rates.floor(size * w2.nbytes + 2 * base.nbytes)
@@ -147,7 +151,7 @@ def _speculative_verify(rates: Any, row: Any, best: Any, quick: bool) -> list[An
     """The floor reads every row of both logits once; greedy, the target's alone."""
     found = []
     for batch, size in ((2, 3),) if quick else ((1, 7), (32, 7), (128, 7)):
-        v = 1000 if quick else 151936
+        v = 1024 if quick else 151936
         draft = _logits(0, size, batch, v)
         target = _logits(1, batch * (size + 1), v)
         first = jnp.arange(0, batch * (size + 1), size + 1, dtype=jnp.int32)
@@ -162,4 +166,23 @@ def _speculative_verify(rates: Any, row: Any, best: Any, quick: bool) -> list[An
                 found.append(
                     row(title, best(jax.jit(run), target, draft, first, tokens, lengths, *rest, calls=5), floor)
                 )
+    return found
+
+
+def _vocab_loss(rates: Any, row: Any, best: Any, quick: bool) -> list[Any]:
+    """Loss and gradients of a sequence's blocks; the floor is the products, and after them logits and slopes once."""
+    rows, v, width, rank = (14, 1024, 64, 128) if quick else (3584, 151936, 2560, 256)
+    hidden, prev, teacher = normal(0, 1, rows, width), normal(1, 1, rows, rank), normal(2, 1, rows, width)
+    head, w2 = normal(3, v, width) * width**-0.5, normal(4, v, rank).astype(jnp.float32) * rank**-0.5
+    labels, weights = jnp.arange(rows)[None] * 11 % v, jnp.ones((1, rows))
+    floor = rates.floor(10 * rows * v) + rates.floor(0, 2 * rows * v * 3 * (width + rank))
+    terms, found = vocab_terms({"ce": 0.1, "l1": 0.9}), []
+    for name in here(VOCAB_LOSS):
+
+        def loss(hidden: jax.Array, prev: jax.Array, w2: jax.Array, head: jax.Array, name: str = name) -> jax.Array:
+            arrays = hidden, prev, teacher, head, w2, labels, weights
+            return vocab_loss(*arrays, terms=terms, block=7, chunk=1024, implementation=name).loss
+
+        seconds = best(jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2))), hidden, prev, w2, head, calls=2)
+        found.append(row(f"vocab_loss {rows} rows: {name}", seconds, floor))
     return found

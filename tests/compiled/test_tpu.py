@@ -56,3 +56,37 @@ def test_speculative_verify_on_a_mesh() -> None:
     """Requests over data and fsdp: no device waits for another."""
     found = compiled_apart("speculative_verify on a mesh", "v5e:2x2")
     assert found["kernels"] == 4 and found["collectives"] == 0
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_markov_sample(topology: str) -> None:
+    """One kernel for all drafts; no copy of W2 (78 MB) or of the logits (136 MB for 32 requests), but those of five
+    requests, 34 MB, which XLA lays out in another order."""
+    for name, found in compiled_apart("markov_sample", topology).items():
+        assert found["kernels"] == 1, name
+        assert found["temporary_bytes"] < 40 << 20, name
+
+
+def test_markov_sample_on_a_mesh() -> None:
+    """Requests over data and fsdp: no device waits for another. XLA does it where tensor splits the vocabulary."""
+    found = compiled_apart("markov_sample on a mesh", "v5e:2x2")
+    assert found["kernels"] == 1 and found["collectives"] == 0
+    assert compiled_apart("markov_sample, split vocabulary", "v5e:2x2")["kernels"] == 0
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_vocab_loss(topology: str) -> None:
+    """Two arrays of logits in float32 (547 MB each), one of slopes (273 MB), and W2's gradient (156 MB), twice."""
+    found = compiled_apart("vocab_loss", topology)
+    assert found["kernels"] == 1 and found["temporary_bytes"] < 1800 << 20
+
+
+@pytest.mark.parametrize(("job", "kernels"), [("vocab_loss on a mesh", 1), ("vocab_loss, split vocabulary", 0)])
+def test_vocab_loss_on_a_mesh(job: str, kernels: int) -> None:
+    """Sequences over data and fsdp. XLA does it where tensor splits the vocabulary."""
+    assert compiled_apart(job, "v5e:2x2")["kernels"] == kernels
+
+
+def test_vocab_loss_of_gemma() -> None:
+    """The widest vocabulary that we have, and three arrays of logits: eight rows of them fit on a v5e."""
+    assert compiled_apart("vocab_loss, Gemma's vocabulary and cap", "v5e:2x2")["kernels"] == 1

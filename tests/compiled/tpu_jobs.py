@@ -13,10 +13,13 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dspark_jax.ops.block_attention import block_attention
 from dspark_jax.ops.cached_attention import Rows, cached_attention
+from dspark_jax.ops.markov_sample import markov_sample
 from dspark_jax.ops.sampling import Sampling
 from dspark_jax.ops.speculative_verify import speculative_verify
+from dspark_jax.ops.vocab_loss import vocab_loss
 from dspark_jax.planning.topology import devices_of
 from dspark_jax.sharding import MESH_AXES, spec
+from dspark_jax.training.losses import vocab_terms
 
 HEADS, KEY_HEADS, WIDTH = 32, 8, 128  # Qwen3-4B
 
@@ -139,6 +142,69 @@ def verifications(mesh: Mesh) -> dict[str, Any]:
     return {name: verification(mesh, **how) for name, how in VERIFICATIONS.items()}
 
 
+def drafts(
+    mesh: Mesh, batch: int, g: int = 7, greedy: bool = False, vocabulary: int = 151936, dtype: Any = jnp.bfloat16
+) -> dict[str, Any]:
+    """`markov_sample` of rank 256; the base logits are made in the same program, and their place is taken."""
+
+    def run(base: Any, w1: Any, w2: Any, anchors: Any, uniforms: Any) -> Any:
+        sampling = Sampling(jnp.full((batch,), 0.0 if greedy else 1.0), greedy=greedy)
+        return markov_sample(base.astype(jnp.float32), w1, w2, anchors, uniforms, sampling)
+
+    shapes: Shapes = {
+        "base": ((g, batch, vocabulary), jnp.bfloat16, (None, "batch", "vocab")),
+        "w1": ((vocabulary, 2, 128), dtype, (None, None, None)),
+        "w2": ((vocabulary, 256), dtype, ("vocab", None)),
+        "anchors": ((batch,), jnp.int32, ("batch",)),
+        "uniforms": ((g, batch, 2), jnp.int32, (None, "batch", None)),
+    }
+    return figures(run, shapes, mesh)
+
+
+DRAFTS: dict[str, dict[str, Any]] = {
+    "one request": {"batch": 1},
+    "32 requests": {"batch": 32},
+    "128 requests": {"batch": 128},
+    "16 drafts": {"batch": 8, "g": 16},
+    "greedy": {"batch": 32, "greedy": True},
+    "five requests, float32": {"batch": 5, "dtype": jnp.float32},
+    "Gemma's vocabulary": {"batch": 8, "vocabulary": 262144},
+    "less than a tile": {"batch": 3, "vocabulary": 1152},
+}
+"""Name -> what `drafts` is compiled for."""
+
+
+def all_drafts(mesh: Mesh) -> dict[str, Any]:
+    """Figures of all of them."""
+    return {name: drafts(mesh, **how) for name, how in DRAFTS.items()}
+
+
+def loss(mesh: Mesh, batch: int, vocabulary: int = 151936, softcap: float = 0.0) -> dict[str, Any]:
+    """`vocab_loss` and its gradients, of 900 rows per sequence."""
+
+    def run(hidden: Any, prev: Any, w2: Any, teacher: Any, head: Any, labels: Any, weights: Any) -> Any:
+        def value(hidden: Any, prev: Any, w2: Any) -> Any:
+            terms = vocab_terms({"ce": 0.1, "l1": 0.9})
+            settings: Any = {"terms": terms, "softcap": softcap, "chunk": 1024}
+            return vocab_loss(hidden, prev, teacher, head, w2, labels, weights, **settings).loss
+
+        return jax.value_and_grad(value, argnums=(0, 1, 2))(hidden, prev, w2)
+
+    def rows(*width: int, dtype: Any = jnp.bfloat16) -> Any:
+        return (batch, 900, *width), dtype, ("batch", None, *(None for _ in width))
+
+    shapes: Shapes = {
+        "hidden": rows(2560),
+        "prev": rows(256),
+        "w2": ((vocabulary, 256), jnp.float32, ("vocab", None)),
+        "teacher": rows(2560),
+        "head": ((vocabulary, 2560), jnp.bfloat16, ("vocab", "embed")),
+        "labels": rows(dtype=jnp.int32),
+        "weights": rows(dtype=jnp.float32),
+    }
+    return figures(run, shapes, mesh)
+
+
 JOBS: dict[str, tuple[Any, tuple[int, int, int]]] = {
     "block_attention": (train_attention, (1, 1, 1)),
     "block_attention on a mesh": (functools.partial(train_attention, batch=2), (1, 2, 2)),
@@ -147,6 +213,16 @@ JOBS: dict[str, tuple[Any, tuple[int, int, int]]] = {
     "cached_attention on a mesh": (functools.partial(decode_attention, **DECODING["rounds"]), (1, 2, 2)),
     "speculative_verify": (verifications, (1, 1, 1)),
     "speculative_verify on a mesh": (functools.partial(verification, batch=32), (2, 2, 1)),
+    "markov_sample": (all_drafts, (1, 1, 1)),
+    "markov_sample on a mesh": (functools.partial(drafts, batch=32), (2, 2, 1)),
+    "markov_sample, split vocabulary": (functools.partial(drafts, batch=32), (1, 2, 2)),
+    "vocab_loss": (functools.partial(loss, batch=1), (1, 1, 1)),
+    "vocab_loss on a mesh": (functools.partial(loss, batch=4), (2, 2, 1)),
+    "vocab_loss, split vocabulary": (functools.partial(loss, batch=2), (1, 2, 2)),
+    "vocab_loss, Gemma's vocabulary and cap": (
+        functools.partial(loss, batch=1, vocabulary=262144, softcap=30.0),
+        (1, 1, 1),
+    ),
     "block_attention, wide": (functools.partial(train_attention, width=256, dtype=jnp.float32), (1, 1, 1)),
 }
 """Name -> job and sizes of its mesh (data, fsdp, tensor)."""

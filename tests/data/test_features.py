@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import namedtuple
 from pathlib import Path
+from unittest import mock
 
 import jax
 import ml_dtypes
@@ -17,6 +18,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from dspark_jax.config import InputError
+from dspark_jax.data import features as feature_files
 from dspark_jax.data.feature_codec import Identity, code, dequantise, group_size
 from dspark_jax.data.features import (
     CachedSamples,
@@ -75,10 +77,10 @@ def write(
     directory: Path, identity: Identity = IDENTITY, compute=lambda: run, count: int = 11, **settings
 ) -> list[Sample]:
     samples = make_samples(count)
-    settings = {"batch_size": 3, "shard_bytes": 900} | settings
-    write_features(
-        directory, identity, samples, [len(one.tokens) for one in samples], coding(compute, identity), **settings
-    )
+    settings = {"batch_size": 3} | settings
+    lengths = [len(one.tokens) for one in samples]
+    with mock.patch.object(feature_files, "SHARD_BYTES", 900):
+        write_features(directory, identity, samples, lengths, coding(compute, identity), **settings)
     return samples
 
 
@@ -124,7 +126,8 @@ def test_a_batch_is_written_while_the_next_one_is_computed(tmp_path):
         return fetch
 
     lengths = [len(one.tokens) for one in samples]
-    write_features(tmp_path / "f", IDENTITY, samples, lengths, lambda: start, batch_size=3, shard_bytes=900)
+    with mock.patch.object(feature_files, "SHARD_BYTES", 900):
+        write_features(tmp_path / "f", IDENTITY, samples, lengths, lambda: start, batch_size=3)
     order = [("start", 0), ("start", 1), ("fetch", 0), ("start", 2), ("fetch", 1), ("fetch", 2)]
     assert seen == order and len(CachedSamples(samples, tmp_path / "f", IDENTITY)) == 9
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from dspark_jax.data import files
 from dspark_jax.data.files import content_hashes, prompt_files, set_name
 from dspark_jax.data.prompts import Malformed, read_prompts
 from dspark_jax.errors import InputError
@@ -134,14 +135,26 @@ class HubSet(list):
         self.cache_files = [{"filename": str(cache)}]
 
 
+class Stream:
+    """A data set that is read as it comes, and that does not know its columns."""
+
+    column_names = None
+
+    def __iter__(self) -> Any:
+        yield from ({"question": text} for text in "ab")
+        pytest.fail("a row was downloaded that nobody asked for")
+
+
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """A package `datasets` that knows the set a/b; returns the list of its calls."""
     (tmp_path / "cache.arrow").write_bytes(b"1")
     calls: list[Any] = []
 
-    def load_dataset(path: str, name: str | None, *, split: str) -> HubSet:
-        calls.append((path, name, split))
+    def load_dataset(path: str, name: str | None, *, split: str, **more: bool) -> Any:
+        calls.append((path, name, split, *more))
+        if more:
+            return Stream()
         if path != "a/b":
             raise ValueError("no such\ndata set")
         return HubSet(tmp_path / "cache.arrow")
@@ -167,9 +180,19 @@ def test_a_data_set_of_the_hub_is_read(hub: list[Any], tmp_path: Path) -> None:
     assert content_hashes([entry], "") != [one]
 
 
+def test_a_data_set_of_the_hub_is_streamed(hub: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    entry, commits = "hub:a/b?column=question&streaming=true", iter(["one", "one", "two"])
+    assert questions(entry, limit=2) == ["a", "b"] and hub == [("a/b", None, "train", "streaming")]
+    monkeypatch.setattr(files, "data_set_commit", lambda path: next(commits))
+    first, again, other = (content_hashes([entry], "") for _ in range(3))
+    assert first == again != other and len(hub) == 1
+
+
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
+        ("hub:a/b?streaming=yes", "streaming=yes; write streaming=true, or leave it out"),
+        ("hub:a/b?file=a.jsonl&streaming=true", "a file is not streamed; leave out one or the other"),
         ("hub:", "hub:: names no data set; write hub:OWNER/NAME"),
         ("hub:a/b?spilt=test", "unknown spilt; write hub:OWNER/NAME"),
         ("hub:a/c", r"hub:a/c: cannot be loaded \(no such data set\); correct it, or give a local file"),

@@ -17,6 +17,7 @@ from dspark_jax.data.chat import Options
 from dspark_jax.data.prompts import Prompt
 from dspark_jax.data.regenerate import AnswerLog, Limits, Rejected, conversations, next_prompt, regenerate
 from dspark_jax.data.samples import Tally, answered_samples, given_samples
+from dspark_jax.data.thinking import Thinking
 from dspark_jax.data.turns import ToolsError, has_control_tokens, samples_of_turns
 from dspark_jax.evaluation.decoding import Decoder
 
@@ -54,7 +55,7 @@ def answers(tokenizer: Any, prompts: list[Prompt], texts: Sequence[str], config:
             ids = tokenizer(texts[question.turn], add_special_tokens=False)["input_ids"]
             yield question, ids[: question.room]
 
-    todo = conversations(prompts, 1, config.system_prompt, config.thinking)
+    todo = conversations(prompts, 1, config.system_prompt, Thinking.of(config))
     with (
         contextlib.closing(AnswerLog(folder / "answers.jsonl")) as log,
         contextlib.closing(Tally(folder / "rejected.jsonl")) as tally,
@@ -87,7 +88,7 @@ def test_a_target_that_thinks_is_trained_on_every_turn_as_it_wrote_it(tokenizer:
         ids = chat.prompt_tokens(tokenizer, messages, THINK)
         assert sample.tokens[: len(ids)].tolist() == ids and not sample.loss_mask[: len(ids)].any()
         assert ids != chat.prompt_tokens(tokenizer, messages)
-    (again,) = conversations([answered[0].conversation.prompt], 1, "", "on")
+    (again,) = conversations([answered[0].conversation.prompt], 1, "", Thinking("on"))
     assert next_prompt(tokenizer, again, asked[1][:-1], 1)[1] == chat.prompt_tokens(tokenizer, asked[1], THINK)
 
 
@@ -126,7 +127,7 @@ def test_evaluation_asks_a_text_as_it_asks_prompts(tokenizer: Any) -> None:
     models: Any = None
     for thinking in (False, True):
         decoder = Decoder(models, tokenizer, (1,), 8, 1, 0, system_prompt="S", thinking=thinking)
-        (asked,) = conversations([prompt(*talk("a"))], 1, "S", "on" if thinking else "off")
+        (asked,) = conversations([prompt(*talk("a"))], 1, "S", Thinking("on" if thinking else "off"))
         assert decoder.prompt("a") == next_prompt(tokenizer, asked, asked.opening, 0)[1]
         assert tokenizer.decode(decoder.prompt("a")).endswith("assistant\n" if thinking else "</think>\n\n")
 
@@ -135,7 +136,7 @@ def test_given_asks_to_think_where_the_answers_of_the_file_do(tokenizer: Any) ->
     thoughtful = prompt(*talk("a", "<think>\nhm\n</think>\n\none"))
     named = prompt(*talk("a", "one"), unused=("messages[].reasoning_content",))
     plain = prompt(*talk("a", "one"))
-    modes = {mode: conversations([thoughtful, named, plain], 1, "", mode) for mode in ("off", "on", "given")}
+    modes = {mode: conversations([thoughtful, named, plain], 1, "", Thinking(mode)) for mode in ("off", "on", "given")}
     found = {mode: [one.options.thinking for one in talks] for mode, talks in modes.items()}
     assert found == {"off": [False] * 3, "on": [True] * 3, "given": [True, True, False]}
 
@@ -221,12 +222,34 @@ def test_every_sample_begins_with_the_prompt_that_the_target_saw(
         assert mask[-1] == 1 and len(ids) == len(mask)
 
 
+def test_ids_of_calls_and_results_reach_the_template(tokenizer: Any) -> None:
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role + ' ' + (m.content or '') }}"
+        "{% if m.tool_call_id %}{{ m.tool_call_id + m.name }}{% endif %}"
+        "{% for c in m.tool_calls or [] %}{{ c.id + c.function.name }}{{ c.function.arguments | tojson }}"
+        "{% endfor %}{{ ';' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant ' }}{% endif %}"
+    )
+    call = {"role": "assistant", "content": None, "tool_calls": [{"id": "c7", **CALL}]}
+    result = {"role": "tool", "content": "3", "tool_call_id": "c7", "name": "add"}
+    talked = [{"role": "user", "content": "a"}, call, result, {"role": "assistant", "content": "three"}]
+    ((ids, mask),) = samples_of_turns(tokenizer, talked, Options())
+    assert tokenizer.decode(ids) == 'user a;assistant c7add{"a": 1};tool 3c7add;assistant three;'
+    trained = [one for one, on in zip(ids, mask, strict=True) if on]
+    assert tokenizer.decode(trained) == 'c7add{"a": 1};three;'
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"thinking": "maybe"}, "data.thinking='maybe' is unknown; use off, on or given"),
+        ({"thinking": "maybe"}, "data.thinking='maybe' is unknown; use off, on, given or mixed"),
         ({"supervised": "all"}, "data.supervised='all' is unknown; use both, thinking or answer"),
         ({"supervised": "thinking"}, "with data.thinking='off' leaves nothing to train; set data.thinking='on'"),
+        (
+            {"supervised": "thinking", "thinking": "mixed"},
+            "with data.thinking='mixed' leaves nothing to train of the prompts that are asked without; set",
+        ),
+        ({"regenerate": False, "thinking": "mixed"}, "data.thinking='mixed' needs data.regenerate=True: answers of"),
+        ({"thinking": "mixed", "thinking_share": 1.5}, "data.thinking_share=1.5 must be from 0 to 1"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(tiny_target: Path, fields: dict[str, Any], message: str) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from dspark_jax.benchmarks import BENCHMARKS, paper_tau
+from dspark_jax.data.chat import PLAIN
 from dspark_jax.evaluation.acceptance import Counts
 from dspark_jax.evaluation.report import report
 from dspark_jax.evaluation.summary import Measured, metrics_at, overview, paper_metrics, table
@@ -21,7 +22,7 @@ def measured(taus: dict[str, float]) -> Measured:
     names = [name for name in taus for _ in range(2)]
     tokens = np.asarray([round(10 * taus[name]) for name in names]) + np.tile([-2, 2], len(taus))
     rounds, none = np.full(len(names), 10), np.zeros((len(names), 1), np.int64)
-    conversations: Any = [SimpleNamespace(prompt=SimpleNamespace(prompt_set=name)) for name in names]
+    conversations: Any = [SimpleNamespace(prompt=SimpleNamespace(prompt_set=name), options=PLAIN) for name in names]
     requests: Any = SimpleNamespace(owners=np.arange(len(names)))
     result: Any = SimpleNamespace(tokens=[np.zeros(3)] * len(names), stopped=np.ones(len(names)))
     return Measured(1.0, conversations, requests, result, Counts(tokens, rounds, none, none, none), None, None)

@@ -106,13 +106,10 @@ def test_every_contender_sees_the_same_traffic(target: Target, drafter: Any) -> 
     curves = traffic_curves(
         chosen,
         lambda models, scheduler: Engine(models, slots=2, capacity=16, scheduler=scheduler, prefill_chunk=4),
-        PROMPTS,
-        SETS,
+        lambda rate: poisson_arrivals(PROMPTS, SETS, rate, 5, 0),
         (1e3, 1e4),
-        count=5,
         max_new_tokens=6,
         temperature=0.0,
-        seed=0,
         advance=done.append,
     )
     assert sum(done) == 2 * 2 * 5

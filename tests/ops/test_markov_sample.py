@@ -1,29 +1,44 @@
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dspark_jax.config import MeshConfig
 from dspark_jax.ops.dispatch import Unsupported
-from dspark_jax.ops.markov_sample import markov_sample, pallas_gpu
-from dspark_jax.ops.sampling import Sampling, distribution, draw, words
+from dspark_jax.ops.markov_sample import markov_sample, pallas_gpu, pallas_tpu
+from dspark_jax.ops.sampling import UNIT, Sampling, distribution, draw, words
+from dspark_jax.sharding import make_mesh
 
 G, B, V, R = 4, 3, 37, 6
 
 
-def problem(rank=R, v=V):
+def problem(rank=R, v=V, b=B):
     rng = np.random.default_rng(0)
-    base = rng.normal(size=(G, B, v)) * 2
+    base = rng.normal(size=(G, b, v)) * 2
     w1, w2 = rng.normal(size=(v, rank)), rng.normal(size=(v, rank)) * rank**-0.5
-    return base, w1, w2, np.array([5, 36, 0]), rng.random((G, B))
+    return base, w1, w2, np.resize([5, 36, 0], b), rng.random((G, b))
 
 
 KERNELS = functools.partial(pallas_gpu.markov_sample, parts=3, tile=16)  # parts of two tiles, the last one not full
+TPU_KERNEL = functools.partial(pallas_tpu.markov_sample, sizes=pallas_tpu.Sizes(256))
+STREAMED = functools.partial(pallas_tpu.markov_sample, sizes=pallas_tpu.Sizes(256, held=1))  # W2 through a ring
 
 
 @pytest.mark.parametrize(
-    ("run", "sizes"), [(markov_sample, (R, V)), (KERNELS, (16, 93)), (KERNELS, (16, 37))], ids=["xla", "gpu", "small"]
+    ("run", "sizes"),
+    [
+        (markov_sample, (R, V)),
+        (KERNELS, (16, 93)),
+        (KERNELS, (16, 37)),
+        pytest.param(TPU_KERNEL, (128, 640), marks=pytest.mark.slow),
+        pytest.param(STREAMED, (256, 1152), marks=pytest.mark.slow),
+        pytest.param(pallas_tpu.markov_sample, (128, 2048), marks=pytest.mark.slow),
+        pytest.param(pallas_tpu.markov_sample, (128, 128), marks=pytest.mark.slow),
+    ],
+    ids=["xla", "gpu", "small on gpu", "tpu", "tpu, streamed", "tpu, its own sizes", "tpu, one register"],
 )
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
 def test_against_a_float64_loop(temperature, run, sizes):
@@ -46,14 +61,96 @@ def test_against_a_float64_loop(temperature, run, sizes):
             previous = expected
 
 
-def test_kernels_take_greedy_requests_beside_others_and_bfloat16():
-    base, w1, w2, anchors, uniforms = problem(16, 93)
-    arrays = (jnp.asarray(base, jnp.float32), *(jnp.asarray(x, jnp.bfloat16) for x in (w1, w2)))
-    rest = jnp.asarray(anchors), words(jnp.asarray(uniforms)), Sampling(jnp.asarray([0.0, 1.0, 0.3]))
-    for ours, theirs in zip(jax.jit(KERNELS)(*arrays, *rest), jax.jit(markov_sample)(*arrays, *rest), strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+def given(b, rank, v, dtype=jnp.bfloat16) -> Any:
+    """Arguments for the kernels: greedy requests beside others, and tokens of no probability."""
+    base, w1, w2, anchors, uniforms = problem(rank, v, b)
+    base[:, :, ::3] = -np.inf
+    base[1:3, :, : min(256, v // 2)] = -np.inf  # all of a tile, for some drafts
+    arrays = jnp.asarray(base, jnp.float32), jnp.asarray(w1, dtype), jnp.asarray(w2, dtype)
+    heat = jnp.resize(jnp.asarray([0.0, 1.0, 0.3]), b)
+    return *arrays, jnp.asarray(anchors), words(jnp.asarray(uniforms)), Sampling(heat)
+
+
+def assert_same(found, arguments):
+    """Tokens of the definition, and its logits."""
+    tokens, logits = jax.jit(functools.partial(markov_sample, implementation="xla"))(*arguments)
+    np.testing.assert_array_equal(found[0], tokens)
+    np.testing.assert_allclose(found[1], logits, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("run", "sizes"),
+    [
+        (KERNELS, (3, 16, 93)),
+        pytest.param(TPU_KERNEL, (3, 128, 640), marks=pytest.mark.slow),
+        (STREAMED, (1, 128, 1152)),
+        pytest.param(STREAMED, (19, 256, 1152), marks=pytest.mark.slow),
+    ],
+    ids=["gpu", "tpu", "tpu, one request", "tpu, many requests"],
+)
+def test_kernels_take_greedy_requests_beside_others_and_bfloat16(run, sizes):
+    arguments = given(*sizes)
+    assert_same(jax.jit(run)(*arguments), arguments)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", [TPU_KERNEL, STREAMED], ids=["held", "streamed"])
+def test_the_kernel_for_tpus_reads_nothing_that_was_not_written(run, strict_tpu):
+    """Interpreted as a TPU works: unset memory is NaN, reads beyond an array fail, races are found."""
+    arguments = given(3, 256, 1152)
+    assert_same(jax.jit(run)(*arguments), arguments)
+    assert not strict_tpu()
+
+
+@pytest.mark.slow
+def test_the_kernel_for_tpus_on_eight_devices_equals_one():
+    """Requests are split; those that cannot be, and a split vocabulary, are left to others."""
+    arguments = given(8, 128, 640)
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=4, tensor=1))):
+        found = jax.jit(TPU_KERNEL)(*arguments)
+        with pytest.raises(Unsupported, match="requests are not split evenly"):
+            TPU_KERNEL(*given(3, 128, 640))
+    assert_same(found, arguments)
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))), pytest.raises(Unsupported, match="is split"):
+        TPU_KERNEL(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("run", "v"),
+    [
+        (markov_sample, 640),
+        (functools.partial(pallas_gpu.markov_sample, parts=3, tile=128), 640),
+        (TPU_KERNEL, 640),
+    ],
+    ids=["xla", "gpu", "tpu"],
+)
+def test_both_words_of_a_uniform_count(run, v):
+    """Of three tokens the second begins at 1/3 = 357913941.33 / 2^30; the first uniform is just below, the next above.
+    Of equal logits a greedy request takes the first."""
+    base = np.full((1, 4, v), -np.inf, np.float32)
+    base[:, :, [255, 256, 600]] = 0.0
+    first, shares = UNIT // 3, np.array([0.3, 0.36, 0.9, 0.9])
+    uniforms = jnp.asarray(np.stack([np.full(4, first), shares * UNIT], axis=-1)[None], jnp.int32)
+    zeros = jnp.zeros((v, 128))
+    heat = Sampling(jnp.asarray([1.0, 1.0, 0.5, 0.0]))
+    tokens, _ = jax.jit(run)(jnp.asarray(base), zeros, zeros, jnp.zeros((4,), int), uniforms, heat)
+    assert tokens.tolist() == [[255, 256, 256, 255]]
+
+
+@pytest.mark.parametrize("kernels", [KERNELS, TPU_KERNEL], ids=["gpu", "tpu"])
+def test_kernels_leave_filters_to_others(kernels):
+    *arrays, sampling = given(3, 128, 640)
     with pytest.raises(Unsupported, match="there are filters"):
-        KERNELS(*arrays, *rest[:2], Sampling(rest[2].temperature, jnp.asarray([3, 3, 3])))
+        kernels(*arrays, Sampling(sampling.temperature, jnp.asarray([3, 3, 3])))
+
+
+def test_kernels_refuse_other_sizes():
+    base, w1, w2, *rest = given(3, 128, 640)
+    for (v, r), reason in {(640, 96): "the rank is no multiple of 128", (600, 128): "the vocabulary is no mul"}.items():
+        with pytest.raises(Unsupported, match=reason):
+            markov_sample(base[:, :, :v], w1[:v, :r], w2[:v, :r], *rest, implementation="pallas_tpu")
+    with pytest.raises(Unsupported, match="neither both bfloat16 nor both float32"):
+        TPU_KERNEL(base, w1.astype(jnp.float32), w2, *rest)
     with pytest.raises(Unsupported, match="part of the vocabulary is too long"):
         pallas_gpu.markov_sample(jnp.zeros((1, 1, 5000)), jnp.zeros((5000, 16)), jnp.zeros((5000, 16)), *rest, parts=2)
 

@@ -10,11 +10,13 @@ import pytest
 from safetensors.numpy import load_file
 
 from dspark_jax.config import MeshConfig
+from dspark_jax.ops.dispatch import Unsupported
 from dspark_jax.ops.vocab_loss import vocab_loss
 from dspark_jax.sharding import make_mesh, sharding
 from dspark_jax.training.losses import vocab_terms
 
-IMPLEMENTATIONS = ("xla", "reference")
+IMPLEMENTATIONS = ("xla", "reference", "pallas_tpu")
+CHUNKED = ("xla", "pallas_tpu")
 TERMS = vocab_terms({"ce": 0.1, "l1": 0.9})
 
 
@@ -127,22 +129,24 @@ def test_float32_master_weights_with_bfloat16_rows_get_float32_gradients():
     assert_agrees(out, grads, definition(args, 0.1, 0.9), 1e-5, 2**-7)
 
 
-def test_large_logits_do_not_overflow():
+@pytest.mark.parametrize("implementation", CHUNKED)
+def test_large_logits_do_not_overflow(implementation):
     args = problem()
     args["hidden"], args["teacher"] = 300 * args["hidden"], 300 * args["teacher"]
-    out, grads = run(args)
+    out, grads = run(args, implementation=implementation)
     assert_agrees(out, grads, definition(args, 0.1, 0.9), 1e-3, 1e-3)  # logits of 1e3 have 1e-4 of rounding
     assert all(np.isfinite(grad).all() for grad in grads.values())
 
 
-def test_rows_of_weight_zero_add_nothing_even_as_nan():
+@pytest.mark.parametrize("implementation", CHUNKED)
+def test_rows_of_weight_zero_add_nothing_even_as_nan(implementation):
     args = problem(t=6)
     args["weights"][0, 3:] = 0.0
-    want_out, want = run(args)
+    want_out, want = run(args, implementation=implementation)
     unsupervised = args["weights"] == 0
     for name in ("hidden", "prev_embedding", "teacher"):
         args[name][unsupervised] = np.nan
-    out, grads = run(args)
+    out, grads = run(args, implementation=implementation)
     np.testing.assert_array_equal(out.loss, want_out.loss)
     np.testing.assert_array_equal(out.values["ce"][~unsupervised], want_out.values["ce"][~unsupervised])
     for name in want:
@@ -228,22 +232,55 @@ def test_memory_does_not_grow_with_rows_times_vocabulary():
     assert temporary(256, "reference") - temporary(64, "reference") > logits
 
 
-@pytest.mark.parametrize("v", [64, 37], ids=["split vocabulary", "vocabulary that the mesh does not divide"])
-def test_eight_devices_equal_one(v):
-    args = problem(b=4, t=5, v=v)
+@pytest.mark.parametrize(
+    ("v", "b", "implementation", "tensor"),
+    [
+        (64, 4, "xla", 2),
+        (37, 4, "xla", 2),
+        pytest.param(37, 8, "pallas_tpu", 1, marks=pytest.mark.slow),
+        pytest.param(37, 3, "pallas_tpu", 1, marks=pytest.mark.slow),
+    ],
+    ids=["split vocabulary", "a vocabulary that the mesh does not divide", "kernel", "kernel, sequences not divided"],
+)
+def test_eight_devices_equal_one(v, b, implementation, tensor):
+    args = problem(b=b, t=5, v=v)
     want, want_grads = run(args, chunk=2)
-    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    mesh = make_mesh(MeshConfig(data=2, fsdp=-1, tensor=tensor))
     axes = {"head": ("vocab", "embed"), "markov_w2": ("vocab", "rank")}
     with jax.set_mesh(mesh):
         placed = {}
         for name, value in args.items():
             names = axes.get(name) or ("batch", *[None] * (value.ndim - 1))
             placed[name] = jax.device_put(value, sharding(names, value.shape, mesh))
-        out, grads = run(placed, chunk=2)
+        out, grads = run(placed, chunk=2, implementation=implementation)
     for got, expected in zip(jax.tree.leaves(out), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(got, expected, rtol=2e-6, atol=2e-6)
     for name, grad in want_grads.items():
         np.testing.assert_allclose(grads[name], grad, atol=2e-6 * np.abs(grad).max(), err_msg=name)
+
+
+@pytest.mark.slow
+def test_the_kernel_reads_nothing_that_was_not_written(strict_tpu):
+    """Interpreted as a TPU works: unset memory is NaN, reads beyond an array fail, races are found."""
+    args = problem(b=1, t=11, v=131)  # the second program has three rows
+    out, grads = run(args, chunk=100, implementation="pallas_tpu")
+    assert_agrees(out, grads, definition(args, 0.1, 0.9), 5e-6, 5e-6)
+    assert not strict_tpu()
+
+
+def test_the_kernel_leaves_other_terms_and_split_vocabularies_to_xla():
+    args, length = problem(t=6), vocab_terms({"length": 1.0})
+    with pytest.raises(Unsupported, match="a term is not known to run in kernels"):
+        vocab_loss(**args, terms=length, block=3, chunk=6, implementation="pallas_tpu")
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))), pytest.raises(Unsupported, match="is split"):
+        run(args, implementation="pallas_tpu")
+    big = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args)
+    big |= {
+        "head": jax.ShapeDtypeStruct((1 << 19, 8), jnp.float32),
+        "markov_w2": jax.ShapeDtypeStruct((1 << 19, 3), jnp.float32),
+    }
+    with pytest.raises(Unsupported, match="eight rows do not fit on the chip"):
+        jax.eval_shape(lambda args: vocab_loss(**args, terms=TERMS, chunk=6, implementation="pallas_tpu"), big)
 
 
 def test_chunks_exchange_rows_only():

@@ -63,8 +63,13 @@ def run(args, implementation, chunk, **terms):
     return value, out, grads
 
 
-@pytest.mark.parametrize("implementation", ["xla", "reference"])
-@pytest.mark.parametrize("terms", [(1.0, 0.0), (0.0, 1.0), (0.3, 0.7)], ids=["soft", "length", "both"])
+@pytest.mark.parametrize(
+    ("implementation", "terms"),
+    [
+        *((name, terms) for terms in ((1.0, 0.0), (0.0, 1.0), (0.3, 0.7)) for name in ("xla", "reference")),
+        ("pallas_tpu", (1.0, 0.0)),
+    ],
+)
 def test_equals_the_float64_definition(implementation, terms):
     args, (soft_ce, length) = problem(), terms
     value, out, grads = run(args, implementation, 5, soft_ce=soft_ce, length=length)

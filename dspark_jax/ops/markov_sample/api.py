@@ -5,7 +5,7 @@ import jax
 from dspark_jax.ops.dispatch import Operation
 from dspark_jax.ops.sampling import Sampling
 
-OPERATION = Operation("markov_sample", {"cpu": ["xla"], "gpu": ["pallas_gpu", "xla"], "tpu": ["xla"]})
+OPERATION = Operation("markov_sample", {"cpu": ["xla"], "gpu": ["pallas_gpu", "xla"], "tpu": ["pallas_tpu", "xla"]})
 
 
 def markov_sample(
@@ -29,7 +29,8 @@ def markov_sample(
       anchors: [B] tokens x_0.
       uniforms: [G, B, 2] int32, one per draw; see `ops.sampling.words`.
       sampling: temperature and filters per request.
-      implementation: None (the best one here), 'xla' (the definition, in plain jnp) or 'pallas_gpu' (no filters).
+      implementation: None (the best one here), 'xla' (the definition, in plain jnp), 'pallas_gpu' or 'pallas_tpu' (no
+        filters).
 
     Returns:
       tokens [G, B] int32 and biased logits [G, B, V] float32, before temperature and filters.

@@ -182,5 +182,5 @@ def _pick_kernel(top_ref: Any, total_ref: Any, first_ref: Any, *refs: Any, case:
         inside = (column < (part + 1) * size) & (column < case.v)
         weights = jnp.exp2((load(logits_ref, column, inside, MASKED) - most) * factor)
         drawn = part * size + draw_inside(jnp.where(inside, weights, 0.0), scale, rest, mass)
-        token = jnp.where(greedy_ref[0] > 0, token, jnp.minimum(drawn, case.v - 1))
-    token_ref[0] = token
+        token = jnp.where(greedy_ref[0] > 0, token, drawn)
+    token_ref[0] = jnp.minimum(token, case.v - 1)  # also where no logit is finite

@@ -11,7 +11,9 @@ from dspark_jax.ops.vocab_loss.term import VocabTerm
 
 __all__ = ["VocabLoss", "vocab_loss"]
 
-OPERATION = Operation("vocab_loss", {"cpu": ["xla"], "gpu": ["xla"], "tpu": ["xla"]}, others=["reference"])
+OPERATION = Operation(
+    "vocab_loss", {"cpu": ["xla"], "gpu": ["xla"], "tpu": ["pallas_tpu", "xla"]}, others=["reference"]
+)
 
 
 def vocab_loss(
@@ -53,7 +55,8 @@ def vocab_loss(
       chunk: rows per device whose [rows, V] logits are in memory at once; with a `blockwise` term rounded up to whole
         blocks.
       candidates: K, at most V, of the likeliest draft tokens to name beside the target's likeliest; 0: none.
-      implementation: None (the best one here), 'xla' (bounded memory) or 'reference' (the definition).
+      implementation: None (the best one here), 'xla' (bounded memory), 'pallas_tpu' (the same, with a kernel; not every
+        term) or 'reference' (the definition).
 
     Returns:
       `VocabLoss`.

@@ -113,6 +113,8 @@ class VocabTerm:
     """Whether a row's value counts as often as its weight says; if not, every supervised row counts once."""
     blockwise: ClassVar[bool] = False
     """Whether the value of a row depends on other rows of its block, which then stay together."""
+    in_kernels: ClassVar[bool] = False
+    """Whether `value` and `slope` are known to run inside kernels, too, on a few rows: a term of yours may try."""
     reported: ClassVar[bool] = False
     """Whether its mean is a metric of every run; if not, of those in which it has a weight."""
 

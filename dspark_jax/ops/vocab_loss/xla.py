@@ -13,8 +13,8 @@ one device has the whole batch.
 
 import functools
 import math
-from collections.abc import Mapping
-from typing import NamedTuple, cast
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -24,14 +24,51 @@ from dspark_jax.ops.vocab_loss.result import Favourites, VocabLoss
 from dspark_jax.ops.vocab_loss.term import Distributions, VocabTerm
 
 
-class _Settings(NamedTuple):
+class Settings(NamedTuple):
     """What is static, see `api.vocab_loss`."""
 
     terms: tuple[tuple[str, VocabTerm, float], ...]
     block: int
     softcap: float
     chunk: int
-    candidates: int
+    rowwise: "Rowwise"
+    candidates: int = 0
+
+
+class Logits(NamedTuple):
+    """Of the rows of a chunk, float32.
+
+    Attributes:
+      draft: [P, m, V].
+      teacher: [P, m, V].
+      capped: [P, m, V] what the head gives of `draft`, where a Markov bias comes after a cap; or None.
+      label: [P, m] the draft's logit of the label.
+    """
+
+    draft: jax.Array
+    teacher: jax.Array
+    capped: jax.Array | None
+    label: jax.Array
+
+
+class RowResults(NamedTuple):
+    """Of the rows of a chunk.
+
+    Attributes:
+      values: [P, m] by term.
+      accept: [P, m].
+      slope: [P, m, V] gradient of the loss in the draft's logits; 0 on rows of weight 0.
+      bent: [P, m, V] the same in what the head gives before the cap.
+    """
+
+    values: dict[str, jax.Array]
+    accept: jax.Array
+    slope: jax.Array
+    bent: jax.Array
+
+
+Rowwise = Callable[[Logits, jax.Array, jax.Array, Settings, Any], RowResults]
+"""(logits, labels [P, m], weights [P, m], settings, type of the slopes) -> what follows from them, row by row."""
 
 
 class _Rows(NamedTuple):
@@ -68,25 +105,41 @@ def vocab_loss(
     candidates: int = 0,
 ) -> VocabLoss:
     """See `api.vocab_loss`."""
+    settings = Settings(
+        tuple((name, *term) for name, term in terms.items()), block, softcap, chunk, rowwise, candidates
+    )
+    return chunked(hidden, prev_embedding, teacher, head, markov_w2, labels, weights, settings)
+
+
+def chunked(
+    hidden: jax.Array,
+    prev_embedding: jax.Array | None,
+    teacher: jax.Array,
+    head: jax.Array,
+    markov_w2: jax.Array | None,
+    labels: jax.Array,
+    weights: jax.Array,
+    settings: Settings,
+) -> VocabLoss:
+    """`vocab_loss` with another way from logits to slopes."""
     head, teacher, weights = jax.lax.stop_gradient((head, teacher, weights))
     rows = _Rows(hidden, prev_embedding, teacher, labels, weights.astype(jnp.float32))
-    settings = _Settings(tuple((name, *term) for name, term in terms.items()), block, softcap, chunk, candidates)
     out = cast(VocabLoss, _loss(rows, head, markov_w2, settings))
     return VocabLoss(out.loss, *jax.lax.stop_gradient((out.values, out.accept, out.favourites)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _loss(rows: _Rows, head: jax.Array, w2: jax.Array | None, settings: _Settings) -> VocabLoss:
+def _loss(rows: _Rows, head: jax.Array, w2: jax.Array | None, settings: Settings) -> VocabLoss:
     return _run(rows, head, w2, settings, with_gradients=False)[0]
 
 
-def _forward(rows: _Rows, head: jax.Array, w2: jax.Array | None, settings: _Settings) -> tuple[VocabLoss, _Gradients]:
+def _forward(rows: _Rows, head: jax.Array, w2: jax.Array | None, settings: Settings) -> tuple[VocabLoss, _Gradients]:
     out, gradients = _run(rows, head, w2, settings, with_gradients=True)
     assert gradients is not None
     return out, gradients
 
 
-def _backward(settings: _Settings, gradients: _Gradients, cotangent: VocabLoss) -> tuple:
+def _backward(settings: Settings, gradients: _Gradients, cotangent: VocabLoss) -> tuple:
     hidden, prev, w2 = jax.tree.map(lambda x: (cotangent.loss * x).astype(x.dtype), gradients)
     return _Rows._make((hidden, prev, None, None, None)), None, w2  # None: a zero gradient
 
@@ -95,7 +148,7 @@ _loss.defvjp(_forward, _backward)
 
 
 def _run(
-    rows: _Rows, head: jax.Array, w2: jax.Array | None, settings: _Settings, *, with_gradients: bool
+    rows: _Rows, head: jax.Array, w2: jax.Array | None, settings: Settings, *, with_gradients: bool
 ) -> tuple[VocabLoss, _Gradients | None]:
     """Scans over the chunks; rows are [B, T, ..]. Gradients are those of `loss`."""
     b, t, _ = rows.hidden.shape
@@ -151,7 +204,7 @@ def _run(
     return out, gradients
 
 
-def _total(values: Mapping[str, jax.Array], weights: jax.Array, settings: _Settings) -> jax.Array:
+def _total(values: Mapping[str, jax.Array], weights: jax.Array, settings: Settings) -> jax.Array:
     """The loss of rows [B, T]. A row of weight 0 may be NaN, which a product would let through."""
     loss = jnp.zeros((), jnp.float32)
     for weighted in (True, False):
@@ -163,42 +216,47 @@ def _total(values: Mapping[str, jax.Array], weights: jax.Array, settings: _Setti
 
 
 def _chunk(
-    rows: _Rows, head: jax.Array, w2: jax.Array | None, settings: _Settings, *, with_gradients: bool
+    rows: _Rows, head: jax.Array, w2: jax.Array | None, settings: Settings, *, with_gradients: bool
 ) -> tuple[tuple[dict[str, jax.Array], jax.Array, Favourites | None], _Gradients | None]:
     """Values by term, acceptance and favourites, all [P, m, ..], and gradients of the rows of one chunk."""
-    base = logits = _capped(_logits(rows.hidden, head), settings.softcap)
-    label_logit = _capped(_label_logit(rows.hidden, head, rows.labels), settings.softcap)
+    capped = draft = _capped(_logits(rows.hidden, head), settings.softcap)
+    label = _capped(_label_logit(rows.hidden, head, rows.labels), settings.softcap)
     if rows.prev is not None and w2 is not None:
-        logits += _logits(rows.prev, w2)
-        label_logit += _label_logit(rows.prev, w2, rows.labels)
+        draft += _logits(rows.prev, w2)
+        label += _label_logit(rows.prev, w2, rows.labels)
     teacher = _capped(_logits(rows.teacher, head), settings.softcap)
-    both = Distributions.of(logits, teacher, label_logit, rows.labels, rows.weights, settings.block)
-    values = {name: term.value(both) for name, term, _ in settings.terms}
-    metrics = values, both.accept, Favourites.of(logits, teacher, settings.candidates)
+    logits = Logits(draft, teacher, capped if settings.softcap and capped is not draft else None, label)
+    favourites = Favourites.of(draft, teacher, settings.candidates)
     if not with_gradients:
-        return metrics, None
-
-    weights = rows.weights[..., None]
-    slopes = [
-        term.slope(both, c * (weights if term.weighted else jnp.ones_like(weights)))
-        for _, term, c in settings.terms
-        if c
-    ]
-    slope = functools.reduce(jnp.add, slopes) if slopes else jnp.zeros_like(logits)
-    slope = jnp.where(weights > 0, slope, 0.0)
-    # The cap lies between hidden states and logits, the Markov bias joins after it.
-    cap = settings.softcap
-    bent = slope if not cap else slope * jnp.where(weights > 0, 1.0 - jnp.square(base / cap), 0.0)
-    slope, bent = slope.astype(rows.hidden.dtype), bent.astype(rows.hidden.dtype)
-
+        both = Distributions.of(draft, teacher, label, rows.labels, rows.weights, settings.block)
+        return ({name: term.value(both) for name, term, _ in settings.terms}, both.accept, favourites), None
+    dtype = rows.hidden.dtype
+    values, accept, slope, bent = settings.rowwise(logits, rows.labels, rows.weights, settings, dtype)
+    metrics = values, accept, favourites
     gradients = _Gradients(_product("pmv,vd->pmd", bent, head).astype(rows.hidden.dtype), None, None)
     if rows.prev is not None and w2 is not None:
-        prev = jnp.where(weights > 0, rows.prev, 0).astype(slope.dtype)
+        prev = jnp.where(rows.weights[..., None] > 0, rows.prev, 0).astype(slope.dtype)
         gradients = gradients._replace(
             prev=_product("pmv,vr->pmr", slope, w2).astype(rows.prev.dtype),
             w2=_product("pmr,pmv->prv", prev, slope),
         )
     return metrics, gradients
+
+
+def rowwise(logits: Logits, labels: jax.Array, weights: jax.Array, settings: Settings, dtype: Any) -> RowResults:
+    """See `Rowwise`. It is a function of single rows but for `blockwise` terms: kernels call it on a few of them."""
+    both = Distributions.of(logits.draft, logits.teacher, logits.label, labels, weights, settings.block)
+    values, accept = {name: term.value(both) for name, term, _ in settings.terms}, both.accept
+    weight = weights[..., None]
+    slopes = [
+        term.slope(both, c * (weight if term.weighted else jnp.ones_like(weight))) for _, term, c in settings.terms if c
+    ]
+    slope = functools.reduce(jnp.add, slopes) if slopes else jnp.zeros_like(logits.draft)
+    slope = bent = jnp.where(weight > 0, slope, 0.0)
+    if cap := settings.softcap:  # it lies between hidden states and logits, the Markov bias joins after it
+        capped = logits.draft if logits.capped is None else logits.capped
+        bent = slope * jnp.where(weight > 0, 1.0 - jnp.square(capped / cap), 0.0)
+    return RowResults(values, accept, slope.astype(dtype), bent.astype(dtype))
 
 
 def _logits(rows: jax.Array, matrix: jax.Array) -> jax.Array:

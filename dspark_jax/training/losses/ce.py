@@ -11,6 +11,7 @@ from dspark_jax.ops.vocab_loss import Distributions, VocabTerm
 class CrossEntropy(VocabTerm):
     """-log p_draft(label)."""
 
+    in_kernels: ClassVar[bool] = True
     reported: ClassVar[bool] = True
 
     def value(self, rows: Distributions) -> jax.Array:

@@ -10,6 +10,7 @@ from dspark_jax.ops.vocab_loss import Distributions, VocabTerm
 class Distance(VocabTerm):
     """sum_v |p_draft - p_target|, without the half of the total variation."""
 
+    in_kernels: ClassVar[bool] = True
     reported: ClassVar[bool] = True
 
     def value(self, rows: Distributions) -> jax.Array:

@@ -1,5 +1,7 @@
 """Cross-entropy with the target's distribution: EAGLE-3's loss."""
 
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 
@@ -8,6 +10,8 @@ from dspark_jax.ops.vocab_loss import Distributions, VocabTerm
 
 class SoftCrossEntropy(VocabTerm):
     """-sum_v p_target log p_draft."""
+
+    in_kernels: ClassVar[bool] = True
 
     def value(self, rows: Distributions) -> jax.Array:
         """See `VocabTerm.value`."""

@@ -33,9 +33,9 @@ class SelectorHead(SequentialHead):
         sizes = (arch.vocab_size, arch.hidden_size, config.markov_rank)
         return cls(*sizes, scale=config.initializer_range, rngs=rngs, candidates=config.selector_top_k)
 
-    def fuse_weights(self, dtype: Any) -> None:
+    def fuse_weights(self, dtype: Any, *, join: bool) -> None:
         """See `target.decode_weights`."""
-        super().fuse_weights(dtype)
+        super().fuse_weights(dtype, join=join)
         narrow(self.projection, dtype)
 
     def step(self, state: Any, hidden: jax.Array, prev_embedding: jax.Array) -> tuple[Any, jax.Array]:

@@ -37,8 +37,9 @@ class BlockConvolution(nnx.Module):
         projection = jnp.zeros((*stack, width, 2 * taps * self.groups), jnp.float32)
         self.projection = Param(projection, axes=(*layers, "embed", "features"))
 
-    def fuse_weights(self, dtype: Any) -> None:
+    def fuse_weights(self, dtype: Any, *, join: bool) -> None:
         """See `target.decode_weights`."""
+        del join
         narrow(self.projection, dtype)
 
     def __call__(self, normed: jax.Array, sublayer: Callable[[jax.Array], jax.Array]) -> jax.Array:

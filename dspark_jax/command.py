@@ -16,28 +16,23 @@ import importlib.util
 import inspect
 import json
 import re
-import signal
 import sys
 import textwrap
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
-import numpy as np
 from absl import flags, logging
-from jax.experimental import multihost_utils
 from ml_collections import config_flags
 
 from dspark_jax import config as config_module
 from dspark_jax import experiments
-from dspark_jax.attached import STATUS
-from dspark_jax.buckets.places import reading, working_directory
-from dspark_jax.config import CHOICES, Config, InputError, resolve
+from dspark_jax.buckets.places import reading
+from dspark_jax.config import CHOICES, Config, InputError
+from dspark_jax.distributed import join_hosts, locked_by_one, parted, resolve_on_all
 from dspark_jax.errors import reporting_errors
-from dspark_jax.hub import with_architecture
 from dspark_jax.paths import bucket_url, check_local, check_path
 from dspark_jax.registry import described
 from dspark_jax.unicode import check_unicode
@@ -80,13 +75,13 @@ def run(
         if extra.pop("distributed"):
             if not distributed:
                 raise InputError(f"--distributed: {main.__name__} runs on one host; leave the flag out")
-            _join_hosts()
-        config = _resolve_on_all(config)
+            join_hosts()
+        config = resolve_on_all(config)
         if bucket_url(workdir) and not buckets:
             raise InputError(f"--workdir {bucket_url(workdir)}: {main.__name__} needs a local one; give one")
-        with _locked_by_one(workdir, main.__name__) if writes else contextlib.nullcontext(reading(workdir)) as folder:
+        with locked_by_one(workdir, main.__name__) if writes else contextlib.nullcontext(reading(workdir)) as folder:
             apart = not together and jax.distributed.is_initialized()
-            with _parted() if apart else contextlib.nullcontext():
+            with parted() if apart else contextlib.nullcontext():
                 main(config, folder, **extra)
 
 
@@ -239,73 +234,6 @@ class _Weights(flags.ArgumentParser):
 
 
 config_flags.register_flag_parser_for_type(dict, _Weights())
-
-
-def _join_hosts() -> None:
-    try:
-        jax.distributed.initialize()
-    except (ValueError, RuntimeError) as error:  # JAX knows no coordinator, or cannot reach it
-        reason = str(error).partition("\n")[0]
-        raise InputError(
-            f"--distributed: the other hosts cannot be joined ({reason}); start it where JAX finds them (a TPU slice, "
-            "SLURM, GKE), or leave the flag out on one host"
-        ) from error
-
-
-@contextlib.contextmanager
-def _parted() -> Iterator[None]:
-    """Ends JAX's connection to the other hosts; SIGTERM, which it has taken over and does not give back, ends us."""
-
-    def stop(number: int, frame: FrameType | None) -> NoReturn:
-        raise SystemExit(STATUS)
-
-    jax.process_count()  # is kept from here on
-    jax.distributed.shutdown()
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _resolve_on_all(config: Config) -> Config:
-    """The resolved config; where one of several hosts cannot use it, all end."""
-    refusal = None
-    try:
-        config = resolve(with_architecture(config))
-    except InputError as error:
-        refusal = error
-    if jax.distributed.is_initialized():
-        refused = np.atleast_1d(multihost_utils.process_allgather(np.int32(refusal is not None)))
-        if refused.any() and refusal is None:
-            refusal = InputError(f"host {int(refused.argmax())} cannot use what it was given; its own output says why")
-    if refusal is not None:
-        raise refusal
-    return config
-
-
-@contextlib.contextmanager
-def _locked_by_one(workdir: Path, command: str) -> Iterator[Path]:
-    """Gives the local folder to work in. Process 0 holds the lock for all; where it is refused, all end."""
-    if not jax.distributed.is_initialized():
-        with working_directory(workdir, command) as folder:
-            yield folder
-        return
-    if url := bucket_url(workdir):
-        raise InputError(
-            f"--workdir {url}: with --distributed all hosts have to see one folder; mount the bucket (gcsfuse) "
-            "or use a shared disk, and give that path"
-        )
-    refusal = None
-    with contextlib.ExitStack() as stack:
-        if jax.process_index() == 0:
-            try:
-                stack.enter_context(working_directory(workdir, command))
-            except InputError as error:
-                refusal = error
-        if multihost_utils.broadcast_one_to_all(np.int32(refusal is not None)):
-            raise refusal or InputError(f"--workdir {workdir}: cannot be used; process 0 says why")
-        yield workdir
 
 
 def field_paths() -> dict[str, dataclasses.Field[Any]]:

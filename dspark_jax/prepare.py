@@ -19,12 +19,10 @@ training does not run the target. That, too, says beforehand how much it takes, 
 """
 
 import contextlib
-import copy
 import itertools
-import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,27 +30,16 @@ import jax
 from absl import flags
 
 from dspark_jax import command
-from dspark_jax.answering import target_decoder
 from dspark_jax.benchmarks import BENCHMARKS
 from dspark_jax.buckets import places
 from dspark_jax.config import Config, InputError
 from dspark_jax.data import benchmark_prompts, overlap, statistics
-from dspark_jax.data.answer_log import log_file, log_files
-from dspark_jax.data.chat import load_tokenizer, stop_tokens
+from dspark_jax.data.answer_log import log_files
+from dspark_jax.data.chat import load_tokenizer
 from dspark_jax.data.inputs import digest
 from dspark_jax.data.mask_token import mask_warning
-from dspark_jax.data.parts import count_parts, part_of
-from dspark_jax.data.prompts import Prompt, read_prompts
 from dspark_jax.data.regenerate import (
-    Answered,
-    AnswerLog,
-    Conversation,
     Decode,
-    Dialogues,
-    Limits,
-    Rejected,
-    conversations,
-    regenerate,
 )
 from dspark_jax.data.samples import (
     Tally,
@@ -62,16 +49,15 @@ from dspark_jax.data.samples import (
     describe_unused,
     given_samples,
 )
-from dspark_jax.data.servers import ask_servers
 from dspark_jax.data.sources import SampleReader, write_samples
 from dspark_jax.data.thinking import Thinking
 from dspark_jax.errors import UNWRITABLE, is_full_disk
-from dspark_jax.hosts import Hosts, wait_for_files
+from dspark_jax.hosts import Hosts
 from dspark_jax.json_file import part, read_ours, write_json
 from dspark_jax.kinds import KINDS
-from dspark_jax.progress import Progress, log
+from dspark_jax.prepare_answers import answer_share, gather_answers, training_prompts
+from dspark_jax.progress import log
 from dspark_jax.run import Run
-from dspark_jax.tokenizer import ChatTokenizer
 from dspark_jax.training.feature_cache import check_features, prepare_features
 
 CHUNKS = "chunks"
@@ -192,7 +178,7 @@ def _make(run: Run, held_out: dict[str, Any], decode: Decode | None, beam: str |
         _open_partial(partial, fingerprint)
     whole = hosts.meet(whole=whole)[0]["whole"]
     if not whole and run.config.data.regenerate and hosts.count > 1:
-        _answer_share(run, partial, decode, hosts)
+        answer_share(run, partial, decode, hosts)
     if hosts.first:
         if not whole:
             report = _build(run, partial, decode, beam) | ({"held_out": held_out} if held_out else {})
@@ -204,17 +190,6 @@ def _make(run: Run, held_out: dict[str, Any], decode: Decode | None, beam: str |
         places.publish(final)
         places.withdraw(partial)
     hosts.meet()
-
-
-def _answer_share(run: Run, partial: Path, decode: Decode | None, hosts: Hosts) -> None:
-    """Answers the questions of this host's prompts, into a log of its own; then host 0 has the answers of all."""
-    # What is set aside is counted later, when samples are made of all answers.
-    with contextlib.closing(Tally(Path(os.devnull))) as tally:
-        tokenizer = load_tokenizer(run.config.target.path)
-        _answers(run, tokenizer, _prompts(run.config, tally), partial, decode, tally, hosts)
-    said = hosts.meet(length=log_file(partial, hosts.index).stat().st_size)
-    if hosts.first:
-        wait_for_files({log_file(partial, number): facts["length"] for number, facts in enumerate(said)})
 
 
 def _warn_of_mask(config: Config) -> None:
@@ -246,11 +221,11 @@ def _build(run: Run, partial: Path, decode: Decode | None, beam: str | None) -> 
             "use the tokenizer of this very model"
         )
     with contextlib.closing(Tally(partial / "rejected.jsonl")) as tally:
-        prompts = _prompts(config, tally)
+        prompts = training_prompts(config, tally)
         tally.read(prompts, Thinking.of(data))
         given: Any = prompts
         if data.regenerate:
-            given = _answers(run, tokenizer, prompts, partial, decode, tally, Hosts(partial, 0, 1))
+            given = gather_answers(run, tokenizer, prompts, partial, decode, tally, Hosts(partial, 0, 1))
         if beam is not None:
             from dspark_jax.data.beam import pipeline_options, write_with_beam
 
@@ -267,71 +242,6 @@ def _build(run: Run, partial: Path, decode: Decode | None, beam: str | None) -> 
                 f"no sample is left of {len(prompts)} prompts: {why}; see {where} and the limits in data.*"
             )
         return {"prompts": len(prompts), **tally.report(), "seconds": round(time.monotonic() - started, 1)}
-
-
-def _prompts(config: Config, tally: Tally) -> list[Prompt]:
-    """The prompts of a config that are answered before training; lines that are none are set aside."""
-    data = config.data
-    tokenised, reasoning = not data.regenerate, data.thinking != "off"
-    prompts = read_prompts(data.prompts, data.limit, tally.malformed, tokenised=tokenised, reasoning=reasoning)
-    return part_of(prompts, 0, count_parts(config))
-
-
-def _answers(
-    run: Run,
-    tokenizer: ChatTokenizer,
-    prompts: list[Prompt],
-    partial: Path,
-    decode: Decode | None,
-    tally: Tally,
-    hosts: Hosts,
-) -> list[Answered]:
-    """Conversations of this host's prompts, answered by the target; those that were before a kill are read back."""
-    config, data = run.config, run.config.data
-
-    def owns(sample_id: int) -> bool:
-        return hosts.owns(sample_id // data.repeats)
-
-    todo = conversations(prompts, data.repeats, data.system_prompt, Thinking.of(data))
-    todo = [conversation for conversation in todo if owns(conversation.sample_id)]
-    turns = sum(len(conversation.questions) for conversation in todo)
-    limits = Limits(
-        max_prompt_length=data.max_prompt_length,
-        max_length=data.max_length,
-        max_new_tokens=data.answers.max_new_tokens,
-    )
-    stops = stop_tokens(config.target.path, tokenizer)
-
-    def reject(conversation: Conversation, error: Rejected) -> None:
-        tally.reject(conversation.sample_id, conversation.prompt, error)
-
-    with (
-        contextlib.closing(AnswerLog(log_file(partial, hosts.index), owns)) as answers,
-        Progress("prepare", turns, unit="answer") as progress,
-    ):
-
-        def step(turns: int, shown: Mapping[str, float] | None = None) -> None:
-            progress.advance(turns, shown)
-            hosts.check()
-
-        if len(answers):
-            log(f"data: {len(answers)} answers are there already")
-        if not data.answers.endpoints:
-            decoder = decode or (lambda ask: target_decoder(run)(ask))  # loads the target if there is a question
-            return regenerate(tokenizer, todo, decoder, stops, limits, answers, reject, step)
-
-        started, before = time.monotonic(), len(answers)
-
-        def advance(turns: int, failures: int) -> None:
-            rate = (len(answers) - before) / max(time.monotonic() - started, 1e-3)
-            step(turns, {"answers/s": rate, "failed": failures})
-
-        asking = copy.deepcopy(config)  # all hosts together ask as many questions at a time as one
-        asking.data.answers.concurrency = max(data.answers.concurrency // hosts.count, 1)
-        dialogues = Dialogues(tokenizer, stops, limits, step)
-        found = ask_servers(todo, asking, dialogues, answers, reject, advance, progress.print)
-        tally.counts["answers_as_text"] = answers.texts
-        return found
 
 
 def _open_partial(partial: Path, digest: str) -> None:

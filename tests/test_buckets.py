@@ -420,7 +420,7 @@ def test_a_model_in_a_bucket_is_downloaded_as_far_as_it_is_needed(tmp_path: Path
 def test_several_hosts_are_refused(monkeypatch: Any) -> None:
     monkeypatch.setattr("jax.distributed.is_initialized", lambda: True)
     refused = pytest.raises(InputError, match="gs://bucket/run: with --distributed all hosts have to see one folder")
-    with refused, command._locked_by_one(Path(URL), "train"):
+    with refused, command.locked_by_one(Path(URL), "train"):
         pytest.fail("it began")
 
 

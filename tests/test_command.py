@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from absl import flags
 
-from dspark_jax import command
+from dspark_jax import command, distributed
 from dspark_jax.config import Config, InputError
 from dspark_jax.kinds import KINDS
 from dspark_jax.run_lock import locked
@@ -285,15 +285,16 @@ def test_one_host_takes_the_lock_for_all(config_file, monkeypatch, process):
     told = []
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(jax, "process_index", lambda: process)
-    monkeypatch.setattr(command.multihost_utils, "broadcast_one_to_all", lambda value: told.append(value) or int(taken))
+    agree = lambda value: told.append(value) or int(taken)  # noqa: E731
+    monkeypatch.setattr(distributed.multihost_utils, "broadcast_one_to_all", agree)
     taken = False
-    with command._locked_by_one(Path("here"), "train"):
+    with command.locked_by_one(Path("here"), "train"):
         assert Path("here/lock.json").exists() == (process == 0)
     assert told == [0] and not Path("here").exists()
     taken = True
     with locked(Path("here"), "evaluate"):
         message = "here: in use by evaluate" if process == 0 else "here: cannot be used; process 0 says why"
-        with pytest.raises(InputError, match=message), command._locked_by_one(Path("here"), "train"):
+        with pytest.raises(InputError, match=message), command.locked_by_one(Path("here"), "train"):
             pytest.fail("it ran")
     assert told[1:] == [process == 0]
 
@@ -302,8 +303,8 @@ def test_one_host_takes_the_lock_for_all(config_file, monkeypatch, process):
 def test_what_one_host_cannot_use_ends_all(config_file, monkeypatch, capsys, mine, refused):
     told = []
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(command, "_join_hosts", lambda: None)
-    monkeypatch.setattr(command.multihost_utils, "process_allgather", lambda x: told.append(x) or np.array(refused))
+    monkeypatch.setattr(command, "join_hosts", lambda: None)
+    monkeypatch.setattr(distributed.multihost_utils, "process_allgather", lambda x: told.append(x) or np.array(refused))
     ran = []
     argv = ["--config", config_file, "--distributed", *filter(None, [mine])]
     with pytest.raises(SystemExit) if any(refused) else contextlib.nullcontext():
@@ -320,9 +321,9 @@ def test_hosts_that_do_not_compute_together_leave_each_other(config_file, monkey
     done = []
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(jax.distributed, "shutdown", lambda: done.append("left"))
-    monkeypatch.setattr(command, "_join_hosts", lambda: done.append("joined"))
+    monkeypatch.setattr(command, "join_hosts", lambda: done.append("joined"))
     for name, result in {"process_allgather": np.zeros(2), "broadcast_one_to_all": np.int32(0)}.items():
-        monkeypatch.setattr(command.multihost_utils, name, lambda value, result=result: result)
+        monkeypatch.setattr(distributed.multihost_utils, name, lambda value, result=result: result)
     argv = ["--config", config_file, "--distributed", "--workdir=here"]
 
     def work(config, workdir):

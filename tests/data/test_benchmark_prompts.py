@@ -204,7 +204,7 @@ def test_the_config_says_where_they_go(monkeypatch: pytest.MonkeyPatch, tmp_path
             "benchmarks": expected,
         }
     asked: dict[str, Path] = {}
-    monkeypatch.setattr(prepare, "fetch", asked.update)
+    monkeypatch.setattr(prepare.benchmark_prompts, "fetch", asked.update)
     config = Config(eval=EvalConfig(prompts=entries))
     assert prepare.prepare(config, tmp_path, benchmarks="all") == {"mbpp": "sets/mbpp.jsonl"}
     assert prepare.prepare(config, tmp_path, benchmarks="mbpp, gsm8k") and list(asked) == ["mbpp", "gsm8k"]

@@ -15,7 +15,6 @@ from dspark_jax.data import files
 from dspark_jax.data.benchmark_prompts import convert, fetch, places
 from dspark_jax.data.prompts import read_prompts
 from dspark_jax.evaluation.summary import paper_metrics
-from dspark_jax.kinds import KINDS
 from dspark_jax.presets import TARGETS, target_like
 
 EXPECTED = Path(__file__).resolve().parents[3] / "shared" / "eval_datasets"
@@ -202,6 +201,7 @@ def test_the_config_says_where_they_go(monkeypatch: pytest.MonkeyPatch, tmp_path
         assert command.parse(["--config", str(experiment), *flag], prepare._define)[2] == {
             "distributed": False,
             "benchmarks": expected,
+            "beam": None,
         }
     asked: dict[str, Path] = {}
     monkeypatch.setattr(prepare.benchmark_prompts, "fetch", asked.update)
@@ -223,7 +223,7 @@ def test_domains_and_figures_are_those_of_the_paper() -> None:
             ours, theirs = (sum(paper_tau(target, kind).values()) for kind in ("dspark", other))
             assert 100 * (ours / theirs - 1) == pytest.approx(gain, abs=0.1)
     assert paper_tau("Qwen/Qwen3-4B", "mtp") == {} == paper_tau("", "dspark")
-    assert all(len(paper_tau(target, kind)) == 9 for target in TARGETS for kind in KINDS if kind != "mtp")
+    assert all(len(paper_tau(target, kind)) == 9 for target in TARGETS for kind in ("dspark", "dflash", "eagle3"))
 
 
 def test_the_documents_have_the_same_benchmarks_and_figures() -> None:

@@ -169,6 +169,7 @@ def plain() -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("make", [with_head, lambda: as_kind(base(), "maps")], ids=["head and terms", "kind"])
+@pytest.mark.slow
 def test_trains_and_decodes(make: Any) -> None:
     config = resolve(make())
     mesh = make_mesh(config.mesh, jax.devices()[:1])

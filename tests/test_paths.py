@@ -35,7 +35,7 @@ OTHER_FIELDS = {
     "compare.depth_drafters", "compare.length_drafters",
 }  # fmt: skip
 OTHER_FLAGS = {"traffic", "temperatures", "fit_on", "slots", "contexts", "studies", "prompt", "scheduler", "topology"}
-OTHER_FLAGS |= {"parts", "benchmarks", "checkpoint"}
+OTHER_FLAGS |= {"parts", "benchmarks", "beam", "checkpoint"}
 OTHER_OPTIONS = {"checkpoint", "format", "dtype", "name", "target_name", "push", "config"}
 
 

@@ -127,7 +127,7 @@ def test_a_preparation_in_a_bucket_goes_on_elsewhere(
     bucket()
     with working_directory(run, "prepare") as folder:
         report = prepare(config, folder, second)
-        assert "continuing with 6 answers" in capsys.readouterr().err
+        assert "6 answers are there already" in capsys.readouterr().err
         expected = {name: content for name, content in files(tmp_path / "run" / "data").items() if "json" not in name}
         assert expected and expected.items() <= files(folder / "data").items()
     assert len(first.streams) == 6 and sorted(first.streams + second.streams) == sorted(whole.streams)

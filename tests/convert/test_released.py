@@ -14,6 +14,7 @@ from dspark_jax.config import Config, DrafterConfig, InputError, LossConfig, Tar
 from dspark_jax.convert import __main__ as convert
 from dspark_jax.convert.hf import compare_tensors, expected_tensors
 from dspark_jax.kinds import as_kind
+from dspark_jax.run import Run
 from dspark_jax.training.checkpoint import check_continuation, saved_config
 from dspark_jax.training.state import TrainState
 
@@ -183,7 +184,8 @@ def test_training_goes_on_from_every_released_checkpoint_with_its_own_config(nam
     convert.main(["import", *paths, f"--workdir={tmp_path / 'run'}"])
     config.target.path = str(tmp_path / "target")
     config = resolve(config)
-    assert check_continuation(config, tmp_path / "run", lambda: pytest.fail("an import has no data"))
+    monkeypatch.setattr(Run, "data_inputs", property(lambda _: pytest.fail("an import has no data")))
+    assert check_continuation(Run(config, tmp_path / "run"))
     imported = saved_config(tmp_path / "run")
     assert imported is not None and imported.loss == (EAGLE3_LOSS if kind == "eagle3" else LossConfig())
     assert imported.train.num_anchors == (imported.data.max_length if kind == "eagle3" else 512)

@@ -15,6 +15,7 @@ from dspark_jax.data.chunks import make_chunk, merge_chunks, read_chunk, read_se
 from dspark_jax.data.prompts import Malformed, Prompt, read_prompts
 from dspark_jax.data.regenerate import Answered, conversations
 from dspark_jax.data.samples import Tally, answered_samples, given_samples
+from dspark_jax.data.thinking import Thinking
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -49,7 +50,7 @@ def talks(folder: Path) -> list[Prompt]:
 def answered(prompts: Sequence[Prompt]) -> list[Answered]:
     """One answer each, of different lengths; some conversations are left out, as those that were rejected."""
     found = []
-    for item in conversations(prompts, 1, thinking="given"):
+    for item in conversations(prompts, 1, thinking=Thinking("given")):
         if item.sample_id % 5 != 2:
             ids = np.arange(65, 70 + item.sample_id, dtype=np.int32)
             found.append(Answered(item, tuple(item.questions[:1]), ids, item.sample_id % 2 == 0))

@@ -260,6 +260,10 @@ def test_settings_that_make_no_sense_are_refused(tiny_target: Path, fields: dict
 
 def test_data_sets_of_the_hub_are_no_paths(tiny_target: Path) -> None:
     target = TargetConfig(path=str(tiny_target), architecture=TargetArchitecture.from_hf(tiny_target))
-    for entry, refused in (("hub:a/b?split=test", False), ("gs://bucket/a.jsonl", True)):
+    for entry, refused in (
+        ("hub:a/b?split=test", False),
+        ("gs://bucket/a.jsonl", False),
+        ("az://bucket/a.jsonl", True),
+    ):
         found = [one for one in problems(Config(target=target, data=DataConfig(prompts=(entry,)))) if "prompts" in one]
         assert bool(found) == refused

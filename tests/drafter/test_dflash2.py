@@ -234,6 +234,7 @@ def test_the_selectors_loss_is_a_cross_entropy_over_candidates() -> None:
     assert (int(recall.num), int(recall.den)) == (found, mask.sum()) and 0 < found < mask.sum()
 
 
+@pytest.mark.slow
 def test_terms_over_the_vocabulary_see_the_base_logits() -> None:
     """The selector changes neither the KL nor the acceptance that is reported, and gets no gradient from them."""
     model = fill_in.drafter(DFLASH2)

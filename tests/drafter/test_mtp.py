@@ -105,6 +105,7 @@ def test_a_row_is_supervised_where_an_anchor_behind_it_is(models):
         assert [t - 1 for t in anchors if t] == np.flatnonzero(got[b]).tolist()
 
 
+@pytest.mark.slow
 def test_the_draft_is_the_prediction_of_the_newest_row(models):
     target, drafter = models
     tokens = jnp.asarray(np.random.default_rng(1).integers(0, 40, (1, S)), jnp.int32)

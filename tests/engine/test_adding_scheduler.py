@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from dspark_jax.engine import Models, generate
 from dspark_jax.engine.schedulers import Scheduler
@@ -36,6 +37,7 @@ class Alternating(Scheduler):
         return history
 
 
+@pytest.mark.slow
 def test_a_scheduler_of_ones_own(models: Any) -> None:
     target = models.qwen3()
     both = Models(target, models.near(target, 3, noise=1.0))

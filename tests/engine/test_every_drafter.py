@@ -99,6 +99,7 @@ def drafts_everywhere(kind: str) -> list[np.ndarray]:
 @pytest.mark.parametrize(
     "kind", ("dspark", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("eagle3", "mtp")))
 )
+@pytest.mark.slow
 def test_drafts_behind_rounds_without_drafts(kind: str) -> None:
     """The drafter catches up with what was committed without it: it drafts what it would have drafted anyway."""
     # Several requests catch up at 16 pending rows though nothing is drafted; one has more, and reads 16 at a time.

@@ -105,6 +105,7 @@ def test_a_confidence_threshold_leaves_greedy_output_alone(target: Any, bigram: 
     assert all((a <= p).all() for a, p in zip(cut.accepted_lengths, cut.proposal_lengths, strict=True))
 
 
+@pytest.mark.slow
 def test_rounds_without_drafts_leave_greedy_output_alone(target: Any, bigram: Any, dspark: Any) -> None:
     """Which rounds draft is decided by the batch; all drafts of a round are verified or nothing is drafted."""
     prompts = prompts_of(8)
@@ -124,6 +125,7 @@ def test_rounds_without_drafts_leave_greedy_output_alone(target: Any, bigram: An
         assert np.concatenate(mixed.accepted_lengths).max() > 0 or drafter is dspark
 
 
+@pytest.mark.slow
 def test_the_drafter_is_shown_what_rounds_without_drafts_commit(target: Any, bigram: Any) -> None:
     """After any mix of rounds its cache, caught up, holds the features and tokens of everything before the anchor."""
     prompt = jnp.asarray([[3, 1, 4], [1, 5, 9]])

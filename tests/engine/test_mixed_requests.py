@@ -65,6 +65,7 @@ def drafter(models: Any, target: Any) -> Any:
     return models.near(target, SIZE, noise=1.0, confidence=True, taps=())
 
 
+@pytest.mark.slow
 def test_a_request_does_not_see_its_neighbours_its_slot_or_the_batch_size(target: Any, drafter: Any) -> None:
     """Greedy and sampled, filtered or not: the same tokens together, one at a time, and in another order by threes."""
     prompts, keys = prompts_of(8), request_keys(4, jnp.arange(8))
@@ -96,6 +97,7 @@ def test_what_is_given_per_request_follows_the_request(target: Any, drafter: Any
 
 
 @pytest.mark.parametrize("name", others_slow(("fixed", "early stop", "adaptive"), "fixed"))
+@pytest.mark.slow
 def test_flat_verification_changes_nothing(target: Any, drafter: Any, name: str) -> None:
     """The target computes the scheduled tokens alone, in one of several sizes; tokens and counts are those of rows of
     G + 1 for everybody, greedy and sampled, filtered or not."""

@@ -71,6 +71,7 @@ def alone(models: Models, prompts: list[list[int]]) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("layout", others_slow(LAYOUTS, "groups of two"))
+@pytest.mark.slow
 def test_tokens_are_those_of_one_device(models: Models, prompts: Any, alone: Any, layout: str) -> None:
     """`generate` and the engine, whose slots are filled again and again, neither with a mesh set by the caller."""
     mesh = place(LAYOUTS[layout], Load(models, 5, 64)).mesh

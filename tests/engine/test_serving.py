@@ -26,6 +26,7 @@ from dspark_jax.engine.serving import Engine, EngineClosed, EngineFailed, QueueF
 from dspark_jax.engine.slots import Chunk, Mode, open_slots, prefill_chunk, serve_round
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target.model import Target
+from tests.conftest import others_slow
 
 VOCAB, SIZE, SLOTS, CAPACITY, CHUNK = 32, 3, 3, 50, 8
 
@@ -95,7 +96,7 @@ def drive(engine: Engine) -> None:
         pass
 
 
-@pytest.mark.parametrize("chunks", (1, 3))
+@pytest.mark.parametrize("chunks", others_slow((1, 3), 3))
 def test_a_request_is_decoded_as_if_alone(serve: Any, reference: Any, chunks: int) -> None:
     """Random arrivals and cancellations over three slots that are used again and again; greedy and sampled."""
     requests, rng = asks(24, seed=0), np.random.default_rng(1)
@@ -147,6 +148,7 @@ def test_the_lagged_scheduler_changes_no_greedy_answer(serve: Any, reference: An
     assert sum(one.accepted for one in rounds) == engine.metrics.accepted
 
 
+@pytest.mark.slow
 def test_rounds_without_drafts_change_no_greedy_answer(serve: Any, reference: Any) -> None:
     """Slots decide together; a drafter that is rarely right is asked rarely, and knows what happened meanwhile."""
     requests = asks(9, seed=3, sampled=False)
@@ -178,7 +180,7 @@ def test_flat_verification_in_sizes(serve: Any, reference: Any, name: str) -> No
     assert (len({one.admitted for one in rounds}) > 1) == (name == "lagged")
 
 
-@pytest.mark.parametrize("maximum", (0, 1))
+@pytest.mark.parametrize("maximum", others_slow((0, 1), 0))
 def test_fewer_admitted_drafts_compute_fewer_rows(serve: Any, reference: Any, maximum: int) -> None:
     """Without being asked: two slots with nothing admitted are 2 rows, with one draft each 4 that are computed as 6."""
     engine = serve(scheduler=schedulers.early_stop(np.ones(13), maximum=maximum))
@@ -199,6 +201,7 @@ def test_without_a_drafter(target: Target, reference: Any) -> None:
     assert all(one.metrics.accepted == 0 for one in handles)
 
 
+@pytest.mark.slow
 def test_a_slot_is_handed_over_clean(models: Any, target: Target) -> None:
     """After rounds of another request, a drafter with a memory of its own and the history hold nothing of it."""
     drafter = models.near(target, 2, confidence=True)
@@ -418,6 +421,7 @@ def threads() -> Iterator[list[threading.Thread]]:
         assert not one.is_alive()
 
 
+@pytest.mark.slow
 def test_the_engines_own_thread_serves_many_at_once(serve: Any, reference: Any, threads: list[Any]) -> None:
     requests = asks(12, seed=0)  # as in the first test: nothing new is compiled
     expected = reference(requests, stop_tokens=[5])

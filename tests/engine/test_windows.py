@@ -66,6 +66,7 @@ def test_batches(models: Any, how: str) -> None:
 
 
 @pytest.mark.parametrize("chunk", others_slow((2, 32), 2))
+@pytest.mark.slow
 def test_slots(models: Any, chunk: int) -> None:
     """Prompts come in chunks while others decode, in such as a ring takes at once (on two devices) and in
     larger; slots are reused."""

@@ -9,7 +9,17 @@ import numpy as np
 import pytest
 
 from dspark_jax import jobs
-from dspark_jax.config import Config, EvalConfig, InputError, to_json
+from dspark_jax.config import (
+    Config,
+    DataConfig,
+    DrafterConfig,
+    EvalConfig,
+    InputError,
+    TargetArchitecture,
+    TargetConfig,
+    resolve,
+    to_json,
+)
 from dspark_jax.evaluation import rounds
 from dspark_jax.evaluation.acceptance import Counts
 from dspark_jax.run import Run
@@ -31,11 +41,20 @@ def test_a_run_that_cannot_be_loaded_is_named(tmp_path: Path, monkeypatch: Any) 
         rounds._open_all({"b": Run(Config(), tmp_path / "b")})
 
 
+def small_config() -> Config:
+    arch = TargetArchitecture("qwen3", 40, 16, 3, 4, 2, 8, 24, 1e-6, 1e4, False, 64)
+    drafter, data = (
+        DrafterConfig("dspark", 2, 3, (0, 1), 39, 4, True, True),
+        DataConfig(max_length=64, max_prompt_length=16),
+    )
+    return resolve(Config(target=TargetConfig(architecture=arch), drafter=drafter, data=data))
+
+
 def test_what_fails_in_a_process_is_one_line(tmp_path: Path, capsys: Any) -> None:
     job = {
         "task": "rounds",
         "out": str(tmp_path / "out.npz"),
-        "runs": {"a": {"config": to_json(Config()), "workdir": "a"}},
+        "runs": {"a": {"config": to_json(small_config()), "workdir": "a"}},
     }
     (tmp_path / "job.json").write_text(json.dumps(job))
     with pytest.raises(SystemExit) as ended:
@@ -49,6 +68,7 @@ def test_what_a_comparison_leaves_out_is_said(tmp_path: Path, monkeypatch: Any, 
     file.write_text('{"prompt": "how much", "id": 1}\nnonsense\n')
     decoder, config = SimpleNamespace(), Config(eval=EvalConfig(prompts=(str(file),)))
     counts = SimpleNamespace(grouped=lambda owners, count: Counts(*(np.ones((1, 2), int) for _ in range(5))))
+    monkeypatch.setattr(rounds, "decoding_run", lambda run: run)
     monkeypatch.setattr(rounds, "open_decoder", lambda *_: decoder)
     monkeypatch.setattr("dspark_jax.evaluation.setup.first_requests", lambda _, todo, *__: (todo, None))
     monkeypatch.setattr(rounds, "answer", lambda *_, **__: (SimpleNamespace(owners=[0]), None))

@@ -96,6 +96,7 @@ def test_summary_of_known_times() -> None:
     assert nothing.served == 0 and math.isnan(nothing.tokens_per_second) and math.isnan(nothing.per_user)
 
 
+@pytest.mark.slow
 def test_every_contender_sees_the_same_traffic(target: Target, drafter: Any) -> None:
     contenders = traffic_contenders(Models(target, drafter), np.linspace(1.0, 0.5, 20))
     assert list(contenders) == ["plain", "fixed 2", "fixed 3", "threshold 0.5", "early stop"]

@@ -118,6 +118,7 @@ def assert_same(workdir: Path, whole: Path) -> None:
     assert sorted(path.name for path in (workdir / "refresh").iterdir()) == ["1", "2"]
 
 
+@pytest.mark.slow
 def test_a_run_grows_its_data(make_config: Callable[..., Config], whole: Path) -> None:
     found = rows(whole)
     assert [row["step"] for row in found] == [2, 3, 4, 4, 6, 7, 7]  # also at checkpoints, which precede a refresh
@@ -172,6 +173,7 @@ def kill() -> None:
     raise Killed
 
 
+@pytest.mark.slow
 def test_a_run_killed_while_it_answers_ends_like_one_that_was_not(
     make_config: Callable[..., Config], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

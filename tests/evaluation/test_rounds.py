@@ -60,7 +60,7 @@ def test_what_fails_in_a_process_is_one_line(tmp_path: Path, capsys: Any) -> Non
     with pytest.raises(SystemExit) as ended:
         jobs.do(rounds.work, tmp_path / "job.json")
     said = capsys.readouterr().err
-    assert ended.value.code == 2 and said.startswith("error: ") and "a/checkpoints: no checkpoint here" in said
+    assert ended.value.code == 2 and "\nerror: " in f"\n{said}" and "a/checkpoints: no checkpoint here" in said
 
 
 def test_what_a_comparison_leaves_out_is_said(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:

@@ -31,7 +31,7 @@ from dspark_jax.data.regenerate import Conversation, Limits, Rejected, conversat
 from dspark_jax.data.samples import Tally, answered_samples
 from dspark_jax.data.sources import Sample, write_samples
 from dspark_jax.data.thinking import Thinking
-from dspark_jax.drafter.interface import DrafterModule
+from dspark_jax.drafter.interface import Drafter
 from dspark_jax.engine.models import Models
 from dspark_jax.engine.placement import Load, beside_training
 from dspark_jax.evaluation.run_scheduler import run_scheduler
@@ -64,7 +64,7 @@ class Refresh:
     Held-out prompts are no part of them.
     """
 
-    def __init__(self, run: Run, target: Target, drafter: DrafterModule, data: GrowingBatches, *, held: int = 0):
+    def __init__(self, run: Run, target: Target, drafter: Drafter, data: GrowingBatches, *, held: int = 0):
         """Reads the prompts.
 
         Args:
@@ -100,7 +100,7 @@ class Refresh:
         """Whether a part is to be added before optimizer step `step`, from 1 on."""
         return self.data.parts < 1 + min((step - 1) // self.every, self.parts - 1)
 
-    def run(self, step: int, drafter: DrafterModule, check: Callable[[], None]) -> tuple[str, dict[str, float]]:
+    def run(self, step: int, drafter: Drafter, check: Callable[[], None]) -> tuple[str, dict[str, float]]:
         """Adds the next part to the data, answered now or by this run before it was killed.
 
         Args:
@@ -129,7 +129,7 @@ class Refresh:
         return line, {PREFIX + name: float(value) for name, value in numbers.items() if value is not None}
 
     def _answer(
-        self, part: int, step: int, folder: Path, drafter: DrafterModule, check: Callable[[], None]
+        self, part: int, step: int, folder: Path, drafter: Drafter, check: Callable[[], None]
     ) -> dict[str, Any]:
         """Writes the folder of a part; returns its report."""
         partial = folder.with_name(f"{folder.name}.partial")
@@ -150,7 +150,7 @@ class Refresh:
         return report
 
     def _samples(
-        self, part: int, drafter: DrafterModule, effort: Effort, tally: Tally, check: Callable[[], None]
+        self, part: int, drafter: Drafter, effort: Effort, tally: Tally, check: Callable[[], None]
     ) -> Iterator[Sample]:
         """The samples of a part, answered with `drafter`."""
         data, thinking = self.config.data, Thinking.of(self.config.data)

@@ -335,7 +335,7 @@ class TrainingLog:
         self.since += time.monotonic() - began
         return measured
 
-    def grow(self, refresh: Refresh, step: int, drafter: Any, preemption: Preemption) -> None:
+    def grow(self, refresh: Refresh, step: int, drafter: Drafter, preemption: Preemption) -> None:
         """Lets the target answer more prompts before step `step`; that takes no time of the rows'.
 
         Raises:

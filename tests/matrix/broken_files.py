@@ -31,7 +31,7 @@ from unittest import mock
 
 import jax
 
-from dspark_jax import calibrate, command, compare, evaluate, generate, jobs, plan, prepare, profile, train
+from dspark_jax import calibrate, command, compare, distributed, evaluate, generate, jobs, plan, prepare, profile, train
 from dspark_jax.config import (
     CompareConfig,
     Config,
@@ -135,7 +135,7 @@ def step_here(arguments: Sequence[str], environment: Any) -> str | None:
 
     try:
         # The lock is that of `compare`, which is this process.
-        with mock.patch.object(command, "working_directory", unlocked):
+        with mock.patch.object(distributed, "working_directory", unlocked):
             started(module, *argv) if module else jobs.do(rounds.work, Path(argv[0]))
     except SystemExit as ended:
         return f"status {ended.code}" if ended.code else None

@@ -54,6 +54,7 @@ def test_convolutions_stay_in_their_block(rows: int, taps: int, group: int) -> N
         np.testing.assert_allclose(found[b, block * rows : (block + 1) * rows], want, rtol=2e-5, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_convolutions_begin_as_nothing() -> None:
     """So a DFlash that gets them drafts what it drafted; and gradients reach their parameters."""
     with_conv = make_drafter(fill_in.ARCH, DFLASH2, rngs=nnx.Rngs(1))

@@ -205,6 +205,7 @@ def test_budgets(target: Any, bigram: Any, budget: int) -> None:
         assert (result.rounds == 0).all() and np.isnan(result.tau)
 
 
+@pytest.mark.slow
 def test_the_drafter_is_shown_the_committed_tokens_and_their_features(target: Any, bigram: Any) -> None:
     """After every round its cache holds, for all positions before the anchor, the features of a fresh forward pass."""
     prompts = jnp.asarray([[3, 1, 4, 1, 5], [9, 2, 0, 0, 0], [6, 0, 0, 0, 0]])

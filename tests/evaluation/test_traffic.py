@@ -56,6 +56,7 @@ def test_another_rate_is_the_same_traffic_at_another_pace() -> None:
     np.testing.assert_allclose([one.seconds for one in slow], [4 * one.seconds for one in fast])
 
 
+@pytest.mark.slow
 def test_every_request_is_served_with_its_own_tokens(target: Target, drafter: Any) -> None:
     arrivals = poisson_arrivals(PROMPTS, SETS, 1e4, 9, seed=1)
     with Engine(Models(target, drafter), slots=2, capacity=16, prefill_chunk=4) as engine:

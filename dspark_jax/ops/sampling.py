@@ -21,6 +21,9 @@ WORD_BITS = 30
 UNIT = 1 << WORD_BITS
 """Both words of a uniform are below this."""
 
+FAR = 1 << 30
+"""After every index."""
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -129,8 +132,8 @@ class Part(NamedTuple):
 
     index: jax.Array
     scale: jax.Array
-    rest: "_Fixed"
-    mass: "_Fixed"
+    rest: "Fixed"
+    mass: "Fixed"
 
 
 def draw(weights: jax.Array, uniform: jax.Array) -> jax.Array:
@@ -156,15 +159,15 @@ def draw(weights: jax.Array, uniform: jax.Array) -> jax.Array:
 def draw_part(sums: jax.Array, uniform: jax.Array) -> Part:
     """The part that is drawn of those with sums [..., P] of weights; P is at most 2047. See `draw`."""
     scale = UNIT / jnp.sum(sums, axis=-1)
-    masses = _Fixed.of(sums * scale[..., None])
-    whole = _Fixed(jnp.full_like(uniform[..., 0], UNIT), jnp.zeros_like(uniform[..., 0]))
-    index, rest = _position(masses, _Fixed(uniform[..., 0], uniform[..., 1] >> WORD_BITS - FRACTION_BITS), whole)
+    masses = Fixed.of(sums * scale[..., None])
+    whole = Fixed(jnp.full_like(uniform[..., 0], UNIT), jnp.zeros_like(uniform[..., 0]))
+    index, rest = _position(masses, Fixed(uniform[..., 0], uniform[..., 1] >> WORD_BITS - FRACTION_BITS), whole)
     return Part(index, scale, rest, masses.at(index))
 
 
 def draw_inside(weights: jax.Array, part: Part) -> jax.Array:
     """Index [...] that is drawn within a part of weights [..., N], at most 2047 of them."""
-    return _position(_Fixed.of(weights * part.scale[..., None]), part.rest, part.mass)[0]
+    return _position(Fixed.of(weights * part.scale[..., None]), part.rest, part.mass)[0]
 
 
 def _blocks(weights: jax.Array) -> jax.Array:
@@ -178,51 +181,64 @@ FRACTION_BITS = 20
 """Of a fraction; the sum of up to 2047 of them fits into an int32."""
 
 
-class _Fixed(NamedTuple):
+class Fixed(NamedTuple):
     """Fixed-point numbers `whole + part / 2^20`, int32 each; 0 <= part < 2^20 but in masses that are to be summed."""
 
     whole: jax.Array
     part: jax.Array
 
     @classmethod
-    def of(cls, values: jax.Array) -> "_Fixed":
+    def of(cls, values: jax.Array) -> "Fixed":
         """Of float32 values >= 0, rounded up, so that nothing positive becomes zero."""
         whole = jnp.floor(values)
         return cls(whole.astype(jnp.int32), jnp.ceil((values - whole) * (1 << FRACTION_BITS)).astype(jnp.int32))
 
-    def carried(self) -> "_Fixed":
+    def carried(self) -> "Fixed":
         """The same numbers with 0 <= part < 2^20."""
-        return _Fixed(self.whole + (self.part >> FRACTION_BITS), self.part & (1 << FRACTION_BITS) - 1)
+        return Fixed(self.whole + (self.part >> FRACTION_BITS), self.part & (1 << FRACTION_BITS) - 1)
 
-    def at(self, index: jax.Array) -> "_Fixed":
+    def exceeds(self, other: "Fixed") -> jax.Array:
+        """Where it is the larger one; both carried."""
+        return (self.whole > other.whole) | ((self.whole == other.whole) & (self.part > other.part))
+
+    def equals(self, other: "Fixed") -> jax.Array:
+        """Where both are the same; both carried."""
+        return (self.whole == other.whole) & (self.part == other.part)
+
+    def minus(self, other: "Fixed") -> "Fixed":
+        """The difference, carried."""
+        return Fixed(self.whole - other.whole, self.part - other.part).carried()
+
+    def stretched(self, total: "Fixed", last: "Fixed") -> "Fixed":
+        """A threshold below `total` as one below `last`: masses that are rounded have another sum than their own."""
+        missing = Fixed(last.whole - total.whole, last.part - total.part).float()
+        stretch = self.float() * (missing / total.float())
+        whole = jnp.floor(stretch)
+        part = ((stretch - whole) * (1 << FRACTION_BITS)).astype(jnp.int32)
+        return Fixed(self.whole + whole.astype(jnp.int32), self.part + part).carried()
+
+    def at(self, index: jax.Array) -> "Fixed":
         """Entries [...] at index [...] of [..., N]."""
-        return _Fixed(*(jnp.take_along_axis(words, index[..., None], axis=-1)[..., 0] for words in self))
+        return Fixed(*(jnp.take_along_axis(words, index[..., None], axis=-1)[..., 0] for words in self))
 
     def float(self) -> jax.Array:
         """Rounded to float32."""
         return self.whole.astype(jnp.float32) + self.part.astype(jnp.float32) * 2.0**-FRACTION_BITS
 
 
-def _position(masses: _Fixed, threshold: _Fixed, total: _Fixed) -> tuple[jax.Array, _Fixed]:
+def _position(masses: Fixed, threshold: Fixed, total: Fixed) -> tuple[jax.Array, Fixed]:
     """The entry [...] of masses [..., N] into which threshold [...] < total falls, and how far into it.
 
     The masses' own sum is not quite `total`, since they are rounded; the threshold is stretched accordingly.
     """
-    ends = _Fixed(*(jnp.cumsum(words, axis=-1) for words in masses)).carried()
-    last = _Fixed(*(words[..., -1] for words in ends))
-    missing = _Fixed(last.whole - total.whole, last.part - total.part).float()
-    stretch = threshold.float() * (missing / total.float())
-    whole = jnp.floor(stretch)
-    part = ((stretch - whole) * (1 << FRACTION_BITS)).astype(jnp.int32)
-    threshold = _Fixed(threshold.whole + whole.astype(jnp.int32), threshold.part + part).carried()
-
-    limit = _Fixed(*(words[..., None] for words in threshold))
-    beyond = (ends.whole > limit.whole) | ((ends.whole == limit.whole) & (ends.part > limit.part))
+    ends = Fixed(*(jnp.cumsum(words, axis=-1) for words in masses)).carried()
+    last = Fixed(*(words[..., -1] for words in ends))
+    threshold = threshold.stretched(total, last)
+    limit, whole = (Fixed(*(words[..., None] for words in one)) for one in (threshold, last))
     # The last positive entry is the first that reaches the sum; it also takes what rounding puts after it.
-    final = (ends.whole == last.whole[..., None]) & (ends.part == last.part[..., None])
-    index = first(beyond | final)
-    before = [jnp.where(index > 0, words, 0) for words in ends.at(jnp.maximum(index - 1, 0))]
-    return index, _Fixed(threshold.whole - before[0], threshold.part - before[1]).carried()
+    index = first(ends.exceeds(limit) | ends.equals(whole))
+    before = Fixed(*(jnp.where(index > 0, words, 0) for words in ends.at(jnp.maximum(index - 1, 0))))
+    return index, threshold.minus(before)
 
 
 def allowed(logits: jax.Array, sampling: Sampling) -> jax.Array:

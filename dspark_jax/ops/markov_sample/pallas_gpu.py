@@ -18,9 +18,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from dspark_jax.ops import triton
-from dspark_jax.ops.sampling import GREEDY_BELOW, Sampling
+from dspark_jax.ops.sampling import FAR, GREEDY_BELOW, Sampling
 from dspark_jax.ops.triton import MASKED, dot, load, numbers, power_of_two, rows_of, store
-from dspark_jax.ops.triton_sampling import FAR, draw_inside, draw_part, exponents, merged, one_spec, whole_spec
+from dspark_jax.ops.triton_sampling import draw_inside, draw_part, exponents, merged, one_spec, whole_spec
 from dspark_jax.sharding import devices_here
 
 _PARTS = 132

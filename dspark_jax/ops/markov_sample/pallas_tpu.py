@@ -22,8 +22,8 @@ from jax.experimental.pallas import tpu as pltpu
 from dspark_jax import platform
 from dspark_jax.ops import mosaic
 from dspark_jax.ops.mosaic import LANES, MASKED, dot, numbers
-from dspark_jax.ops.mosaic_sampling import FAR, draw_inside, draw_part
-from dspark_jax.ops.sampling import GREEDY_BELOW, Sampling
+from dspark_jax.ops.mosaic_sampling import draw_inside, draw_part
+from dspark_jax.ops.sampling import FAR, GREEDY_BELOW, Sampling
 from dspark_jax.sharding import parts_of, per_device
 
 _TILE = 1920

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from dspark_jax.ops import triton
-from dspark_jax.ops.sampling import GREEDY_BELOW, Sampling, is_below
+from dspark_jax.ops.sampling import FAR, GREEDY_BELOW, Sampling, is_below
 from dspark_jax.ops.speculative_verify.rule import FLOOR, acceptance_probabilities, accepted_prefix
 from dspark_jax.ops.triton import MASKED, load, numbers, power_of_two
-from dspark_jax.ops.triton_sampling import FAR, draw_inside, draw_part, exponents, merged, one_spec
+from dspark_jax.ops.triton_sampling import draw_inside, draw_part, exponents, merged, one_spec
 from dspark_jax.sharding import devices_here
 
 _SIZE = 1024

@@ -22,14 +22,12 @@ from jax.experimental.pallas import tpu as pltpu
 
 from dspark_jax.ops import mosaic
 from dspark_jax.ops.mosaic import LANES, MASKED, numbers
-from dspark_jax.ops.sampling import GREEDY_BELOW, Sampling, draw_inside, draw_part, is_below
+from dspark_jax.ops.sampling import FAR, GREEDY_BELOW, Sampling, draw_inside, draw_part, is_below
 from dspark_jax.ops.speculative_verify.rule import FLOOR, acceptance_probabilities, accepted_prefix
 from dspark_jax.sharding import parts_of, per_device
 
 _ROWS = 8
 """Of a group: what a register holds of one lane."""
-
-_FAR = 1 << 30
 
 
 class Sizes(NamedTuple):
@@ -244,7 +242,7 @@ def _stats_kernel(
         most = jnp.max(top, axis=1, keepdims=True)
         top_out[...] = most
         total_out[...] = jnp.sum(total * jnp.exp((top - most) * factor), axis=1, keepdims=True)
-        token = jnp.min(jnp.where(top == most, best * LANES + lane, _FAR), axis=1, keepdims=True)
+        token = jnp.min(jnp.where(top == most, best * LANES + lane, FAR), axis=1, keepdims=True)
         best_out[...] = jnp.minimum(token, v - 1)
         chosen_out[...] = jnp.sum(chosen_ref[...], axis=1, keepdims=True)
 

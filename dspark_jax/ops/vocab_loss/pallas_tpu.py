@@ -15,9 +15,10 @@ from jax.experimental import pallas as pl
 
 from dspark_jax import platform
 from dspark_jax.ops import mosaic
+from dspark_jax.ops.vocab_loss import xla
 from dspark_jax.ops.vocab_loss.result import VocabLoss
 from dspark_jax.ops.vocab_loss.term import VocabTerm
-from dspark_jax.ops.vocab_loss.xla import Logits, RowResults, Settings, chunked, rowwise
+from dspark_jax.ops.vocab_loss.xla import Logits, RowResults, Settings, rowwise
 from dspark_jax.sharding import parts_of, per_device
 
 _ROWS = 8
@@ -60,9 +61,9 @@ def vocab_loss(
         the_vocabulary_is_split_over_devices=parts_of("vocab") == 1,
         eight_rows_do_not_fit_on_the_chip=_memory(v, hidden.dtype, capped=capped) <= platform.tpu_kernel_memory(),
     )
-    named = tuple((name, *term) for name, term in terms.items())
-    settings = Settings(named, block, softcap, chunk, _rowwise, candidates)
-    return chunked(hidden, prev_embedding, teacher, head, markov_w2, labels, weights, settings)
+    arrays = hidden, prev_embedding, teacher, head, markov_w2, labels, weights
+    settings: Any = {"terms": terms, "block": block, "softcap": softcap, "chunk": chunk, "candidates": candidates}
+    return xla.vocab_loss(*arrays, **settings, by_row=_rowwise)
 
 
 def _memory(v: int, dtype: Any, *, capped: bool) -> int:

@@ -103,24 +103,11 @@ def vocab_loss(
     softcap: float = 0.0,
     chunk: int,
     candidates: int = 0,
+    by_row: Rowwise | None = None,
 ) -> VocabLoss:
-    """See `api.vocab_loss`."""
+    """See `api.vocab_loss`; `by_row` is another way from logits to slopes than `rowwise`."""
     named = tuple((name, *term) for name, term in terms.items())
-    settings = Settings(named, block, softcap, chunk, rowwise, candidates)
-    return chunked(hidden, prev_embedding, teacher, head, markov_w2, labels, weights, settings)
-
-
-def chunked(
-    hidden: jax.Array,
-    prev_embedding: jax.Array | None,
-    teacher: jax.Array,
-    head: jax.Array,
-    markov_w2: jax.Array | None,
-    labels: jax.Array,
-    weights: jax.Array,
-    settings: Settings,
-) -> VocabLoss:
-    """`vocab_loss` with another way from logits to slopes."""
+    settings = Settings(named, block, softcap, chunk, by_row or rowwise, candidates)
     head, teacher, weights = jax.lax.stop_gradient((head, teacher, weights))
     rows = _Rows(hidden, prev_embedding, teacher, labels, weights.astype(jnp.float32))
     out = cast(VocabLoss, _loss(rows, head, markov_w2, settings))

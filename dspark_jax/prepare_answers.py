@@ -59,11 +59,7 @@ def gather_answers(
     todo = conversations(prompts, data.repeats, data.system_prompt, Thinking.of(data))
     todo = [conversation for conversation in todo if owns(conversation.sample_id)]
     turns = sum(len(conversation.questions) for conversation in todo)
-    limits = Limits(
-        max_prompt_length=data.max_prompt_length,
-        max_length=data.max_length,
-        max_new_tokens=data.answers.max_new_tokens,
-    )
+    limits = Limits.of(data)
     stops = stop_tokens(config.target.path, tokenizer)
 
     def reject(conversation: Conversation, error: Rejected) -> None:

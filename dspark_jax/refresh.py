@@ -157,7 +157,7 @@ class Refresh:
         prompts = part_of(self.prompts, part, self.parts)
         tally.read(prompts, thinking)
         todo = conversations(prompts, data.repeats, data.system_prompt, thinking, start=self.data.next_id)
-        limits = Limits(data.max_prompt_length, data.max_length, data.answers.max_new_tokens)
+        limits = Limits.of(data)
 
         def reject(conversation: Conversation, error: Rejected) -> None:
             tally.reject(conversation.sample_id, conversation.prompt, error)

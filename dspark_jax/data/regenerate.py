@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from dspark_jax.config import DataConfig
 from dspark_jax.data.answer_log import AnswerLog, Rejected
 from dspark_jax.data.chat import PLAIN, ChatError, Options, answer_text, prompt_tokens, with_system
 from dspark_jax.data.messages import has_tools
@@ -68,6 +69,11 @@ class Limits:
     max_prompt_length: int
     max_length: int
     max_new_tokens: int = 0
+
+    @classmethod
+    def of(cls, data: DataConfig) -> "Limits":
+        """Those of a config."""
+        return cls(data.max_prompt_length, data.max_length, data.answers.max_new_tokens)
 
 
 def options_of(prompt: Prompt, thinking: Thinking) -> Options:

@@ -16,6 +16,7 @@ from pathlib import Path
 from dspark_jax.buckets.places import cache_folder
 from dspark_jax.buckets.store import Store
 from dspark_jax.errors import InputError
+from dspark_jax.json_file import written_whole
 from dspark_jax.paths import bucket_url
 
 
@@ -98,7 +99,6 @@ def _kept(url: str, patterns: Sequence[str]) -> Path:
             del known[name]
     changed = {name: tag for name, tag in there.items() if known.get(name) != tag or not (folder / name).exists()}
     store.get((name, folder / name) for name in changed)
-    temporary = folder / f".{uuid.uuid4().hex}.tmp"
-    temporary.write_text(json.dumps(known | changed), "utf-8")
-    os.replace(temporary, tags)
+    with written_whole(tags, f".{uuid.uuid4().hex}.tmp") as temporary:
+        temporary.write_text(json.dumps(known | changed), "utf-8")
     return folder

@@ -33,6 +33,7 @@ from typing import Any
 from dspark_jax.buckets.lock import CLAIM, BucketLock
 from dspark_jax.buckets.store import Store
 from dspark_jax.errors import InputError
+from dspark_jax.json_file import written_whole
 from dspark_jax.run_lock import FILE as LOCK
 
 INTERVAL = 60.0
@@ -323,9 +324,9 @@ class Mirror:
             self._state[name] = [version, *stamp]
 
     def _write_state(self) -> None:
-        temporary = self.folder / f".{uuid.uuid4().hex}.tmp"
-        temporary.write_text(json.dumps(self._state), "utf-8")
-        os.replace(temporary, self.folder / STATE)
+        # Several readers may share the folder, each with a temporary name of its own.
+        with written_whole(self.folder / STATE, f".{uuid.uuid4().hex}.tmp") as temporary:
+            temporary.write_text(json.dumps(self._state), "utf-8")
 
 
 def _manifest(name: str) -> str:

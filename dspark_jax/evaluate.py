@@ -85,11 +85,21 @@ from dspark_jax.shown_paths import as_given
 from dspark_jax.training.best import NEWEST
 
 
-def evaluate(
-    config: Config,
-    workdir: Path,
+def evaluate(config: Config, workdir: Path, *, mesh: Mesh | None = None, **options: Any) -> dict[str, Any]:
+    """Evaluates a checkpoint of `workdir`, or models that are loaded already.
+
+    Args:
+      config: resolved; `target`, `eval`, and of `data` the system prompt and the prompt limit are used.
+      workdir: of the training run; `eval/` is written in it.
+      mesh: of the models; that of `config.mesh.decode` if None.
+      options: see `evaluate_run`, as is what it returns and raises.
+    """
+    return evaluate_run(Run(config, Path(workdir), mesh), **options)
+
+
+def evaluate_run(
+    run: Run,
     *,
-    mesh: Mesh | None = None,
     decoder: Decoder | None = None,
     cost_table: str | None = None,
     traffic: str = "",
@@ -98,12 +108,10 @@ def evaluate(
     details: bool = False,
     checkpoint: str = NEWEST,
 ) -> dict[str, Any]:
-    """Evaluates a checkpoint of `workdir`, or models that are loaded already.
+    """Evaluates a run that a command has already.
 
     Args:
-      config: resolved; `target`, `eval`, and of `data` the system prompt and the prompt limit are used.
-      workdir: of the training run; `eval/` is written in it.
-      mesh: of the models; that of `config.mesh.decode` if None.
+      run: see `evaluate`.
       decoder: models that are loaded already, or None to load the newest checkpoint.
       cost_table: file in SGLang's layout to replay load on, or None for a saturating accelerator.
       traffic: rates in requests per second at which the serving engine is driven, e.g. "2,4,8"; empty for none.
@@ -119,30 +127,6 @@ def evaluate(
       InputError: there is no checkpoint for this target, or target, tokenizer, prompts or cost table cannot be used;
         traffic on several hosts.
     """
-    return evaluate_run(
-        Run(config, Path(workdir), mesh),
-        decoder=decoder,
-        cost_table=cost_table,
-        traffic=traffic,
-        traffic_requests=traffic_requests,
-        traffic_slots=traffic_slots,
-        details=details,
-        checkpoint=checkpoint,
-    )
-
-
-def evaluate_run(
-    run: Run,
-    *,
-    decoder: Decoder | None = None,
-    cost_table: str | None = None,
-    traffic: str = "",
-    traffic_requests: int = 60,
-    traffic_slots: int = 8,
-    details: bool = False,
-    checkpoint: str = NEWEST,
-) -> dict[str, Any]:
-    """The same of a run that a command has already."""
     config = run.config
     check_prompt_files(config.eval.prompts, "eval.prompts")
     if not config.eval.temperatures:

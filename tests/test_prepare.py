@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +24,13 @@ from dspark_jax.buckets.places import working_directory
 from dspark_jax.config import (
     AnswersConfig,
     Config,
-    DataConfig,
     DecodeMeshConfig,
-    DrafterConfig,
     EvalConfig,
     InputError,
     MeshConfig,
-    TargetConfig,
-    resolve,
 )
 from dspark_jax.data import chat
 from dspark_jax.data.inputs import FIELDS
-from dspark_jax.data.regenerate import Question
 from dspark_jax.data.sources import SampleReader
 from dspark_jax.engine import Models, generate
 from dspark_jax.engine.sampling import request_keys
@@ -50,40 +45,12 @@ from dspark_jax.training.feature_cache import open_features
 from dspark_jax.training.state import TrainState
 from tests import fake_bucket
 from tests.conftest import others_slow
-
-STOP = 294
+from tests.preparing import STOP, Decoder, prompts_config
 
 
 @pytest.fixture
 def config(tiny_target: Path, tmp_path: Path) -> Config:
-    prompts = tmp_path / "math.jsonl"
-    lines = [json.dumps({"turns": ["how much is " + "one and " * (i % 5) + "one"] * (1 + i % 2)}) for i in range(11)]
-    prompts.write_text("\n".join([*lines[:4], "{broken", *lines[4:], json.dumps({"prompt": "x" * 200})]) + "\n")
-    return resolve(
-        Config(
-            name="tiny",
-            target=TargetConfig(path=str(tiny_target)),
-            drafter=DrafterConfig(num_layers=1, target_layer_ids=(0,), mask_token_id=319),
-            data=DataConfig(
-                prompts=(str(prompts),), max_prompt_length=120, max_length=140, min_loss_tokens=4, decode_batch_size=4
-            ),
-        )
-    )
-
-
-class Decoder:
-    """Answers by sample id only; that of 3 stops at once. May be killed after some questions."""
-
-    def __init__(self, kill_after: int = 10**9):
-        self.kill_after, self.streams = kill_after, list[int]()
-
-    def __call__(self, ask: Callable[[], Question | None]) -> Iterator[tuple[Question, list[int]]]:
-        while question := ask():
-            if len(self.streams) == self.kill_after:
-                raise KeyboardInterrupt
-            stream = question.conversation.sample_id
-            self.streams.append(stream)
-            yield question, [STOP] if stream == 3 else [*range(65, 71 + stream), STOP]
+    return prompts_config(tiny_target, tmp_path, decode_batch_size=4)
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -8,63 +8,30 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dspark_jax import hosts as hosts_module
-from dspark_jax.config import Config, DataConfig, DrafterConfig, InputError, TargetConfig, resolve, to_json
+from dspark_jax.config import Config, InputError, to_json
 from dspark_jax.data import chat
-from dspark_jax.data.regenerate import Question
 from dspark_jax.data.sources import SampleReader
 from dspark_jax.errors import AGAIN, HostLost
 from dspark_jax.hosts import Hosts
 from dspark_jax.prepare import prepare_samples
 from dspark_jax.run import Run
 from tests.data.openai_server import Behaviour, OpenAIServer, by_seed
+from tests.preparing import STOP, Decoder, prompts_config
 
 ROOT = Path(__file__).resolve().parents[1]
-STOP = 294
 
 
 @pytest.fixture
 def config(tiny_target: Path, tmp_path: Path) -> Config:
-    """Eleven prompts, some with two turns, one malformed and one too long; two conversations each."""
-    prompts = tmp_path / "math.jsonl"
-    lines = [json.dumps({"turns": ["how much is " + "one and " * (i % 5) + "one"] * (1 + i % 2)}) for i in range(11)]
-    prompts.write_text("\n".join([*lines[:4], "{broken", *lines[4:], json.dumps({"prompt": "x" * 200})]) + "\n")
-    return resolve(
-        Config(
-            name="tiny",
-            target=TargetConfig(path=str(tiny_target)),
-            drafter=DrafterConfig(num_layers=1, target_layer_ids=(0,), mask_token_id=319),
-            data=DataConfig(
-                prompts=(str(prompts),),
-                max_prompt_length=100,
-                max_length=120,
-                min_loss_tokens=4,
-                decode_batch_size=4,
-                repeats=2,
-            ),
-        )
-    )
-
-
-class Decoder:
-    """Answers by sample id only; that of 3 stops at once. May be killed after some questions."""
-
-    def __init__(self, kill_after: int = 10**9):
-        self.kill_after, self.asked = kill_after, list[tuple[int, int]]()
-
-    def __call__(self, ask: Callable[[], Question | None]) -> Iterator[tuple[Question, list[int]]]:
-        while question := ask():
-            if len(self.asked) == self.kill_after:
-                raise KeyboardInterrupt
-            stream = question.conversation.sample_id
-            self.asked.append((stream, question.turn))
-            yield question, [STOP] if stream == 3 else [*range(65, 71 + stream), STOP]
+    """Two conversations of each prompt."""
+    return prompts_config(tiny_target, tmp_path, max_prompt_length=100, max_length=120, decode_batch_size=4, repeats=2)
 
 
 def contents(data: Path) -> Any:
@@ -121,10 +88,13 @@ def test_hosts_make_what_one_makes(config: Config, tmp_path: Path, alone: Decode
 def test_killed_hosts_go_on_with_any_number_of_them(
     config: Config, tmp_path: Path, alone: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing is asked twice, nothing is lost: of two hosts one dies, then of three, then one is alone."""
+    """Nothing is asked twice, nothing is lost: of two hosts one dies, then of three, then one is alone.
+
+    How far the others come until they see that one is dead is chance: so few answers that one always dies.
+    """
     monkeypatch.setattr(hosts_module, "BEAT", 0.0)
     run, asked = tmp_path / "run", []
-    for kill_after in ([3, 10**9], [10**9, 10**9, 2], [4], [10**9, 10**9]):
+    for kill_after in ([3, 10**9], [10**9, 10**9, 1], [0], [10**9, 10**9]):
         decoders = [Decoder(after) for after in kill_after]
         if len(decoders) > 1:
             found = on_hosts(run, decoders, config)

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,35 +9,16 @@ import pytest
 from tensorflow_datasets.core.utils import shard_utils
 
 from dspark_jax import prepare as command
-from dspark_jax.config import Config, DataConfig, DrafterConfig, InputError, TargetConfig, resolve
+from dspark_jax.config import Config, InputError
 from dspark_jax.data import chunks
-from dspark_jax.data.regenerate import Question
 from dspark_jax.data.sources import SampleReader
 from dspark_jax.prepare import prepare
-
-STOP = 294
-
-
-def decode(ask: Callable[[], Question | None]) -> Iterator[tuple[Question, list[int]]]:
-    """Answers by sample id only; that of 3 stops at once."""
-    while question := ask():
-        stream = question.conversation.sample_id
-        yield question, [STOP] if stream == 3 else [*range(65, 71 + stream), STOP]
+from tests.preparing import Decoder, prompts_config
 
 
 @pytest.fixture
 def config(tiny_target: Path, tmp_path: Path) -> Config:
-    prompts = tmp_path / "math.jsonl"
-    lines = [json.dumps({"turns": ["how much is " + "one and " * (i % 5) + "one"] * (1 + i % 2)}) for i in range(40)]
-    prompts.write_text("\n".join([*lines[:4], "{broken", *lines[4:], json.dumps({"prompt": "x" * 200})]) + "\n")
-    return resolve(
-        Config(
-            name="tiny",
-            target=TargetConfig(path=str(tiny_target)),
-            drafter=DrafterConfig(num_layers=1, target_layer_ids=(0,), mask_token_id=319),
-            data=DataConfig(prompts=(str(prompts),), max_prompt_length=120, max_length=140, min_loss_tokens=4),
-        )
-    )
+    return prompts_config(tiny_target, tmp_path, prompts=40)
 
 
 def given(config: Config, folder: Path) -> Config:
@@ -80,8 +60,8 @@ def test_the_same_records_as_the_local_path(
     if shards > 1:
         monkeypatch.setattr(shard_utils.ShardConfig, "min_shard_size", 1500)
     config = given(config, tmp_path) if answers == "given" else config
-    report = prepare(config, tmp_path / "local", decode)
-    assert prepare(config, tmp_path / "beam", decode, beam=options) | {"seconds": 0} == report | {"seconds": 0}
+    report = prepare(config, tmp_path / "local", Decoder())
+    assert prepare(config, tmp_path / "beam", Decoder(), beam=options) | {"seconds": 0} == report | {"seconds": 0}
     local, beam = contents(tmp_path / "local" / "data"), contents(tmp_path / "beam" / "data")
     assert all(isinstance(record, bytes) for record in local[0]) and local == beam
     assert local[1] == shards and len(local[0]) == report["samples"] > 30

@@ -45,6 +45,7 @@ from dspark_jax.progress import MetricsWriter, Progress, check_wandb, log
 from dspark_jax.refresh import Refresh, check_refresh
 from dspark_jax.run import Run, checkpoint_directory
 from dspark_jax.sharding import bytes_per_device
+from dspark_jax.target.decode_weights import training_weights
 from dspark_jax.target.frozen import load_frozen
 from dspark_jax.target.loading import compute_dtype, load_target
 from dspark_jax.training.best import HeldOut
@@ -135,7 +136,7 @@ def fit(run: Run, checkpoints: Checkpoints) -> None:
         where, dtype = frozen_file(run.feature_folder), compute_dtype(config.target.dtype)
         target: Any = load_frozen(where, config.target.architecture, mesh, dtype)
     else:
-        target = load_target(config.target, mesh)
+        target = training_weights(load_target(config.target, mesh))
     frozen = to_params(target)
     held_out = None
     if config.train.evaluate_every:

@@ -40,13 +40,11 @@ def decode_weights(module: Any, dtype: Any, *, separate_caches: bool = False, co
         return module
     unstack = platform.unstacks_layers()
     join = unstack and parts_of("heads") == 1
-    copy: Any = jax.tree.map(lambda leaf: leaf, module)
+    copy: Any = unstacked(module, consume=consume) if unstack else jax.tree.map(lambda leaf: leaf, module)
     for _, part in nnx.iter_modules(copy):
-        for name, layers in list(vars(part).items()):
-            if unstack and isinstance(layers, Layer) and layers.attention_norm[...].ndim == 2:
-                setattr(part, name, nnx.List(_unstacked(layers, consume=consume)))
-                holder: Any = part
-                holder.separate_caches = separate_caches
+        if any(isinstance(value, nnx.List) for value in vars(part).values()):
+            holder: Any = part
+            holder.separate_caches = separate_caches
     for _, part in nnx.iter_modules(copy):
         fuse = getattr(part, "fuse_weights", None)
         if fuse is not None:
@@ -62,9 +60,28 @@ def moved(module: Any, mesh: Mesh) -> Any:
 
 
 def has_decode_weights(module: Any) -> bool:
-    """Whether `decode_weights` made this module."""
+    """Whether `decode_weights` made this module, of lists of layers."""
     parts = [part for _, part in nnx.iter_modules(module)] if isinstance(module, nnx.Module) else []
-    return any(isinstance(value, nnx.List) for part in parts for value in vars(part).values())
+    return any("separate_caches" in vars(part) for part in parts)
+
+
+def training_weights(target: Any) -> Any:
+    """The form of a frozen target's weights that training wants, on the mesh that is set; the given one is used up.
+
+    On a GPU that is layers one by one: of a stack every layer's matrices are copied before a product can read them, in
+    every step. Where fsdp splits them they are collected into new arrays anyway, and a loop needs less room for these.
+    """
+    return unstacked(target, consume=True) if platform.current() == "gpu" and parts_of("embed") == 1 else target
+
+
+def unstacked(module: Any, *, consume: bool = False) -> Any:
+    """A module whose stacks of layers are lists of them; `consume` as in `decode_weights`."""
+    copy: Any = jax.tree.map(lambda leaf: leaf, module)
+    for _, part in nnx.iter_modules(copy):
+        for name, layers in list(vars(part).items()):
+            if isinstance(layers, Layer) and layers.attention_norm[...].ndim == 2:
+                setattr(part, name, nnx.List(_unstacked(layers, consume=consume)))
+    return copy
 
 
 def _unstacked(layers: Layer, *, consume: bool) -> list[Layer]:

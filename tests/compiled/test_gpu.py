@@ -3,8 +3,10 @@
 Skipped where the CUDA plugin or ptxas are missing; `.ci/run` brings the plugin.
 """
 
+import dataclasses
 import functools
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,7 +16,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from dspark_jax.config import DrafterConfig, TargetArchitecture
+from dspark_jax.config import Config, DrafterConfig, TargetArchitecture, TargetConfig
 from dspark_jax.drafter import make_drafter
 from dspark_jax.engine import schedulers
 from dspark_jax.engine.models import Models
@@ -25,7 +27,11 @@ from dspark_jax.ops.markov_sample import markov_sample
 from dspark_jax.ops.sampling import Sampling
 from dspark_jax.ops.speculative_verify import speculative_verify
 from dspark_jax.sharding import MESH_AXES
+from dspark_jax.target.decode_weights import training_weights
 from dspark_jax.target.model import Target
+from dspark_jax.training.optim import make_optimizer
+from dspark_jax.training.state import abstract_drafter, state_layout, to_params
+from dspark_jax.training.step import batch_layout, make_train_step
 from tests.compiled import h100
 
 pytestmark = pytest.mark.slow
@@ -150,3 +156,40 @@ def test_a_decoding_round_copies_neither_weights_nor_caches(greedy: bool) -> Non
     text = program.as_text()
     assert "xla.gpu.triton" in text
     assert not large_copies(text, 100_000), large_copies(text, 100_000)
+
+
+def large_slices(text: str, least: int) -> list[str]:
+    """Instructions of a compiled program that take a slice of `least` elements or more out of a stack."""
+    found = re.findall(r"= \w+\[([\d,]+)\]\S* dynamic-slice\(", text)
+    return [dims for dims in found if np.prod([int(x) for x in dims.split(",")]) >= least]
+
+
+def test_a_train_step_copies_no_layer_of_the_target() -> None:
+    """Of a stack it would copy every matrix before a product reads it."""
+    arch = TargetArchitecture("qwen3", 3000, 512, 4, 8, 4, 64, 1024, 1e-6, 1e6, True, 2048)
+    drafting = DrafterConfig(
+        num_layers=1, target_layer_ids=(0, 1), mask_token_id=2999, markov_rank=128, dtype="bfloat16"
+    )
+    config = Config("h100", TargetConfig(architecture=arch, dtype="bfloat16"), drafting)
+    config = dataclasses.replace(
+        config,
+        train=dataclasses.replace(config.train, batch_size=2, accumulate=1, num_anchors=16),
+        data=dataclasses.replace(config.data, max_length=256),
+    )
+    mesh, optimizer, drafter = mesh_of(1, 1, 1), make_optimizer(config.optim, 1), abstract_drafter(config)
+
+    def program(form: Callable[[Target], Target]) -> str:
+        def made() -> Target:
+            target = Target(arch, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
+            return form(jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.ndim > 1 else x, target))
+
+        target, whole = jax.eval_shape(made), NamedSharding(mesh, PartitionSpec())
+        frozen = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole) for name, x in to_params(target).items()}
+        step = make_train_step(config, drafter, target, optimizer, mesh)
+        return (
+            step.lower(state_layout(drafter, optimizer, mesh), frozen, batch_layout(config, mesh)).compile().as_text()
+        )
+
+    with jax.set_mesh(mesh):
+        assert len(large_slices(program(lambda target: target), 100_000)) >= 7  # those of attention and MLP
+        assert not large_slices(program(training_weights), 100_000)

@@ -8,7 +8,7 @@ import pytest
 from dspark_jax.config import MeshConfig, TargetArchitecture, TargetConfig
 from dspark_jax.ops.cached_attention import Rows
 from dspark_jax.sharding import make_mesh
-from dspark_jax.target.decode_weights import decode_weights
+from dspark_jax.target.decode_weights import decode_weights, has_decode_weights, unstacked
 from dspark_jax.target.loading import load_target
 
 torch = pytest.importorskip("torch")
@@ -80,6 +80,26 @@ def test_forward_equals_transformers(pair):
         assert_close(out.features, features)
         assert_close(out.last_hidden, last_hidden)
         assert_close(target.unembed(out.last_hidden), logits)
+
+
+def test_layers_one_by_one_train_as_a_stack_does(pair):
+    """A GPU trains with them; decoding weights can still be made of them."""
+    _, target = pair
+    tokens = jax.random.randint(jax.random.key(4), (2, 9), 0, 199)
+    starts = jnp.asarray([[0] * 9, [0] * 4 + [4] * 5])  # two documents in the second sequence
+
+    def run(model):
+        out = model.forward(tokens, jnp.arange(9) - starts, taps=TAPS, starts=starts)
+        return out.features, out.last_hidden
+
+    one_by_one = unstacked(target)
+    for a, b in zip(jax.jit(run)(one_by_one), jax.jit(run)(target), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5 * float(jnp.abs(b).max()))
+    assert not has_decode_weights(one_by_one)
+    decoding = [decode_weights(model, jnp.float32, separate_caches=True) for model in (one_by_one, target)]
+    assert all(has_decode_weights(model) for model in decoding)
+    assert jax.tree.structure(decoding[0]) == jax.tree.structure(decoding[1])
+    jax.tree.map(np.testing.assert_array_equal, *decoding)
 
 
 def test_decode_weights_change_no_result(pair):

@@ -38,7 +38,7 @@ def test_drawn_frequencies_follow_the_weights():
     probs = np.random.default_rng(1).dirichlet(np.full(40, 0.5))
     probs = np.maximum(probs, 1e-4) / np.maximum(probs, 1e-4).sum()
     uniforms = jax.random.uniform(jax.random.key(0), (200_000,))
-    tokens = jax.vmap(lambda u: draw(jnp.asarray(probs, jnp.float32), u))(words(uniforms))
+    tokens = jax.jit(jax.vmap(draw, (None, 0)))(jnp.asarray(probs, jnp.float32), words(uniforms))
     counts, expected = np.bincount(tokens, minlength=40), probs * 200_000
     assert ((counts - expected) ** 2 / expected).sum() < 85
 

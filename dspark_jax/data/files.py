@@ -71,7 +71,8 @@ def prompt_files(entries: Iterable[str | os.PathLike[str]]) -> list[str]:
         elif url := bucket_url(entry):
             found += _files_in_bucket(url)
         elif Path(entry).is_dir():
-            files = sorted(path for path in Path(entry).rglob("*") if _is_prompt_file(path.relative_to(entry)))
+            found_there = (path for path in Path(entry).rglob("*") if not path.is_dir())  # Spark's `a.json/` is one
+            files = sorted(path for path in found_there if _is_prompt_file(path.relative_to(entry)))
             if not files:
                 kinds = ", ".join(f"*{suffix}" for suffix in SUFFIXES)
                 raise InputError(f"{entry}: a directory without prompt files ({kinds}, also .gz and .zst); add one")

@@ -24,13 +24,13 @@ from dspark_jax.data.chat import (
     tokens_and_mask,
     with_system,
 )
-from dspark_jax.data.messages import Message, has_tools
+from dspark_jax.data.messages import Message, has_answered, has_tools
 from dspark_jax.data.prompts import Malformed, Prompt, set_name
 from dspark_jax.data.regenerate import Answered, Rejected, options_of
 from dspark_jax.data.sources import Sample
 from dspark_jax.data.statistics import Histogram
 from dspark_jax.data.thinking import NEVER, Thinking
-from dspark_jax.data.turns import renderable, samples_of_answers, samples_of_turns
+from dspark_jax.data.turns import renderable, samples_of_answers, samples_of_turns, shows_thoughts
 from dspark_jax.tokenizer import ChatTokenizer
 
 REASONS = {
@@ -273,15 +273,20 @@ def _trainable(
     tokenizer: ChatTokenizer, messages: Sequence[Message], prompt: Prompt, options: Options, config: DataConfig
 ) -> Sequence[Message]:
     """A conversation up to its last answer that can be trained; Rejected says why there is none, of the last one."""
-    if config.thinking == "off" and prompt.reasoning and any(message["role"] == "assistant" for message in messages):
+    answered = any(message["role"] == "assistant" for message in messages)
+    where = f"`{prompt.reasoning}`" if prompt.reasoning else "a think block"
+    if config.thinking == "off" and answered and (prompt.reasoning or shows_thoughts(tokenizer, messages)):
         raise Rejected(
             "reasoning",
-            f"it has `{prompt.reasoning}`, and answers are trained without thinking; set data.thinking=given to train "
+            f"it has {where}, and answers are trained without thinking; set data.thinking=given to train "
             "it, or take it out (with data.regenerate=True the target answers itself, without thinking)",
         )
     first: Rejected | None = None
-    for end in range(len(messages), 0, -1):
-        if end < len(messages) and messages[end - 1]["role"] != "assistant":
+    # It ends before the first answer that is none: what comes later was not said after it.
+    silent = (end for end, one in enumerate(messages, 1) if one["role"] == "assistant" and not has_answered(one))
+    longest = next(silent, len(messages))
+    for end in range(longest, 0, -1):
+        if end < longest and messages[end - 1]["role"] != "assistant":
             continue
         try:
             _check_last(tokenizer, messages[:end], options, config)
@@ -298,8 +303,8 @@ def _check_last(tokenizer: ChatTokenizer, messages: Sequence[Message], options: 
     *asked, last = messages
     if last["role"] != "assistant":
         raise Rejected("unanswered", "the last message is not the assistant's, and data.regenerate is off")
-    if not (last["content"] or "").strip() and not last.get("tool_calls"):
-        raise Rejected("empty_answer", "the last answer is empty")
+    if not has_answered(last):
+        raise Rejected("empty_answer", f"message {len(messages)}: the answer is empty, or was cut while it thought")
     if options != PLAIN or has_tools(asked):
         asked = renderable(tokenizer, asked, options)
     length = len(prompt_tokens(tokenizer, asked, options))

@@ -96,15 +96,23 @@ def test_a_package_that_is_missing_is_named(
 
 def test_directories_and_patterns_stand_for_their_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    names = ["b.jsonl", "a.json.gz", "deep/c.parquet", "README.md", ".hidden.jsonl", ".git/d.jsonl", "list[1].jsonl"]
+    names = [
+        "b.jsonl",
+        "a.json.gz",
+        "deep.json/c.parquet",
+        "README.md",
+        ".hidden.jsonl",
+        ".git/d.jsonl",
+        "list[1].json",
+    ]
     for name in names:
         Path("sets", name).parent.mkdir(parents=True, exist_ok=True)
         Path("sets", name).write_bytes(LINES)
-    everything = ["sets/a.json.gz", "sets/b.jsonl", "sets/deep/c.parquet", "sets/list[1].jsonl"]
+    everything = ["sets/a.json.gz", "sets/b.jsonl", "sets/deep.json/c.parquet", "sets/list[1].json"]
     assert prompt_files(["sets"]) == everything
     assert prompt_files(["sets/b.jsonl", "sets/*.gz"]) == ["sets/b.jsonl", "sets/a.json.gz"]
-    assert prompt_files(["sets/**/*.parquet"]) == ["sets/deep/c.parquet"]
-    assert prompt_files(["sets/list[1].jsonl", "hub:a/b"]) == ["sets/list[1].jsonl", "hub:a/b"]
+    assert prompt_files(["sets/**/*.parquet"]) == ["sets/deep.json/c.parquet"]
+    assert prompt_files(["sets/list[1].json", "hub:a/b"]) == ["sets/list[1].json", "hub:a/b"]
     assert questions("sets/[ab]*") == ["a", "b"] * 2
     assert [name for name, _ in content_hashes(["sets"], "data.prompts")] == ["a", "b", "c", "list[1]"]
     with pytest.raises(InputError, match=r"sets/\.git/none\*: no file matches this pattern; correct it"):

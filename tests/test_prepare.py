@@ -35,7 +35,7 @@ from dspark_jax.data.sources import SampleReader
 from dspark_jax.engine import Models, generate
 from dspark_jax.engine.sampling import request_keys
 from dspark_jax.evaluation.setup import open_drafter
-from dspark_jax.prepare import prepare, prepare_samples
+from dspark_jax.prepare import prepare, prepare_run
 from dspark_jax.run import Run
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target import loading
@@ -176,11 +176,11 @@ def test_what_was_prepared_is_looked_at_again(config: Config, tmp_path: Path) ->
     """A command that prepares data notes what it has made, not what lay there when it began."""
     run = Run(config, tmp_path)
     assert run.prepared_fingerprint is None
-    prepare_samples(run, Decoder())
+    prepare_run(run, Decoder())
     assert run.prepared_fingerprint == run.data_fingerprint
     other = Run(changed(config, temperature=0.5), tmp_path)
     assert other.prepared_fingerprint != other.data_fingerprint
-    prepare_samples(other, Decoder())
+    prepare_run(other, Decoder())
     assert run.prepared_fingerprint == other.data_fingerprint != run.data_fingerprint
 
 

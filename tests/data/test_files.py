@@ -61,9 +61,10 @@ def test_a_file_is_read_by_its_content_whatever_its_name(tmp_path: Path, kind: s
             json.dumps({"data": RECORDS}, indent=1).encode(),
             r"one JSON object over several lines \('data'\); write",
         ),
+        (b'[{"prompt": "a", "prompt": "b"}]', "is none .the field 'prompt' is there twice"),
         (json.dumps(RECORDS[0], indent=1).encode(), r"set: one JSON object over several lines \('prompt', 'id'\)"),
     ],
-    ids=["gzip cut short", "gzip", "parquet", "list cut short", "object", "question"],
+    ids=["gzip cut short", "gzip", "parquet", "list cut short", "object", "twice", "question"],
 )
 def test_what_cannot_be_read_is_one_line(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "set").write_bytes(content)
@@ -115,6 +116,8 @@ def test_directories_and_patterns_stand_for_their_files(tmp_path: Path, monkeypa
     assert prompt_files(["sets/list[1].json", "hub:a/b"]) == ["sets/list[1].json", "hub:a/b"]
     assert questions("sets/[ab]*") == ["a", "b"] * 2
     assert [name for name, _ in content_hashes(["sets"], "data.prompts")] == ["a", "b", "c", "list[1]"]
+    with pytest.raises(InputError, match="an entry of the prompts is empty; name a file, or leave it out"):
+        prompt_files(["sets", ""])
     with pytest.raises(InputError, match=r"sets/\.git/none\*: no file matches this pattern; correct it"):
         prompt_files(["sets/.git/none*"])
     Path("empty").mkdir()

@@ -52,6 +52,8 @@ BAD = {
     b'["a"]': "a JSON list where an object is needed; .*, not in a list",
     b'{"question": "a", "id": 3}': r"none of the fields .* \(it has 'question', 'id'\); rename the one",
     b"{}": r"\(it has none\)",
+    b'{"prompt": "a", "tools": [], "prompt": "b"}': "the field 'prompt' is there twice; take one out",
+    b'{"prompt": "a", "tools": [{"name": "f", "name": "g"}]}': "the field 'name' is there twice",
     b'{"turns": []}': "must be a list that is not empty; put the user's questions into it",
     b'{"turns": "a"}': "must be a list",
     b'{"messages": {}}': "must be a list that is not empty; put messages into it",
@@ -72,7 +74,7 @@ BAD = {
     b'{"messages": [{"role": "user", "content": "a"}, {"role": "tool", "content": "1"}]}': "not follow an assistant's",
     b'{"messages": [{"role": "user", "content": null}]}': "is a JSON NoneType",
     b'{"conversations": [{"from": "human", "value": "a"}, '
-    b'{"from": "function_call", "value": {"name": "f", "arguments": 0}}]}': "has arguments that are a JSON int; give an obj",
+    b'{"from": "function_call", "value": {"name": "f", "arguments": 0}}]}': "arguments that are a JSON int; give",
     b'{"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": "[]"}]}': "without a call",
     b'{"input_ids": [1, 2], "loss_mask": [0, 1, 1]}': "needs a `loss_mask` with 0 or 1 for each",
     b'{"input_ids": [1, 2]}': "needs a `loss_mask` with 0 or 1 for each",

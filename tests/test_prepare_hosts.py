@@ -213,7 +213,7 @@ def test_two_processes_prepare_as_one(
             more += [f"--config.data.answers.endpoints=('{server.url}',)", "--config.data.answers.concurrency=4"]
         (whole,) = launch(alone, [0], more)
         assert whole.returncode == 0, whole.stderr
-        asked = server and dict(server.answered)
+        asked = dict(server.answered) if server else {}
         if server:
             server.answered.clear()
         left, killed = launch(run, [0, 3], more)

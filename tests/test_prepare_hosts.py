@@ -23,6 +23,7 @@ from dspark_jax.errors import AGAIN, HostLost
 from dspark_jax.hosts import Hosts
 from dspark_jax.prepare import prepare_run
 from dspark_jax.run import Run
+from tests.compiling import QUICKLY
 from tests.data.openai_server import Behaviour, OpenAIServer, by_seed
 from tests.preparing import STOP, Decoder, prompts_config
 
@@ -168,7 +169,7 @@ def launch(config: Config, tmp_path: Path) -> Callable[..., list[subprocess.Comp
     """Runs the command on so many hosts: processes of one device, which SLURM's variables describe."""
     file = tmp_path / "tiny.json"
     file.write_text(to_json(config))
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": QUICKLY}
     script = [sys.executable, str(Path(__file__).with_name("prepare_host.py"))]
 
     def run(workdir: Path, kill_after: list[int], *more: list[str]) -> list[subprocess.CompletedProcess[str]]:

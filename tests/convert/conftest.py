@@ -109,7 +109,7 @@ def train(target: Any, tokens: np.ndarray, *, anchor_first: bool, raw_teacher: b
     return drafter
 
 
-@jax.jit
+@functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 1})  # 750 steps pay for it
 def fit(drafter: Any, target: Any, tokens: jax.Array, anchor_first: jax.Array, raw_teacher: jax.Array) -> Any:
     """250 steps of Adam on the cross-entropy with the teacher; the drafter and the losses."""
     size, taps = DRAFTER.block_size, (*DRAFTER.target_layer_ids, LAYERS - 1)

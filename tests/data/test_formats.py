@@ -73,7 +73,8 @@ def test_a_row_gives_what_the_table_says(tiny_target: Path, tmp_path: Path, row:
     thinking, _, part = thinking.partition(", ")
     plain = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "fine"}]}
     rows = [json.loads(record), plain]
-    found, rejected = prepared(tokenizer, tmp_path, rows, thinking=thinking, supervised=part or "both")
+    fields = {"supervised": part} if part else {}  # else the default is what the table shows
+    found, rejected = prepared(tokenizer, tmp_path, rows, thinking=thinking, **fields)
     if part == "thinking":  # nothing of the plain one
         rejected.pop()
     else:

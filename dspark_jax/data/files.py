@@ -5,6 +5,8 @@ An entry is a file, a directory or a pattern such as `sets/*.jsonl`, here or in 
     hub:OWNER/NAME?split=train&name=SUBSET&column=question
     hub:OWNER/NAME?file=FILE,FILE
 
+or a name in `benchmarks.TRAINING`, which stands for such a data set where there is no file of that name.
+
 How a file is packed and stored is found by its first bytes, never by its name. `PACKINGS` and `STORES` have one entry
 per format.
 """
@@ -26,6 +28,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from dspark_jax.benchmarks import TRAINING
 from dspark_jax.buckets.inputs import files_at, local_file
 from dspark_jax.errors import InputError
 from dspark_jax.hub import data_file, data_set_commit
@@ -68,6 +71,8 @@ def prompt_files(entries: Iterable[str | os.PathLike[str]]) -> list[str]:
     for entry in map(str, entries):
         if not entry:
             raise InputError("an entry of the prompts is empty; name a file, or leave it out")
+        if entry in TRAINING and not Path(entry).exists():
+            entry = TRAINING[entry]
         if entry.startswith(HUB):
             found.append(entry)
         elif url := bucket_url(entry):

@@ -11,6 +11,7 @@ from dspark_jax.data import files
 from dspark_jax.data.files import content_hashes, prompt_files, set_name
 from dspark_jax.data.prompts import Malformed, read_prompts
 from dspark_jax.errors import InputError
+from dspark_jax.presets import released
 
 RECORDS = [{"prompt": "a", "id": 1}, {"prompt": "b", "id": 2}]
 LINES = b"".join(json.dumps(record).encode() + b"\n" for record in RECORDS)
@@ -189,6 +190,16 @@ def test_a_data_set_of_the_hub_is_read(hub: list[Any], tmp_path: Path) -> None:
     assert one[0] == "b" and one != other
     (tmp_path / "cache.arrow").write_bytes(b"2")
     assert content_hashes([entry], "") != [one]
+
+
+def test_the_paper_s_training_set_has_a_name(hub: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    named = released("qwen3_4b", "Qwen/Qwen3-4B", "").data.prompts
+    with pytest.raises(InputError, match="hub:mlabonne/open-perfectblend: cannot be loaded"):
+        read_prompts(named)
+    assert hub == [("mlabonne/open-perfectblend", None, "train")] and set_name(prompt_files(named)[0]) == named[0]
+    Path(named[0]).write_bytes(LINES)
+    assert questions(named[0]) == ["a", "b"]
 
 
 def test_a_data_set_of_the_hub_is_streamed(hub: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:

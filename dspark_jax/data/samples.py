@@ -1,6 +1,7 @@
 """Conversations to samples: what is kept, what is set aside, and the counts of both."""
 
 import functools
+import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,7 +29,7 @@ from dspark_jax.data.messages import Message, has_answered, has_tools
 from dspark_jax.data.prompts import Malformed, Prompt, set_name
 from dspark_jax.data.regenerate import Answered, Rejected, options_of
 from dspark_jax.data.sources import Sample
-from dspark_jax.data.statistics import Histogram
+from dspark_jax.data.statistics import Histogram, script
 from dspark_jax.data.thinking import NEVER, Thinking
 from dspark_jax.data.turns import renderable, samples_of_answers, samples_of_turns, shows_thoughts
 from dspark_jax.tokenizer import ChatTokenizer
@@ -60,6 +61,7 @@ class Tally:
       unused: number of prompts that have a field which is not used, by its name.
       prompt_sets: samples, tokens and loss_tokens of each prompt set.
       sources: prompts and what was set aside of each prompt set.
+      scripts: prompts by the script of what the user says first.
       lengths: of what comes before the first supervised token, and of what is supervised.
       thinking: samples whose answers were asked for with thinking.
       mixed: where a share of the prompts is asked so, that share, the number of them, and of all prompts.
@@ -73,6 +75,7 @@ class Tally:
         self.unused: Counter[str] = Counter()
         self.prompt_sets: dict[str, Counter[str]] = {}
         self.sources: dict[str, Counter[str]] = {}
+        self.scripts: Counter[str] = Counter()
         self.lengths = {"prompt": Histogram(), "answer": Histogram()}
         self.thinking = self.further = 0
         self.mixed: tuple[float, int, int] | None = None
@@ -97,6 +100,8 @@ class Tally:
         for prompt in prompts:
             self._source(prompt.prompt_set).update(prompts=1)
             self.unused.update(prompt.unused)
+            said = (message["content"] or "" for message in prompt.messages if message["role"] == "user")
+            self.scripts.update([script(text) for text in itertools.islice(said, 1)])
 
     def add(self, sample: Sample, *, thinking: bool = False) -> None:
         """Counts a sample; `thinking`: its answers were asked for with thinking."""
@@ -142,6 +147,7 @@ class Tally:
             **counts,
             "prompt_sets": sets,
             "sources": {name: dict(counts) for name, counts in self.sources.items()},
+            "scripts": dict(self.scripts.most_common()),
             "lengths": {name: one.report() for name, one in self.lengths.items()},
             "thinking": thinking,
         }

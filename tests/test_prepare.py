@@ -215,6 +215,7 @@ def test_prompts_become_samples_and_a_report(
     assert {name: one["longest"] for name, one in report["lengths"].items()} == longest
     assert all(sum(one["samples"]) == 10 for one in report["lengths"].values())
     assert report["thinking"] == {"samples": 0, "share": 0.0}
+    assert report["scripts"] == {"latin": report["prompts"]}
     shown = capsys.readouterr().err
     assert "10 samples (math 10)" in shown and "math 12 3 10 652 186" in " ".join(shown.split())
     assert "set aside in" in shown and "1 malformed line, 1 empty answer, 1 prompt too long" in shown

@@ -6,6 +6,7 @@ and "name".
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,9 @@ REASONING = ("reasoning_content", "reasoning", "thinking")
 
 THINK_BEGIN, THINK_END = "<think>", "</think>"
 """Before and after an assistant's thoughts, where they are part of the text of its answer."""
+
+_NO_THOUGHTS = re.compile(rf"\s*{THINK_BEGIN}\s*{THINK_END}\s*")
+"""The block that templates put before an answer without thoughts."""
 
 ROLES = {
     "human": "user",
@@ -85,6 +89,8 @@ def read_message(entry: Any, keys: tuple[str, str], reasoning: bool = False) -> 
         message["content"] = _text(role, text_key, text, unused)
     if calls:
         message["tool_calls"] = calls
+    if role == "assistant" and message["content"] and (block := _NO_THOUGHTS.match(message["content"])):
+        message["content"] = message["content"][block.end() :]  # the template writes it
     if role == "tool":
         for name in ("tool_call_id", "name"):
             if not is_empty(entry.get(name)):

@@ -84,6 +84,9 @@ BENCHMARKS: dict[str, Benchmark] = {
 }
 """By the name of the prompt set. LiveCodeBench's files are some GB, because tests are in them."""
 
+TRAINING = {"open-perfectblend": "hub:mlabonne/open-perfectblend"}
+"""The prompts that the paper's drafters were trained on, by the name that `data.prompts` may have for them."""
+
 PAPER_TEMPERATURE = 1.0
 
 _PAPER = {

@@ -20,11 +20,11 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import jax
 
-from dspark_jax.config import DecodeMeshConfig
+from dspark_jax.config import DecodeMeshConfig, MeshConfig
 from dspark_jax.errors import HostLost, InputError
 from dspark_jax.json_file import write_json
 
@@ -214,8 +214,11 @@ def wait_for_files(lengths: Mapping[Path, int]) -> None:
             time.sleep(1)
 
 
-def mesh_of_one_host(config: DecodeMeshConfig, devices: int) -> DecodeMeshConfig:
-    """Where a host decodes alone: axes as long as those of all hosts together, as far as its devices go.
+MeshOrDecodeMesh = TypeVar("MeshOrDecodeMesh", MeshConfig, DecodeMeshConfig)
+
+
+def mesh_of_one_host(config: MeshOrDecodeMesh, devices: int) -> MeshOrDecodeMesh:
+    """Where a host computes alone: axes as long as those of all hosts together, as far as its devices go.
 
     Args:
       config: of all hosts.

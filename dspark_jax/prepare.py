@@ -7,8 +7,8 @@ held-out prompts are among the training prompts) and `rejected.jsonl` (every lin
 with its file, line and reason). All of it is built
 in `data.partial/` and renamed at the end. A preparation that was killed continues with the answers it has; one whose
 inputs are unchanged is skipped. With `--distributed` every host answers its share of the prompts, and host 0 makes the
-samples of all answers: the same as one host makes, in the same order. Where a host fails, all end with one line, and
-the same command goes on.
+samples of all answers: the same as one host makes, in the same order, and a feature cache with its own devices. Where a
+host fails, all end with one line, and the same command goes on.
 
     python -m dspark_jax.prepare --config dspark_qwen3_4b --benchmarks
 
@@ -102,22 +102,10 @@ def prepare(
     return prepare_run(Run(config, Path(workdir)), decode, beam)
 
 
-def prepare_run(run: Run, decode: Decode | None = None, beam: str | None = None) -> dict[str, Any]:
-    """The same of a run that a command has already, without benchmarks."""
-    cached = run.config.data.features != "online"
-    if cached:
-        check_features(run)
-    report = prepare_samples(run, decode, beam)
-    if cached:
-        with _disk_errors(run.workdir):
-            prepare_features(run)
-    return report
-
-
-def prepare_samples(
+def prepare_run(
     run: Run, decode: Decode | None = None, beam: str | None = None, hosts: Hosts | None = None
 ) -> dict[str, Any]:
-    """Makes `workdir/data`, unless it is there and made of the same inputs; all hosts call it.
+    """The same of a run that a command has already, without benchmarks; all hosts call it.
 
     Args:
       run: its working directory is created if need be.
@@ -130,42 +118,54 @@ def prepare_samples(
 
     Raises:
       HostLost: another host is gone.
-      InputError: prompts, tokenizer or target cannot be used, no sample is left, or the disk is full.
+      InputError: prompts, tokenizer or target cannot be used, no sample is left, there is a feature cache of something
+        else, or the disk is full.
     """
-    config, workdir = run.config, run.workdir
-    final, partial = run.data_folder, workdir / "data.partial"
-    for folder in (final, partial, workdir / "data.old"):
+    cached = run.config.data.features != "online"
+    if cached:
+        check_features(run)
+    for folder in (run.data_folder, run.workdir / "data.partial", run.workdir / "data.old"):
         if folder.exists() and not folder.is_dir():
             raise InputError(f"{folder}: not a directory; remove it, or use another --workdir")
-    with hosts or Hosts(workdir) as hosts:
-        inputs = run.data_inputs
-        _warn_of_mask(config)
-        found = read_ours(final / "report.json")
-        held_out, done = {}, False
-        if hosts.first:  # it decides for all
-            held_out = overlap.compare_files(config, part(found, "held_out"))
-            done = found.get("fingerprint") == run.data_fingerprint and _complete(final, found.get("samples"))
-        parts = {name: digest({name: value}) for name, value in inputs.items()}
-        said = hosts.meet(inputs=parts, done=done)[0]
-        others = [name.replace("_", " ") for name in parts if said["inputs"].get(name) != parts[name]]
-        if others:
-            what = f"host {hosts.index} reads another {', '.join(others)} than host 0"
-            raise InputError(f"{what}; give all hosts the same config, target and files")
-        if said["done"]:
-            if not hosts.first:
-                return found
-            shutil.rmtree(workdir / "data.old", ignore_errors=True)  # left behind by a kill during the last step
-            log(f"data: {found['samples']} samples in {final} are up to date")
-            if held_out != part(found, "held_out"):
-                with _disk_errors(workdir):
-                    found = write_json(final / "report.json", found | {"held_out": held_out})
-                    places.publish(final)
+    with hosts or Hosts(run.workdir) as hosts:
+        report = _prepare_samples(run, decode, beam, hosts)
+        if cached and hosts.first:  # with its own devices; the others wait until it is done
+            with _disk_errors(run.workdir):
+                prepare_features(run)
+    return report
+
+
+def _prepare_samples(run: Run, decode: Decode | None, beam: str | None, hosts: Hosts) -> dict[str, Any]:
+    """Makes `workdir/data`, unless it is there and made of the same inputs; gives its report."""
+    config, workdir, final = run.config, run.workdir, run.data_folder
+    inputs = run.data_inputs
+    _warn_of_mask(config)
+    found = read_ours(final / "report.json")
+    held_out, done = {}, False
+    if hosts.first:  # it decides for all
+        held_out = overlap.compare_files(config, part(found, "held_out"))
+        done = found.get("fingerprint") == run.data_fingerprint and _complete(final, found.get("samples"))
+    parts = {name: digest({name: value}) for name, value in inputs.items()}
+    said = hosts.meet(inputs=parts, done=done)[0]
+    others = [name.replace("_", " ") for name in parts if said["inputs"].get(name) != parts[name]]
+    if others:
+        what = f"host {hosts.index} reads another {', '.join(others)} than host 0"
+        raise InputError(f"{what}; give all hosts the same config, target and files")
+    if said["done"]:
+        if not hosts.first:
             return found
-        if found:
-            log(f"data: preparing again, {_difference(part(found, 'inputs'), inputs)}")
-        with _disk_errors(workdir):
-            _make(run, held_out, decode, beam, hosts)
-        report = read_ours(final / "report.json")
+        shutil.rmtree(workdir / "data.old", ignore_errors=True)  # left behind by a kill during the last step
+        log(f"data: {found['samples']} samples in {final} are up to date")
+        if held_out != part(found, "held_out"):
+            with _disk_errors(workdir):
+                found = write_json(final / "report.json", found | {"held_out": held_out})
+                places.publish(final)
+        return found
+    if found:
+        log(f"data: preparing again, {_difference(part(found, 'inputs'), inputs)}")
+    with _disk_errors(workdir):
+        _make(run, held_out, decode, beam, hosts)
+    report = read_ours(final / "report.json")
     _summarise(report, final)
     return report
 

@@ -90,7 +90,7 @@ def released(name: str, target: str, kind: str) -> Config:
         name=f"{kind}_{name}",
         target=TargetConfig(path=target, architecture=shape),
         drafter=DrafterConfig(num_layers=5, block_size=7, target_layer_ids=taps, mask_token_id=mask, markov_rank=256),
-        data=DataConfig(prompts=("prompts/open_perfectblend.jsonl",), max_prompt_length=2048, max_length=4096),
+        data=DataConfig(prompts=("open-perfectblend",), max_prompt_length=2048, max_length=4096),
         optim=OptimConfig(learning_rate=6e-4, warmup_ratio=0.04),
         train=TrainConfig(
             steps=25390,

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from tests import fake_bucket
+from tests.compiling import QUICKLY
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICKSTART = ROOT / "dspark_jax" / "quickstart"
@@ -55,7 +56,7 @@ def start(tmp_path: Path, bucket: Callable[[], None]) -> Start:
 
     def start(machine: str, module: str, *arguments: str) -> subprocess.Popen[str]:
         environment = os.environ | {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path / machine)}
-        environment |= {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+        environment |= {"XLA_FLAGS": QUICKLY}
         environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
         line = [sys.executable, "-c", RUN, f"dspark_jax.{module}", *arguments]
         return subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

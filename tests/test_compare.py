@@ -29,6 +29,7 @@ from dspark_jax.config import (
 from dspark_jax.evaluation.acceptance import Counts
 from dspark_jax.evaluation.comparison_plan import make_plan
 from dspark_jax.evaluation.rounds import PLAIN
+from tests.compiling import QUICKLY
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -355,7 +356,7 @@ def test_several_hosts_are_refused(monkeypatch: Any, capsys: Any) -> None:
 def test_end_to_end(config: Config, tmp_path: Path, monkeypatch: Any, capfd: Any) -> None:
     """Real processes, untouched by the eight devices of the tests: one drafter from prompts to the table."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT) + os.pathsep + os.environ.get("PYTHONPATH", ""))
-    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    monkeypatch.setenv("XLA_FLAGS", QUICKLY)
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     only = dataclasses.replace(config, compare=CompareConfig(drafters=("eagle3",)))

@@ -12,6 +12,8 @@ import pytest
 from jupyter_client.manager import AsyncKernelManager
 from jupyter_core.utils import run_sync
 
+from tests.compiling import QUICKLY
+
 ROOT = Path(__file__).resolve().parents[1]
 OVERRIDES = (
     "drafter.num_layers=1", "drafter.block_size=2", "drafter.target_layer_ids=(0,)", "drafter.mask_token_id=319",
@@ -29,7 +31,7 @@ def kernel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AsyncKernelMana
     manager = AsyncKernelManager(kernel_name="python3")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT) + os.pathsep + os.environ.get("PYTHONPATH", ""))
-        patch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+        patch.setenv("XLA_FLAGS", QUICKLY)
         patch.setenv("JAX_COMPILATION_CACHE_DIR", compiled)
         patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
         yield manager

@@ -35,7 +35,7 @@ from dspark_jax.data.sources import SampleReader
 from dspark_jax.engine import Models, generate
 from dspark_jax.engine.sampling import request_keys
 from dspark_jax.evaluation.setup import open_drafter
-from dspark_jax.prepare import prepare, prepare_samples
+from dspark_jax.prepare import prepare, prepare_run
 from dspark_jax.run import Run
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target import loading
@@ -176,11 +176,11 @@ def test_what_was_prepared_is_looked_at_again(config: Config, tmp_path: Path) ->
     """A command that prepares data notes what it has made, not what lay there when it began."""
     run = Run(config, tmp_path)
     assert run.prepared_fingerprint is None
-    prepare_samples(run, Decoder())
+    prepare_run(run, Decoder())
     assert run.prepared_fingerprint == run.data_fingerprint
     other = Run(changed(config, temperature=0.5), tmp_path)
     assert other.prepared_fingerprint != other.data_fingerprint
-    prepare_samples(other, Decoder())
+    prepare_run(other, Decoder())
     assert run.prepared_fingerprint == other.data_fingerprint != run.data_fingerprint
 
 
@@ -215,6 +215,7 @@ def test_prompts_become_samples_and_a_report(
     assert {name: one["longest"] for name, one in report["lengths"].items()} == longest
     assert all(sum(one["samples"]) == 10 for one in report["lengths"].values())
     assert report["thinking"] == {"samples": 0, "share": 0.0}
+    assert report["scripts"] == {"latin": report["prompts"]}
     shown = capsys.readouterr().err
     assert "10 samples (math 10)" in shown and "math 12 3 10 652 186" in " ".join(shown.split())
     assert "set aside in" in shown and "1 malformed line, 1 empty answer, 1 prompt too long" in shown

@@ -15,13 +15,15 @@ from typing import Any
 import pytest
 
 from dspark_jax import hosts as hosts_module
+from dspark_jax import prepare
 from dspark_jax.config import Config, InputError, to_json
 from dspark_jax.data import chat
 from dspark_jax.data.sources import SampleReader
 from dspark_jax.errors import AGAIN, HostLost
 from dspark_jax.hosts import Hosts
-from dspark_jax.prepare import prepare_samples
+from dspark_jax.prepare import prepare_run
 from dspark_jax.run import Run
+from tests.compiling import QUICKLY
 from tests.data.openai_server import Behaviour, OpenAIServer, by_seed
 from tests.preparing import STOP, Decoder, prompts_config
 
@@ -43,7 +45,9 @@ def contents(data: Path) -> Any:
     return plain, report, (data / "rejected.jsonl").read_text(), sorted(path.name for path in data.iterdir())
 
 
-def on_hosts(workdir: Path, decoders: list[Decoder], *configs: Config) -> list[Any]:
+def on_hosts(
+    workdir: Path, decoders: list[Decoder], *configs: Config, ended: Callable[[], None] | None = None
+) -> list[Any]:
     """What preparing gives or raises on each of as many hosts as there are decoders."""
     found: list[Any] = [None] * len(decoders)
 
@@ -51,7 +55,9 @@ def on_hosts(workdir: Path, decoders: list[Decoder], *configs: Config) -> list[A
         config = configs[index % len(configs)]
         try:
             hosts = Hosts(workdir, index, len(decoders))
-            found[index] = prepare_samples(Run(config, workdir), decoders[index], hosts=hosts)
+            found[index] = prepare_run(Run(config, workdir), decoders[index], hosts=hosts)
+            if ended:
+                ended()
         except BaseException as error:
             found[index] = error
 
@@ -67,7 +73,7 @@ def on_hosts(workdir: Path, decoders: list[Decoder], *configs: Config) -> list[A
 def alone(config: Config, tmp_path: Path) -> Decoder:
     """What one host asks; its data is in `alone/data`."""
     decoder = Decoder()
-    prepare_samples(Run(config, tmp_path / "alone"), decoder)
+    prepare_run(Run(config, tmp_path / "alone"), decoder)
     return decoder
 
 
@@ -85,6 +91,28 @@ def test_hosts_make_what_one_makes(config: Config, tmp_path: Path, alone: Decode
     assert on_hosts(run, idle, config) == reports and not any(decoder.asked for decoder in idle)
 
 
+def test_one_host_writes_the_features_and_the_others_wait(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, written = dataclasses.replace(config, data=dataclasses.replace(config.data, features="cache")), []
+
+    def prepare_features(run: Run) -> None:
+        assert (run.data_folder / "report.json").exists()
+        threading.Event().wait(0.3)
+        written.append(run.workdir.name)
+        if run.workdir.name == "broken":
+            raise InputError("the target is damaged")
+
+    monkeypatch.setattr(prepare, "prepare_features", prepare_features)
+    run = tmp_path / "run"
+    ends: list[list[str]] = []
+    reports = on_hosts(run, [Decoder(), Decoder()], config, ended=lambda: ends.append(list(written)))
+    assert reports[0]["samples"] == 21 and reports[1] == reports[0] and ends == [["run"]] * 2
+    errors = on_hosts(tmp_path / "broken", [Decoder(), Decoder()], config)
+    assert [str(error) for error in errors] == ["the target is damaged", "host 0: the target is damaged"]
+    assert written == ["run", "broken"]
+
+
 def test_killed_hosts_go_on_with_any_number_of_them(
     config: Config, tmp_path: Path, alone: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -100,7 +128,7 @@ def test_killed_hosts_go_on_with_any_number_of_them(
             found = on_hosts(run, decoders, config)
         else:
             with contextlib.suppress(KeyboardInterrupt):
-                prepare_samples(Run(config, run), decoders[0])
+                prepare_run(Run(config, run), decoders[0])
         asked += sum((decoder.asked for decoder in decoders), [])
         if min(kill_after) < 10**9:
             assert not (run / "data").exists()
@@ -119,13 +147,13 @@ def test_a_line_that_a_dead_host_was_writing_does_not_count(config: Config, tmp_
     on_hosts(run, [Decoder(), Decoder(), Decoder(2)], config)
     log = run / "data.partial" / "answers-2.jsonl"
     log.write_bytes(log.read_bytes()[:-9])
-    assert prepare_samples(Run(config, run), Decoder())["samples"] == 21
+    assert prepare_run(Run(config, run), Decoder())["samples"] == 21
     assert contents(run / "data") == contents(tmp_path / "alone" / "data")
     on_hosts(tmp_path / "more", [Decoder(), Decoder(2)], config)
     log = tmp_path / "more" / "data.partial" / "answers-1.jsonl"
     log.write_text("{broken\n" + log.read_text())
     with pytest.raises(InputError, match=r"answers-1\.jsonl:1: damaged; remove the lines"):
-        prepare_samples(Run(config, tmp_path / "more"), Decoder())
+        prepare_run(Run(config, tmp_path / "more"), Decoder())
 
 
 def test_hosts_that_do_not_read_the_same_are_one_line(config: Config, tmp_path: Path) -> None:
@@ -141,7 +169,7 @@ def launch(config: Config, tmp_path: Path) -> Callable[..., list[subprocess.Comp
     """Runs the command on so many hosts: processes of one device, which SLURM's variables describe."""
     file = tmp_path / "tiny.json"
     file.write_text(to_json(config))
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": QUICKLY}
     script = [sys.executable, str(Path(__file__).with_name("prepare_host.py"))]
 
     def run(workdir: Path, kill_after: list[int], *more: list[str]) -> list[subprocess.CompletedProcess[str]]:
@@ -165,7 +193,7 @@ def launch(config: Config, tmp_path: Path) -> Callable[..., list[subprocess.Comp
 
 def errors(done: subprocess.CompletedProcess[str]) -> list[str]:
     """What a process says beside its progress and Gloo's greeting."""
-    ordinary = ("prepare ", "data: ", "[Gloo]")
+    ordinary = ("prepare ", "data: ", "features", "[Gloo]")
     return [line for line in done.stderr.splitlines() if not line.startswith(ordinary)]
 
 
@@ -178,13 +206,15 @@ def test_two_processes_prepare_as_one(
     run, alone, more = tmp_path / "run", tmp_path / "alone", ["--config.data.temperature=0.0"]
     with contextlib.ExitStack() as stack:
         server = None
-        if by == "servers":
+        if by == "own engine":
+            more += ["--config.data.features=cache"]
+        else:
             server = OpenAIServer(chat.load_tokenizer(tiny_target), Behaviour(by_seed(STOP, 0.02)))
             stack.callback(server.close)
             more += [f"--config.data.answers.endpoints=('{server.url}',)", "--config.data.answers.concurrency=4"]
         (whole,) = launch(alone, [0], more)
         assert whole.returncode == 0, whole.stderr
-        asked = server and dict(server.answered)
+        asked = dict(server.answered) if server else {}
         if server:
             server.answered.clear()
         left, killed = launch(run, [0, 3], more)
@@ -198,7 +228,10 @@ def test_two_processes_prepare_as_one(
         for done in launch(run, [0, 0], more):
             assert done.returncode == 0, done.stderr
         assert contents(run / "data") == contents(alone / "data")
-        assert [path.name for path in run.iterdir()] == ["data"]
+        assert {path.name for path in run.iterdir()} == ({"data"} if server else {"data", "features"})
+        if not server:
+            made = [{path.name: path.read_bytes() for path in (one / "features").iterdir()} for one in (run, alone)]
+            assert made[0] == made[1] and len(made[0]) >= 3
         if server:  # in flight at a kill were as many questions as it has at a time
             again = sum((server.answered - collections.Counter(asked)).values())
             assert set(server.answered) == set(asked) and again <= 2 and server.most <= 4

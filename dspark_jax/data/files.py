@@ -5,6 +5,8 @@ An entry is a file, a directory or a pattern such as `sets/*.jsonl`, here or in 
     hub:OWNER/NAME?split=train&name=SUBSET&column=question
     hub:OWNER/NAME?file=FILE,FILE
 
+or a name in `benchmarks.TRAINING`, which stands for such a data set where there is no file of that name.
+
 How a file is packed and stored is found by its first bytes, never by its name. `PACKINGS` and `STORES` have one entry
 per format.
 """
@@ -26,6 +28,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from dspark_jax.benchmarks import TRAINING
 from dspark_jax.buckets.inputs import files_at, local_file
 from dspark_jax.errors import InputError
 from dspark_jax.hub import data_file, data_set_commit
@@ -66,12 +69,17 @@ def prompt_files(entries: Iterable[str | os.PathLike[str]]) -> list[str]:
     """
     found: list[str] = []
     for entry in map(str, entries):
+        if not entry:
+            raise InputError("an entry of the prompts is empty; name a file, or leave it out")
+        if entry in TRAINING and not Path(entry).exists():
+            entry = TRAINING[entry]
         if entry.startswith(HUB):
             found.append(entry)
         elif url := bucket_url(entry):
             found += _files_in_bucket(url)
         elif Path(entry).is_dir():
-            files = sorted(path for path in Path(entry).rglob("*") if _is_prompt_file(path.relative_to(entry)))
+            found_there = (path for path in Path(entry).rglob("*") if not path.is_dir())  # Spark's `a.json/` is one
+            files = sorted(path for path in found_there if _is_prompt_file(path.relative_to(entry)))
             if not files:
                 kinds = ", ".join(f"*{suffix}" for suffix in SUFFIXES)
                 raise InputError(f"{entry}: a directory without prompt files ({kinds}, also .gz and .zst); add one")
@@ -221,7 +229,7 @@ def _is_list(content: bytes) -> bool:
 def _array(file: str, content: bytes) -> Iterator[Row]:
     """A JSON list of objects."""
     try:
-        entries = json.loads(content.decode("utf-8-sig"))
+        entries = _parsed(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise InputError(
             f"{file}: begins as a JSON list, but is none ({str(error).split(':')[0]}); "
@@ -265,7 +273,7 @@ _WHOLE = "write one whole JSON object on each line"
 def _decode(line: bytes) -> dict[str, Any]:
     """The JSON object of a line; a ValueError says what is wrong with it and what to do."""
     try:
-        return _object(json.loads(line.decode("utf-8")))
+        return _object(_parsed(line.decode("utf-8")))
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 at byte {error.start}; save the file as UTF-8 text") from None
     except json.JSONDecodeError as error:
@@ -273,6 +281,20 @@ def _decode(line: bytes) -> dict[str, Any]:
         raise ValueError(f"not valid JSON at column {error.colno} ({error.msg}); {_WHOLE}{text}") from None
     except RecursionError:
         raise ValueError(f"not valid JSON (nested too deeply); {_WHOLE}") from None
+
+
+def _parsed(text: str) -> Any:
+    """The value of JSON; a ValueError where an object has a field twice, of which `json` would take the last."""
+    return json.loads(text, object_pairs_hook=_fields)
+
+
+def _fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the field {twice!r} is there twice; take one out")
+    return found
 
 
 def _object(entry: Any) -> dict[str, Any]:

@@ -54,16 +54,17 @@ def read_row(record: dict[str, Any], reasoning: bool = False) -> Read:
         raise ValueError("both `instruction` and `input_ids`; keep the one that is meant")
     used = {layout, *companions}
     tools: tuple[Mapping[str, Any], ...] = ()
+    inside: list[str] = []
     if layout != "input_ids":
         name = next((name for name in ("tools", "functions") if not is_empty(record.get(name))), "")
-        tools = read_tools(name, record[name]) if name else ()
+        tools, inside = read_tools(name, record[name]) if name else ((), [])
         used.add(name)
     others = [name for name, value in record.items() if name not in used and not is_empty(value)]
     unused = [f"{name} beside {layout}" if name in LAYOUTS else name for name in others]
     found = read(record, reasoning)
     if found.tokens is None:
         check_order(found.messages)
-    return dataclasses.replace(found, tools=tools, unused=tuple(dict.fromkeys([*unused, *found.unused])))
+    return dataclasses.replace(found, tools=tools, unused=tuple(dict.fromkeys([*unused, *inside, *found.unused])))
 
 
 def _list(record: dict[str, Any], field: str) -> list[Any]:

@@ -6,7 +6,8 @@ and "name".
 """
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 Message = Mapping[str, Any]
@@ -16,6 +17,9 @@ REASONING = ("reasoning_content", "reasoning", "thinking")
 
 THINK_BEGIN, THINK_END = "<think>", "</think>"
 """Before and after an assistant's thoughts, where they are part of the text of its answer."""
+
+_NO_THOUGHTS = re.compile(rf"\s*{THINK_BEGIN}\s*{THINK_END}\s*")
+"""The block that templates put before an answer without thoughts."""
 
 ROLES = {
     "human": "user",
@@ -30,6 +34,9 @@ ROLES = {
     "function_call": "assistant",
 }
 """Roles as templates know them. The text of a function_call is the call."""
+
+_ENTRY = ("type", "function")
+"""Fields of a call and of a definition beside the function's own."""
 
 _TEXT_PARTS = ("text", "input_text", "output_text")
 
@@ -67,14 +74,23 @@ def read_message(entry: Any, keys: tuple[str, str], reasoning: bool = False) -> 
     name = next((name for name in ("tool_calls", "function_call") if not is_empty(entry.get(name))), "")
     if name and role != "assistant":
         raise ValueError(f"`{name}` of a {given} message; only assistants call tools, take it out")
+    unused: list[str] = []
+    calls: list[dict[str, Any]] = []
     if given == "function_call":
-        message |= {"content": None, "tool_calls": _calls("the text of a function_call message", text)}
+        calls = _calls("the text of a function_call message", text_key, text, unused)
+        if not calls:
+            raise ValueError("a function_call message without a call; take it out")
     elif name:
-        calls = _calls(f"`{name}`", entry[name])
-        message |= {"content": None if text is None else _text(role, text), "tool_calls": calls}
+        calls = _calls(f"`{name}`", name, entry[name], unused)
         used.add(name)
+    if given == "function_call" or (text is None and role == "assistant"):
+        message["content"] = None if calls else ""  # it has only called, or has not answered
     else:
-        message["content"] = _text(role, text)
+        message["content"] = _text(role, text_key, text, unused)
+    if calls:
+        message["tool_calls"] = calls
+    if role == "assistant" and message["content"] and (block := _NO_THOUGHTS.match(message["content"])):
+        message["content"] = message["content"][block.end() :]  # the template writes it
     if role == "tool":
         for name in ("tool_call_id", "name"):
             if not is_empty(entry.get(name)):
@@ -84,8 +100,19 @@ def read_message(entry: Any, keys: tuple[str, str], reasoning: bool = False) -> 
         thoughts = next((name for name in REASONING if not is_empty(entry.get(name))), "")
         if thoughts:
             message["reasoning_content"] = check_text(f"`{thoughts}` of a message", entry[thoughts])
+            message["content"] = _without_thoughts(message["content"], message["reasoning_content"])
             used.add(thoughts)
-    return message, [name for name in entry if name not in used and not is_empty(entry[name])]
+    return message, [*(name for name in entry if name not in used and not is_empty(entry[name])), *unused]
+
+
+def _without_thoughts(content: str | None, thoughts: str) -> str | None:
+    """The text of an assistant whose thoughts are given beside it, and may be in the text as well."""
+    inside, end, answer = (content or "").rpartition(THINK_END)
+    if not end:
+        return content
+    if inside.strip().removeprefix(THINK_BEGIN).strip() != thoughts.strip():
+        raise ValueError("the text of a message has other thoughts than the field beside it; take one of them out")
+    return answer.lstrip()
 
 
 def _keys(entry: Any, usual: tuple[str, str]) -> tuple[str, str]:
@@ -98,17 +125,27 @@ def _keys(entry: Any, usual: tuple[str, str]) -> tuple[str, str]:
     raise ValueError(f"a message must be an object with `{usual[0]}` and `{usual[1]}`; add what is missing")
 
 
-def _text(role: str, content: Any) -> str:
-    """The text of a message, also of one that is a list of parts: they are joined by line breaks, as servers do it."""
+def _text(role: str, name: str, content: Any, unused: list[str]) -> str:
+    """The text of a message, also of one that is a list of parts: they are joined by line breaks, as servers do it.
+
+    Fields of parts that are not used are added to `unused`, after `name`, the field that has the parts.
+    """
     if isinstance(content, list):
         texts = []
         for part in content:
             kind = part.get("type", "text") if isinstance(part, dict) else "text"
             if kind not in _TEXT_PARTS:
-                raise SetAside("parts", f"a {role} message has a part of type {kind!r}; only text is supported")
+                raise SetAside("parts", f"a message ({role}) has a part of type {kind!r}; only text is supported")
+            if isinstance(part, dict):
+                unused += _others(f"{name}[]", part, ("type", "text"))
             texts.append(part["text"] if isinstance(part, dict) and "text" in part else part)
-        return "\n".join(check_text(f"a part of a {role} message", text) for text in texts)
-    return check_text(f"the text of a {role} message", content)
+        return "\n".join(check_text(f"a part of a message ({role})", text) for text in texts)
+    return check_text(f"the text of a message ({role})", content)
+
+
+def _others(where: str, value: Mapping[str, Any], used: Sequence[str]) -> list[str]:
+    """Names of the fields of an object inside of a row that are not used."""
+    return [f"{where}.{name}" for name in value if name not in used and not is_empty(value[name])]
 
 
 def check_text(what: str, text: Any) -> str:
@@ -123,6 +160,13 @@ def check_text(what: str, text: Any) -> str:
     if any("\ud800" <= c <= "\udfff" for c in text):
         raise ValueError(f"{what} contains half a surrogate pair; remove that escape")
     return text
+
+
+def has_answered(message: Message) -> bool:
+    """Whether an assistant has said something, or called a tool, after its thoughts."""
+    _, end, answer = (message["content"] or "").rpartition(THINK_END)
+    cut = not end and answer.lstrip().startswith(THINK_BEGIN)
+    return bool(message.get("tool_calls")) or not (cut or not answer.strip())
 
 
 def has_thoughts(message: Message) -> bool:
@@ -146,45 +190,70 @@ def _parsed(what: str, value: Any) -> Any:
     return value
 
 
-def _calls(what: str, value: Any) -> list[dict[str, Any]]:
-    """Calls of tools in OpenAI's form; arguments become objects where they are one, as templates expect them."""
+def _functions(what: str, value: Any, form: str) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """The entries of a list of calls or definitions (or a single one), and in each the object with a name.
+
+    That is the entry itself where it has no `function`. `what` and `form`: which field it is, and what it must be.
+    """
     value = _parsed(what, value)
-    calls = []
-    for call in value if isinstance(value, list) else [value]:
-        function = call.get("function", call) if isinstance(call, dict) else None
+    for entry in value if isinstance(value, list) else [] if value is None else [value]:
+        function = entry.get("function", entry) if isinstance(entry, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
-            raise ValueError(f'{what} must hold {{"name": ..., "arguments": ...}}, also under "function"; correct it')
-        arguments = function.get("arguments", function.get("parameters"))
-        if isinstance(arguments, str):
-            try:
-                parsed = json.loads(arguments)
-            except (ValueError, RecursionError):
-                parsed = None
-            arguments = parsed if isinstance(parsed, dict) else arguments
-        _check_tree(what, arguments)
-        calls.append({"type": "function", "function": {"name": function["name"], "arguments": arguments or {}}})
+            raise ValueError(f"{what} must {form}; correct it")
+        _check_tree(what, function)
+        yield entry, function
+
+
+def _calls(what: str, name: str, value: Any, unused: list[str]) -> list[dict[str, Any]]:
+    """Calls of tools in OpenAI's form; arguments become objects where they are one, as templates expect them.
+
+    What is not used of them is added to `unused`, after the field's `name`.
+    """
+    where = name if name == "function_call" else f"{name}[]"
+    calls = []
+    for call, function in _functions(what, value, 'hold {"name": ..., "arguments": ...}, also under "function"'):
+        field = "arguments" if "arguments" in function or "parameters" not in function else "parameters"
+        calls.append({"type": "function", "function": {"name": function["name"], "arguments": {}}})
+        calls[-1]["function"]["arguments"] = _arguments(what, function.get(field))
         if not is_empty(call.get("id")):
             calls[-1]["id"] = check_text("`id` of a tool call", call["id"])
+        if call is not function:
+            unused += _others(f"{where}.function", function, ("name", field))
+        unused += _others(where, call, (*_ENTRY, "id", *(("name", field) if call is function else ())))
     return calls
 
 
-def read_tools(name: str, value: Any) -> tuple[Mapping[str, Any], ...]:
-    """Definitions of tools in OpenAI's form.
+def _arguments(what: str, arguments: Any) -> Any:
+    """Those of a call: an object, or the text of what is none (a target may have written that)."""
+    if arguments is None or arguments == "":
+        return {}
+    if not isinstance(arguments, str | dict):
+        kind = type(arguments).__name__
+        raise ValueError(f"{what} has arguments that are a JSON {kind}; give an object, or its JSON as text")
+    if isinstance(arguments, str):
+        try:
+            parsed = json.loads(arguments)
+        except (ValueError, RecursionError):
+            return arguments
+        return parsed if isinstance(parsed, dict) else arguments
+    return arguments
+
+
+def read_tools(name: str, value: Any) -> tuple[tuple[Mapping[str, Any], ...], list[str]]:
+    """Definitions of tools in OpenAI's form, and the names of their fields that are not used.
 
     Raises:
       ValueError: the field `name` holds something else.
     """
-    value = _parsed(f"`{name}`", value)
-    tools = []
-    for tool in value if isinstance(value, list) else [value]:
-        function = tool.get("function", tool) if isinstance(tool, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
-            raise ValueError(
-                f'`{name}` must be a list of {{"type": "function", "function": {{"name": ...}}}}; correct it'
-            )
-        _check_tree(f"`{name}`", function)
+    tools, unused = [], list[str]()
+    form = 'be a list of {"type": "function", "function": {"name": ...}}'
+    for tool, function in _functions(f"`{name}`", value, form):
+        if tool is function:  # the type is not the function's
+            function = {key: one for key, one in tool.items() if key != "type"}
+        else:
+            unused += _others(f"{name}[]", tool, _ENTRY)
         tools.append({"type": "function", "function": function})
-    return tuple(tools)
+    return tuple(tools), unused
 
 
 def _check_tree(what: str, value: Any) -> None:

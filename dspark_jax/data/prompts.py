@@ -44,7 +44,8 @@ class Prompt:
     @property
     def reasoning(self) -> str:
         """The unused field that holds an assistant's thoughts; '' if there is none."""
-        return next((name for name in self.unused if "[]." in name and name.rpartition(".")[2] in REASONING), "")
+        fields = [f"{layout}[].{name}" for layout in ("messages", "conversations") for name in REASONING]
+        return next((name for name in self.unused if name in fields), "")
 
     @property
     def thinks(self) -> bool:

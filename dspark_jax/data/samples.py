@@ -1,6 +1,7 @@
 """Conversations to samples: what is kept, what is set aside, and the counts of both."""
 
 import functools
+import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,13 +25,13 @@ from dspark_jax.data.chat import (
     tokens_and_mask,
     with_system,
 )
-from dspark_jax.data.messages import Message, has_tools
+from dspark_jax.data.messages import Message, has_answered, has_tools
 from dspark_jax.data.prompts import Malformed, Prompt, set_name
 from dspark_jax.data.regenerate import Answered, Rejected, options_of
 from dspark_jax.data.sources import Sample
-from dspark_jax.data.statistics import Histogram
+from dspark_jax.data.statistics import Histogram, script
 from dspark_jax.data.thinking import NEVER, Thinking
-from dspark_jax.data.turns import renderable, samples_of_answers, samples_of_turns
+from dspark_jax.data.turns import renderable, samples_of_answers, samples_of_turns, shows_thoughts
 from dspark_jax.tokenizer import ChatTokenizer
 
 REASONS = {
@@ -60,6 +61,7 @@ class Tally:
       unused: number of prompts that have a field which is not used, by its name.
       prompt_sets: samples, tokens and loss_tokens of each prompt set.
       sources: prompts and what was set aside of each prompt set.
+      scripts: prompts by the script of what the user says first.
       lengths: of what comes before the first supervised token, and of what is supervised.
       thinking: samples whose answers were asked for with thinking.
       mixed: where a share of the prompts is asked so, that share, the number of them, and of all prompts.
@@ -73,6 +75,7 @@ class Tally:
         self.unused: Counter[str] = Counter()
         self.prompt_sets: dict[str, Counter[str]] = {}
         self.sources: dict[str, Counter[str]] = {}
+        self.scripts: Counter[str] = Counter()
         self.lengths = {"prompt": Histogram(), "answer": Histogram()}
         self.thinking = self.further = 0
         self.mixed: tuple[float, int, int] | None = None
@@ -97,6 +100,8 @@ class Tally:
         for prompt in prompts:
             self._source(prompt.prompt_set).update(prompts=1)
             self.unused.update(prompt.unused)
+            said = (message["content"] or "" for message in prompt.messages if message["role"] == "user")
+            self.scripts.update([script(text) for text in itertools.islice(said, 1)])
 
     def add(self, sample: Sample, *, thinking: bool = False) -> None:
         """Counts a sample; `thinking`: its answers were asked for with thinking."""
@@ -142,6 +147,7 @@ class Tally:
             **counts,
             "prompt_sets": sets,
             "sources": {name: dict(counts) for name, counts in self.sources.items()},
+            "scripts": dict(self.scripts.most_common()),
             "lengths": {name: one.report() for name, one in self.lengths.items()},
             "thinking": thinking,
         }
@@ -273,15 +279,20 @@ def _trainable(
     tokenizer: ChatTokenizer, messages: Sequence[Message], prompt: Prompt, options: Options, config: DataConfig
 ) -> Sequence[Message]:
     """A conversation up to its last answer that can be trained; Rejected says why there is none, of the last one."""
-    if config.thinking == "off" and prompt.reasoning and any(message["role"] == "assistant" for message in messages):
+    answered = any(message["role"] == "assistant" for message in messages)
+    where = f"`{prompt.reasoning}`" if prompt.reasoning else "a think block"
+    if config.thinking == "off" and answered and (prompt.reasoning or shows_thoughts(tokenizer, messages)):
         raise Rejected(
             "reasoning",
-            f"it has `{prompt.reasoning}`, and answers are trained without thinking; set data.thinking=given to train "
+            f"it has {where}, and answers are trained without thinking; set data.thinking=given to train "
             "it, or take it out (with data.regenerate=True the target answers itself, without thinking)",
         )
     first: Rejected | None = None
-    for end in range(len(messages), 0, -1):
-        if end < len(messages) and messages[end - 1]["role"] != "assistant":
+    # It ends before the first answer that is none: what comes later was not said after it.
+    silent = (end for end, one in enumerate(messages, 1) if one["role"] == "assistant" and not has_answered(one))
+    longest = next(silent, len(messages))
+    for end in range(longest, 0, -1):
+        if end < longest and messages[end - 1]["role"] != "assistant":
             continue
         try:
             _check_last(tokenizer, messages[:end], options, config)
@@ -298,8 +309,8 @@ def _check_last(tokenizer: ChatTokenizer, messages: Sequence[Message], options: 
     *asked, last = messages
     if last["role"] != "assistant":
         raise Rejected("unanswered", "the last message is not the assistant's, and data.regenerate is off")
-    if not (last["content"] or "").strip() and not last.get("tool_calls"):
-        raise Rejected("empty_answer", "the last answer is empty")
+    if not has_answered(last):
+        raise Rejected("empty_answer", f"message {len(messages)}: the answer is empty, or was cut while it thought")
     if options != PLAIN or has_tools(asked):
         asked = renderable(tokenizer, asked, options)
     length = len(prompt_tokens(tokenizer, asked, options))

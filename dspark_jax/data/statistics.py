@@ -1,11 +1,24 @@
 """What the samples of a preparation are like, counted while they are made: lengths and sources."""
 
+import itertools
+import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 SHORTEST = 16
 """Upper end of a histogram's first bin in tokens; every further bin ends at twice as many."""
+
+
+LETTERS = 32
+"""Letters at the beginning of a text by which its script is told."""
+
+
+def script(text: str) -> str:
+    """The script of most of a text's first letters, in Unicode's words ("latin", "cjk", "cyrillic"); '' without any."""
+    letters = itertools.islice(filter(str.isalpha, text), LETTERS)
+    found = Counter(unicodedata.name(letter, "").partition(" ")[0].lower() for letter in letters)
+    return found.most_common(1)[0][0] if found else ""
 
 
 class Histogram:
@@ -49,7 +62,18 @@ def table(report: Mapping[str, Any]) -> list[str]:
     for name in names:
         counts = report["sources"][name] | report["prompt_sets"].get(name, {})
         rows.append([f"{name:{width}}", *(f"{counts.get(key, 0):11}" for key in columns.values())])
-    return ["".join(row) for row in rows] + _lengths(report["lengths"], report["samples"])
+    return (
+        ["".join(row) for row in rows]
+        + _scripts(report.get("scripts", {}))
+        + _lengths(report["lengths"], report["samples"])
+    )
+
+
+def _scripts(scripts: Mapping[str, int]) -> list[str]:
+    """A line where prompts are in more than one."""
+    total = sum(scripts.values())
+    shares = ", ".join(f"{name or 'without letters'} {count / total:.1%}" for name, count in scripts.items())
+    return [f"scripts of the prompts: {shares}"] if len(scripts) > 1 else []
 
 
 def _lengths(lengths: Mapping[str, Mapping[str, Any]], samples: int) -> list[str]:

@@ -11,6 +11,7 @@ the template leaves something out is refused, but for thoughts of earlier turns.
 
 import itertools
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -189,8 +190,8 @@ def _with_answer(message: Message, answer: str) -> Message:
 def renderable(tokenizer: ChatTokenizer, messages: Sequence[Message], options: Options) -> list[Message]:
     """The conversation in a form that the template takes and shows completely.
 
-    Templates differ in whether arguments of a call are an object or its JSON, and in whether an answer that is only a
-    call has no content or an empty one.
+    Templates differ in whether arguments of a call are an object or its JSON, in whether an answer that is only a call
+    has no content or an empty one, and in whether they take thoughts apart from the text or leave the text as it is.
 
     Raises:
       ChatError: there is none.
@@ -203,8 +204,8 @@ def renderable(tokenizer: ChatTokenizer, messages: Sequence[Message], options: O
                 if message["role"] == "assistant" or end == len(form):
                     _check_shown(tokenizer, form[:end], options)
         except ChatError as error:
-            # That tools are left out says more than that another form is refused.
-            if found is None or (isinstance(error, ToolsError) and not isinstance(found, ToolsError)):
+            # What is left out says more than that another form is refused.
+            if found is None or _TELLING.index(type(error)) > _TELLING.index(type(found)):
                 found = error
         else:
             return list(form)
@@ -212,13 +213,40 @@ def renderable(tokenizer: ChatTokenizer, messages: Sequence[Message], options: O
     raise found
 
 
+_TELLING = (ChatError, ReasoningError, ToolsError)
+"""Kinds of errors of which the later ones say more."""
+
+
 def _forms(messages: Sequence[Message]) -> Iterator[list[Message]]:
-    calls = any(message.get("tool_calls") for message in messages)
-    for as_text, other_content in itertools.product((False, True), (False, True)) if calls else [(False, False)]:
-        yield [_form(message, as_text, other_content) for message in messages]
+    calls = (False, True) if any(message.get("tool_calls") for message in messages) else (False,)
+    thinks = (True, False) if any(map(_thoughts_inside, messages)) else (False,)
+    for apart, as_text, other_content in itertools.product(thinks, calls, calls):
+        yield [_form(message, apart, as_text, other_content) for message in messages]
 
 
-def _form(message: Message, as_text: bool, other_content: bool) -> Message:
+def shows_thoughts(tokenizer: ChatTokenizer, messages: Sequence[Message]) -> bool:
+    """Whether a conversation has thoughts in the text of an answer, and the template a place of its own for them."""
+    if not any(map(_thoughts_inside, messages)):
+        return False
+    question = {"role": "user", "content": "?"}
+    answer = {"role": "assistant", "content": PROBE, "reasoning_content": _THOUGHTS}
+    return _THOUGHTS in render(tokenizer, [question, answer])
+
+
+def _thoughts_inside(message: Message) -> tuple[str, str] | None:
+    """Thoughts and answer of an assistant whose text begins with its thoughts."""
+    content = message["content"] or ""
+    thoughts, end, answer = content.partition(THINK_END)
+    thoughts = thoughts.strip().removeprefix(THINK_BEGIN)
+    if message["role"] != "assistant" or not end or THINK_END in answer or THINK_BEGIN in thoughts + answer:
+        return None
+    return thoughts.strip(), answer.lstrip()
+
+
+def _form(message: Message, apart: bool, as_text: bool, other_content: bool) -> Message:
+    inside = _thoughts_inside(message) if apart and not message.get("reasoning_content") else None
+    if inside and inside[0]:
+        message = {**message, "reasoning_content": inside[0], "content": inside[1]}
     if not message.get("tool_calls"):
         return message
     calls = message["tool_calls"]
@@ -245,9 +273,10 @@ class _Marks:
     def __init__(self) -> None:
         self.parts: dict[str, tuple[type[ChatError], str]] = {}
 
-    def of(self, error: type[ChatError], what: str) -> str:
+    def of(self, error: type[ChatError], what: str, form: str = "{}") -> str:
+        """A new word; with `form`, how it must look in what is rendered."""
         mark = f"dsmark{len(self.parts)}x"
-        self.parts[mark] = (error, what)
+        self.parts[form.format(mark)] = (error, what)
         return mark
 
 
@@ -275,11 +304,16 @@ def _marked(message: Message, where: str, last: bool, marks: _Marks) -> Message:
     error = ToolsError if role == "tool" or message.get("tool_calls") else ChatError
     out = dict(message)
     if content:
-        mark = marks.of(error, f"the {role}'s text of {where}")
-        out["content"] = mark
-        if role == "assistant" and THINK_END in content:
-            thought = marks.of(ReasoningError, f"the thoughts of {where}") if last else "thoughts"
-            out["content"] = f"<think>\n{thought}\n{THINK_END}\n\n{mark}"
+        thoughts, end, answer = content.rpartition(THINK_END) if role == "assistant" else ("", "", content)
+        out["content"] = marks.of(error, f"the {role}'s text of {where}") if answer.strip() else answer
+        if end:
+            # There may be several blocks, with text between them.
+            pieces = re.split(f"({THINK_BEGIN}|{THINK_END})", thoughts)
+            for i in range(0, len(pieces), 2):
+                if pieces[i].strip():
+                    mark = marks.of(ReasoningError, f"the thoughts of {where}") if last else "thoughts"
+                    pieces[i] = f"\n{mark}\n"
+            out["content"] = "".join(pieces) + f"{THINK_END}\n\n{out['content']}"
     if message.get("reasoning_content") and last:
         out["reasoning_content"] = marks.of(ReasoningError, f"the thoughts of {where}")
     if message.get("tool_calls"):
@@ -291,6 +325,11 @@ def _marked_call(call: Any, where: str, marks: _Marks) -> dict[str, Any]:
     name, arguments = call["function"]["name"], call["function"]["arguments"]
     function = {**call["function"], "name": marks.of(ToolsError, f"the call of {name!r} in {where}")}
     if arguments:
-        mark = marks.of(ToolsError, f"the arguments of {name!r} in {where}")
-        function["arguments"] = json.dumps({mark: mark}) if isinstance(arguments, str) else {mark: mark}
+        what = f"the arguments of {name!r} in {where}"
+        if isinstance(arguments, str):  # a template that writes JSON would quote it again
+            mark = marks.of(ToolsError, f"{what} as they are", '{{"{}"')
+            function["arguments"] = json.dumps({mark: mark})
+        else:
+            mark = marks.of(ToolsError, what)
+            function["arguments"] = {mark: mark}
     return {**call, "function": function}

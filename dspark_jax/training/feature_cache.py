@@ -23,9 +23,11 @@ from dspark_jax.data.features import (
 )
 from dspark_jax.data.sources import SampleReader
 from dspark_jax.data.torch_features import load_torch_target
+from dspark_jax.hosts import mesh_of_one_host
 from dspark_jax.hub import local_directory
 from dspark_jax.progress import Progress, log
 from dspark_jax.run import Run
+from dspark_jax.sharding import make_mesh
 from dspark_jax.target.frozen import save_frozen
 from dspark_jax.target.loading import load_target
 from dspark_jax.target.model import Target
@@ -81,7 +83,7 @@ def open_features(run: Run) -> CachedSamples:
 
 
 def prepare_features(run: Run) -> None:
-    """Makes `workdir/features`, or what is missing of it.
+    """Makes `workdir/features`, or what is missing of it, with the devices of this host; one host calls it.
 
     Raises:
       InputError: the target cannot be used, there is a cache of something else, or the disk has no room.
@@ -92,8 +94,6 @@ def prepare_features(run: Run) -> None:
     if is_complete(directory, identity):
         log(f"features: {directory} is up to date")
         return
-    if jax.process_count() > 1:
-        raise InputError(f"{directory}: not complete; run python -m dspark_jax.prepare on one host first")
     samples = SampleReader(run.data_folder)
     lengths = [len(samples[i].tokens) for i in range(len(samples))]
     size, plain = estimate(identity, sum(lengths))
@@ -109,7 +109,7 @@ def prepare_features(run: Run) -> None:
             lengths,
             functools.partial(feature_pass, run, identity),
             batch_size=config.data.decode_batch_size,
-            pass_tokens=PASS_TOKENS * (1 if config.data.features == "torch" else jax.device_count()),
+            pass_tokens=PASS_TOKENS * (1 if config.data.features == "torch" else jax.local_device_count()),
             progress=progress.advance,
         )
 
@@ -127,6 +127,9 @@ def feature_pass(run: Run, identity: Identity) -> Pass:
         save_frozen(frozen_file(run.feature_folder), *model.frozen_matrices())
         return functools.partial(model.start, identity=identity)
     mesh = run.mesh
+    if jax.process_count() > 1:
+        devices = jax.local_devices()
+        mesh = make_mesh(mesh_of_one_host(config.mesh, len(devices)), devices)
     with jax.set_mesh(mesh):
         target = load_target(config.target, mesh)
         embedding = jax.jit(target.embed)(jnp.arange(config.target.architecture.vocab_size))

@@ -52,11 +52,26 @@ def world(tmp_path_factory) -> World:
     drafters = {}
     for name, (first, raw) in {"good": (True, False), "fill-in": (False, False), "raw": (True, True)}.items():
         drafter = train(target, np.stack([one.tokens for one in answers]), anchor_first=first, raw_teacher=raw)
-        tensors = functools.partial(stored_tensors, drafter, DRAFTER)
-        config = json.loads((path / "config.json").read_text())
-        source = Source(tensors, DRAFTER, arch, config, frozen_tensors(path), "org/target")
-        drafters[name] = write_export(folder / name, source, dtype="float32")
+        drafters[name] = exported(drafter, arch, path, folder / name)
     return World(target, path, answers, drafters)
+
+
+@pytest.fixture(scope="session")
+def untrained(tmp_path_factory) -> tuple[Path, Path]:
+    """The same target, and an untrained drafter for it: for tests that look at settings and shapes only."""
+    folder = tmp_path_factory.mktemp("untrained")
+    write_target(folder / "target")
+    arch = TargetArchitecture.from_hf(folder / "target")
+    shapes = nnx.eval_shape(lambda: make_drafter(arch, DRAFTER, rngs=nnx.Rngs(0)))
+    drafter = jax.tree.map(lambda one: jnp.zeros(one.shape, one.dtype), shapes)
+    return folder / "target", exported(drafter, arch, folder / "target", folder / "drafter")
+
+
+def exported(drafter: nnx.Module, arch: TargetArchitecture, target: Path, output: Path) -> Path:
+    tensors = functools.partial(stored_tensors, drafter, DRAFTER)
+    config = json.loads((target / "config.json").read_text())
+    source = Source(tensors, DRAFTER, arch, config, frozen_tensors(target), "org/target")
+    return write_export(output, source, dtype="float32")
 
 
 def write_target(path: Path) -> None:
@@ -94,7 +109,7 @@ def train(target: Any, tokens: np.ndarray, *, anchor_first: bool, raw_teacher: b
     return drafter
 
 
-@jax.jit
+@functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 1})  # 750 steps pay for it
 def fit(drafter: Any, target: Any, tokens: jax.Array, anchor_first: jax.Array, raw_teacher: jax.Array) -> Any:
     """250 steps of Adam on the cross-entropy with the teacher; the drafter and the losses."""
     size, taps = DRAFTER.block_size, (*DRAFTER.target_layer_ids, LAYERS - 1)

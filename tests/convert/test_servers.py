@@ -14,9 +14,10 @@ from dspark_jax.convert.servers import replay
 ARCH = TargetArchitecture("qwen3", 48, 32, 4, 2, 1, 16, 64)
 
 
-def files(world) -> tuple[dict, dict]:
-    raw = json.loads((world.drafters["good"] / "config.json").read_text())
-    shapes = {name: value.shape for name, value in load_file(world.drafters["good"] / "model.safetensors").items()}
+def files(untrained) -> tuple[dict, dict]:
+    _, drafter = untrained
+    raw = json.loads((drafter / "config.json").read_text())
+    shapes = {name: value.shape for name, value in load_file(drafter / "model.safetensors").items()}
     return raw, shapes
 
 
@@ -43,30 +44,30 @@ def without(values: dict, *names: str) -> dict:
         ({"architectures": 5}, "architectures 5 is not one of"),
     ],
 )
-def test_values_of_another_type_are_one_line(world, change, message):
-    raw, shapes = files(world)
+def test_values_of_another_type_are_one_line(untrained, change, message):
+    raw, shapes = files(untrained)
     with pytest.raises(InputError, match=message):
         replay("x", raw | change, shapes, ARCH)
 
 
-def test_null_is_absent(world):
-    raw, shapes = files(world)
+def test_null_is_absent(untrained):
+    raw, shapes = files(untrained)
     nothing = {"draft_vocab_size": None, "dspark_config": None, "eagle_aux_hidden_state_layer_ids": None}
     assert refusals(raw | nothing, shapes)["vLLM"] == ()
     layers = {"speculators_model_type": "eagle3", "transformer_layer_config": {}, "speculators_config": None}
     assert read_layout("x", layers | {"eagle_aux_hidden_state_layer_ids": [1]}).block_size == 0
 
 
-def test_gated_heads_are_refused_where_they_are(world):
-    raw, shapes = files(world)
+def test_gated_heads_are_refused_where_they_are(untrained):
+    raw, shapes = files(untrained)
     found = refusals(raw | {"markov_head_type": "gated"}, shapes | {"markov_head.gate_proj.weight": (8, 40)})
     assert found["vLLM"] == ("only the vanilla Markov head is loaded, this is gated (gate_proj)",)
     assert found["llama.cpp"] == ("only the vanilla Markov head is converted, this is gated",)
     assert found["SGLang"] == ()
 
 
-def test_gemma_is_for_vllm_only(world):
-    raw, shapes = files(world)
+def test_gemma_is_for_vllm_only(untrained):
+    raw, shapes = files(untrained)
     raw |= {"architectures": ["Gemma4DSparkModel"], "model_type": "gemma4_text", "attention_k_eq_v": True}
     found = refusals(raw, shapes)
     assert found["vLLM"] == ()
@@ -86,8 +87,8 @@ def test_gemma_is_for_vllm_only(world):
     assert gated[0].refusals == () and "ignores tensors it does not know: joint_proj" in gated[0].wrong[0]
 
 
-def test_dflash_needs_a_zero_markov_head(world):
-    raw, shapes = files(world)
+def test_dflash_needs_a_zero_markov_head(untrained):
+    raw, shapes = files(untrained)
     raw |= {"markov_rank": 0, "enable_confidence_head": False, "dflash_config": {}, "dspark_config": {}}
     found = refusals(raw, without(shapes, "markov", "confidence"))
     assert "all-zero Markov head" in found["vLLM"][0] and "all-zero Markov head" in found["SGLang"][0]
@@ -109,21 +110,21 @@ def test_dflash_needs_a_zero_markov_head(world):
         ({"dspark_mask_token_id": 48}, "SGLang", "mask_token_id 48 is outside"),
     ],
 )
-def test_server_rules(world, change, server, message):
-    raw, shapes = files(world)
+def test_server_rules(untrained, change, server, message):
+    raw, shapes = files(untrained)
     assert any(message in text for text in refusals(raw | change, shapes)[server])
 
 
-def test_shapes_that_llama_cpp_refuses(world):
-    raw, shapes = files(world)
+def test_shapes_that_llama_cpp_refuses(untrained):
+    raw, shapes = files(untrained)
     found = refusals(raw, shapes | {"confidence_head.proj.weight": (1, 32)})
     assert "is [1, 32], beside a Markov head it must be [1, 40]" in found["llama.cpp"][0]
     assert "d2t" in refusals(raw, shapes | {"d2t": (20,)})["SGLang"][0]
 
 
-def test_precedence_of_layer_ids(world):
+def test_precedence_of_layer_ids(untrained):
     """vLLM uses eagle_aux ids as they are, before all others; SGLang goes by dspark_ prefixes and nested dicts."""
-    raw, shapes = files(world)
+    raw, shapes = files(untrained)
     raw |= {"eagle_aux_hidden_state_layer_ids": [3, 4], "dspark_target_layer_ids": [1, 2]}
     found = {verdict.server: verdict.reading for verdict in replay("x", raw, shapes, ARCH)}
     assert found["vLLM"].taps == (2, 3)
@@ -139,9 +140,9 @@ def test_precedence_of_layer_ids(world):
     assert found["SGLang"].mask_token_id == 45
 
 
-def test_masks_under_the_name_of_noise(world):
+def test_masks_under_the_name_of_noise(untrained):
     """SpecForge may have the mask in `dspark_config` only, where vLLM does not look."""
-    raw, shapes = files(world)
+    raw, shapes = files(untrained)
     raw = without(raw, "dflash_config", "mask_token_id") | {"architectures": ["DSparkDraftModel"]}
     for noise, mask in (({"dspark_noise_token_id": 7}, 7), ({}, -1)):
         assert replay("x", raw | noise, shapes, ARCH)[0].reading.mask_token_id == mask
@@ -166,19 +167,20 @@ SLIDING = {"layer_types": ["sliding_attention"]}
         ({"dspark_target_layer_ids": [0, 3]}, "SGLang", "layer 3, the last one, is never captured"),
     ],
 )
-def test_what_is_computed_differently_is_said(world, change, server, message):
-    raw, shapes = files(world)
+def test_what_is_computed_differently_is_said(untrained, change, server, message):
+    raw, shapes = files(untrained)
     found = {verdict.server: verdict for verdict in replay("x", without(raw, "norm_before") | change, shapes, ARCH)}
     assert found[server].refusals == ()
     said = [text for text in (*found[server].wrong, *found[server].notes) if "causally" in text or "captured" in text]
     assert len(said) == bool(message) and message in "".join(said)
 
 
-def test_speculators_files_without_a_layout_are_fill_in_for_vllm(world, tmp_path):
-    source = [f"--drafter={world.drafters['good']}", f"--target={world.path}"]
+def test_speculators_files_without_a_layout_are_fill_in_for_vllm(untrained, tmp_path):
+    target, drafter = untrained
+    source = [f"--drafter={drafter}", f"--target={target}"]
     main(["export", *source, f"--output={tmp_path / 's'}", "--format=speculators", "--dtype=float32"])
     raw = json.loads((tmp_path / "s" / "config.json").read_text())
-    _, shapes = files(world)
+    _, shapes = files(untrained)
     found = {verdict.server: verdict for verdict in replay("x", raw, shapes, ARCH)}
     assert found["vLLM"].reading.anchor_first and found["vLLM"].reading.taps == (0, 1)
     assert found["SGLang"].refusals
@@ -188,9 +190,9 @@ def test_speculators_files_without_a_layout_are_fill_in_for_vllm(world, tmp_path
     assert found["speculators"].reading.anchor_first
 
 
-def test_a_package_that_serves_nothing_makes_no_file_good(world):
+def test_a_package_that_serves_nothing_makes_no_file_good(untrained):
     """A gated head in the speculators format: its package reads it, every server refuses."""
-    raw, shapes = files(world)
+    raw, shapes = files(untrained)
     raw = {name: raw[name] for name in ("block_size", "mask_token_id", "markov_rank")} | {
         "speculators_model_type": "dspark", "transformer_layer_config": {"num_hidden_layers": 1},
         "aux_hidden_state_layer_ids": [1, 2], "sample_from_anchor": True, "markov_head_type": "gated",
@@ -202,8 +204,8 @@ def test_a_package_that_serves_nothing_makes_no_file_good(world):
         assert found.verdict == ("wrong" if head == "gated" else "not known here")
 
 
-def test_paths_mislead_vllm(world):
-    raw, shapes = files(world)
+def test_paths_mislead_vllm(untrained):
+    raw, shapes = files(untrained)
     notes = replay("models/my-dflash-drafter", raw, shapes, ARCH)[0].notes
     assert notes[:1] == ('the path has \'dflash\' in it: state "method": "dspark" in --speculative-config',)
     eagle = raw | {"architectures": ["Eagle3Qwen3ForCausalLM"], "eagle_aux_hidden_state_layer_ids": [1, 2]}
@@ -262,16 +264,16 @@ def test_llama_eagle3_of_another_width_is_refused():
     ("change", "taps"),
     [({}, None), ({"dflash_config": {"target_layer_ids": [1, 2]}}, (1, 2))],
 )
-def test_tpu_inference_takes_fill_in_dflash(world, change, taps):
+def test_tpu_inference_takes_fill_in_dflash(untrained, change, taps):
     """With its settings in `dflash_config` only; where the mask is missing there, it is token 0."""
-    raw, shapes = files(world)
+    raw, shapes = files(untrained)
     raw = without(raw, "sample_from_anchor", "dflash_config", "dspark_config") | {"architectures": ["DFlashDraftModel"]}
     verdict = next(one for one in replay("x", raw | change, shapes, ARCH) if one.server == "tpu-inference")
     assert (verdict.reading and verdict.reading.taps) == taps
     assert not taps or (verdict.reading.mask_token_id, verdict.reading.anchor_first) == (0, False)
-    anchors = next(one for one in replay("x", files(world)[0], shapes, ARCH) if one.server == "tpu-inference")
+    anchors = next(one for one in replay("x", files(untrained)[0], shapes, ARCH) if one.server == "tpu-inference")
     assert anchors.refusals == ("it takes the method dspark for EAGLE-3: of blocks it knows fill-in DFlash only",)
-    assert "pull request 1632" in refusals(files(world)[0], shapes)["sglang-jax"][0]
+    assert "pull request 1632" in refusals(files(untrained)[0], shapes)["sglang-jax"][0]
 
 
 @pytest.mark.parametrize(
@@ -292,15 +294,15 @@ def test_tpu_inference_takes_fill_in_dflash(world, change, taps):
         ({"fc_norm": True}, "fc_norm True"),
     ],
 )
-def test_parts_without_an_implementation_here(world, change, part):
+def test_parts_without_an_implementation_here(untrained, change, part):
     """They were run as if they were not there; servers may know them."""
-    raw, _ = files(world)
+    raw, _ = files(untrained)
     found = unsupported_parts(raw | change)
     assert (part in found[0] and len(found) == 1) if part else found == []
 
 
-def test_servers_that_ran_are_told_from_those_whose_rules_were_read(world):
-    raw, shapes = files(world)
+def test_servers_that_ran_are_told_from_those_whose_rules_were_read(untrained):
+    raw, shapes = files(untrained)
     eagle = raw | {"architectures": ["Eagle3Qwen3ForCausalLM"], IDS: [1, 2]}
     llama = LLAMA | {"architectures": ["LlamaForCausalLMEagle3"]}
     ran = {}

@@ -11,6 +11,7 @@ from dspark_jax.data import files
 from dspark_jax.data.files import content_hashes, prompt_files, set_name
 from dspark_jax.data.prompts import Malformed, read_prompts
 from dspark_jax.errors import InputError
+from dspark_jax.presets import released
 
 RECORDS = [{"prompt": "a", "id": 1}, {"prompt": "b", "id": 2}]
 LINES = b"".join(json.dumps(record).encode() + b"\n" for record in RECORDS)
@@ -61,9 +62,10 @@ def test_a_file_is_read_by_its_content_whatever_its_name(tmp_path: Path, kind: s
             json.dumps({"data": RECORDS}, indent=1).encode(),
             r"one JSON object over several lines \('data'\); write",
         ),
+        (b'[{"prompt": "a", "prompt": "b"}]', "is none .the field 'prompt' is there twice"),
         (json.dumps(RECORDS[0], indent=1).encode(), r"set: one JSON object over several lines \('prompt', 'id'\)"),
     ],
-    ids=["gzip cut short", "gzip", "parquet", "list cut short", "object", "question"],
+    ids=["gzip cut short", "gzip", "parquet", "list cut short", "object", "twice", "question"],
 )
 def test_what_cannot_be_read_is_one_line(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "set").write_bytes(content)
@@ -96,17 +98,27 @@ def test_a_package_that_is_missing_is_named(
 
 def test_directories_and_patterns_stand_for_their_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    names = ["b.jsonl", "a.json.gz", "deep/c.parquet", "README.md", ".hidden.jsonl", ".git/d.jsonl", "list[1].jsonl"]
+    names = [
+        "b.jsonl",
+        "a.json.gz",
+        "deep.json/c.parquet",
+        "README.md",
+        ".hidden.jsonl",
+        ".git/d.jsonl",
+        "list[1].json",
+    ]
     for name in names:
         Path("sets", name).parent.mkdir(parents=True, exist_ok=True)
         Path("sets", name).write_bytes(LINES)
-    everything = ["sets/a.json.gz", "sets/b.jsonl", "sets/deep/c.parquet", "sets/list[1].jsonl"]
+    everything = ["sets/a.json.gz", "sets/b.jsonl", "sets/deep.json/c.parquet", "sets/list[1].json"]
     assert prompt_files(["sets"]) == everything
     assert prompt_files(["sets/b.jsonl", "sets/*.gz"]) == ["sets/b.jsonl", "sets/a.json.gz"]
-    assert prompt_files(["sets/**/*.parquet"]) == ["sets/deep/c.parquet"]
-    assert prompt_files(["sets/list[1].jsonl", "hub:a/b"]) == ["sets/list[1].jsonl", "hub:a/b"]
+    assert prompt_files(["sets/**/*.parquet"]) == ["sets/deep.json/c.parquet"]
+    assert prompt_files(["sets/list[1].json", "hub:a/b"]) == ["sets/list[1].json", "hub:a/b"]
     assert questions("sets/[ab]*") == ["a", "b"] * 2
     assert [name for name, _ in content_hashes(["sets"], "data.prompts")] == ["a", "b", "c", "list[1]"]
+    with pytest.raises(InputError, match="an entry of the prompts is empty; name a file, or leave it out"):
+        prompt_files(["sets", ""])
     with pytest.raises(InputError, match=r"sets/\.git/none\*: no file matches this pattern; correct it"):
         prompt_files(["sets/.git/none*"])
     Path("empty").mkdir()
@@ -178,6 +190,16 @@ def test_a_data_set_of_the_hub_is_read(hub: list[Any], tmp_path: Path) -> None:
     assert one[0] == "b" and one != other
     (tmp_path / "cache.arrow").write_bytes(b"2")
     assert content_hashes([entry], "") != [one]
+
+
+def test_the_paper_s_training_set_has_a_name(hub: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    named = released("qwen3_4b", "Qwen/Qwen3-4B", "").data.prompts
+    with pytest.raises(InputError, match="hub:mlabonne/open-perfectblend: cannot be loaded"):
+        read_prompts(named)
+    assert hub == [("mlabonne/open-perfectblend", None, "train")] and set_name(prompt_files(named)[0]) == named[0]
+    Path(named[0]).write_bytes(LINES)
+    assert questions(named[0]) == ["a", "b"]
 
 
 def test_a_data_set_of_the_hub_is_streamed(hub: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:

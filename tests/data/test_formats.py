@@ -17,20 +17,21 @@ from dspark_jax.data.samples import Tally, given_samples
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATES = Path(__file__).parent / "templates"
 HEAD = "| what | row | template | thinking | supervised, per sample | set aside |"
+UNUSED = "| row | named as not used |"
 
 
-def table_rows() -> list[list[str]]:
-    """Cells of all rows of the tables with that head."""
+def table_rows(head: str) -> list[list[str]]:
+    """Cells of all rows of the tables with this head."""
     found, inside = [], False
     for line in (ROOT / "docs" / "data.md").read_text("utf-8").splitlines():
-        inside = line == HEAD or (inside and line.startswith("|"))
-        if inside and line != HEAD and not line.startswith("|---"):
+        inside = line == head or (inside and line.startswith("|"))
+        if inside and line != head and not line.startswith("|---"):
             cells = re.split(r"(?<!\\)\|", line)[1:-1]
             found.append([cell.strip().strip("`").replace("\\|", "|") for cell in cells])
     return found
 
 
-ROWS = table_rows()
+ROWS = table_rows(HEAD)
 
 
 def template_of(tokenizer: Any, name: str) -> Any:
@@ -61,7 +62,8 @@ def prepared(
 
 
 def test_the_tables_are_found() -> None:
-    assert len(ROWS) > 40 and {row[2] for row in ROWS} == {"chatml", *(path.stem for path in TEMPLATES.iterdir())}
+    assert len(ROWS) > 60 and len(table_rows(UNUSED)) > 6
+    assert {row[2] for row in ROWS} == {"chatml", *(path.stem for path in TEMPLATES.iterdir())}
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[f"{row[2]}: {row[0]}" for row in ROWS])
@@ -71,7 +73,8 @@ def test_a_row_gives_what_the_table_says(tiny_target: Path, tmp_path: Path, row:
     thinking, _, part = thinking.partition(", ")
     plain = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "fine"}]}
     rows = [json.loads(record), plain]
-    found, rejected = prepared(tokenizer, tmp_path, rows, thinking=thinking, supervised=part or "both")
+    fields = {"supervised": part} if part else {}  # else the default is what the table shows
+    found, rejected = prepared(tokenizer, tmp_path, rows, thinking=thinking, **fields)
     if part == "thinking":  # nothing of the plain one
         rejected.pop()
     else:
@@ -80,3 +83,10 @@ def test_a_row_gives_what_the_table_says(tiny_target: Path, tmp_path: Path, row:
     assert [texts for _, texts in found] == json.loads(supervised or "[]")
     assert [entry["reason"] for entry in rejected] == ([aside] if aside else [])
     assert [number for number, _ in found] == list(range(len(found)))
+
+
+@pytest.mark.parametrize(("row", "names"), table_rows(UNUSED))
+def test_what_is_not_used_of_a_row_is_named(tmp_path: Path, row: str, names: str) -> None:
+    (tmp_path / "rows.jsonl").write_text(row)
+    (prompt,) = read_prompts([tmp_path / "rows.jsonl"], tokenised=True)
+    assert list(prompt.unused) == json.loads(names)

@@ -45,6 +45,6 @@ def test_prepare_says_so_even_if_its_data_is_there(tiny_target, tmp_path, capsys
     found = {"fingerprint": digest({"data": {}}), "samples": 3}
     monkeypatch.setattr(prepare, "read_ours", lambda path: found)
     monkeypatch.setattr(prepare, "_complete", lambda final, samples: True)
-    assert prepare.prepare_samples(Run(config, tmp_path)) == found
+    assert prepare.prepare_run(Run(config, tmp_path)) == found
     said = capsys.readouterr().err
     assert ("warning: drafter.mask_token_id=280" in said) == warns and ("warning" in said) == warns

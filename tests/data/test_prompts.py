@@ -52,6 +52,8 @@ BAD = {
     b'["a"]': "a JSON list where an object is needed; .*, not in a list",
     b'{"question": "a", "id": 3}': r"none of the fields .* \(it has 'question', 'id'\); rename the one",
     b"{}": r"\(it has none\)",
+    b'{"prompt": "a", "tools": [], "prompt": "b"}': "the field 'prompt' is there twice; take one out",
+    b'{"prompt": "a", "tools": [{"name": "f", "name": "g"}]}': "the field 'name' is there twice",
     b'{"turns": []}': "must be a list that is not empty; put the user's questions into it",
     b'{"turns": "a"}': "must be a list",
     b'{"messages": {}}': "must be a list that is not empty; put messages into it",
@@ -70,7 +72,11 @@ BAD = {
     ),
     b'{"messages": [{"role": "user", "content": "a", "tool_calls": [{"name": "f"}]}]}': "only assistants call tools",
     b'{"messages": [{"role": "user", "content": "a"}, {"role": "tool", "content": "1"}]}': "not follow an assistant's",
-    b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": null}]}': "is a JSON NoneType",
+    b'{"messages": [{"role": "user", "content": null}]}': "is a JSON NoneType",
+    b'{"conversations": [{"from": "human", "value": "a"}, '
+    b'{"from": "function_call", "value": {"name": "f", "arguments": 0}}]}': "arguments that are a JSON int; give",
+    b'{"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": "[]"}]}': "without a call",
+    b'{"input_ids": [1, 2], "loss_mask": [0, 1, 1]}': "needs a `loss_mask` with 0 or 1 for each",
     b'{"input_ids": [1, 2]}': "needs a `loss_mask` with 0 or 1 for each",
     b'{"input_ids": [1, -2], "loss_mask": [0, 1]}': "must hold token ids",
     b'{"instruction": "a", "input_ids": [1]}': "both `instruction` and `input_ids`; keep the one",
@@ -120,6 +126,16 @@ def test_calls_of_tools_are_read_into_one_form(tmp_path: Path, message: dict[str
     (found,) = prompt.messages[1]["tool_calls"]
     assert (found["function"]["arguments"] if isinstance(call, str) else found) == call and not prompt.unused
     assert prompt.messages[1]["content"] == message.get("content")
+
+
+def test_a_definition_has_one_form_and_lists_may_be_empty(tmp_path: Path) -> None:
+    function = {"name": "add", "parameters": {"type": "object"}}
+    written = [{"type": "function", "function": function}, {"type": "function", **function}, function]
+    talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": None, "tool_calls": "[]"}]
+    rows = [{"prompt": "q", "tools": [one]} for one in written]
+    *prompts, none = read_prompts([write(tmp_path / "p.jsonl", *rows, {"messages": talk, "tools": "null"})])
+    assert [prompt.tools for prompt in prompts] == [(written[0],)] * 3 and not any(one.unused for one in prompts)
+    assert none.tools == () and none.messages[1] == {"role": "assistant", "content": ""}
 
 
 def test_fields_that_are_not_used_are_named(tmp_path: Path) -> None:

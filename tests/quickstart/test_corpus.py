@@ -6,9 +6,11 @@ from fractions import Fraction
 from itertools import islice
 
 import pytest
+from tokenizers import Tokenizer
 
 from tests.quickstart.builder.corpus import DOMAINS, conversations, explain, split_of, trim
 from tests.quickstart.builder.math_problems import TEMPLATES, problem
+from tests.quickstart.builder.prompt_sets import prompt_set
 from tests.quickstart.builder.stdlib_items import Function, prose
 
 _EQUATION = re.compile(r"(?<![\w^])((?:\d+ [-+*/] )+\d+) = (-?\d+)\b(?!/)")
@@ -21,6 +23,14 @@ def test_same_seed_same_conversations(split, domain):
     for conversation in first:
         assert len(conversation.messages) in (2, 4)
         assert all(message.strip() for message in conversation.messages)
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_prompt_sets_are_deterministic(split, target_folder, domain):
+    """Here, where the corpus has been read."""
+    tokenizer = Tokenizer.from_file(str(target_folder / "tokenizer.json"))
+    one, two = (prompt_set(tokenizer, split["heldout"], domain, 20, seed=9) for _ in range(2))
+    assert one == two and len(set(one)) == 20
 
 
 def test_unknown_domain_is_refused(split):

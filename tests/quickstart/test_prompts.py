@@ -4,7 +4,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from tests.quickstart.builder.corpus import DOMAINS, SPLITS
-from tests.quickstart.builder.prompt_sets import MAX_PROMPT_TOKENS, SIZES, prompt_set, read_prompts
+from tests.quickstart.builder.prompt_sets import MAX_PROMPT_TOKENS, SIZES, read_prompts
 from tests.quickstart.builder.tokenizer import render
 
 
@@ -29,10 +29,3 @@ def test_no_heldout_prompt_is_a_train_prompt(prompt_folder, domain):
 
 def test_files_are_small(prompt_folder):
     assert sum(file.stat().st_size for file in prompt_folder.iterdir()) < 1.5e6
-
-
-@pytest.mark.parametrize("domain", DOMAINS)
-def test_prompt_sets_are_deterministic(split, target_folder, domain):
-    tokenizer = Tokenizer.from_file(str(target_folder / "tokenizer.json"))
-    one, two = (prompt_set(tokenizer, split["heldout"], domain, 20, seed=9) for _ in range(2))
-    assert one == two and len(set(one)) == 20

@@ -1,4 +1,4 @@
-"""Real llama.cpp answers prompts for training: greedily, the samples are those of the target here."""
+"""Real llama.cpp answers prompts for training: greedily, the samples are those of the target here, kills or not."""
 
 import importlib.util
 import json
@@ -12,6 +12,7 @@ import pytest
 from dspark_jax.config import AnswersConfig, Config, resolve
 from dspark_jax.data.sources import SampleReader
 from dspark_jax.prepare import prepare
+from tests.benchmarks import answers as benchmark
 from tests.servers.conftest import HERE, ROOT, TARGET
 
 pytestmark = pytest.mark.servers
@@ -57,3 +58,12 @@ def test_llama_cpp_answers_as_the_target_does_here(url: str, tmp_path: Path) -> 
         print(f"llama.cpp {mode}: {same} of {len(wanted)}, {report['answers_as_text']} answers as text")
         assert same >= len(wanted) - 2, "a tie, or in chat mode a text that has two tokenisations"
         assert (report["answers_as_text"] == 0) == (mode == "tokens")
+
+
+def test_a_thousand_prompts_killed_twice_lose_and_double_nothing(url: str) -> None:
+    config = benchmark.quickstart(1000, temperature=0.0)
+    config.data.answers = AnswersConfig(endpoints=(url,))
+    found = benchmark.killed_twice(config, None)
+    print(f"llama.cpp, killed twice: {found}")
+    assert found["samples"] >= 1000 and found["lost"] == found["doubled"] == 0
+    assert found["same"] >= 0.99 * found["samples"], "answers together with others are summed in another order: ties"

@@ -29,6 +29,7 @@ from dspark_jax.target.loading import load_target
 from dspark_jax.training.checkpoint import Checkpoints, load_drafter
 from dspark_jax.training.optim import make_optimizer
 from dspark_jax.training.state import abstract_drafter, state_layout, to_params
+from tests.compiling import QUICKLY
 
 ROOT = Path(__file__).resolve().parents[2]
 CLOCK = ("tokens_per_second", "seconds_per_step")
@@ -63,7 +64,7 @@ def launch(tmp_path_factory, target_directory, make_tiny_config):
     )
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",  # one device, and little time for compiling
+        "XLA_FLAGS": QUICKLY,  # one device, and little time for compiling
         "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }

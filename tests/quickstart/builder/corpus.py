@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from tests.quickstart.builder.math_problems import problem
-from tests.quickstart.builder.stdlib_items import MAX_PROSE, Explanation, Function, explanations, functions
+from tests.quickstart.builder.stdlib_items import MAX_PROSE, Explanation, Function, library_items
 
 DOMAINS = ("math", "code", "chat")
 SPLITS = ("train", "heldout")
@@ -55,9 +55,10 @@ class Library:
 def libraries() -> dict[str, Library]:
     """Both splits, disjoint in docstrings, code and the names that questions use."""
     by_split: dict[str, tuple[list[Function], list[Explanation]]] = {split: ([], []) for split in SPLITS}
-    for function in functions():
+    functions, explanations = library_items()
+    for function in functions:
         by_split[split_of(_key(function.doc)) if function.doc else "train"][0].append(function)
-    for item in explanations():
+    for item in explanations:
         by_split[split_of(_key(item.paragraphs[0]))][1].append(item)
     held_functions, held_explanations = by_split["heldout"]
     held_code = {_key_code(f) for f in held_functions}

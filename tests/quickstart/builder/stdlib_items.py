@@ -170,22 +170,25 @@ def _first_paragraph(docstring: str) -> str:
     return "\n".join(lines) if len(lines) <= 4 and len(paragraph) <= 280 else ""
 
 
-def functions() -> list[Function]:
-    """Every short function of the standard library, each source text once."""
-    seen, found = set(), []
+def library_items() -> tuple[list[Function], list[Explanation]]:
+    """Every short function of the standard library, and every explanation, each text once."""
+    functions, documented = dict[str, Function](), list[Explanation | None]()
     for module, source in _sources():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # invalid escapes in other people's strings
             tree = ast.parse(source)
         lines = source.splitlines()
+        documented.append(_explanation("module", f"`{module}`", "", ast.get_docstring(tree) or ""))
         for name, node in _definitions(tree):
-            if isinstance(node, ast.ClassDef):
-                continue
-            item = _function(module, name, node, lines)
-            if item is not None and item.code not in seen:
-                seen.add(item.code)
-                found.append(item)
-    return found
+            item = None if isinstance(node, ast.ClassDef) else _function(module, name, node, lines)
+            if item is not None:
+                functions.setdefault(item.code, item)
+            documented.append(_documented(module, name, node))
+    explanations = dict[tuple[str, ...], Explanation]()
+    for item in (*_topic_explanations(), *documented, *_compiled_explanations()):
+        if item is not None and item.context != "sys.builtin":
+            explanations.setdefault(item.paragraphs, item)
+    return list(functions.values()), list(explanations.values())
 
 
 def prose(text: str) -> tuple[str, ...]:
@@ -213,18 +216,12 @@ def _explanation(kind: str, subject: str, context: str, docstring: str) -> Expla
     return Explanation(kind, subject, context, paragraphs) if sum(map(len, paragraphs)) >= MIN_PROSE else None
 
 
-def _source_explanations() -> Iterator[Explanation | None]:
-    for module, source in _sources():
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            tree = ast.parse(source)
-        yield _explanation("module", f"`{module}`", "", ast.get_docstring(tree) or "")
-        for name, node in _definitions(tree):
-            docstring = ast.get_docstring(node)
-            if not docstring:
-                continue
-            kind = "class" if isinstance(node, ast.ClassDef) else "method" if "." in name else "function"
-            yield _explanation(kind, f"`{name}`" if kind == "method" else f"`{module}.{name}`", module, docstring)
+def _documented(module: str, name: str, node: ast.ClassDef | _Callable) -> Explanation | None:
+    docstring = ast.get_docstring(node)
+    if not docstring:
+        return None
+    kind = "class" if isinstance(node, ast.ClassDef) else "method" if "." in name else "function"
+    return _explanation(kind, f"`{name}`" if kind == "method" else f"`{module}.{name}`", module, docstring)
 
 
 def _compiled_explanations() -> Iterator[Explanation | None]:
@@ -274,16 +271,6 @@ def _topic_explanations() -> Iterator[Explanation | None]:
                     )
                     piece = []
                 piece.append(paragraph)
-
-
-def explanations() -> list[Explanation]:
-    """Every explanation, each text once."""
-    seen, found = set(), []
-    for item in (*_topic_explanations(), *_source_explanations(), *_compiled_explanations()):
-        if item is not None and item.paragraphs not in seen and item.context != "sys.builtin":
-            seen.add(item.paragraphs)
-            found.append(item)
-    return found
 
 
 def python_version() -> str:

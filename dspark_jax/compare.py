@@ -312,14 +312,14 @@ def _text(config: Config, plan: Plan, report: Mapping[str, Any]) -> str:
     title = f"{config.name}: {config.train.steps} steps each, temperature {report['temperature']}"
     lines = []
     if plan.of("main"):
-        lines.append(table(report["drafters"], report["failures"], title, report.get("method", ())))
+        lines.append(table(report["drafters"], report["failures"], title))
     studies = {study: points for study, points in report["studies"].items() if plan.of(study)}
     lines += [
         f"\n{_TITLES[study]}\n{study_table(points, report['growth'][study], study)}"
         for study, points in studies.items()
     ]
     lines += [f"failed: {name}: {error}" for name, error in report["failures"].items() if not plan.of("main")]
-    return "\n".join(lines)
+    return "\n".join([*lines, *report.get("method", ())])
 
 
 def _folder(workdir: Path, name: str) -> Path:

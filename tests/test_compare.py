@@ -231,6 +231,7 @@ def test_seeds_continue_a_comparison_of_one_seed(config: Config, tmp_path: Path,
     assert entry["parameters"] < report["drafters"]["dspark"]["parameters"]
     printed = capsys.readouterr()
     assert "2 of the 3 seeds" in printed.out and "over dspark" in printed.out
+    assert printed.out.rstrip().endswith(report["method"][-1])
     assert "compare: 6 trainings (2 drafters x 3 seeds), 5 of them finished" in printed.err
     assert json.loads((workdir / "compare" / "accepted_length.json").read_text())["dspark"]["tau"] == 5
 

@@ -7,18 +7,10 @@ from dspark_jax.config import Config
 from dspark_jax.evaluation.comparison import BASELINES, SEED_BASELINE
 
 
-def table(
-    entries: Mapping[str, Mapping[str, Any]], failures: Mapping[str, str], title: str, footer: Sequence[str] = ()
-) -> str:
+def table(entries: Mapping[str, Mapping[str, Any]], failures: Mapping[str, str], title: str) -> str:
     """The main table (paper, table 1) from the entries of `compare.json`: one line per drafter.
 
-    Where there are several seeds it has the gain over `SEED_BASELINE`, and ends in what the intervals are.
-
-    Args:
-      entries: by drafter.
-      failures: what failed, and why.
-      title: the first line.
-      footer: lines below.
+    Where there are several seeds it says how many, and has the gain over `SEED_BASELINE` and the parameters.
     """
     sets = list(dict.fromkeys(name for entry in entries.values() for name in entry["prompt_sets"]))
     several = any("tau_by_seed" in entry for entry in entries.values())
@@ -34,7 +26,7 @@ def table(
         line += _results(entry, baselines)
         lines.append(line + (f"  {_number(entry.get('parameters'), ',d'):>10}" if several else ""))
     lines += [f"{name:{width}}  failed: {error}" for name, error in failures.items()]
-    return "\n".join([*lines, *footer])
+    return "\n".join(lines)
 
 
 def study_table(points: Sequence[Mapping[str, Any]], growths: Sequence[Mapping[str, Any]], label: str) -> str:
@@ -77,7 +69,7 @@ def _bounds(bounds: Sequence[float | None] | None, form: str) -> str:
 
 
 def method(seeds: int, config: Config) -> list[str]:
-    """What the figures of several seeds are; `evaluation.comparison_seeds` has the reasons."""
+    """What the figures of several seeds are, for below the tables; `evaluation.comparison_seeds` has the reasons."""
     first, resamples = config.train.seed, config.eval.bootstrap
     return [
         f"tau: mean over {seeds} trainings of each drafter (train.seed={first}..{first + seeds - 1}: initial weights "

@@ -240,6 +240,26 @@ def test_seeds_continue_a_comparison_of_one_seed(config: Config, tmp_path: Path,
 
 
 @pytest.mark.usefixtures("undrawn")
+def test_one_that_was_killed_goes_on_run_by_run(config: Config, tmp_path: Path) -> None:
+    only, fake = dataclasses.replace(config, compare=CompareConfig(drafters=("dspark", "dflash"))), Fake()
+
+    def killed(arguments: Any, environment: Any) -> str | None:
+        if arguments[0] == "dspark_jax.train" and arguments[-1].endswith("dflash-seed1"):
+            raise SystemExit(143)
+        return fake(arguments, environment)
+
+    with pytest.raises(SystemExit):
+        compare(only, tmp_path / "run", studies="main", seeds=2, step=killed)
+    report = json.loads((tmp_path / "run" / "compare.json").read_text())
+    assert [len(report["drafters"][kind]["tau_by_seed"]) for kind in ("dspark", "dflash")] == [2, 1]
+    again = Fake()
+    compare(only, tmp_path / "run", studies="main", seeds=2, step=again)
+    assert again.calls == [
+        ("prepare", ""), ("train", "dflash-seed1"), ("rounds", "dflash-seed1"), ("times", "dspark,dflash"),
+    ]  # fmt: skip
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_a_seed_that_failed_is_left_out_and_named(config: Config, tmp_path: Path, capsys: Any) -> None:
     only, fake = dataclasses.replace(config, compare=CompareConfig(drafters=("dspark", "mtp"))), Fake(broken="mtp")
     with pytest.raises(SystemExit):

@@ -80,7 +80,9 @@ llama fc of 5 layers             no    no     no        no            no        
 llama with q_norm                no    no     no        no            no         wrong        no          no
 llama other layers               yes   yes    yes       no            wrong      yes          ?           no
 llama whole vocabulary           yes   yes    yes       no            yes        yes          ?           no
-llama without draft_vocab_size   yes   yes    no        no            no         no           ?           no
+llama reduced without d2t        wrong wrong  ?         no            wrong      wrong        ?           no
+qwen3 eagle3 without norms       wrong no     no        no            no         no           no          no
+llama without draft_vocab_size   yes   no     no        no            no         no           ?           no
 specforge dspark                 no    yes    yes       no            no         ?            no          no
 """
 
@@ -123,6 +125,8 @@ def field() -> Iterator[tuple[str, dict[str, Any], dict[str, tuple[int, ...]], T
     yield "llama other layers", one | {IDS: [1, 2, 3], "eagle_config": {IDS: [0, 1, 2]}}, layer, QWEN
     whole = {name: shape for name, shape in layer.items() if name not in ("d2t", "t2d")} | {"lm_head.weight": (64, 32)}
     yield "llama whole vocabulary", one | {"draft_vocab_size": 64}, whole, QWEN
+    yield "llama reduced without d2t", one, {n: s for n, s in layer.items() if n not in ("d2t", "t2d")}, QWEN
+    yield "qwen3 eagle3 without norms", one | {"architectures": ["Eagle3Qwen3ForCausalLM"]}, layer, QWEN
     untold = {name: value for name, value in one.items() if name != "draft_vocab_size"}
     yield "llama without draft_vocab_size", untold, whole, QWEN
     _, config, shapes, arch = next(exports())

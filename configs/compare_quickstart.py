@@ -11,6 +11,19 @@ from pathlib import Path
 
 from dspark_jax.config import CompareConfig, Config
 
+MAIN_TABLE = (
+    "dspark",
+    "dflash",
+    "fill_in",
+    "dflash2",
+    "eagle3",
+    "mtp",
+    "gated",
+    "rnn",
+    "length",
+)
+"""Names of `dspark_jax.kinds`; a further drafter is a line."""
+
 
 def get_config(arg: str = "") -> Config:
     """Takes no argument."""
@@ -21,5 +34,5 @@ def get_config(arg: str = "") -> Config:
         config,
         name="compare_quickstart",
         eval=dataclasses.replace(config.eval, temperatures=(1.0,)),
-        compare=CompareConfig(drafters=("dspark", "dflash", "eagle3", "mtp", "gated", "rnn", "length")),
+        compare=CompareConfig(drafters=MAIN_TABLE),
     )

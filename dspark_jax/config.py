@@ -5,6 +5,7 @@ field. Neither this module nor what it imports knows an accelerator library, so 
 heavy is loaded. `InputError` and `TargetArchitecture` are part of it, though they are written elsewhere.
 """
 
+import collections
 import dataclasses
 import importlib
 import json
@@ -14,7 +15,7 @@ from typing import Any
 
 from dspark_jax.architecture import TargetArchitecture, Unsupported
 from dspark_jax.errors import InputError
-from dspark_jax.kinds import KINDS
+from dspark_jax.kinds import KINDS, VARIANTS
 from dspark_jax.registry import HEADS, LOSS_TERMS
 
 
@@ -275,8 +276,8 @@ class EvalConfig:
 class CompareConfig:
     """What `compare` trains side by side. Drafters are named as in `dspark_jax.kinds`."""
 
-    drafters: tuple[str, ...] = ("dspark", "dflash", "eagle3", "mtp", "rnn")
-    """Of the main table."""
+    drafters: tuple[str, ...] = ("dspark", "dflash", "fill_in", "dflash2", "eagle3", "mtp", "rnn")
+    """Of the main table. A further drafter is one more name here."""
     depths: tuple[int, ...] = (1, 2, 3, 4, 5)
     depth_drafters: tuple[str, ...] = ("dspark", "dflash")
     lengths: tuple[int, ...] = (4, 8, 12, 16)
@@ -304,6 +305,7 @@ class Config:
 
 CHOICES: Mapping[str, Mapping[str, Any]] = {
     "drafter.kind": KINDS,
+    "compare.drafters": collections.ChainMap(VARIANTS, KINDS),
     "drafter.markov_head_type": HEADS,
     "loss.extra": LOSS_TERMS,
 }

@@ -29,6 +29,7 @@ from dspark_jax.config import (
 from dspark_jax.evaluation.acceptance import Counts
 from dspark_jax.evaluation.comparison_plan import make_plan
 from dspark_jax.evaluation.rounds import PLAIN
+from dspark_jax.kinds import VARIANTS, Variant
 from tests.compiling import QUICKLY
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -89,9 +90,10 @@ class Fake:
                 Path(job["out"]).write_text(json.dumps(found))
             else:
                 kind = next(iter(job["runs"])).split("-")[0]
-                block = from_json(next(iter(job["runs"].values()))["config"]).drafter.block_size
-                rounds = np.array([10, 20, 10, 20])
-                counts = Counts(TAU[kind] * rounds, rounds, *(np.ones((4, block), int) * n for n in (6, 8, 10)))
+                trained = from_json(next(iter(job["runs"].values()))["config"])
+                rounds, tau = np.array([10, 20, 10, 20]), TAU.get(kind, 2) + trained.train.seed
+                rates = (np.ones((4, trained.drafter.block_size), int) * n for n in (6, 8, 10))
+                counts = Counts(tau * rounds, rounds, *rates)
                 np.savez(job["out"], prompt_sets=np.array(["a", "a", "b", "b"]), **vars(counts))
             return None
         workdir = Path(arguments[arguments.index("--workdir") + 1])
@@ -201,6 +203,98 @@ def test_one_that_cannot_be_timed_is_named(config: Config, tmp_path: Path) -> No
     report = json.loads((tmp_path / "run" / "compare.json").read_text())
     assert report["failures"] == {"time per round of mtp": "no checkpoint here"}
     assert "round_ms" in report["drafters"]["dspark"] and "round_ms" not in report["drafters"]["mtp"]
+
+
+def test_seeds_continue_a_comparison_of_one_seed(config: Config, tmp_path: Path, capsys: Any) -> None:
+    """All drafters with one seed, then with the next; figures are means over seeds, times are of the first one's."""
+    workdir, kinds = tmp_path / "run", ("dspark", "dflash")
+    only = dataclasses.replace(config, compare=CompareConfig(drafters=kinds))
+    compare(only, workdir, studies="main", step=Fake())
+    before = (workdir / "compare.json").read_text()
+    assert "seed" not in before and "over_dspark" not in before and "parameters" not in before
+    assert not (workdir / "compare" / "accepted_length.png").exists() and "seed" not in capsys.readouterr().out
+
+    with pytest.raises(SystemExit):
+        compare(only, workdir, studies="main", seeds=3, step=Fake(broken="dflash-seed1"))
+    again = Fake()
+    compare(only, workdir, studies="main", seeds=3, step=again)
+    assert again.calls == [("prepare", ""), ("train", "dflash-seed1"), ("rounds", "dflash-seed1")]
+    seeds = [from_json((workdir / "drafters" / f"dflash{end}" / "settings.json").read_text()).train.seed for end in ("", "-seed1", "-seed2")]  # fmt: skip # noqa: E501
+    assert seeds == [0, 1, 2]
+
+    report = json.loads((workdir / "compare.json").read_text())
+    entry = report["drafters"]["dflash"]
+    assert report["seeds"] == 3 and entry["tau"] == 4 and entry["tau_by_seed"] == {"0": 3, "1": 4, "2": 5}
+    assert entry["prompt_sets"]["a"]["tau_by_seed"] == {"0": 3, "1": 4, "2": 5}
+    assert entry["gain_over_dspark"] == pytest.approx(4 / 5 - 1) and entry["round_ms"] == pytest.approx(5.0)
+    low, high = entry["gain_over_dspark_ci95"]
+    assert -1 / 4 - 1e-9 <= low < 4 / 5 - 1 < high <= -1 / 6 + 1e-9  # as far as single seeds, which are paired
+    assert entry["parameters"] < report["drafters"]["dspark"]["parameters"]
+    printed = capsys.readouterr()
+    assert "2 of the 3 seeds" in printed.out and "over dspark" in printed.out
+    assert printed.out.rstrip().endswith(report["method"][-1])
+    assert "compare: 6 trainings (2 drafters x 3 seeds), 5 of them finished" in printed.err
+    assert json.loads((workdir / "compare" / "accepted_length.json").read_text())["dspark"]["tau"] == 5
+
+    compare(only, workdir, studies="main", step=again)  # of one seed it says what it said
+    assert (workdir / "compare.json").read_text() == before
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_one_that_was_killed_goes_on_run_by_run(config: Config, tmp_path: Path) -> None:
+    only, fake = dataclasses.replace(config, compare=CompareConfig(drafters=("dspark", "dflash"))), Fake()
+
+    def killed(arguments: Any, environment: Any) -> str | None:
+        if arguments[0] == "dspark_jax.train" and arguments[-1].endswith("dflash-seed1"):
+            raise SystemExit(143)
+        return fake(arguments, environment)
+
+    with pytest.raises(SystemExit):
+        compare(only, tmp_path / "run", studies="main", seeds=2, step=killed)
+    report = json.loads((tmp_path / "run" / "compare.json").read_text())
+    assert [len(report["drafters"][kind]["tau_by_seed"]) for kind in ("dspark", "dflash")] == [2, 1]
+    again = Fake()
+    compare(only, tmp_path / "run", studies="main", seeds=2, step=again)
+    assert again.calls == [
+        ("prepare", ""), ("train", "dflash-seed1"), ("rounds", "dflash-seed1"), ("times", "dspark,dflash"),
+    ]  # fmt: skip
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_seed_that_failed_is_left_out_and_named(config: Config, tmp_path: Path, capsys: Any) -> None:
+    only, fake = dataclasses.replace(config, compare=CompareConfig(drafters=("dspark", "mtp"))), Fake(broken="mtp")
+    with pytest.raises(SystemExit):
+        compare(only, tmp_path / "run", studies="main", seeds=2, step=fake)
+    assert fake.calls[-1] == ("times", "dspark,mtp-seed1")  # the first one of each that can be timed
+    report = json.loads((tmp_path / "run" / "compare.json").read_text())
+    assert report["drafters"]["mtp"]["tau_by_seed"] == {"1": 2} and "round_ms" in report["drafters"]["mtp"]
+    assert report["drafters"]["mtp"]["gain_over_dspark"] == pytest.approx(2 / 5 - 1)  # of the seed that both have
+    assert "mtp       failed: it fell over" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_further_drafter_is_one_more_name(config: Config, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setitem(VARIANTS, "deeper", Variant("dspark with more layers", drafter={"num_layers": 2}))
+    kinds = ("dspark", "fill_in", "dflash2", "deeper")
+    more = dataclasses.replace(config, compare=CompareConfig(drafters=kinds))
+    compare(more, tmp_path / "run", studies="main", step=Fake())
+    assert tuple(json.loads((tmp_path / "run" / "compare.json").read_text())["drafters"]) == kinds
+    plan = make_plan(more, "main", 2)
+    assert list(plan.runs) == [*kinds, *(f"{kind}-seed1" for kind in kinds)]
+    assert plan.runs["deeper-seed1"].drafter.num_layers == 2 and plan.runs["fill_in"].drafter.block_rows == 4
+    assert {"dflash2", "fill_in"} <= set(CompareConfig().drafters)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_seeds_of_one_drafter_have_answered_the_same_prompts(config: Config, tmp_path: Path) -> None:
+    """A comparison that ends while it measures again holds no figures of other prompts."""
+    only = dataclasses.replace(config, compare=CompareConfig(drafters=("dspark",)))
+    compare(only, tmp_path / "run", studies="main", seeds=2, step=Fake())
+    other = dataclasses.replace(only, eval=dataclasses.replace(only.eval, limit=3))
+    with pytest.raises(SystemExit):
+        compare(other, tmp_path / "run", studies="main", seeds=2, step=Fake(broken="dspark-seed1"))
+    report = json.loads((tmp_path / "run" / "compare.json").read_text())
+    assert report["drafters"]["dspark"]["tau_by_seed"] == {"0": 4}
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -319,6 +413,11 @@ def test_bad_input(config: Config, studies: str, changes: dict[str, Any], messag
         make_plan(dataclasses.replace(config, **changes), studies)
 
 
+def test_at_least_one_seed(config: Config) -> None:
+    with pytest.raises(InputError, match="--seeds=0: at least one training of every drafter is needed"):
+        make_plan(config, "main", 0)
+
+
 def test_who_is_told_to_stop_waits_for_the_training(config: Config, tmp_path: Path, monkeypatch: Any) -> None:
     """SIGTERM reaches the process that trains, which takes its time to write a checkpoint."""
     (tmp_path / "slow.py").write_text(
@@ -360,9 +459,18 @@ def test_end_to_end(config: Config, tmp_path: Path, monkeypatch: Any, capfd: Any
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     only = dataclasses.replace(config, compare=CompareConfig(drafters=("eagle3",)))
-    compare(only, tmp_path / "run", studies="main")
+    compare(only, tmp_path / "run", studies="main", seeds=2)
     report = json.loads((tmp_path / "run" / "compare.json").read_text())
     entry = report["drafters"]["eagle3"]
     assert 1 <= entry["tau"] <= 4 and entry["round_ms"] > 0 and report["plain"]["round_ms"] > 0
     assert len(entry["prompt_sets"]["sums"]["conditional_acceptance"]) == 3
-    assert "macro average" in capfd.readouterr().out
+    assert list(entry["tau_by_seed"]) == ["0", "1"] and entry["tau"] == pytest.approx(
+        np.mean(list(entry["tau_by_seed"].values()))
+    )
+    rows = [
+        json.loads((tmp_path / "run" / "drafters" / name / "metrics.jsonl").read_text().splitlines()[0])
+        for name in ("eagle3", "eagle3-seed1")
+    ]
+    assert rows[0]["loss"] != rows[1]["loss"]  # other weights, other order
+    printed = capfd.readouterr()
+    assert "macro average" in printed.out and "1 of them finished; one takes about" in printed.err

@@ -80,6 +80,7 @@ def test_a_wheel_is_built_installed_and_used(tmp_path: Path) -> None:
     program = (
         "import dspark_jax; from dspark_jax.command import load_config; from dspark_jax.config import resolve\n"
         "config = resolve(load_config('quickstart:eagle3'))\n"
+        "from dspark_jax.convert.servers import servers; assert servers()\n"
         "print(dspark_jax.__file__, config.name, config.target.architecture.vocab_size)"
     )
     done = subprocess.run([python, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True)

@@ -11,7 +11,7 @@ from dspark_jax.convert.dialect import same
 from dspark_jax.convert.drafter_files import Verdict
 from dspark_jax.convert.export import Content, Source
 from dspark_jax.convert.layouts import Layout, read_layout
-from dspark_jax.convert.servers import NO_SERVERS
+from dspark_jax.convert.servers import serving
 from dspark_jax.hub import is_hub_id
 from dspark_jax.kinds import KINDS, served_as
 from dspark_jax.templates import render
@@ -89,10 +89,13 @@ def _data(report: Mapping[str, Any]) -> dict[str, Any]:
 def _servers(
     source: Source, content: Content, verdicts: Sequence[Verdict], side_files: tuple[str, ...]
 ) -> Iterator[dict[str, Any]]:
-    """By server a command and what to know of it, or the reason why there is none."""
+    """By server a command and what to know of it, or the reason why there is none, or why that is not known."""
     stated, commands = read_layout("config.json", content.config), _commands(source, content, side_files)
     for verdict in verdicts:
-        if verdict.server in NO_SERVERS:
+        if verdict.server not in serving():
+            continue
+        if verdict.unknown and not verdict.refusals:
+            yield {"server": verdict.server, "unknown": "; ".join(verdict.unknown), "reason": ""}
             continue
         reason = _refused(verdict, stated)
         if not reason and verdict.server in OWN_EMBEDDING:
@@ -101,7 +104,7 @@ def _servers(
             continue
         about, code = commands.get(verdict.server, ("", ""))
         notes = [note for note in (about, *verdict.notes) if note]
-        yield {"server": verdict.server, "reason": reason, "notes": notes, "code": code}
+        yield {"server": verdict.server, "unknown": "", "reason": reason, "notes": notes, "code": code}
 
 
 OWN_EMBEDDING = ("SGLang", "llama.cpp")
@@ -147,9 +150,22 @@ def _commands(source: Source, content: Content, side_files: tuple[str, ...]) -> 
         "--jinja"
     )
     commands = {"vLLM": (about, vllm), "SGLang": ("", sglang), "llama.cpp": ("", llama)}
+    greedy = {key: value for key, value in settings.items() if key != "draft_sample_method"}
+    eager = {"enforce_eager": True} if method == "dspark" else {}
+    commands["vllm-ascend"] = ("", f"vllm serve {target} --speculative-config '{json.dumps(greedy | eager)}'")
     if method == "dflash":
-        greedy = json.dumps({key: value for key, value in settings.items() if key != "draft_sample_method"})
-        commands["tpu-inference"] = ("", f"vllm serve {target} --speculative-config '{greedy}'")
+        commands["tpu-inference"] = ("", f"vllm serve {target} --speculative-config '{json.dumps(greedy)}'")
         chain = f"--speculative-num-draft-tokens {rows} --speculative-num-steps 1 --speculative-eagle-topk 1"
         commands["sglang-jax"] = ("", f"python -m sgl_jax.launch_server {drafting} {chain}")
+        commands["TensorRT-LLM"] = ("in Python", _tensorrt_llm(target, size))
     return commands
+
+
+def _tensorrt_llm(target: str, drafts: int) -> str:
+    """A program: names of its command's settings change from version to version."""
+    return (
+        "from tensorrt_llm import LLM\n"
+        "from tensorrt_llm.llmapi import DFlashDecodingConfig\n"
+        f'drafter = DFlashDecodingConfig(max_draft_len={drafts}, speculative_model="DIR")\n'
+        f'llm = LLM("{target}", speculative_config=drafter)'
+    )

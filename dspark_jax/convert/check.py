@@ -1,6 +1,7 @@
 """Will a drafter directory work where it is going to be served? The report of `convert check`."""
 
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,23 @@ from dspark_jax.convert.hf import drafter_config, load_tensors
 from dspark_jax.convert.layouts import Layout, layers_config, read_config, read_layout, unsupported_parts
 from dspark_jax.convert.llama_tokenizer import split_to_tell
 from dspark_jax.convert.mapping import FROZEN, VOCABULARY_MAPS
-from dspark_jax.convert.servers import NO_SERVERS, replay
+from dspark_jax.convert.servers import replay, servers, serving
 from dspark_jax.target.loading import read_checkpoint
 from dspark_jax.target.model import Target
 
 _PART = 1 << 22
 """Values that are looked at together."""
 
+
+_TENSORS = re.compile(
+    r"(model\.)?("
+    r"(embed_tokens|lm_head|fc|norm|hidden_norm)\.weight|d2t|t2d"
+    r"|(markov_head|confidence_head|candidate_selector)\..*"
+    r"|(layers\.\d+|midlayer)\.(self_attn\.([qkvo]_proj|[qk]_norm)\.weight|mlp\.(gate|up|down)_proj\.weight"
+    r"|\w*layernorm\.weight|hidden_norm\.weight|(attention|mlp)_conv\..*|layer_scalar)"
+    r")"
+)
+"""Names of tensors of which this package knows what they are: one too many of these is a mistake in the file."""
 
 WORKS, WRONG, UNKNOWN = "works", "wrong", "not known here"
 VERDICTS = {WORKS: 0, WRONG: 1, UNKNOWN: 3}
@@ -51,9 +62,11 @@ class Report:
     @property
     def verdict(self) -> str:
         """One of `VERDICTS`."""
-        words = {self.served(verdict)[0] for verdict in self.verdicts if verdict.server not in NO_SERVERS}
-        if self.problems or words <= {"refuses"}:
+        words = {self.served(verdict)[0] for verdict in self.verdicts if verdict.server in serving()}
+        if self.problems:
             return WRONG
+        if words <= {"refuses", "unknown"}:  # of those whose rules are known none loads it
+            return UNKNOWN if self.unsupported and "unknown" in words else WRONG
         if self.unknown:
             return UNKNOWN
         return WORKS if "serves" in words else WRONG
@@ -71,9 +84,11 @@ class Report:
         return self.dialect.unknown or self.dialect.weak if self.dialect else "it is not scored"
 
     def served(self, verdict: Verdict) -> tuple[str, str]:
-        """(serves, loads, differs or refuses; why) for one server; it loads a drafter that is not scored here."""
+        """(serves, loads, differs, refuses or unknown; why) for one server; it loads a drafter that is not scored."""
         if verdict.refusals:
             return "refuses", "; ".join(verdict.refusals)
+        if verdict.unknown:
+            return "unknown", "; ".join(verdict.unknown)
         assert verdict.reading is not None
         reasons = [*verdict.wrong]
         if not self.dialect:
@@ -101,7 +116,7 @@ class Report:
         for verdict in self.verdicts:
             word, why = self.served(verdict)
             found.append(f"{verdict.server:<12} {word:<8} {why}".rstrip())
-            found += [f"{'':<21} {note}" for note in verdict.notes if word != "refuses"]
+            found += [f"{'':<21} {note}" for note in verdict.notes if word not in ("refuses", "unknown")]
         return [*found, f"verdict: {self.verdict}"]
 
     def to_json(self) -> dict[str, Any]:
@@ -111,12 +126,13 @@ class Report:
             | {"anchor_first": s.layout.anchor_first, "tau": s.tau}
             for s in (self.dialect.scores if self.dialect else ())
         ]
-        servers = {}
+        read = {one.name: {"version": one.version, "date": one.date.isoformat()} for one in servers()}
+        told = {}
         for verdict in self.verdicts:
             word, why = self.served(verdict)
-            servers[verdict.server] = {"verdict": word, "why": why, "notes": list(verdict.notes)}
+            told[verdict.server] = {"verdict": word, "why": why, "notes": list(verdict.notes)} | read[verdict.server]
         found = {"verdict": self.verdict, "good": self.good, "problems": list(self.problems), "unknown": self.unknown}
-        return found | {"scores": scores, "servers": servers}
+        return found | {"scores": scores, "servers": told}
 
 
 def describe(layout: Layout) -> str:
@@ -172,7 +188,11 @@ def check_directory(
         except Unsupported as error:
             unsupported.append(error.what)
         except InputError as error:
-            problems.append(str(error))
+            strange = [name for name in shapes if not _TENSORS.fullmatch(name)]
+            if strange:  # a part that this package has never heard of
+                unsupported.append(f"tensor {strange[0]}")
+            else:
+                problems.append(str(error))
         else:
             dialect = find_dialect(drafter, target, stated, answers, masks)
             problems += dialect.findings()

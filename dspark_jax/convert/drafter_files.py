@@ -78,6 +78,7 @@ class Verdict:
       notes: how to start it, and what is lost.
       reading: how it understands the file; None if it does not load.
       greedy: whether it drafts greedily at every temperature.
+      unknown: why it is not known whether it loads the file; empty if it is, or if it is known to refuse it.
     """
 
     server: str
@@ -86,14 +87,12 @@ class Verdict:
     notes: tuple[str, ...]
     reading: Layout | None
     greedy: bool = False
+    unknown: tuple[str, ...] = ()
 
 
 GREEDY = "its drafts are greedy: at temperature 1 fewer are accepted than of sampled ones, of which `evaluate` tells"
 
 
-def misleading_path(path: str, method: str) -> list[str]:
-    """What its path makes vLLM take a drafter for, where that is wrong: the first of these words that is in it."""
-    taken = next((word for word in ("eagle3", "dflash", "dspark") if word in path.lower()), method)
-    return (
-        [] if taken == method else [f'the path has {taken!r} in it: state "method": "{method}" in --speculative-config']
-    )
+def path_word(path: str) -> str:
+    """By which word in the path vLLM guesses a drafter's method, the first of these; empty if there is none."""
+    return next((word for word in ("eagle3", "dflash", "dspark") if word in path.lower()), "")

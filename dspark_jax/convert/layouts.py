@@ -5,7 +5,7 @@
     dflash        `architectures: ["DFlashDraftModel"]` or DFlash2DraftModel, keys in `dflash_config`; fill-in blocks
     speculators   `speculators_model_type`; layer ids are one higher (the layer whose input is tapped)
 
-How each server reads the same file is another matter: see `convert.servers`.
+How each server reads the same file is another matter: see `convert.servers` and `convert/servers.toml`.
 """
 
 import dataclasses

@@ -91,8 +91,10 @@ class Acceptance:
       tokens: total of the accepted lengths; tau = tokens / rounds.
       conditional: [G], see the module's docstring.
       conditional_interval: [2, G].
+      conditional_resamples: [S, G].
       survival: [G].
       survival_interval: [2, G].
+      survival_resamples: [S, G].
     """
 
     tau: float
@@ -102,8 +104,10 @@ class Acceptance:
     tokens: int
     conditional: np.ndarray
     conditional_interval: np.ndarray
+    conditional_resamples: np.ndarray
     survival: np.ndarray
     survival_interval: np.ndarray
+    survival_resamples: np.ndarray
 
 
 def estimate(counts: Counts, resamples: int, rng: np.random.Generator) -> Acceptance:
@@ -126,8 +130,10 @@ def estimate(counts: Counts, resamples: int, rng: np.random.Generator) -> Accept
         tokens=int(counts.tokens.sum()),
         conditional=conditional,
         conditional_interval=interval(conditional_draws),
+        conditional_resamples=conditional_draws,
         survival=survival,
         survival_interval=interval(survival_draws),
+        survival_resamples=survival_draws,
     )
 
 

@@ -1,36 +1,22 @@
-"""Drafters side by side: accepted length by prompt set, gains with paired bootstrap intervals, the table of the paper.
+"""Drafters side by side: accepted length by prompt set, and gains with paired bootstrap intervals.
 
-All drafters have answered the same prompts, so a gain resamples the prompts of both alike.
+All drafters have answered the same prompts, so a gain resamples the prompts of both alike. Where every drafter was
+trained with several seeds, it resamples those of both alike, too: see `evaluation.comparison_seeds`.
 """
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from dspark_jax.evaluation.acceptance import Acceptance, Counts, estimate, interval, macro_average, ratio
+from dspark_jax.evaluation.acceptance import Counts, estimate, interval, macro_average, ratio
+from dspark_jax.evaluation.comparison_seeds import TauEstimate, paired
 from dspark_jax.evaluation.rounds import PLAIN
 
 BASELINES = ("dflash", "eagle3")
-"""The gains over these are reported."""
-
-
-@dataclasses.dataclass(frozen=True)
-class TauEstimate:
-    """How one drafter did.
-
-    Attributes:
-      sets: acceptance by prompt set.
-      tau: mean over the prompt sets.
-      interval: [2] of tau, 95 %.
-      draws: [S] tau of every resample; resample s draws the same prompts for every drafter.
-    """
-
-    sets: Mapping[str, Acceptance]
-    tau: float
-    interval: np.ndarray
-    draws: np.ndarray
+"""The gains over these are reported, ..."""
+SEED_BASELINE = "dspark"
+"""... and where the drafters of the main table were trained with several seeds, that over this one, too."""
 
 
 def estimate_tau(names: Sequence[str], counts: Counts, resamples: int, seed: int) -> TauEstimate:
@@ -54,7 +40,11 @@ def estimate_tau(names: Sequence[str], counts: Counts, resamples: int, seed: int
 
 
 def gain(one: TauEstimate, other: TauEstimate) -> tuple[float, np.ndarray]:
-    """Relative gain in tau of one drafter over another (0.1 = 10 %), and its interval [2]; NaN where undefined."""
+    """Relative gain in tau of one drafter over another (0.1 = 10 %), and its interval [2]; NaN where undefined.
+
+    Both have the same prompts in every resample and, where there are several trainings, the same seeds.
+    """
+    one, other = paired(one, other)
     draws = _gain_draws(one, other)
     return _gain(one, other), interval(draws) if len(draws) else np.full(2, np.nan)
 
@@ -67,7 +57,8 @@ def growth(study: Mapping[int, Mapping[str, TauEstimate]]) -> list[dict[str, Any
 
     Returns:
       For every drafter that is there at both ends with the baseline: the values (`from`, `to`), and the difference of
-      the two gains (0.1 = 10 percentage points) with its interval, which resamples the prompts of all four alike.
+      the two gains (0.1 = 10 percentage points) with its interval, which resamples the prompts (and seeds)
+      of all four alike.
     """
     baseline, rows = BASELINES[0], []
     if len(study) < 2:
@@ -77,7 +68,8 @@ def growth(study: Mapping[int, Mapping[str, TauEstimate]]) -> list[dict[str, Any
     for kind in first:
         if kind == baseline or kind not in last or baseline not in first or baseline not in last:
             continue
-        before, after = ((one[kind], one[baseline]) for one in (first, last))
+        four = paired(first[kind], first[baseline], last[kind], last[baseline])
+        before, after = four[:2], four[2:]
         draws = (_gain_draws(*before), _gain_draws(*after))
         same = len(draws[0]) and len(draws[0]) == len(draws[1])
         bounds = interval(draws[1] - draws[0]) if same else np.full(2, np.nan)
@@ -109,9 +101,19 @@ def round_times(times: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str,
 
 
 def describe(
-    one: TauEstimate, estimates: Mapping[str, TauEstimate], time: Mapping[str, float] | None
+    one: TauEstimate,
+    estimates: Mapping[str, TauEstimate],
+    time: Mapping[str, float] | None,
+    baselines: Sequence[str] = BASELINES,
 ) -> dict[str, Any]:
-    """A drafter's entry in `compare.json`; NaN where something is not defined."""
+    """A drafter's entry in `compare.json`; NaN where something is not defined.
+
+    Args:
+      one: the drafter.
+      estimates: of those that it is compared with, by kind.
+      time: from `round_times`, if it was measured.
+      baselines: kinds over which the gain is reported.
+    """
     sets = {
         name: {
             "tau": found.tau,
@@ -122,66 +124,17 @@ def describe(
             "conditional_acceptance_ci95": found.conditional_interval.T,
             "survival": found.survival,
         }
+        | _by_seed({seed: training.sets[name].tau for seed, training in one.trainings.items()})
         for name, found in one.sets.items()
     }
     entry: dict[str, Any] = {"tau": one.tau, "tau_ci95": one.interval, "prompt_sets": sets}
-    for baseline in BASELINES:
+    entry |= _by_seed({seed: training.tau for seed, training in one.trainings.items()})
+    for baseline in baselines:
         if baseline in estimates and estimates[baseline] is not one:
             value, bounds = gain(one, estimates[baseline])
             entry[f"gain_over_{baseline}"], entry[f"gain_over_{baseline}_ci95"] = value, bounds
     return entry | dict(time or {})
 
 
-def table(entries: Mapping[str, Mapping[str, Any]], failures: Mapping[str, str], title: str) -> str:
-    """The main table (paper, table 1) from the entries of `compare.json`: one line per drafter."""
-    sets = list(dict.fromkeys(name for entry in entries.values() for name in entry["prompt_sets"]))
-    baselines = [name for name in BASELINES if any(f"gain_over_{name}" in entry for entry in entries.values())]
-    width = max(8, *(len(name) for name in (*entries, *failures)))
-    head = f"{'drafter':{width}}" + "".join(f"  {name:>14}" for name in sets) + f"  {'macro average':>22}"
-    head += "".join(f"  {'over ' + name:>24}" for name in baselines) + "  ms/round  speed"
-    lines = [title, head]
-    for name, entry in entries.items():
-        line = f"{name:{width}}"
-        line += "".join(f"  {_number(entry['prompt_sets'].get(one, {}).get('tau'), '.3f'):>14}" for one in sets)
-        lines.append(line + _results(entry, baselines))
-    lines += [f"{name:{width}}  failed: {error}" for name, error in failures.items()]
-    return "\n".join(lines)
-
-
-def study_table(points: Sequence[Mapping[str, Any]], growths: Sequence[Mapping[str, Any]], label: str) -> str:
-    """A line per depth or draft length and drafter, from a study in `compare.json`; gains are over the same value.
-
-    Below it how much the gains grow, in percentage points.
-    """
-    points = sorted(points, key=lambda point: point[label])
-    baselines = [name for name in BASELINES if any(f"gain_over_{name}" in point for point in points)]
-    width = max(8, *(len(point["drafter"]) for point in points)) if points else 8
-    head = f"{label:8}  {'drafter':{width}}  {'macro average':>22}"
-    head += "".join(f"  {'over ' + name:>24}" for name in baselines) + "  ms/round  speed"
-    lines = [head]
-    for point in points:
-        lines.append(f"{point[label]:<8}  {point['drafter']:{width}}" + _results(point, baselines))
-    for one in growths:
-        grown = f"{_number(one['growth'], '+.1%')} {_bounds(one['growth_ci95'], '+.1%')}"
-        lines.append(f"{one['drafter']} over {one['baseline']}, {label} {one['from']} -> {one['to']}: {grown}")
-    return "\n".join(lines)
-
-
-def _results(entry: Mapping[str, Any], baselines: Sequence[str]) -> str:
-    """The end of a line: tau, gains, time."""
-    line = f"  {_number(entry['tau'], '.3f') + ' ' + _bounds(entry['tau_ci95'], '.3f'):>22}"
-    for baseline in baselines:
-        value, bounds = entry.get(f"gain_over_{baseline}"), entry.get(f"gain_over_{baseline}_ci95")
-        shown = "" if value is None else f"{_number(value, '+.1%')} {_bounds(bounds, '+.1%')}"
-        line += f"  {shown:>24}"
-    return line + f"  {_number(entry.get('round_ms'), '.2f'):>8}  {_number(entry.get('speedup'), '.2f'):>5}"
-
-
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
-
-
-def _bounds(bounds: Sequence[float | None] | None, form: str) -> str:
-    if bounds is None or any(bound is None for bound in bounds):
-        return ""
-    return "(" + ", ".join(_number(bound, form) for bound in bounds) + ")"
+def _by_seed(taus: Mapping[int, float]) -> dict[str, Any]:
+    return {"tau_by_seed": {str(seed): tau for seed, tau in taus.items()}} if taus else {}

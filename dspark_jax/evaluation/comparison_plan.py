@@ -1,7 +1,7 @@
 """Which drafters a comparison trains: studies, their points, and the runs that the points share."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from dspark_jax.config import CompareConfig, Config, InputError, resolve
@@ -18,13 +18,18 @@ class Point:
       study: one of `STUDIES`.
       kind: of drafter.
       value: its depth or draft length, 0 in the main table.
-      run: name of the run; runs of equal settings are shared.
+      runs: names of its runs, one per seed; runs of equal settings are shared.
     """
 
     study: str
     kind: str
     value: int
-    run: str
+    runs: tuple[str, ...]
+
+    @property
+    def run(self) -> str:
+        """Name of the first one, which has the config's own seed."""
+        return self.runs[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,16 +43,37 @@ class Plan:
         """The points of a study."""
         return [point for point in self.points if point.study == study]
 
+    def timed(self, failed: Collection[str]) -> dict[str, str]:
+        """By `Point.run` the run whose rounds are timed: a round takes the same time whatever the seed was."""
+        able = {name for name in self.runs if name not in failed}
+        found = {point.run: next((name for name in point.runs if name in able), None) for point in self.points}
+        return {run: name for run, name in found.items() if name is not None}
 
-def make_plan(config: Config, studies: str) -> Plan:
-    """The runs of some studies, in the order in which they are trained.
+
+def make_plan(config: Config, studies: str, seeds: int = 1) -> Plan:
+    """The runs of some studies, in the order in which they are trained: all with one seed, then with the next.
 
     A run is called after its kind and the fields that differ from the config's, so that a study finds the runs of
-    another one, whether it was asked for at the same time or earlier.
+    another one, whether it was asked for at the same time or earlier. The first seed is the config's `train.seed`,
+    the others are those after it: of the initial weights and of the order of the data.
 
     Raises:
-      InputError: an unknown study or drafter, or one that the config cannot be turned into.
+      InputError: an unknown study or drafter, one that the config cannot be turned into, or less than one seed.
     """
+    if seeds < 1:
+        raise InputError(f"--seeds={seeds}: at least one training of every drafter is needed, e.g. --seeds=3")
+    first = config.train.seed
+    plans = [_plan_of_seed(config, studies, seed) for seed in range(first, first + seeds)]
+    runs = {name: sub for plan in plans for name, sub in plan.runs.items()}
+    points = [
+        dataclasses.replace(same[0], runs=tuple(point.run for point in same))
+        for same in zip(*(plan.points for plan in plans), strict=True)
+    ]
+    return Plan(runs, points)
+
+
+def _plan_of_seed(config: Config, studies: str, seed: int) -> Plan:
+    """The same for one value of `train.seed`."""
     chosen = [name.strip() for name in studies.split(",") if name.strip()]
     for name in chosen:
         if name not in STUDIES:
@@ -70,14 +96,15 @@ def make_plan(config: Config, studies: str) -> Plan:
     def add(study: str, kind: str, value: int, **fields: int) -> None:
         sub = as_kind(dataclasses.replace(config, drafter=dataclasses.replace(config.drafter, **fields)), kind)
         own = {field: number for field, number in fields.items() if number != getattr(config.drafter, field)}
+        own |= {"seed": seed} if seed != config.train.seed else {}
         name = kind + "".join(f"-{field}{number}" for field, number in own.items())
-        train = dataclasses.replace(sub.train, evaluate=False)
+        train = dataclasses.replace(sub.train, evaluate=False, seed=seed)
         # Who else is compared changes nothing about a run: it stays finished when that does.
         sub = resolve(dataclasses.replace(sub, train=train, compare=CompareConfig()))
         same = [other for other, planned in runs.items() if _essence(planned) == _essence(sub)]
         if not same:
             runs[name] = dataclasses.replace(sub, name=f"{config.name}_{name}")
-        points.append(Point(study, kind, value, same[0] if same else name))
+        points.append(Point(study, kind, value, (same[0] if same else name,)))
 
     for study in sorted(set(chosen), key=STUDIES.index):
         if study == "main":
@@ -96,7 +123,7 @@ def make_plan(config: Config, studies: str) -> Plan:
     return Plan(runs, points)
 
 
-def with_measured(plan: Plan, config: Config, measured: Callable[[str, Config], bool]) -> Plan:
+def with_measured(plan: Plan, config: Config, seeds: int, measured: Callable[[str, Config], bool]) -> Plan:
     """The plan, and with it the points of the other studies whose runs have been measured already.
 
     A study of which there is no more than the plan's own runs was never asked for, and is left out.
@@ -104,6 +131,7 @@ def with_measured(plan: Plan, config: Config, measured: Callable[[str, Config], 
     Args:
       plan: of the studies that were asked for.
       config: that it was made from.
+      seeds: likewise.
       measured: whether a run of this name and config has been.
     """
     runs, points = dict(plan.runs), list(plan.points)
@@ -111,14 +139,14 @@ def with_measured(plan: Plan, config: Config, measured: Callable[[str, Config], 
         if plan.of(study):
             continue
         try:
-            other = make_plan(config, study)
+            other = make_plan(config, study, seeds)
         except InputError:  # nobody has asked for it
             continue
         there = {name: sub for name, sub in other.runs.items() if measured(name, sub)}
         if set(there) <= set(plan.runs):
             continue
         runs |= {name: sub for name, sub in there.items() if name not in runs}
-        points += [point for point in other.points if point.run in there]
+        points += [point for point in other.points if there.keys() & set(point.runs)]
     return Plan(runs, points)
 
 

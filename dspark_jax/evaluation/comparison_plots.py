@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from dspark_jax.evaluation.comparison import TauEstimate
+from dspark_jax.evaluation.comparison_seeds import TauEstimate
 from dspark_jax.evaluation.plots import Plot, Theme, _figure, _line, conditional_plot
 
 
@@ -18,8 +18,43 @@ def conditional_plots(estimates: Mapping[str, TauEstimate]) -> list[Plot]:
     plots = []
     for name in names:
         plot = conditional_plot({kind: one.sets[name] for kind, one in estimates.items() if name in one.sets}, name)
-        plots.append(dataclasses.replace(plot, name=f"conditional_acceptance_{name}"))
+        caption = _caption(plot.caption, any(one.trainings for one in estimates.values()))
+        plots.append(dataclasses.replace(plot, name=f"conditional_acceptance_{name}", caption=caption))
     return plots
+
+
+def tau_plot(entries: Mapping[str, Mapping[str, Any]], title: str) -> Plot:
+    """Tau with its 95 % interval, a line per drafter, and a small mark per seed.
+
+    Args:
+      entries: of the main table, by drafter: tau, tau_ci95, tau_by_seed.
+      title: what tau is the mean of.
+    """
+    names = list(entries)
+
+    def draw(theme: Theme) -> Figure:
+        figure, axes = _figure(title, theme, 1.6 + 0.3 * len(names))
+        for row, entry in enumerate(entries.values()):
+            tau, *bounds = _floats((entry["tau"], *entry["tau_ci95"]))
+            seeds = _floats(entry["tau_by_seed"].values())
+            axes.plot(bounds, [row, row], color=theme.lines[0], linewidth=2, alpha=0.5)
+            axes.plot(seeds, [row] * len(seeds), "|", color=theme.ink, markersize=8)
+            axes.plot(tau, row, "o", color=theme.lines[0], markersize=5)
+        axes.set_yticks(range(len(names)), names)
+        axes.invert_yaxis()
+        axes.set(xlabel="accepted length (tau)")
+        return figure
+
+    taus = zip(names, _floats(entry["tau"] for entry in entries.values()), strict=True)
+    shown = ("tau", "tau_ci95", "tau_by_seed")
+    return Plot(
+        name="accepted_length",
+        title=title,
+        caption="Points: means over the seeds. Bars: 95 % intervals over seeds and prompts. Strokes: single seeds.",
+        alt=f"{title}: " + ", ".join(f"{name} {tau:.2f}" for name, tau in taus) + ".",
+        data={name: {field: entry[field] for field in shown} for name, entry in entries.items()},
+        draw=draw,
+    )
 
 
 def study_plot(points: Sequence[Mapping[str, Any]], label: str, title: str) -> Plot:
@@ -48,7 +83,10 @@ def study_plot(points: Sequence[Mapping[str, Any]], label: str, title: str) -> P
     return Plot(
         name=label,
         title=title,
-        caption="Mean over the prompt sets. Bands: 95 % intervals over prompts.",
+        caption=_caption(
+            "Mean over the prompt sets. Bands: 95 % intervals over prompts.",
+            any("tau_by_seed" in point for point in points),
+        ),
         alt=f"{title}: " + "; ".join(shown) + ".",
         data={kind: list(found) for kind, found in lines.items()},
         draw=draw,
@@ -76,6 +114,11 @@ def time_plot(times: Mapping[str, Mapping[str, float]], title: str) -> Plot:
         data={name: dict(one) for name, one in times.items()},
         draw=draw,
     )
+
+
+def _caption(text: str, seeds: bool) -> str:
+    """With what the intervals are of, where there are several seeds."""
+    return text.replace("over prompts", "over seeds and prompts") if seeds else text
 
 
 def _floats(numbers: Iterable[float | None]) -> list[float]:

@@ -5,10 +5,13 @@ data; it is absent where a comparison was begun before there was one: what is no
 """
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from dspark_jax.config import Config, InputError, from_json, to_json
 from dspark_jax.data.prompts import content_hashes, read_prompts
@@ -16,6 +19,7 @@ from dspark_jax.data.thinking import Thinking
 from dspark_jax.evaluation.setup import check_prompt_files
 from dspark_jax.json_file import part, read_ours, write_json
 from dspark_jax.run import Run, checkpoint_directory
+from dspark_jax.training.state import abstract_drafter
 
 GROUPS = ("target", "drafter", "data", "loss", "optim", "train")
 """A trained drafter depends on these, but for the fields of `FREE`."""
@@ -146,6 +150,16 @@ def _times_depend_on(config: Config) -> list[Any]:
     asked = config.eval
     alone = dataclasses.replace(config, eval=dataclasses.replace(asked, batch_size=1))
     return [*_rounds_depend_on(alone), asked.speed_prompts, asked.speed_threads, dataclasses.astuple(config.mesh)]
+
+
+def parameters(config: Config) -> int:
+    """Trained parameters of a drafter. Nothing is computed: no device is taken from the runs in training."""
+    return _parameters(to_json(config))
+
+
+@functools.cache
+def _parameters(config: str) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract_drafter(from_json(config))))
 
 
 def _prepared_from(workdir: Path) -> dict[str, Any]:

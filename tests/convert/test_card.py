@@ -110,6 +110,16 @@ def test_dflash2_has_a_command_where_it_is_known():
             card_of(QWEN, replace(config, **change), "universal")
 
 
+def test_what_is_not_known_of_a_server_is_said():
+    card = card_of(QWEN, DSPARK, "universal")
+    assert "Whether TensorRT-LLM can serve it is not known: its DSpark is for drafters of DeepSeek-V4" in card
+    assert "TensorRT-LLM cannot serve it" not in card
+    ascend = '{"method": "dspark", "model": "DIR", "num_speculative_tokens": 5, "enforce_eager": true}'
+    assert f"vllm serve org/base --speculative-config '{ascend}'" in card
+    card = card_of(QWEN, replace(DFLASH, block_layout="fill_in"), "universal")
+    assert 'DFlashDecodingConfig(max_draft_len=5, speculative_model="DIR")' in card and "not known" not in card
+
+
 def test_costs_of_this_engine_are_not_given_to_another():
     """A table of another engine's steps, or another machine's, makes SGLang verify too much or too little."""
     card = card_of(QWEN, DSPARK, "universal")

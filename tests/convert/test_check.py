@@ -19,9 +19,10 @@ from dspark_jax.convert import dialect
 from dspark_jax.convert.__main__ import main, parser
 from dspark_jax.convert.check import UNKNOWN, WRONG, Report, check_directory, frozen_problems
 from dspark_jax.convert.dialect import Answer, Score, find_dialect, readings
+from dspark_jax.convert.drafter_files import Verdict
 from dspark_jax.convert.export import Source, frozen_tensors, write_export
 from dspark_jax.convert.hf import read_drafter_config, stored_tensors
-from dspark_jax.convert.layouts import Layout
+from dspark_jax.convert.layouts import Layout, read_layout
 from dspark_jax.drafter import make_drafter
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target.loading import load_target
@@ -65,7 +66,7 @@ def test_a_good_export_passes_everywhere(world, copy):
     assert found.dialect.stated.tau > 1.7 and found.dialect.teacher > 0.4
     assert {server: word for server, (word, _) in verdicts(found).items()} == {
         "vLLM": "serves", "SGLang": "serves", "llama.cpp": "serves", "speculators": "refuses",
-        "tpu-inference": "refuses", "sglang-jax": "refuses",
+        "tpu-inference": "refuses", "sglang-jax": "refuses", "TensorRT-LLM": "unknown", "vllm-ascend": "serves",
     }  # fmt: skip
     assert "export with --format speculators" in verdicts(found)["speculators"][1]
 
@@ -335,6 +336,35 @@ def test_what_is_merely_unknown_here_is_not_wrong(world, copy, settings, part):
     assert convert.VERDICTS == {"works": 0, "wrong": 1, "not known here": 3}
     change_tensors(directory, **{"fc.weight": np.full((32, 64), np.nan, np.float32)})
     assert report(world, directory).verdict == "wrong"  # whatever else is unknown
+
+
+def test_a_part_that_nobody_here_has_heard_of_is_not_wrong(world, copy):
+    """A tensor of a kind that is known, but not in the config, is a mistake of the file."""
+    found = report(world, change_tensors(copy(), **{"layers.0.self_attn.sinks": np.zeros(2, np.float32)}))
+    assert found.problems == () and found.unsupported == ("tensor layers.0.self_attn.sinks",)
+    assert found.verdict == UNKNOWN
+    directory = copy("good", "other")
+    found = report(world, change_tensors(directory, **{"markov_head.gate_proj.bias": np.zeros(8, np.float32)}))
+    assert found.verdict == WRONG and "markov_head.gate_proj.bias is unknown" in found.problems[0]
+
+
+def test_what_no_server_is_known_to_load(world, copy):
+    """It is wrong; but one that is not implemented here may be for a server of which that is not known."""
+    raw = json.loads((copy() / "config.json").read_text())
+    stated = read_layout("x", raw)
+    refusing = Verdict("vLLM", ("no",), (), (), None)
+    asked = Verdict("TensorRT-LLM", (), (), (), None, unknown=("not verified",))
+    for unsupported, found, verdict in (
+        ((), (refusing,), WRONG),
+        ((), (refusing, asked), WRONG),
+        (("a part",), (refusing,), WRONG),
+        (("a part",), (refusing, asked), UNKNOWN),
+    ):
+        told = Report(stated, (), unsupported, None, found)
+        assert told.verdict == verdict
+    assert "TensorRT-LLM unknown  not verified" in told.lines()
+    written = told.to_json()["servers"]["TensorRT-LLM"]
+    assert written["verdict"] == "unknown" and written["date"].startswith("20") and "1.4" in written["version"]
 
 
 def test_command_ends_with_status_1_on_a_wrong_dialect(world, copy, tmp_path, capsys, monkeypatch):

@@ -64,6 +64,7 @@ from dspark_jax.training.step import (
     make_train_step,
     place_batch,
 )
+from dspark_jax.training.vocabulary import begin_head, fill_vocabulary, known_vocabulary
 from dspark_jax.training.warm_start import check_parameters, warm_start
 
 
@@ -78,7 +79,10 @@ def train(config: Config, workdir: Path) -> None:
       InputError: something given cannot be used, the disk is full, or the loss stopped being finite.
       SystemExit: SIGTERM came while it trained; a checkpoint is written.
     """
-    run = Run(config, Path(workdir))
+    workdir = Path(workdir)
+    if config.drafter.draft_vocab_size:
+        config = known_vocabulary(config, saved_config(workdir))
+    run = Run(config, workdir)
     check_batch(config, run.mesh)
     check_host_memory(config, run.mesh)
     if config.train.evaluate_every:
@@ -86,8 +90,13 @@ def train(config: Config, workdir: Path) -> None:
     check_wandb(config.train.wandb_project)
     check_refresh(config)
     if not check_continuation(run):
-        check_source(config)
+        config = check_source(config)
+        run = run if config is run.config else dataclasses.replace(run, config=config)
     prepare_run(run)
+    if run.config.drafter.draft_vocab_size:
+        filled, said = fill_vocabulary(run.config, SampleReader(run.data_folder), workdir)
+        run = dataclasses.replace(run, config=filled)
+        log(said)
     with Checkpoints(run) as checkpoints, jax.set_mesh(run.mesh):
         fit(run, checkpoints)
     if config.train.evaluate:
@@ -136,6 +145,8 @@ def fit(run: Run, checkpoints: Checkpoints) -> None:
         target: Any = load_frozen(where, config.target.architecture, mesh, dtype)
     else:
         target = load_target(config.target, mesh)
+    if latest is None and not config.train.init_from:
+        state = begin_head(state, drafter, target)
     frozen = to_params(target)
     held_out = None
     if config.train.evaluate_every:
@@ -221,19 +232,23 @@ def _open_data(run: Run) -> Any:
     return data
 
 
-def check_source(config: Config) -> None:
+def check_source(config: Config) -> Config:
     """Refuses a `train.init_from` that cannot be used; it is read only when the data is there, hours later perhaps.
+
+    Returns:
+      The config, with the draft vocabulary of that drafter if both have one.
 
     Raises:
       InputError: there is no drafter, or one of another kind or shape than the config's.
     """
     source = config.train.init_from
     if not source:
-        return
+        return config
     folder = reading(source)
     with _naming_source(source):
         if _is_exported(folder):
-            found: Any = abstract_import(*read_drafter_config(folder))
+            arch, drafter = read_drafter_config(folder)
+            found: Any = abstract_import(arch, drafter)
         else:
             saved = saved_config(folder)
             if saved is None:
@@ -241,8 +256,9 @@ def check_source(config: Config) -> None:
                     "no checkpoint and no config.json of a drafter here; "
                     "give the working directory of a run, or a drafter in a Hugging Face directory"
                 )
-            found = abstract_drafter(saved)
+            found, drafter = abstract_drafter(saved), saved.drafter
         check_parameters(to_params(found), to_params(abstract_drafter(config)))
+        return known_vocabulary(config, dataclasses.replace(config, drafter=drafter))
 
 
 def _fresh_state(run: Run, optimizer: optax.GradientTransformation) -> TrainState:

@@ -209,7 +209,8 @@ def _eagle3_problems(config: Config) -> Iterator[str]:
     if not kind.eagle3:
         for field, value in EAGLE3_SETTINGS.items():
             if getattr(drafter, field) != value:
-                yield f"drafter.{field}={getattr(drafter, field)!r}: {drafter.kind} has no such setting; set it to {value!r}"
+                given = getattr(drafter, field)
+                yield f"drafter.{field}={given!r}: {drafter.kind} has no such setting; set it to {value!r}"
         return
     for name in drafter.eagle3_norms:
         if name not in EAGLE3_NORMS:
@@ -219,22 +220,22 @@ def _eagle3_problems(config: Config) -> Iterator[str]:
     layers = of_drafters(target)
     if layers.name != "qwen3" and (size or drafter.eagle3_norms or not drafter.qk_norms):
         yield (
-            f"drafter.qk_norms, drafter.eagle3_norms and drafter.draft_vocab_size are for layers like Qwen3's, {layers.title}'s "
-            "drafters have their own; set qk_norms=True, eagle3_norms=() and draft_vocab_size=0"
+            f"drafter.qk_norms, eagle3_norms and draft_vocab_size are for layers like Qwen3's, {layers.title}'s drafters "
+            "have their own; set qk_norms=True, eagle3_norms=() and draft_vocab_size=0"
         )
     if size > target.vocab_size:
-        yield f"drafter.draft_vocab_size={size} exceeds the target's vocabulary of {target.vocab_size}; 32000 is usual"
+        yield f"drafter.draft_vocab_size={size} exceeds the target's vocabulary of {target.vocab_size}; lower it"
     if not size and (drafter.draft_vocabulary or not drafter.train_head):
-        yield "drafter.train_head and draft_vocabulary are about a head that drafter.draft_vocab_size=0 leaves out; set it"
+        yield "drafter.train_head and draft_vocabulary are about a head that draft_vocab_size=0 leaves out; set it"
     if not drafter.train_head and config.optim.weight_decay:
         yield (
-            f"drafter.train_head=False with optim.weight_decay={config.optim.weight_decay}, which would change the head; "
+            f"drafter.train_head=False with optim.weight_decay={config.optim.weight_decay}, which changes the head; "
             "set one of them to its default"
         )
     if size and config.loss.ce:
         yield (
-            f"loss.ce={config.loss.ce}: the data has tokens outside a drafter's own vocabulary; set loss.ce=0, the term "
-            "soft_ce does without them"
+            f"loss.ce={config.loss.ce}: the data has tokens outside a drafter's own vocabulary; set loss.ce=0, the "
+            "term soft_ce does without them"
         )
     if drafter.draft_vocabulary:
         try:

@@ -247,7 +247,7 @@ def check_source(config: Config) -> Config:
     folder = reading(source)
     with _naming_source(source):
         if _is_exported(folder):
-            arch, drafter = read_drafter_config(folder)
+            arch, drafter = read_drafter_config(folder, config.target.architecture.num_hidden_layers)
             found: Any = abstract_import(arch, drafter)
         else:
             saved = saved_config(folder)
@@ -269,7 +269,8 @@ def _fresh_state(run: Run, optimizer: optax.GradientTransformation) -> TrainStat
     folder = reading(source)
     with _naming_source(source):
         if _is_exported(folder):
-            drafter = import_drafter(folder, run.mesh)[1]
+            depth = run.config.target.architecture.num_hidden_layers
+            drafter = import_drafter(folder, run.mesh, target_layers=depth)[1]
         else:
             drafter = load_drafter(folder, run.mesh, any_target=True)[1]
         state = warm_start(state, drafter)

@@ -71,7 +71,7 @@ def from_maps(d2t: np.ndarray, t2d: np.ndarray | None, vocab_size: int) -> np.nd
     """
     stated = np.asarray(d2t, np.int64)
     ids = stated + np.arange(len(stated))
-    right = bool(len(ids)) and 0 <= ids[0] and ids[-1] < vocab_size and bool(np.all(np.diff(ids) > 0))
+    right = bool(len(ids)) and ids[0] >= 0 and ids[-1] < vocab_size and bool(np.all(np.diff(ids) > 0))
     same = t2d is None or (t2d.shape == (vocab_size,) and np.array_equal(np.flatnonzero(t2d), ids))
     if right and same:
         return ids

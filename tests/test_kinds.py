@@ -126,7 +126,7 @@ def test_a_drafter_that_another_program_had_added_is_refused_when_it_is_made(bas
         ),
         ("eagle3", {"eagle3_norms": ("fc_norm", "norm_before_fc")}, "which exclude each other; leave one out"),
         ("eagle3", {"draft_vocab_size": 68}, "drafter.draft_vocab_size=68 exceeds the target's vocabulary of 67"),
-        ("eagle3", {"train_head": False}, "are about a head that drafter.draft_vocab_size=0 leaves out; set it"),
+        ("eagle3", {"train_head": False}, "are about a head that draft_vocab_size=0 leaves out; set it"),
         (
             "eagle3",
             {"draft_vocab_size": 8, "draft_vocabulary": "x"},

@@ -222,12 +222,12 @@ def directory_source(directory: Path, options: argparse.Namespace) -> tuple[Sour
     Raises:
       InputError: it cannot be imported, or its vocabulary or width are not the target's.
     """
-    arch, _ = read_drafter_config(directory)
     place = local_directory(options.target)
     target = TargetArchitecture.of_any_model(place)
+    arch, _ = read_drafter_config(directory, target.num_hidden_layers)
     fitting(directory, arch, options.target, target, whole=False)
     arch = dataclasses.replace(arch, num_hidden_layers=target.num_hidden_layers, unsupported=target.unsupported)
-    config, drafter = import_drafter(directory, make_mesh(MeshConfig()))
+    config, drafter = import_drafter(directory, make_mesh(MeshConfig()), target_layers=target.num_hidden_layers)
     files: dict[str, Any] = {name: directory / name for name in SIDE_FILES if (directory / name).exists()}
     files["fingerprint"] = fingerprint(options.target)
     raw = read_config(place)
@@ -277,7 +277,8 @@ def import_(options: argparse.Namespace) -> Path:
       InputError: drafter and target do not fit, or there are checkpoints already.
     """
     directory = local_directory(options.drafter)
-    arch, drafter = read_drafter_config(directory)
+    depth = TargetArchitecture.of_any_model(local_directory(options.target)).num_hidden_layers
+    arch, drafter = read_drafter_config(directory, depth)
     if options.config:
         config = command.load_config(options.config)
     else:
@@ -288,7 +289,7 @@ def import_(options: argparse.Namespace) -> Path:
     target = dataclasses.replace(config.target, path=options.target, architecture=TargetArchitecture())
     config = resolve(with_architecture(dataclasses.replace(config, drafter=drafter, target=target)))
     fitting(directory, arch, options.target, config.target.architecture, whole=True)
-    imported = import_drafter(directory, make_mesh(config.mesh))[1]
+    imported = import_drafter(directory, make_mesh(config.mesh), target_layers=depth)[1]
     with working_directory(Path(options.workdir), "convert import") as workdir:
         run = Run(config, workdir)
         with Checkpoints(run) as checkpoints:

@@ -12,6 +12,7 @@ from typing import Any
 
 from dspark_jax.config import InputError, TargetArchitecture
 from dspark_jax.convert.drafter_files import GREEDY, Files, Verdict, misleading_path
+from dspark_jax.convert.eagle3_norms import without_unread_norms
 from dspark_jax.convert.eagle3_servers import (
     llama_cpp_eagle3,
     sglang_eagle3,
@@ -301,7 +302,7 @@ def replay(
     files = Files(path, config, shapes, target, read_layout(path, config), split)
     if not shapes:
         raise InputError(f"{path}: there are no tensors; download it again")
-    return [_experienced(files, server(files)) for server in SERVERS]
+    return [_experienced(files, without_unread_norms(files, server(files))) for server in SERVERS]
 
 
 def _experienced(files: Files, verdict: Verdict) -> Verdict:

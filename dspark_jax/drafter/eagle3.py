@@ -72,7 +72,7 @@ class Eagle3(Autoregressive):
         narrow(self.fc, dtype)
 
     def fuse(self, features: jax.Array) -> jax.Array:
-        """See `Autoregressive.fuse`; a linear map without bias, after a norm of all features or of each if it has one."""
+        """See `Autoregressive.fuse`; a linear map without bias, after the norms that it has."""
         eps = self.arch.rms_norm_eps
         if self.input_norm is not None:
             features = rms_norm(features, self.input_norm[...], eps)

@@ -64,6 +64,7 @@ from dspark_jax.training.step import (
     make_train_step,
     place_batch,
 )
+from dspark_jax.training.vocabulary import FILE as VOCABULARY_FILE
 from dspark_jax.training.vocabulary import begin_head, fill_vocabulary, known_vocabulary
 from dspark_jax.training.warm_start import check_parameters, warm_start
 
@@ -93,7 +94,8 @@ def train(config: Config, workdir: Path) -> None:
         config = check_source(config)
         run = run if config is run.config else dataclasses.replace(run, config=config)
     prepare_run(run)
-    if run.config.drafter.draft_vocab_size:
+    drafter = run.config.drafter
+    if drafter.draft_vocab_size and not (drafter.draft_vocabulary and (workdir / VOCABULARY_FILE).exists()):
         filled, said = fill_vocabulary(run.config, SampleReader(run.data_folder), workdir)
         run = dataclasses.replace(run, config=filled)
         log(said)

@@ -110,6 +110,7 @@ def export(options: argparse.Namespace) -> Path:
         fingerprint=files["fingerprint"],
         data=files.get("data"),
         metrics=files.get("metrics"),
+        vocabulary=files.get("vocabulary"),
         side_files=tuple(contents),
     )
     write_export(output, source, form=options.format, dtype=options.dtype, files=contents, overwrite=options.overwrite)
@@ -163,7 +164,7 @@ def run_source(workdir: Path, options: argparse.Namespace) -> tuple[Source, dict
     """A checkpoint of a run, and what else the run has to give.
 
     Returns:
-      The source, and side files by name with `fingerprint`, `data` and `metrics` for the card.
+      The source, and side files by name with `fingerprint`, `data`, `metrics` and `vocabulary` for the card.
     """
     saved = saved_config(workdir, options.checkpoint)
     if saved is None:
@@ -193,7 +194,9 @@ def run_source(workdir: Path, options: argparse.Namespace) -> tuple[Source, dict
 def run_files(run: Run, step: int) -> dict[str, Any]:
     """What a run has besides its drafter: see `run_source`. Figures of an earlier checkpoint are left out."""
     files: dict[str, Any] = {"fingerprint": run.target_fingerprint}
-    found = {"data": "data/report.json", "metrics": "eval/metrics.json"} | {name: name for name in SIDE_FILES}
+    found = {"data": "data/report.json", "metrics": "eval/metrics.json", "vocabulary": "draft_vocabulary.json"} | {
+        name: name for name in SIDE_FILES
+    }
     for key, name in found.items():
         file = run.workdir / name
         if not file.exists():
@@ -212,6 +215,7 @@ def run_files(run: Run, step: int) -> dict[str, Any]:
 _FIELDS = {
     "data": {"samples": int, "tokens": int, "loss_tokens": int, "prompt_sets": dict},
     "metrics": {"temperature": int | float, "prompt_sets": dict},
+    "vocabulary": {"tokens": int, "coverage": float},
 }
 """What the card takes from the files of a run."""
 

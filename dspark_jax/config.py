@@ -62,6 +62,20 @@ class DrafterConfig:
     """Channels that share the coefficients of a convolution which depend on the row."""
     selector_top_k: int = 16
     """Likeliest tokens of a position among which the head `selector` chooses; `drafter.markov_rank` is its rank."""
+    qk_norms: bool = True
+    """Whether the layer of eagle3 norms queries and keys, as Qwen3's does; off: a layer of Llama, which more servers
+    know."""
+    eagle3_norms: tuple[str, ...] = ()
+    """Which norms eagle3 has besides, by the names in files: norm_before_residual (the residual is the normed feature),
+    norm_before_fc or fc_norm (of all tapped features together, or of each, before they are fused), norm_output (what is
+    fed back is normed)."""
+    draft_vocab_size: int = 0
+    """How many tokens eagle3 can draft, those that are most frequent in the training data's answers; it then has an LM
+    head of its own, which begins as the target's rows. 0: all tokens, with the target's head."""
+    train_head: bool = True
+    """Whether that head is trained, as EAGLE's authors do; off: it stays the target's rows, as in speculators."""
+    draft_vocabulary: str = ""
+    """These tokens, as `train` or `convert import` writes them into the run's config; not to be given by hand."""
 
     @property
     def block_rows(self) -> int:

@@ -7,13 +7,15 @@ from collections.abc import Iterator
 from dspark_jax.architecture import TargetArchitecture
 from dspark_jax.config import Config, DataConfig, DrafterConfig, LossConfig
 from dspark_jax.errors import InputError
-from dspark_jax.kinds import KINDS
+from dspark_jax.kinds import EAGLE3_SETTINGS, KINDS
 from dspark_jax.paths import check_path
 from dspark_jax.ranges import NOT_NEGATIVE, range_problems
 from dspark_jax.registry import HEADS, LOSS_TERMS, listed, unknown
-from dspark_jax.target.families import FAMILIES, known
+from dspark_jax.target.families import FAMILIES, known, of_drafters
+from dspark_jax.vocabulary import decode_vocabulary
 
 BLOCK_LAYOUTS = ("anchor_first", "fill_in")
+EAGLE3_NORMS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 
 
 def _feature_problems(config: Config) -> Iterator[str]:
@@ -113,6 +115,7 @@ def problems(config: Config) -> Iterator[str]:
         yield f"target.architecture.model_type={target.model_type!r} is unknown; use one of: {known()}"
         return
     yield from _drafter_problems(drafter, target)
+    yield from _eagle3_problems(config)
     yield from _loss_problems(config.loss)
     yield from _feature_problems(config)
     yield from _answer_problems(config.data)
@@ -195,6 +198,50 @@ def _drafter_problems(drafter: DrafterConfig, target: TargetArchitecture) -> Ite
     for field, (value, why) in kind.fixed.items():
         if getattr(drafter, field) != value:
             yield f"drafter.{field}={getattr(drafter, field)}: {name} {why}; set it to {value}"
+
+
+def _eagle3_problems(config: Config) -> Iterator[str]:
+    """What does not hold of the settings that EAGLE-3 alone has."""
+    target, drafter = config.target.architecture, config.drafter
+    kind, size = KINDS.get(drafter.kind), drafter.draft_vocab_size
+    if kind is None:
+        return
+    if not kind.eagle3:
+        for field, value in EAGLE3_SETTINGS.items():
+            if getattr(drafter, field) != value:
+                given = getattr(drafter, field)
+                yield f"drafter.{field}={given!r}: {drafter.kind} has no such setting; set it to {value!r}"
+        return
+    for name in drafter.eagle3_norms:
+        if name not in EAGLE3_NORMS:
+            yield unknown("drafter.eagle3_norms", name, EAGLE3_NORMS)
+    if {"norm_before_fc", "fc_norm"} <= {*drafter.eagle3_norms}:
+        yield "drafter.eagle3_norms has norm_before_fc and fc_norm, which exclude each other; leave one out"
+    layers = of_drafters(target)
+    if layers.name != "qwen3" and (size or drafter.eagle3_norms or not drafter.qk_norms):
+        yield (
+            f"drafter.qk_norms, eagle3_norms and draft_vocab_size are for layers like Qwen3's, {layers.title}'s drafters "
+            "have their own; set qk_norms=True, eagle3_norms=() and draft_vocab_size=0"
+        )
+    if size > target.vocab_size:
+        yield f"drafter.draft_vocab_size={size} exceeds the target's vocabulary of {target.vocab_size}; lower it"
+    if not size and (drafter.draft_vocabulary or not drafter.train_head):
+        yield "drafter.train_head and draft_vocabulary are about a head that draft_vocab_size=0 leaves out; set it"
+    if not drafter.train_head and config.optim.weight_decay:
+        yield (
+            f"drafter.train_head=False with optim.weight_decay={config.optim.weight_decay}, which changes the head; "
+            "set one of them to its default"
+        )
+    if size and config.loss.ce:
+        yield (
+            f"loss.ce={config.loss.ce}: the data has tokens outside a drafter's own vocabulary; set loss.ce=0, the "
+            "term soft_ce does without them"
+        )
+    if drafter.draft_vocabulary:
+        try:
+            decode_vocabulary(drafter.draft_vocabulary, size, target.vocab_size)
+        except ValueError as error:
+            yield f"drafter.draft_vocabulary: {error}; leave it empty, `train` fills it"
 
 
 def _convolution_problems(drafter: DrafterConfig, target: TargetArchitecture) -> Iterator[str]:

@@ -32,6 +32,7 @@ class Kind(Entry):
       has_heads: it has a sequential head, and may have a confidence head.
       reads_last_layer: it reads one layer of the target, by default the last one; the others read any but the last.
       settings: what `as_kind` sets of `DrafterConfig` besides; other values go as well.
+      eagle3: it has the settings of EAGLE-3 (`qk_norms`, `eagle3_norms` and the reduced vocabulary).
       fixed: field of `DrafterConfig` -> the one value that it has, and why.
       loss: what its own loss sets of `LossConfig`; None: it is trained with any.
       served_as: under which method servers load its exports; None: no server does.
@@ -42,6 +43,7 @@ class Kind(Entry):
     needs_mask: bool = True
     has_heads: bool = False
     reads_last_layer: bool = False
+    eagle3: bool = False
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     fixed: Mapping[str, tuple[Any, str]] = dataclasses.field(default_factory=dict)
     loss: Mapping[str, Any] | None = None
@@ -82,6 +84,11 @@ _DFLASH2 = {
 _DFLASH2_LOSS = {"ce": 0.0, "l1": 0.0, "confidence": 0.0, "soft_ce": 1.0, "extra": {"selector": 1.0}}
 """That of speculators, as the authors' is not published: KL with the target, and the selector's cross-entropy."""
 
+EAGLE3_SETTINGS: Mapping[str, Any] = {
+    "qk_norms": True, "eagle3_norms": (), "draft_vocab_size": 0, "train_head": True, "draft_vocabulary": "",
+}  # fmt: skip
+"""Fields of `DrafterConfig` that are EAGLE-3's alone, and the values that change nothing."""
+
 _ONE_LAYER = {
     "num_layers": (1, "has one layer"),
     "block_layout": ("anchor_first", "has no blocks"),
@@ -114,6 +121,7 @@ KINDS: dict[str, Kind] = {
         "one layer, fed with its own outputs",
         token_by_token=True,
         needs_mask=False,
+        eagle3=True,
         fixed=_ONE_LAYER,
         loss=_EAGLE3_LOSS,
         served_as="eagle3",
@@ -134,6 +142,9 @@ VARIANTS: dict[str, Variant] = {
     "rnn": Variant("dspark with the recurrent head", drafter={"markov_head_type": "rnn"}),
     "fill_in": Variant(
         "dflash as z-lab has it: the anchor's row predicts nothing", drafter={"block_layout": "fill_in"}, kind="dflash"
+    ),
+    "eagle3_llama": Variant(
+        "eagle3 with a layer of Llama, which more servers know", drafter={"qk_norms": False}, kind="eagle3"
     ),
     "length": Variant("dspark that maximises its expected accepted length", loss={"l1": 0.0, "length": 1.0}),
 }
@@ -168,6 +179,8 @@ def as_kind(config: "Config", name: str) -> "Config":
         changes["markov_head_type"] = "vanilla"
     else:
         changes |= {"markov_rank": 0, "confidence_head": False, "confidence_with_markov": False}
+    if not kind.eagle3:
+        changes |= EAGLE3_SETTINGS
     changes |= dict(kind.settings) | {field: value for field, (value, _) in kind.fixed.items()} | dict(variant.drafter)
     if kind.reads_last_layer:
         changes["target_layer_ids"] = ()

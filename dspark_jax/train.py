@@ -65,6 +65,8 @@ from dspark_jax.training.step import (
     make_train_step,
     place_batch,
 )
+from dspark_jax.training.vocabulary import FILE as VOCABULARY_FILE
+from dspark_jax.training.vocabulary import begin_head, fill_vocabulary, known_vocabulary
 from dspark_jax.training.warm_start import check_parameters, warm_start
 
 
@@ -79,7 +81,10 @@ def train(config: Config, workdir: Path) -> None:
       InputError: something given cannot be used, the disk is full, or the loss stopped being finite.
       SystemExit: SIGTERM came while it trained; a checkpoint is written.
     """
-    run = Run(config, Path(workdir))
+    workdir = Path(workdir)
+    if config.drafter.draft_vocab_size:
+        config = known_vocabulary(config, saved_config(workdir))
+    run = Run(config, workdir)
     check_batch(config, run.mesh)
     check_host_memory(config, run.mesh)
     if config.train.evaluate_every:
@@ -87,8 +92,14 @@ def train(config: Config, workdir: Path) -> None:
     check_wandb(config.train.wandb_project)
     check_refresh(config)
     if not check_continuation(run):
-        check_source(config)
+        config = check_source(config)
+        run = run if config is run.config else dataclasses.replace(run, config=config)
     prepare_run(run)
+    drafter = run.config.drafter
+    if drafter.draft_vocab_size and not (drafter.draft_vocabulary and (workdir / VOCABULARY_FILE).exists()):
+        filled, said = fill_vocabulary(run.config, SampleReader(run.data_folder), workdir)
+        run = dataclasses.replace(run, config=filled)
+        log(said)
     with Checkpoints(run) as checkpoints, jax.set_mesh(run.mesh):
         fit(run, checkpoints)
     if config.train.evaluate:
@@ -137,6 +148,8 @@ def fit(run: Run, checkpoints: Checkpoints) -> None:
         target: Any = load_frozen(where, config.target.architecture, mesh, dtype)
     else:
         target = training_weights(load_target(config.target, mesh))
+    if latest is None and not config.train.init_from:
+        state = begin_head(state, drafter, target)
     frozen = to_params(target)
     held_out = None
     if config.train.evaluate_every:
@@ -222,19 +235,23 @@ def _open_data(run: Run) -> Any:
     return data
 
 
-def check_source(config: Config) -> None:
+def check_source(config: Config) -> Config:
     """Refuses a `train.init_from` that cannot be used; it is read only when the data is there, hours later perhaps.
+
+    Returns:
+      The config, with the draft vocabulary of that drafter if both have one.
 
     Raises:
       InputError: there is no drafter, or one of another kind or shape than the config's.
     """
     source = config.train.init_from
     if not source:
-        return
+        return config
     folder = reading(source)
     with _naming_source(source):
         if _is_exported(folder):
-            found: Any = abstract_import(*read_drafter_config(folder))
+            arch, drafter = read_drafter_config(folder, config.target.architecture.num_hidden_layers)
+            found: Any = abstract_import(arch, drafter)
         else:
             saved = saved_config(folder)
             if saved is None:
@@ -242,8 +259,9 @@ def check_source(config: Config) -> None:
                     "no checkpoint and no config.json of a drafter here; "
                     "give the working directory of a run, or a drafter in a Hugging Face directory"
                 )
-            found = abstract_drafter(saved)
+            found, drafter = abstract_drafter(saved), saved.drafter
         check_parameters(to_params(found), to_params(abstract_drafter(config)))
+        return known_vocabulary(config, dataclasses.replace(config, drafter=drafter))
 
 
 def _fresh_state(run: Run, optimizer: optax.GradientTransformation) -> TrainState:
@@ -254,7 +272,8 @@ def _fresh_state(run: Run, optimizer: optax.GradientTransformation) -> TrainStat
     folder = reading(source)
     with _naming_source(source):
         if _is_exported(folder):
-            drafter = import_drafter(folder, run.mesh)[1]
+            depth = run.config.target.architecture.num_hidden_layers
+            drafter = import_drafter(folder, run.mesh, target_layers=depth)[1]
         else:
             drafter = load_drafter(folder, run.mesh, any_target=True)[1]
         state = warm_start(state, drafter)

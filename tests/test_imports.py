@@ -41,6 +41,7 @@ BASE = {
     "target.families",
     "target.weights",
     "unicode",
+    "vocabulary",
 }
 LIGHT = ("target.families", "target.weights")  # parts of a package that are loaded with the config, before JAX
 ALLOWED = {

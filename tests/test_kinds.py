@@ -11,6 +11,7 @@ from dspark_jax.config import (
     DrafterConfig,
     InputError,
     LossConfig,
+    OptimConfig,
     TargetArchitecture,
     TargetConfig,
     resolve,
@@ -37,12 +38,14 @@ def test_only_drafter_loss_and_rows_change(base: Config, kind: str) -> None:
     after = dataclasses.asdict(config)
     changed = {name for name in before if before[name] != after[name]}
     assert changed <= {"drafter", "loss", "train"}
-    rows = 64 if kind in ("eagle3", "mtp") else base.train.num_anchors
+    one_by_one = kind in ("eagle3", "eagle3_llama", "mtp")
+    rows = 64 if one_by_one else base.train.num_anchors
     assert config.train == dataclasses.replace(base.train, num_anchors=rows)
     assert config.drafter.block_size == (1 if kind == "mtp" else 5)
-    assert config.drafter.mask_token_id == (0 if kind in ("eagle3", "mtp") else 66)
+    assert config.drafter.mask_token_id == (0 if one_by_one else 66)
     assert config.drafter.target_layer_ids == ((3,) if kind == "mtp" else (0, 2))
-    assert (config.drafter.markov_rank == 0) == (kind in ("dflash", "fill_in", "eagle3", "mtp"))
+    assert (config.drafter.markov_rank == 0) == (kind in ("dflash", "fill_in") or one_by_one)
+    assert config.drafter.qk_norms == (kind != "eagle3_llama")
     assert (config.drafter.block_layout == "fill_in") == (kind in ("fill_in", "dflash2"))
     assert config.drafter.block_rows == config.drafter.block_size + (kind in ("fill_in", "dflash2"))
     assert config.drafter.conv_kernel_size == (2 if kind == "dflash2" else 0)
@@ -62,6 +65,27 @@ def test_kinds_differ_in_what_they_are_named_after(base: Config) -> None:
     ]  # fmt: skip
     assert as_kind(base, "length").loss == LossConfig(decay=2.0, ce=0.3, l1=0.0, confidence=0.5, length=1.0)
     assert as_kind(base, "dspark").loss == base.loss
+
+
+def test_what_does_not_go_with_a_reduced_vocabulary(base: Config) -> None:
+    """Data tokens may be outside it, and weight decay would change a head that is not trained."""
+    config = as_kind(base, "eagle3")
+    config.drafter.draft_vocab_size = 16
+    for change, message in (
+        ({"loss": dataclasses.replace(config.loss, ce=0.5)}, "loss.ce=0.5: the data has tokens outside"),
+        ({"optim": OptimConfig(weight_decay=0.1)}, "drafter.train_head=False with optim.weight_decay=0.1"),
+    ):
+        drafter = dataclasses.replace(config.drafter, train_head="optim" not in change)
+        with pytest.raises(InputError, match=message):
+            resolve(dataclasses.replace(config, drafter=drafter, **change))
+
+
+def test_other_kinds_have_nothing_of_eagle3s(base: Config) -> None:
+    """Not even made of a config of EAGLE-3."""
+    config = as_kind(base, "eagle3_llama")
+    config.drafter.draft_vocab_size, config.drafter.eagle3_norms = 16, ("fc_norm",)
+    made = resolve(as_kind(config, "dflash")).drafter
+    assert (made.qk_norms, made.draft_vocab_size, made.eagle3_norms) == (True, 0, ())
 
 
 def test_an_unknown_kind_is_refused(base: Config) -> None:
@@ -93,6 +117,21 @@ def test_a_drafter_that_another_program_had_added_is_refused_when_it_is_made(bas
         ("dflash2", {"conv_kernel_size": 7}, "drafter.conv_kernel_size=7 exceeds the 6 rows of a block; lower it"),
         ("dflash2", {"conv_group_size": 3}, "drafter.conv_group_size=3 does not divide the target's width 32"),
         ("dflash2", {"selector_top_k": 68}, "drafter.selector_top_k=68 exceeds the vocabulary of 67; lower it"),
+        ("dspark", {"qk_norms": False}, "drafter.qk_norms=False: dspark has no such setting; set it to True"),
+        ("mtp", {"eagle3_norms": ("fc_norm",)}, r"drafter.eagle3_norms=\('fc_norm',\): mtp has no such setting"),
+        (
+            "eagle3",
+            {"eagle3_norms": ("pre_norm",)},
+            "drafter.eagle3_norms='pre_norm' is unknown; use norm_before_residual,",
+        ),
+        ("eagle3", {"eagle3_norms": ("fc_norm", "norm_before_fc")}, "which exclude each other; leave one out"),
+        ("eagle3", {"draft_vocab_size": 68}, "drafter.draft_vocab_size=68 exceeds the target's vocabulary of 67"),
+        ("eagle3", {"train_head": False}, "are about a head that draft_vocab_size=0 leaves out; set it"),
+        (
+            "eagle3",
+            {"draft_vocab_size": 8, "draft_vocabulary": "x"},
+            "drafter.draft_vocabulary: it is no list of tokens",
+        ),
         ("dspark", {"kind": "hydra"}, "drafter.kind='hydra' is unknown; use dspark, dflash, dflash2, eagle3 or"),
     ],
 )

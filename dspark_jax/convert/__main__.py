@@ -110,6 +110,7 @@ def export(options: argparse.Namespace) -> Path:
         fingerprint=files["fingerprint"],
         data=files.get("data"),
         metrics=files.get("metrics"),
+        vocabulary=files.get("vocabulary"),
         side_files=tuple(contents),
     )
     write_export(output, source, form=options.format, dtype=options.dtype, files=contents, overwrite=options.overwrite)
@@ -163,7 +164,7 @@ def run_source(workdir: Path, options: argparse.Namespace) -> tuple[Source, dict
     """A checkpoint of a run, and what else the run has to give.
 
     Returns:
-      The source, and side files by name with `fingerprint`, `data` and `metrics` for the card.
+      The source, and side files by name with `fingerprint`, `data`, `metrics` and `vocabulary` for the card.
     """
     saved = saved_config(workdir, options.checkpoint)
     if saved is None:
@@ -193,7 +194,9 @@ def run_source(workdir: Path, options: argparse.Namespace) -> tuple[Source, dict
 def run_files(run: Run, step: int) -> dict[str, Any]:
     """What a run has besides its drafter: see `run_source`. Figures of an earlier checkpoint are left out."""
     files: dict[str, Any] = {"fingerprint": run.target_fingerprint}
-    found = {"data": "data/report.json", "metrics": "eval/metrics.json"} | {name: name for name in SIDE_FILES}
+    found = {"data": "data/report.json", "metrics": "eval/metrics.json", "vocabulary": "draft_vocabulary.json"} | {
+        name: name for name in SIDE_FILES
+    }
     for key, name in found.items():
         file = run.workdir / name
         if not file.exists():
@@ -212,6 +215,7 @@ def run_files(run: Run, step: int) -> dict[str, Any]:
 _FIELDS = {
     "data": {"samples": int, "tokens": int, "loss_tokens": int, "prompt_sets": dict},
     "metrics": {"temperature": int | float, "prompt_sets": dict},
+    "vocabulary": {"tokens": int, "coverage": float},
 }
 """What the card takes from the files of a run."""
 
@@ -222,12 +226,12 @@ def directory_source(directory: Path, options: argparse.Namespace) -> tuple[Sour
     Raises:
       InputError: it cannot be imported, or its vocabulary or width are not the target's.
     """
-    arch, _ = read_drafter_config(directory)
     place = local_directory(options.target)
     target = TargetArchitecture.of_any_model(place)
+    arch, _ = read_drafter_config(directory, target.num_hidden_layers)
     fitting(directory, arch, options.target, target, whole=False)
     arch = dataclasses.replace(arch, num_hidden_layers=target.num_hidden_layers, unsupported=target.unsupported)
-    config, drafter = import_drafter(directory, make_mesh(MeshConfig()))
+    config, drafter = import_drafter(directory, make_mesh(MeshConfig()), target_layers=target.num_hidden_layers)
     files: dict[str, Any] = {name: directory / name for name in SIDE_FILES if (directory / name).exists()}
     files["fingerprint"] = fingerprint(options.target)
     raw = read_config(place)
@@ -277,7 +281,8 @@ def import_(options: argparse.Namespace) -> Path:
       InputError: drafter and target do not fit, or there are checkpoints already.
     """
     directory = local_directory(options.drafter)
-    arch, drafter = read_drafter_config(directory)
+    depth = TargetArchitecture.of_any_model(local_directory(options.target)).num_hidden_layers
+    arch, drafter = read_drafter_config(directory, depth)
     if options.config:
         config = command.load_config(options.config)
     else:
@@ -288,7 +293,7 @@ def import_(options: argparse.Namespace) -> Path:
     target = dataclasses.replace(config.target, path=options.target, architecture=TargetArchitecture())
     config = resolve(with_architecture(dataclasses.replace(config, drafter=drafter, target=target)))
     fitting(directory, arch, options.target, config.target.architecture, whole=True)
-    imported = import_drafter(directory, make_mesh(config.mesh))[1]
+    imported = import_drafter(directory, make_mesh(config.mesh), target_layers=depth)[1]
     with working_directory(Path(options.workdir), "convert import") as workdir:
         run = Run(config, workdir)
         with Checkpoints(run) as checkpoints:

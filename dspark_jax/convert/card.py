@@ -26,6 +26,7 @@ def model_card(
     fingerprint: str = "",
     data: Mapping[str, Any] | None = None,
     metrics: Mapping[str, Any] | None = None,
+    vocabulary: Mapping[str, Any] | None = None,
     side_files: tuple[str, ...] = (),
 ) -> str:
     """README.md with the front matter that the Hugging Face hub reads.
@@ -38,6 +39,7 @@ def model_card(
       fingerprint: of the target's weights (`target.loading.fingerprint`).
       data: content of `data/report.json`.
       metrics: content of `eval/metrics.json`.
+      vocabulary: content of `draft_vocabulary.json`.
       side_files: of calibration.json and cost_table.json those that lie in the directory.
     """
     drafter, written = source.config, content.source.config
@@ -61,6 +63,8 @@ def model_card(
         fingerprint=fingerprint,
         data=_data(data) if data else None,
         metrics=metrics,
+        vocabulary=vocabulary,
+        vocab_size=source.arch.vocab_size,
         scored=not source.arch.unsupported,  # check scores a drafter on its target, which has to run here
         notes=source.notes,
         servers=list(_servers(source, content, verdicts, side_files)),
@@ -153,6 +157,11 @@ def _commands(source: Source, content: Content, side_files: tuple[str, ...]) -> 
     greedy = {key: value for key, value in settings.items() if key != "draft_sample_method"}
     eager = {"enforce_eager": True} if method == "dspark" else {}
     commands["vllm-ascend"] = ("", f"vllm serve {target} --speculative-config '{json.dumps(greedy | eager)}'")
+    if method == "eagle3":
+        chain = f"--speculative-num-steps {size} --speculative-eagle-topk 1 --speculative-num-draft-tokens {size + 1}"
+        commands["SGLang"] = ("", f"python -m sglang.launch_server {drafting} {chain}")
+        commands["sglang-jax"] = ("", f"python -m sgl_jax.launch_server {drafting} {chain}")
+        commands["tpu-inference"] = ("", vllm)
     if method == "dflash":
         commands["tpu-inference"] = ("", f"vllm serve {target} --speculative-config '{json.dumps(greedy)}'")
         chain = f"--speculative-num-draft-tokens {rows} --speculative-num-steps 1 --speculative-eagle-topk 1"

@@ -14,8 +14,16 @@ from dspark_jax.config import InputError, TargetArchitecture
 from dspark_jax.convert.dialect import Answer, Dialect, find_dialect, same
 from dspark_jax.convert.drafter_files import Verdict
 from dspark_jax.convert.export import frozen_tensors
-from dspark_jax.convert.hf import drafter_config, load_tensors
-from dspark_jax.convert.layouts import Layout, layers_config, read_config, read_layout, unsupported_parts
+from dspark_jax.convert.hf import drafter_config, load_tensors, of_tensors
+from dspark_jax.convert.layouts import (
+    Layout,
+    default_taps,
+    layers_config,
+    layers_shape,
+    read_config,
+    read_layout,
+    unsupported_parts,
+)
 from dspark_jax.convert.llama_tokenizer import split_to_tell
 from dspark_jax.convert.mapping import FROZEN, VOCABULARY_MAPS
 from dspark_jax.convert.servers import replay, servers, serving
@@ -138,9 +146,9 @@ class Report:
 def describe(layout: Layout) -> str:
     """A reading in one line."""
     if layout.family == "eagle3":
-        return (
-            f"EAGLE-3, outputs of layers {list(layout.taps)}" if layout.taps else "EAGLE-3, layers left to the server"
-        )
+        taps = f"outputs of layers {list(layout.taps)}" if layout.taps else "layers left to the server"
+        parts = ["EAGLE-3" if layout.qk_norms else "EAGLE-3 with a layer of Llama", taps, *layout.eagle3_norms]
+        return ", ".join([*parts, *([f"{layout.draft_vocab_size} tokens"] if layout.draft_vocab_size else [])])
     order = "anchor-first" if layout.anchor_first else "fill-in"
     heads = f"{layout.markov_head_type} Markov head of rank {layout.markov_rank}" if layout.markov_rank else "no heads"
     if layout.markov_head_type == "selector":
@@ -175,10 +183,13 @@ def check_directory(
     """
     raw = read_config(directory)
     stated = read_layout(str(directory / "config.json"), raw)
+    if not stated.taps:
+        stated = dataclasses.replace(stated, taps=default_taps(target.arch.num_hidden_layers))
     tensors = read_checkpoint(directory)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     verdicts = replay(str(directory), raw, shapes, target.arch, split_to_tell(target_directory))
-    problems = [*value_problems(tensors), *frozen_problems(tensors, target_directory)]
+    own_head = stated.draft_vocab_size > 0
+    problems = [*value_problems(tensors), *frozen_problems(tensors, target_directory, own_head=own_head)]
     others = list(other_target(raw, stated, target.arch))
     problems += others
     unsupported, dialect = unsupported_parts(raw), None
@@ -201,9 +212,10 @@ def check_directory(
 
 def _load(directory: Path, raw: Mapping[str, Any], stated: Layout, mesh: Mesh, dtype: Any) -> Any:
     """The drafter, or `InputError`."""
-    source = layers_config(raw)
-    arch = TargetArchitecture.from_hf(directory / "config.json" if source is raw else source)
-    config = drafter_config(str(directory / "config.json"), stated)
+    where = directory / "config.json"
+    arch, config = layers_shape(where, raw), drafter_config(str(where), stated)
+    if stated.family == "eagle3":
+        config = of_tensors(directory, config, arch, read_checkpoint(directory))
     if stated.family == "block":  # scoring is by readings; what the module knows of them only tells executables
         config = dataclasses.replace(
             config,
@@ -237,10 +249,13 @@ def value_problems(tensors: Mapping[str, np.ndarray]) -> Iterator[str]:
             yield f"tensor {name} holds values that are not finite: train or download it again"
 
 
-def frozen_problems(tensors: Mapping[str, np.ndarray], target_directory: Path) -> list[str]:
-    """Compares the copies of embedding and LM head in a drafter with the target's (some thousand rows of each)."""
+def frozen_problems(tensors: Mapping[str, np.ndarray], target_directory: Path, *, own_head: bool = False) -> list[str]:
+    """Compares the copies of embedding and LM head in a drafter with the target's (some thousand rows of each).
+
+    An LM head that is the drafter's own is left out.
+    """
     problems, theirs = [], frozen_tensors(target_directory)
-    for name in FROZEN:
+    for name in FROZEN[:1] if own_head else FROZEN:
         if name not in tensors:
             continue
         mine, other = tensors[name], theirs[name]

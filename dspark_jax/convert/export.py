@@ -23,18 +23,20 @@ from typing import Any
 import numpy as np
 
 from dspark_jax.config import DrafterConfig, InputError, TargetArchitecture
+from dspark_jax.config_rules import EAGLE3_NORMS
 from dspark_jax.convert.dflash_keys import dflash2_keys, dflash_keys, refuse_unknown_parts
 from dspark_jax.convert.hf import expected_tensors
-from dspark_jax.convert.layouts import DFLASH2
-from dspark_jax.convert.mapping import FROZEN, HEADS
+from dspark_jax.convert.layouts import DFLASH2, LLAMA_EAGLE_ARCHITECTURES
+from dspark_jax.convert.mapping import FROZEN, HEADS, frozen_names
 from dspark_jax.convert.output import built_beside, check_output, write_text
 from dspark_jax.convert.safetensors_file import write_safetensors
 from dspark_jax.kinds import KINDS, served_as
 from dspark_jax.registry import listed
 from dspark_jax.target import families
 from dspark_jax.target.checks import refuse_two_heads
-from dspark_jax.target.families.family import Family
+from dspark_jax.target.families.family import SIZES, Family
 from dspark_jax.target.loading import read_checkpoint
+from dspark_jax.vocabulary import decode_vocabulary, to_maps
 
 FORMATS = ("universal", "deepspec", "speculators")
 ZERO_RANK = 16
@@ -90,11 +92,28 @@ class Content:
       source: the drafter with the heads that the file has.
       config: content of config.json.
       shapes: of all tensors.
+      maps: those of them that say which tokens it drafts.
+      prefix: with what the names of the one layer of EAGLE-3 begin, where that is not layers.0.
     """
 
     source: Source
     config: Mapping[str, Any]
     shapes: Mapping[str, tuple[int, ...]]
+    maps: Mapping[str, np.ndarray]
+    prefix: str = ""
+
+    def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
+        """All but the maps, by their names in the file."""
+        frozen = {name: self.source.frozen[name] for name in frozen_names(self.source.config) if self.source.frozen}
+        for name, value in itertools.chain(self.source.tensors(), frozen.items()):
+            yield self.named(name), value
+
+    def named(self, name: str) -> str:
+        """The reference's name of a tensor -> its name in the file."""
+        return self.prefix + name.removeprefix(LAYER) if self.prefix and name.startswith(LAYER) else name
+
+
+LAYER = "layers.0."
 
 
 def content(source: Source, form: str, dtype: str) -> Content:
@@ -116,12 +135,26 @@ def content(source: Source, form: str, dtype: str) -> Content:
     source = servable(source) if form != "deepspec" else source
     config = CONFIGS[form](source, dtype)
     reason = source.own_embedding or (source.family.slim_refusal if form == "universal" else "")
+    if served_as(drafter) == "eagle3" and not (drafter.qk_norms or drafter.draft_vocab_size):
+        reason = reason or "EAGLE-3's class for Llama's layers wants an LM head in the file"
     if not source.frozen and reason:
         raise InputError(f"--slim leaves out embedding and LM head, but {reason}; export without --slim")
     shapes = expected_tensors(source.arch, source.config)
     if not source.frozen:
-        shapes = {name: shape for name, shape in shapes.items() if name not in FROZEN}
-    return Content(source, config, shapes)
+        left_out = frozen_names(source.config)
+        shapes = {name: shape for name, shape in shapes.items() if name not in left_out}
+    prefix = "midlayer." if form == "universal" and not drafter.qk_norms else ""
+    made = Content(source, config, {}, _maps(source), prefix)
+    named = {made.named(name): shape for name, shape in shapes.items()}
+    return dataclasses.replace(made, shapes=named | {name: value.shape for name, value in made.maps.items()})
+
+
+def _maps(source: Source) -> dict[str, np.ndarray]:
+    """The tensors that say which tokens a drafter drafts; none where it is all of them, where vLLM refuses such."""
+    drafter, whole = source.config, source.arch.vocab_size
+    if drafter.draft_vocab_size in (0, whole):
+        return {}
+    return to_maps(decode_vocabulary(drafter.draft_vocabulary, drafter.draft_vocab_size, whole), whole)
 
 
 def write_export(
@@ -152,8 +185,7 @@ def write_export(
     check_output(output, source.config, overwrite=overwrite)
     made = content(source, form, dtype)
     with built_beside(output) as folder:
-        tensors = itertools.chain(made.source.tensors(), made.source.frozen.items())
-        write_safetensors(folder / "model.safetensors", made.shapes, tensors, dtype)
+        write_safetensors(folder / "model.safetensors", made.shapes, made.tensors(), dtype, made.maps)
         write_text(folder / "config.json", json.dumps(made.config, indent=2, sort_keys=True) + "\n")
         for name, file in (files or {}).items():
             if isinstance(file, Path):
@@ -235,6 +267,12 @@ def deepspec_config(source: Source, dtype: str) -> dict[str, Any]:
         raise InputError(
             "--format deepspec: the reference's blocks are anchor-first and its config cannot say otherwise, this "
             "drafter fills them in; use --format universal or speculators"
+        )
+    drafter = source.config
+    if drafter.draft_vocab_size or drafter.eagle3_norms or not drafter.qk_norms:
+        raise InputError(
+            "--format deepspec: the reference's EAGLE-3 has Qwen3's layers and the target's whole vocabulary and head, "
+            "this drafter has others; use --format universal or speculators"
         )
     return reference_config(source, dtype)
 
@@ -325,18 +363,46 @@ def universal_config(source: Source, dtype: str) -> dict[str, Any]:
 def _vllm_eagle3(source: Source, config: dict[str, Any]) -> dict[str, Any]:
     """What vLLM, the one server of Qwen3's EAGLE-3, wants besides: its class, and ids of layer inputs."""
     family = source.family
+    if not source.config.qk_norms:
+        return _llama(source, str(config["dtype"]))
     if not family.eagle3_class:
         raise InputError(f"--format universal: no server has an EAGLE-3 for {family.title}; use --format deepspec")
     return config | family.drafter_rope(source.arch) | _eagle3_serving(source, family.eagle3_class)
 
 
 def _eagle3_serving(source: Source, architecture: str) -> dict[str, Any]:
+    drafter = source.config
     return {
         "architectures": [architecture],
-        "eagle_aux_hidden_state_layer_ids": [i + 1 for i in source.config.target_layer_ids],
-        "norm_before_residual": False,
-        "draft_vocab_size": source.arch.vocab_size,
+        "eagle_aux_hidden_state_layer_ids": [i + 1 for i in drafter.target_layer_ids],
+        "norm_before_residual": "norm_before_residual" in drafter.eagle3_norms,
+        **{name: True for name in EAGLE3_NORMS if name in drafter.eagle3_norms},
+        "draft_vocab_size": drafter.draft_vocab_size or source.arch.vocab_size,
     }
+
+
+def _llama(source: Source, dtype: str) -> dict[str, Any]:
+    """EAGLE-3 with a layer of Llama, as SpecForge writes it and SGLang, vLLM and llama.cpp read it.
+
+    The ids of tapped layers count inputs at the top level, which vLLM and llama.cpp read, and outputs in
+    `eagle_config`, which SGLang reads (trap 13).
+    """
+    layers = llama_layers(source, dtype)
+    ids = {"eagle_aux_hidden_state_layer_ids": list(source.config.target_layer_ids), "use_aux_hidden_state": True}
+    served = _eagle3_serving(source, LLAMA_EAGLE_ARCHITECTURES[0])
+    return layers | served | {"eagle_config": ids, "ttt_length": source.config.block_size}
+
+
+def llama_layers(source: Source, dtype: str) -> dict[str, Any]:
+    """The config of a Llama of one layer, of the drafter's shape."""
+    arch, text = source.arch, source.target.get("text_config") or source.target
+    rope = {"rope_theta": arch.rope_theta, "rope_type": "default"}
+    tokens = {name: text[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in text}
+    shape = {name: getattr(arch, name) for name in SIZES}
+    return tokens | shape | {
+        "model_type": "llama", "num_hidden_layers": 1, "tie_word_embeddings": False, "hidden_act": "silu",
+        "attention_bias": False, "mlp_bias": False, "rope_scaling": None, "rope_parameters": rope, "dtype": dtype,
+    }  # fmt: skip
 
 
 def speculators_config(source: Source, dtype: str) -> dict[str, Any]:
@@ -361,7 +427,8 @@ def speculators_config(source: Source, dtype: str) -> dict[str, Any]:
         keys |= {"aux_hidden_state_layer_ids": [i + 1 for i in base["target_layer_ids"]]}
     else:
         off = ("norm_before_fc", "fc_norm", "norm_output", "embed_requires_grad")
-        keys = _eagle3_serving(source, "Eagle3Speculator") | dict.fromkeys(off, False)
+        keys = dict.fromkeys(off, False) | _eagle3_serving(source, "Eagle3Speculator")
+        base = base if source.config.qk_norms else llama_layers(source, dtype)
     proposal = {"proposal_type": "greedy", "speculative_tokens": source.config.block_size}
     return keys | {
         "speculators_model_type": kind,
@@ -376,7 +443,7 @@ def speculators_config(source: Source, dtype: str) -> dict[str, Any]:
             },
         },
         "transformer_layer_config": {name: value for name, value in base.items() if name not in own},
-        "draft_vocab_size": source.arch.vocab_size,
+        "draft_vocab_size": source.config.draft_vocab_size or source.arch.vocab_size,
         "target_hidden_size": source.arch.hidden_size,
         "dtype": dtype,
         "tie_word_embeddings": False,

@@ -1,5 +1,6 @@
 """Drafters from Hugging Face directories, and their tensors by checkpoint name."""
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,19 +11,24 @@ from jax.sharding import Mesh
 
 from dspark_jax.architecture import Unsupported
 from dspark_jax.config import DrafterConfig, InputError, TargetArchitecture
-from dspark_jax.convert.layouts import Layout, layers_config, read_config, read_layout, unsupported_parts
-from dspark_jax.convert.mapping import FROZEN, HEADS, VOCABULARY_MAPS, drafter_family, drafter_weights
+from dspark_jax.convert.layouts import Layout, default_taps, layers_shape, read_config, read_layout, unsupported_parts
+from dspark_jax.convert.mapping import FROZEN, HEADS, VOCABULARY_MAPS, drafter_family, drafter_weights, frozen_names
 from dspark_jax.drafter import make_drafter
 from dspark_jax.drafter.interface import DrafterModule
 from dspark_jax.registry import listed
 from dspark_jax.target.loading import fill_module, parameter_paths, read_checkpoint
+from dspark_jax.vocabulary import encode_vocabulary, from_maps
 
 ELSEWHERE = "servers may know it: convert check tells which"
 """What remains to be done with a drafter that cannot be run here."""
 
 
-def read_drafter_config(directory: Path) -> tuple[TargetArchitecture, DrafterConfig]:
+def read_drafter_config(directory: Path, target_layers: int = 0) -> tuple[TargetArchitecture, DrafterConfig]:
     """The drafter's own shape and its settings, from the `config.json` of any dialect that is known.
+
+    Args:
+      directory: of the drafter.
+      target_layers: of its target, from which the tapped layers of an EAGLE-3 follow that names none; 0: not known.
 
     Raises:
       InputError: the file is missing, or describes a drafter that is not implemented.
@@ -32,9 +38,51 @@ def read_drafter_config(directory: Path) -> tuple[TargetArchitecture, DrafterCon
     parts = unsupported_parts(raw)
     if parts:
         raise Unsupported(str(path), parts[0], ELSEWHERE)
-    source = layers_config(raw)
-    arch = TargetArchitecture.from_hf(path if source is raw else source)
-    return arch, drafter_config(str(path), layout)
+    if not layout.taps and not target_layers:
+        raise InputError(
+            f"{path}: names no tapped layers, they follow from the target; give its own config or --target"
+        )
+    layout = layout if layout.taps else dataclasses.replace(layout, taps=default_taps(target_layers))
+    arch, config = layers_shape(path, raw), drafter_config(str(path), layout)
+    if layout.family == "eagle3":
+        config = of_tensors(directory, config, arch, read_checkpoint(directory))
+    return arch, config
+
+
+def of_tensors(
+    directory: Path, config: DrafterConfig, arch: TargetArchitecture, tensors: Mapping[str, np.ndarray]
+) -> DrafterConfig:
+    """The settings of an EAGLE-3 drafter with what its tensors say: norms of queries and keys, and its vocabulary.
+
+    Raises:
+      InputError: the tensors do not say which tokens it drafts, or not what config.json says.
+    """
+    config = dataclasses.replace(config, qk_norms=any("self_attn.q_norm" in name for name in tensors))
+    size, maps = config.draft_vocab_size, {name: tensors[name] for name in VOCABULARY_MAPS if name in tensors}
+    if not size or (FROZEN[1] not in tensors and not maps):
+        return dataclasses.replace(config, draft_vocab_size=0)  # the target's head
+    if "d2t" not in maps:
+        if size < arch.vocab_size:
+            raise InputError(
+                f"{directory}: tensor d2t, which says what tokens it drafts, is missing; download it again"
+            )
+        return config
+    try:
+        ids = from_maps(maps["d2t"], maps.get("t2d"), arch.vocab_size)
+    except ValueError as error:
+        raise InputError(f"{directory}: {error}") from None
+    if len(ids) != size:
+        raise InputError(
+            f"{directory}: d2t has {len(ids)} tokens, config.json says draft_vocab_size {size}; correct it"
+        )
+    whole = size == arch.vocab_size
+    return dataclasses.replace(config, draft_vocabulary="" if whole else encode_vocabulary(ids, arch.vocab_size))
+
+
+def canonical(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The tensors of an EAGLE-3 drafter by the names that the reference has, without the maps of its vocabulary."""
+    names = {name: name.removeprefix("model.").replace("midlayer.", "layers.0.", 1) for name in tensors}
+    return {names[name]: tensor for name, tensor in tensors.items() if name not in VOCABULARY_MAPS}
 
 
 def drafter_config(where: str, layout: Layout) -> DrafterConfig:
@@ -77,6 +125,9 @@ def eagle3_config(layout: Layout) -> DrafterConfig:
         markov_rank=0,
         confidence_head=False,
         confidence_with_markov=False,
+        qk_norms=layout.qk_norms,
+        eagle3_norms=layout.eagle3_norms,
+        draft_vocab_size=layout.draft_vocab_size,
     )
 
 
@@ -95,7 +146,7 @@ def expected_tensors(arch: TargetArchitecture, config: DrafterConfig) -> dict[st
         single = shape[1:] if weight.stacked else shape
         for name in weight.names(shape[0] if weight.stacked else 1):
             shapes[name] = weight.stored_shape(single)
-    for name in FROZEN:
+    for name in frozen_names(config):
         shapes[name] = (arch.vocab_size, arch.hidden_size)
     return shapes
 
@@ -107,11 +158,15 @@ def _constants(drafter: DrafterModule, config: DrafterConfig) -> list[str]:
 
 
 def compare_tensors(
-    where: str, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], kind: str
+    where: str,
+    found: Mapping[str, tuple[int, ...]],
+    expected: Mapping[str, tuple[int, ...]],
+    kind: str,
+    frozen: tuple[str, ...] = FROZEN,
 ) -> None:
     """Refuses any difference between the tensors that are there and those that should be.
 
-    The frozen copies of the target's embedding and LM head may be left out, both of them.
+    The `frozen` copies of the target's embedding and LM head may be left out, all of them.
 
     Raises:
       InputError: an unknown, missing or misshaped tensor, or a checkpoint with a vocabulary of its own.
@@ -121,8 +176,7 @@ def compare_tensors(
             raise Unsupported(where, f"a reduced draft vocabulary (tensor {name})", ELSEWHERE)
         if name not in expected:
             raise InputError(f"{where}: tensor {name} is unknown to a {kind} drafter; check config.json")
-    frozen_missing = [name for name in FROZEN if name not in found]
-    optional = FROZEN if len(frozen_missing) == len(FROZEN) else ()
+    optional = () if any(name in found for name in frozen) else frozen
     for name, shape in expected.items():
         if name not in found:
             if name not in optional:
@@ -135,7 +189,7 @@ def compare_tensors(
 
 
 def import_drafter(
-    directory: str | Path, mesh: Mesh, *, dtype: Any = np.float32
+    directory: str | Path, mesh: Mesh, *, dtype: Any = np.float32, target_layers: int = 0
 ) -> tuple[DrafterConfig, DrafterModule]:
     """Loads a drafter that the reference, speculators or `convert export` wrote, without its copies of target tensors.
 
@@ -143,13 +197,14 @@ def import_drafter(
       directory: holds config.json and safetensors.
       mesh: parameters are put on their shards of it, as float32.
       dtype: compute type of the drafter.
+      target_layers: see `read_drafter_config`.
 
     Raises:
       InputError: the directory is incomplete, damaged, or holds an unknown tensor, one that is not finite, or another
         kind of drafter.
     """
     directory = Path(directory)
-    arch, config = read_drafter_config(directory)
+    arch, config = read_drafter_config(directory, target_layers)
     return config, load_tensors(directory, arch, config, mesh, dtype=dtype)
 
 
@@ -164,8 +219,10 @@ def load_tensors(
 ) -> DrafterModule:
     """The drafter of a directory whose config has been read already; see `import_drafter` and `fill_module`."""
     tensors = read_checkpoint(directory)
+    if config.kind == "eagle3":
+        tensors = canonical(tensors)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    compare_tensors(str(directory), shapes, expected_tensors(arch, config), config.kind)
+    compare_tensors(str(directory), shapes, expected_tensors(arch, config), config.kind, frozen_names(config))
     drafter = abstract_drafter(arch, config, dtype=dtype)
     for name in _constants(drafter, config):
         if np.any(np.asarray(tensors[name], np.float32) != 1):

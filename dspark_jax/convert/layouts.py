@@ -14,7 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dspark_jax.config import InputError
+from dspark_jax.config import InputError, TargetArchitecture
+from dspark_jax.config_rules import EAGLE3_NORMS
+from dspark_jax.convert.llama_fields import as_qwen3, unread_fields
 from dspark_jax.json_file import read_object
 from dspark_jax.target.families import FAMILIES, claiming
 
@@ -55,6 +57,9 @@ class Layout:
       conv_kernel_size: taps of the convolutions; 0 = there are none.
       conv_group_size: channels that share a coefficient.
       selector_top_k: candidates of a selector.
+      qk_norms: whether the layer of eagle3 norms queries and keys, as the config says; its tensors may say otherwise.
+      eagle3_norms: which norms eagle3 has besides, see `DrafterConfig`.
+      draft_vocab_size: tokens of eagle3's own LM head; 0: the head is the target's.
     """
 
     dialect: str
@@ -71,6 +76,9 @@ class Layout:
     conv_kernel_size: int = 0
     conv_group_size: int = 16
     selector_top_k: int = 16
+    qk_norms: bool = True
+    eagle3_norms: tuple[str, ...] = ()
+    draft_vocab_size: int = 0
 
     @property
     def drafts(self) -> int:
@@ -90,6 +98,18 @@ def read_config(directory: Path) -> dict[str, Any]:
 def layers_config(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     """The part of a drafter's config that gives the shape of its layers, with the fields of a Hugging Face model."""
     return raw["transformer_layer_config"] if "speculators_model_type" in raw else raw
+
+
+def layers_shape(where: Path, raw: Mapping[str, Any]) -> TargetArchitecture:
+    """The shape of a drafter's layers; of Llama's, that of the same layers with Qwen3's fields.
+
+    Raises:
+      InputError: see `TargetArchitecture.from_hf`.
+    """
+    source = layers_config(raw)
+    if is_llama(raw):
+        return TargetArchitecture.from_hf(as_qwen3(source))
+    return TargetArchitecture.from_hf(where if source is raw else source)
 
 
 def architecture(raw: Mapping[str, Any]) -> str:
@@ -113,12 +133,18 @@ def unsupported_parts(raw: Mapping[str, Any]) -> list[str]:
     found = [f"{name} {raw[name]}" for name in _OFF if raw.get(name)]
     model_type = "llama" if "speculators_model_type" in raw and "model_type" not in layers else layers.get("model_type")
     eagle = raw.get("speculators_model_type") == "eagle3" or architecture(raw) in eagle_architectures()
+    family = claiming(model_type)
+    if not eagle:
+        found += [f"{name} {raw[name]}" for name in EAGLE3_NORMS if raw.get(name)]
     if eagle and is_llama(raw):
-        found.append("an EAGLE-3 with Llama's layers")
-    elif not ((family := claiming(model_type)) and family.drafter_class):
+        found += unread_fields(raw, layers)
+    elif not (family and family.drafter_class):
         found.append(f"layers of a {model_type}")
-    if eagle and raw.get("norm_before_residual", "speculators_model_type" in raw):
-        found.append("norm_before_residual (the default of speculators files)")
+    elif eagle and family.name != "qwen3":
+        found += [f"{name} with layers of {family.title}" for name in eagle3_norms(raw)]
+    width = raw.get("target_hidden_size")
+    if eagle and width not in (None, layers.get("hidden_size")):
+        found.append(f"target_hidden_size {width} of a drafter that is {layers.get('hidden_size')} wide")
     if eagle and (layers.get("num_hidden_layers") or 1) != 1:
         found.append(f"an EAGLE-3 of {layers['num_hidden_layers']} layers")
     if not eagle and raw.get("is_causal", nested.get("causal")):
@@ -131,15 +157,27 @@ def unsupported_parts(raw: Mapping[str, Any]) -> list[str]:
     if nested.get("projector_type") not in (None, "dspark", "dflash"):
         found.append(f"projector_type {nested['projector_type']}")
     whole = layers.get("vocab_size")
-    if isinstance(whole, int) and (raw.get("draft_vocab_size") or whole) < whole:
+    reads = eagle and (is_llama(raw) or (family and family.name == "qwen3"))
+    if isinstance(whole, int) and (raw.get("draft_vocab_size") or whole) < whole and not reads:
         found.append("a reduced draft vocabulary")
     return found
+
+
+def eagle3_norms(raw: Mapping[str, Any]) -> tuple[str, ...]:
+    """Which of `EAGLE3_NORMS` an EAGLE-3 drafter has.
+
+    A speculators file that says nothing of norm_before_residual has it: so it was before the package wrote it always,
+    and so vLLM reads it.
+    """
+    nested = raw.get("eagle_config") or {}
+    absent = {"norm_before_residual": "speculators_model_type" in raw}
+    return tuple(name for name in EAGLE3_NORMS if nested.get(name, raw.get(name, absent.get(name))))
 
 
 _DFLASH2_OFF = {"input_embedding_scale": 1.0, "output_multiplier": 1.0, "final_logit_softcapping": 0.0}
 """Numbers of DFlash 2 that servers take and the values that change nothing."""
 
-_OFF = ("norm_before_fc", "fc_norm", "norm_output", "use_aux_norm")
+_OFF = ("use_aux_norm",)
 """Switches of EAGLE-3 variants: off, or the computation is another one."""
 
 
@@ -224,7 +262,21 @@ def _eagle(where: str, raw: Mapping[str, Any]) -> Layout:
     taps = tuple(i - 1 for i in inputs) if inputs is not None else tuple(outputs or ())
     layers = int(raw.get("num_hidden_layers") or 1)
     steps = int(raw.get("ttt_length") or 0)
-    return Layout("deepspec", "eagle3", steps, taps, -1, anchor_first=True, num_layers=layers)
+    return Layout("deepspec", "eagle3", steps, taps, -1, anchor_first=True, num_layers=layers, **_eagle3_parts(raw))
+
+
+def default_taps(target_layers: int) -> tuple[int, ...]:
+    """What servers and SpecForge tap for an EAGLE-3 that does not say: the inputs of layers 2, L/2 and L-3."""
+    return 1, target_layers // 2 - 1, target_layers - 4
+
+
+def _eagle3_parts(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """What the variants of EAGLE-3 differ in. Those with Llama's layers have a head of their own, others where it is
+    for a part of the vocabulary."""
+    whole, llama = int(layers_config(raw).get("vocab_size") or 0), is_llama(raw)
+    size = int(raw.get("draft_vocab_size") or whole)
+    own = size if llama or size < whole else 0
+    return {"qk_norms": not llama, "eagle3_norms": eagle3_norms(raw), "draft_vocab_size": own}
 
 
 def _speculators(where: str, raw: Mapping[str, Any]) -> Layout:
@@ -238,7 +290,8 @@ def _speculators(where: str, raw: Mapping[str, Any]) -> Layout:
         taps = tuple(i - 1 for i in raw.get("eagle_aux_hidden_state_layer_ids") or ())
         methods = (raw.get("speculators_config") or {}).get("proposal_methods") or [{}]
         steps = int(methods[0].get("speculative_tokens") or 0)
-        return Layout("speculators", "eagle3", steps, taps, -1, anchor_first=True, num_layers=layers)
+        parts = _eagle3_parts(raw)
+        return Layout("speculators", "eagle3", steps, taps, -1, anchor_first=True, num_layers=layers, **parts)
     if kind not in ("dspark", "dflash", "dflash2"):
         raise InputError(
             f"{where}: speculators_model_type {kind!r} is not supported; use one of: dspark, dflash, dflash2, eagle3"
@@ -258,7 +311,7 @@ _OBJECTS = ("dflash_config", "dspark_config", "eagle_config", "transformer_layer
 _LISTS = ("target_layer_ids", "aux_hidden_state_layer_ids", "eagle_aux_hidden_state_layer_ids")
 _NUMBERS = (
     "block_size", "mask_token_id", "num_hidden_layers", "markov_rank", "ttt_length", "draft_vocab_size",
-    "noise_token_id", "speculative_tokens", *DFLASH2_KEYS,
+    "noise_token_id", "speculative_tokens", "target_hidden_size", *DFLASH2_KEYS,
 )  # fmt: skip
 
 

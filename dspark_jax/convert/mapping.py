@@ -56,7 +56,11 @@ _EAGLE3 = {
     "fc": Weight("fc.weight", inputs=1),
     "norm": Weight("norm.weight"),
     "layers.hidden_norm": Weight("layers.{i}.hidden_norm.weight"),
+    "input_norm": Weight("input_norm.weight"),
+    "fc_norm": Weight("fc_norm.{i}.weight"),
+    "vocabulary.head": Weight("lm_head.weight"),
 }
+"""Of the last three a drafter has what its config says."""
 
 _MTP = {
     "projection": Weight("layers.0.eh_proj.weight", inputs=1),
@@ -72,6 +76,12 @@ _KINDS = {"eagle3": _EAGLE3, "mtp": _MTP}
 
 FROZEN = ("embed_tokens.weight", "lm_head.weight")
 """Copies of the target's tensors that the reference stores in every drafter."""
+
+
+def frozen_names(config: DrafterConfig) -> tuple[str, ...]:
+    """Those of `FROZEN` that are the target's: not the LM head, if the drafter has one of its own."""
+    return FROZEN[:1] if config.draft_vocab_size else FROZEN
+
 
 VOCABULARY_MAPS = ("t2d", "d2t")
 """Tensors of drafters that draft from a part of the vocabulary only."""

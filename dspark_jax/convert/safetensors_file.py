@@ -1,5 +1,6 @@
 """Writes safetensors files tensor by tensor, so that the host holds one of them at a time."""
 
+import itertools
 import json
 import os
 import struct
@@ -9,12 +10,22 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-DTYPES = {"float32": ("F32", np.dtype(np.float32)), "bfloat16": ("BF16", np.dtype(ml_dtypes.bfloat16))}
+DTYPES: dict[str, tuple[str, np.dtype]] = {
+    "float32": ("F32", np.dtype(np.float32)),
+    "bfloat16": ("BF16", np.dtype(ml_dtypes.bfloat16)),
+}
 """Our name of a type -> its name in a safetensors header, and the array type."""
+
+_OWN = {np.dtype(np.int64): "I64", np.dtype(np.bool_): "BOOL"}
+"""Types that tensors of whole numbers keep -> their names there."""
 
 
 def write_safetensors(
-    path: Path, shapes: Mapping[str, tuple[int, ...]], tensors: Iterable[tuple[str, np.ndarray]], dtype: str
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    tensors: Iterable[tuple[str, np.ndarray]],
+    dtype: str,
+    whole: Mapping[str, np.ndarray] | None = None,
 ) -> None:
     """Writes one file, flushed to disk.
 
@@ -22,15 +33,18 @@ def write_safetensors(
       path: is replaced.
       shapes: every tensor of the file and its shape; the header is made of it.
       tensors: each of them once, in any order; converted to `dtype`.
-      dtype: float32 or bfloat16, of all tensors.
+      dtype: float32 or bfloat16, of all these tensors.
+      whole: further tensors, of whole numbers or truth values, which keep their type; they are in `shapes`, too.
 
     Raises:
       OSError: the disk is full.
     """
-    code, numpy_type = DTYPES[dtype]
+    whole = whole or {}
+    types = {name: (_OWN[value.dtype], value.dtype) for name, value in whole.items()}
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers refuses files without it
     offsets, end = {}, 0
-    for name in sorted(shapes):
+    for name in sorted(shapes, key=lambda name: (types.get(name, DTYPES[dtype])[1].itemsize == 1, name)):  # aligned
+        code, numpy_type = types.get(name, DTYPES[dtype])
         size = numpy_type.itemsize * int(np.prod(shapes[name]))
         header[name] = {"dtype": code, "shape": list(shapes[name]), "data_offsets": [end, end + size]}
         offsets[name], end = end, end + size
@@ -39,7 +53,8 @@ def write_safetensors(
     written = set()
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
-        for name, value in tensors:
+        for name, value in itertools.chain(tensors, whole.items()):
+            numpy_type = types.get(name, DTYPES[dtype])[1]
             assert value.shape == shapes[name] and name not in written, name
             file.seek(8 + len(text) + offsets[name])
             file.write(np.ascontiguousarray(value, numpy_type).reshape(-1).view(np.uint8).data)

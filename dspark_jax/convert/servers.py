@@ -60,6 +60,7 @@ class Server:
     rule: Sequence[Rule]
     serves: bool = True
     greedy: Sequence[str] = ()
+    eagle3_norms: Sequence[str] | None = None
     ran: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
@@ -94,7 +95,11 @@ def replay(
     files = Files(path, config, shapes, target, read_layout(path, config), split)
     if not shapes:
         raise InputError(f"{path}: there are no tensors; download it again")
+<<<<<<< HEAD
     return [judge(server, files) for server in servers()]
+=======
+    return [_experienced(files, without_unread_norms(files, server(files))) for server in SERVERS]
+>>>>>>> s13-eagle
 
 
 def judge(server: Server, files: Files) -> Verdict:
@@ -105,6 +110,12 @@ def judge(server: Server, files: Files) -> Verdict:
     said: dict[str, list[str]] = {verdict: [] for verdict in VERDICTS}
     for rule in _applying(server, files, known):
         said[rule.verdict].append(rule.say.format_map(known))
+    if unread := [name for name in files.stated.eagle3_norms if name not in (server.eagle3_norms or ())]:
+        names = ", ".join(unread)
+        if server.eagle3_norms is not None:
+            said["wrong"].append(f"it does not read {names} and computes without it")
+        elif server.serves:
+            said["unknown"].append(f"whether it reads {names} was not verified")
     reading = None if said["refuses"] or said["unknown"] else _layout(files.stated, read)
     notes = [*said["note"], *([_experience(server, files)] if server.serves and reading else [])]
     return Verdict(

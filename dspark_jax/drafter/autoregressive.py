@@ -50,6 +50,7 @@ class Autoregressive(DrafterModule):
 
     layers: Any
     stops_drafting = True  # after a drafted stop token (trap 28)
+    feeds_normed = False  # the next step reads the output after the final norm
 
     def __init__(self, arch: TargetArchitecture, config: DrafterConfig, *, dtype: Any = jnp.float32):
         """What does not depend on how a row is made; `layers` is up to the subclass."""
@@ -143,6 +144,8 @@ class Autoregressive(DrafterModule):
         for k in range(self.block_size):
             carry = jax.checkpoint(step, static_argnums=1)(carry, k)
             outputs.append(rms_norm(carry[0], self.norm[...], self.arch.rms_norm_eps))
+            if self.feeds_normed:
+                carry = outputs[-1], *carry[1:]
         useful = self.supervised(loss_mask, starts)
         steps = range(self.block_size)
         masks = [at(useful, k) & (rows + k < s) & (at(starts, k) == first) & keep for k in steps]
@@ -203,6 +206,7 @@ class Autoregressive(DrafterModule):
         """
         layer = layer_at(self.layers, 0)
         start = positions - 1  # the row of the newest feature and the anchor
+        unembed = target.unembed if self.vocabulary is None else self.vocabulary.unembed
 
         def step(k: int, state: Any, previous: jax.Array) -> tuple[jax.Array, Any]:
             hidden, rows = state
@@ -213,8 +217,8 @@ class Autoregressive(DrafterModule):
             scale, last = layer.attention.shape.scale, Rows.whole(start + k, 1)
             heads = cached_attention(query[:, 0], rows=last, **rows.for_attention(0), scale=scale, finite=True)
             hidden = layer(residual, lambda *_: heads[:, None])
-            logits = target.unembed(rms_norm(hidden, self.norm[...], self.arch.rms_norm_eps)[:, 0])
-            return logits, (hidden, rows)
+            normed = rms_norm(hidden, self.norm[...], self.arch.rms_norm_eps)
+            return unembed(normed[:, 0]), (normed if self.feeds_normed else hidden, rows)
 
         start_of_all = (cache.newest[:, None], cache.rows)
         draws = uniforms.swapaxes(0, 1)

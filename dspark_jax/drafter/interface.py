@@ -8,6 +8,7 @@ from flax import nnx
 
 from dspark_jax.drafter.blocks import Anchors
 from dspark_jax.drafter.heads import ConfidenceHead, SequentialHead
+from dspark_jax.drafter.vocabulary import DraftVocabulary
 from dspark_jax.ops.sampling import Sampling
 from dspark_jax.target.interface import EmbeddingAndHead
 
@@ -19,7 +20,8 @@ class Proposal:
 
     Attributes:
       tokens: [B, G] drafted ids.
-      logits: [B, G, V] float32, the distribution (before temperature) that each token was drawn from.
+      logits: [B, G, V] float32, the distribution (before temperature) that each token was drawn from; minus infinity at
+        tokens that cannot be drafted.
       confidence: [B, G] logit of the probability that draft k is accepted given that all before it were, or None.
     """
 
@@ -113,6 +115,7 @@ class DrafterModule(nnx.Module):
     Attributes:
       markov: sequential head, or None.
       confidence: confidence head, or None.
+      vocabulary: the tokens that it can draft and its own LM head for them, or None: all of them, with the target's.
     """
 
     block_size: int
@@ -121,6 +124,7 @@ class DrafterModule(nnx.Module):
     stops_drafting: bool = False
     markov: SequentialHead | None = None
     confidence: ConfidenceHead | None = None
+    vocabulary: DraftVocabulary | None = None
 
     def __call__(
         self,

@@ -110,6 +110,8 @@ def open_drafter(run: Run, checkpoint: str = NEWEST) -> tuple[int, DrafterModule
     """
     step, saved, drafter = load_step(run, checkpoint)
     unused = {"initializer_range", *([] if KINDS[saved.drafter.kind].needs_mask else ["mask_token_id"])}
+    if not run.config.drafter.draft_vocabulary:  # `train` has filled it
+        unused.add("draft_vocabulary")
     for field in dataclasses.fields(saved.drafter):
         there, stated = getattr(saved.drafter, field.name), getattr(run.config.drafter, field.name)
         if there != stated and field.name not in unused:

@@ -11,6 +11,7 @@ from dspark_jax.metrics import Ratio
 from dspark_jax.ops.vocab_loss import vocab_loss
 from dspark_jax.target.interface import EmbeddingAndHead
 from dspark_jax.training.losses import Blocks, block_terms, vocab_terms
+from dspark_jax.training.vocabulary import inside_vocabulary
 
 EPSILON = 1e-6
 """Added to the denominator, as the reference does; without any supervised token the loss is 0."""
@@ -66,10 +67,19 @@ def drafter_loss(
         head that chooses among candidates it is the acceptance without it, as the terms over the vocabulary are,
         tau_expected: 1 + sum over k of the product of accept@1..k, mean over blocks whose first position is supervised,
         supervised: share of the block positions that are supervised,
+        vocabulary_mass: the target's probability of the tokens that a drafter with a reduced vocabulary can draft, mean
+        over supervised positions. There everything else is about both distributions within this vocabulary, positions
+        at which the target's likeliest token is outside it are not supervised (the rule of EAGLE's authors and of
+        SpecForge), and there is no ce,
         and what terms report besides.
     """
     b, a, g, d = outputs.hidden.shape
-    mask = outputs.mask
+    vocabulary, mask = drafter.vocabulary, outputs.mask
+    inside = None
+    if vocabulary is not None:
+        inside = inside_vocabulary(vocabulary, target, last_hidden, vocab_chunk)
+        mask = mask & _at_rows(inside.supervised, outputs.teacher_rows)
+        outputs = dataclasses.replace(outputs, mask=mask)
     weights = jnp.exp(-jnp.arange(g, dtype=jnp.float32) / config.decay) * mask
     weight_sum = jnp.sum(weights)
     denominator = jnp.asarray(b * a, jnp.float32) if config.per_row else weight_sum
@@ -80,17 +90,25 @@ def drafter_loss(
     candidates = 0 if head is None else head.candidates
     biased = head is not None and not candidates
     rows = outputs.teacher_rows.reshape(b, a * g)
-    teacher = jax.vmap(lambda states, at: states[at])(jax.lax.stop_gradient(last_hidden), rows)
+    teacher = _at_rows(jax.lax.stop_gradient(last_hidden), rows)
 
     coefficients = config.coefficients()
     terms = vocab_terms(coefficients)
+    states, lm_head, labels = outputs.hidden.reshape(b, a * g, d), target.head, outputs.labels
+    own = (latent.reshape(b, a * g, -1) if biased and latent is not None else None, None)
+    if biased and head is not None:
+        own = (own[0], head.w2[...])
+    if vocabulary is not None:  # its own head in the place of a Markov head's table; data tokens may be outside it
+        del terms["ce"]
+        own, states, labels = (states, vocabulary.learned()), None, jnp.zeros_like(labels)
+        lm_head = lm_head[vocabulary.ids]
     out = vocab_loss(
-        outputs.hidden.reshape(b, a * g, d),
-        latent.reshape(b, a * g, -1) if biased and latent is not None else None,
+        states,
+        own[0],
         teacher,
-        target.head,
-        head.w2[...] if biased and head is not None else None,
-        outputs.labels.reshape(b, a * g),
+        lm_head,
+        own[1],
+        labels.reshape(b, a * g),
         weights.reshape(b, a * g),
         terms=terms,
         block=g,
@@ -109,6 +127,9 @@ def drafter_loss(
         each = weights if term.weighted else mask.astype(jnp.float32)
         metrics[name] = Ratio(jnp.sum(each * cleared(out.values[name])), jnp.sum(each))
     metrics["tv"] = Ratio(0.5 * metrics["l1"].num, weight_sum)
+    if inside is not None:
+        share = jnp.where(mask, _at_rows(inside.mass, outputs.teacher_rows), 0.0)
+        metrics["vocabulary_mass"] = Ratio(jnp.sum(share), jnp.sum(mask, dtype=jnp.float32))
     favourites = jax.tree.map(lambda ids: ids.reshape(b, a, g, *ids.shape[2:]), out.favourites)
     blocks = Blocks(drafter, target, outputs, previous, accept, weights, latent, favourites)
     for name, (term, coefficient) in block_terms(coefficients, drafter).items():
@@ -117,6 +138,11 @@ def drafter_loss(
         total += coefficient * summed
         metrics |= {name: Ratio(summed, weight_sum), **more}
     return LossSums(total, denominator, jax.lax.stop_gradient(metrics))
+
+
+def _at_rows(values: jax.Array, rows: jax.Array) -> jax.Array:
+    """values [B, S, ...] at sequence rows [B, ...]."""
+    return jax.vmap(lambda one, at: one[at])(values, rows)
 
 
 def _acceptance(accept: jax.Array, mask: jax.Array) -> dict[str, Ratio]:

@@ -300,9 +300,10 @@ def test_tpu_inference_takes_fill_in_dflash(untrained, change, taps):
         ({"draft_vocab_size": 20}, "a reduced draft vocabulary"),
         ({"model_type": "llama"}, "layers of a llama"),
         ({"architectures": ["Eagle3Qwen3ForCausalLM"]}, None),
-        ({"architectures": ["Eagle3Qwen3ForCausalLM"], "norm_before_residual": True}, "norm_before_residual"),
+        ({"architectures": ["Eagle3Qwen3ForCausalLM"], "norm_before_residual": True}, None),
+        ({"architectures": ["Eagle3Qwen3ForCausalLM"], "draft_vocab_size": 20, "fc_norm": True}, None),
+        ({"architectures": ["Eagle3Qwen3ForCausalLM"], "target_hidden_size": 64}, "target_hidden_size 64 of a drafter"),
         ({"architectures": ["Eagle3Qwen3ForCausalLM"], "num_hidden_layers": 2}, "an EAGLE-3 of 2 layers"),
-        ({"architectures": ["LlamaForCausalLMEagle3"]}, "an EAGLE-3 with Llama's layers"),
         ({"fc_norm": True}, "fc_norm True"),
     ],
 )
@@ -311,6 +312,42 @@ def test_parts_without_an_implementation_here(untrained, change, part):
     raw, _ = files(untrained)
     found = unsupported_parts(raw | change)
     assert (part in found[0] and len(found) == 1) if part else found == []
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ({}, None),
+        ({"pretraining_tp": 1, "torch_dtype": "float16", "norm_output": True}, None),
+        ({"attn_output_gate": True}, "config field attn_output_gate"),
+        (
+            {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [1], "parallel": 2}},
+            "config field eagle_config.parallel",
+        ),
+        ({"eagle_config": {"use_aux_hidden_state": False}}, "eagle_config.use_aux_hidden_state false"),
+        ({"mlp_bias": True}, "mlp_bias True"),
+        ({"use_aux_norm": True}, "use_aux_norm True"),
+        ({"target_hidden_size": 64}, "target_hidden_size 64 of a drafter that is 32 wide"),
+    ],
+)
+def test_every_field_of_a_llama_eagle3_is_read_or_refused_by_name(change, part):
+    found = unsupported_parts(LLAMA | {"architectures": ["LlamaForCausalLMEagle3"]} | change)
+    assert found == ([part] if part else [])
+    nested = {"speculators_model_type": "eagle3", "transformer_layer_config": LLAMA | change, "draft_vocab_size": 20}
+    if not {"eagle_config", "target_hidden_size", "use_aux_norm"} & change.keys():
+        assert unsupported_parts(nested) == ([part] if part else [])
+
+
+def test_norms_that_a_server_does_not_read():
+    """It loads the file all the same, or ignores their tensors, and drafts something else."""
+    norms = {"norm_before_residual": True, "norm_output": True}
+    found = replay("x", LLAMA | {"architectures": ["LlamaForCausalLMEagle3"], **norms}, LLAMA_SHAPES, ARCH)
+    assert {one.server: one.wrong for one in found if one.reading} == {
+        "vLLM": (),
+        "SGLang": ("it does not read norm_before_residual and computes without it",),
+        "sglang-jax": ("it does not read norm_before_residual, norm_output and computes without it",),
+        "llama.cpp": ("it does not read norm_output and computes without it",),
+    }
 
 
 def test_servers_that_ran_are_told_from_those_whose_rules_were_read(untrained):

@@ -17,6 +17,7 @@ from dspark_jax.engine.models import Models
 from dspark_jax.engine.serving import Engine
 from dspark_jax.kinds import as_kind, names
 from dspark_jax.target.model import Target
+from dspark_jax.vocabulary import encode_vocabulary
 
 VOCAB = 5
 ARCH = TargetArchitecture("qwen3", VOCAB, 16, 3, 2, 1, 8, 32, 1e-6, 1e4, True, 256)
@@ -31,13 +32,19 @@ def target() -> Target:
 
 @functools.cache
 def drafter(kind: str) -> Any:
-    """A random drafter of a kind."""
+    """A random drafter of a kind; that with a layer of Llama drafts from three of the five tokens."""
     base = DrafterConfig(
         num_layers=2, block_size=3, target_layer_ids=(0, 1), mask_token_id=4, markov_rank=4, initializer_range=0.5,
         selector_top_k=3,
     )  # fmt: skip
     data = DataConfig(max_length=64, max_prompt_length=16)
-    config = resolve(as_kind(Config(target=TargetConfig(architecture=ARCH), drafter=base, data=data), kind))
+    config = as_kind(Config(target=TargetConfig(architecture=ARCH), drafter=base, data=data), kind)
+    if kind == "eagle3_llama":
+        config.drafter.draft_vocab_size, config.drafter.draft_vocabulary = (
+            3,
+            encode_vocabulary(np.array([0, 2, 3]), VOCAB),
+        )
+    config = resolve(config)
     return make_drafter(ARCH, config.drafter, rngs=nnx.Rngs(3))
 
 

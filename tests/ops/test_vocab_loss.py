@@ -375,3 +375,20 @@ def test_refuses_what_does_not_fit():
         vocab_loss(**args, **{**options, "chunk": 0})
     with pytest.raises(ValueError, match="'fast' is not one of"):
         vocab_loss(**args, **options, implementation="fast")
+    with pytest.raises(ValueError, match="without hidden, prev_embedding gives the logits"):
+        vocab_loss(**{**args, "hidden": None}, softcap=1.0, **options)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_a_head_of_the_drafters_own(implementation):
+    """Without hidden states for the target's head: as if that gave nothing, in values and in gradients."""
+    args = problem()
+
+    def loss(prev, w2, hidden):
+        given = {**args, "hidden": hidden, "prev_embedding": prev, "markov_w2": w2}
+        return vocab_loss(**given, terms=TERMS, chunk=4, implementation=implementation).loss
+
+    inputs = args["prev_embedding"], args["markov_w2"]
+    found, want = (jax.value_and_grad(loss, argnums=(0, 1))(*inputs, hidden) for hidden in (None, 0 * args["hidden"]))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), found, want)
+    assert float(jnp.abs(found[1][1]).max()) > 0

@@ -38,7 +38,8 @@ def problem(heads=True, seed=0):
     def predict(hidden, previous):
         return jnp.concatenate([hidden, previous], axis=-1) @ confidence - 0.5
 
-    drafter = SimpleNamespace(markov=markov if heads else None, confidence=predict if heads else None)
+    parts = {"markov": markov, "confidence": predict} if heads else {"markov": None, "confidence": None}
+    drafter = SimpleNamespace(**parts, vocabulary=None)
     lengths = np.array([[4, 0, 2], [1, 3, 0]])
     outputs = BlockOutputs(
         hidden=normal(B, A, G, D),

@@ -17,7 +17,7 @@ OPERATION = Operation(
 
 
 def vocab_loss(
-    hidden: jax.Array,
+    hidden: jax.Array | None,
     prev_embedding: jax.Array | None,
     teacher: jax.Array,
     head: jax.Array,
@@ -40,7 +40,8 @@ def vocab_loss(
     teacher are frozen.
 
     Args:
-      hidden: [B, T, D] rows of the drafter; their type is the type of all products (float32 accumulation).
+      hidden: [B, T, D] rows of the drafter; their type is the type of all products (float32 accumulation). None: the
+        draft logits are prev_embedding @ markov_w2.T alone, as of a drafter whose own LM head is markov_w2.
       prev_embedding: [B, T, R] Markov embedding of the token before each label, or None without a Markov head.
       teacher: [B, T, D] rows of the target after its final norm.
       head: [V, D] LM head of the target.
@@ -63,12 +64,14 @@ def vocab_loss(
 
     Raises:
       ValueError: shapes do not fit together, T is no multiple of the block, chunk is not positive, or the
-        implementation is unknown; or there are more candidates than tokens.
+        implementation is unknown; or there are more candidates than tokens; or without hidden there is a soft-cap.
     """
-    b, t, d = hidden.shape
+    b, t, d = (teacher if hidden is None else hidden).shape
     v = head.shape[0]
     if (prev_embedding is None) != (markov_w2 is None):
         raise ValueError("vocab_loss: prev_embedding and markov_w2 go together; give both or neither")
+    if hidden is None and (prev_embedding is None or softcap):
+        raise ValueError("vocab_loss: without hidden, prev_embedding gives the logits, and they are not capped")
     expected = {
         "teacher": (teacher, (b, t, d)),
         "head": (head, (v, d)),
@@ -81,7 +84,7 @@ def vocab_loss(
         expected["markov_w2"] = (markov_w2, (v, r))
     for name, (array, shape) in expected.items():
         if array.shape != shape:
-            raise ValueError(f"vocab_loss: {name} is {array.shape}, with hidden {hidden.shape} it must be {shape}")
+            raise ValueError(f"vocab_loss: {name} is {array.shape}, with rows [{b}, {t}, {d}] it must be {shape}")
     if chunk <= 0 or not jnp.issubdtype(labels.dtype, jnp.integer):
         raise ValueError(f"vocab_loss: chunk {chunk} must be positive and labels {labels.dtype} integers")
     if not 0 <= candidates <= v:

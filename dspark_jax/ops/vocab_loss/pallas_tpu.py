@@ -38,7 +38,7 @@ class _Case(NamedTuple):
 
 
 def vocab_loss(
-    hidden: jax.Array,
+    hidden: jax.Array | None,
     prev_embedding: jax.Array | None,
     teacher: jax.Array,
     head: jax.Array,
@@ -59,7 +59,8 @@ def vocab_loss(
         a_term_is_not_known_to_run_in_kernels=all(term.in_kernels for term, _ in terms.values()),
         a_term_depends_on_other_rows=not any(term.blockwise for term, _ in terms.values()),
         the_vocabulary_is_split_over_devices=parts_of("vocab") == 1,
-        eight_rows_do_not_fit_on_the_chip=_memory(v, hidden.dtype, capped=capped) <= platform.tpu_kernel_memory(),
+        eight_rows_do_not_fit_on_the_chip=_memory(v, (teacher if hidden is None else hidden).dtype, capped=capped)
+        <= platform.tpu_kernel_memory(),
     )
     arrays = hidden, prev_embedding, teacher, head, markov_w2, labels, weights
     settings: Any = {"terms": terms, "block": block, "softcap": softcap, "chunk": chunk, "candidates": candidates}

@@ -10,7 +10,7 @@ from dspark_jax.ops.vocab_loss.term import Distributions, VocabTerm
 
 
 def vocab_loss(
-    hidden: jax.Array,
+    hidden: jax.Array | None,
     prev_embedding: jax.Array | None,
     teacher: jax.Array,
     head: jax.Array,
@@ -26,16 +26,19 @@ def vocab_loss(
 ) -> VocabLoss:
     """See `api.vocab_loss`; `chunk` is ignored, and rows of weight 0 must be finite."""
     del chunk
+    given = prev_embedding if hidden is None else hidden
+    assert given is not None
+    dtype = given.dtype
     head, teacher, weights = jax.lax.stop_gradient((head, teacher, weights))
 
     def logits(rows: jax.Array, matrix: jax.Array) -> jax.Array:
-        rows, matrix = rows.astype(hidden.dtype), matrix.astype(hidden.dtype)
+        rows, matrix = rows.astype(dtype), matrix.astype(dtype)
         return jnp.einsum("btd,vd->btv", rows, matrix, preferred_element_type=jnp.float32)
 
     def base(rows: jax.Array) -> jax.Array:
         return softcap * jnp.tanh(logits(rows, head) / softcap) if softcap else logits(rows, head)
 
-    draft = base(hidden)
+    draft = jnp.zeros((*labels.shape, head.shape[0]), jnp.float32) if hidden is None else base(hidden)
     if prev_embedding is not None and markov_w2 is not None:
         draft += logits(prev_embedding, markov_w2)
     label_logit = jnp.take_along_axis(draft, labels[..., None], axis=-1)[..., 0]

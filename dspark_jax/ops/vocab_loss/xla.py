@@ -74,23 +74,28 @@ Rowwise = Callable[[Logits, jax.Array, jax.Array, Settings, Any], RowResults]
 class _Rows(NamedTuple):
     """Rows of one chunk, [P, m, ..], or of all chunks, [n, P, m, ..]; P is the number of batch shards."""
 
-    hidden: jax.Array  # [.., D]
+    hidden: jax.Array | None  # [.., D]
     prev: jax.Array | None  # [.., R]
     teacher: jax.Array  # [.., D]
     labels: jax.Array  # [..]
     weights: jax.Array  # [..]
 
+    @property
+    def dtype(self) -> Any:
+        """Type of all products: that of the rows that the drafter gives."""
+        return self.prev.dtype if self.hidden is None and self.prev is not None else cast(jax.Array, self.hidden).dtype
+
 
 class _Gradients(NamedTuple):
     """Gradients of the loss of one chunk, or of all of it."""
 
-    hidden: jax.Array
+    hidden: jax.Array | None
     prev: jax.Array | None
     w2: jax.Array | None  # [P, R, V] while it is summed up, the other way round from W2: the faster product on CPU
 
 
 def vocab_loss(
-    hidden: jax.Array,
+    hidden: jax.Array | None,
     prev_embedding: jax.Array | None,
     teacher: jax.Array,
     head: jax.Array,
@@ -137,7 +142,7 @@ def _run(
     rows: _Rows, head: jax.Array, w2: jax.Array | None, settings: Settings, *, with_gradients: bool
 ) -> tuple[VocabLoss, _Gradients | None]:
     """Scans over the chunks; rows are [B, T, ..]. Gradients are those of `loss`."""
-    b, t, _ = rows.hidden.shape
+    b, t, _ = rows.teacher.shape
     shards = _batch_shards(b)
     local = b // shards * t
     count = -(-local // settings.chunk)
@@ -145,7 +150,7 @@ def _run(
     if any(term.blockwise for _, term, _ in settings.terms):
         size = -(-size // settings.block) * settings.block
         count = -(-local // size)
-    dtype = rows.hidden.dtype
+    dtype = rows.dtype
     w2_type = None if w2 is None else w2.dtype
     # Gathered here once, where they are split over more than the vocabulary, and not in every chunk.
     head = sharding.constrain(head.astype(dtype), "vocab", None)
@@ -205,21 +210,26 @@ def _chunk(
     rows: _Rows, head: jax.Array, w2: jax.Array | None, settings: Settings, *, with_gradients: bool
 ) -> tuple[tuple[dict[str, jax.Array], jax.Array, Favourites | None], _Gradients | None]:
     """Values by term, acceptance and favourites, all [P, m, ..], and gradients of the rows of one chunk."""
-    capped = draft = _capped(_logits(rows.hidden, head), settings.softcap)
-    label = _capped(_label_logit(rows.hidden, head, rows.labels), settings.softcap)
+    capped = draft = label = None
+    if rows.hidden is not None:
+        capped = draft = _capped(_logits(rows.hidden, head), settings.softcap)
+        label = _capped(_label_logit(rows.hidden, head, rows.labels), settings.softcap)
     if rows.prev is not None and w2 is not None:
-        draft += _logits(rows.prev, w2)
-        label += _label_logit(rows.prev, w2, rows.labels)
+        bias, bias_of_label = _logits(rows.prev, w2), _label_logit(rows.prev, w2, rows.labels)
+        draft = bias if draft is None else draft + bias
+        label = bias_of_label if label is None else label + bias_of_label
+    assert draft is not None and label is not None
     teacher = _capped(_logits(rows.teacher, head), settings.softcap)
     logits = Logits(draft, teacher, capped if settings.softcap and capped is not draft else None, label)
     favourites = Favourites.of(draft, teacher, settings.candidates)
     if not with_gradients:
         both = Distributions.of(draft, teacher, label, rows.labels, rows.weights, settings.block)
         return ({name: term.value(both) for name, term, _ in settings.terms}, both.accept, favourites), None
-    dtype = rows.hidden.dtype
+    dtype = rows.dtype
     values, accept, slope, bent = settings.rowwise(logits, rows.labels, rows.weights, settings, dtype)
     metrics = values, accept, favourites
-    gradients = _Gradients(_product("pmv,vd->pmd", bent, head).astype(rows.hidden.dtype), None, None)
+    hidden = None if rows.hidden is None else _product("pmv,vd->pmd", bent, head).astype(dtype)
+    gradients = _Gradients(hidden, None, None)
     if rows.prev is not None and w2 is not None:
         prev = jnp.where(rows.weights[..., None] > 0, rows.prev, 0).astype(slope.dtype)
         gradients = gradients._replace(

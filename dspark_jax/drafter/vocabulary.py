@@ -1,0 +1,73 @@
+"""The part of the vocabulary that a drafter can draft, with an LM head of its own."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dspark_jax.config import DrafterConfig, TargetArchitecture
+from dspark_jax.ops.product import product
+from dspark_jax.sharding import gather
+from dspark_jax.target.decode_weights import head_columns
+from dspark_jax.target.layers import narrow, normal
+from dspark_jax.vocabulary import decode_vocabulary
+
+
+class DraftVocabulary(nnx.Module):
+    """Vd of the target's V tokens, by ascending id.
+
+    Attributes:
+      head: [Vd, D] LM head; in training it begins as the target's rows (`training.vocabulary`).
+      trained: whether it learns.
+    """
+
+    def __init__(self, arch: TargetArchitecture, config: DrafterConfig, *, rngs: nnx.Rngs):
+        """A random head."""
+        self.size, self.vocab_size = config.draft_vocab_size, arch.vocab_size
+        self.text = (
+            config.draft_vocabulary
+        )  # text compares fast at every call of a compiled program, an array would not
+        self.trained = config.train_head
+        shape = (self.size, arch.hidden_size)
+        self.head: Any = normal(rngs, (), shape, ("vocab", "embed"), config.initializer_range)
+
+    @property
+    def ids(self) -> np.ndarray:
+        """[Vd] int32, the target's tokens."""
+        return decode_vocabulary(self.text, self.size, self.vocab_size)
+
+    @property
+    def inside(self) -> np.ndarray:
+        """[V] bool, true at `ids`."""
+        found = np.zeros(self.vocab_size, bool)
+        found[self.ids] = True
+        return found
+
+    def learned(self) -> jax.Array:
+        """The head for the loss: without a gradient where it is not trained."""
+        head = gather(self.head[...], "vocab", "embed")
+        return head if self.trained else jax.lax.stop_gradient(head)
+
+    def unembed(self, hidden: jax.Array) -> jax.Array:
+        """hidden [..., D] -> float32 logits [..., V], minus infinity at tokens that it has not."""
+        columns = getattr(self, "columns", None)
+        if columns is not None:
+            rows = product(hidden.reshape(-1, hidden.shape[-1]), columns[...], jnp.float32)
+            logits = rows.reshape(*hidden.shape[:-1], -1)
+        else:
+            head = gather(self.head[...], "vocab", "embed").astype(hidden.dtype)
+            logits = jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
+        if self.size == self.vocab_size:
+            return logits
+        whole = jnp.full((*hidden.shape[:-1], self.vocab_size), -jnp.inf, jnp.float32)
+        return whole.at[..., self.ids].set(logits, unique_indices=True, indices_are_sorted=True)
+
+    def fuse_weights(self, dtype: Any, *, join: bool) -> None:
+        """See `target.decode_weights`."""
+        del join
+        narrow(self.head, dtype)
+        self.columns = head_columns(self.head[...], dtype)
+        if self.columns is not None:
+            self.head = None  # nothing is kept twice

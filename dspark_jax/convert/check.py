@@ -13,7 +13,7 @@ from dspark_jax.config import InputError, TargetArchitecture
 from dspark_jax.convert.dialect import Answer, Dialect, find_dialect, same
 from dspark_jax.convert.drafter_files import Verdict
 from dspark_jax.convert.export import frozen_tensors
-from dspark_jax.convert.hf import drafter_config, load_tensors
+from dspark_jax.convert.hf import drafter_config, drafter_shape, load_tensors
 from dspark_jax.convert.layouts import Layout, layers_config, read_config, read_layout, unsupported_parts
 from dspark_jax.convert.llama_tokenizer import split_to_tell
 from dspark_jax.convert.mapping import FROZEN, VOCABULARY_MAPS
@@ -181,9 +181,8 @@ def check_directory(
 
 def _load(directory: Path, raw: Mapping[str, Any], stated: Layout, mesh: Mesh, dtype: Any) -> Any:
     """The drafter, or `InputError`."""
-    source = layers_config(raw)
-    arch = TargetArchitecture.from_hf(directory / "config.json" if source is raw else source)
-    config = drafter_config(str(directory / "config.json"), stated)
+    path = directory / "config.json"
+    arch, config = drafter_shape(path, raw, stated), drafter_config(str(path), stated, raw)
     if stated.family == "block":  # scoring is by readings; what the module knows of them only tells executables
         config = dataclasses.replace(
             config,

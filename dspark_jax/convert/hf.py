@@ -11,7 +11,17 @@ from jax.sharding import Mesh
 from dspark_jax.architecture import Unsupported
 from dspark_jax.config import DrafterConfig, InputError, TargetArchitecture
 from dspark_jax.convert.layouts import Layout, layers_config, read_config, read_layout, unsupported_parts
-from dspark_jax.convert.mapping import FROZEN, HEADS, VOCABULARY_MAPS, drafter_family, drafter_weights
+from dspark_jax.convert.long_context import fields as long_fields
+from dspark_jax.convert.long_context import without
+from dspark_jax.convert.mapping import (
+    CONFIDENCE,
+    FROZEN,
+    HEADS,
+    MARKOV,
+    VOCABULARY_MAPS,
+    drafter_family,
+    drafter_weights,
+)
 from dspark_jax.drafter import make_drafter
 from dspark_jax.drafter.interface import DrafterModule
 from dspark_jax.registry import listed
@@ -32,13 +42,18 @@ def read_drafter_config(directory: Path) -> tuple[TargetArchitecture, DrafterCon
     parts = unsupported_parts(raw)
     if parts:
         raise Unsupported(str(path), parts[0], ELSEWHERE)
+    return drafter_shape(path, raw, layout), drafter_config(str(path), layout, raw)
+
+
+def drafter_shape(path: Path, raw: Mapping[str, Any], layout: Layout) -> TargetArchitecture:
+    """The shape of a drafter's layers but for windows and scaled RoPE, which `drafter_config` has; see `from_hf`."""
     source = layers_config(raw)
-    arch = TargetArchitecture.from_hf(path if source is raw else source)
-    return arch, drafter_config(str(path), layout)
+    plain = without(source) if layout.family == "block" else source
+    return TargetArchitecture.from_hf(path if plain == raw else plain)
 
 
-def drafter_config(where: str, layout: Layout) -> DrafterConfig:
-    """The drafter that a layout describes.
+def drafter_config(where: str, layout: Layout, raw: Mapping[str, Any]) -> DrafterConfig:
+    """The drafter that a layout describes, and what its config.json, `raw`, has of windows and RoPE.
 
     Raises:
       InputError: it is of a kind that is not implemented.
@@ -63,6 +78,7 @@ def drafter_config(where: str, layout: Layout) -> DrafterConfig:
         conv_kernel_size=layout.conv_kernel_size,
         conv_group_size=layout.conv_group_size,
         selector_top_k=layout.selector_top_k,
+        **long_fields(where, raw),
     )
 
 
@@ -173,6 +189,12 @@ def load_tensors(
     weights = drafter_weights(drafter, config)
     fill_module(drafter, tensors, weights, str(directory), mesh, np.float32, finite=finite)
     return drafter
+
+
+def head_tables(directory: Path) -> dict[str, np.ndarray]:
+    """Matrices of the Markov and the confidence head in a directory, by our names, as far as they are there."""
+    weights, tensors = MARKOV | {"confidence.weight": CONFIDENCE["confidence.weight"]}, read_checkpoint(directory)
+    return {path: tensors[weight.name] for path, weight in weights.items() if weight.name in tensors}
 
 
 def stored_tensors(drafter: DrafterModule, config: DrafterConfig) -> Iterable[tuple[str, np.ndarray]]:

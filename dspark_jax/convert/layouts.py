@@ -17,6 +17,7 @@ from typing import Any
 from dspark_jax.config import InputError
 from dspark_jax.json_file import read_object
 from dspark_jax.target.families import FAMILIES, claiming
+from dspark_jax.target.families.family import SLIDING
 
 DFLASH2 = "DFlash2DraftModel"
 Z_LAB = ("DFlashDraftModel", DFLASH2)
@@ -112,19 +113,21 @@ def unsupported_parts(raw: Mapping[str, Any]) -> list[str]:
     layers, nested = layers_config(raw), raw.get("dflash_config") or {}
     found = [f"{name} {raw[name]}" for name in _OFF if raw.get(name)]
     model_type = "llama" if "speculators_model_type" in raw and "model_type" not in layers else layers.get("model_type")
+    family = claiming(model_type)
     eagle = raw.get("speculators_model_type") == "eagle3" or architecture(raw) in eagle_architectures()
     if eagle and is_llama(raw):
         found.append("an EAGLE-3 with Llama's layers")
-    elif not ((family := claiming(model_type)) and family.drafter_class):
+    elif not (family and family.drafter_class):
         found.append(f"layers of a {model_type}")
     if eagle and raw.get("norm_before_residual", "speculators_model_type" in raw):
         found.append("norm_before_residual (the default of speculators files)")
     if eagle and (layers.get("num_hidden_layers") or 1) != 1:
         found.append(f"an EAGLE-3 of {layers['num_hidden_layers']} layers")
-    if not eagle and raw.get("is_causal", nested.get("causal")):
-        found.append("blocks that are attended causally")
-    if "sliding_attention" in (layers.get("layer_types") or []):
+    if (eagle or not (family and family.long_drafters)) and SLIDING in (layers.get("layer_types") or []):
         found.append("layers with a sliding window")
+    if not eagle and is_causal(raw):
+        why = "" if _stated_causal(raw) else ", as those of layers with a window are where is_causal is not false"
+        found.append(f"blocks that are attended causally{why}")
     found += [
         f"{name} {nested[name]}" for name, off in _DFLASH2_OFF.items() if nested.get(name, off) not in (off, None)
     ]
@@ -134,6 +137,21 @@ def unsupported_parts(raw: Mapping[str, Any]) -> list[str]:
     if isinstance(whole, int) and (raw.get("draft_vocab_size") or whole) < whole:
         found.append("a reduced draft vocabulary")
     return found
+
+
+def is_causal(raw: Mapping[str, Any]) -> bool:
+    """Whether a row of a block sees no later one, in some layer: as servers take the file."""
+    stated = _stated_causal(raw)
+    if stated is not None or SLIDING not in (layers_config(raw).get("layer_types") or []):
+        return bool(stated)
+    return not raw.get("sliding_window_non_causal", raw.get("speculators_model_type") == "dflash2")
+
+
+def _stated_causal(raw: Mapping[str, Any]) -> Any:
+    """What a file says of it, or None."""
+    places = raw, layers_config(raw)
+    stated = [place.get("is_causal") for place in places] + [(raw.get("dflash_config") or {}).get("causal")]
+    return next((value for value in stated if value is not None), None)
 
 
 _DFLASH2_OFF = {"input_embedding_scale": 1.0, "output_multiplier": 1.0, "final_logit_softcapping": 0.0}

@@ -12,10 +12,11 @@ from dspark_jax.training.losses.ce import CrossEntropy
 class DPace(VocabTerm):
     """-w_j log p_draft(label), where w_j = sum over k >= j of c_1 .. c_k.
 
-    A position's c is (1 - smoothing) p_draft(label) + smoothing. The weights are constants: position j counts as much as the expected length that it takes part in, so they move
-    towards later positions as the earlier ones are learned. They take the place of `loss.decay`, which this term does
-    not look at. What it is divided by differs in the field: by the number of blocks, as its author has it
-    (`loss.per_row`), or of supervised positions, as speculators does (a very large `loss.decay`).
+    A position's c is (1 - smoothing) p_draft(label) + smoothing. The weights are constants: position j counts as much
+    as the expected length that it takes part in, so they move towards later positions as the earlier ones are learned.
+    They take the place of `loss.decay`, which this term does not look at. What it is divided by differs in the field:
+    by the number of blocks, as its author has it (`loss.per_row`), or of supervised positions, as speculators does (a
+    very large `loss.decay`).
     """
 
     weighted: ClassVar[bool] = False

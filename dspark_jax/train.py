@@ -31,7 +31,7 @@ from dspark_jax.attached import STATUS
 from dspark_jax.buckets.places import reading
 from dspark_jax.config import Config, InputError, to_json
 from dspark_jax.convert.hf import abstract_drafter as abstract_import
-from dspark_jax.convert.hf import import_drafter, read_drafter_config
+from dspark_jax.convert.hf import head_tables, import_drafter, read_drafter_config
 from dspark_jax.data.features import CachedSamples, frozen_file
 from dspark_jax.data.growth import GrowingBatches
 from dspark_jax.data.pipeline import MicroBatches, batches
@@ -64,7 +64,7 @@ from dspark_jax.training.step import (
     make_train_step,
     place_batch,
 )
-from dspark_jax.training.warm_start import check_parameters, warm_start
+from dspark_jax.training.warm_start import plan_takeover, stand_ins, warm_start
 
 
 def train(config: Config, workdir: Path) -> None:
@@ -225,15 +225,18 @@ def check_source(config: Config) -> None:
     """Refuses a `train.init_from` that cannot be used; it is read only when the data is there, hours later perhaps.
 
     Raises:
-      InputError: there is no drafter, or one of another kind or shape than the config's.
+      InputError: there is no drafter, or one that cannot become the config's.
     """
     source = config.train.init_from
     if not source:
         return
     folder = reading(source)
     with _naming_source(source):
+        without: set[str] = set()
         if _is_exported(folder):
-            found: Any = abstract_import(*read_drafter_config(folder))
+            arch, drafter = read_drafter_config(folder)
+            found: Any = abstract_import(arch, drafter)
+            without = stand_ins(head_tables(folder))
         else:
             saved = saved_config(folder)
             if saved is None:
@@ -241,8 +244,9 @@ def check_source(config: Config) -> None:
                     "no checkpoint and no config.json of a drafter here; "
                     "give the working directory of a run, or a drafter in a Hugging Face directory"
                 )
-            found = abstract_drafter(saved)
-        check_parameters(to_params(found), to_params(abstract_drafter(config)))
+            found, drafter = abstract_drafter(saved), saved.drafter
+        wanted = to_params(abstract_drafter(config))
+        plan_takeover(to_params(found), wanted, drafter, config.drafter, without)
 
 
 def _fresh_state(run: Run, optimizer: optax.GradientTransformation) -> TrainState:
@@ -252,12 +256,16 @@ def _fresh_state(run: Run, optimizer: optax.GradientTransformation) -> TrainStat
         return state
     folder = reading(source)
     with _naming_source(source):
-        if _is_exported(folder):
-            drafter = import_drafter(folder, run.mesh)[1]
+        exported = _is_exported(folder)
+        if exported:
+            config, drafter = import_drafter(folder, run.mesh)
         else:
-            drafter = load_drafter(folder, run.mesh, any_target=True)[1]
-        state = warm_start(state, drafter)
+            saved, drafter = load_drafter(folder, run.mesh, any_target=True)
+            config = saved.drafter
+        state, takeover = warm_start(state, drafter, config, run.config.drafter, exported=exported)
     log(f"starting from the parameters of {source}")
+    for line in takeover.lines():
+        log(f"  {line}")
     return state
 
 

@@ -77,6 +77,23 @@ class DrafterConfig:
     draft_vocabulary: str = ""
     """These tokens, as `train` or `convert import` writes them into the run's config; not to be given by hand."""
 
+    sliding_window: int = 0
+    """Rows that layers with a window see: those of a block see each other and the last sliding_window - 1 rows of the
+    context before their anchor; 0: no layer has a window."""
+    layer_types: tuple[str, ...] = ()
+    """sliding_attention or full_attention, layer by layer; empty: with a `sliding_window` all layers have it."""
+    rope_type: str = "default"
+    """Scaled RoPE, for contexts beyond the trained length: default (none), linear, llama3 or yarn."""
+    rope_scaling: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Numbers of `rope_type` by their names in a config.json, e.g.
+    {"factor": 4.0, "original_max_position_embeddings": 4096}."""
+
+    @property
+    def layer_kinds(self) -> tuple[str, ...]:
+        """sliding_attention or full_attention, by layer."""
+        usual = "sliding_attention" if self.sliding_window else "full_attention"
+        return self.layer_types or (usual,) * self.num_layers
+
     @property
     def block_rows(self) -> int:
         """Rows of a block, its anchor included; what files and servers call the block size."""

@@ -4,6 +4,7 @@ import dataclasses
 import re
 from collections.abc import Iterator
 
+from dspark_jax import rope_scaling
 from dspark_jax.architecture import TargetArchitecture
 from dspark_jax.config import Config, DataConfig, DrafterConfig, LossConfig
 from dspark_jax.errors import InputError
@@ -12,6 +13,7 @@ from dspark_jax.paths import check_path
 from dspark_jax.ranges import NOT_NEGATIVE, range_problems
 from dspark_jax.registry import HEADS, LOSS_TERMS, listed, unknown
 from dspark_jax.target.families import FAMILIES, known, of_drafters
+from dspark_jax.target.families.family import FULL, SLIDING
 from dspark_jax.vocabulary import decode_vocabulary
 
 BLOCK_LAYOUTS = ("anchor_first", "fill_in")
@@ -191,6 +193,13 @@ def _drafter_problems(drafter: DrafterConfig, target: TargetArchitecture) -> Ite
     if drafter.markov_head_type not in HEADS:
         yield unknown("drafter.markov_head_type", drafter.markov_head_type, HEADS)
     yield from _convolution_problems(drafter, target)
+    yield from _window_problems(drafter)
+    yield from rope_scaling.problems(drafter.rope_type, drafter.rope_scaling)
+    if not of_drafters(target).long_drafters and (drafter.sliding_window or drafter.rope_type != "default"):
+        yield (
+            f"drafter.sliding_window={drafter.sliding_window}, drafter.rope_type={drafter.rope_type!r}: drafters with "
+            f"the layers of {of_drafters(target).title} have neither windows nor scaled RoPE; leave both out"
+        )
     if drafter.markov_head_type == "selector" and drafter.selector_top_k > target.vocab_size:
         yield f"drafter.selector_top_k={drafter.selector_top_k} exceeds the vocabulary of {target.vocab_size}; lower it"
     if drafter.block_layout not in BLOCK_LAYOUTS:
@@ -220,7 +229,7 @@ def _eagle3_problems(config: Config) -> Iterator[str]:
     layers = of_drafters(target)
     if layers.name != "qwen3" and (size or drafter.eagle3_norms or not drafter.qk_norms):
         yield (
-            f"drafter.qk_norms, eagle3_norms and draft_vocab_size are for layers like Qwen3's, {layers.title}'s drafters "
+            f"drafter.qk_norms, eagle3_norms and draft_vocab_size are for layers like Qwen3's, drafters of {layers.title} "
             "have their own; set qk_norms=True, eagle3_norms=() and draft_vocab_size=0"
         )
     if size > target.vocab_size:
@@ -242,6 +251,20 @@ def _eagle3_problems(config: Config) -> Iterator[str]:
             decode_vocabulary(drafter.draft_vocabulary, size, target.vocab_size)
         except ValueError as error:
             yield f"drafter.draft_vocabulary: {error}; leave it empty, `train` fills it"
+
+
+def _window_problems(drafter: DrafterConfig) -> Iterator[str]:
+    """What does not hold of the windows."""
+    kinds, window, rows = drafter.layer_types, drafter.sliding_window, drafter.block_rows
+    if kinds and (len(kinds) != drafter.num_layers or set(kinds) - {FULL, SLIDING}):
+        yield (
+            f"drafter.layer_types={kinds} must name {SLIDING} or {FULL} for each of the {drafter.num_layers} layers; "
+            "correct it, or leave it out"
+        )
+    elif SLIDING in kinds and not window:
+        yield f"drafter.layer_types={kinds} has layers with a window and drafter.sliding_window is 0; set its rows"
+    if 0 < window < rows:
+        yield f"drafter.sliding_window={window} is less than the {rows} rows of a block, which see each other; raise it"
 
 
 def _convolution_problems(drafter: DrafterConfig, target: TargetArchitecture) -> Iterator[str]:

@@ -93,6 +93,10 @@ _ONE_LAYER = {
     "num_layers": (1, "has one layer"),
     "block_layout": ("anchor_first", "has no blocks"),
     "conv_kernel_size": (0, "has no blocks"),
+    "sliding_window": (0, "has no window"),
+    "layer_types": ((), "has no window"),
+    "rope_type": ("default", "has plain RoPE"),
+    "rope_scaling": ({}, "has plain RoPE"),
 }
 
 KINDS: dict[str, Kind] = {

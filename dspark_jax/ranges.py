@@ -44,6 +44,7 @@ RANGES: Mapping[str, Range] = {
     "drafter.conv_group_size": POSITIVE,
     "drafter.selector_top_k": POSITIVE,
     "drafter.draft_vocab_size": NOT_NEGATIVE,
+    "drafter.sliding_window": NOT_NEGATIVE,
     "data.limit": NOT_NEGATIVE,
     "data.repeats": POSITIVE,
     "data.thinking_share": SHARE,

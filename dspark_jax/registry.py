@@ -3,7 +3,7 @@
 An entry says where a thing is, and it is imported when it is first used: so a config is checked, and `--help` printed,
 without an accelerator library. A program adds its own from anywhere:
 
-    LOSS_TERMS["reverse_kl"] = Entry(ReverseKL, "KL(draft || target)")
+    LOSS_TERMS["hellinger"] = Entry(Hellinger, "1 - sum_v sqrt(p_draft p_target)")
 """
 
 import dataclasses
@@ -41,6 +41,13 @@ LOSS_TERMS: dict[str, Entry] = {
     "ce": Entry(f"{_LOSSES}.ce:CrossEntropy", "cross-entropy with the data"),
     "l1": Entry(f"{_LOSSES}.l1:Distance", "sum_v |p_draft - p_target|"),
     "soft_ce": Entry(f"{_LOSSES}.soft_ce:SoftCrossEntropy", "cross-entropy with the target's distribution"),
+    "kl": Entry(f"{_LOSSES}.kl:KL", "KL(target || draft)"),
+    "reverse_kl": Entry(f"{_LOSSES}.reverse_kl:ReverseKL", "KL(draft || target)"),
+    "jsd": Entry(f"{_LOSSES}.jsd:JensenShannon", "Jensen-Shannon divergence"),
+    "nla": Entry(f"{_LOSSES}.nla:NegativeLogAcceptance", "-log of the acceptance"),
+    "lk_hybrid": Entry(f"{_LOSSES}.lk_hybrid:HybridLK", "KL where little is accepted, total variation where much is"),
+    "greedy_ce": Entry(f"{_LOSSES}.greedy_ce:GreedyCrossEntropy", "cross-entropy with the target's likeliest token"),
+    "dpace": Entry(f"{_LOSSES}.dpace:DPace", "cross-entropy with D-PACE's weights, which follow the drafter's own"),
     "length": Entry(f"{_LOSSES}.length:Length", "what is missing of a block's expected accepted length"),
     "selector": Entry(
         f"{_LOSSES}.selector:Selector", "cross-entropy of the selector with the target's likeliest token"

@@ -31,7 +31,7 @@ from dspark_jax.attached import STATUS
 from dspark_jax.buckets.places import reading
 from dspark_jax.config import Config, InputError, to_json
 from dspark_jax.convert.hf import abstract_drafter as abstract_import
-from dspark_jax.convert.hf import import_drafter, read_drafter_config
+from dspark_jax.convert.hf import head_tables, import_drafter, read_drafter_config
 from dspark_jax.data.features import CachedSamples, frozen_file
 from dspark_jax.data.growth import GrowingBatches
 from dspark_jax.data.pipeline import MicroBatches, batches
@@ -67,7 +67,7 @@ from dspark_jax.training.step import (
 )
 from dspark_jax.training.vocabulary import FILE as VOCABULARY_FILE
 from dspark_jax.training.vocabulary import begin_head, fill_vocabulary, known_vocabulary
-from dspark_jax.training.warm_start import check_parameters, warm_start
+from dspark_jax.training.warm_start import plan_takeover, stand_ins, warm_start
 
 
 def train(config: Config, workdir: Path) -> None:
@@ -242,16 +242,18 @@ def check_source(config: Config) -> Config:
       The config, with the draft vocabulary of that drafter if both have one.
 
     Raises:
-      InputError: there is no drafter, or one of another kind or shape than the config's.
+      InputError: there is no drafter, or one that cannot become the config's.
     """
     source = config.train.init_from
     if not source:
         return config
     folder = reading(source)
     with _naming_source(source):
+        without: set[str] = set()
         if _is_exported(folder):
             arch, drafter = read_drafter_config(folder, config.target.architecture.num_hidden_layers)
             found: Any = abstract_import(arch, drafter)
+            without = stand_ins(head_tables(folder))
         else:
             saved = saved_config(folder)
             if saved is None:
@@ -260,7 +262,8 @@ def check_source(config: Config) -> Config:
                     "give the working directory of a run, or a drafter in a Hugging Face directory"
                 )
             found, drafter = abstract_drafter(saved), saved.drafter
-        check_parameters(to_params(found), to_params(abstract_drafter(config)))
+        wanted = to_params(abstract_drafter(config))
+        plan_takeover(to_params(found), wanted, drafter, config.drafter, without)
         return known_vocabulary(config, dataclasses.replace(config, drafter=drafter))
 
 
@@ -271,13 +274,17 @@ def _fresh_state(run: Run, optimizer: optax.GradientTransformation) -> TrainStat
         return state
     folder = reading(source)
     with _naming_source(source):
-        if _is_exported(folder):
+        exported = _is_exported(folder)
+        if exported:
             depth = run.config.target.architecture.num_hidden_layers
-            drafter = import_drafter(folder, run.mesh, target_layers=depth)[1]
+            config, drafter = import_drafter(folder, run.mesh, target_layers=depth)
         else:
-            drafter = load_drafter(folder, run.mesh, any_target=True)[1]
-        state = warm_start(state, drafter)
+            saved, drafter = load_drafter(folder, run.mesh, any_target=True)
+            config = saved.drafter
+        state, takeover = warm_start(state, drafter, config, run.config.drafter, exported=exported)
     log(f"starting from the parameters of {source}")
+    for line in takeover.lines():
+        log(f"  {line}")
     return state
 
 

@@ -48,12 +48,11 @@ PROMPTS = [[1, 2, 3], [4], [5, 6], [9]]
 ARCH = TargetArchitecture("qwen3", V, 16, 3, 2, 1, 8, 32, 1e-6, 1e4, True, 256)
 
 
-class ReverseKL(VocabTerm):
-    """KL(draft || target); its slope is left to automatic differentiation."""
+class Hellinger(VocabTerm):
+    """1 - sum_v sqrt(p_draft p_target); its slope is left to automatic differentiation."""
 
     def value(self, rows: Distributions) -> jax.Array:
-        log_draft, log_target = jax.nn.log_softmax(rows.logits), jax.nn.log_softmax(rows.teacher_logits)
-        return jnp.sum(rows.draft * rows.draft_scale * (log_draft - log_target), axis=-1)
+        return 1.0 - jnp.sum(jnp.exp(0.5 * (rows.log_draft + rows.log_teacher)), axis=-1)
 
 
 class Brier(VocabTerm):
@@ -130,7 +129,7 @@ class Maps(DrafterModule):
 @pytest.fixture(autouse=True)
 def added(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a program does that adds them."""
-    monkeypatch.setitem(LOSS_TERMS, "reverse_kl", Entry(ReverseKL, "KL(draft || target)"))
+    monkeypatch.setitem(LOSS_TERMS, "hellinger", Entry(Hellinger, "1 - sum_v sqrt(p_draft p_target)"))
     monkeypatch.setitem(LOSS_TERMS, "brier", Entry(Brier, "(1 - p(label))^2"))
     monkeypatch.setitem(LOSS_TERMS, "size", Entry(Size, "mean square of the hidden states"))
     monkeypatch.setitem(HEADS, "fading", Entry(FadingHead, "all tokens before, fading"))
@@ -154,7 +153,7 @@ def base() -> Config:
 def with_head() -> Config:
     config = base()
     config.drafter.markov_head_type = "fading"
-    config.loss.extra = {"reverse_kl": 0.5, "brier": 0.25, "size": 0.1}
+    config.loss.extra = {"hellinger": 0.5, "brier": 0.25, "size": 0.1}
     return config
 
 
@@ -197,7 +196,7 @@ def test_trains_and_decodes(make: Any) -> None:
     assert max(int(lengths.max()) for lengths in drafted.acceptance_lengths) > 1  # drafts are accepted
 
 
-@pytest.mark.parametrize("name", ["reverse_kl", "brier"])
+@pytest.mark.parametrize("name", ["hellinger", "brier"])
 def test_a_terms_slope_is_that_of_its_value_in_chunks_too(name: str) -> None:
     """Against automatic differentiation of the whole; with a head, a soft-cap and rows of weight 0 that are NaN."""
     rng = np.random.default_rng(1)
@@ -248,7 +247,7 @@ def test_a_config_names_the_module_that_adds(tmp_path: Path, monkeypatch: pytest
 
 def test_messages_list_what_was_added() -> None:
     for change, message in {
-        ("loss", "extra", ("reverse", 1.0)): "loss.extra has 'reverse', which is unknown; use ce, .*, brier or size",
+        ("loss", "extra", ("heling", 1.0)): "loss.extra has 'heling', which is unknown; use ce, .*, brier or size",
         ("loss", "extra", ("ce", 1.0)): "loss.extra has 'ce', which has a field of its own; set loss.ce=1.0",
         ("loss", "extra", ("size", -1.0)): "loss.extra has 'size': -1.0; each weight must be 0 or above",
         ("drafter", "markov_head_type", "lstm"): "'lstm' is unknown; use vanilla, gated, rnn, selector or fading",

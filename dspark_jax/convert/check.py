@@ -14,12 +14,11 @@ from dspark_jax.config import InputError, TargetArchitecture
 from dspark_jax.convert.dialect import Answer, Dialect, find_dialect, same
 from dspark_jax.convert.drafter_files import Verdict
 from dspark_jax.convert.export import frozen_tensors
-from dspark_jax.convert.hf import drafter_config, load_tensors, of_tensors
+from dspark_jax.convert.hf import drafter_config, drafter_shape, load_tensors, of_tensors
 from dspark_jax.convert.layouts import (
     Layout,
     default_taps,
     layers_config,
-    layers_shape,
     read_config,
     read_layout,
     unsupported_parts,
@@ -212,8 +211,8 @@ def check_directory(
 
 def _load(directory: Path, raw: Mapping[str, Any], stated: Layout, mesh: Mesh, dtype: Any) -> Any:
     """The drafter, or `InputError`."""
-    where = directory / "config.json"
-    arch, config = layers_shape(where, raw), drafter_config(str(where), stated)
+    path = directory / "config.json"
+    arch, config = drafter_shape(path, raw, stated), drafter_config(str(path), stated, raw)
     if stated.family == "eagle3":
         config = of_tensors(directory, config, arch, read_checkpoint(directory))
     if stated.family == "block":  # scoring is by readings; what the module knows of them only tells executables

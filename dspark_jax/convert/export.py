@@ -27,6 +27,7 @@ from dspark_jax.config_rules import EAGLE3_NORMS
 from dspark_jax.convert.dflash_keys import dflash2_keys, dflash_keys, refuse_unknown_parts
 from dspark_jax.convert.hf import expected_tensors
 from dspark_jax.convert.layouts import DFLASH2, LLAMA_EAGLE_ARCHITECTURES
+from dspark_jax.convert.long_context import keys as long_keys
 from dspark_jax.convert.mapping import FROZEN, HEADS, frozen_names
 from dspark_jax.convert.output import built_beside, check_output, write_text
 from dspark_jax.convert.safetensors_file import write_safetensors
@@ -274,7 +275,13 @@ def deepspec_config(source: Source, dtype: str) -> dict[str, Any]:
             "--format deepspec: the reference's EAGLE-3 has Qwen3's layers and the target's whole vocabulary and head, "
             "this drafter has others; use --format universal or speculators"
         )
-    return reference_config(source, dtype)
+    if drafter.sliding_window:
+        raise InputError(
+            "--format deepspec: no layer of the reference has a window, and it would ignore those of this drafter; use "
+            "--format universal or speculators"
+        )
+    config = reference_config(source, dtype)
+    return config | long_keys(drafter, config)
 
 
 def reference_config(source: Source, dtype: str) -> dict[str, Any]:
@@ -357,7 +364,8 @@ def universal_config(source: Source, dtype: str) -> dict[str, Any]:
         keys = ("block_size", "mask_token_id", "target_layer_ids", "markov_rank", "markov_head_type")
         nested = {key: config[key] for key in keys}
         config |= {"dflash_config": nested, "dspark_config": nested | {"sample_from_anchor": first}}
-    return config | source.family.drafter_rope(source.arch)
+    config |= source.family.drafter_rope(source.arch)
+    return config | long_keys(source.config, config)
 
 
 def _vllm_eagle3(source: Source, config: dict[str, Any]) -> dict[str, Any]:

@@ -11,8 +11,27 @@ from jax.sharding import Mesh
 
 from dspark_jax.architecture import Unsupported
 from dspark_jax.config import DrafterConfig, InputError, TargetArchitecture
-from dspark_jax.convert.layouts import Layout, default_taps, layers_shape, read_config, read_layout, unsupported_parts
-from dspark_jax.convert.mapping import FROZEN, HEADS, VOCABULARY_MAPS, drafter_family, drafter_weights, frozen_names
+from dspark_jax.convert.layouts import (
+    Layout,
+    default_taps,
+    layers_config,
+    layers_shape,
+    read_config,
+    read_layout,
+    unsupported_parts,
+)
+from dspark_jax.convert.long_context import fields as long_fields
+from dspark_jax.convert.long_context import without
+from dspark_jax.convert.mapping import (
+    CONFIDENCE,
+    FROZEN,
+    HEADS,
+    MARKOV,
+    VOCABULARY_MAPS,
+    drafter_family,
+    drafter_weights,
+    frozen_names,
+)
 from dspark_jax.drafter import make_drafter
 from dspark_jax.drafter.interface import DrafterModule
 from dspark_jax.registry import listed
@@ -43,7 +62,7 @@ def read_drafter_config(directory: Path, target_layers: int = 0) -> tuple[Target
             f"{path}: names no tapped layers, they follow from the target; give its own config or --target"
         )
     layout = layout if layout.taps else dataclasses.replace(layout, taps=default_taps(target_layers))
-    arch, config = layers_shape(path, raw), drafter_config(str(path), layout)
+    arch, config = drafter_shape(path, raw, layout), drafter_config(str(path), layout, raw)
     if layout.family == "eagle3":
         config = of_tensors(directory, config, arch, read_checkpoint(directory))
     return arch, config
@@ -85,8 +104,17 @@ def canonical(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {names[name]: tensor for name, tensor in tensors.items() if name not in VOCABULARY_MAPS}
 
 
-def drafter_config(where: str, layout: Layout) -> DrafterConfig:
-    """The drafter that a layout describes.
+def drafter_shape(path: Path, raw: Mapping[str, Any], layout: Layout) -> TargetArchitecture:
+    """The shape of a drafter's layers but for windows and scaled RoPE, which `drafter_config` has; see `from_hf`."""
+    if layout.family == "eagle3":
+        return layers_shape(path, raw)
+    source = layers_config(raw)
+    plain = without(source)
+    return TargetArchitecture.from_hf(path if plain == raw else plain)
+
+
+def drafter_config(where: str, layout: Layout, raw: Mapping[str, Any]) -> DrafterConfig:
+    """The drafter that a layout describes, and what its config.json, `raw`, has of windows and RoPE.
 
     Raises:
       InputError: it is of a kind that is not implemented.
@@ -111,6 +139,7 @@ def drafter_config(where: str, layout: Layout) -> DrafterConfig:
         conv_kernel_size=layout.conv_kernel_size,
         conv_group_size=layout.conv_group_size,
         selector_top_k=layout.selector_top_k,
+        **long_fields(where, raw),
     )
 
 
@@ -230,6 +259,12 @@ def load_tensors(
     weights = drafter_weights(drafter, config)
     fill_module(drafter, tensors, weights, str(directory), mesh, np.float32, finite=finite)
     return drafter
+
+
+def head_tables(directory: Path) -> dict[str, np.ndarray]:
+    """Matrices of the Markov and the confidence head in a directory, by our names, as far as they are there."""
+    weights, tensors = MARKOV | {"confidence.weight": CONFIDENCE["confidence.weight"]}, read_checkpoint(directory)
+    return {path: tensors[weight.name] for path, weight in weights.items() if weight.name in tensors}
 
 
 def stored_tensors(drafter: DrafterModule, config: DrafterConfig) -> Iterable[tuple[str, np.ndarray]]:

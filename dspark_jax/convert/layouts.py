@@ -19,6 +19,7 @@ from dspark_jax.config_rules import EAGLE3_NORMS
 from dspark_jax.convert.llama_fields import as_qwen3, unread_fields
 from dspark_jax.json_file import read_object
 from dspark_jax.target.families import FAMILIES, claiming
+from dspark_jax.target.families.family import SLIDING
 
 DFLASH2 = "DFlash2DraftModel"
 Z_LAB = ("DFlashDraftModel", DFLASH2)
@@ -147,10 +148,11 @@ def unsupported_parts(raw: Mapping[str, Any]) -> list[str]:
         found.append(f"target_hidden_size {width} of a drafter that is {layers.get('hidden_size')} wide")
     if eagle and (layers.get("num_hidden_layers") or 1) != 1:
         found.append(f"an EAGLE-3 of {layers['num_hidden_layers']} layers")
-    if not eagle and raw.get("is_causal", nested.get("causal")):
-        found.append("blocks that are attended causally")
-    if "sliding_attention" in (layers.get("layer_types") or []):
+    if (eagle or not (family and family.long_drafters)) and SLIDING in (layers.get("layer_types") or []):
         found.append("layers with a sliding window")
+    if not eagle and is_causal(raw):
+        why = "" if _stated_causal(raw) else ", as those of layers with a window are where is_causal is not false"
+        found.append(f"blocks that are attended causally{why}")
     found += [
         f"{name} {nested[name]}" for name, off in _DFLASH2_OFF.items() if nested.get(name, off) not in (off, None)
     ]
@@ -172,6 +174,21 @@ def eagle3_norms(raw: Mapping[str, Any]) -> tuple[str, ...]:
     nested = raw.get("eagle_config") or {}
     absent = {"norm_before_residual": "speculators_model_type" in raw}
     return tuple(name for name in EAGLE3_NORMS if nested.get(name, raw.get(name, absent.get(name))))
+
+
+def is_causal(raw: Mapping[str, Any]) -> bool:
+    """Whether a row of a block sees no later one, in some layer: as servers take the file."""
+    stated = _stated_causal(raw)
+    if stated is not None or SLIDING not in (layers_config(raw).get("layer_types") or []):
+        return bool(stated)
+    return not raw.get("sliding_window_non_causal", raw.get("speculators_model_type") == "dflash2")
+
+
+def _stated_causal(raw: Mapping[str, Any]) -> Any:
+    """What a file says of it, or None."""
+    places = raw, layers_config(raw)
+    stated = [place.get("is_causal") for place in places] + [(raw.get("dflash_config") or {}).get("causal")]
+    return next((value for value in stated if value is not None), None)
 
 
 _DFLASH2_OFF = {"input_embedding_scale": 1.0, "output_multiplier": 1.0, "final_logit_softcapping": 0.0}

@@ -14,7 +14,7 @@ _BACKBONE = {
     "backbone.norm": Weight("norm.weight"),
 }
 
-_MARKOV = {
+MARKOV = {
     "markov.w1": Weight("markov_head.markov_w1.weight"),
     "markov.w2": Weight("markov_head.markov_w2.weight"),
 }
@@ -47,7 +47,7 @@ _CONVOLUTIONS = {
     )
 }
 
-_CONFIDENCE = {
+CONFIDENCE = {
     "confidence.weight": Weight("confidence_head.proj.weight", row=True),
     "confidence.offset": Weight("confidence_head.proj.bias"),
 }
@@ -108,9 +108,9 @@ def _plain_weights(config: DrafterConfig) -> dict[str, Weight]:
     """All but those of the layers."""
     weights = dict(_KINDS.get(config.kind, _BACKBONE))
     if config.markov_rank:
-        weights |= _MARKOV | HEADS[config.markov_head_type]
+        weights |= MARKOV | HEADS[config.markov_head_type]
     if config.confidence_head:
-        weights |= _CONFIDENCE
+        weights |= CONFIDENCE
     if config.conv_kernel_size:
         weights |= _CONVOLUTIONS
     return weights

@@ -95,11 +95,7 @@ def replay(
     files = Files(path, config, shapes, target, read_layout(path, config), split)
     if not shapes:
         raise InputError(f"{path}: there are no tensors; download it again")
-<<<<<<< HEAD
     return [judge(server, files) for server in servers()]
-=======
-    return [_experienced(files, without_unread_norms(files, server(files))) for server in SERVERS]
->>>>>>> s13-eagle
 
 
 def judge(server: Server, files: Files) -> Verdict:

@@ -58,29 +58,29 @@ class DSpark(DrafterModule):
         """States of all rows of blocks -> [..., G, D], those that predict: all of them, or all but the anchor's."""
         return states[..., self.rows - self.block_size :, :]
 
-    def init_cache(self, batch: int, length: int) -> KVCache:
-        """An empty cache for `length` positions of `batch` requests."""
+    def init_cache(self, batch: int, length: int) -> dict[str, KVCache]:
+        """An empty cache, by kind of layers, for `length` positions of `batch` requests."""
         return self.backbone.init_cache(batch, length, self.dtype)
 
     def extend(
-        self, cache: KVCache, features: jax.Array, tokens: jax.Array, positions: jax.Array, counts: jax.Array
-    ) -> KVCache:
+        self, cache: dict[str, KVCache], features: jax.Array, tokens: jax.Array, positions: jax.Array, counts: jax.Array
+    ) -> dict[str, KVCache]:
         """Extends the cache by committed tokens; see `drafter.interface.Drafter`.
 
-        Rows at and after counts[b] are written too; the next call overwrites them before a block can see them.
+        Rows at and after counts[b] may be written too; the next call overwrites them before a block can see them.
         """
-        del tokens, counts
-        return self.backbone.extend(cache, features.astype(self.dtype), positions)
+        del tokens
+        return self.backbone.extend(cache, features.astype(self.dtype), positions, counts)
 
     def propose(
         self,
         target: EmbeddingAndHead,
-        cache: KVCache,
+        cache: dict[str, KVCache],
         anchors: jax.Array,
         positions: jax.Array,
         uniforms: jax.Array,
         sampling: Sampling,
-    ) -> tuple[Proposal, KVCache]:
+    ) -> tuple[Proposal, dict[str, KVCache]]:
         """Drafts G tokens after each anchor; see `drafter.interface.Drafter`."""
         embedded = target.embed(block_tokens(anchors, self.mask_token, self.rows)).astype(self.dtype)
         states, cache = self.backbone.decode(embedded, cache, positions)

@@ -318,9 +318,11 @@ def test_a_drafter_that_cannot_be_loaded_is_still_replayed(world, copy):
 @pytest.mark.parametrize(
     ("settings", "part"),
     [
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "rope_type 'yarn'"),
-        ({"layer_types": ["sliding_attention"]}, "layers with a sliding window"),
-        ({"use_sliding_window": True}, "use_sliding_window true"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type 'dynamic'"),
+        (
+            {"layer_types": ["sliding_attention"]},
+            "blocks that are attended causally, as those of layers with a window are where is_causal is not false",
+        ),
         ({"is_causal": True}, "blocks that are attended causally"),
     ],
 )

@@ -71,7 +71,7 @@ ATTENTION = {
 
 
 @pytest.mark.parametrize("attention", ATTENTION)
-@pytest.mark.parametrize(("window", "causal"), [(0, True), (1, True), (3, True), (0, False)])
+@pytest.mark.parametrize(("window", "causal"), [(0, True), (1, True), (3, True), (0, False), (6, False)])
 def test_against_a_loop(attention: str, window: int, causal: bool) -> None:
     """Lengths 0 and 1, grouped heads, windows; everything that nobody may see is NaN."""
     cases = KERNEL_CASES if "kernel" in attention else CASES
@@ -100,9 +100,10 @@ RINGS = [name if "split" not in name else pytest.param(name, marks=pytest.mark.s
 
 @pytest.mark.parametrize("attention", RINGS)
 @pytest.mark.parametrize(
-    ("window", "most", "front", "ring"), [(1, 1, 1, 1), (1, 3, 3, 3), (4, 1, 2, 4), (4, 3, 4, 6), (5, 4, 4, 11)]
+    ("window", "most", "front", "ring", "causal"),
+    [(1, 1, 1, 1, 1), (1, 3, 3, 3, 1), (4, 1, 2, 4, 1), (4, 3, 4, 6, 1), (5, 4, 4, 11, 1), (7, 3, 4, 10, 0)],
 )
-def test_a_window_over_a_ring(attention: str, window: int, most: int, front: int, ring: int) -> None:
+def test_a_window_over_a_ring(attention: str, window: int, most: int, front: int, ring: int, causal: int) -> None:
     """Position p is in row front + p mod R, in the first turn and later; what nobody may see is NaN."""
     counts, positions, (n, k, h) = [most, 1, 0, most], [0, 23, 9, 40], (4, 2, 16)
     rng = np.random.default_rng(ring)
@@ -113,11 +114,11 @@ def test_a_window_over_a_ring(attention: str, window: int, most: int, front: int
         for position in range(max(0, start + 1 - window), start + count):
             cache[:, b, :, front + position % ring] = keys[b, :, position], values[b, :, position]
     rows = Rows.of(jnp.asarray(counts), jnp.asarray(positions), size=len(query), most=most)
-    how = {"scale": 0.37, "window": window, "front": front}
+    how = {"scale": 0.37, "window": window, "front": front, "causal": bool(causal)}
     got = jax.jit(lambda *given: ATTENTION[attention](*given, **how))(
         jnp.asarray(query), *map(jnp.asarray, cache), rows
     )
-    wanted = loop(query.astype(np.float64), keys, values, counts, positions, window=window, causal=True)
+    wanted = loop(query.astype(np.float64), keys, values, counts, positions, window=window, causal=causal)
     np.testing.assert_allclose(got, wanted, rtol=0, atol=3e-6 * h)
 
 
@@ -250,7 +251,7 @@ def test_what_does_not_fit_is_refused() -> None:
         ((query, key, key[:, :, :5], rows), {}, "do not fit"),
         ((query[:, :3], key, key, rows), {}, "3 query heads"),
         ((query[:3], key, key, rows), {}, "rows are for"),
-        ((query, key, key, rows), {"window": 2, "causal": False}, "needs causal"),
+        ((query, key, key, rows), {"window": -2}, "window=-2 must be 0 or more"),
         ((query, key, key, rows), {"window": 4, "front": 2}, "no room for window=4 and blocks of 2"),
         ((query, key, key, rows), {"front": 1}, "no room for window=0"),
         ((query, key, key, rows), {"implementation": "cuda"}, "'cuda' is not one of"),

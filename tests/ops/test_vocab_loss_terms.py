@@ -1,4 +1,4 @@
-"""The soft cross-entropy and the expected accepted length, against automatic differentiation in float64."""
+"""Terms of the loss in float64: against automatic differentiation, or loops whose gradients are differences."""
 
 import jax
 import jax.numpy as jnp
@@ -129,3 +129,91 @@ def test_chunks_without_supervision_are_left_out():
     (value, grad), (want, want_grad) = step(args["hidden"], 2), step(args["hidden"], 100)
     np.testing.assert_allclose(value, want, rtol=1e-6)
     np.testing.assert_allclose(grad, want_grad, atol=1e-6)
+
+
+def probabilities(logits):
+    weights = np.exp(logits - logits.max())
+    return weights / weights.sum()
+
+
+def kl(p, q):
+    return np.sum(q * np.log(q / p))
+
+
+def lk_hybrid(p, q, before):
+    share, apart = np.exp(-3 * np.minimum(before, q).sum()), 1 - np.minimum(p, q).sum()
+    return share * kl(p, q) + (1 - share) * apart
+
+
+ROWWISE = {
+    "kl": lambda p, q, before: kl(p, q),
+    "reverse_kl": lambda p, q, before: kl(q, p),
+    "jsd": lambda p, q, before: 0.5 * kl((p + q) / 2, q) + 0.5 * kl((p + q) / 2, p),
+    "nla": lambda p, q, before: -np.log(np.minimum(p, q).sum()),
+    "lk_hybrid": lk_hybrid,
+    "greedy_ce": lambda p, q, before: -np.log(p[np.argmax(q)]),
+}
+"""(draft's, target's distribution, the draft's again as a constant) -> value of a row."""
+
+
+def pace(chosen, mask):
+    """D-PACE's weights of one block, from the probabilities of its labels and what is supervised of it."""
+    weights = np.zeros(G)
+    for j in range(G):
+        for k in range(j, G):
+            if mask[j] and mask[k]:
+                weights[j] += np.prod([0.5 * chosen[i] + 0.5 for i in range(k + 1) if mask[i]])
+    return weights
+
+
+def loops(args, name):
+    """Values [B, T] and the gradient [B, T, D] of a term's sum in the hidden states: row by row, by differences."""
+    x = {key: np.asarray(value, np.float64) for key, value in args.items()}
+    logits = x["hidden"] @ x["head"].T + x["prev_embedding"] @ x["markov_w2"].T
+    teacher, labels = x["teacher"] @ x["head"].T, args["labels"]
+    values, grad, weights = np.zeros((B, T)), np.zeros((B, T, D)), x["weights"]
+    for b, t in zip(*np.nonzero(MASK), strict=True):
+        before, q = probabilities(logits[b, t]), probabilities(teacher[b, t])
+        if name == "dpace":
+            block = slice(t - t % G, t - t % G + G)
+            chosen = [probabilities(row)[label] for row, label in zip(logits[b, block], labels[b, block], strict=True)]
+            weight, scale = pace(chosen, MASK[b, block])[t % G], 1.0
+
+            def value(row, weight=weight, label=labels[b, t]):
+                return -weight * np.log(probabilities(row)[label])
+        else:
+            scale = weights[b, t]
+
+            def value(row, q=q, before=before):
+                return ROWWISE[name](probabilities(row), q, before)
+
+        values[b, t] = value(logits[b, t])
+        steps = 1e-6 * np.eye(V)
+        slope = [(value(logits[b, t] + step) - value(logits[b, t] - step)) / 2e-6 for step in steps]
+        grad[b, t] = scale * np.asarray(slope) @ x["head"]
+    return values, grad
+
+
+@pytest.mark.parametrize(
+    ("name", "implementation"),
+    [(name, "xla") for name in (*ROWWISE, "dpace")] + [("dpace", "reference"), ("kl", "pallas_tpu")],
+)
+def test_losses_of_the_field_equal_loops(name, implementation):
+    args = problem(4)
+    want, want_grad = loops(args, name)
+    value, out, grads = run(args, implementation, 5, **{name: 0.7})
+    np.testing.assert_allclose(np.asarray(out.values[name])[MASK], want[MASK], rtol=2e-5, atol=1e-6)
+    each = np.where(MASK, 1.0 if name == "dpace" else args["weights"], 0)
+    np.testing.assert_allclose(value, 0.7 * np.sum(each * want), rtol=5e-6)
+    np.testing.assert_allclose(grads["hidden"], 0.7 * want_grad, atol=1e-5 * np.abs(want_grad).max())
+
+
+def test_losses_of_the_field_are_finite_where_nothing_is_accepted():
+    """And where single probabilities are too small for float32, as those of a vocabulary's padding are."""
+    args = problem(5)
+    args["hidden"], args["teacher"] = -30 * args["hidden"], 30 * args["hidden"]
+    args["hidden"][0, 0] = args["teacher"][0, 0]
+    args |= {key: np.where(MASK[..., None], args[key], np.nan) for key in ("hidden", "teacher")}
+    value, out, grads = run(args, "xla", 5, **dict.fromkeys((*ROWWISE, "dpace"), 1.0))
+    assert np.isfinite(value) and all(np.isfinite(grad).all() for grad in grads.values())
+    assert all(np.isfinite(np.asarray(values)[MASK]).all() for values in out.values.values())

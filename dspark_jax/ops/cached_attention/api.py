@@ -44,7 +44,8 @@ def cached_attention(
       rows: which flat rows belong to which request, and where they are; positions + counts <= C but for a ring.
       layer: which one of a stack is meant; None: key and value are no stacks.
       scale: factor of the scores.
-      window: cache rows that a row sees at most, the last ones, its own included; 0 is all.
+      window: cache rows that a row sees at most, the last ones of all that it would see otherwise: its own included,
+        and without `causal` its request's last one; 0 is all.
       front: rows before a ring; 0 = position p is in row p.
       causal: whether a row sees no later row of its own block.
       finite: promise that the whole cache is finite, which saves clearing what nobody sees.
@@ -68,8 +69,8 @@ def cached_attention(
             f"cached_attention: rows are for {rows.owner.shape} queries of {rows.counts.shape} requests, here are "
             f"{(t,)} of {(b,)}"
         )
-    if window < 0 or (window and not causal):
-        raise ValueError(f"cached_attention: window={window} must be 0 or more, and needs causal=True")
+    if window < 0:
+        raise ValueError(f"cached_attention: window={window} must be 0 or more")
     if front and (not window or c - 2 * front + 1 < window + rows.most - 1):
         raise ValueError(
             f"cached_attention: a ring after front={front} of {c} rows has no room for window={window} and blocks of "

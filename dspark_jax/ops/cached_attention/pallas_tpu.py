@@ -208,8 +208,8 @@ def _seen(position: Any, count: Any, begin: Any, case: _Case) -> jax.Array:
     """[W*R, keys]: which rows of a request see which of the cache's rows from `begin` on."""
     size = case.rows, case.keys
     step = jnp.minimum(lax.rem(numbers((case.rows, 1), 0), case.w), count - 1)  # rows after the last are like it
-    row = numbers(size, 1) + begin
-    last = position + (step if case.causal else jnp.full_like(step, count - 1))
+    step = step if case.causal else jnp.full_like(step, count - 1)
+    row, last = numbers(size, 1) + begin, position + step
     if case.front:
         age = _age(lax.rem(position, case.ring) + step, row, case)
         return (age >= 0) & (age < jnp.minimum(case.window, last + 1))

@@ -74,6 +74,17 @@ class Distributions:
         return 1.0 / self.teacher_sum
 
     @functools.cached_property
+    def log_draft(self) -> jax.Array:
+        """log p_draft, [.., m, V]; finite where a probability is too small for float32."""
+        return self.logits - self.top - jnp.log(self.draft_sum)
+
+    @functools.cached_property
+    def log_teacher(self) -> jax.Array:
+        """log p_target, [.., m, V]."""
+        top = jnp.max(self.teacher_logits, axis=-1, keepdims=True)
+        return self.teacher_logits - top - jnp.log(self.teacher_sum)
+
+    @functools.cached_property
     def is_label(self) -> jax.Array:
         """[.., m, V] bool, true at the label."""
         return jnp.arange(self.logits.shape[-1]) == self.labels[..., None]

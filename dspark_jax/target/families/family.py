@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from dspark_jax.target.model import Target
 
 FULL, SLIDING = "full_attention", "sliding_attention"
-"""Kinds of layers: all earlier rows are visible, or a window of them. Layers of drafters are full."""
+"""Kinds of layers: all earlier rows are visible, or a window of them."""
 
 SIZES = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
@@ -100,6 +100,7 @@ class Family:
         or to reorder them, makes every checkpoint of the family one for another target.
       drafter_class: with what the names of the classes begin that servers have for drafters with this family's layers:
         Qwen3 in Qwen3DSparkModel. Empty: there are none, and drafters have Qwen3's layers.
+      long_drafters: whether drafters with its layers may have windows and scaled RoPE.
       drafter_fields: fields of `TargetArchitecture` that a drafter's layers depend on.
       drafter_constants: tensors of a drafter's file that are always 1 and no parameters here.
       dflash_class: of servers' fill-in DFlash with its layers; empty: no server has one.
@@ -115,6 +116,7 @@ class Family:
     stacks: Mapping[str, str] = {FULL: "layers"}
     identity_fields: tuple[str, ...] = ("model_type", *SIZES)
     drafter_class: str = ""
+    long_drafters: bool = False
     drafter_fields: tuple[str, ...] = ()
     drafter_constants: tuple[str, ...] = ()
     dflash_class: str = ""

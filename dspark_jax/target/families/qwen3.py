@@ -34,6 +34,7 @@ class Qwen3(Family):
     configs = {"qwen3": QWEN3}
     instead = "a plain Qwen3 model"
     drafter_class = "Qwen3"
+    long_drafters = True
     drafter_fields = (
         "num_attention_heads", "intermediate_size", "rms_norm_eps", "rope_theta", "num_key_value_heads", "head_dim"
     )  # fmt: skip

@@ -29,6 +29,17 @@ def usual_outputs(files: Files) -> tuple[int, ...]:
     return (1, layers // 2 - 1, layers - 4)
 
 
+NORMS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
+"""Switches of EAGLE-3's further norms, as speculators names them."""
+
+
+def norms(files: Files) -> list[str]:
+    """Those of `NORMS` that a file turns on, at the top level or in `eagle_config`."""
+    by_default = {"norm_before_residual"} if files.speculators else set[str]()
+    values = {name: (lookup(files, name), lookup(files, f"eagle_config.{name}")) for name in NORMS}
+    return [name for name, found in values.items() if any(found) or (found == (None, None) and name in by_default)]
+
+
 def lookup(files: Files, path: str) -> Any:
     """A value of config.json by its dotted path; None where it is not there, or null."""
     value: Any = files.config
@@ -52,6 +63,7 @@ def facts(files: Files, read: Mapping[str, Any]) -> dict[str, Any]:
         "gemma": files.gemma,
         "llama": files.llama,
         "norms": any(name.endswith(("q_norm.weight", "k_norm.weight")) for name in files.shapes),
+        "switched_norms": ", ".join(norms(files)),
         "path_word": path_word(files.path),
         "softcap": bool(config.get("final_logit_softcapping")),
         "split": files.split,

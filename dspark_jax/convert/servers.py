@@ -16,7 +16,7 @@ from typing import Any
 from dspark_jax.config import InputError, TargetArchitecture
 from dspark_jax.convert.drafter_files import Files, Verdict
 from dspark_jax.convert.layouts import Layout, read_layout
-from dspark_jax.convert.server_facts import facts, kind, lookup, usual_outputs
+from dspark_jax.convert.server_facts import facts, kind, lookup, norms, usual_outputs
 
 VERDICTS = ("refuses", "wrong", "unknown", "note")
 """What a rule may say."""
@@ -61,6 +61,7 @@ class Server:
     serves: bool = True
     greedy: Sequence[str] = ()
     ran: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    norms: Sequence[str] | None = None
 
 
 @functools.cache
@@ -105,6 +106,9 @@ def judge(server: Server, files: Files) -> Verdict:
     said: dict[str, list[str]] = {verdict: [] for verdict in VERDICTS}
     for rule in _applying(server, files, known):
         said[rule.verdict].append(rule.say.format_map(known))
+    unread = [] if server.norms is None else [name for name in norms(files) if name not in server.norms]
+    if unread and kind(files) == "eagle3":
+        said["wrong"].append(f"it does not read {', '.join(unread)} and computes without it")
     reading = None if said["refuses"] or said["unknown"] else _layout(files.stated, read)
     notes = [*said["note"], *([_experience(server, files)] if server.serves and reading else [])]
     return Verdict(

@@ -80,6 +80,8 @@ llama fc of 5 layers             no    no     no        no            no        
 llama with q_norm                no    no     no        no            no         wrong        no          no
 llama other layers               yes   yes    yes       no            wrong      yes          ?           no
 llama whole vocabulary           yes   yes    yes       no            yes        yes          ?           no
+llama norm_before_residual       yes   wrong  yes       no            wrong      wrong        ?           no
+llama fc_norm norm_output        yes   yes    wrong     no            wrong      yes          ?           no
 llama reduced without d2t        wrong wrong  ?         no            wrong      wrong        ?           no
 qwen3 eagle3 without norms       wrong no     no        no            no         no           no          no
 llama without draft_vocab_size   yes   no     no        no            no         no           ?           no
@@ -125,6 +127,8 @@ def field() -> Iterator[tuple[str, dict[str, Any], dict[str, tuple[int, ...]], T
     yield "llama other layers", one | {IDS: [1, 2, 3], "eagle_config": {IDS: [0, 1, 2]}}, layer, QWEN
     whole = {name: shape for name, shape in layer.items() if name not in ("d2t", "t2d")} | {"lm_head.weight": (64, 32)}
     yield "llama whole vocabulary", one | {"draft_vocab_size": 64}, whole, QWEN
+    yield "llama norm_before_residual", one | {"norm_before_residual": True}, layer, QWEN
+    yield "llama fc_norm norm_output", one | {"fc_norm": True, "norm_output": True}, layer, QWEN
     yield "llama reduced without d2t", one, {n: s for n, s in layer.items() if n not in ("d2t", "t2d")}, QWEN
     yield "qwen3 eagle3 without norms", one | {"architectures": ["Eagle3Qwen3ForCausalLM"]}, layer, QWEN
     untold = {name: value for name, value in one.items() if name != "draft_vocab_size"}

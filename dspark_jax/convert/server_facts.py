@@ -52,6 +52,7 @@ def facts(files: Files, read: Mapping[str, Any]) -> dict[str, Any]:
         "gemma": files.gemma,
         "llama": files.llama,
         "norms": any(name.endswith(("q_norm.weight", "k_norm.weight")) for name in files.shapes),
+        "switched_norms": ", ".join(stated.eagle3_norms),
         "path_word": path_word(files.path),
         "softcap": bool(config.get("final_logit_softcapping")),
         "split": files.split,

@@ -60,8 +60,8 @@ class Server:
     rule: Sequence[Rule]
     serves: bool = True
     greedy: Sequence[str] = ()
-    eagle3_norms: Sequence[str] | None = None
     ran: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    norms: Sequence[str] | None = None
 
 
 @functools.cache
@@ -106,12 +106,11 @@ def judge(server: Server, files: Files) -> Verdict:
     said: dict[str, list[str]] = {verdict: [] for verdict in VERDICTS}
     for rule in _applying(server, files, known):
         said[rule.verdict].append(rule.say.format_map(known))
-    if unread := [name for name in files.stated.eagle3_norms if name not in (server.eagle3_norms or ())]:
-        names = ", ".join(unread)
-        if server.eagle3_norms is not None:
-            said["wrong"].append(f"it does not read {names} and computes without it")
-        elif server.serves:
-            said["unknown"].append(f"whether it reads {names} was not verified")
+    unread = [name for name in files.stated.eagle3_norms if name not in (server.norms or ())]
+    if unread and server.norms is not None:
+        said["wrong"].append(f"it does not read {', '.join(unread)} and computes without it")
+    elif unread and server.serves:
+        said["unknown"].append(f"whether it reads {', '.join(unread)} was not verified")
     reading = None if said["refuses"] or said["unknown"] else _layout(files.stated, read)
     notes = [*said["note"], *([_experience(server, files)] if server.serves and reading else [])]
     return Verdict(

@@ -155,6 +155,7 @@ def test_which_servers_take_it(tiny_target: Path, tmp_path: Path) -> None:
     raw = json.loads((directory / "config.json").read_text())
     shapes = {name: value.shape for name, value in load_file(directory / "model.safetensors").items()}
     found = {one.server: one for one in replay("x", raw, shapes, source.arch)}
-    for server in ("vLLM", "SGLang", "llama.cpp", "sglang-jax"):
+    assert found["sglang-jax"].reading is None or found["sglang-jax"].wrong  # it taps layers of its own choice
+    for server in ("vLLM", "SGLang", "llama.cpp"):
         assert found[server].reading is not None and found[server].reading.taps == (-1, 0, 1), found[server]
         assert not found[server].wrong

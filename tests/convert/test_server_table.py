@@ -27,6 +27,7 @@ DFLASH2 = replace(
     DSPARK, kind="dflash2", block_layout="fill_in", markov_head_type="selector", confidence_head=False,
     confidence_with_markov=False, conv_kernel_size=2,
 )  # fmt: skip
+EAGLE3 = replace(DSPARK, kind="eagle3", num_layers=1, mask_token_id=0, **HEADLESS)
 DRAFTERS = {
     "dspark": DSPARK,
     "dspark gated": replace(DSPARK, markov_head_type="gated"),
@@ -35,7 +36,8 @@ DRAFTERS = {
     "dflash": DFLASH,
     "dflash fill-in": replace(DFLASH, block_layout="fill_in"),
     "dflash2": DFLASH2,
-    "eagle3": replace(DSPARK, kind="eagle3", num_layers=1, mask_token_id=0, **HEADLESS),
+    "eagle3": EAGLE3,
+    "eagle3 llama": replace(EAGLE3, qk_norms=False),
 }
 TABLE = """
 drafter                          vLLM  SGLang llama.cpp tpu-inference sglang-jax TensorRT-LLM vllm-ascend speculators
@@ -60,6 +62,8 @@ qwen3 dflash2 speculators        yes   no     no        no            no        
 qwen3 eagle3 universal           yes   no     no        no            no         no           no          no
 qwen3 eagle3 deepspec            no    no     no        no            no         no           no          no
 qwen3 eagle3 speculators         yes   no     no        no            no         ?            ?           yes
+qwen3 eagle3 llama universal     yes   yes    no        no            no         yes          ?           no
+qwen3 eagle3 llama speculators   no    no     no        no            no         ?            ?           yes
 gemma4 dspark universal          yes   no     no        no            no         ?            ?           no
 gemma4 dspark deepspec           yes   no     no        no            no         ?            ?           no
 gemma4 dspark gated universal    wrong no     no        no            no         ?            ?           no
@@ -80,6 +84,8 @@ llama fc of 5 layers             no    no     no        no            no        
 llama with q_norm                no    no     no        no            no         wrong        no          no
 llama other layers               yes   yes    yes       no            wrong      yes          ?           no
 llama whole vocabulary           yes   yes    yes       no            yes        yes          ?           no
+llama norm_before_residual       yes   wrong  yes       no            wrong      wrong        ?           no
+llama fc_norm norm_output        yes   yes    wrong     no            wrong      yes          ?           no
 llama reduced without d2t        wrong wrong  ?         no            wrong      wrong        ?           no
 qwen3 eagle3 without norms       wrong no     no        no            no         no           no          no
 llama without draft_vocab_size   yes   no     no        no            no         no           ?           no
@@ -92,6 +98,8 @@ def exports() -> Iterator[tuple[str, dict[str, Any], dict[str, tuple[int, ...]],
     for family, arch in (("qwen3", QWEN), ("gemma4", GEMMA)):
         frozen: dict[str, np.ndarray] = {name: np.zeros((64, 32), np.float32) for name in FROZEN}
         for name, drafter in DRAFTERS.items():
+            if family == "gemma4" and not drafter.qk_norms:
+                continue  # no config of such a drafter is taken
             for form in FORMATS:
                 source = Source(lambda: [], drafter, arch, arch.to_hf(), frozen, "org/base")
                 try:
@@ -125,6 +133,8 @@ def field() -> Iterator[tuple[str, dict[str, Any], dict[str, tuple[int, ...]], T
     yield "llama other layers", one | {IDS: [1, 2, 3], "eagle_config": {IDS: [0, 1, 2]}}, layer, QWEN
     whole = {name: shape for name, shape in layer.items() if name not in ("d2t", "t2d")} | {"lm_head.weight": (64, 32)}
     yield "llama whole vocabulary", one | {"draft_vocab_size": 64}, whole, QWEN
+    yield "llama norm_before_residual", one | {"norm_before_residual": True}, layer, QWEN
+    yield "llama fc_norm norm_output", one | {"fc_norm": True, "norm_output": True}, layer, QWEN
     yield "llama reduced without d2t", one, {n: s for n, s in layer.items() if n not in ("d2t", "t2d")}, QWEN
     yield "qwen3 eagle3 without norms", one | {"architectures": ["Eagle3Qwen3ForCausalLM"]}, layer, QWEN
     untold = {name: value for name, value in one.items() if name != "draft_vocab_size"}

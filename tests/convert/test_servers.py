@@ -348,6 +348,7 @@ def test_norms_that_a_server_does_not_read():
         "SGLang": ("it does not read norm_before_residual and computes without it",),
         "sglang-jax": ("it does not read norm_before_residual, norm_output and computes without it",),
         "llama.cpp": ("it does not read norm_output and computes without it",),
+        "TensorRT-LLM": ("it does not read norm_before_residual and computes without it",),
     }
 
 

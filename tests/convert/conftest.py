@@ -20,6 +20,7 @@ from dspark_jax.convert.export import Source, frozen_tensors, write_export
 from dspark_jax.convert.hf import stored_tensors
 from dspark_jax.drafter import make_drafter
 from dspark_jax.drafter.blocks import Anchors
+from dspark_jax.drafter.interface import DrafterModule
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target.families.family import LAYER_WEIGHTS
 from dspark_jax.target.loading import load_target
@@ -67,7 +68,7 @@ def untrained(tmp_path_factory) -> tuple[Path, Path]:
     return folder / "target", exported(drafter, arch, folder / "target", folder / "drafter")
 
 
-def exported(drafter: nnx.Module, arch: TargetArchitecture, target: Path, output: Path) -> Path:
+def exported(drafter: DrafterModule, arch: TargetArchitecture, target: Path, output: Path) -> Path:
     tensors = functools.partial(stored_tensors, drafter, DRAFTER)
     config = json.loads((target / "config.json").read_text())
     source = Source(tensors, DRAFTER, arch, config, frozen_tensors(target), "org/target")
@@ -101,7 +102,7 @@ def write_target(path: Path) -> None:
     (path / "config.json").write_text(json.dumps(config))
 
 
-def train(target: Any, tokens: np.ndarray, *, anchor_first: bool, raw_teacher: bool) -> nnx.Module:
+def train(target: Any, tokens: np.ndarray, *, anchor_first: bool, raw_teacher: bool) -> DrafterModule:
     """A drafter that knows some sequences [B, S] by heart."""
     drafter = make_drafter(target.arch, DRAFTER, rngs=nnx.Rngs(0))
     drafter, losses = fit(drafter, target, jnp.asarray(tokens), jnp.bool_(anchor_first), jnp.bool_(raw_teacher))

@@ -220,8 +220,8 @@ def _eagle3_problems(config: Config) -> Iterator[str]:
     layers = of_drafters(target)
     if layers.name != "qwen3" and (size or drafter.eagle3_norms or not drafter.qk_norms):
         yield (
-            f"drafter.qk_norms, eagle3_norms and draft_vocab_size are for layers like Qwen3's, {layers.title}'s drafters "
-            "have their own; set qk_norms=True, eagle3_norms=() and draft_vocab_size=0"
+            f"drafter.qk_norms, eagle3_norms and draft_vocab_size are for layers like Qwen3's, {layers.title}'s "
+            "drafters have their own; set qk_norms=True, eagle3_norms=() and draft_vocab_size=0"
         )
     if size > target.vocab_size:
         yield f"drafter.draft_vocab_size={size} exceeds the target's vocabulary of {target.vocab_size}; lower it"

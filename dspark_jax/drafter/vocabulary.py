@@ -61,8 +61,9 @@ class DraftVocabulary(nnx.Module):
             logits = jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
         if self.size == self.vocab_size:
             return logits
-        whole = jnp.full((*hidden.shape[:-1], self.vocab_size), -jnp.inf, jnp.float32)
-        return whole.at[..., self.ids].set(logits, unique_indices=True, indices_are_sorted=True)
+        # Gathered, not scattered: XLA would turn the product round for it, which a CPU cannot do in bfloat16.
+        place = np.maximum(np.cumsum(self.inside) - 1, 0)
+        return jnp.where(self.inside, jax.lax.optimization_barrier(logits)[..., place], -jnp.inf)
 
     def fuse_weights(self, dtype: Any, *, join: bool) -> None:
         """See `target.decode_weights`."""

@@ -72,10 +72,16 @@ def begin_head(state: TrainState, drafter: DrafterModule, target: EmbeddingAndHe
 
 
 def known_vocabulary(config: Config, saved: Config | None) -> Config:
-    """The config with the draft vocabulary of a drafter that it goes on with, or starts from; see `train`."""
+    """The config with the draft vocabulary of a drafter that it goes on with, or starts from; see `train`.
+
+    Raises:
+      InputError: it has another one of this size, whose head would be for other tokens.
+    """
     drafter, other = config.drafter, None if saved is None else saved.drafter
-    if not other or drafter.draft_vocabulary or drafter.draft_vocab_size != other.draft_vocab_size:
+    if not other or drafter.draft_vocab_size != other.draft_vocab_size:
         return config
+    if drafter.draft_vocabulary not in ("", other.draft_vocabulary):
+        raise InputError("drafter.draft_vocabulary names other tokens than the drafter that is there; leave it empty")
     return dataclasses.replace(config, drafter=dataclasses.replace(drafter, draft_vocabulary=other.draft_vocabulary))
 
 

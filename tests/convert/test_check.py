@@ -26,6 +26,7 @@ from dspark_jax.convert.layouts import Layout, read_layout
 from dspark_jax.drafter import make_drafter
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target.loading import load_target
+from dspark_jax.vocabulary import encode_vocabulary
 from tests.convert.conftest import DRAFTER
 
 MASKS = (45, 47, 46, 0)
@@ -394,3 +395,28 @@ def test_prompts_of_the_check(world, tiny_target, tmp_path):
     assert len(convert.check_prompts(options, 320)[0]) == 1
     options.target = str(world.path)
     assert [len(prompt) for prompt in convert.check_prompts(options, 48)[0]] == [12, 12]
+
+
+@pytest.mark.parametrize("norms", [False, True], ids=["llama", "tensors of qwen3"])
+def test_eagle3_is_looked_at_with_the_layers_that_its_file_has(world, tmp_path, norms):
+    """Its own head is not compared with the target's. With norms of queries and keys it is scored with them, whatever
+    class config.json names, and servers' class for Llama's layers is none for it."""
+    config = DrafterConfig(
+        kind="eagle3", num_layers=1, block_size=3, target_layer_ids=(-1, 0, 1), markov_rank=0, confidence_head=False,
+        confidence_with_markov=False, qk_norms=False, draft_vocab_size=30,
+        draft_vocabulary=encode_vocabulary(np.arange(2, 32), world.target.arch.vocab_size),
+    )  # fmt: skip
+    drafter = make_drafter(world.target.arch, config, rngs=nnx.Rngs(0))
+    raw = json.loads((world.path / "config.json").read_text())
+    tensors = dict(stored_tensors(drafter, config))
+    source = Source(lambda: tensors.items(), config, world.target.arch, raw, frozen_tensors(world.path), "org/target")
+    directory = write_export(tmp_path / "drafter", source, dtype="float32")
+    if norms:
+        weights = load_file(directory / "model.safetensors")
+        weights |= {f"midlayer.self_attn.{name}_norm.weight": np.ones(16, np.float32) for name in "qk"}
+        save_file(weights, directory / "model.safetensors")
+    found = report(world, directory)
+    assert found.unsupported == () and found.problems == () and found.dialect is not None
+    said = verdicts(found)
+    assert said["SGLang"][0] == ("refuses" if norms else "serves") and said["vLLM"][0] != "refuses"
+    assert "EAGLE-3 with a layer of Llama, outputs of layers [-1, 0, 1], 30 tokens" in found.lines()[0]

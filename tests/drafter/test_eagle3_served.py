@@ -157,6 +157,24 @@ def test_drafts_are_what_the_training_pass_gives(norms: tuple[str, ...]) -> None
     assert np.isneginf(logits[:, outside]).all() and set(np.asarray(proposal.tokens[0])) <= {*IDS}
 
 
+def test_logits_in_bfloat16_of_several_requests() -> None:
+    """A CPU has no product in bfloat16 that is turned round."""
+    head = drafter(REDUCED).vocabulary
+    rows = jnp.asarray(LAST, jnp.bfloat16)
+    want = np.asarray(rows, np.float32) @ np.asarray(head.head[...].astype(jnp.bfloat16), np.float32).T
+    for module in (head, fused(head)):
+        logits = np.asarray(jax.jit(lambda module, x: module.unembed(x))(module, rows))
+        np.testing.assert_allclose(logits[:, IDS], want, atol=1e-4)
+        assert np.isneginf(np.delete(logits, IDS, axis=1)).all()
+
+
+def fused(module: Any) -> Any:
+    """A copy with the weights that decoding wants."""
+    copy = jax.tree.map(lambda x: x, module)
+    copy.fuse_weights(jnp.bfloat16, join=True)
+    return copy
+
+
 def softmax(x: np.ndarray) -> np.ndarray:
     e = np.exp(x - x.max(axis=-1, keepdims=True))
     return e / e.sum(axis=-1, keepdims=True)

@@ -19,7 +19,7 @@ from dspark_jax.kinds import as_kind
 from dspark_jax.run import Run
 from dspark_jax.target.loading import load_target
 from dspark_jax.training.checkpoint import load_drafter, saved_config
-from dspark_jax.training.vocabulary import fill_vocabulary, inside_vocabulary
+from dspark_jax.training.vocabulary import fill_vocabulary, inside_vocabulary, known_vocabulary
 from dspark_jax.vocabulary import count_tokens, decode_vocabulary, encode_vocabulary, most_frequent
 from tests.training.tiny_run import fake_prepare
 
@@ -68,6 +68,16 @@ def test_coverage_is_written_and_said(eagle: Any, tmp_path: Path) -> None:
     nothing = dataclasses.replace(sample, loss_mask=np.zeros_like(sample.loss_mask))
     with pytest.raises(InputError, match="has no answers to count tokens in"):
         fill_vocabulary(eagle, [nothing], tmp_path)
+
+
+def test_the_tokens_of_the_drafter_that_is_there(eagle: Any) -> None:
+    """Its head is for these: they are taken over, and others of the same number are refused."""
+    drafter = dataclasses.replace(eagle.drafter, draft_vocabulary=encode_vocabulary(np.arange(5, 5 + SIZE), 67))
+    saved = dataclasses.replace(eagle, drafter=drafter)
+    assert known_vocabulary(eagle, saved).drafter == drafter and known_vocabulary(eagle, None) is eagle
+    other = dataclasses.replace(drafter, draft_vocabulary=encode_vocabulary(np.arange(SIZE), 67))
+    with pytest.raises(InputError, match="drafter.draft_vocabulary names other tokens than the drafter that is there"):
+        known_vocabulary(dataclasses.replace(eagle, drafter=other), saved)
 
 
 @pytest.mark.parametrize("name", ["one", "cube"])

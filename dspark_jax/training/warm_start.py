@@ -89,7 +89,7 @@ def plan_takeover(
     """
     theirs = {part_of(name) for name in found} - set(without)
     ours = {part_of(name) for name in wanted}
-    taken, new = {BACKBONE: f"{config.num_layers} layers"}, dict[str, str]()
+    taken, new = {BACKBONE: f"{config.num_layers} layer{'s' * (config.num_layers > 1)}"}, dict[str, str]()
     for part in (HEAD, CONVOLUTIONS, CONFIDENCE):
         if part not in ours:
             continue

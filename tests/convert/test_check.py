@@ -123,6 +123,17 @@ def test_z_labs_dflash_works_in_every_server_that_fills_blocks_in(world, tmp_pat
 
 
 @pytest.mark.slow
+def test_windows_and_scaled_rope_are_scored(world, copy):
+    """A window that is wider than the text changes nothing; frequencies that it was not trained with do."""
+    window = {"layer_types": ["sliding_attention"], "use_sliding_window": True, "sliding_window": 64}
+    found = report(world, copy(**window, is_causal=False))
+    assert found.verdict == "works" and verdicts(found)["vLLM"][0] == "serves"
+    linear = {"rope_type": "linear", "factor": 30.0, "rope_theta": 1e4}
+    other = report(world, copy("good", "other", rope_parameters=linear, rope_scaling=None))
+    assert other.unsupported == () and other.dialect.stated.tau < found.dialect.stated.tau - 0.05
+
+
+@pytest.mark.slow
 def test_dflash2_is_scored_and_not_wrong(world, tmp_path):
     """An untrained one: it accepts next to nothing, in every dialect. With parts that are unknown it is not scored."""
     config = dataclasses.replace(

@@ -127,13 +127,13 @@ def kinds(config):
         (
             "dflash to dspark",
             ("markov.", "confidence."),
-            ["taken over: backbone (1 layers)", "starting new: sequential head (vanilla, rank 8), confidence head"],
+            ["taken over: backbone (1 layer)", "starting new: sequential head (vanilla, rank 8), confidence head"],
         ),
         (
             "dspark to dspark with convolutions",
             (".around_",),
             [
-                "taken over: backbone (1 layers), sequential head (vanilla, rank 8), confidence head",
+                "taken over: backbone (1 layer), sequential head (vanilla, rank 8), confidence head",
                 "starting new: convolutions (as the identity)",
             ],
         ),
@@ -141,7 +141,7 @@ def kinds(config):
             "dspark to dflash2",
             (".around_", "markov."),
             [
-                "taken over: backbone (1 layers)",
+                "taken over: backbone (1 layer)",
                 "starting new: sequential head (selector; it was vanilla), convolutions (as the identity)",
                 "left out: confidence head",
                 "trained with another setting: block_layout 'anchor_first' there, 'fill_in' here: every row predicts "
@@ -152,7 +152,7 @@ def kinds(config):
             "dflash2 to convolved dspark",
             ("markov.", "confidence."),
             [
-                "taken over: backbone (1 layers), convolutions",
+                "taken over: backbone (1 layer), convolutions",
                 "starting new: sequential head (vanilla; it was selector), confidence head",
                 "trained with another setting: block_layout 'fill_in' there, 'anchor_first' here: every row predicts "
                 "another token than it was trained for",
@@ -162,7 +162,7 @@ def kinds(config):
             "fill-in to anchor-first",
             (),
             [
-                "taken over: backbone (1 layers)",
+                "taken over: backbone (1 layer)",
                 "trained with another setting: block_layout 'fill_in' there, 'anchor_first' here: every row predicts "
                 "another token than it was trained for",
             ],
@@ -171,7 +171,7 @@ def kinds(config):
             "vanilla to rnn",
             ("markov.", "confidence."),
             [
-                "taken over: backbone (1 layers)",
+                "taken over: backbone (1 layer)",
                 "starting new: sequential head (rnn; it was vanilla), confidence head (it reads the sequential head, "
                 "which starts new)",
             ],
@@ -179,9 +179,9 @@ def kinds(config):
         (
             "a confidence head",
             ("confidence.",),
-            ["taken over: backbone (1 layers), sequential head (vanilla, rank 8)", "starting new: confidence head"],
+            ["taken over: backbone (1 layer), sequential head (vanilla, rank 8)", "starting new: confidence head"],
         ),
-        ("dspark to dflash", (), ["taken over: backbone (1 layers)", "left out: sequential head, confidence head"]),
+        ("dspark to dflash", (), ["taken over: backbone (1 layer)", "left out: sequential head, confidence head"]),
     ],
 )
 def test_across_kinds(config, meshes, name, new, lines):

@@ -23,10 +23,10 @@ from typing import Any
 import numpy as np
 
 from dspark_jax.config import DrafterConfig, InputError, TargetArchitecture
-from dspark_jax.config_rules import EAGLE3_NORMS
 from dspark_jax.convert.dflash_keys import dflash2_keys, dflash_keys, refuse_unknown_parts
+from dspark_jax.convert.eagle3_keys import eagle3_keys, eagle3_serving, llama_config, llama_layers, vocabulary_maps
 from dspark_jax.convert.hf import expected_tensors
-from dspark_jax.convert.layouts import DFLASH2, LLAMA_EAGLE_ARCHITECTURES
+from dspark_jax.convert.layouts import DFLASH2
 from dspark_jax.convert.long_context import keys as long_keys
 from dspark_jax.convert.mapping import FROZEN, HEADS, frozen_names
 from dspark_jax.convert.output import built_beside, check_output, write_text
@@ -35,15 +35,12 @@ from dspark_jax.kinds import KINDS, served_as
 from dspark_jax.registry import listed
 from dspark_jax.target import families
 from dspark_jax.target.checks import refuse_two_heads
-from dspark_jax.target.families.family import SIZES, Family
+from dspark_jax.target.families.family import Family
 from dspark_jax.target.loading import read_checkpoint
-from dspark_jax.vocabulary import decode_vocabulary, to_maps
 
 FORMATS = ("universal", "deepspec", "speculators")
 ZERO_RANK = 16
 """Rank of the Markov head, all zeros, that makes servers take an anchor-first DFlash for what it is."""
-STEP_DECAY = 0.8
-"""Of EAGLE-3's training-time-test steps (trap 33); a note in the reference's config."""
 CERTAIN = 20.0
 """Logit of the constant confidence of a drafter without a confidence head: nothing is ever cut."""
 
@@ -145,17 +142,9 @@ def content(source: Source, form: str, dtype: str) -> Content:
         left_out = frozen_names(source.config)
         shapes = {name: shape for name, shape in shapes.items() if name not in left_out}
     prefix = "midlayer." if form == "universal" and not drafter.qk_norms else ""
-    made = Content(source, config, {}, _maps(source), prefix)
+    made = Content(source, config, {}, vocabulary_maps(source), prefix)
     named = {made.named(name): shape for name, shape in shapes.items()}
     return dataclasses.replace(made, shapes=named | {name: value.shape for name, value in made.maps.items()})
-
-
-def _maps(source: Source) -> dict[str, np.ndarray]:
-    """The tensors that say which tokens a drafter drafts; none where it is all of them, where vLLM refuses such."""
-    drafter, whole = source.config, source.arch.vocab_size
-    if drafter.draft_vocab_size in (0, whole):
-        return {}
-    return to_maps(decode_vocabulary(drafter.draft_vocabulary, drafter.draft_vocab_size, whole), whole)
 
 
 def write_export(
@@ -311,7 +300,7 @@ def reference_config(source: Source, dtype: str) -> dict[str, Any]:
             "target_layer_ids": list(drafter.target_layer_ids),
         }
     )
-    keys = {"eagle3": _eagle3_keys, "dflash": dflash_keys, "dspark": _dspark_keys}[served_as(drafter) or ""]
+    keys = {"eagle3": eagle3_keys, "dflash": dflash_keys, "dspark": _dspark_keys}[served_as(drafter) or ""]
     return family.drafter_config(config | keys(source), target)
 
 
@@ -338,17 +327,6 @@ def _dspark_keys(source: Source) -> dict[str, Any]:
     return keys
 
 
-def _eagle3_keys(source: Source) -> dict[str, Any]:
-    """Keys of EAGLE-3."""
-    return {
-        "architectures": [f"{source.family.drafter_class}Eagle3Model"],
-        "draft_num_hidden_layers": source.config.num_layers,
-        "target_model_name_or_path": source.target_name,
-        "ttt_length": source.config.block_size,
-        "step_loss_decay": STEP_DECAY,
-    }
-
-
 def universal_config(source: Source, dtype: str) -> dict[str, Any]:
     """The reference's config, and the same settings wherever another reader looks for them first.
 
@@ -372,45 +350,10 @@ def _vllm_eagle3(source: Source, config: dict[str, Any]) -> dict[str, Any]:
     """What vLLM, the one server of Qwen3's EAGLE-3, wants besides: its class, and ids of layer inputs."""
     family = source.family
     if not source.config.qk_norms:
-        return _llama(source, str(config["dtype"]))
+        return llama_config(source, str(config["dtype"]))
     if not family.eagle3_class:
         raise InputError(f"--format universal: no server has an EAGLE-3 for {family.title}; use --format deepspec")
-    return config | family.drafter_rope(source.arch) | _eagle3_serving(source, family.eagle3_class)
-
-
-def _eagle3_serving(source: Source, architecture: str) -> dict[str, Any]:
-    drafter = source.config
-    return {
-        "architectures": [architecture],
-        "eagle_aux_hidden_state_layer_ids": [i + 1 for i in drafter.target_layer_ids],
-        "norm_before_residual": "norm_before_residual" in drafter.eagle3_norms,
-        **{name: True for name in EAGLE3_NORMS if name in drafter.eagle3_norms},
-        "draft_vocab_size": drafter.draft_vocab_size or source.arch.vocab_size,
-    }
-
-
-def _llama(source: Source, dtype: str) -> dict[str, Any]:
-    """EAGLE-3 with a layer of Llama, as SpecForge writes it and SGLang, vLLM and llama.cpp read it.
-
-    The ids of tapped layers count inputs at the top level, which vLLM and llama.cpp read, and outputs in
-    `eagle_config`, which SGLang reads (trap 13).
-    """
-    layers = llama_layers(source, dtype)
-    ids = {"eagle_aux_hidden_state_layer_ids": list(source.config.target_layer_ids), "use_aux_hidden_state": True}
-    served = _eagle3_serving(source, LLAMA_EAGLE_ARCHITECTURES[0])
-    return layers | served | {"eagle_config": ids, "ttt_length": source.config.block_size}
-
-
-def llama_layers(source: Source, dtype: str) -> dict[str, Any]:
-    """The config of a Llama of one layer, of the drafter's shape."""
-    arch, text = source.arch, source.target.get("text_config") or source.target
-    rope = {"rope_theta": arch.rope_theta, "rope_type": "default"}
-    tokens = {name: text[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in text}
-    shape = {name: getattr(arch, name) for name in SIZES}
-    return tokens | shape | {
-        "model_type": "llama", "num_hidden_layers": 1, "tie_word_embeddings": False, "hidden_act": "silu",
-        "attention_bias": False, "mlp_bias": False, "rope_scaling": None, "rope_parameters": rope, "dtype": dtype,
-    }  # fmt: skip
+    return config | family.drafter_rope(source.arch) | eagle3_serving(source, family.eagle3_class)
 
 
 def speculators_config(source: Source, dtype: str) -> dict[str, Any]:
@@ -424,7 +367,7 @@ def speculators_config(source: Source, dtype: str) -> dict[str, Any]:
     base, kind = universal_config(source, dtype), served_as(source.config)
     own = {"dflash_config", "dspark_config", "sample_from_anchor", "num_target_layers", "target_layer_ids"}
     own |= {"eagle_aux_hidden_state_layer_ids", "norm_before_residual", "draft_vocab_size"}
-    own |= set(_dspark_keys(source)) | set(_eagle3_keys(source))
+    own |= set(_dspark_keys(source)) | set(eagle3_keys(source))
     if kind in _SPECULATORS:
         architecture, names = _SPECULATORS[kind]
         keys = {name: base[name] for name in ("block_size", "mask_token_id", "sample_from_anchor", *names)}
@@ -435,7 +378,7 @@ def speculators_config(source: Source, dtype: str) -> dict[str, Any]:
         keys |= {"aux_hidden_state_layer_ids": [i + 1 for i in base["target_layer_ids"]]}
     else:
         off = ("norm_before_fc", "fc_norm", "norm_output", "embed_requires_grad")
-        keys = dict.fromkeys(off, False) | _eagle3_serving(source, "Eagle3Speculator")
+        keys = dict.fromkeys(off, False) | eagle3_serving(source, "Eagle3Speculator")
         base = base if source.config.qk_norms else llama_layers(source, dtype)
     proposal = {"proposal_type": "greedy", "speculative_tokens": source.config.block_size}
     return keys | {

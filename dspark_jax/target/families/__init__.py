@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from dspark_jax.config_fields import Unsupported
 from dspark_jax.target.families.family import Family
 from dspark_jax.target.families.gemma4 import Gemma4
+from dspark_jax.target.families.llama import Llama
 from dspark_jax.target.families.qwen3 import Qwen3
 
 if TYPE_CHECKING:
@@ -61,5 +62,5 @@ def of_drafters(arch: "TargetArchitecture") -> Family:
     return of_shape(of_shape(arch).drafter_shape(arch))
 
 
-for _family in (Qwen3(), Gemma4()):
+for _family in (Qwen3(), Gemma4(), Llama()):
     register(_family)

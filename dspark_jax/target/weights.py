@@ -15,6 +15,7 @@ class Weight(NamedTuple):
       inputs: how many leading axes of the parameter are inputs of a linear layer, which is stored as [out, in];
         0 = stored as it is, up to merged axes.
       whole: stored with all its axes.
+      flat: stored with all its axes merged, as the bias of a linear layer.
       row: a vector that is stored as a linear layer with one output, [1, in].
       layers: the layers that a stack holds, where those are not 0, 1, 2, ...
     """
@@ -24,6 +25,7 @@ class Weight(NamedTuple):
     row: bool = False
     layers: tuple[int, ...] = ()
     whole: bool = False
+    flat: bool = False
 
     @property
     def stacked(self) -> bool:
@@ -40,6 +42,8 @@ class Weight(NamedTuple):
             return (1, *shape)
         if self.whole:
             return shape
+        if self.flat:
+            return (math.prod(shape),)
         if self.inputs:
             return math.prod(shape[self.inputs :]), math.prod(shape[: self.inputs])
         return (shape[0], math.prod(shape[1:])) if len(shape) > 2 else shape

@@ -36,6 +36,8 @@ CASES = {  # model class, its fields besides `SIZES`
     "llama3": ("Llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
     "llama2": ("Llama", {"rope_parameters": {"rope_theta": 100.0}, "num_key_value_heads": 4}),
     "llama_yarn": ("Llama", {"rope_parameters": YARN, "head_dim": 16}),
+    "qwen2": ("Qwen2", {"rope_parameters": {"rope_theta": 100.0}, "tie_word_embeddings": True}),
+    "qwen2_yarn": ("Qwen2", {"rope_parameters": YARN, "num_key_value_heads": 1}),
 }
 ONE = tuple({name: case for case, (name, _) in CASES.items()}.values())
 """A case of every family, for what does not depend on the fields."""

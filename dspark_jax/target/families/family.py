@@ -55,6 +55,7 @@ class AttentionShape:
       norms: queries and keys pass an RMS norm per head.
       value_is_key: values are the raw key projections (before their norm and rotation).
       value_norm: values pass an RMS norm without weight.
+      biases: queries, keys and values have a bias each, added before norm and rotation.
     """
 
     heads: int
@@ -67,6 +68,7 @@ class AttentionShape:
     norms: bool = True
     value_is_key: bool = False
     value_norm: bool = False
+    biases: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

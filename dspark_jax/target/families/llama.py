@@ -1,4 +1,4 @@
-"""Llama targets (2, 3, 3.1, 3.2, 3.3, and what others have made in their layout): no query and key norms, scaled RoPE."""
+"""Llama targets (2 to 3.3, and what others have made in their layout): no query and key norms, scaled RoPE."""
 
 import dataclasses
 from collections.abc import Mapping

@@ -19,6 +19,7 @@ from dspark_jax.target.families.gemma4 import GEMMA4, GEMMA4_UNIFIED, GEMMA4_WHO
 from dspark_jax.target.families.llama import LLAMA
 from dspark_jax.target.families.qwen2 import QWEN2
 from dspark_jax.target.families.qwen3 import QWEN3
+from dspark_jax.target.families.qwen3_moe import QWEN3_MOE
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -27,6 +28,7 @@ CLASSES: dict[str, tuple[str, Mapping[str, Field]]] = {  # config class -> model
     "Qwen3Config": ("Qwen3ForCausalLM", QWEN3),
     "LlamaConfig": ("LlamaForCausalLM", LLAMA),
     "Qwen2Config": ("Qwen2ForCausalLM", QWEN2),
+    "Qwen3MoeConfig": ("Qwen3MoeForCausalLM", QWEN3_MOE),
     "Gemma4TextConfig": ("Gemma4ForCausalLM", GEMMA4),
     "Gemma4UnifiedTextConfig": ("Gemma4UnifiedForCausalLM", GEMMA4_UNIFIED),
 }
@@ -54,10 +56,12 @@ OTHER: dict[str, Any] = {  # field -> another value than the one of a small mode
     "rope_theta": 500.0, "partial_rotary_factor": 0.5, "use_sliding_window": True, "sliding_window": 3,
     "max_window_layers": 1, "final_logit_softcapping": 3.0, "attention_k_eq_v": False, "global_head_dim": 32,
     "num_global_key_value_heads": 4, "use_bidirectional_attention": "all", "num_kv_shared_layers": 1,
-    "enable_moe_block": True, "use_double_wide_mlp": True, "vocab_size_per_layer_input": 5, "num_experts": 4,
+    "enable_moe_block": True, "use_double_wide_mlp": True, "vocab_size_per_layer_input": 5, "num_experts": 16,
     "top_k_experts": 2, "moe_intermediate_size": 8, "model_type": "other",
     "layer_types": ["full_attention", "sliding_attention"],
     "per_layer_config": {"1": {"num_key_value_heads": 4}}, "mlp_bias": True, "pretraining_tp": 2,
+    "num_local_experts": 16, "num_experts_per_tok": 2, "norm_topk_prob": True, "decoder_sparse_step": 2,
+    "mlp_only_layers": [0], "output_router_logits": True, "router_aux_loss_coef": 0.5,
 }  # fmt: skip
 GEMMA_OTHER = {
     "layer_types": ["full_attention"] * 2, "hidden_size_per_layer_input": 4,
@@ -65,7 +69,11 @@ GEMMA_OTHER = {
     "rope_scaling": {"rope_type": "yarn", "factor": 2.0},
 }  # fmt: skip
 PLAIN_OTHER = {"rope_parameters": {"rope_theta": 77.0}, "rope_scaling": {"rope_theta": 77.0}}
-WITHOUT = {"rope_theta": "rope_parameters", "rope_scaling": "rope_parameters"}  # of older files, which have no other
+WITHOUT = {
+    "rope_theta": "rope_parameters",
+    "rope_scaling": "rope_parameters",
+    "num_experts": "num_local_experts",
+}  # another name of it
 MASKS = ("create_causal_mask", "create_sliding_window_causal_mask")
 DERIVED = {"kv_sharing_modes": "num_kv_shared_layers", "get_text_config": "text_config"}
 
@@ -301,6 +309,7 @@ def taken_as(field: Field) -> str:
         ("Qwen3", QWEN3, COMMON),
         ("Llama", LLAMA, COMMON),
         ("Qwen2", QWEN2, COMMON),
+        ("Qwen3-MoE", QWEN3_MOE, COMMON),
         ("Gemma 4", GEMMA4, COMMON),
         ("Gemma 4 unified", GEMMA4_UNIFIED, GEMMA4),
         ("Gemma 4 with other modalities", GEMMA4_WHOLE, COMMON),

@@ -243,7 +243,7 @@ class Layer(nnx.Module):
         self.attention = Attention(arch, stack=stack, scale=scale, rngs=rngs, shape=shape.attention)
         self.attention_out_norm = ones(stack, arch.hidden_size) if shape.out_norms else None
         self.mlp_norm = ones(stack, arch.hidden_size)
-        self.mlp: Any = MLP(arch, stack=stack, scale=scale, rngs=rngs, gate=shape.gate)
+        self.mlp: Any = self._mlp(arch, shape, {"stack": stack, "scale": scale, "rngs": rngs, "gate": shape.gate})
         self.mlp_out_norm = ones(stack, arch.hidden_size) if shape.out_norms else None
         self.scalar = ones(stack, 1) if shape.scalar else None
         self.eps = arch.rms_norm_eps
@@ -262,6 +262,14 @@ class Layer(nnx.Module):
         out = self.mlp(normed) if self.around_mlp is None else self.around_mlp(normed, self.mlp)
         x = x + self._normed(out, self.mlp_out_norm)
         return x if self.scalar is None else x * self.scalar[...].astype(x.dtype)
+
+    def _mlp(self, arch: TargetArchitecture, shape: LayerShape, how: dict[str, Any]) -> Any:
+        """The MLP, or what is there in its place."""
+        if shape.experts is None:
+            return MLP(arch, **how)
+        from dspark_jax.target.experts import Experts  # which is made of parts of this module
+
+        return Experts(arch, shape.experts, **how)
 
     def _normed(self, x: jax.Array, norm: Param | None) -> jax.Array:
         return x if norm is None else rms_norm(x, norm[...], self.eps)

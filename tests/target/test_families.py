@@ -18,6 +18,7 @@ from dspark_jax.drafter import make_drafter
 from dspark_jax.engine import Models, generate
 from dspark_jax.errors import InputError
 from dspark_jax.sharding import make_mesh
+from dspark_jax.target import families
 from dspark_jax.target.decode_weights import decode_weights, unstacked
 from dspark_jax.target.loading import load_target
 
@@ -32,11 +33,14 @@ SIZES = dict(
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3 |= {"original_max_position_embeddings": 16}
 YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 16}
+MOE = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
 CASES = {  # model class, its fields besides `SIZES`
     "llama3": ("Llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
     "llama2": ("Llama", {"rope_parameters": {"rope_theta": 100.0}, "num_key_value_heads": 4}),
     "llama_yarn": ("Llama", {"rope_parameters": YARN, "head_dim": 16}),
     "qwen2": ("Qwen2", {"rope_parameters": {"rope_theta": 100.0}, "tie_word_embeddings": True}),
+    "moe": ("Qwen3Moe", {**MOE, "rope_parameters": YARN, "mlp_only_layers": [2], "norm_topk_prob": True}),
+    "moe_all": ("Qwen3Moe", {**MOE, "rope_parameters": {"rope_theta": 100.0}, "tie_word_embeddings": True}),
     "qwen2_yarn": ("Qwen2", {"rope_parameters": YARN, "num_key_value_heads": 1}),
 }
 ONE = tuple({name: case for case, (name, _) in CASES.items()}.values())
@@ -57,6 +61,8 @@ def write_model(case, directory):
     torch.manual_seed(0)
     config = getattr(transformers, f"{name}Config")(**SIZES | fields)
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    if "Moe" in name:
+        model.set_experts_implementation("eager")  # the others have no float64
     with torch.no_grad():
         for path, parameter in model.named_parameters():
             if "norm" in path:
@@ -150,7 +156,10 @@ def test_a_mesh_computes_what_one_device_does(made, case):
         return model.unembed(trained), model.unembed(cached)
 
     with jax.set_mesh(mesh):
-        found = jax.jit(run)(load(directory, mesh))
+        split = load(directory, mesh)
+        found = jax.jit(run)(split)
+    matrix = split.layers.mlp.gate[...].sharding.spec  # experts are split, each of them whole
+    assert matrix == (jax.P(None, "tensor", "fsdp", None) if "moe" in case else jax.P(None, "fsdp", "tensor"))
     for a, b in zip(found, jax.jit(run)(target), strict=True):
         assert_close(np.asarray(a), np.asarray(b))
 
@@ -228,3 +237,35 @@ def test_an_older_llama_is_read_as_transformers_does():
 def test_what_a_llama_may_not_say(change, error, message):
     with pytest.raises(error, match=message):
         TargetArchitecture.from_hf(llama(**change))
+
+
+def moe(**change):
+    raw = {"model_type": "qwen3_moe", **SIZES, **MOE, "rope_theta": 100.0}
+    return {name: value for name, value in (raw | change).items() if value is not None}
+
+
+def test_layers_with_experts_are_those_of_transformers():
+    for step, dense in ((1, []), (2, []), (2, [1]), (1, [0, 3])):
+        raw = moe(decoder_sparse_step=step, mlp_only_layers=dense)
+        model = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig.from_dict(dict(raw)))
+        arch = TargetArchitecture.from_hf(raw)
+        kinds = [kind == "full_attention" for kind in families.of_shape(arch).kinds(arch)]
+        assert kinds == [hasattr(layer.mlp, "experts") for layer in model.model.layers]
+    assert TargetArchitecture.from_hf(moe(num_experts=None)).own["num_experts"] == 128
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"mlp_only_layers": [4]}, InputError, r"mlp_only_layers \[4\] is no list of numbers of layers below 4"),
+        ({"mlp_only_layers": [0, 1, 2, 3]}, Unsupported, "without any layer with experts"),
+        ({"decoder_sparse_step": 5}, Unsupported, "without any layer with experts"),
+        ({"num_experts_per_tok": 9}, InputError, "num_experts_per_tok 9 is above num_experts 8"),
+        ({"num_local_experts": 4}, InputError, "num_experts and num_local_experts differ"),
+        ({"norm_topk_prob": "yes"}, InputError, 'norm_topk_prob "yes" is neither true nor false'),
+        ({"use_sliding_window": True}, Unsupported, "use_sliding_window true"),
+    ],
+)
+def test_what_a_mixture_may_not_say(change, error, message):
+    with pytest.raises(error, match=message):
+        TargetArchitecture.from_hf(moe(**change))

@@ -101,14 +101,15 @@ COMMON = {
 
 ROPE = {
     "rope_theta": read("base of the rotary frequencies", kind="number"),
-    "rope_type": must("default", note="proportional in Gemma 4's full layers; type in older files"),
+    "rope_type": must("default", note="others, where a family has them, are in its section; type in older files"),
     "partial_rotary_factor": must(1.0, note="read where rope_type is proportional", kind="number"),
-    "factor": must(1.0, note="of proportional; default has none"),
+    "factor": must(1.0, note="of proportional, and read where rope_type is linear, llama3 or yarn; default has none"),
     **irrelevant(
-        "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "short_factor",
-        "long_factor", "low_freq_factor", "high_freq_factor", "mscale", "mscale_all_dim", "truncate",
-        note="of rope types that are refused",
+        "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "low_freq_factor",
+        "high_freq_factor", "mscale", "mscale_all_dim", "truncate",
+        note="read where rope_type is llama3 or yarn, as far as that has them; default has none",
     ),
+    **irrelevant("short_factor", "long_factor", note="of longrope, which is refused"),
     **irrelevant("mrope_section", note="rows of text have the same position on every axis"),
 }  # fmt: skip
 """Keys of `rope_parameters`."""

@@ -184,7 +184,7 @@ def test_the_programs_are_traced_without_weights(config):
     assert matmul_flops(decode.traced.jaxpr) > 2 * 8 * (g + 1) * (3 * layer + d * v)
 
 
-@pytest.mark.parametrize(("features", "unsupported"), [("cache", ""), ("torch", "llama")])
+@pytest.mark.parametrize(("features", "unsupported"), [("cache", ""), ("torch", "olmo")])
 def test_with_features_from_disk_the_step_has_no_target(config, tmp_path, monkeypatch, features, unsupported):
     """As in `train`: embedding and LM head are given, and the features are part of the batch."""
     mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
@@ -208,7 +208,7 @@ def test_with_features_from_disk_the_step_has_no_target(config, tmp_path, monkey
     assert report["train"]["verdict"].startswith("fits")
     assert report["prepare"]["verdict"] == "not planned: data.regenerate=False trains on given answers"
     if unsupported:
-        assert report["decode"]["verdict"] == "not planned: a llama has no definition here and cannot run"
+        assert report["decode"]["verdict"] == "not planned: a olmo has no definition here and cannot run"
     else:
         assert report["decode"]["verdict"].startswith("fits")
 

@@ -24,6 +24,8 @@ def _equation(equation: Any) -> float:
         (left, _), _ = params["dimension_numbers"]
         contracted = math.prod(equation.invars[0].aval.shape[axis] for axis in left)
         return 2.0 * math.prod(equation.outvars[0].aval.shape) * contracted
+    if name == "ragged_dot_general":
+        return 2.0 * math.prod(equation.outvars[0].aval.shape) * equation.invars[0].aval.shape[-1]
     if name == "pallas_call":
         return float(getattr(params.get("cost_estimate"), "flops", 0) or 0)
     inner = [matmul_flops(jaxpr) for jaxpr in _jaxprs(params)]

@@ -38,6 +38,11 @@ def ones(stack: tuple[int, ...], size: int, axis: str = "norm") -> Param:
     return Param(jnp.ones((*stack, size), jnp.float32), axes=("layers",) * len(stack) + (axis,))
 
 
+def zeros(stack: tuple[int, ...], shape: tuple[int, ...], axes: tuple[str, ...]) -> Param:
+    """A parameter of zeros [*stack, *shape]: the bias of a linear layer."""
+    return Param(jnp.zeros(stack + shape, jnp.float32), axes=("layers",) * len(stack) + axes)
+
+
 def narrow(weight: Param | None, dtype: Any) -> None:
     """Holds a matrix as `dtype` from now on. (Setting `weight[...]` would convert it back to the type it had.)"""
     if weight is not None and weight[...].dtype != dtype:
@@ -51,6 +56,12 @@ def dense(x: jax.Array, weight: jax.Array, inputs: int = 1) -> jax.Array:
     """
     lead, width = x.shape[: x.ndim - inputs], math.prod(weight.shape[:inputs])
     return product(x.reshape(-1, width), weight.reshape(width, -1)).reshape(lead + weight.shape[inputs:])
+
+
+def _linear(x: jax.Array, weight: Param, bias: Param | None) -> jax.Array:
+    """`dense` of one input axis, with a bias if there is one."""
+    out = dense(x, weight[...])
+    return out if bias is None else out + bias[...].astype(out.dtype)
 
 
 def rms_norm(x: jax.Array, weight: jax.Array | None, eps: float) -> jax.Array:
@@ -107,17 +118,21 @@ class Attention(nnx.Module):
         self.out = normal(rngs, stack, (n, h, d), ("heads", "head_width", "embed"), scale)
         self.query_norm: Any = ones(stack, h) if self.shape.norms else None
         self.key_norm: Any = ones(stack, h) if self.shape.norms else None
+        biases = self.shape.biases
+        self.query_bias: Any = zeros(stack, (n, h), ("heads", "head_width")) if biases else None
+        self.key_bias: Any = zeros(stack, (k, h), ("kv_heads", "head_width")) if biases else None
+        self.value_bias: Any = zeros(stack, (k, h), ("kv_heads", "head_width")) if biases and own else None
         self.eps = arch.rms_norm_eps
         self.reads_context = False  # keys and values are asked for alone as well: a drafter's
 
     def queries(self, x: jax.Array, positions: jax.Array) -> jax.Array:
         """x [B, T, D], positions [B, T] -> normed and rotated queries [B, T, N, H]."""
-        return self._turn(dense(x, self.query[...]), self.query_norm, positions)
+        return self._turn(_linear(x, self.query, self.query_bias), self.query_norm, positions)
 
     def keys_values(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
         """x [B, T, D], positions [B, T] -> normed and rotated keys, and values, both [B, T, K, H]."""
-        key = dense(x, self.key[...])
-        value = key if self.value is None else dense(x, self.value[...])
+        key = _linear(x, self.key, self.key_bias)
+        value = key if self.value is None else _linear(x, self.value, self.value_bias)
         return self._turn(key, self.key_norm, positions), self._values(value)
 
     def all(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -125,7 +140,7 @@ class Attention(nnx.Module):
         if getattr(self, "joint", None) is None:
             return self.queries(x, positions), *self.keys_values(x, positions)
         n, k = self.shape.heads, self.shape.kv_heads
-        heads = dense(x, self.joint[...])
+        heads = _linear(x, self.joint, self.joint_bias)
         turned = self._turn(heads[..., : n + k, :], self.joint_norm, positions)
         return turned[..., :n, :], turned[..., n:, :], self._values(heads[..., -k:, :])
 
@@ -145,13 +160,15 @@ class Attention(nnx.Module):
         query, key = self.query[...], self.key[...]
         parts = [query, key] if self.value is None else [query, key, self.value[...]]
         self.joint = Param(jnp.concatenate(parts, axis=1), axes=("embed", None, None))
+        biases = [bias[...] for bias in (self.query_bias, self.key_bias, self.value_bias) if bias is not None]
+        self.joint_bias: Any = Param(jnp.concatenate(biases), axes=(None,) * 2) if biases else None
         norms = [jnp.broadcast_to(norm[...], (part.shape[1], part.shape[2])) for norm, part in
                  ((self.query_norm, query), (self.key_norm, key)) if norm is not None]  # fmt: skip
         self.joint_norm: Any = Param(jnp.concatenate(norms), axes=(None,) * 2) if norms else None
         # Nothing is kept twice but what a drafter reads of a context alone.
-        self.query = self.query_norm = None
+        self.query = self.query_norm = self.query_bias = None
         if not self.reads_context:
-            self.key = self.key_norm = self.value = None
+            self.key = self.key_norm = self.key_bias = self.value = self.value_bias = None
 
     def output(self, x: jax.Array) -> jax.Array:
         """Heads [B, T, N, H] -> [B, T, D]."""
@@ -226,7 +243,7 @@ class Layer(nnx.Module):
         self.attention = Attention(arch, stack=stack, scale=scale, rngs=rngs, shape=shape.attention)
         self.attention_out_norm = ones(stack, arch.hidden_size) if shape.out_norms else None
         self.mlp_norm = ones(stack, arch.hidden_size)
-        self.mlp: Any = MLP(arch, stack=stack, scale=scale, rngs=rngs, gate=shape.gate)
+        self.mlp: Any = self._mlp(arch, shape, {"stack": stack, "scale": scale, "rngs": rngs, "gate": shape.gate})
         self.mlp_out_norm = ones(stack, arch.hidden_size) if shape.out_norms else None
         self.scalar = ones(stack, 1) if shape.scalar else None
         self.eps = arch.rms_norm_eps
@@ -245,6 +262,14 @@ class Layer(nnx.Module):
         out = self.mlp(normed) if self.around_mlp is None else self.around_mlp(normed, self.mlp)
         x = x + self._normed(out, self.mlp_out_norm)
         return x if self.scalar is None else x * self.scalar[...].astype(x.dtype)
+
+    def _mlp(self, arch: TargetArchitecture, shape: LayerShape, how: dict[str, Any]) -> Any:
+        """The MLP, or what is there in its place."""
+        if shape.experts is None:
+            return MLP(arch, **how)
+        from dspark_jax.target.experts import Experts  # which is made of parts of this module
+
+        return Experts(arch, shape.experts, **how)
 
     def _normed(self, x: jax.Array, norm: Param | None) -> jax.Array:
         return x if norm is None else rms_norm(x, norm[...], self.eps)

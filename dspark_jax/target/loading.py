@@ -198,7 +198,7 @@ def fill_module(
 
 def _check_tensors(tensors: Mapping[str, np.ndarray], weight: Weight, shape: tuple[int, ...], where: str) -> None:
     """Refuses a checkpoint in which a parameter of this shape is not as it should be."""
-    expected = weight.stored_shape(shape[1:] if weight.stacked else shape)
+    expected = weight.stored_shape(shape[weight.stacked + bool(weight.experts) :])
     for name in weight.names(shape[0] if weight.stacked else 1):
         if name not in tensors:
             raise InputError(f"{where}: tensor {name} is missing; download the checkpoint again")
@@ -226,10 +226,16 @@ def _load(
     Slices are handed over as views of the mapped file: turning them round is much faster there than in NumPy.
     """
     single = shape[1:] if weight.stacked else shape
-    titles, stored = list(tensors), list(tensors.values())
+    titles, stored, experts = list(tensors), list(tensors.values()), weight.experts
 
     def cut(i: int, index: Any) -> np.ndarray:
-        part = weight.load(stored[i], single)[index]
+        if not experts:
+            return cut_tensor(i, single, index)
+        wanted = range(i * experts, (i + 1) * experts)[index[0]]
+        return np.stack([cut_tensor(tensor, single[1:], index[1:]) for tensor in wanted])
+
+    def cut_tensor(i: int, shape: tuple[int, ...], index: Any) -> np.ndarray:
+        part = weight.load(stored[i], shape)[index]
         part = part if part.dtype == dtype else part.astype(dtype)
         if finite and not all_finite(part):
             raise InputError(f"{titles[i]} holds values that are not finite in {np.dtype(dtype)}; {_REMEDY}")
@@ -246,7 +252,7 @@ def _load(
     if np.prod(shape) * np.dtype(dtype).itemsize <= _AT_ONCE:
 
         def stack(index: Any) -> np.ndarray:
-            return np.stack([cut(i, index[1:]) for i in range(*index[0].indices(len(stored)))])
+            return np.stack([cut(i, index[1:]) for i in range(*index[0].indices(shape[0]))])
 
         value = _put(shape, sharding, stack)
         for tensor in stored:
@@ -254,11 +260,12 @@ def _load(
         return value
     of_layer = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
     value = jax.jit(functools.partial(jnp.zeros, shape, dtype), out_shardings=sharding)()
-    for i, tensor in enumerate(stored):
+    for i in range(shape[0]):
         layer = _put(single, of_layer, functools.partial(cut, i))
         value = jax.block_until_ready(_placer(sharding)(value, layer, i))  # or the layers would queue up
         del layer
-        finished(tensor)
+        for tensor in stored[i * (experts or 1) : (i + 1) * (experts or 1)]:
+            finished(tensor)
     return value
 
 

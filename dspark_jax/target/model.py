@@ -90,7 +90,7 @@ class Target(nnx.Module):
     @property
     def stacks(self) -> Mapping[str, str]:
         """Kind of layers -> the attribute that holds their stack."""
-        return self.family.stacks
+        return self.family.stacks_of(self.arch)
 
     @property
     def head(self) -> jax.Array:

@@ -15,6 +15,8 @@ class Weight(NamedTuple):
       inputs: how many leading axes of the parameter are inputs of a linear layer, which is stored as [out, in];
         0 = stored as it is, up to merged axes.
       whole: stored with all its axes.
+      experts: how many experts are on the second axis; `{e}` runs over them, and each has a tensor of its own.
+      flat: stored with all its axes merged, as the bias of a linear layer.
       row: a vector that is stored as a linear layer with one output, [1, in].
       layers: the layers that a stack holds, where those are not 0, 1, 2, ...
     """
@@ -24,6 +26,8 @@ class Weight(NamedTuple):
     row: bool = False
     layers: tuple[int, ...] = ()
     whole: bool = False
+    flat: bool = False
+    experts: int = 0
 
     @property
     def stacked(self) -> bool:
@@ -31,8 +35,9 @@ class Weight(NamedTuple):
         return "{i}" in self.name
 
     def names(self, layers: int) -> list[str]:
-        """Tensor names, one per layer for a stack of so many."""
-        return [self.name.format(i=i) for i in self.layers or range(layers)] if self.stacked else [self.name]
+        """Tensor names, one per layer for a stack of so many, or one per expert of each layer."""
+        rows = self.layers or range(layers) if self.stacked else (0,)
+        return [self.name.format(i=i, e=e) for i in rows for e in range(self.experts or 1)]
 
     def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the stored tensor of one layer whose parameter has `shape`."""
@@ -40,6 +45,8 @@ class Weight(NamedTuple):
             return (1, *shape)
         if self.whole:
             return shape
+        if self.flat:
+            return (math.prod(shape),)
         if self.inputs:
             return math.prod(shape[self.inputs :]), math.prod(shape[: self.inputs])
         return (shape[0], math.prod(shape[1:])) if len(shape) > 2 else shape

@@ -137,17 +137,17 @@ def test_z_labs_dflash_is_imported_and_goes_on_training(tiny_target, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def llama_run(save_untrained, tmp_path_factory):
+def olmo_run(save_untrained, tmp_path_factory):
     """A run for a target without a definition here, which scales its embedding by 4 and caps its logits at 30."""
-    folder, rng = tmp_path_factory.mktemp("llama"), np.random.default_rng(0)
+    folder, rng = tmp_path_factory.mktemp("olmo"), np.random.default_rng(0)
     sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}
     sizes |= {"intermediate_size": 48, "max_position_embeddings": 64}
-    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "bos_token_id": 7, "pretraining_tp": 1}
+    config = {"model_type": "olmo", "architectures": ["OlmoForCausalLM"], "bos_token_id": 7, "pretraining_tp": 1}
     (folder / "config.json").write_text(json.dumps(config | sizes))
     stored = rng.normal(size=(64, 32)).astype(np.float32)
     save_file({"model.tok.weight": stored}, folder / "model.safetensors")  # its embedding may have any name
     drafter = DrafterConfig(num_layers=1, block_size=3, target_layer_ids=(0, 1), mask_token_id=63, markov_rank=8)
-    config = Config(name="llama", target=TargetConfig(path=str(folder)), drafter=drafter)
+    config = Config(name="olmo", target=TargetConfig(path=str(folder)), drafter=drafter)
     config.data.features, config.data.regenerate, config.train.evaluate = "torch", False, False
     config.data.max_length, config.data.max_prompt_length, config.mesh = 64, 32, MeshConfig(1, -1, 1)
     workdir = folder / "run"
@@ -158,9 +158,9 @@ def llama_run(save_untrained, tmp_path_factory):
     return workdir, folder, frozen
 
 
-def test_export_of_a_drafter_for_a_target_without_a_definition(llama_run, tmp_path, capsys):
+def test_export_of_a_drafter_for_a_target_without_a_definition(olmo_run, tmp_path, capsys):
     """Its only use is to be served elsewhere: as the Qwen3 that it is, with the target's matrices from training."""
-    workdir, target, frozen = llama_run
+    workdir, target, frozen = olmo_run
     main(["export", f"--workdir={workdir}", f"--target={target}", f"--output={tmp_path / 'a'}", "--dtype=float32"])
     raw = json.loads((tmp_path / "a" / "config.json").read_text())
     assert (raw["model_type"], raw["architectures"], raw["num_target_layers"]) == ("qwen3", ["Qwen3DSparkModel"], 4)
@@ -171,7 +171,7 @@ def test_export_of_a_drafter_for_a_target_without_a_definition(llama_run, tmp_pa
     for name, value in to_params(first).items():
         np.testing.assert_array_equal(value, to_params(back)[name], err_msg=name)
     card = (tmp_path / "a" / "README.md").read_text()
-    for fact in ("The target is a llama", "multiplies its embedding by 4;", "caps its logits at 30", "vllm serve"):
+    for fact in ("The target is a olmo", "multiplies its embedding by 4;", "caps its logits at 30", "vllm serve"):
         assert fact in card
     assert "SGLang cannot serve it: the target multiplies its embedding by 4" in card and "convert check" not in card
     main(
@@ -193,15 +193,15 @@ def test_export_names_figures_of_another_type(run, tmp_path, capsys):
     assert "metrics.json: temperature is None; remove it, and make it anew" in said and not (tmp_path / "a").exists()
 
 
-def test_check_says_what_it_cannot_do_for_such_a_target(llama_run, tmp_path, capsys):
-    workdir, target, _ = llama_run
+def test_check_says_what_it_cannot_do_for_such_a_target(olmo_run, tmp_path, capsys):
+    workdir, target, _ = olmo_run
     main(["export", f"--workdir={workdir}", f"--output={tmp_path / 'a'}"])
     capsys.readouterr()
     with pytest.raises(SystemExit) as status:
         main(["check", f"--drafter={tmp_path / 'a'}", f"--target={target}"])
     said = capsys.readouterr().err
     assert status.value.code == 2 and len(said.splitlines()) == 1
-    assert "a llama has no definition here, and check decodes with the target; the README.md that export writes" in said
+    assert "a olmo has no definition here, and check decodes with the target; the README.md that export writes" in said
 
 
 def test_a_directory_is_converted(run, tiny_target, tmp_path):

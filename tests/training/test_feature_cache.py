@@ -115,17 +115,17 @@ def test_another_target_is_refused(config, tmp_path, single_device, new_target):
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    """A random Llama, of which there is no definition here."""
+def olmo(tmp_path_factory):
+    """A random OLMo, of which there is no definition here."""
     torch = pytest.importorskip("torch")
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import OlmoConfig, OlmoForCausalLM
 
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
-    model = LlamaForCausalLM(
-        LlamaConfig(vocab_size=VOCAB, num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.3, **shape)
+    model = OlmoForCausalLM(
+        OlmoConfig(vocab_size=VOCAB, num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.3, **shape)
     )
-    path = tmp_path_factory.mktemp("llama")
+    path = tmp_path_factory.mktemp("olmo")
     model.save_pretrained(path)
     return path, model.eval()
 
@@ -136,13 +136,13 @@ def of_pytorch(config: Config, path) -> Config:
     return resolve(config)
 
 
-def test_a_model_without_a_definition_gives_its_features(config, llama, tmp_path):
+def test_a_model_without_a_definition_gives_its_features(config, olmo, tmp_path):
     """Against hooks in the model itself: raw outputs of layers, and the input of its LM head."""
     import torch
 
-    path, model = llama
+    path, model = olmo
     config = of_pytorch(config, path)
-    assert (config.target.architecture.unsupported, config.target.architecture.head_dim) == ("llama", 8)
+    assert (config.target.architecture.unsupported, config.target.architecture.head_dim) == ("olmo", 8)
     (tmp_path / "features").mkdir()
     start = feature_pass(Run(config, tmp_path), TORCH)
     tokens = np.random.default_rng(0).integers(0, VOCAB, (2, 9)).astype(np.int32)
@@ -153,7 +153,7 @@ def test_a_model_without_a_definition_gives_its_features(config, llama, tmp_path
         np.testing.assert_array_equal(coded.values, stored.astype(coded.values.dtype))
         assert coded.finite and coded.values.shape == (count, 96)
     start.func.__self__.model.model.layers.append(torch.nn.Identity())
-    with pytest.raises(InputError, match="no list of 3 layers in its LlamaModel; features of such a model cannot"):
+    with pytest.raises(InputError, match="no list of 3 layers in its OlmoModel; features of such a model cannot"):
         start(tokens, np.asarray([9, 6], np.int32))
     seen = {}
     hooks = [model.model.layers[0].register_forward_hook(lambda _, __, out: seen.update(layer=out))]
@@ -179,11 +179,11 @@ def test_a_model_without_a_definition_gives_its_features(config, llama, tmp_path
 
 
 @pytest.mark.parametrize("part, row", [("head", 40), ("embedding", 40)])
-def test_what_is_not_finite_is_not_lent(llama, part, row):
+def test_what_is_not_finite_is_not_lent(olmo, part, row):
     """Row 40 is not among the tokens that the logits are computed of."""
     import torch
 
-    model = copy.deepcopy(llama[1])
+    model = copy.deepcopy(olmo[1])
     owner = model.get_output_embeddings() if part == "head" else model.get_input_embeddings()
     owner.weight = torch.nn.Parameter(owner.weight.detach().clone())
     owner.weight.data[row] = torch.nan
@@ -192,18 +192,18 @@ def test_what_is_not_finite_is_not_lent(llama, part, row):
 
 
 @pytest.mark.parametrize("field, value", [("hidden_size", 36), ("num_hidden_layers", "x"), ("hidden_act", 5)])
-def test_a_model_that_does_not_load_is_one_line(llama, tmp_path, field, value):
-    path = shutil.copytree(llama[0], tmp_path / "model")
+def test_a_model_that_does_not_load_is_one_line(olmo, tmp_path, field, value):
+    path = shutil.copytree(olmo[0], tmp_path / "model")
     content = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(content | {field: value}))
     with pytest.raises(InputError, match="model: transformers cannot load it"):
         load_torch_target(str(path), (0,))
 
 
-def test_it_may_come_from_the_hub(config, llama, tmp_path, hub_cache):
-    hub_cache("me/llama", llama[0])
-    here = of_pytorch(config, llama[0])
-    config = dataclasses.replace(config, target=TargetConfig(path="me/llama"))
+def test_it_may_come_from_the_hub(config, olmo, tmp_path, hub_cache):
+    hub_cache("me/olmo", olmo[0])
+    here = of_pytorch(config, olmo[0])
+    config = dataclasses.replace(config, target=TargetConfig(path="me/olmo"))
     there = resolve(with_architecture(config))
     assert there.target.architecture == here.target.architecture
     tokens, lengths = np.arange(8, dtype=np.int32)[None] % VOCAB, np.asarray([8], np.int32)
@@ -212,24 +212,24 @@ def test_it_may_come_from_the_hub(config, llama, tmp_path, hub_cache):
     np.testing.assert_array_equal(far.values, near.values)
 
 
-def test_a_drafter_is_trained_for_it(config, llama, tmp_path):
+def test_a_drafter_is_trained_for_it(config, olmo, tmp_path):
     config.train.steps, config.train.log_every, config.train.checkpoint_every = 2, 1, 2
-    rows = fit(of_pytorch(config, llama[0]), tmp_path)
+    rows = fit(of_pytorch(config, olmo[0]), tmp_path)
     assert [np.isfinite(row["loss"]) for row in rows] == [True, True]
 
 
-def test_what_an_unsupported_target_cannot_do_is_said(config, llama):
-    path, _ = llama
+def test_what_an_unsupported_target_cannot_do_is_said(config, olmo):
+    path, _ = olmo
     config = of_pytorch(config, path)
     wrong = dataclasses.replace(config, train=dataclasses.replace(config.train, evaluate=True))
-    assert any("train.evaluate=True needs a target that runs here, llama does not" in line for line in problems(wrong))
+    assert any("train.evaluate=True needs a target that runs here, olmo does not" in line for line in problems(wrong))
     wrong = dataclasses.replace(
         config, drafter=dataclasses.replace(config.drafter, target_layer_ids=(0, 2), kind="mtp")
     )
     assert any("cannot tap the last layer" in line for line in problems(wrong))
     from dspark_jax.target.loading import load_target
 
-    with pytest.raises(InputError, match="a llama has no definition here, so nothing can be decoded with it; train a"):
+    with pytest.raises(InputError, match="a olmo has no definition here, so nothing can be decoded with it; train a"):
         load_target(config.target, make_mesh(config.mesh, jax.devices()[:1]))
 
 

@@ -55,6 +55,7 @@ class AttentionShape:
       norms: queries and keys pass an RMS norm per head.
       value_is_key: values are the raw key projections (before their norm and rotation).
       value_norm: values pass an RMS norm without weight.
+      biases: queries, keys and values have a bias each, added before norm and rotation.
     """
 
     heads: int
@@ -67,6 +68,24 @@ class AttentionShape:
     norms: bool = True
     value_is_key: bool = False
     value_norm: bool = False
+    biases: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertShape:
+    """What a mixture of experts is like.
+
+    Attributes:
+      count: E experts.
+      chosen: k of them that a row goes through.
+      width: F of each.
+      normalised: the weights of a row's experts add up to 1.
+    """
+
+    count: int
+    chosen: int
+    width: int
+    normalised: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,12 +97,14 @@ class LayerShape:
       gate: function of the MLP's gate: silu, or gelu_tanh (the tanh approximation of GELU).
       out_norms: what attention and MLP give is normed once more before it is added.
       scalar: the layer's output is multiplied with a stored number.
+      experts: of the mixture that is there instead of the MLP, if any.
     """
 
     attention: AttentionShape
     gate: str = "silu"
     out_norms: bool = False
     scalar: bool = False
+    experts: ExpertShape | None = None
 
 
 class Family:
@@ -95,7 +116,7 @@ class Family:
       configs: every `model_type` that a config.json of it may have -> what becomes of the fields there (of the language
         model's part, where there are other modalities).
       instead: what to use instead of a model of it that is not supported, e.g. "a plain Qwen3 model".
-      stacks: kind of layers -> the attribute of the model that holds their stack.
+      stacks: kind of layers -> the attribute of the model that holds their stack; every model has `FULL` layers.
       identity_fields: fields of `TargetArchitecture` that a target's fingerprint is made of, besides `own`. To add one,
         or to reorder them, makes every checkpoint of the family one for another target.
       drafter_class: with what the names of the classes begin that servers have for drafters with this family's layers:
@@ -163,6 +184,11 @@ class Family:
         """The kind of every layer."""
         return (FULL,) * arch.num_hidden_layers
 
+    def stacks_of(self, arch: "TargetArchitecture") -> dict[str, str]:
+        """`stacks` without those kinds of which it has no layers."""
+        kinds = {FULL, *self.kinds(arch)}
+        return {kind: name for kind, name in self.stacks.items() if kind in kinds}
+
     def stack_layers(self, arch: "TargetArchitecture", kind: str) -> tuple[int, ...]:
         """The numbers of the layers of a kind: what its stack holds, in this order."""
         return tuple(i for i, other in enumerate(self.kinds(arch)) if other == kind)
@@ -211,7 +237,7 @@ class Family:
         """
         prefix = self.prefix(names)
         found = self.outer_weights(prefix)
-        for kind, stack in self.stacks.items():
+        for kind, stack in self.stacks_of(arch).items():
             table = with_prefix(prefix, self.layer_weights(arch, kind), self.stack_layers(arch, kind))
             found |= {f"{stack}.{path}": weight for path, weight in table.items()}
         return found

@@ -1,0 +1,153 @@
+"""A mixture of experts in the place of an MLP: a router chooses a few of many gated MLPs for every row.
+
+Experts are split over the mesh's `tensor` axis, each whole on one device, which computes what its own experts give to
+all rows that it has; the parts are then added up. Of T rows, D wide, each goes through k of E experts, F wide: that is
+6 T k D F operations. In which form depends on shapes alone:
+
+- few pairs of row and expert (T k <= E): their matrices are collected, 3 T k D F values that are read, written, read.
+- more: rows are sorted by expert. On a TPU `ragged_dot` goes through them, elsewhere a loop over blocks of rows of one
+  expert each. Every expert that is chosen is read once (a block of rows at a time), the others never.
+
+None of them has been timed on an accelerator.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dspark_jax import platform
+from dspark_jax.config import TargetArchitecture
+from dspark_jax.sharding import parts_of, per_device
+from dspark_jax.target.families.family import ExpertShape
+from dspark_jax.target.layers import GATES, dense, narrow, normal
+
+_BLOCK = 64
+"""Most rows of one expert that go through a product at a time, where the rows are many."""
+
+
+class Experts(nnx.Module):
+    """The experts of a layer and their router; a stack of them by a leading axis on every parameter."""
+
+    def __init__(
+        self,
+        arch: TargetArchitecture,
+        shape: ExpertShape,
+        *,
+        stack: tuple[int, ...],
+        scale: float,
+        rngs: nnx.Rngs,
+        gate: str = "silu",
+    ):
+        d, e, f = arch.hidden_size, shape.count, shape.width
+        self.router: Any = normal(rngs, stack, (d, e), ("embed", "routes"), scale)
+        self.gate: Any = normal(rngs, stack, (e, d, f), ("experts", "embed", "expert_width"), scale)
+        self.up: Any = normal(rngs, stack, (e, d, f), ("experts", "embed", "expert_width"), scale)
+        self.down: Any = normal(rngs, stack, (e, f, d), ("experts", "expert_width", "embed"), scale)
+        self.shape = shape
+        self.function = gate
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., D] -> [..., D]."""
+        rows = x.reshape(-1, x.shape[-1])
+        chosen, weights = self.route(rows)
+        count = self.shape.count
+        parts = parts_of("experts") if count % parts_of("experts") == 0 else 1
+        whole, matrix = ("batch", None), ("experts", None, None)
+        run = per_device(
+            functools.partial(_own_part, count=count, function=self.function),
+            inputs=(whole, whole, whole, matrix, matrix, matrix),
+            outputs=(("experts", *whole),),
+            shapes=((parts, *rows.shape),),
+        )
+        (out,) = run(rows, chosen, weights, self.gate[...], self.up[...], self.down[...])
+        return jnp.sum(out, axis=0).reshape(x.shape)
+
+    def route(self, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """rows [T, D] -> k experts of each, likeliest first (of equal ones the first), and their weights, [T, k]."""
+        shares = jax.nn.softmax(dense(rows, self.router[...]).astype(jnp.float32), axis=-1)
+        weights, chosen = jax.lax.top_k(shares, self.shape.chosen)
+        if self.shape.normalised:
+            weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+        return chosen, weights.astype(rows.dtype)
+
+    def fuse_weights(self, dtype: Any, *, join: bool) -> None:
+        """See `decode_weights`; nothing is joined."""
+        del join
+        for weight in (self.router, self.gate, self.up, self.down):
+            narrow(weight, dtype)
+
+
+def _own_part(
+    rows: jax.Array,
+    chosen: jax.Array,
+    weights: jax.Array,
+    gate: jax.Array,
+    up: jax.Array,
+    down: jax.Array,
+    *,
+    count: int,
+    function: str,
+) -> tuple[jax.Array]:
+    """What the experts of this device, of `count` altogether, give to the rows: [1, T, D]."""
+    own, (t, k) = len(gate), chosen.shape
+    chosen = chosen if own == count else chosen - own * jax.lax.axis_index("tensor")
+    here = (chosen >= 0) & (chosen < own)
+    matrices = tuple(matrix.astype(rows.dtype) for matrix in (gate, up, down))
+    if _few(t * k, count):
+        out = _collected(rows, jnp.where(here, chosen, 0), matrices, function)
+    else:
+        out = _sorted(rows, jnp.where(here, chosen, own).reshape(-1), k, matrices, function).reshape(t, k, -1)
+    out = jnp.where(here[..., None], out * weights[..., None], 0)  # what is not here may be anything
+    return (jnp.sum(out, axis=1)[None],)
+
+
+def _few(pairs: int, count: int) -> bool:
+    """Whether to collect the matrices of so many pairs of row and expert."""
+    return pairs <= count
+
+
+Matrices = tuple[jax.Array, jax.Array, jax.Array]  # [E, D, F], [E, D, F], [E, F, D] of gate, up and down
+
+
+def _collected(rows: jax.Array, chosen: jax.Array, matrices: Matrices, function: str) -> jax.Array:
+    """rows [T, D] through the experts chosen [T, k]: [T, k, D]."""
+    gate, up, down = (matrix[chosen] for matrix in matrices)
+    inner = GATES[function](jnp.einsum("td,tkdf->tkf", rows, gate)) * jnp.einsum("td,tkdf->tkf", rows, up)
+    return jnp.einsum("tkf,tkfd->tkd", inner, down)
+
+
+def _sorted(rows: jax.Array, expert: jax.Array, k: int, matrices: Matrices, function: str) -> jax.Array:
+    """rows [T, D] through the experts [T k] of their pairs, row after row: [T k, D]; anything for an expert E."""
+    order = jnp.argsort(expert, stable=True)
+    sizes = jnp.bincount(expert, length=len(matrices[0]) + 1)[:-1].astype(jnp.int32)
+    through = _ragged if platform.current() == "tpu" else _blocks
+    out = through(rows[order // k], sizes, matrices, function)
+    return out[jnp.argsort(order)]
+
+
+def _ragged(rows: jax.Array, sizes: jax.Array, matrices: Matrices, function: str) -> jax.Array:
+    """rows [R, D], sorted by expert, of which expert e has sizes[e]: [R, D]."""
+    gate, up, down = matrices
+    inner = GATES[function](jax.lax.ragged_dot(rows, gate, sizes)) * jax.lax.ragged_dot(rows, up, sizes)
+    return jax.lax.ragged_dot(inner, down, sizes)
+
+
+def _blocks(rows: jax.Array, sizes: jax.Array, matrices: Matrices, function: str) -> jax.Array:
+    """The same, block after block. A block goes on into the next expert's rows, which that one then overwrites."""
+    size = min(_BLOCK, max(8, -(-len(rows) // len(sizes))))
+    blocks = -(-sizes // size)
+    ends, first_row = jnp.cumsum(blocks), jnp.cumsum(sizes) - sizes
+    padded = jnp.pad(rows, ((0, size), (0, 0)))
+
+    def step(number: jax.Array, out: jax.Array) -> jax.Array:
+        expert = jnp.searchsorted(ends, number, side="right")
+        at = first_row[expert] + (number - ends[expert] + blocks[expert]) * size
+        x = jax.lax.dynamic_slice_in_dim(padded, at, size)
+        gate, up, down = (jax.lax.dynamic_index_in_dim(matrix, expert, keepdims=False) for matrix in matrices)
+        y = dense(GATES[function](dense(x, gate)) * dense(x, up), down)
+        return jax.lax.dynamic_update_slice_in_dim(out, y, at, axis=0)
+
+    return jax.lax.fori_loop(0, ends[-1], step, jnp.zeros_like(padded))[: len(rows)]

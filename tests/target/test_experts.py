@@ -1,0 +1,37 @@
+"""The forms in which a mixture of experts is computed, against its definition in NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dspark_jax.target import experts
+
+E, D, F, K = 5, 6, 4, 2
+
+
+@pytest.mark.parametrize("t", [1, 23])
+@pytest.mark.parametrize("form", ["_collected", "_blocks", "_ragged"])
+def test_every_form_is_the_definition(form, t, monkeypatch):
+    """Some experts have no rows, one has more than a block."""
+    rng = np.random.default_rng(0)
+    rows, weights = rng.normal(size=(t, D)), rng.uniform(size=(t, K))
+    gate, up, down = (rng.normal(size=shape) for shape in ((E, D, F), (E, D, F), (E, F, D)))
+    chosen = np.stack([np.full(t, 3), np.arange(t) % 2], axis=-1)  # 2 and 4 have none
+    expected = np.zeros((t, D))
+    for row, pair, shares in zip(range(t), chosen, weights, strict=True):
+        for e, share in zip(pair, shares, strict=True):
+            inner = rows[row] @ gate[e]
+            expected[row] += share * ((inner / (1 + np.exp(-inner)) * (rows[row] @ up[e])) @ down[e])
+    monkeypatch.setattr(experts.platform, "current", lambda: "tpu" if form == "_ragged" else "cpu")
+    monkeypatch.setattr(experts, "_BLOCK", 8)
+    monkeypatch.setattr(experts, "_few", lambda pairs, count: form == "_collected")
+    x, shares, *matrices = (jnp.asarray(value, jnp.float32) for value in (rows, weights, gate, up, down))
+    seen = []
+    for name in ("_collected", "_blocks", "_ragged"):
+        of = getattr(experts, name)
+        monkeypatch.setattr(experts, name, lambda *given, of=of, name=name: seen.append(name) or of(*given))
+    run = jax.jit(lambda: experts._own_part(x, jnp.asarray(chosen), shares, *matrices, count=E, function="silu"))
+    (found,) = run()
+    assert seen == [form]
+    np.testing.assert_allclose(found[0], expected, rtol=2e-5, atol=2e-5)

@@ -1,0 +1,271 @@
+"""Targets in the layout of Llama against transformers in PyTorch, on small random models: one suite for all of them."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dspark_jax.config import DrafterConfig, MeshConfig, TargetArchitecture, TargetConfig
+from dspark_jax.config_fields import Unsupported
+from dspark_jax.convert.export import Source, frozen_tensors, write_export
+from dspark_jax.convert.hf import read_drafter_config, stored_tensors
+from dspark_jax.convert.targets import fitting, frozen_of_target
+from dspark_jax.drafter import make_drafter
+from dspark_jax.engine import Models, generate
+from dspark_jax.errors import InputError
+from dspark_jax.sharding import make_mesh
+from dspark_jax.target import families
+from dspark_jax.target.decode_weights import decode_weights, unstacked
+from dspark_jax.target.loading import load_target
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+V, TAPS = 67, (-1, 0, 2)
+SIZES = dict(
+    vocab_size=V, hidden_size=32, num_hidden_layers=4, intermediate_size=48, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.15,
+)  # fmt: skip
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 16}
+YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 16}
+MOE = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
+CASES = {  # model class, its fields besides `SIZES`
+    "llama3": ("Llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
+    "llama2": ("Llama", {"rope_parameters": {"rope_theta": 100.0}, "num_key_value_heads": 4}),
+    "llama_yarn": ("Llama", {"rope_parameters": YARN, "head_dim": 16}),
+    "qwen2": ("Qwen2", {"rope_parameters": {"rope_theta": 100.0}, "tie_word_embeddings": True}),
+    "moe": ("Qwen3Moe", {**MOE, "rope_parameters": YARN, "mlp_only_layers": [2], "norm_topk_prob": True}),
+    "moe_all": ("Qwen3Moe", {**MOE, "rope_parameters": {"rope_theta": 100.0}, "tie_word_embeddings": True}),
+    "qwen2_yarn": ("Qwen2", {"rope_parameters": YARN, "num_key_value_heads": 1}),
+}
+ONE = tuple({name: case for case, (name, _) in CASES.items()}.values())
+"""A case of every family, for what does not depend on the fields."""
+
+
+def load(directory, mesh):
+    return load_target(TargetConfig(path=str(directory), architecture=TargetArchitecture.from_hf(directory)), mesh)
+
+
+def alone():
+    return make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+
+
+def write_model(case, directory):
+    """A random model of a case, saved in three files or more, with norms and biases that matter."""
+    name, fields = CASES[case]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**SIZES | fields)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    if "Moe" in name:
+        model.set_experts_implementation("eager")  # the others have no float64
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            if "norm" in path:
+                parameter.uniform_(0.5, 1.5)
+            elif path.endswith(".bias"):
+                parameter.normal_(0, 0.5)
+    model.save_pretrained(directory, max_shard_size=4 * sum(p.numel() for p in model.parameters()) // 4)
+    assert len(list(directory.glob("*.safetensors"))) >= 3
+    return model
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """case -> (directory, model of transformers, ours), made once."""
+    known = {}
+
+    def of(case):
+        if case not in known:
+            directory = tmp_path_factory.mktemp(case)
+            model = write_model(case, directory)
+            known[case] = directory, model, load(directory, alone())
+        return known[case]
+
+    return of
+
+
+def oracle(model, tokens):
+    """Hidden states at the taps and logits, in float64."""
+    with torch.no_grad():
+        out = model.double()(torch.tensor(tokens), output_hidden_states=True)
+    return np.concatenate([out.hidden_states[i + 1].numpy() for i in TAPS], axis=-1), out.logits.numpy()
+
+
+def assert_close(ours, theirs):
+    """float32 accuracy: a few hundred roundings of the largest value."""
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=6e-6 * np.abs(theirs).max())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_and_taps_are_those_of_transformers(made, case):
+    """Of training's and decoding's form, and of two documents that are packed into one sequence."""
+    _, model, target = made(case)
+    tokens = np.random.default_rng(0).integers(0, V, (2, 40))
+    starts = jnp.asarray([[0] * 40, [0] * 14 + [14] * 26])
+    expected = [oracle(model, tokens[:1]), oracle(model, tokens[1:, :14]), oracle(model, tokens[1:, 14:])]
+    for form in (target, unstacked(target), decode_weights(target, jnp.float32)):
+
+        @jax.jit
+        def run(form=form):
+            out = form.forward(tokens, jnp.arange(40) - starts, taps=TAPS, starts=starts)
+            return out.features, form.unembed(out.last_hidden)
+
+        for found, part in zip(run(), range(2), strict=True):
+            assert_close(found[:1], expected[0][part])
+            assert_close(found[1:, :14], expected[1][part])
+            assert_close(found[1:, 14:], expected[2][part])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_cached_decoding_is_that_of_transformers(made, case):
+    """Two requests of different lengths in uneven pieces, with stale rows of a rolled-back draft in between."""
+    _, model, target = made(case)
+    target = decode_weights(target, jnp.float32)
+    tokens = np.random.default_rng(1).integers(0, V, (2, 30))
+    expected, _ = oracle(model, tokens)
+    cache, starts = target.init_cache(2, 48), np.array([0, 0])
+    step = jax.jit(lambda t, p, c: target.forward(t, p, c, taps=TAPS))
+    for lengths in ([15, 9], [1, 1], [6, 12], [8, 8]):
+        fed = np.full((2, 16), 7)  # rows after a request's own are drafts that get rejected
+        for b, length in enumerate(lengths):
+            fed[b, :length] = tokens[b, starts[b] : starts[b] + length]
+        out = step(fed, starts[:, None] + np.arange(16), cache)
+        cache = out.cache
+        for b, length in enumerate(lengths):
+            assert_close(out.features[b, :length], expected[b, starts[b] : starts[b] + length])
+        starts = starts + np.array(lengths)
+    assert (starts == 30).all()
+
+
+@pytest.mark.parametrize("case", ONE)
+def test_a_mesh_computes_what_one_device_does(made, case):
+    directory, _, target = made(case)
+    tokens = jnp.asarray(np.random.default_rng(2).integers(0, V, (4, 12)))
+    positions = jnp.broadcast_to(jnp.arange(12), tokens.shape)
+    mesh = make_mesh(MeshConfig(2, 2, 2), jax.devices())
+
+    def run(model):
+        trained = model.forward(tokens, positions).last_hidden
+        decoding = decode_weights(model, jnp.float32)
+        cached = decoding.forward(tokens, positions, decoding.init_cache(4, 12)).last_hidden
+        return model.unembed(trained), model.unembed(cached)
+
+    with jax.set_mesh(mesh):
+        split = load(directory, mesh)
+        found = jax.jit(run)(split)
+    matrix = split.layers.mlp.gate[...].sharding.spec  # experts are split, each of them whole
+    assert matrix == (jax.P(None, "tensor", "fsdp", None) if "moe" in case else jax.P(None, "fsdp", "tensor"))
+    for a, b in zip(found, jax.jit(run)(target), strict=True):
+        assert_close(np.asarray(a), np.asarray(b))
+
+
+DRAFTER = DrafterConfig(
+    num_layers=1, block_size=3, target_layer_ids=(0, 2), mask_token_id=V - 1, markov_rank=4, initializer_range=0.2
+)
+
+
+@pytest.mark.parametrize("case", ONE)
+def test_greedy_answers_with_a_drafter_are_those_of_transformers(made, case):
+    _, model, target = made(case)
+    drafter = make_drafter(target.arch, DRAFTER, rngs=nnx.Rngs(1))
+    prompts = [[3, 5, 7, 9], [11, 2]]
+    found = generate(Models(target, drafter), prompts, max_new_tokens=12).tokens
+    assert [len(answer) for answer in found] == [12, 12]
+    for prompt, answer in zip(prompts, found, strict=True):
+        text = [*prompt, *answer]
+        logits = oracle(model, np.asarray([text]))[1][0]
+        assert list(answer) == list(np.argmax(logits, -1)[len(prompt) - 1 : -1])
+
+
+@pytest.mark.parametrize("case", ONE)
+def test_a_drafter_for_it_is_exported_with_layers_of_a_qwen3(made, case, tmp_path):
+    directory, _, target = made(case)
+    arch, raw = target.arch, json.loads((directory / "config.json").read_text())
+    drafter = make_drafter(arch, DRAFTER, rngs=nnx.Rngs(1))
+    stored, frozen = dict(stored_tensors(drafter, DRAFTER)), frozen_tensors(directory)
+    of_target = frozen_of_target(frozen, directory, arch, 0.0)
+    assert target.family.title in of_target.notes[0] and not of_target.own_embedding
+    source = Source(stored.items, DRAFTER, arch, raw, frozen, "org/model", notes=of_target.notes)
+    path = write_export(tmp_path / "draft", source, dtype="float32")
+    written = json.loads((path / "config.json").read_text())
+    assert (written["architectures"], written["model_type"]) == (["Qwen3DSparkModel"], "qwen3")
+    assert written["rope_parameters"] == {"rope_theta": arch.rope_theta, "rope_type": "default"}
+    assert not {"num_experts", "mlp_bias", "moe_intermediate_size", "qkv_bias"} & set(written)
+    shape, settings = read_drafter_config(path)
+    fitting(path, shape, str(directory), arch, whole=True)
+    assert settings == dataclasses.replace(DRAFTER, initializer_range=settings.initializer_range)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_config_that_is_written_is_read_as_the_same(made, case):
+    arch = made(case)[2].arch
+    assert TargetArchitecture.from_hf(arch.to_hf()) == arch
+
+
+def llama(**change):
+    raw = transformers.LlamaConfig(**SIZES | {"rope_parameters": dict(LLAMA3)}).to_dict()
+    return {name: value for name, value in (raw | change).items() if value is not None}
+
+
+def test_an_older_llama_is_read_as_transformers_does():
+    old = llama(rope_parameters=None, rope_theta=None, head_dim=None, num_key_value_heads=None)
+    found, theirs = TargetArchitecture.from_hf(old), transformers.LlamaConfig.from_dict(dict(old))
+    assert found.rope_theta == theirs.rope_parameters["rope_theta"] == 1e4
+    assert (found.head_dim, found.num_key_value_heads) == (theirs.head_dim, theirs.num_key_value_heads) == (8, 4)
+    scaling = {name: value for name, value in LLAMA3.items() if name != "rope_theta"}
+    beside = llama(rope_parameters=None, rope_theta=500.0, rope_scaling=scaling)
+    assert TargetArchitecture.from_hf(beside) == TargetArchitecture.from_hf(llama())
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"attention_bias": True}, Unsupported, "attention_bias true"),
+        ({"mlp_bias": True}, Unsupported, "mlp_bias true"),
+        ({"rope_parameters": LLAMA3 | {"rope_type": "dynamic"}}, Unsupported, "rope_type 'dynamic'"),
+        ({"rope_parameters": LLAMA3 | {"partial_rotary_factor": 0.5}}, Unsupported, "partial_rotary_factor 0.5"),
+        ({"rope_parameters": LLAMA3 | {"low_freq_factor": None}}, InputError, "no 'low_freq_factor', which rope_type"),
+        ({"rope_parameters": LLAMA3 | {"low_freq_factor": "1"}}, InputError, "low_freq_factor '1' .* is not a number"),
+        ({"rope_parameters": LLAMA3 | {"low_freq_factor": 5.0}}, InputError, "must be below high_freq_factor"),
+    ],
+)
+def test_what_a_llama_may_not_say(change, error, message):
+    with pytest.raises(error, match=message):
+        TargetArchitecture.from_hf(llama(**change))
+
+
+def moe(**change):
+    raw = {"model_type": "qwen3_moe", **SIZES, **MOE, "rope_theta": 100.0}
+    return {name: value for name, value in (raw | change).items() if value is not None}
+
+
+def test_layers_with_experts_are_those_of_transformers():
+    for step, dense in ((1, []), (2, []), (2, [1]), (1, [0, 3])):
+        raw = moe(decoder_sparse_step=step, mlp_only_layers=dense)
+        model = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig.from_dict(dict(raw)))
+        arch = TargetArchitecture.from_hf(raw)
+        kinds = [kind == "full_attention" for kind in families.of_shape(arch).kinds(arch)]
+        assert kinds == [hasattr(layer.mlp, "experts") for layer in model.model.layers]
+    assert TargetArchitecture.from_hf(moe(num_experts=None)).own["num_experts"] == 128
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"mlp_only_layers": [4]}, InputError, r"mlp_only_layers \[4\] is no list of numbers of layers below 4"),
+        ({"mlp_only_layers": [0, 1, 2, 3]}, Unsupported, "without any layer with experts"),
+        ({"decoder_sparse_step": 5}, Unsupported, "without any layer with experts"),
+        ({"num_experts_per_tok": 9}, InputError, "num_experts_per_tok 9 is above num_experts 8"),
+        ({"num_local_experts": 4}, InputError, "num_experts and num_local_experts differ"),
+        ({"norm_topk_prob": "yes"}, InputError, 'norm_topk_prob "yes" is neither true nor false'),
+        ({"use_sliding_window": True}, Unsupported, "use_sliding_window true"),
+    ],
+)
+def test_what_a_mixture_may_not_say(change, error, message):
+    with pytest.raises(error, match=message):
+        TargetArchitecture.from_hf(moe(**change))

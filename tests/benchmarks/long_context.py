@@ -21,6 +21,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -144,9 +145,9 @@ def stretched(config: Config, drafter: DrafterModule, length: int, rows: int) ->
     return to_module(abstract, to_params(drafter))
 
 
-def measure_all(arguments: argparse.Namespace, edges: list[int]) -> dict[str, Any]:
-    """Trains what is missing; by drafter and range what `measure` gives."""
-    length, rows, results, held = arguments.length, arguments.rows, dict[str, Any](), None
+def measure_all(arguments: argparse.Namespace, edges: list[int]) -> Iterator[tuple[str, Any]]:
+    """Trains what is missing; yields drafters and what `measure` gives of them, one after another."""
+    length, rows, held = arguments.length, arguments.rows, None
     mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
     for name, flags in variants(length, arguments.window, rows).items():
         workdir = train(arguments.out, name, flags, arguments)
@@ -154,10 +155,9 @@ def measure_all(arguments: argparse.Namespace, edges: list[int]) -> dict[str, An
             config, drafter = load_drafter(workdir, mesh)
             target = load_target(config.target, mesh)
             held = held or held_out(config, target, arguments.sequences, rows)
-            results[name] = measure(drafter, target, *held, edges)
+            yield name, measure(drafter, target, *held, edges)
             if name == "plain":
-                results["plain, YaRN added"] = measure(stretched(config, drafter, length, rows), target, *held, edges)
-    return results
+                yield "plain, YaRN added", measure(stretched(config, drafter, length, rows), target, *held, edges)
 
 
 def main() -> None:
@@ -174,12 +174,13 @@ def main() -> None:
     arguments = parser.parse_args()
     length, rows = arguments.length, arguments.rows
     edges = [edge for edge in (0, length // 2, length, 2 * length, 3 * length, 4 * length) if edge < rows] + [rows]
-    results = measure_all(arguments, edges)
+    results: dict[str, Any] = {}
     print(f"expected tokens of a round by position of the anchor; trained on {length} tokens, {arguments.steps} steps")
     print(f"{'':<20}" + "".join(f"{f'{a}-{b}':>15}" for a, b in itertools.pairwise(edges)))
-    for name, found in results.items():
+    for name, found in measure_all(arguments, edges):
+        results[name] = found
         cells = [f"{cell['tau']:.2f} ± {cell['error']:.2f}" for cell in found.values()]
-        print(f"{name:<20}" + "".join(f"{cell:>15}" for cell in cells))
+        print(f"{name:<20}" + "".join(f"{cell:>15}" for cell in cells), flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1) + "\n")
 

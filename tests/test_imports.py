@@ -33,6 +33,7 @@ BASE = {
     "progress",
     "ranges",
     "registry",
+    "rope_scaling",
     "run_lock",
     "sharding",
     "shown_paths",

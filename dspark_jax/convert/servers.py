@@ -20,6 +20,7 @@ from dspark_jax.convert.eagle3_servers import (
     vllm_eagle3,
 )
 from dspark_jax.convert.layouts import DFLASH2, Z_LAB, Layout, layers_config, read_layout
+from dspark_jax.target import families
 
 
 def vllm(files: Files) -> Verdict:
@@ -308,8 +309,10 @@ def _experienced(files: Files, verdict: Verdict) -> Verdict:
     """The verdict with a note that says whether the server has been run, or its rules are only known from its code."""
     if verdict.server in NO_SERVERS or verdict.refusals:
         return verdict
-    version = RAN.get((verdict.server, files.stated.family))
-    if version and files.stated.anchor_first and not (files.gemma or files.llama):
+    version, family = RAN.get((verdict.server, files.stated.family)), families.of_shape(files.target)
+    if not family.drafter_class:
+        note = f"not run with a {family.title} as the target, whose hidden states it has to hand to these layers"
+    elif version and files.stated.anchor_first and not (files.gemma or files.llama):
         note = f"served DSpark exports for the embedded target: {version}"
     else:
         note = "not run with such drafters: its rules are known from its code or its threads"

@@ -1,5 +1,7 @@
 """The released targets' shapes, and the settings of the drafters that were released for them (paper section 4)."""
 
+import dataclasses
+
 from dspark_jax.benchmarks import BENCHMARKS
 from dspark_jax.config import (
     Config,
@@ -66,6 +68,55 @@ TARGETS = {  # shape, tapped layers, mask token
 """By id on the hub."""
 
 
+_LLAMA31_8B = TargetArchitecture(
+    model_type="llama",
+    vocab_size=128256,
+    hidden_size=4096,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    intermediate_size=14336,
+    rms_norm_eps=1e-5,
+    rope_theta=5e5,
+    tie_word_embeddings=False,
+    max_position_embeddings=131072,
+    own={
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+)
+_QWEN25_7B = dataclasses.replace(
+    _qwen3(3584, 28, 28, 18944, tied=False),
+    model_type="qwen2",
+    vocab_size=152064,
+    num_key_value_heads=4,
+    max_position_embeddings=32768,
+)
+_QWEN3_30B_A3B = dataclasses.replace(
+    _qwen3(2048, 48, 32, 6144, tied=False),
+    model_type="qwen3_moe",
+    num_key_value_heads=4,
+    own={
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    },
+)
+OTHER_TARGETS = {  # the same; layers from 1 to the third from last, evenly
+    "meta-llama/Llama-3.1-8B-Instruct": (_LLAMA31_8B, (1, 8, 15, 22, 29), 128002),
+    "Qwen/Qwen2.5-7B-Instruct": (_QWEN25_7B, (1, 7, 13, 19, 25), 151669),
+    "Qwen/Qwen3-30B-A3B": (_QWEN3_30B_A3B, (1, 12, 23, 34, 45), 151669),
+}
+"""Targets for which the paper has no drafter, and which have its settings all the same."""
+
+
 def target_like(arch: TargetArchitecture) -> str:
     """Id of the released target that has this shape, as its fine-tunes have; '' if there is none."""
     same = ("model_type", *SIZES)
@@ -81,11 +132,11 @@ def released(name: str, target: str, kind: str) -> Config:
 
     Args:
       name: of the target in the config's name.
-      target: one of `TARGETS`; `--config.target.path` names where its weights are.
+      target: one of `TARGETS` or `OTHER_TARGETS`; `--config.target.path` names where its weights are.
       kind: of drafter; DSpark if empty.
     """
     kind = kind or "dspark"
-    shape, taps, mask = TARGETS[target]
+    shape, taps, mask = (TARGETS | OTHER_TARGETS)[target]
     config = Config(
         name=f"{kind}_{name}",
         target=TargetConfig(path=target, architecture=shape),

@@ -17,6 +17,7 @@ from dspark_jax.config import InputError, TargetArchitecture
 from dspark_jax.convert.drafter_files import Files, Verdict
 from dspark_jax.convert.layouts import Layout, read_layout
 from dspark_jax.convert.server_facts import facts, kind, lookup, usual_outputs
+from dspark_jax.target import families
 
 VERDICTS = ("refuses", "wrong", "unknown", "note")
 """What a rule may say."""
@@ -211,7 +212,9 @@ def _layout(stated: Layout, read: Mapping[str, Any]) -> Layout:
 
 def _experience(server: Server, files: Files) -> str:
     """Whether the server has been run with such drafters, or its rules are only known from its code."""
-    version = server.ran.get(files.stated.family)
+    version, family = server.ran.get(files.stated.family), families.of_shape(files.target)
+    if not family.drafter_class:
+        return f"not run with a {family.title} as the target, whose hidden states it has to hand to these layers"
     if version and files.stated.anchor_first and not (files.gemma or files.llama):
         return f"served DSpark exports for the embedded target: {version}"
     return f"not run with such drafters: its rules are known from its code ({server.version}; {server.date})"

@@ -95,7 +95,7 @@ def _own_part(
     own, (t, k) = len(gate), chosen.shape
     chosen = chosen if own == count else chosen - own * jax.lax.axis_index("tensor")
     here = (chosen >= 0) & (chosen < own)
-    matrices = tuple(matrix.astype(rows.dtype) for matrix in (gate, up, down))
+    matrices = gate.astype(rows.dtype), up.astype(rows.dtype), down.astype(rows.dtype)
     if _few(t * k, count):
         out = _collected(rows, jnp.where(here, chosen, 0), matrices, function)
     else:

@@ -11,6 +11,8 @@ from flax import nnx
 
 from dspark_jax.config import DrafterConfig, MeshConfig, TargetArchitecture, TargetConfig
 from dspark_jax.config_fields import Unsupported
+from dspark_jax.convert.check import check_directory
+from dspark_jax.convert.dialect import Answer
 from dspark_jax.convert.export import Source, frozen_tensors, write_export
 from dspark_jax.convert.hf import read_drafter_config, stored_tensors
 from dspark_jax.convert.targets import fitting, frozen_of_target
@@ -198,6 +200,12 @@ def test_a_drafter_for_it_is_exported_with_layers_of_a_qwen3(made, case, tmp_pat
     assert not {"num_experts", "mlp_bias", "moe_intermediate_size", "qkv_bias"} & set(written)
     shape, settings = read_drafter_config(path)
     fitting(path, shape, str(directory), arch, whole=True)
+    answer = Answer(np.random.default_rng(3).integers(0, V, 24).astype(np.int32), 4)
+    found = check_directory(path, target, directory, [answer], alone())
+    assert found.dialect is not None and not found.unsupported
+    notes = [note for verdict in found.verdicts if not verdict.refusals for note in verdict.notes]
+    assert any(f"not run with a {target.family.title} as the target" in note for note in notes)
+    assert not [problem for problem in found.problems if "another target" in problem or "tensor" in problem]
     assert settings == dataclasses.replace(DRAFTER, initializer_range=settings.initializer_range)
 
 

@@ -52,7 +52,8 @@ class Qwen3Moe(Family):
 
     def values(self, raw: Mapping[str, Any], where: str) -> dict[str, Any]:
         """See `Family`."""
-        values = {"rope_theta": raw.get("rope_theta") or 1e4} | rope_values(raw, where, self.instead, SCALED)
+        values: dict[str, Any] = {"rope_theta": raw.get("rope_theta") or 1e4}
+        values |= rope_values(raw, where, self.instead, SCALED)
         stated = {raw[name] for name in ("num_experts", "num_local_experts") if raw.get(name) is not None}
         if len(stated) > 1:
             raise InputError(f"{where}: num_experts and num_local_experts differ ({stated}); keep the right one")
@@ -71,7 +72,7 @@ class Qwen3Moe(Family):
             raise Unsupported(
                 where, "mlp_only_layers or decoder_sparse_step without any layer with experts", "use a Qwen3"
             )
-        return values | heads(raw) | {"own": {**values.get("own", {}), **own}}
+        return {**values, **heads(raw), "own": values.get("own", {}) | own}
 
     def to_hf(self, arch: "TargetArchitecture") -> dict[str, Any]:
         """See `Family`."""

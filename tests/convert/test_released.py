@@ -176,8 +176,9 @@ def test_training_goes_on_from_every_released_checkpoint_with_its_own_config(nam
     for folder, raw in folders.items():
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "config.json").write_text(json.dumps(raw))
-        save_file({"x": np.zeros(2, np.float32)}, tmp_path / folder / "model.safetensors")
-    monkeypatch.setattr(convert, "import_drafter", lambda *_: (None, None))
+        norm = {"layers.0.self_attn.q_norm.weight": np.zeros(2, np.float32)}  # which tells Qwen3's layers from Llama's
+        save_file(norm, tmp_path / folder / "model.safetensors")
+    monkeypatch.setattr(convert, "import_drafter", lambda *_, **__: (None, None))
     monkeypatch.setattr(convert, "init_state", lambda *_: TrainState(jnp.int32(0), {}, {}))
     monkeypatch.setattr(convert, "to_params", lambda _: {"x": jnp.zeros(2)})
     paths = [f"--{folder}={tmp_path / folder}" for folder in folders]

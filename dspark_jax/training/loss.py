@@ -87,34 +87,27 @@ def drafter_loss(
     if head is not None:
         previous = head.embed(outputs.prev_tokens)
         latent = head.latent(outputs.hidden, previous)
-    candidates = 0 if head is None else head.candidates
-    biased = head is not None and not candidates
     rows = outputs.teacher_rows.reshape(b, a * g)
     teacher = _at_rows(jax.lax.stop_gradient(last_hidden), rows)
 
     coefficients = config.coefficients()
     terms = vocab_terms(coefficients)
-    states, lm_head, labels = outputs.hidden.reshape(b, a * g, d), target.head, outputs.labels
-    own = (latent.reshape(b, a * g, -1) if biased and latent is not None else None, None)
-    if biased and head is not None:
-        own = (own[0], head.w2[...])
-    if vocabulary is not None:  # its own head in the place of a Markov head's table; data tokens may be outside it
+    if vocabulary is not None:
         del terms["ce"]
-        own, states, labels = (states, vocabulary.learned()), None, jnp.zeros_like(labels)
-        lm_head = lm_head[vocabulary.ids]
+    states, latent_rows, lm_head, table, labels = _operands(drafter, target, outputs, latent)
     out = vocab_loss(
         states,
-        own[0],
+        latent_rows,
         teacher,
         lm_head,
-        own[1],
-        labels.reshape(b, a * g),
+        table,
+        labels,
         weights.reshape(b, a * g),
         terms=terms,
         block=g,
         softcap=target.softcap,
         chunk=vocab_chunk,
-        candidates=candidates,
+        candidates=0 if head is None else head.candidates,
     )
 
     def cleared(x: jax.Array) -> jax.Array:
@@ -138,6 +131,24 @@ def drafter_loss(
         total += coefficient * summed
         metrics |= {name: Ratio(summed, weight_sum), **more}
     return LossSums(total, denominator, jax.lax.stop_gradient(metrics))
+
+
+def _operands(
+    drafter: DrafterModule, target: EmbeddingAndHead, outputs: BlockOutputs, latent: jax.Array | None
+) -> tuple[jax.Array | None, jax.Array | None, jax.Array, jax.Array | None, jax.Array]:
+    """What `vocab_loss` multiplies, for the rows of all blocks: states, latent vectors, LM head and table; and the labels.
+
+    A reduced vocabulary has a head of its own, which takes the place of a Markov head's table; the data may have tokens
+    outside of it. A head that chooses among candidates has no part in the logits over the vocabulary.
+    """
+    b, a, g, d = outputs.hidden.shape
+    states, labels = outputs.hidden.reshape(b, a * g, d), outputs.labels.reshape(b, a * g)
+    vocabulary, head = drafter.vocabulary, drafter.markov
+    if vocabulary is not None:
+        return None, states, target.head[vocabulary.ids], vocabulary.learned(), jnp.zeros_like(labels)
+    if head is None or latent is None or head.candidates:
+        return states, None, target.head, None, labels
+    return states, latent.reshape(b, a * g, -1), target.head, head.w2[...], labels
 
 
 def _at_rows(values: jax.Array, rows: jax.Array) -> jax.Array:

@@ -136,7 +136,7 @@ def drafter_loss(
 def _operands(
     drafter: DrafterModule, target: EmbeddingAndHead, outputs: BlockOutputs, latent: jax.Array | None
 ) -> tuple[jax.Array | None, jax.Array | None, jax.Array, jax.Array | None, jax.Array]:
-    """What `vocab_loss` multiplies, for the rows of all blocks: states, latent vectors, LM head and table; and the labels.
+    """What `vocab_loss` multiplies, of all blocks: states, latent vectors, LM head and table; and the labels.
 
     A reduced vocabulary has a head of its own, which takes the place of a Markov head's table; the data may have tokens
     outside of it. A head that chooses among candidates has no part in the logits over the vocabulary.

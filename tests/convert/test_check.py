@@ -153,7 +153,8 @@ def test_dflash2_is_scored_and_not_wrong(world, tmp_path):
     (directory / "config.json").write_text(json.dumps(raw))
     found = report(world, directory)
     assert found.problems == () and found.verdict == UNKNOWN
-    assert found.unsupported == ("layers with a sliding window", "output_multiplier 0.5")
+    causal = "blocks that are attended causally, as those of layers with a window are where is_causal is not false"
+    assert found.unsupported == (causal, "output_multiplier 0.5")
     assert verdicts(found)["vLLM"][0] == "loads"
 
 

@@ -227,7 +227,10 @@ class _Weights(flags.ArgumentParser):
 
     def parse(self, argument: Any) -> Any:
         """The dict; one that is no text is the field's default."""
-        value = ast.literal_eval(argument) if isinstance(argument, str) else argument
+        try:
+            value = ast.literal_eval(argument) if isinstance(argument, str) else argument
+        except (SyntaxError, TypeError, MemoryError, RecursionError):  # absl knows a ValueError alone
+            raise ValueError("no dict") from None
         if not isinstance(value, dict):
             raise ValueError("no dict")
         return value

@@ -118,7 +118,7 @@ def problems(config: Config) -> Iterator[str]:
         return
     yield from _drafter_problems(drafter, target)
     yield from _eagle3_problems(config)
-    yield from _loss_problems(config.loss)
+    yield from _loss_problems(config.loss, drafter)
     yield from _feature_problems(config)
     yield from _answer_problems(config.data)
     if target.num_attention_heads % max(target.num_key_value_heads, 1):
@@ -276,8 +276,8 @@ def _convolution_problems(drafter: DrafterConfig, target: TargetArchitecture) ->
         yield f"drafter.conv_group_size={group} does not divide the target's width {target.hidden_size}; use a divisor"
 
 
-def _loss_problems(loss: LossConfig) -> Iterator[str]:
-    """What does not hold of the loss's further terms."""
+def _loss_problems(loss: LossConfig, drafter: DrafterConfig) -> Iterator[str]:
+    """What does not hold of the loss's terms and their weights."""
     own = [field.name for field in dataclasses.fields(loss) if field.name in LOSS_TERMS]
     for name, weight in loss.extra.items():
         if name in own:
@@ -286,3 +286,11 @@ def _loss_problems(loss: LossConfig) -> Iterator[str]:
             yield f"loss.extra has {name!r}, which is unknown; use {listed(LOSS_TERMS)}"
         elif weight not in NOT_NEGATIVE:
             yield f"loss.extra has {name!r}: {weight}; each weight must be {NOT_NEGATIVE.words}, and finite"
+    if loss.extra.get("selector") and drafter.markov_head_type != "selector":
+        yield (
+            f"loss.extra has 'selector', the loss of a head that drafter.markov_head_type="
+            f"{drafter.markov_head_type!r} leaves out; leave the term out too"
+        )
+    heads = () if drafter.confidence_head else ("confidence",)
+    if not any(weight for name, weight in loss.coefficients().items() if name not in heads):
+        yield "loss has no term with a weight above 0, so that nothing would be trained; set one, e.g. loss.ce=1.0"

@@ -34,6 +34,7 @@ NOT_NEGATIVE = Range("0 or above", 0)
 SHARE = Range("from 0 to 1", 0, 1, open_above=False)
 POSITIVE_SHARE = Range("above 0 and at most 1", 0, 1, open_below=True, open_above=False)
 BELOW_ONE = Range("at least 0 and below 1", 0, 1)
+WINDOW = Range("a whole number from 0 to 1073741824", 0, 2**30, open_above=False)  # rows are counted in 32 bits
 SEED = Range("a whole number from 0 to 2147483647", 0, 2**31)
 
 RANGES: Mapping[str, Range] = {
@@ -44,7 +45,7 @@ RANGES: Mapping[str, Range] = {
     "drafter.conv_group_size": POSITIVE,
     "drafter.selector_top_k": POSITIVE,
     "drafter.draft_vocab_size": NOT_NEGATIVE,
-    "drafter.sliding_window": NOT_NEGATIVE,
+    "drafter.sliding_window": WINDOW,
     "data.limit": NOT_NEGATIVE,
     "data.repeats": POSITIVE,
     "data.thinking_share": SHARE,

@@ -41,6 +41,9 @@ def problems(kind: str, numbers: Mapping[str, float]) -> Iterator[str]:
             yield f"drafter.rope_scaling has {name!r}: {value}; it must be positive, and finite"
     if kind == "llama3" and not numbers.get("low_freq_factor", 0) < numbers.get("high_freq_factor", math.inf):
         yield "drafter.rope_scaling: low_freq_factor must be below high_freq_factor; correct them"
+    if kind == "yarn" and not numbers.get("beta_slow", 1.0) < numbers.get("beta_fast", 32.0):
+        slow, fast = numbers.get("beta_slow", 1.0), numbers.get("beta_fast", 32.0)
+        yield f"drafter.rope_scaling: beta_slow {slow} must be below beta_fast {fast}; correct them"
 
 
 def scaled(kind: str, numbers: Mapping[str, float], width: int, theta: float) -> tuple[tuple[float, ...], float]:

@@ -64,7 +64,17 @@ def test_weights_by_name_are_one_value(config_file):
     argv = ["--config", config_file, "--config.loss.extra={'mine': 1}"]
     extra = command.parse(argv)[0].loss.extra
     assert extra == {"mine": 1.0} and isinstance(extra["mine"], float)
-    for value in ("mine", "0.5", "{'mine': 'x'}", "{1: 0.5}"):
+    for value in (
+        "mine",
+        "0.5",
+        "{'mine': 'x'}",
+        "{1: 0.5}",
+        "{'mine':",
+        "",
+        "{'a': 1}\n b",
+        "[" * 3000,
+        "-" * 100_000,
+    ):
         with pytest.raises(InputError, match=r"loss\.extra.*dict\[str, float\] is needed"):
             command.parse(["--config", config_file, f"--config.loss.extra={value}"])
 

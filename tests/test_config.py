@@ -51,6 +51,12 @@ def test_a_valid_config_has_no_problems():
         ({"drafter": {"kind": "dsprk"}}, ["drafter.kind='dsprk'", "dspark, dflash, dflash2, eagle3 or mtp"]),
         ({"drafter": {"kind": "dflash"}}, ["no heads", "markov_rank=0"]),
         ({"drafter": {"markov_rank": 0}}, ["markov_rank=0 must be positive"]),
+        ({"loss": {"ce": 0.0, "l1": 0.0, "confidence": 0.0}}, ["no term with a weight above 0", "loss.ce=1.0"]),
+        (
+            {"loss": {"ce": 0.0, "l1": 0.0}, "drafter": {"confidence_head": False, "confidence_with_markov": False}},
+            ["no term with a weight above 0"],
+        ),
+        ({"loss": {"extra": {"selector": 1.0}}}, ["'selector', the loss of a head that", "'vanilla'"]),
         ({"train": {"steps": 0}}, ["train.steps=0 must be positive"]),
         ({"train": {"accumulate": 3}}, ["batch_size=512 is not divisible by train.accumulate=3"]),
         ({"data": {"max_prompt_length": 4096}}, ["max_prompt_length=4096 leaves no room"]),

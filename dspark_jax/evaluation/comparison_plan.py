@@ -90,6 +90,7 @@ def _plan_of_seed(config: Config, studies: str, seed: int) -> Plan:
             "different answers; set train.refresh_every=0 to compare them"
         )
     wanted = config.compare
+    _refuse_empty_or_twice(wanted, chosen)
     runs: dict[str, Config] = {}
     points: list[Point] = []
 
@@ -148,6 +149,21 @@ def with_measured(plan: Plan, config: Config, seeds: int, measured: Callable[[st
         runs |= {name: sub for name, sub in there.items() if name not in runs}
         points += [point for point in other.points if there.keys() & set(point.runs)]
     return Plan(runs, points)
+
+
+_FIELDS = {"main": ("drafters",), "depth": ("depth_drafters", "depths"), "length": ("length_drafters", "lengths")}
+"""Fields of `CompareConfig` that a study reads."""
+
+
+def _refuse_empty_or_twice(wanted: CompareConfig, studies: Collection[str]) -> None:
+    """Refuses studies of nothing, and names or numbers that are there twice."""
+    for study in studies:
+        for field in _FIELDS[study]:
+            values = getattr(wanted, field)
+            if not values:
+                raise InputError(f"compare.{field} is empty; name at least one, or leave {study!r} out of --studies")
+            if len(set(values)) < len(values):
+                raise InputError(f"compare.{field}={values} has one of them twice; name each once")
 
 
 def _refuse(names: Sequence[str], varied: str, field: str) -> None:

@@ -197,6 +197,11 @@ def test_a_drafter_with_a_window_is_lossless(kind: str) -> None:
         ({"rope_type": "dynamic"}, "rope_type='dynamic' is unknown; its frequencies change as a sequence grows"),
         ({"rope_type": "yarn", "rope_scaling": {"factor": 2.0}}, "has no 'original_max_position_embeddings'"),
         ({"rope_type": "linear", "rope_scaling": {"factor": 0.0}}, "has 'factor': 0.0; it must be positive"),
+        ({"sliding_window": 2**30 + 1}, "sliding_window=1073741825 must be a whole number from 0 to 1073741824"),
+        (
+            {"rope_type": "yarn", "rope_scaling": MIXED.rope_scaling | {"beta_fast": 1.0, "beta_slow": 32.0}},
+            "beta_slow 32.0 must be below beta_fast 1.0",
+        ),
         ({"rope_scaling": {"factor": 2.0}}, "no number of rope_type='default'; it has none"),
         ({"kind": "eagle3", "num_layers": 1, "sliding_window": 9}, "drafter.sliding_window=9: eagle3 has no window"),
     ],

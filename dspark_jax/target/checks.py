@@ -1,6 +1,7 @@
 """What a target's files may not be: without weights that are read here, quantised, with two heads, with NaN in them."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -52,6 +53,35 @@ def refuse_quantised_tensors(tensors: Mapping[str, np.ndarray], where: str) -> N
         if not plain or name.rpartition(".")[2] in _QUANTISED:
             why = "scales quantised ones" if plain else f"has dtype {tensor.dtype}, so it is quantised or damaged"
             raise InputError(f"{where}: tensor {name} {why}; use the checkpoint in bfloat16 or float32")
+
+
+def remedy_of_missing(name: str, found: Iterable[str]) -> str:
+    """What to do where a tensor of a layer or of an expert is not among those that are `found`."""
+    if not _any_like(name, found):
+        return "download the checkpoint again"
+    return (
+        "as there are others like it, config.json gives more layers or experts than the weights have, or a file is not "
+        "whole; download both again"
+    )
+
+
+def unknown_tensor(name: str, known: Iterable[str], model_type: str, where: str) -> InputError:
+    """The error of a tensor that is not among the `known` ones of such a model."""
+    if _any_like(name, known):
+        why = "is of a layer or expert that config.json does not give"
+        return InputError(f"{where}: tensor {name} {why}; config.json and weights are not of the same model")
+    return InputError(f"{where}: tensor {name} is unknown to {model_type}; use a plain checkpoint of it")
+
+
+def _any_like(name: str, others: Iterable[str]) -> bool:
+    """Whether one of the other names is the same but for its numbers, of layer and expert."""
+    if not _NUMBER.search(name):
+        return False
+    form = _NUMBER.sub(".*.", name)
+    return any(_NUMBER.sub(".*.", other) == form for other in others)
+
+
+_NUMBER = re.compile(r"\.\d+\.")
 
 
 def refuse_two_heads(tensors: Mapping[str, np.ndarray], embedding: str, head: str, where: str) -> None:

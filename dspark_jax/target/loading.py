@@ -27,7 +27,14 @@ from dspark_jax.hub import local_directory
 from dspark_jax.progress import Progress
 from dspark_jax.sharding import state_shardings
 from dspark_jax.target import families
-from dspark_jax.target.checks import all_finite, no_weights, refuse_quantised_tensors, refuse_two_heads
+from dspark_jax.target.checks import (
+    all_finite,
+    no_weights,
+    refuse_quantised_tensors,
+    refuse_two_heads,
+    remedy_of_missing,
+    unknown_tensor,
+)
 from dspark_jax.target.model import Target
 from dspark_jax.target.weights import Weight
 
@@ -201,7 +208,7 @@ def _check_tensors(tensors: Mapping[str, np.ndarray], weight: Weight, shape: tup
     expected = weight.stored_shape(shape[weight.stacked + bool(weight.experts) :])
     for name in weight.names(shape[0] if weight.stacked else 1):
         if name not in tensors:
-            raise InputError(f"{where}: tensor {name} is missing; download the checkpoint again")
+            raise InputError(f"{where}: tensor {name} is missing; {remedy_of_missing(name, tensors)}")
         found = tensors[name]
         if found.shape != expected:
             raise InputError(
@@ -343,9 +350,7 @@ def load_target(config: TargetConfig, mesh: Mesh) -> Target:
     known = {name for weight in weights.values() for name in weight.names(arch.num_hidden_layers)}
     for name in tensors:
         if name not in known:
-            raise InputError(
-                f"{directory}: tensor {name} is unknown to {arch.model_type}; use a plain checkpoint of it"
-            )
+            raise unknown_tensor(name, known, arch.model_type, str(directory))
     if arch.tie_word_embeddings:
         refuse_two_heads(tensors, weights["embedding"].name, weights["lm_head"].name, str(directory))
     large = sum(tensor.nbytes for tensor in tensors.values()) > _AT_ONCE

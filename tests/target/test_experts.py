@@ -1,11 +1,18 @@
 """The forms in which a mixture of experts is computed, against its definition in NumPy."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from dspark_jax.config import MeshConfig
+from dspark_jax.sharding import make_mesh
 from dspark_jax.target import experts
+from dspark_jax.target.families.family import ExpertShape
 
 E, D, F, K = 5, 6, 4, 2
 
@@ -35,3 +42,14 @@ def test_every_form_is_the_definition(form, t, monkeypatch):
     (found,) = run()
     assert seen == [form]
     np.testing.assert_allclose(found[0], expected, rtol=2e-5, atol=2e-5)
+
+
+def test_experts_that_a_mesh_does_not_divide_stay_whole():
+    """Five of them on four devices: all have all of them, and none is added up twice."""
+    arch: Any = SimpleNamespace(hidden_size=D)
+    mixture = experts.Experts(arch, ExpertShape(E, K, F, True), stack=(), scale=0.5, rngs=nnx.Rngs(0))
+    rows = jnp.asarray(np.random.default_rng(0).normal(size=(4, 3, D)), jnp.float32)
+    expected = mixture(rows)
+    with jax.set_mesh(make_mesh(MeshConfig(1, 2, 4), jax.devices())):
+        found = jax.jit(mixture)(rows)
+    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)

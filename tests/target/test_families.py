@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import load_file, save_file
 
 from dspark_jax.config import DrafterConfig, MeshConfig, TargetArchitecture, TargetConfig
 from dspark_jax.config_fields import Unsupported
@@ -213,6 +215,50 @@ def test_a_drafter_for_it_is_exported_with_layers_of_a_qwen3(made, case, tmp_pat
 def test_a_config_that_is_written_is_read_as_the_same(made, case):
     arch = made(case)[2].arch
     assert TargetArchitecture.from_hf(arch.to_hf()) == arch
+
+
+EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight"
+
+
+def changed(directory, to, config=None, tensors=None):
+    """A copy with other fields, and with tensors that are replaced, added, or taken out (None)."""
+    shutil.copytree(directory, to)
+    raw = json.loads((to / "config.json").read_text()) | (config or {})
+    (to / "config.json").write_text(json.dumps({name: value for name, value in raw.items() if value is not None}))
+    found = {}
+    for file in to.glob("*.safetensors"):
+        found |= load_file(file)
+        file.unlink()
+    (to / "model.safetensors.index.json").unlink()
+    found |= tensors or {}
+    save_file({name: value for name, value in found.items() if value is not None}, to / "model.safetensors")
+    return to
+
+
+@pytest.mark.parametrize(
+    ("case", "config", "tensors", "message"),
+    [
+        ("moe_all", {"num_local_experts": None}, {}, "config.json gives more layers or experts than the weights have"),
+        ("moe_all", {"num_local_experts": 6}, {}, r"experts.6.\w+_proj.weight is of a layer or expert that config"),
+        ("llama2", {"num_hidden_layers": 3}, {}, r"layers.3.\S+ is of a layer or expert that config"),
+        ("moe_all", {}, {EXPERT: None}, f"{EXPERT} is missing; as there are others like it.* a file is not whole"),
+        ("moe_all", {}, {EXPERT: np.zeros((23, 32), np.float32)}, r"shape \(23, 32\), the config gives \(24, 32\)"),
+        ("qwen2", {}, {"model.layers.1.self_attn.k_proj.bias": None}, "layers.1.self_attn.k_proj.bias is missing"),
+        ("llama2", {}, {"model.layers.0.self_attn.q_proj.bias": np.zeros(32, np.float32)}, "is unknown to llama"),
+        ("llama3", {}, {"lm_head.weight": np.zeros((V, 32), np.float32)}, "lm_head.weight is not model.embed_tokens"),
+    ],
+)
+def test_weights_that_are_not_those_of_the_config(made, tmp_path, case, config, tensors, message):
+    with pytest.raises(InputError, match=message):
+        load(changed(made(case)[0], tmp_path / "changed", config, tensors), alone())
+
+
+def test_frequencies_that_older_checkpoints_hold_are_left_out(made, tmp_path):
+    """Llama 2's files have them; transformers computes them, too."""
+    directory, _, target = made("llama2")
+    stored = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32) for i in range(4)}
+    found = load(changed(directory, tmp_path / "older", tensors=stored), alone())
+    np.testing.assert_array_equal(found.layers.attention.query[...], target.layers.attention.query[...])
 
 
 def llama(**change):

@@ -243,8 +243,8 @@ class Family:
         return found
 
     def ignores(self, name: str) -> bool:
-        """Whether a tensor of a checkpoint takes no part in text."""
-        return False
+        """Whether a tensor of a checkpoint takes no part in text, or is RoPE's frequencies, which older ones hold."""
+        return name.endswith(".rotary_emb.inv_freq")
 
     # Drafters
 

@@ -220,7 +220,7 @@ class Gemma4(Family):
 
     def ignores(self, name: str) -> bool:
         """See `Family`; what belongs to vision or audio."""
-        return name.removeprefix("model.").startswith(OTHER_TOWERS)
+        return super().ignores(name) or name.removeprefix("model.").startswith(OTHER_TOWERS)
 
     def drafter_weights(self) -> Mapping[str, Weight]:
         """See `Family`; the scalar is no parameter there."""

@@ -374,6 +374,8 @@ def _check_types(value: Any, cls: Any, where: str) -> None:
 
 
 def _typed(value: Any, kind: Any, where: str, wanted: Any) -> Any:
+    if kind is Any:  # a family's own fields
+        return value
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not (typing.get_origin(kind) or kind):

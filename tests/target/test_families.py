@@ -11,7 +11,8 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from dspark_jax.config import DrafterConfig, MeshConfig, TargetArchitecture, TargetConfig
+from dspark_jax.command import load_config, parse
+from dspark_jax.config import DrafterConfig, MeshConfig, TargetArchitecture, TargetConfig, to_json
 from dspark_jax.config_fields import Unsupported
 from dspark_jax.convert.check import check_directory
 from dspark_jax.convert.dialect import Answer
@@ -323,3 +324,12 @@ def test_layers_with_experts_are_those_of_transformers():
 def test_what_a_mixture_may_not_say(change, error, message):
     with pytest.raises(error, match=message):
         TargetArchitecture.from_hf(moe(**change))
+
+
+def test_the_config_of_a_run_is_read_with_a_familys_own_fields(tmp_path):
+    """Those of an import: `--config config.json` is what its error messages say."""
+    config = load_config("dspark_qwen3_30b_a3b")
+    file = tmp_path / "config.json"
+    file.write_text(to_json(config))
+    found, _, _ = parse(["--config", str(file)])
+    assert found.target.architecture.own == config.target.architecture.own != {}

@@ -15,17 +15,18 @@ def listing() -> str:
     here = Path(__file__).parent
     lines = ["usage: python -m dspark_jax.COMMAND --config NAME|FILE[:ARG] [--config.FIELD=VALUE ...] [--workdir DIR]"]
     lines += ["       python -m dspark_jax.COMMAND --help", "", "Commands:"]
+    width = max(map(len, (*COMMANDS, *experiments.names()))) + 2
     for name in COMMANDS:
         file = here / f"{name}.py"
-        lines.append(_entry(name, file if file.exists() else here / name / "__main__.py"))
+        lines.append(_entry(name, width, file if file.exists() else here / name / "__main__.py"))
     lines += ["", "Configs:"]
-    lines += [_entry(name, experiments.directory() / f"{name}.py") for name in experiments.names()]
+    lines += [_entry(name, width, experiments.directory() / f"{name}.py") for name in experiments.names()]
     return "\n".join(lines)
 
 
-def _entry(name: str, file: Path) -> str:
+def _entry(name: str, width: int, file: Path) -> str:
     text = ast.get_docstring(ast.parse(file.read_text("utf-8"))) or ""
-    return f"  {name:<20}{text.splitlines()[0]}"
+    return f"  {name:<{width}}{text.splitlines()[0]}"
 
 
 if __name__ == "__main__":

@@ -14,11 +14,16 @@ from collections.abc import Iterable
 import numpy as np
 
 
-def encode_vocabulary(ids: np.ndarray, vocab_size: int) -> str:
-    """Ids, in any order, as text: a compressed map of the vocabulary."""
+def as_map(ids: np.ndarray, vocab_size: int) -> np.ndarray:
+    """[V] bool, true at the ids."""
     inside = np.zeros(vocab_size, bool)
     inside[ids] = True
-    return base64.b64encode(zlib.compress(np.packbits(inside).tobytes(), 9)).decode()
+    return inside
+
+
+def encode_vocabulary(ids: np.ndarray, vocab_size: int) -> str:
+    """Ids, in any order, as text: a compressed map of the vocabulary."""
+    return base64.b64encode(zlib.compress(np.packbits(as_map(ids, vocab_size)).tobytes(), 9)).decode()
 
 
 @functools.lru_cache(maxsize=8)
@@ -57,9 +62,7 @@ def count_tokens(samples: Iterable[tuple[np.ndarray, np.ndarray]], vocab_size: i
 
 def to_maps(ids: np.ndarray, vocab_size: int) -> dict[str, np.ndarray]:
     """The tensors d2t and t2d."""
-    t2d = np.zeros(vocab_size, bool)
-    t2d[ids] = True
-    return {"d2t": ids.astype(np.int64) - np.arange(len(ids)), "t2d": t2d}
+    return {"d2t": ids.astype(np.int64) - np.arange(len(ids)), "t2d": as_map(ids, vocab_size)}
 
 
 def from_maps(d2t: np.ndarray, t2d: np.ndarray | None, vocab_size: int) -> np.ndarray:

@@ -8,11 +8,10 @@ import numpy as np
 from flax import nnx
 
 from dspark_jax.config import DrafterConfig, TargetArchitecture
-from dspark_jax.ops.product import product
 from dspark_jax.sharding import gather
-from dspark_jax.target.decode_weights import head_columns
+from dspark_jax.target.decode_weights import head_columns, head_logits
 from dspark_jax.target.layers import narrow, normal
-from dspark_jax.vocabulary import decode_vocabulary
+from dspark_jax.vocabulary import as_map, decode_vocabulary
 
 
 class DraftVocabulary(nnx.Module):
@@ -26,9 +25,8 @@ class DraftVocabulary(nnx.Module):
     def __init__(self, arch: TargetArchitecture, config: DrafterConfig, *, rngs: nnx.Rngs):
         """A random head."""
         self.size, self.vocab_size = config.draft_vocab_size, arch.vocab_size
-        self.text = (
-            config.draft_vocabulary
-        )  # text compares fast at every call of a compiled program, an array would not
+        # Text compares fast at every call of a compiled program, an array would not.
+        self.text = config.draft_vocabulary
         self.trained = config.train_head
         shape = (self.size, arch.hidden_size)
         self.head: Any = normal(rngs, (), shape, ("vocab", "embed"), config.initializer_range)
@@ -41,9 +39,7 @@ class DraftVocabulary(nnx.Module):
     @property
     def inside(self) -> np.ndarray:
         """[V] bool, true at `ids`."""
-        found = np.zeros(self.vocab_size, bool)
-        found[self.ids] = True
-        return found
+        return as_map(self.ids, self.vocab_size)
 
     def learned(self) -> jax.Array:
         """The head for the loss: without a gradient where it is not trained."""
@@ -52,13 +48,7 @@ class DraftVocabulary(nnx.Module):
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """hidden [..., D] -> float32 logits [..., V], minus infinity at tokens that it has not."""
-        columns = getattr(self, "columns", None)
-        if columns is not None:
-            rows = product(hidden.reshape(-1, hidden.shape[-1]), columns[...], jnp.float32)
-            logits = rows.reshape(*hidden.shape[:-1], -1)
-        else:
-            head = gather(self.head[...], "vocab", "embed").astype(hidden.dtype)
-            logits = jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
+        logits = head_logits(hidden, lambda: gather(self.head[...], "vocab", "embed"), getattr(self, "columns", None))
         if self.size == self.vocab_size:
             return logits
         # Gathered, not scattered: XLA would turn the product round for it, which a CPU cannot do in bfloat16.

@@ -4,6 +4,7 @@ and, but on a TPU, layers one by one and matrices fused.
 A model in this form is a model like any other: what runs it looks at the weights, and no flag travels with it.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from jax.core import Tracer
 from jax.sharding import Mesh
 
 from dspark_jax import platform
+from dspark_jax.ops.product import product
 from dspark_jax.sharding import Param, constrain, mesh_of, parts_of, state_shardings
 from dspark_jax.target.layers import Layer, layer_at
 
@@ -99,6 +101,15 @@ def _unstacked(layers: Layer, *, consume: bool) -> list[Layer]:
             jax.block_until_ready(rows[-1])
             leaf.get_value().delete()
     return [jax.tree.unflatten(structure, [row[index] for row in rows]) for index in range(depth)]
+
+
+def head_logits(hidden: jax.Array, head: Callable[[], jax.Array], columns: Param | None) -> jax.Array:
+    """hidden [..., D] -> float32 logits [..., V], by an LM head [V, D] or, where there are any, its `head_columns`."""
+    if columns is None:
+        weight = head().astype(hidden.dtype)
+        return jnp.einsum("...d,vd->...v", hidden, weight, preferred_element_type=jnp.float32)
+    logits = product(hidden.reshape(-1, hidden.shape[-1]), columns[...], jnp.float32)
+    return logits.reshape(*hidden.shape[:-1], -1)
 
 
 def head_columns(head: jax.Array, dtype: Any) -> Param | None:

@@ -19,6 +19,7 @@ from dspark_jax.config import InputError, TargetArchitecture
 from dspark_jax.errors import as_os_error, is_full_disk
 from dspark_jax.json_file import written_whole
 from dspark_jax.sharding import Param, gather, state_shardings
+from dspark_jax.target.decode_weights import head_logits
 from dspark_jax.target.loading import read_safetensors
 
 
@@ -44,8 +45,7 @@ class FrozenMatrices(nnx.Module):
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """hidden [..., D] -> float32 logits [..., V]."""
-        head = self.head.astype(hidden.dtype)
-        logits = jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
+        logits = head_logits(hidden, lambda: self.head, None)
         return self.softcap * jnp.tanh(logits / self.softcap) if self.softcap else logits
 
 

@@ -14,11 +14,10 @@ from flax import nnx
 from dspark_jax.config import TargetArchitecture
 from dspark_jax.ops.attention import attention
 from dspark_jax.ops.cached_attention import Rows, cached_attention
-from dspark_jax.ops.product import product
 from dspark_jax.sharding import constrain, gather
 from dspark_jax.target import families
 from dspark_jax.target.cache import KVCache
-from dspark_jax.target.decode_weights import head_columns
+from dspark_jax.target.decode_weights import head_columns, head_logits
 from dspark_jax.target.families.family import FULL, AttentionShape, Family
 from dspark_jax.target.layers import (
     Layer,
@@ -105,13 +104,7 @@ class Target(nnx.Module):
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """hidden [..., D] -> float32 logits [..., V], soft-capped, padded vocabulary rows included."""
-        columns: Any = getattr(self, "columns", None)
-        if columns is not None:
-            logits = product(hidden.reshape(-1, hidden.shape[-1]), columns[...], jnp.float32)
-            logits = logits.reshape(*hidden.shape[:-1], -1)
-        else:
-            head = self.head.astype(hidden.dtype)
-            logits = jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
+        logits = head_logits(hidden, lambda: self.head, getattr(self, "columns", None))
         return self.softcap * jnp.tanh(logits / self.softcap) if self.softcap else logits
 
     def fuse_weights(self, dtype: Any, *, join: bool) -> None:

@@ -76,6 +76,7 @@ from dspark_jax.training.best import NEWEST
 from dspark_jax.training.checkpoint import Checkpoints, load_step, saved_config
 from dspark_jax.training.optim import make_optimizer
 from dspark_jax.training.state import init_state, to_params
+from dspark_jax.training.vocabulary import FILE as VOCABULARY_FILE
 
 
 def export(options: argparse.Namespace) -> Path:
@@ -194,7 +195,7 @@ def run_source(workdir: Path, options: argparse.Namespace) -> tuple[Source, dict
 def run_files(run: Run, step: int) -> dict[str, Any]:
     """What a run has besides its drafter: see `run_source`. Figures of an earlier checkpoint are left out."""
     files: dict[str, Any] = {"fingerprint": run.target_fingerprint}
-    found = {"data": "data/report.json", "metrics": "eval/metrics.json", "vocabulary": "draft_vocabulary.json"} | {
+    found = {"data": "data/report.json", "metrics": "eval/metrics.json", "vocabulary": VOCABULARY_FILE} | {
         name: name for name in SIDE_FILES
     }
     for key, name in found.items():

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dspark_jax.convert.drafter_files import GREEDY, Files, path_word
-from dspark_jax.convert.layouts import DFLASH2, Z_LAB, layers_config
+from dspark_jax.convert.layouts import DFLASH2, Z_LAB, default_taps, layers_config
 
 IDS = "eagle_aux_hidden_state_layer_ids"
 
@@ -21,12 +21,6 @@ def kind(files: Files) -> str:
     if files.architecture == DFLASH2 or named == "dflash2":
         return "dflash2"
     return "dflash" if files.architecture in Z_LAB or named == "dflash" else "dspark"
-
-
-def usual_outputs(files: Files) -> tuple[int, ...]:
-    """The layers, by their outputs, that servers tap for EAGLE-3 where nothing names any."""
-    layers = files.target.num_hidden_layers
-    return (1, layers // 2 - 1, layers - 4)
 
 
 def lookup(files: Files, path: str) -> Any:
@@ -112,7 +106,7 @@ def _gemma(files: Files) -> dict[str, Any]:
 
 def _taps(files: Files) -> dict[str, Any]:
     """Tapped layers of an EAGLE-3 drafter, and the width of its `fc`."""
-    usual, raw = usual_outputs(files), files.config.get(IDS)
+    usual, raw = default_taps(files.target.num_hidden_layers), files.config.get(IDS)
     inputs = [i + 1 for i in usual]
     width = files.config.get("target_hidden_size") or files.target.hidden_size
     named = len(files.nested("eagle_config").get(IDS) or ()) or 3

@@ -15,8 +15,8 @@ from typing import Any
 
 from dspark_jax.config import InputError, TargetArchitecture
 from dspark_jax.convert.drafter_files import Files, Verdict
-from dspark_jax.convert.layouts import Layout, read_layout
-from dspark_jax.convert.server_facts import facts, kind, lookup, usual_outputs
+from dspark_jax.convert.layouts import Layout, default_taps, read_layout
+from dspark_jax.convert.server_facts import facts, kind, lookup
 from dspark_jax.target import families
 
 VERDICTS = ("refuses", "wrong", "unknown", "note")
@@ -151,7 +151,7 @@ def _value(files: Files, place: Any) -> Any:
     if not isinstance(place, str):
         return place
     if place == "usual":
-        return usual_outputs(files)
+        return default_taps(files.target.num_hidden_layers)
     if place == "stated":
         return files.stated.taps or None
     path, _, less = place.partition(" - ")

@@ -95,7 +95,7 @@ def settings(vocabulary: int, positions: int) -> Config:
             steps=STEPS, batch_size=2, num_anchors=4, checkpoint_every=EVERY, log_every=2, evaluate=False
         ),
         eval=EvalConfig(max_new_tokens=8, batch_size=8, temperatures=(1.0,), speed_prompts=1, bootstrap=20),
-        compare=CompareConfig(drafters=("dspark",), depths=(), lengths=()),
+        compare=CompareConfig(drafters=("dspark",)),
     )
 
 
@@ -174,7 +174,9 @@ COMMANDS: dict[str, Callable[[Path], Any]] = {
     "calibrate": lambda world: started(calibrate, *flags(world)),
     "profile": lambda world: started(profile, *flags(world), "--slots=1", "--contexts=8", "--rounds=1"),
     "generate": lambda world: started(generate, *flags(world), "--prompt=the sum", "--scheduler=lagged"),
-    "compare": lambda world: command.run(compare_here, define=compare._define, argv=flags(world, "compared")),
+    "compare": lambda world: command.run(
+        compare_here, define=compare._define, argv=[*flags(world, "compared"), "--studies=main"]
+    ),
     "export": lambda world: convert.main(
         ["export", f"--workdir={world / 'run'}", f"--target={world / 'target'}", f"--output={world / 'exported'}"]
     ),
@@ -230,7 +232,8 @@ def half_written(world: Path) -> tuple[str, ...]:
 
 
 def build(world: Path, target: Path) -> None:
-    """Everything that commands read, made by the commands themselves."""
+    """Everything that commands read, made by the commands themselves; a part of it stays behind if one fails."""
+    shutil.rmtree(world, ignore_errors=True)
     shutil.copytree(target, world / "target")
     (world / "prompts").mkdir(parents=True)
     for name, count in {"train": TRAINED, "heldout": HELD_OUT}.items():

@@ -60,12 +60,14 @@ class Variant:
       drafter: what it sets of `DrafterConfig`.
       loss: what it sets of `LossConfig`.
       kind: which kind.
+      every_row: whether every row of a sequence is the anchor of a block, and not `train.num_anchors` of them.
     """
 
     description: str
     drafter: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     loss: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     kind: str = "dspark"
+    every_row: bool = False
 
 
 _EAGLE3_LOSS = {"decay": -1.0 / math.log(0.8), "ce": 0.0, "l1": 0.0, "confidence": 0.0, "soft_ce": 1.0, "per_row": True}
@@ -191,7 +193,7 @@ def as_kind(config: "Config", name: str) -> "Config":
     if not kind.needs_mask:
         changes["mask_token_id"] = 0
     loss = config.loss if kind.loss is None else type(config.loss)(**kind.loss)
-    rows = {"num_anchors": config.data.max_length} if kind.token_by_token else {}
+    rows = {"num_anchors": config.data.max_length} if kind.token_by_token or variant.every_row else {}
     return dataclasses.replace(
         config,
         drafter=dataclasses.replace(config.drafter, **changes),

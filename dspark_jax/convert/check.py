@@ -88,7 +88,7 @@ class Report:
         """Why it cannot be told whether the drafter is good; empty if it can."""
         if self.unsupported:
             return f"not implemented here, so it is not scored: {', '.join(self.unsupported)}"
-        return self.dialect.unknown or self.dialect.weak if self.dialect else "it is not scored"
+        return self.dialect.unknown or self.dialect.weak or self.dialect.close if self.dialect else "it is not scored"
 
     def served(self, verdict: Verdict) -> tuple[str, str]:
         """(serves, loads, differs, refuses or unknown; why) for one server; it loads a drafter that is not scored."""

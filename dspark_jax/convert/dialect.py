@@ -43,6 +43,8 @@ ENOUGH_ANSWERS = 3
 LEARNED = 1.5
 """Tokens per round that another reading has to reach: a drafter that has learned too little has no dialect yet, and may
 draft better from other layers than its own."""
+CLEARLY = 1.1
+"""Tokens per round of a better reading over those of the stated one; below, the file may be right all the same."""
 TEACHER_MARGIN = 0.1
 """Overlap with the wrong teacher above that with the right one that is no accident."""
 NOTHING = 1.2
@@ -115,7 +117,9 @@ class Dialect:
 
     Attributes:
       stated: the score of the reading that the file itself states.
-      best: that of the best one, which is `stated` unless another `beats` it and accepts `LEARNED` at least.
+      best: that of the best one, which is `stated` unless another `beats` it, accepts `LEARNED` at least, and `CLEARLY`
+        more.
+      rival: that of a reading that `beats` the stated one, but not clearly; None: there is none.
       scores: all of them, best first.
       teacher: mean overlap (1 - total variation) of the drafter's first distribution with the target's, under `best`.
       raw_teacher: the same with the target without its final norm.
@@ -126,6 +130,7 @@ class Dialect:
     scores: tuple[Score, ...]
     teacher: float
     raw_teacher: float
+    rival: Score | None = None
 
     def of(self, layout: Layout) -> Score | None:
         """The score of a reading, if it was tried."""
@@ -155,6 +160,20 @@ class Dialect:
         return (
             f"it accepts next to nothing in any dialect ({most:.2f} tokens per round at most): it is undertrained, or "
             "made for another target than this; train it longer, or check it with its own target"
+        )
+
+    @property
+    def close(self) -> str:
+        """Says that another reading drafts a little better; empty if none does.
+
+        With another kind of blocks, layers or mask token than it was trained for, a drafter loses much more than that.
+        """
+        if self.rival is None:
+            return ""
+        named = "; ".join(differences(self.stated.layout, self.rival.layout))
+        return (
+            f"another reading accepts a little more ({self.rival.tau:.2f} tokens per round instead of "
+            f"{self.stated.tau:.2f}), which a wrong one seldom leaves: ask its author, or give more prompts ({named})"
         )
 
     def findings(self) -> list[str]:
@@ -259,7 +278,8 @@ def find_dialect(
                 scores[layout] = score(layout)
     ordered = sorted(scores.values(), key=_closeness, reverse=True)
     better = ordered[0].beats(scores[stated]) and ordered[0].tau >= LEARNED
-    best = ordered[0] if better else scores[stated]
+    clear = ordered[0].tau >= CLEARLY * scores[stated].tau
+    best = ordered[0] if better and clear else scores[stated]
     chosen, layout = [taps.index(i) for i in best.layout.taps], best.layout
     teachers = [
         [
@@ -274,7 +294,8 @@ def find_dialect(
         for trial, (features, last) in zip(rounds, run, strict=True)
     ]  # fmt: skip
     teacher, raw = np.mean(teachers, axis=0)
-    return Dialect(scores[stated], best, tuple(ordered), float(teacher), float(raw))
+    rival = ordered[0] if better and not clear else None
+    return Dialect(scores[stated], best, tuple(ordered), float(teacher), float(raw), rival)
 
 
 def _closeness(score: Score) -> float:

@@ -38,7 +38,7 @@ from dspark_jax.data.pipeline import MicroBatches, batches
 from dspark_jax.data.sources import SampleReader
 from dspark_jax.drafter.interface import Drafter
 from dspark_jax.evaluation.held_out import HeldOutPrompts
-from dspark_jax.evaluation.setup import check_prompt_files
+from dspark_jax.evaluation.setup import check_questions
 from dspark_jax.metrics import values
 from dspark_jax.prepare import prepare_run
 from dspark_jax.progress import MetricsWriter, Progress, check_wandb, log
@@ -87,8 +87,8 @@ def train(config: Config, workdir: Path) -> None:
     run = Run(config, workdir)
     check_batch(config, run.mesh)
     check_host_memory(config, run.mesh)
-    if config.train.evaluate_every:
-        check_prompt_files(config.eval.prompts, "eval.prompts")
+    if config.train.evaluate or config.train.evaluate_every:
+        check_questions(config)
     check_wandb(config.train.wandb_project)
     check_refresh(config)
     if not check_continuation(run):

@@ -16,6 +16,7 @@ from dspark_jax.target.families import FAMILIES, known, of_drafters
 from dspark_jax.target.families.family import FULL, SLIDING
 from dspark_jax.vocabulary import decode_vocabulary
 
+INIT_LAYERS = ("random", "target")
 BLOCK_LAYOUTS = ("anchor_first", "fill_in")
 EAGLE3_NORMS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 
@@ -117,6 +118,11 @@ def problems(config: Config) -> Iterator[str]:
         yield f"target.architecture.model_type={target.model_type!r} is unknown; use one of: {known()}"
         return
     yield from _drafter_problems(drafter, target)
+    if train.init_from and drafter.init_layers != "random":
+        yield (
+            f"train.init_from={train.init_from!r} and drafter.init_layers={drafter.init_layers!r} both say how the "
+            "layers begin; leave one out"
+        )
     yield from _eagle3_problems(config)
     yield from _loss_problems(config.loss, drafter)
     yield from _feature_problems(config)
@@ -202,6 +208,10 @@ def _drafter_problems(drafter: DrafterConfig, target: TargetArchitecture) -> Ite
         )
     if drafter.markov_head_type == "selector" and drafter.selector_top_k > target.vocab_size:
         yield f"drafter.selector_top_k={drafter.selector_top_k} exceeds the vocabulary of {target.vocab_size}; lower it"
+    if drafter.init_layers not in INIT_LAYERS:
+        yield f"drafter.init_layers={drafter.init_layers!r} is unknown; use {listed(INIT_LAYERS)}"
+    if drafter.init_layers != "random" and kind.token_by_token:
+        yield f"drafter.init_layers={drafter.init_layers!r}: the layer of {name} reads more; set it to 'random'"
     if drafter.block_layout not in BLOCK_LAYOUTS:
         yield f"drafter.block_layout={drafter.block_layout!r} is unknown; use {listed(BLOCK_LAYOUTS)}"
     for field, (value, why) in kind.fixed.items():

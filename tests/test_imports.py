@@ -61,6 +61,7 @@ ALLOWED = {
     "answering": BASE | {"data", "target", "engine", "run"},
     "prepare_answers": BASE | {"data", "run", "answering"},
     "refresh": BASE | {"data", "target", "drafter", "run", "training", "engine", "evaluation", "answering"},
+    "start": BASE | {"target", "drafter", "run", "training", "convert"},
     "command": BASE,
     "__main__": BASE,
 }

@@ -111,7 +111,7 @@ def open_drafter(run: Run, checkpoint: str = NEWEST) -> tuple[int, DrafterModule
         states.
     """
     step, saved, drafter = load_step(run, checkpoint)
-    unused = {"initializer_range", *([] if KINDS[saved.drafter.kind].needs_mask else ["mask_token_id"])}
+    unused = {"initializer_range", "init_layers", *([] if KINDS[saved.drafter.kind].needs_mask else ["mask_token_id"])}
     if not run.config.drafter.draft_vocabulary:  # `train` has filled it
         unused.add("draft_vocabulary")
     for field in dataclasses.fields(saved.drafter):

@@ -36,8 +36,8 @@ from dspark_jax.convert.mapping import FROZEN
 from dspark_jax.convert.targets import fitting
 from dspark_jax.data.features import frozen_file
 from dspark_jax.sharding import make_mesh
+from dspark_jax.start import check_start
 from dspark_jax.target.frozen import save_frozen
-from dspark_jax.train import check_source
 from dspark_jax.training.checkpoint import load_drafter
 from dspark_jax.training.state import to_params
 
@@ -126,7 +126,7 @@ def test_z_labs_dflash_is_imported_and_goes_on_training(tiny_target, tmp_path):
     assert imported.drafter == config
     for name, value in drafter_tensors(drafter, config).items():
         np.testing.assert_array_equal(value, tensors[name], err_msg=name)
-    check_source(dataclasses.replace(imported, train=TrainConfig(init_from=str(tmp_path / "z-lab"))))
+    check_start(dataclasses.replace(imported, train=TrainConfig(init_from=str(tmp_path / "z-lab"))))
     out = tmp_path / "out"
     main(["export", f"--workdir={tmp_path / 'run'}", f"--output={out}", "--dtype=float32", "--slim"])
     back, written = load_file(out / "model.safetensors"), json.loads((out / "config.json").read_text())

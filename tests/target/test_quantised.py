@@ -234,6 +234,30 @@ def test_logits_are_those_of_transformers_with_the_values(tmp_path, case):
     np.testing.assert_allclose(found, expected, rtol=0, atol=6e-6 * np.abs(expected).max())
 
 
+GEMMA = {
+    "model_type": "gemma4_text", "vocab_size": 40, "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 96,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "global_head_dim": 32,
+    "num_global_key_value_heads": 1, "attention_k_eq_v": True, "sliding_window": 8, "max_position_embeddings": 64,
+    "layer_types": ["sliding_attention", "full_attention"], "hidden_size_per_layer_input": 0, "rms_norm_eps": 1e-6,
+}  # fmt: skip
+
+
+def test_a_gemma_4_of_several_modalities_is_dequantised_for_its_text(tmp_path):
+    """`quantization_config` is beside `text_config`; how the other modalities are stored does not matter."""
+    values = write(tmp_path, "fp8_blocks", TargetArchitecture.from_hf(GEMMA))
+    raw = json.loads((tmp_path / "config.json").read_text())
+    whole = {"model_type": "gemma4", "quantization_config": raw.pop("quantization_config"), "text_config": raw}
+    (tmp_path / "config.json").write_text(json.dumps(whole))
+    stored, prefix = stored_in(tmp_path), "model.language_model."
+    stored = {name.replace("model.", prefix, 1): tensor for name, tensor in stored.items()}
+    stored |= {"model.vision_tower.a_proj.weight": np.ones((8, 8), E4M3)}
+    save_file(stored, tmp_path / "model.safetensors")
+    target = load(tmp_path)
+    found = target.global_layers.attention.query[...]
+    wanted = values["model.layers.1.self_attn.q_proj.weight"].T.reshape(found.shape)
+    np.testing.assert_allclose(found, wanted, rtol=2**-22.5)
+
+
 def matrix(case: str, shape=(50, 96)) -> tuple[Matrix, np.ndarray]:
     """One matrix of a case, and its values."""
     config, make = CASES[case]

@@ -325,8 +325,8 @@ def summary(tensors: Mapping[str, Any], quantisation: Quantisation) -> str:
     stored, loaded = sum(matrix.nbytes for matrix in matrices), sum(matrix.size for matrix in matrices) * dtype.itemsize
     title = ", ".join(dict.fromkeys(matrix.layout.title for matrix in matrices))
     line = (
-        f"target: {len(matrices)} of {len(tensors)} tensors are {title}; they become {dtype} as they are loaded, "
-        f"{_bytes(stored)} of files {_bytes(loaded)} of memory"
+        f"target: {len(matrices)} of {len(tensors)} tensors are {title}; they become {dtype} as they are loaded: "
+        f"{_bytes(stored)} of files take {_bytes(loaded)} of memory"
     )
     others = [f"activations ({quantisation.activations})"] if quantisation.activations else []
     others += ["cached keys and values"] if quantisation.cache else []

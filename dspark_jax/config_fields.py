@@ -11,15 +11,8 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from dspark_jax.errors import InputError
-
-
-class Unsupported(InputError):
-    """A model of a known family that uses what has no implementation here; `what` names it."""
-
-    def __init__(self, where: str, what: str, remedy: str):
-        super().__init__(f"{where}: {what} is not supported; {remedy}")
-        self.what = what
+from dspark_jax.errors import InputError, Unsupported
+from dspark_jax.target import quantised
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +59,7 @@ EVERY_CLASS = {
     **irrelevant("architectures", "transformers_version", note="model_type decides the family"),
     **dict.fromkeys(
         ("quantization_config", "compression_config"),
-        must(None, {}, note="weights are in float32, float16 or bfloat16", own=False),
+        read("how weights are stored; see quantised checkpoints", own=False),
     ),
     **irrelevant("dtype", note="the files say how weights are stored, target.dtype what is computed with"),
     **irrelevant("torch_dtype", note="the old name of dtype", own=False),
@@ -144,17 +137,12 @@ def refuse_unsupported(raw: Mapping[str, Any], fields: Mapping[str, Field], inst
 
 
 def refuse_quantised(raw: Mapping[str, Any], where: str) -> None:
-    """Refuses a config that says that the weights are quantised.
+    """Refuses a config that says that the weights are quantised in a way that is not read here.
 
     Raises:
-      Unsupported: names the method.
+      InputError: see `quantised.of_config`.
     """
-    for name in ("quantization_config", "compression_config"):
-        stated = raw.get(name)
-        if stated:
-            method = stated.get("quant_method", "unknown") if isinstance(stated, Mapping) else stated
-            remedy = "use the checkpoint in bfloat16 or float32"
-            raise Unsupported(where, f"a quantised checkpoint ({name}: quant_method {json.dumps(method)})", remedy)
+    quantised.of_config(raw, where)
 
 
 def check_rope(rope: Mapping[str, Any], kinds: Mapping[str, tuple[str, ...]], where: str) -> str:

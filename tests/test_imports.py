@@ -40,11 +40,16 @@ BASE = {
     "templates",
     "tokenizer",
     "target.families",
+    "target.quantised",
     "target.weights",
     "unicode",
     "vocabulary",
 }
-LIGHT = ("target.families", "target.weights")  # parts of a package that are loaded with the config, before JAX
+LIGHT = (
+    "target.families",
+    "target.quantised",
+    "target.weights",
+)  # parts of a package that are loaded with the config, before JAX
 ALLOWED = {
     **{name: BASE for name in BASE},
     "target.families": BASE | {"ops", "target"},  # the latter two for types, and where a family makes its own model

@@ -69,6 +69,7 @@ from dspark_jax.evaluation.setup import (
     decoding_run,
     open_decoder,
     read_questions,
+    refuse_timing,
     tell_left_out,
 )
 from dspark_jax.evaluation.speed import Speed, measure_speed, measure_speed_in_process
@@ -82,6 +83,7 @@ from dspark_jax.presets import target_like
 from dspark_jax.progress import Progress
 from dspark_jax.run import Run
 from dspark_jax.shown_paths import as_given
+from dspark_jax.target.in_torch import runs_in_torch
 from dspark_jax.training.best import NEWEST
 
 
@@ -138,6 +140,8 @@ def evaluate_run(
         raise InputError(f"--traffic_requests={traffic_requests} and --traffic_slots={traffic_slots} must be positive")
     if rates and jax.process_count() > 1:
         raise InputError(f"--traffic={traffic}: hosts would not launch the same rounds; leave out --distributed")
+    if rates:
+        refuse_timing(config, f"--traffic={traffic}")
     started = time.monotonic()
     run = decoding_run(run)
     decoder = open_decoder(run, checkpoint=checkpoint) if decoder is None else decoder
@@ -239,6 +243,7 @@ def measure(run: Run, decoder: Decoder, tally: Tally) -> tuple[dict[str, Any], l
         "step": decoder.step,
         "block_size": decoder.models.block_size,
         "max_new_tokens": settings.max_new_tokens,
+        **({"target_runs_in": "PyTorch"} if runs_in_torch(decoder.models.target) else {}),
         **described[0],
         **greedy_metrics(differences, requests, asked),
         "paper": paper_metrics(
@@ -252,9 +257,12 @@ def measure(run: Run, decoder: Decoder, tally: Tally) -> tuple[dict[str, Any], l
 
 
 def _speeds(run: Run, decoder: Decoder, requests: Requests, advance: Callable[[int], None]) -> list[Speed | None]:
-    """Speed at every temperature; None for each where there are no requests to measure it on."""
+    """Speed at every temperature; None for each where there are no requests to measure it on.
+
+    Nor is there one of a target that PyTorch runs: it would be that of calls from program to program.
+    """
     settings = run.config.eval
-    if not requests.items:
+    if not requests.items or runs_in_torch(decoder.models.target):
         return [None] * len(settings.temperatures)
     if settings.speed_threads and platform.computes_on_cpu() and jax.process_count() == 1:
         speeds = measure_speed_in_process(

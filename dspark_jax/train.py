@@ -37,7 +37,7 @@ from dspark_jax.data.growth import GrowingBatches
 from dspark_jax.data.pipeline import MicroBatches, batches
 from dspark_jax.data.sources import SampleReader
 from dspark_jax.drafter.interface import Drafter
-from dspark_jax.evaluation.held_out import HeldOutPrompts
+from dspark_jax.evaluation.held_out import HeldOutPrompts, check_held_out
 from dspark_jax.evaluation.setup import check_prompt_files
 from dspark_jax.metrics import values
 from dspark_jax.prepare import prepare_run
@@ -89,6 +89,7 @@ def train(config: Config, workdir: Path) -> None:
     check_host_memory(config, run.mesh)
     if config.train.evaluate_every:
         check_prompt_files(config.eval.prompts, "eval.prompts")
+        check_held_out(run)
     check_wandb(config.train.wandb_project)
     check_refresh(config)
     if not check_continuation(run):

@@ -70,8 +70,9 @@ from dspark_jax.progress import log
 from dspark_jax.run import Run, checkpoint_directory
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target import families
+from dspark_jax.target.in_torch import mesh_beside_torch
+from dspark_jax.target.interface import LanguageModel
 from dspark_jax.target.loading import fingerprint, load_target, read_checkpoint
-from dspark_jax.target.model import Target
 from dspark_jax.training.best import NEWEST
 from dspark_jax.training.checkpoint import Checkpoints, load_step, saved_config
 from dspark_jax.training.optim import make_optimizer
@@ -320,7 +321,7 @@ def check(options: argparse.Namespace) -> Report:
     return report
 
 
-def examine(options: argparse.Namespace, *, mesh: Mesh | None = None, target: Target | None = None) -> Report:
+def examine(options: argparse.Namespace, *, mesh: Mesh | None = None, target: LanguageModel | None = None) -> Report:
     """What is to be expected of a drafter directory, for those who want it as an object.
 
     Args:
@@ -335,11 +336,6 @@ def examine(options: argparse.Namespace, *, mesh: Mesh | None = None, target: Ta
     read_layout(options.drafter, read_config(directory))  # before anything large is loaded
     options.target = str(local_directory(options.target))
     architecture = TargetArchitecture.of_any_model(options.target) if target is None else target.arch
-    if architecture.unsupported:
-        raise InputError(
-            f"--target {options.target}: a {architecture.unsupported} has no definition here, and check "
-            "decodes with the target; the README.md that export writes says what servers make of the drafter"
-        )
     mesh = _checking_mesh(options, architecture) if mesh is None else mesh
     with jax.set_mesh(mesh):
         if target is None:
@@ -355,6 +351,8 @@ def examine(options: argparse.Namespace, *, mesh: Mesh | None = None, target: Ta
 
 def _checking_mesh(options: argparse.Namespace, architecture: TargetArchitecture) -> Mesh:
     """Where `check` decodes with a target of this shape."""
+    if architecture.unsupported:
+        return mesh_beside_torch()
     config = Config(target=TargetConfig(architecture=architecture), data=DataConfig(decode_batch_size=options.limit))
     return decoding_mesh(config.mesh.decode, answering_load(config))
 

@@ -5,6 +5,7 @@ With them a drafter can be trained here for a target that has no definition in J
 
 import dataclasses
 import functools
+import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -33,8 +34,30 @@ class TorchTarget:
     def hidden(self, tokens: np.ndarray) -> list[Any]:
         """Tensors [B, S, D] of tokens [B, S]: of every tapped layer its raw output, and the last hidden states.
 
-        Of the other layers nothing is kept. The embeddings are what the first layer is given, scale and positions
-        included. Padding on the right gets rows like any other; being causal, the model does not see them from before.
+        Padding on the right gets rows like any other; being causal, the model does not see them from before.
+
+        Raises:
+          InputError: the model has no list of layers.
+        """
+        return self.run(tokens, self.taps)[0]
+
+    def run(
+        self, tokens: np.ndarray, taps: Sequence[int], cache: Any = None, *, keep: bool = False
+    ) -> tuple[list[Any], Any]:
+        """A pass over tokens [B, S], which follow what is in the cache.
+
+        Of layers that are not tapped nothing is kept. The embeddings (-1) are what the first layer is given, scale and
+        positions included.
+
+        Args:
+          tokens: ids.
+          taps: layers whose raw outputs are wanted.
+          cache: what an earlier pass returned, which is written on; None begins a sequence.
+          keep: return the cache, with these tokens in it.
+
+        Returns:
+          Tensors [B, S, D] of every tapped layer and of the last hidden states, in a list; and transformers' cache,
+          None where it is not kept or the model has none.
 
         Raises:
           InputError: the model has no list of layers.
@@ -49,16 +72,19 @@ class TorchTarget:
         def after(index: int, _: Any, given: Any, out: Any) -> None:
             seen[index] = out[0] if isinstance(out, tuple) else out
 
-        hooks = [layers[i].register_forward_hook(functools.partial(after, i)) for i in self.taps if i >= 0]
-        hooks += [layers[0].register_forward_pre_hook(before, with_kwargs=True)] if -1 in self.taps else []
+        hooks = [layers[i].register_forward_hook(functools.partial(after, i)) for i in taps if i >= 0]
+        hooks += [layers[0].register_forward_pre_hook(before, with_kwargs=True)] if -1 in taps else []
         try:
             with torch.inference_mode():
-                ids = torch.as_tensor(tokens, dtype=torch.long, device=next(self.model.parameters()).device)
-                last = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+                ids = torch.as_tensor(np.array(tokens), dtype=torch.long, device=next(self.model.parameters()).device)
+                taken = inspect.signature(self.model.base_model.forward).parameters
+                name = next((name for name in _CACHES if name in taken), "")
+                given = {} if cache is None else {name: cache}
+                out = self.model.base_model(input_ids=ids, use_cache=keep, **given)
         finally:
             for hook in hooks:
                 hook.remove()
-        return [*(seen[i] for i in self.taps), last]
+        return [*(seen[i] for i in taps), out.last_hidden_state], out.get(name) if keep else None
 
     def start(self, tokens: np.ndarray, lengths: np.ndarray, *, identity: Identity) -> Callable[[], Iterator[Coded]]:
         """A pass as `data.features.Pass`; a layer of a sample at a time becomes float32 and is coded on the host."""
@@ -120,13 +146,20 @@ class TorchTarget:
         return embedding.cpu().numpy(), head.weight.detach().float().cpu().numpy(), float(softcap)
 
 
-def load_torch_target(path: str, taps: Sequence[int], dtype: str = "auto") -> TorchTarget:
+_CACHES = ("cache", "past_key_values", "cache_params")
+"""What transformers has called the cache, newest first."""
+
+
+def load_torch_target(
+    path: str, taps: Sequence[int], dtype: str = "auto", *, needed_by: str = "data.features=torch"
+) -> TorchTarget:
     """Loads a model onto the first accelerator that PyTorch sees, else the CPU.
 
     Args:
       path: a Hugging Face model directory, or the id of a model on the hub.
       taps: layer ids, never the last layer's.
       dtype: float32, bfloat16, or auto: bfloat16 on accelerators, float32 on CPU.
+      needed_by: what asks for PyTorch, for the message where it is not there.
 
     Raises:
       InputError: PyTorch is not installed, the model is not to be had, or transformers cannot load it.
@@ -134,9 +167,7 @@ def load_torch_target(path: str, taps: Sequence[int], dtype: str = "auto") -> To
     try:
         import torch
     except ImportError:
-        raise InputError(
-            "data.features=torch needs PyTorch; install it with pip install 'dspark-jax[torch]', or use online or cache"
-        ) from None
+        raise InputError(f"{needed_by} needs PyTorch; install it with pip install 'dspark-jax[torch]'") from None
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoModelForCausalLM
 

@@ -53,8 +53,6 @@ def _feature_problems(config: Config) -> Iterator[str]:
             f"mesh.decode={_stated(config.mesh.decode)}: a {target.unsupported} is run by PyTorch, and decodes on one "
             "device; leave mesh.decode as it is"
         )
-    if data.features == "torch" and target.num_hidden_layers - 1 in config.drafter.target_layer_ids:
-        yield "data.features='torch' cannot tap the last layer, whose output transformers gives normed; use 'cache'"
 
 
 def _stated(given: DecodeMeshConfig) -> str:

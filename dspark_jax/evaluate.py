@@ -20,6 +20,10 @@ has the shape of a saturating accelerator, or is that of `--cost_table`. `eval/r
 `--traffic=2,4,8` also drives the serving engine of this machine, if it is the only one, with open-loop traffic at so
 many requests per second, with plain decoding, fixed lengths and schedulers in turn (`eval/traffic.json`).
 
+`--teacher_forced=256` decodes nothing: from the features on disk (`data.features=cache` or `torch`) of so many training
+samples it computes the acceptance of every position and the tokens per round that follow from it, at the answers'
+tokens (`eval/teacher_forced.json`). It takes seconds, and is not tau.
+
 Prompts that cannot be used are set aside in `eval/rejected.jsonl`.
 """
 
@@ -74,6 +78,7 @@ from dspark_jax.evaluation.setup import (
 )
 from dspark_jax.evaluation.speed import Speed, measure_speed, measure_speed_in_process
 from dspark_jax.evaluation.summary import Measured, greedy_metrics, metrics_at, overview, paper_metrics, table
+from dspark_jax.evaluation.teacher_forced import describe, measure_teacher_forced
 from dspark_jax.evaluation.threshold import sweep_thresholds
 from dspark_jax.evaluation.traces import record
 from dspark_jax.evaluation.traffic import TrafficPoint, measure_traffic, parse_rates, traffic_table
@@ -109,6 +114,7 @@ def evaluate_run(
     traffic_slots: int = 8,
     details: bool = False,
     checkpoint: str = NEWEST,
+    teacher_forced: int = 0,
 ) -> dict[str, Any]:
     """Evaluates a run that a command has already.
 
@@ -121,15 +127,20 @@ def evaluate_run(
       traffic_slots: requests decoded together.
       details: print every table, not only what they come to.
       checkpoint: `newest`, `best` or a step, see `training.checkpoint.load_drafter`.
+      teacher_forced: instead of decoding, look at so many training samples (`evaluation.teacher_forced`); 0 decodes.
 
     Returns:
-      The content of `eval/metrics.json`.
+      The content of `eval/metrics.json`, or of `eval/teacher_forced.json`.
 
     Raises:
       InputError: there is no checkpoint for this target, or target, tokenizer, prompts or cost table cannot be used;
         traffic on several hosts.
     """
     config = run.config
+    if teacher_forced:
+        found = measure_teacher_forced(run, teacher_forced, checkpoint)
+        print(describe(found), flush=True)
+        return found
     check_prompt_files(config.eval.prompts, "eval.prompts")
     if not config.eval.temperatures:
         raise InputError("eval.temperatures is empty; give at least one, e.g. (1.0, 0.0)")
@@ -351,6 +362,13 @@ def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("traffic_requests", 60, "Requests at every rate of --traffic.", flag_values=values)
     flags.DEFINE_integer("traffic_slots", 8, "Requests decoded together under --traffic.", flag_values=values)
     command.define_checkpoint(values)
+    flags.DEFINE_integer(
+        "teacher_forced",
+        0,
+        "Decode nothing: expected tokens per round along the answers of so many training samples, from features that "
+        "are stored (data.features=cache or torch). Not tau.",
+        flag_values=values,
+    )
     flags.DEFINE_boolean("details", False, "Print every table of the report before the overview.", flag_values=values)
 
 

@@ -68,9 +68,8 @@ from dspark_jax.kinds import as_kind
 from dspark_jax.paths import check_local, check_path
 from dspark_jax.progress import log
 from dspark_jax.run import Run, checkpoint_directory
-from dspark_jax.sharding import make_mesh
+from dspark_jax.sharding import make_mesh, one_device
 from dspark_jax.target import families
-from dspark_jax.target.in_torch import mesh_beside_torch
 from dspark_jax.target.interface import LanguageModel
 from dspark_jax.target.loading import fingerprint, load_target, read_checkpoint
 from dspark_jax.training.best import NEWEST
@@ -352,7 +351,7 @@ def examine(options: argparse.Namespace, *, mesh: Mesh | None = None, target: La
 def _checking_mesh(options: argparse.Namespace, architecture: TargetArchitecture) -> Mesh:
     """Where `check` decodes with a target of this shape."""
     if architecture.unsupported:
-        return mesh_beside_torch()
+        return one_device()
     config = Config(target=TargetConfig(architecture=architecture), data=DataConfig(decode_batch_size=options.limit))
     return decoding_mesh(config.mesh.decode, answering_load(config))
 

@@ -21,7 +21,7 @@ from dspark_jax.evaluation.decoding import Decoder, Requests, first_requests
 from dspark_jax.kinds import KINDS
 from dspark_jax.progress import log
 from dspark_jax.run import Run, checkpoint_directory
-from dspark_jax.target.in_torch import mesh_beside_torch
+from dspark_jax.sharding import one_device
 from dspark_jax.target.interface import LanguageModel
 from dspark_jax.target.loading import load_target
 from dspark_jax.tokenizer import ChatTokenizer
@@ -102,7 +102,7 @@ def decoding_run(run: Run) -> Run:
     if run.given_mesh is not None:
         return run
     if run.config.target.architecture.unsupported:
-        return run.on(mesh_beside_torch())
+        return run.on(one_device())
     return run.on(decoding_mesh(run.config.mesh.decode, evaluation_load(run.config)))
 
 

@@ -16,15 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from dspark_jax.config import InputError, MeshConfig, TargetArchitecture, TargetConfig
-from dspark_jax.data.torch_features import load_torch_target
+from dspark_jax.config import InputError, TargetArchitecture, TargetConfig
 from dspark_jax.hub import local_directory
 from dspark_jax.ops.cached_attention import Rows
 from dspark_jax.progress import log
-from dspark_jax.sharding import make_mesh
 from dspark_jax.target.decode_weights import head_columns, head_logits
 from dspark_jax.target.frozen import FrozenMatrices, fill_frozen
 from dspark_jax.target.model import TargetOutput
+from dspark_jax.target.torch_model import load_torch_model
 from dspark_jax.target.torch_requests import COPY, CROP, TorchRequests
 
 
@@ -124,11 +123,6 @@ def runs_in_torch(target: Any) -> bool:
     return isinstance(target, TargetInTorch)
 
 
-def mesh_beside_torch() -> Mesh:
-    """Where embedding, LM head and drafter of such a target are: on one device."""
-    return make_mesh(MeshConfig(), jax.local_devices()[:1])
-
-
 def load_in_torch(config: TargetConfig, mesh: Mesh, dtype: Any) -> TargetInTorch:
     """Loads a target into PyTorch, and its embedding and LM head onto `mesh` in the compute type `dtype`; says so.
 
@@ -145,13 +139,13 @@ def load_in_torch(config: TargetConfig, mesh: Mesh, dtype: Any) -> TargetInTorch
         )
     arch.refuse_other(TargetArchitecture.of_any_model(local_directory(path)), path)
     needed = f"{what} has no definition here, so PyTorch has to run it: that"
-    model = load_torch_target(path, (), config.dtype, needed_by=needed)
+    model = load_torch_model(path, config.dtype, needed_by=needed)
     embedding, head, softcap = model.frozen_matrices()
     return in_torch(arch, TorchRequests(model), (embedding, head, softcap), mesh, dtype)
 
 
 def in_torch(arch: TargetArchitecture, requests: TorchRequests, frozen: Any, mesh: Mesh, dtype: Any) -> TargetInTorch:
-    """A target of a model that PyTorch has; `frozen` as of `TorchTarget.frozen_matrices`."""
+    """A target of a model that PyTorch has; `frozen` as of `TorchModel.frozen_matrices`."""
     embedding, head, softcap = frozen
     shape: Any = jax.ShapeDtypeStruct((arch.vocab_size, arch.hidden_size), dtype)
     found = TargetInTorch(arch, shape, shape, softcap, dtype=dtype, requests=requests)

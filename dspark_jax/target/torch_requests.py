@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dspark_jax.data.torch_features import TorchTarget
+from dspark_jax.target.torch_model import TorchModel
 
 CROP, COPY, WHOLE = "crop", "copy", "whole"
 """How rows are taken back: cut off the cache; the cache of the prefix is copied before rows follow, and taken up again;
@@ -46,7 +46,7 @@ class TorchRequests:
       way: `CROP`, `COPY` or `WHOLE`, whichever is first found to give what the model gives without a cache.
     """
 
-    def __init__(self, model: TorchTarget):
+    def __init__(self, model: TorchModel):
         """Tries the ways on a few tokens."""
         self.model = model
         self._held: dict[int, _Held] = {}
@@ -81,9 +81,9 @@ class TorchRequests:
         found = np.zeros((len(tokens), width, size), np.float32)
         with self._lock:
             for row, (number, start, count) in enumerate(zip(numbers, starts, counts, strict=True)):
-                if count:
-                    own = tokens[row, : start + count]
-                    found[row, :count] = self._read(taps, int(number), own, int(start))
+                own = tokens[row, : start + count]  # fewer where a slot without a request points past its end
+                if count and len(own) > start:
+                    found[row, : len(own) - start] = self._read(taps, int(number), own, int(start))
         return found
 
     def _read(self, taps: tuple[int, ...], number: int, tokens: np.ndarray, start: int) -> np.ndarray:

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from dspark_jax.config import InputError, MeshConfig, TargetArchitecture, TargetConfig
-from dspark_jax.data.torch_features import load_torch_target
 from dspark_jax.engine.generate import generate
 from dspark_jax.engine.models import Models
 from dspark_jax.engine.schedulers import threshold
@@ -16,10 +15,13 @@ from dspark_jax.engine.serving import Engine
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target.in_torch import in_torch, runs_in_torch
 from dspark_jax.target.loading import load_target
+from dspark_jax.target.torch_model import TorchModel, load_torch_model
 from dspark_jax.target.torch_requests import COPY, CROP, WHOLE, TorchRequests
+from tests.conftest import others_slow
 
 torch = pytest.importorskip("torch")
 G, NEW = 3, 20
+OTHERS = [(1.0, False), (0.0, True), (1.0, True)]
 PROMPTS = [[5, 9, 2, 7, 7, 1], [5, 9, 30], [8], [5, 9, 2, 7, 40, 41, 42, 43]]
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 SIZES |= {"vocab_size": 67, "max_position_embeddings": 96, "initializer_range": 0.3}
@@ -60,7 +62,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, mesh: Any) -> Any:
 def both(tiny_target: Any, mesh: Any) -> Any:
     """A Qwen3 in JAX, and the same in PyTorch."""
     config = TargetConfig(str(tiny_target), architecture=TargetArchitecture.from_hf(tiny_target), dtype="float32")
-    ours, model = load_target(config, mesh), load_torch_target(str(tiny_target), (), "float32")
+    ours, model = load_target(config, mesh), load_torch_model(str(tiny_target), "float32")
     return ours, in_torch(config.architecture, TorchRequests(model), model.frozen_matrices(), mesh, np.float32)
 
 
@@ -83,8 +85,9 @@ def greedy(model: Any, prompt: list[int], count: int) -> list[int]:
     return out[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("scheduled", [False, True])
+@pytest.mark.parametrize(
+    ("temperature", "scheduled"), [(0.0, False), *(pytest.param(*one, marks=pytest.mark.slow) for one in OTHERS)]
+)
 def test_a_qwen3_in_pytorch_decodes_as_in_jax(both: Any, models: Any, temperature: float, scheduled: bool) -> None:
     """Same uniforms, same tokens, same accepted lengths: logits are the same up to float32 rounding, which decides
     nothing here. With a scheduler rows are verified as one flat batch."""
@@ -131,7 +134,7 @@ def test_features_and_hidden_states_are_those_of_jax(both: Any) -> None:
         np.testing.assert_allclose(a, b, atol=2e-5, rtol=2e-5)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", others_slow(FAMILIES, "Olmo2"))
 def test_greedy_answers_are_those_of_transformers(made: Any, models: Any, name: str) -> None:
     """With drafts that are right now and then, past the window of those that have one; few rows are read twice."""
     model, target = made(name)
@@ -154,7 +157,41 @@ def test_greedy_answers_are_those_of_transformers(made: Any, models: Any, name: 
     assert sum(rows) <= 67 + sum(map(len, PROMPTS)) + (rounds + len(PROMPTS)) * (G + 1 + again)
 
 
-def test_a_cache_that_cannot_be_gone_back_in_is_not_used(made: Any, models: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+RECURRENT = {  # linear attention, short convolutions, windows and sinks
+    "Qwen3Next": {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "head_dim": 8}
+    | {"linear_value_head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    | {"shared_expert_intermediate_size": 16, "num_hidden_layers": 4},
+    "Lfm2": {"layer_types": ["conv", "full_attention"]},
+    "GptOss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "sliding_window": 4}
+    | {"layer_types": ["sliding_attention", "full_attention"]},
+}
+
+
+@pytest.mark.parametrize("name", others_slow(RECURRENT, "Qwen3Next"))
+def test_rows_are_taken_back_in_every_kind_of_state(name: str) -> None:
+    """After every accepted length the rows that follow are those of one pass over the sequence."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**{**SIZES, "num_key_value_heads": 2, **RECURRENT[name]})
+    requests = TorchRequests(TorchModel(getattr(transformers, f"{name}ForCausalLM")(config).eval(), name))
+    assert requests.way == COPY
+    tokens = np.random.default_rng(0).integers(0, 67, 30)
+    wanted, at = requests._read((-1, 0), -1, tokens, 0), 7
+    np.testing.assert_allclose(requests._read((-1, 0), 0, tokens[:7], 0), wanted[:7], atol=1e-4)
+    for accepted in (1, 0, 3, 2, 0, 3, 3):
+        rows = tokens[at : at + G + 1].copy()
+        rows[accepted + 1 :] = (rows[accepted + 1 :] + 1) % 67
+        asked = np.concatenate([tokens[:at], rows])
+        found = requests._read((-1, 0), 0, asked, at)
+        assert requests._read((-1, 0), 0, asked, at) is found  # as a request that has ended asks
+        np.testing.assert_allclose(found[: accepted + 1], wanted[at : at + accepted + 1], atol=1e-4)
+        at += accepted + 1
+
+
+def test_a_cache_that_cannot_be_gone_back_in_is_not_used(
+    made: Any, models: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Such as one that gives other hidden states: found when the model is loaded."""
     _, target = made("Olmo2")
     original = type(target.requests)._run
@@ -174,12 +211,14 @@ def test_a_cache_that_cannot_be_gone_back_in_is_not_used(made: Any, models: Any,
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_an_engine_gives_the_tokens_of_generate(made: Any, models: Any) -> None:
     """Slots pass from request to request, prompts come in chunks: rows are taken back in all of it."""
     _, target = made("GPTNeoX")
     pair = Models(target, models.near(target, G, noise=0.5, taps=()))
     wanted = generate(pair, PROMPTS, max_new_tokens=NEW, temperature=0.7).tokens
     engine = Engine(pair, slots=2, capacity=64, prefill_chunk=4)
+    engine.warm_up(greedy=False)
     asked = [
         engine.submit(prompt, max_new_tokens=NEW, temperature=0.7, random_stream=number)
         for number, prompt in enumerate(PROMPTS)

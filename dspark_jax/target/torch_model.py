@@ -1,45 +1,33 @@
-"""Features of any causal language model of Hugging Face transformers, computed in PyTorch (the extra `torch`).
+"""Any causal language model of Hugging Face transformers, run by PyTorch (the extra `torch`).
 
-With them a drafter can be trained here for a target that has no definition in JAX.
+A drafter is trained on its features (`training.feature_cache`) and decodes with it (`target.in_torch`), where it has no
+definition in JAX.
 """
 
 import dataclasses
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from dspark_jax.config import InputError
-from dspark_jax.data.feature_codec import Coded, Identity, code
 from dspark_jax.hub import local_directory
 
 
 @dataclasses.dataclass(frozen=True)
-class TorchTarget:
+class TorchModel:
     """A model in PyTorch.
 
     Attributes:
       model: of `AutoModelForCausalLM`.
-      taps: layers whose raw outputs are features; -1 = the embeddings.
       path: where it is from, for messages.
     """
 
     model: Any
-    taps: tuple[int, ...]
     path: str
-
-    def hidden(self, tokens: np.ndarray) -> list[Any]:
-        """Tensors [B, S, D] of tokens [B, S]: of every tapped layer its raw output, and the last hidden states.
-
-        Padding on the right gets rows like any other; being causal, the model does not see them from before.
-
-        Raises:
-          InputError: the model has no list of layers.
-        """
-        return self.run(tokens, self.taps)[0]
 
     def run(
         self, tokens: np.ndarray, taps: Sequence[int], cache: Any = None, *, keep: bool = False
@@ -47,7 +35,8 @@ class TorchTarget:
         """A pass over tokens [B, S], which follow what is in the cache.
 
         Of layers that are not tapped nothing is kept. The embeddings (-1) are what the first layer is given, scale and
-        positions included.
+        positions included, and the last layer's output has not been through the final norm. Padding on the right gets
+        rows like any other; being causal, the model does not see them from before.
 
         Args:
           tokens: ids.
@@ -85,16 +74,6 @@ class TorchTarget:
             for hook in hooks:
                 hook.remove()
         return [*(seen[i] for i in taps), out.last_hidden_state], out.get(name) if keep else None
-
-    def start(self, tokens: np.ndarray, lengths: np.ndarray, *, identity: Identity) -> Callable[[], Iterator[Coded]]:
-        """A pass as `data.features.Pass`; a layer of a sample at a time becomes float32 and is coded on the host."""
-        hidden = self.hidden(tokens)
-
-        def fetch() -> Iterator[Coded]:
-            for row, count in enumerate(lengths):
-                yield code([part[row, :count].float().cpu().numpy() for part in hidden], identity)
-
-        return fetch
 
     def _layers(self) -> Any:
         """The decoder's list of layers.
@@ -150,14 +129,11 @@ _CACHES = ("cache", "past_key_values", "cache_params")
 """What transformers has called the cache, newest first."""
 
 
-def load_torch_target(
-    path: str, taps: Sequence[int], dtype: str = "auto", *, needed_by: str = "data.features=torch"
-) -> TorchTarget:
+def load_torch_model(path: str, dtype: str = "auto", *, needed_by: str = "data.features=torch") -> TorchModel:
     """Loads a model onto the first accelerator that PyTorch sees, else the CPU.
 
     Args:
       path: a Hugging Face model directory, or the id of a model on the hub.
-      taps: layer ids, never the last layer's.
       dtype: float32, bfloat16, or auto: bfloat16 on accelerators, float32 on CPU.
       needed_by: what asks for PyTorch, for the message where it is not there.
 
@@ -181,7 +157,7 @@ def load_torch_target(
         model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype))
     except (*_UNUSABLE, StrictDataclassError) as error:
         raise InputError(f"{path}: transformers cannot load it ({' '.join(str(error).split())[:200]})") from None
-    return TorchTarget(model.eval().to(device), tuple(taps), path)
+    return TorchModel(model.eval().to(device), path)
 
 
 _UNUSABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, ImportError)

@@ -138,7 +138,8 @@ def load_torch_model(path: str, dtype: str = "auto", *, needed_by: str = "data.f
       needed_by: what asks for PyTorch, for the message where it is not there.
 
     Raises:
-      InputError: PyTorch is not installed, the model is not to be had, or transformers cannot load it.
+      InputError: PyTorch is not installed, the model is not to be had, transformers cannot load it, or tensors of it
+        are missing.
     """
     try:
         import torch
@@ -146,6 +147,7 @@ def load_torch_model(path: str, dtype: str = "auto", *, needed_by: str = "data.f
         raise InputError(f"{needed_by} needs PyTorch; install it with pip install 'dspark-jax[torch]'") from None
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
 
     device = (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None) or torch.device(
         "cpu"
@@ -153,10 +155,22 @@ def load_torch_model(path: str, dtype: str = "auto", *, needed_by: str = "data.f
     if dtype == "auto":
         dtype = "float32" if device.type == "cpu" else "bfloat16"
     directory = local_directory(path)
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # it would report in many lines what one says below
+    transformers_logging.disable_progress_bar()
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype))
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=getattr(torch, dtype), output_loading_info=True
+        )
     except (*_UNUSABLE, StrictDataclassError) as error:
         raise InputError(f"{path}: transformers cannot load it ({' '.join(str(error).split())[:200]})") from None
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        transformers_logging.enable_progress_bar()
+    model, about = loaded
+    if missing := sorted(about["missing_keys"]):  # which are drawn at random
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise InputError(f"{path}: tensor {missing[0]}{more} is missing; download the checkpoint again")
     return TorchModel(model.eval().to(device), path)
 
 

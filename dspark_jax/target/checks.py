@@ -51,7 +51,8 @@ def refuse_quantised_tensors(tensors: Mapping[str, np.ndarray], where: str) -> N
     for name, tensor in tensors.items():
         plain = jnp.issubdtype(tensor.dtype, jnp.floating)
         if not plain or name.rpartition(".")[2] in _QUANTISED:
-            why = "scales quantised ones" if plain else f"has dtype {tensor.dtype}, so it is quantised or damaged"
+            small = "8-bit numbers" if tensor.dtype == np.uint8 else f"dtype {tensor.dtype}"
+            why = "scales quantised ones" if plain else f"has {small}, so it is quantised or damaged"
             raise InputError(f"{where}: tensor {name} {why}; use the checkpoint in bfloat16 or float32")
 
 
@@ -70,6 +71,9 @@ def unknown_tensor(name: str, known: Iterable[str], model_type: str, where: str)
     if _any_like(name, known):
         why = "is of a layer or expert that config.json does not give"
         return InputError(f"{where}: tensor {name} {why}; config.json and weights are not of the same model")
+    if ".experts." in name and _any_like(name.split(".experts.")[0] + ".experts.0.gate_proj.weight", known):
+        why = "has all experts of a layer in one, and here each of them has its own"
+        return InputError(f"{where}: tensor {name} {why}; {_SAVE}")
     return InputError(f"{where}: tensor {name} is unknown to {model_type}; use a plain checkpoint of it")
 
 

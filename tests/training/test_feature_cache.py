@@ -9,6 +9,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from dspark_jax import train as train_module
 from dspark_jax.config import Config, InputError, MeshConfig, TargetArchitecture, TargetConfig, resolve
@@ -201,6 +202,20 @@ def test_a_model_that_does_not_load_is_one_line(olmo, tmp_path, field, value):
     (path / "config.json").write_text(json.dumps(content | {field: value}))
     with pytest.raises(InputError, match="model: transformers cannot load it"):
         load_torch_model(str(path))
+
+
+def test_a_checkpoint_with_missing_tensors_is_refused(olmo, tmp_path, capfd):
+    """Transformers would draw them at random, and report it in a page of warnings."""
+    path = shutil.copytree(olmo[0], tmp_path / "model")
+    tensors = load_file(path / "model.safetensors")
+    for name in ("model.layers.1.mlp.up_proj.weight", "model.layers.2.mlp.up_proj.weight"):
+        del tensors[name]
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        InputError, match=r"model: tensor model.layers.1.mlp.up_proj.weight and 1 more is missing; downl"
+    ):
+        load_torch_model(str(path))
+    assert "".join(capfd.readouterr()) == ""
 
 
 def test_it_may_come_from_the_hub(config, olmo, tmp_path, hub_cache):

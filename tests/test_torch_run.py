@@ -26,10 +26,12 @@ from dspark_jax.convert.__main__ import main as convert
 from dspark_jax.evaluate import evaluate
 from dspark_jax.evaluation.comparison_plan import make_plan
 from dspark_jax.evaluation.held_out import check_held_out
+from dspark_jax.evaluation.setup import load_run
 from dspark_jax.generate import generate
 from dspark_jax.profile import profile
 from dspark_jax.run import Run
 from dspark_jax.sharding import make_mesh
+from dspark_jax.target.in_torch import runs_in_torch
 from dspark_jax.train import train
 from tests.conftest import others_slow
 
@@ -108,6 +110,9 @@ def test_from_prompts_to_the_export(config: Config, tmp_path: Path, capsys: Any)
         assert status.code in (1, 3)
     said = capsys.readouterr().out
     assert "tokens per round as stated" in said and "embed_tokens" not in said and "lm_head" not in said
+    convert(["import", f"--drafter={out}", f"--target={config.target.path}", f"--workdir={tmp_path / 'back'}"])
+    back = load_run(tmp_path / "back")
+    assert runs_in_torch(back.models.target) and back.models.block_size == 3
 
 
 def test_what_a_target_in_pytorch_cannot_do_is_one_line(config: Config, tmp_path: Path, capsys: Any) -> None:

@@ -282,7 +282,8 @@ def import_(options: argparse.Namespace) -> Path:
       InputError: drafter and target do not fit, or there are checkpoints already.
     """
     directory = local_directory(options.drafter)
-    depth = TargetArchitecture.of_any_model(local_directory(options.target)).num_hidden_layers
+    of_target = TargetArchitecture.of_any_model(local_directory(options.target))
+    depth = of_target.num_hidden_layers
     arch, drafter = read_drafter_config(directory, depth)
     if options.config:
         config = command.load_config(options.config)
@@ -291,6 +292,8 @@ def import_(options: argparse.Namespace) -> Path:
         config.data.max_length = min(config.data.max_length, arch.max_position_embeddings)
         config.data.max_prompt_length = min(config.data.max_prompt_length, config.data.max_length // 2)
         config = as_kind(config, drafter.kind)  # its loss, and the rows that it learns from
+        if of_target.unsupported:
+            config.data.features, config.data.regenerate = "torch", False
     target = dataclasses.replace(config.target, path=options.target, architecture=TargetArchitecture())
     config = resolve(with_architecture(dataclasses.replace(config, drafter=drafter, target=target)))
     fitting(directory, arch, options.target, config.target.architecture, whole=True)

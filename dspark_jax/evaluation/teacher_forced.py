@@ -24,7 +24,7 @@ from dspark_jax.metrics import Ratio
 from dspark_jax.progress import Progress
 from dspark_jax.run import Run
 from dspark_jax.sharding import one_device
-from dspark_jax.target.frozen import FrozenMatrices, load_frozen
+from dspark_jax.target.frozen import load_frozen
 from dspark_jax.target.loading import compute_dtype
 from dspark_jax.training.feature_cache import open_features
 from dspark_jax.training.state import to_params
@@ -84,7 +84,7 @@ def measure_teacher_forced(run: Run, samples: int, checkpoint: str) -> dict[str,
     return write_json(run.eval_folder / "teacher_forced.json", found)
 
 
-def _measure(drafter: DrafterModule, target: FrozenMatrices, batch: Any, *, config: Config) -> dict[str, Ratio]:
+def _measure(drafter: DrafterModule, target: Any, batch: Any, *, config: Config) -> dict[str, Ratio]:
     """What `training.loss` reports of the blocks of a sequence."""
     batch = {name: jnp.asarray(value) for name, value in batch.items()}
     _, (sums, _) = loss_sums(to_params(drafter), drafter, target, batch, jnp.int32(0), config)

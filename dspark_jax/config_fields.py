@@ -107,6 +107,8 @@ ROPE = {
 }  # fmt: skip
 """Keys of `rope_parameters`."""
 
+_WHOLE = {"full_attention"}
+
 _DRAFTERS = {"block_size", "target_layer_ids", "dflash_config", "dspark_config", "eagle_aux_hidden_state_layer_ids"}
 """Keys that a drafter has and a target has not."""
 
@@ -127,6 +129,8 @@ def refuse_unsupported(raw: Mapping[str, Any], fields: Mapping[str, Field], inst
     for name, field in fields.items():
         if field.treatment != "must" or (name == "is_causal" and raw.keys() & _DRAFTERS):
             continue
+        if name == "use_sliding_window" and "layer_types" in fields and set(raw.get("layer_types") or ()) == _WHOLE:
+            continue  # which only says what absent layer_types mean
         value = raw[name] if raw.get(name) is not None else field.absent
         values = value if name == "layer_types" and isinstance(value, list) else [value]
         for one in values:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from dspark_jax import rope_scaling
 from dspark_jax.architecture import TargetArchitecture
-from dspark_jax.config import Config, DataConfig, DrafterConfig, LossConfig
+from dspark_jax.config import Config, DataConfig, DecodeMeshConfig, DrafterConfig, LossConfig
 from dspark_jax.errors import InputError
 from dspark_jax.kinds import EAGLE3_SETTINGS, KINDS
 from dspark_jax.paths import check_path
@@ -43,17 +43,22 @@ def _feature_problems(config: Config) -> Iterator[str]:
         )
     if data.feature_dtype not in ("int8", "bfloat16"):
         yield f"data.feature_dtype={data.feature_dtype!r} is unknown; use int8 or bfloat16"
-    answers_here = data.regenerate and not data.answers.endpoints
-    needs: dict[str, int] = {"data.regenerate": answers_here, "train.evaluate": config.train.evaluate}
-    needs["train.evaluate_every"] = config.train.evaluate_every
-    for field, value in needs.items():
-        if target.unsupported and value:
-            yield (
-                f"{field}={value} needs a target that runs here, {target.unsupported} does not; set "
-                f"{field}={type(value)(0)} (a drafter can be trained for it and exported, but not evaluated here)"
-            )
-    if data.features == "torch" and target.num_hidden_layers - 1 in config.drafter.target_layer_ids:
-        yield "data.features='torch' cannot tap the last layer, whose output transformers gives normed; use 'cache'"
+    if target.unsupported and data.regenerate and not data.answers.endpoints:
+        yield (
+            f"data.regenerate=True: a {target.unsupported} has no definition in JAX and does not answer here; set "
+            "data.regenerate=False to train on the answers of the files, or name servers that have the target in "
+            "data.answers.endpoints"
+        )
+    if target.unsupported and config.mesh.decode != DecodeMeshConfig():
+        yield (
+            f"mesh.decode={_stated(config.mesh.decode)}: a {target.unsupported} is run by PyTorch, and decodes on one "
+            "device; leave mesh.decode as it is"
+        )
+
+
+def _stated(given: DecodeMeshConfig) -> str:
+    """The sizes of a mesh."""
+    return " ".join(f"{name}={size}" for name, size in vars(given).items())
 
 
 def _refresh_problems(config: Config) -> Iterator[str]:

@@ -32,7 +32,7 @@ from dspark_jax.data.growth import GrowingBatches
 from dspark_jax.data.pipeline import MicroBatches, batches
 from dspark_jax.data.sources import SampleReader
 from dspark_jax.drafter.interface import Drafter
-from dspark_jax.evaluation.held_out import HeldOutPrompts
+from dspark_jax.evaluation.held_out import HeldOutPrompts, check_held_out
 from dspark_jax.evaluation.setup import check_questions
 from dspark_jax.metrics import values
 from dspark_jax.prepare import prepare_run
@@ -84,6 +84,8 @@ def train(config: Config, workdir: Path) -> None:
     check_host_memory(config, run.mesh)
     if config.train.evaluate or config.train.evaluate_every:
         check_questions(config)
+    if config.train.evaluate_every:
+        check_held_out(run)
     check_wandb(config.train.wandb_project)
     check_refresh(config)
     if not check_continuation(run):

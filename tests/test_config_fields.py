@@ -70,6 +70,7 @@ GEMMA_OTHER = {
 }  # fmt: skip
 PLAIN_OTHER = {"rope_parameters": {"rope_theta": 77.0}, "rope_scaling": {"rope_theta": 77.0}}
 WITHOUT = {
+    "use_sliding_window": "layer_types",
     "rope_theta": "rope_parameters",
     "rope_scaling": "rope_parameters",
     "num_experts": "num_local_experts",

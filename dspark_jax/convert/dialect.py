@@ -24,7 +24,7 @@ from dspark_jax.drafter.blocks import block_tokens
 from dspark_jax.drafter.dspark import DSpark
 from dspark_jax.drafter.interface import DrafterModule
 from dspark_jax.ops.sampling import Sampling
-from dspark_jax.target.model import Target
+from dspark_jax.target.interface import EmbeddingAndHead, LanguageModel
 
 MASK_TOKENS = {"Qwen3": 151669, "Qwen3.5": 248070, "Gemma 4": 4, "Kimi-K3": 163824, "DeepSeek-V4": 128799}
 """Mask tokens of released drafters (trap 15)."""
@@ -216,7 +216,7 @@ def differences(stated: Layout, best: Layout) -> Iterator[str]:
 
 def find_dialect(
     drafter: DrafterModule,
-    target: Target,
+    target: LanguageModel,
     stated: Layout,
     answers: Sequence[Answer],
     masks: Sequence[int] = (),
@@ -335,14 +335,16 @@ def _trial(answer: Answer, stated: Layout, anchors: int) -> _Trial | None:
     return _Trial(np.pad(answer.tokens, (0, size - len(answer.tokens))).astype(np.int32), positions, len(distinct))
 
 
-def _target_pass(target: Target, trials: Sequence[_Trial], taps: tuple[int, ...]) -> list[tuple[jax.Array, jax.Array]]:
+def _target_pass(
+    target: LanguageModel, trials: Sequence[_Trial], taps: tuple[int, ...]
+) -> list[tuple[jax.Array, jax.Array]]:
     """Per trial all features [S, M, D] and the last hidden states [S, D]."""
 
     return [_features(target, jnp.asarray(trial.tokens), taps=taps) for trial in trials]
 
 
 @functools.partial(jax.jit, static_argnames=("taps",))
-def _features(target: Target, tokens: jax.Array, *, taps: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+def _features(target: LanguageModel, tokens: jax.Array, *, taps: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
     """One sequence [S] through the target: features [S, M, D] and last hidden states [S, D]."""
     out = target.forward(tokens[None], jnp.arange(tokens.shape[0])[None], taps=taps)
     return out.features[0].reshape(tokens.shape[0], len(taps), -1), out.last_hidden[0]
@@ -350,7 +352,7 @@ def _features(target: Target, tokens: jax.Array, *, taps: tuple[int, ...]) -> tu
 
 def _overlaps(
     drafter: DrafterModule,
-    target: Target,
+    target: LanguageModel,
     features: jax.Array,
     hidden: jax.Array,
     trial: _Trial,
@@ -392,7 +394,7 @@ def _context(drafter: DrafterModule, features: jax.Array, tokens: jax.Array, pos
     return drafter.extend(cache, rows, jnp.broadcast_to(tokens, (count, length)), every, positions)
 
 
-def _shared(logits: jax.Array, target: Target, hidden: jax.Array, rows: jax.Array) -> jax.Array:
+def _shared(logits: jax.Array, target: EmbeddingAndHead, hidden: jax.Array, rows: jax.Array) -> jax.Array:
     """[2, A, G] of draft logits [A, G, V] and the target after sequence rows [A, G]: 1 - total variation, and the
     target's probability of the likeliest draft."""
     draft, teacher = (jax.nn.softmax(x.astype(jnp.float32), axis=-1) for x in (logits, target.unembed(hidden[rows])))
@@ -405,7 +407,7 @@ def _shared(logits: jax.Array, target: Target, hidden: jax.Array, rows: jax.Arra
 @functools.partial(jax.jit, static_argnames=("anchor_first",))
 def _block_overlaps(
     drafter: DSpark,  # or DFlash, which is one without heads
-    target: Target,
+    target: LanguageModel,
     features: jax.Array,
     hidden: jax.Array,
     tokens: jax.Array,
@@ -429,7 +431,7 @@ def _block_overlaps(
 @jax.jit
 def _chain_overlaps(
     drafter: DrafterModule,
-    target: Target,
+    target: LanguageModel,
     features: jax.Array,
     hidden: jax.Array,
     tokens: jax.Array,

@@ -14,9 +14,9 @@ from dspark_jax.drafter.interface import Drafter, DrafterModule, is_confident
 from dspark_jax.drafter.none import NO_DRAFTER, NoDrafter
 from dspark_jax.sharding import mesh_of, on_mesh_of
 from dspark_jax.target.decode_weights import decode_weights, moved
-from dspark_jax.target.model import Target
+from dspark_jax.target.interface import LanguageModel
 
-Loaded = TypeVar("Loaded", bound=Target | DrafterModule | NoDrafter)
+Loaded = TypeVar("Loaded", bound=LanguageModel | DrafterModule | NoDrafter)
 
 
 @jax.tree_util.register_dataclass
@@ -29,7 +29,7 @@ class Models:
       drafter: trained for this target; the default drafts nothing.
     """
 
-    target: Target
+    target: LanguageModel
     drafter: Drafter = NO_DRAFTER
 
     @property
@@ -143,7 +143,7 @@ def _on_cpu(models: Models, *, batch_size: int) -> Models:
     )
 
 
-def _weight_type(target: Target, rows: int) -> Any:
+def _weight_type(target: LanguageModel, rows: int) -> Any:
     """Type in which a CPU keeps a target's matrices while it decodes `rows` tokens at a time.
 
     Bfloat16 loses nothing where the checkpoint was bfloat16 (`ops.product.exact`) and is faster for several rows; one

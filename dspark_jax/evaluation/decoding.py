@@ -22,7 +22,7 @@ from dspark_jax.engine.result import DecodeResult
 from dspark_jax.engine.sampling import fold_keys, request_keys
 from dspark_jax.engine.schedulers import Scheduler
 from dspark_jax.evaluation.run_scheduler import run_scheduler
-from dspark_jax.target.model import Target
+from dspark_jax.target.interface import LanguageModel
 from dspark_jax.tokenizer import ChatTokenizer
 
 OnRejected = Callable[[Conversation, Rejected], None]
@@ -270,7 +270,7 @@ def _logit_gap(decoder: Decoder, prefix: list[int], pair: tuple[int, ...]) -> fl
 
 
 @jax.jit
-def _logits_at(target: Target, tokens: jax.Array, row: jax.Array) -> jax.Array:
+def _logits_at(target: LanguageModel, tokens: jax.Array, row: jax.Array) -> jax.Array:
     """Logits [V] after tokens[0, row], without a cache."""
     positions = jnp.arange(tokens.shape[1])[None]
     return target.unembed(target.forward(tokens, positions).last_hidden[:, row])[0]

@@ -23,8 +23,9 @@ from dspark_jax.evaluation.decoding import Decoder, Requests, first_requests, po
 from dspark_jax.kinds import KINDS
 from dspark_jax.progress import log
 from dspark_jax.run import Run, checkpoint_directory
+from dspark_jax.sharding import one_device
+from dspark_jax.target.interface import LanguageModel
 from dspark_jax.target.loading import load_target
-from dspark_jax.target.model import Target
 from dspark_jax.tokenizer import ChatTokenizer
 from dspark_jax.training.best import NEWEST
 from dspark_jax.training.checkpoint import load_step, saved_config
@@ -33,7 +34,7 @@ from dspark_jax.training.checkpoint import load_step, saved_config
 def open_decoder(
     run: Run,
     *,
-    target: Target | None = None,
+    target: LanguageModel | None = None,
     drafter: DrafterModule | NoDrafter | None = None,
     tokenizer: ChatTokenizer | None = None,
     checkpoint: str = NEWEST,
@@ -95,12 +96,33 @@ def load_run(workdir: str | Path, checkpoint: str = NEWEST) -> Decoder:
 def decoding_run(run: Run) -> Run:
     """The run with its models where decoding lives, unless its mesh was given; says in one line where that is.
 
+    A target that PyTorch runs decodes on one device.
+
     Raises:
       InputError: see `engine.placement.place`.
     """
     if run.given_mesh is not None:
         return run
+    if run.config.target.architecture.unsupported:
+        return run.on(one_device())
     return run.on(decoding_mesh(run.config.mesh.decode, evaluation_load(run.config)))
+
+
+def refuse_timing(config: Config, what: str) -> None:
+    """Refuses to take the time of a target that PyTorch runs.
+
+    Args:
+      config: resolved.
+      what: asks for it, e.g. a command.
+
+    Raises:
+      InputError: it has such a target.
+    """
+    if kind := config.target.architecture.unsupported:
+        raise InputError(
+            f"{what}: a {kind} has no definition in JAX and is run by PyTorch, request after request, which says "
+            "nothing about the time of a server's rounds; measure it where the target is served"
+        )
 
 
 def open_drafter(run: Run, checkpoint: str = NEWEST) -> tuple[int, DrafterModule]:

@@ -37,6 +37,7 @@ from dspark_jax.target.checks import (
 )
 from dspark_jax.target.dequantise import Matrix, stated_by, summary, with_matrices
 from dspark_jax.target.families.family import Family
+from dspark_jax.target.interface import LanguageModel
 from dspark_jax.target.model import Target
 from dspark_jax.target.weights import Weight
 
@@ -329,8 +330,8 @@ def abstract_target(arch: TargetArchitecture, dtype: Any, where: str | Path = "t
     """
     if arch.unsupported:
         raise InputError(
-            f"{where}: a {arch.unsupported} has no definition here, so nothing can be decoded with it; train a "
-            "drafter from its features (data.features=torch), export it, and measure it where the target is served"
+            f"{where}: a {arch.unsupported} has no definition in JAX; with PyTorch its features can be trained on "
+            "(data.features=torch), and evaluate, calibrate, compare, generate and convert check run it"
         )
     made = families.of_shape(arch).model() or Target
     return nnx.eval_shape(lambda: made(arch, rngs=nnx.Rngs(0), dtype=dtype))
@@ -351,14 +352,20 @@ def read_target(directory: Path, family: Family, dtype: Any) -> tuple[dict[str, 
     return tensors, summary(tensors, stated)
 
 
-def load_target(config: TargetConfig, mesh: Mesh) -> Target:
+def load_target(config: TargetConfig, mesh: Mesh) -> LanguageModel:
     """Loads the target of a resolved config onto `mesh`, in its compute type; from the hub where its path is an id.
+
+    One that has no definition here is run by PyTorch (`target.in_torch`).
 
     Raises:
       InputError: a file or tensor is missing, damaged, quantised, not finite or of another shape, a tensor is unknown,
         or the model's config says another shape than ours, or tied embeddings beside a head that differs from them.
     """
     directory, arch, dtype = local_directory(config.path), config.architecture, compute_dtype(config.dtype)
+    if arch.unsupported:
+        from dspark_jax.target.in_torch import load_in_torch  # which reads files with what is here
+
+        return load_in_torch(config, mesh, dtype)
     target = abstract_target(arch, dtype, directory)
     if (directory / "config.json").exists():  # of a model on the hub, nobody has compared it before
         arch.refuse_other(TargetArchitecture.from_hf(directory), config.path)

@@ -41,6 +41,9 @@ class TracedRound:
       admitted: drafts that were verified; in a round ended by an accepted stop token, those up to it.
       accepted: drafts that were committed.
       next_token: the bonus or correction, or None after an accepted stop token.
+      running: requests that took part in the round.
+      scheduled: tokens that were verified for all of them, each one's anchor included; counted as `admitted` is.
+      rows: rows that the target computed for them, the padding of the batch included.
     """
 
     drafted: tuple[int, ...]
@@ -48,6 +51,14 @@ class TracedRound:
     admitted: int
     accepted: int
     next_token: int | None
+    running: int
+    scheduled: int
+    rows: int
+
+    @property
+    def emitted(self) -> int:
+        """Its accepted length: the accepted drafts, and the bonus or correction."""
+        return self.accepted + (self.next_token is not None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,11 +70,13 @@ class Piece:
       text: what can be shown now. Text that might become a stop string, and bytes that are no whole character yet, are
         held back, so this is not the text of `tokens` alone. Empty without a tokenizer.
       round: for a traced request, what the round did; None for the prompt's last chunk.
+      seconds: when it was here, since the request was submitted.
     """
 
     tokens: tuple[int, ...]
     text: str
     round: TracedRound | None = None
+    seconds: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,7 +282,7 @@ class Request:
                 return False
             rest = "" if self._stream is None or self._stream.stopped else self._stream.flush()
             if rest:
-                self.pieces.append(Piece((), rest))
+                self.pieces.append(Piece((), rest, seconds=self._age()))
             self._close(reason, error)
         self._ended(self)
         return True
@@ -309,7 +322,7 @@ class Request:
                     emitted=metrics.emitted + emitted,
                 )
             self.metrics = metrics
-            self.pieces.append(Piece(tuple(tokens[:kept]), text, traced if self.settings.trace else None))
+            self.pieces.append(Piece(tuple(tokens[:kept]), text, traced if self.settings.trace else None, age))
             reason: FinishReason | None = "stop" if stopped else ended
             if reason is not None:
                 self._close(reason, None)

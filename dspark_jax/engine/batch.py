@@ -181,8 +181,10 @@ class Batch:
             emitted = 0 if entry is None else int(entry.emitted[row])
             self.metrics.tokens += request.receive(outcome.tokens[row, :count].tolist(), ended, traced, emitted)
             if traced is not None:
+                self.metrics.shares += 1
                 self.metrics.accepted += traced.accepted
                 self.metrics.admitted += traced.admitted
+                self.metrics.emitted += emitted
 
     def warm_up(self, modes: Sequence[Mode]) -> None:
         """Compiles the chunk and a round of every mode, by running them on empty slots."""

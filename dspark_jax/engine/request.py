@@ -136,6 +136,8 @@ class EngineMetrics:
       accepted: drafts committed.
       admitted: drafts verified.
       rows: rows that the target computed in rounds, whoever they were for.
+      shares: rounds counted once for every request in them.
+      emitted: tokens that the rounds gave, as in `RequestMetrics`; over `shares`, it is tau.
     """
 
     submitted: int = 0
@@ -148,6 +150,8 @@ class EngineMetrics:
     accepted: int = 0
     admitted: int = 0
     rows: int = 0
+    shares: int = 0
+    emitted: int = 0
 
 
 class TextStream:
@@ -229,6 +233,7 @@ class Request:
         self.metrics = RequestMetrics()
         self.pieces: list[Piece] = []
         self._stream, self._drive, self._ended = stream, drive, ended
+        self._on_change: Callable[[], None] | None = None
         self._submitted = time.monotonic()
 
     @property
@@ -272,6 +277,15 @@ class Request:
     def cancel(self) -> bool:
         """Ends it with what it has; False if it had ended already."""
         return self.finish("cancelled")
+
+    def on_change(self, call: Callable[[], None]) -> None:
+        """Has `call` called whenever there is a new piece and at the end, for those who cannot wait in a thread.
+
+        It is called in the engine's thread, which it must not hold up; once now, for what has happened already.
+        """
+        with self.changed:
+            self._on_change = call
+            call()
 
     # What follows is called by the engine.
 
@@ -327,7 +341,7 @@ class Request:
             if reason is not None:
                 self._close(reason, None)
             else:
-                self.changed.notify_all()
+                self._tell()
         if reason is not None:
             self._ended(self)
         return kept
@@ -351,7 +365,13 @@ class Request:
     def _close(self, reason: FinishReason, error: str | None) -> None:
         self.metrics = dataclasses.replace(self.metrics, total_seconds=self._age())
         self.finish_reason, self.error = reason, error
+        self._tell()
+
+    def _tell(self) -> None:
+        """Wakes everybody who waits."""
         self.changed.notify_all()
+        if self._on_change is not None:
+            self._on_change()
 
     def _age(self) -> float:
         return time.monotonic() - self._submitted

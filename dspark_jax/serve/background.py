@@ -1,4 +1,4 @@
-"""Users that the server makes itself, so that one sees what a load does: each asks, waits for its answer, asks again."""
+"""Users that the server makes itself, to show what a load does: each asks, waits for its answer, and asks again."""
 
 import random
 import threading
@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from dspark_jax.engine.request import Request
 from dspark_jax.engine.serving import Engine, EngineClosed, EngineFailed, QueueFull
+from dspark_jax.serve.pool import Pool
 
 LEASE = 30.0
 """Seconds after which the users leave unless they are asked for again: whoever wanted them may be gone."""
@@ -20,9 +21,9 @@ _PAUSE = 0.2  # seconds, when the queue is full
 class Background:
     """Some users of one engine."""
 
-    def __init__(self, prompts: Callable[[], Sequence[Sequence[int]]]):
-        """`prompts` gives ids of what they ask, of which each takes one at random."""
-        self._prompts = prompts
+    def __init__(self, pool: Pool, prompts: Callable[[], Sequence[Sequence[int]]]):
+        """`pool` is that of the engines; `prompts` gives ids of what they ask, of which each takes one at random."""
+        self.pool, self._prompts = pool, prompts
         self._lock = threading.Lock()
         self._users: list[_User] = []
         self._engine: Engine | None = None
@@ -34,9 +35,9 @@ class Background:
         return sum(user.is_alive() for user in self._users)
 
     @property
-    def expired(self) -> bool:
-        """Whether nobody has asked for them for a while."""
-        return time.monotonic() > self._until
+    def over(self) -> bool:
+        """Whether all are to leave: nobody has asked for them for a while, or the server shuts down."""
+        return self.pool.draining or time.monotonic() > self._until
 
     def set(self, users: int, engine: Engine | None) -> None:
         """Has so many users of an engine for `LEASE` seconds; those of another engine leave."""
@@ -70,7 +71,7 @@ class _User(threading.Thread):
 
     def run(self) -> None:
         """Asks until told to leave, or the engine has ended."""
-        while not self.left.is_set() and not self.owner.expired:
+        while not self.left.is_set() and not self.owner.over:
             try:
                 self.request = self._ask()
             except QueueFull:

@@ -53,7 +53,7 @@ class Live:
 
     def __init__(self, pool: Pool):
         self.pool, self.watch = pool, Watch(pool)
-        self.background = Background(self._prompts)
+        self.background = Background(pool, self._prompts)
 
     def _prompts(self) -> list[list[int]]:
         found = [one.ids for questions in self.watch.questions.values() for one in questions]
@@ -87,7 +87,7 @@ class Live:
     async def _submit(self, ask: Ask) -> Request:
         return await run_in_threadpool(self.watch.submit, ask)
 
-    async def _prepare(self, ask: Ask) -> AsyncGenerator[dict[str, Any]]:
+    async def _prepare(self, ask: Ask) -> AsyncGenerator[dict[str, Any], None]:
         """Events of a request that has to wait until its engine is compiled."""
         how = "" if ask.greedy else ", with sampling"
         yield {"preparing": f"Compiling {ask.model} with the scheduler {ask.scheduler}{how}; this happens once"}
@@ -95,7 +95,7 @@ class Live:
             async for one in events:
                 yield one
 
-    async def _follow(self, request: Request) -> AsyncGenerator[dict[str, Any]]:
+    async def _follow(self, request: Request) -> AsyncGenerator[dict[str, Any], None]:
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[dict[str, Any]]()
 
         def read() -> None:
@@ -134,7 +134,7 @@ class Live:
         service: Service = request.app.state.service
         return Stream(self._figures(service), service)
 
-    async def _figures(self, service: Service) -> AsyncGenerator[dict[str, Any]]:
+    async def _figures(self, service: Service) -> AsyncGenerator[dict[str, Any], None]:
         samples: collections.deque[tuple[float, dict[Any, _Totals]]] = collections.deque(maxlen=_OVER)
         while not service.draining:
             now = {key: _Totals.of(engine.metrics) for key, engine in self.pool.engines.items()}
@@ -251,7 +251,7 @@ def _tokens(name: str, value: Any) -> int:
 class Stream(Response):
     """Server-sent events until there are no more or the client goes away; then the iterator is closed."""
 
-    def __init__(self, events: AsyncGenerator[dict[str, Any]], service: Service):
+    def __init__(self, events: AsyncGenerator[dict[str, Any], None], service: Service):
         self.events, self.seconds = events, service.limits.send_seconds
         self.background = None
 

@@ -10,8 +10,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from dspark_jax.config import InputError
 from dspark_jax.data.samples import Tally
 from dspark_jax.engine.request import Request
@@ -87,9 +85,7 @@ class Watch:
         pool, config = self.pool, self.pool.config
         models, settings = pool.models(pool.default), config.eval
         thinking = config.data.thinking == "on"
-        decoder = Decoder(
-            models, pool.tokenizer, pool.stop_tokens, 1, 1, 0, None, config.data.system_prompt, thinking
-        )
+        decoder = Decoder(models, pool.tokenizer, pool.stop_tokens, 1, 1, 0, None, config.data.system_prompt, thinking)
         found: dict[str, list[Question]] = {}
         tally = Tally(Path(os.devnull))
         try:
@@ -99,7 +95,7 @@ class Watch:
         finally:
             tally.close()
         for conversation, request in zip(asked, first.items, strict=True):
-            domain = conversation.prompt.set_name.removesuffix(".heldout")
+            domain = conversation.prompt.prompt_set.removesuffix(".heldout")
             if len(request.prompt) < pool.sizes.capacity:
                 text = str(conversation.questions[0]["content"])
                 found.setdefault(domain, []).append(Question(text, request.prompt))
@@ -189,6 +185,5 @@ def _described(member: Member) -> dict[str, Any]:
         "about": KINDS[member.kind].description if member.kind in KINDS else "the target alone",
         "block_size": models.block_size,
         "confident": models.confident,
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(models.drafter)) if models.drafts else 0,
         "schedulers": usable if models.drafts else ["fixed"],
     }

@@ -69,12 +69,14 @@ function drawBudget(svg, rounds, total, most) {
 
 // Tokens per second since the first token, over the clock; lines: {class, points: [[seconds, rate]]}.
 function drawRates(svg, lines, xMost) {
-  const all = lines.flatMap((line) => line.points.map((point) => point[1]));
-  const yMost = ceiling(Math.max(...all, 0));
+  // The first rounds say little, and may be far out: the scale is that of the others.
+  const settled = lines.flatMap(({points}) => points.filter(([at]) => at >= xMost / 6).map((point) => point[1]));
+  const all = settled.length ? settled : lines.flatMap(({points}) => points.map((point) => point[1]));
+  const yMost = ceiling(1.1 * Math.max(...all, 0));
   const long = xMost >= 1;
   const {add, x, y} = chart(svg, xMost, yMost, long ? `${number(xMost, 1)} s` : `${number(1e3 * xMost)} ms`);
   for (const {name, points} of lines) {
-    add("polyline", {class: name, points: points.map(([at, rate]) => `${x(at)},${y(rate)}`).join(" ")});
+    add("polyline", {class: name, points: points.map(([at, rate]) => `${x(at)},${y(Math.min(rate, yMost))}`).join(" ")});
   }
   const now = lines.map(({label, points}) => `${label} ${number(points.at(-1)?.[1] ?? null)}`).join(", ");
   svg.setAttribute("aria-label", `Tokens per second so far: ${now}`);

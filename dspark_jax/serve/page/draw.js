@@ -20,12 +20,13 @@ const FATES = {
   rejected: {sign: "✕", word: "rejected"},
   void: {sign: "⌀", word: "void"},
   skipped: {sign: "–", word: "not verified"},
+  ended: {sign: "■", word: "after the end"},
   waiting: {sign: "", word: "guessed"},
 };
 
 function fateOf(event, k) {
   if (k < event.accepted) return "accepted";
-  if (k >= event.admitted) return "skipped";
+  if (k >= event.admitted) return event.next ? "skipped" : "ended"; // an accepted stop token ends the answer
   return k === event.accepted ? "rejected" : "void";
 }
 
@@ -84,17 +85,19 @@ function group(kind, label, chips) {
 // One round. phase: draft (guesses alone), schedule (and where they are cut), verdict (and what became of them).
 function drawBlock(node, event, before, phase) {
   const parts = [];
-  if (before) parts.push(group("anchor", "the last token", [chip("anchor", "", "written before", before)]));
+  if (before) parts.push(group("anchor", "the last token", [chip("anchor", "", "so far", before)]));
+  // What lies after an accepted stop token may have been verified as well; nobody knows before the verdict.
+  const admitted = phase === "draft" || (phase === "schedule" && !event.next) ? event.drafted.length : event.admitted;
   const drafts = event.drafted.map((token, k) => {
-    const cut = phase !== "draft" && k >= event.admitted;
+    const cut = phase !== "draft" && k >= admitted;
     const fate = phase === "verdict" || cut ? fateOf(event, k) : "waiting";
     return chip(fate, FATES[fate].sign, FATES[fate].word, token.text, token.confidence);
   });
-  const admitted = phase === "draft" ? drafts.length : event.admitted;
   if (drafts.length) {
     const label = phase === "draft" ? "the drafter guesses" : "the target checks these in one pass";
     if (admitted) parts.push(group("checked", label, drafts.slice(0, admitted)));
-    if (admitted < drafts.length) parts.push(group("left-out", "the scheduler leaves these out", drafts.slice(admitted)));
+    const rest = event.next ? "the scheduler leaves these out" : "the answer has ended before these";
+    if (admitted < drafts.length) parts.push(group("left-out", rest, drafts.slice(admitted)));
   }
   if (phase === "verdict" && event.next) {
     parts.push(group("target", "the target's own", [chip("own", "★", ownWord(event), event.next.text)]));
@@ -109,8 +112,10 @@ function story(event, phase) {
   if (!drafts) return "In this round nothing was drafted: the target wrote one token, as in plain decoding.";
   const drafted = `The drafter guessed ${count(drafts, "token")}.`;
   if (phase === "draft") return drafted;
+  if (phase === "schedule" && !event.next) return drafted;
   const left = event.admitted === drafts ? "all of them" : `the first ${event.admitted}`;
-  const verified = event.admitted ? `The target checked ${left}.` : "The scheduler let none of them be checked.";
+  const checked = event.next ? `The target checked ${left}.` : "";
+  const verified = event.admitted ? checked : "The scheduler let none of them be checked.";
   if (phase === "schedule") return `${drafted} ${verified}`;
   return `${drafted} ${verified} ${outcome(event)}`;
 }
@@ -118,7 +123,10 @@ function story(event, phase) {
 function outcome(event) {
   const own = event.next ? spoken(event.next.text) : "";
   const gain = `${count(emitted(event), "new token")} in one pass.`;
-  if (!event.next) return `${count(event.accepted, "was", "were")} accepted, and the answer ends there: ${gain}`;
+  if (!event.next) {
+    const last = event.accepted === 1 ? "The first was" : `The first ${event.accepted} were`;
+    return `${last} accepted, and the last of these ends the answer: ${gain}`;
+  }
   if (!event.admitted) return `It wrote ${own} itself: ${gain}`;
   if (event.accepted === event.admitted) {
     return `It agreed with ${event.accepted === 1 ? "it" : "every one"}, and added ${own}: ${gain}`;

@@ -16,7 +16,7 @@ const HINTS = {
   clock: "Which clock counts: that of the machine on which this was decoded, or step times measured on an accelerator. " +
     "Replaying changes times only, never tokens.",
   tau: "Tokens that a round gives on average: the accepted guesses, and one of the target's own. Plain decoding has 1. " +
-    "Dark bars are accepted guesses, what is on top of them is the target's own token.",
+    "The lower part of a bar is accepted guesses, what is on top of it is the target's own token.",
   rate: "Tokens since the first one, over the time since then. The solid line is with the drafter, the dashed one is " +
     "plain decoding.",
   budget: "How many tokens the target checks for a request in a round, the one it goes on from included. Bars are this " +

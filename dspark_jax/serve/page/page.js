@@ -113,17 +113,17 @@ const shortened = (text) => (text.length > 60 ? `${text.slice(0, 57)}…` : text
 
 function describe() {
   const model = modelOf(control.model.value);
-  const size = model.parameters ? `, ${(model.parameters / 1e6).toFixed(1)} M parameters` : "";
   const block = model.block_size ? `; up to ${count(model.block_size, "token")} a round` : "";
-  byId("model-note").textContent = `${model.kind}: ${model.about}${block}${size}`;
+  byId("model-note").textContent = `${model.kind}: ${model.about}${block}`;
   const needs = model.confident ? "" : " Rules that read confidences are not for this drafter, which gives none.";
   byId("scheduler-note").textContent = (SCHEDULERS[control.scheduler.value] ?? "") + needs;
   const heat = chosen("temperature");
   byId("temperature-value").textContent = heat ? heat.toFixed(1) : "0 (greedy)";
   control.temperature.setAttribute("aria-valuetext", byId("temperature-value").textContent);
   const users = chosen("users");
-  const full = users + 1 > state.slots ? `, ${state.slots} decoded at a time` : "";
-  byId("users-value").textContent = `${users}${full}`;
+  byId("users-value").textContent = users;
+  const full = users + 1 > state.slots;
+  byId("users-note").textContent = full ? `${state.slots} requests are decoded at a time; the others wait.` : "";
   control.users.setAttribute("aria-valuetext", byId("users-value").textContent);
   player.speed = SPEEDS[Number(control.speed.value)];
   byId("speed-value").textContent = player.speed.text;
@@ -136,8 +136,9 @@ function describeClock() {
   player.table = table;
   byId("clock-note").hidden = !table;
   if (!table) return;
-  const note = `Replay: all times on this page are those of ${table.name}. ${table.source} ${table.limits}`;
-  byId("clock-note").textContent = `${note} Tokens, accepted lengths and budgets are still those of this run.`;
+  byId("clock-text").textContent = `Replayed: every round takes the time that was measured on ${table.name}. Tokens, ` +
+    "accepted lengths and budgets are still those of this run and its drafter.";
+  byId("clock-source").textContent = `${table.source} ${table.limits}`;
 }
 
 // Running.
@@ -167,6 +168,7 @@ async function go() {
   byId("go").disabled = source.live;
   byId("stop").disabled = !source.live;
   player.play();
+  if (source.live) bringIntoView();
   try {
     await decode(asked, player.drafted, own.signal, "Decoding");
     // One after the other, under the same load, so that neither slows the other down.
@@ -191,6 +193,12 @@ async function go() {
     }
   }
   redraw();
+}
+
+// Scrolls to the rounds where they begin below the window's end, as on a phone.
+function bringIntoView() {
+  if (byId("stage").getBoundingClientRect().top + 200 < innerHeight) return;
+  byId("player").scrollIntoView({behavior: player.calm.matches ? "auto" : "smooth", block: "start"});
 }
 
 async function decode(ask, lane, signal, what) {

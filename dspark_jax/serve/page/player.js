@@ -151,10 +151,11 @@ class Player {
     if (this.drafted.complete && this.atEnd) this.finish(left);
   }
 
-  // After the last round, plain decoding goes on as fast as before.
+  // After the last round, plain decoding goes on as fast as before, as far as it has come.
   finish(left) {
-    if (this.comparing) this.tail += left * this.clockRate();
-    if (!this.comparing || (this.plain.complete && this.plainLast >= this.plain.events.length - 1)) this.playing = false;
+    const more = this.comparing && this.plainLast < this.plain.events.length - 1;
+    if (more) this.tail += left * this.clockRate();
+    else if (!this.comparing || this.plain.complete) this.playing = false;
   }
 
   wallSeconds(event) {

@@ -288,7 +288,5 @@ def _run_of(name: str, workdir: Path, config: Config) -> Run:
     """
     saved = saved_config(workdir)
     if saved is None:
-        raise InputError(
-            f"--drafter {name}={workdir}: no checkpoint there; name the working directory of a trained run"
-        )
+        raise InputError(f"--drafter {name}={workdir}: no checkpoint there; name the directory of a trained run")
     return Run(dataclasses.replace(saved, target=config.target), workdir)

@@ -306,9 +306,7 @@ def _prompts(name: str, value: Any) -> list[Any]:
     if isinstance(value, str):
         return [value]
     if not isinstance(value, list) or not value:
-        raise InputError(
-            f"{name}={_shown(value)} is neither a text nor a list of texts or token ids with one entry or more"
-        )
+        raise InputError(f"{name}={_shown(value)} is neither a text nor a list of some texts or token ids")
     if all(isinstance(one, str) for one in value) or all(isinstance(one, list) for one in value):
         return value
     if all(isinstance(one, int) and not isinstance(one, bool) for one in value):

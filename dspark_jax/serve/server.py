@@ -132,8 +132,8 @@ class Server(uvicorn.Server):
     async def _leave(self, again: asyncio.Event) -> None:
         service = self.service
         log(
-            f"serve: draining: {service.in_flight} requests are finished within {self.drain_seconds:g} seconds, no more "
-            "are taken; a second signal closes"
+            f"serve: draining: {service.in_flight} requests are finished within {self.drain_seconds:g} seconds, no "
+            "more are taken; a second signal closes"
         )
         draining = asyncio.ensure_future(service.drain(self.drain_seconds))
         second = asyncio.ensure_future(again.wait())

@@ -62,10 +62,11 @@ ALLOWED = {
     "prepare_answers": BASE | {"data", "run", "answering"},
     "refresh": BASE | {"data", "target", "drafter", "run", "training", "engine", "evaluation", "answering"},
     "command": BASE,
+    "serve": BASE | {"ops", "data", "target", "drafter", "run", "training", "engine", "evaluation", "serve"},
     "__main__": BASE,
 }
 COMMANDS = {"prepare", "train", "evaluate", "calibrate", "compare", "generate", "plan", "profile"}
-FOLDERS = {"convert": "__main__"}  # commands that are a package
+FOLDERS = {"convert": "__main__", "serve": "__main__"}  # commands that are a package
 CALLS = {"train": {"prepare", "evaluate"}}  # the data it needs, and the checkpoint it has just written
 
 

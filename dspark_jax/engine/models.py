@@ -137,7 +137,7 @@ def when_loaded(model: Loaded) -> Loaded:
         return decode_weights(model, model.dtype, separate_caches=True, consume=True)
 
 
-def _on_cpu(model: Loaded, *, dtype: Any, separate_caches: bool) -> Loaded:
+def _on_cpu(model: Any, *, dtype: Any, separate_caches: bool) -> Any:
     """The form for a CPU; one that has it is not gone through, since jit would copy its weights."""
     return model if has_decode_weights(model) else _converted(model, dtype=dtype, separate_caches=separate_caches)
 

@@ -1,9 +1,10 @@
 """Errors as OpenAI's clients know them: a status, and a JSON object that says what, where and what to do."""
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
-from starlette.responses import JSONResponse
+from starlette.responses import Response
 
 from dspark_jax.engine.serving import EngineClosed, EngineFailed, QueueFull
 from dspark_jax.errors import InputError
@@ -41,9 +42,9 @@ class ApiError(Exception):
         kind = _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
-    def response(self) -> JSONResponse:
-        """The response, which an ASGI server can be given."""
-        return JSONResponse(self.body, self.status, self.headers)
+    def response(self) -> Response:
+        """The response; in ASCII, since what was wrong may be no Unicode."""
+        return Response(json.dumps(self.body), self.status, self.headers, "application/json")
 
 
 def api_error(error: Exception, param: str | None = None) -> ApiError:

@@ -18,6 +18,7 @@ from dspark_jax.data.chat import Options, load_tokenizer, prompt_tokens, render,
 from dspark_jax.data.messages import Message, has_tools
 from dspark_jax.data.turns import renderable
 from dspark_jax.drafter.none import NO_DRAFTER
+from dspark_jax.engine.admission import check_engine
 from dspark_jax.engine.models import Models, when_loaded
 from dspark_jax.engine.placement import decoding_mesh, serving_load
 from dspark_jax.engine.schedulers import SCHEDULERS
@@ -34,6 +35,9 @@ from dspark_jax.training.checkpoint import saved_config
 
 PLAIN = "plain"
 """The model that decodes without a drafter."""
+
+OWN_STOPS = 8
+"""Most stop tokens of one request, besides those that end every answer."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +128,8 @@ class Pool:
           InputError: a run has no checkpoint, or one for another target; something does not fit or cannot be loaded.
         """
         config = run.config
+        tokenizer = load_tokenizer(config.target.path)
+        _check_sizes(config, sizes, tokenizer)
         names = [PLAIN] if drafters == {} else list(drafters or {config.name: run.workdir})
         if PLAIN in (drafters or ()):
             raise InputError(f"--drafter {PLAIN}=...: {PLAIN} is decoding without a drafter; choose another name")
@@ -145,7 +151,7 @@ class Pool:
             members.append(Member(name, models, kind, one.workdir, step))
         # Those that come first have to have the same arrays.
         members = [dataclasses.replace(one, models=Models(target, one.models.drafter)) for one in members]
-        return cls(members, config, load_tokenizer(config.target.path), sizes)
+        return cls(members, config, tokenizer, sizes)
 
     def member(self, name: str) -> Member:
         """A member by its name.
@@ -207,7 +213,7 @@ class Pool:
             tokenizer=self.tokenizer,
             stop_tokens=self.stop_tokens,
             max_queue=self.sizes.max_queue,
-            max_stop_tokens=len(self.stop_tokens) + 8,
+            max_stop_tokens=len(self.stop_tokens) + OWN_STOPS,
         ).start()
 
     @property
@@ -280,6 +286,14 @@ class Pool:
         self.close()
 
 
+def _check_sizes(config: Config, sizes: Sizes, tokenizer: ChatTokenizer) -> None:
+    """Refuses sizes with which no engine can be made, before anything large is loaded."""
+    find(SCHEDULERS, sizes.scheduler, "scheduler")
+    stops = stop_tokens(config.target.path, tokenizer)
+    counts = {"slots": sizes.slots, "max_queue": sizes.max_queue, "max_stop_tokens": len(stops) + OWN_STOPS}
+    check_engine(config.target.architecture, counts, sizes.capacity, stops, tokenizer)
+
+
 def _run_of(name: str, workdir: Path, config: Config) -> Run:
     """The run of a drafter for the target of `config`.
 
@@ -288,7 +302,5 @@ def _run_of(name: str, workdir: Path, config: Config) -> Run:
     """
     saved = saved_config(workdir)
     if saved is None:
-        raise InputError(
-            f"--drafter {name}={workdir}: no checkpoint there; name the working directory of a trained run"
-        )
+        raise InputError(f"--drafter {name}={workdir}: no checkpoint there; name the directory of a trained run")
     return Run(dataclasses.replace(saved, target=config.target), workdir)

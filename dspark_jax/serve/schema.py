@@ -14,7 +14,7 @@ from dspark_jax.engine import arguments
 from dspark_jax.engine.sampling import request_sampling
 from dspark_jax.errors import InputError
 from dspark_jax.serve.errors import ApiError
-from dspark_jax.serve.pool import Pool
+from dspark_jax.serve.pool import OWN_STOPS, Pool
 from dspark_jax.serve.service import Limits
 from dspark_jax.unicode import check_unicode
 
@@ -296,8 +296,8 @@ def _stops(value: Any, limits: Limits) -> tuple[str, ...]:
 
 def _ids(name: str, value: Any, pool: Pool) -> tuple[int, ...]:
     ids = arguments.token_ids(name, value, pool.models(pool.default).arch.vocab_size)
-    if len(ids) > 8:
-        raise InputError(f"{name} has {len(ids)} ids; at most 8 are possible")
+    if len(ids) > OWN_STOPS:
+        raise InputError(f"{name} has {len(ids)} ids; at most {OWN_STOPS} are possible")
     return tuple(ids.tolist())
 
 
@@ -306,9 +306,7 @@ def _prompts(name: str, value: Any) -> list[Any]:
     if isinstance(value, str):
         return [value]
     if not isinstance(value, list) or not value:
-        raise InputError(
-            f"{name}={_shown(value)} is neither a text nor a list of texts or token ids with one entry or more"
-        )
+        raise InputError(f"{name}={_shown(value)} is neither a text nor a list of some texts or token ids")
     if all(isinstance(one, str) for one in value) or all(isinstance(one, list) for one in value):
         return value
     if all(isinstance(one, int) and not isinstance(one, bool) for one in value):

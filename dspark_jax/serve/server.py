@@ -92,11 +92,13 @@ class Server(uvicorn.Server):
             log_config=None,
             access_log=False,
             server_header=False,
+            proxy_headers=False,
             timeout_graceful_shutdown=_LEAVING,
         )
         super().__init__(config)
         self.service, self.drain_seconds = service, drain_seconds
         self.signals: list[int] = []
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._again: asyncio.Event | None = None
         self._leaving: asyncio.Task[None] | None = None
 
@@ -117,6 +119,16 @@ class Server(uvicorn.Server):
                 loop.remove_signal_handler(number)
                 signal.signal(number, handler)
 
+    def leave_soon(self, *, at_once: bool = False) -> None:
+        """`leave` from any thread, while the server runs."""
+        assert self._loop is not None, "the server has not started"
+        self._loop.call_soon_threadsafe(functools.partial(self.leave, at_once=at_once))
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Also notes the loop."""
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+
     def _stop(self, number: int) -> None:
         self.signals.append(number)
         self.leave(at_once=len(self.signals) > 1)
@@ -132,8 +144,8 @@ class Server(uvicorn.Server):
     async def _leave(self, again: asyncio.Event) -> None:
         service = self.service
         log(
-            f"serve: draining: {service.in_flight} requests are finished within {self.drain_seconds:g} seconds, no more "
-            "are taken; a second signal closes"
+            f"serve: draining: {service.in_flight} requests are finished within {self.drain_seconds:g} seconds, no "
+            "more are taken; a second signal closes"
         )
         draining = asyncio.ensure_future(service.drain(self.drain_seconds))
         second = asyncio.ensure_future(again.wait())
@@ -196,10 +208,7 @@ def running(
     place = bind("127.0.0.1", port)
     app = make_app(pool, limits=limits, api_key=api_key)
     server = Server(app.state.service, app, drain_seconds)
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(
-        target=lambda: loop.run_until_complete(server.serve(sockets=[place])), name="server", daemon=True
-    )
+    thread = threading.Thread(target=lambda: server.run(sockets=[place]), name="server", daemon=True)
     thread.start()
     try:
         while not server.started and thread.is_alive():
@@ -207,7 +216,6 @@ def running(
         yield address(place), server
     finally:
         if thread.is_alive():
-            loop.call_soon_threadsafe(server.leave)
+            server.leave_soon()
         thread.join()
-        loop.close()
         pool.close()

@@ -105,7 +105,7 @@ class Service:
             sampling.cancel()
 
     async def drain(self, seconds: float) -> bool:
-        """Takes no more requests and waits until the responses to all there are have been sent; False if some were not."""
+        """Takes no more requests and waits until all responses have been sent; False if some were not."""
         self.pool.draining = True
         end = time.monotonic() + seconds
         while self.in_flight and time.monotonic() < end:

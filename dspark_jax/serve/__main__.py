@@ -26,7 +26,7 @@ from dspark_jax import command
 from dspark_jax.config import Config, InputError
 from dspark_jax.progress import log
 from dspark_jax.run import Run
-from dspark_jax.serve.pool import Pool, Sizes
+from dspark_jax.serve.pool import Pool, Sizes, named_drafters
 from dspark_jax.training.best import NEWEST
 
 KEY = "DSPARK_JAX_API_KEY"
@@ -85,7 +85,7 @@ def serve(
     from dspark_jax.serve.app import make_app
     from dspark_jax.serve.service import Limits
 
-    named = _named(drafter or [])
+    named = named_drafters(drafter or [])
     if plain and named:
         raise InputError("--plain serves the target alone, --drafter a drafter too; leave one of them out")
     for name, value, least in (("max_body", max_body, 1), ("max_prompt", max_prompt, 0), ("max_tokens", max_tokens, 0)):
@@ -117,19 +117,6 @@ def _check_packages() -> None:
     missing = [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]
     if missing:
         raise InputError(f"serve needs {' and '.join(missing)}; pip install 'dspark-jax[serve]'")
-
-
-def _named(drafters: list[str]) -> dict[str, Path]:
-    """Working directories by name."""
-    found: dict[str, Path] = {}
-    for one in drafters:
-        name, separator, path = one.partition("=")
-        if not separator or not name or not path:
-            raise InputError(f"--drafter {one}: a name and a working directory are needed, e.g. --drafter small=runs/x")
-        if name in found:
-            raise InputError(f"--drafter {one}: there is a {name} already; give each its own name")
-        found[name] = Path(path)
-    return found
 
 
 def _define(values: flags.FlagValues) -> None:

@@ -294,6 +294,23 @@ def _check_sizes(config: Config, sizes: Sizes, tokenizer: ChatTokenizer) -> None
     check_engine(config.target.architecture, counts, sizes.capacity, stops, tokenizer)
 
 
+def named_drafters(given: Sequence[str]) -> dict[str, Path]:
+    """Working directories by name, as the flag --drafter NAME=DIR of a command gives them.
+
+    Raises:
+      InputError: an entry is something else, or a name is there twice.
+    """
+    found: dict[str, Path] = {}
+    for one in given:
+        name, separator, path = one.partition("=")
+        if not separator or not name or not path:
+            raise InputError(f"--drafter {one}: a name and a working directory are needed, e.g. --drafter small=runs/x")
+        if name in found:
+            raise InputError(f"--drafter {one}: there is a {name} already; give each its own name")
+        found[name] = Path(path)
+    return found
+
+
 def _run_of(name: str, workdir: Path, config: Config) -> Run:
     """The run of a drafter for the target of `config`.
 

@@ -20,7 +20,7 @@ const FATES = {
   rejected: {sign: "✕", word: "rejected"},
   void: {sign: "⌀", word: "void"},
   skipped: {sign: "–", word: "not verified"},
-  ended: {sign: "■", word: "after the end"},
+  ended: {sign: "■", word: "not used"},
   waiting: {sign: "", word: "guessed"},
 };
 
@@ -32,7 +32,7 @@ function fateOf(event, k) {
 
 // What the target's own token is called: it replaces a rejected draft, or is one more.
 function ownWord(event) {
-  if (!event.drafted.length) return "written";
+  if (!event.admitted) return "written";
   return event.accepted < event.admitted ? "correction" : "bonus";
 }
 
@@ -94,9 +94,9 @@ function drawBlock(node, event, before, phase) {
     return chip(fate, FATES[fate].sign, FATES[fate].word, token.text, token.confidence);
   });
   if (drafts.length) {
-    const label = phase === "draft" ? "the drafter guesses" : "the target checks these in one pass";
+    const label = phase === "draft" ? "the drafter guesses" : "checked in one pass";
     if (admitted) parts.push(group("checked", label, drafts.slice(0, admitted)));
-    const rest = event.next ? "the scheduler leaves these out" : "the answer has ended before these";
+    const rest = event.next ? "left out by the scheduler" : "the answer has ended";
     if (admitted < drafts.length) parts.push(group("left-out", rest, drafts.slice(admitted)));
   }
   if (phase === "verdict" && event.next) {
@@ -124,10 +124,10 @@ function outcome(event) {
   const own = event.next ? spoken(event.next.text) : "";
   const gain = `${count(emitted(event), "new token")} in one pass.`;
   if (!event.next) {
-    const last = event.accepted === 1 ? "The first was" : `The first ${event.accepted} were`;
-    return `${last} accepted, and the last of these ends the answer: ${gain}`;
+    const last = event.accepted === 1 ? "The first was accepted, and" : `The first ${event.accepted} were accepted; the last one`;
+    return `${last} ends the answer: ${gain}`;
   }
-  if (!event.admitted) return `It wrote ${own} itself: ${gain}`;
+  if (!event.admitted) return `The target wrote ${own} itself: ${gain}`;
   if (event.accepted === event.admitted) {
     return `It agreed with ${event.accepted === 1 ? "it" : "every one"}, and added ${own}: ${gain}`;
   }

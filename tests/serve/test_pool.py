@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ def test_a_run_is_served_by_the_name_of_its_config(served_config: Config, two_ru
 def test_what_a_pool_refuses(
     members: list[Member], served_config: Config, two_runs: list[Path], make_pool: Callable[..., Pool]
 ) -> None:
-    run, sizes = Run(served_config, two_runs[0], make_mesh(MeshConfig(), jax.devices()[:1])), Sizes(slots=2)
+    run, sizes = Run(served_config, two_runs[0], make_mesh(MeshConfig(), jax.devices()[:1])), Sizes(capacity=64)
     with pytest.raises(InputError, match=r"--drafter a=nowhere: no checkpoint there; name the directory"):
         Pool.open(run, sizes, drafters={"a": Path("nowhere")})
     with pytest.raises(InputError, match=r"--drafter plain=.*choose another name"):
@@ -157,11 +158,13 @@ def test_signals_drain_a_process(served_config: Config, two_runs: list[Path], tm
 
 @pytest.mark.slow
 def test_a_second_signal_closes_a_process(served_config: Config, two_runs: list[Path], tmp_path: Path) -> None:
-    process, url, lines = started(served_config, two_runs[0], tmp_path, "--slots=1", "--capacity=512")
+    process, url, lines = started(served_config, two_runs[0], tmp_path, "--slots=1", "--capacity=512", "--nowarm_up")
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="secret", max_retries=0)
     stream = client.completions.create(model="plain", prompt="sum", max_tokens=500, temperature=3.0, stream=True, n=8)
     next(iter(stream))
     process.send_signal(signal.SIGTERM)
+    while not any("draining: " in line for line in lines):  # two that wait at a time are one
+        time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     with pytest.raises(openai.APIError, match="closed before the answer was complete"):
         list(stream)

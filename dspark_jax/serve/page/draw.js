@@ -147,16 +147,16 @@ function drawText(node, events, last) {
 const cell = (fate, text = "") => make("i", fate, text);
 
 // The list of all rounds; those after `last` are hidden, the shown one is marked.
-function drawRounds(list, events, last, onChoose) {
+function drawRounds(list, events, last, shown, onChoose) {
   while (list.children.length > events.length) list.lastElementChild.remove();
   for (let i = list.children.length; i < events.length; i++) list.append(roundItem(events[i], () => onChoose(i)));
   [...list.children].forEach((item, i) => {
     item.hidden = i > last;
     const button = item.firstElementChild;
-    if (i === last) button.setAttribute("aria-current", "true");
+    if (i === shown) button.setAttribute("aria-current", "true");
     else button.removeAttribute("aria-current");
   });
-  const current = list.children[last];
+  const current = list.children[shown];
   if (current) list.scrollTop = Math.max(0, current.offsetTop - list.offsetTop - list.clientHeight / 2);
 }
 

@@ -235,7 +235,7 @@ function keepLoad() {
 
 function redraw() {
   const {drafted, plain, position, committed, phase, plainLast} = player;
-  const key = [position, committed, phase, plainLast, player.playing, player.over, player.comparing, drafted.events.length,
+  const key = [position, player.seen, committed, phase, plainLast, player.playing, player.over, player.comparing, drafted.events.length,
     drafted.complete, plain.events.length, plain.complete, control.clock.value].join();
   if (key === drawn) return;
   drawn = key;
@@ -243,7 +243,7 @@ function redraw() {
   drawStage(position, phase);
   drawText(byId("drafted-text"), drafted.events, committed);
   drawText(byId("plain-text"), plain.events, plainLast);
-  drawRounds(byId("rounds"), drafted.events, position, (at) => player.show(at));
+  drawRounds(byId("rounds"), drafted.events, player.seen, position, (at) => player.show(at));
   drawFigures(committed, plainLast);
   byId("verdict").textContent = player.over && drafted.events.length ? verdict() : "";
 }

@@ -84,6 +84,7 @@ class Player {
 
   rewind() {
     this.position = -1;
+    this.seen = -1; // the furthest position so far
     this.progress = 1;
     this.tail = 0; // seconds of the clock after the last round of the drafted run
   }
@@ -109,6 +110,7 @@ class Player {
     if (!this.drafted.events.length) return;
     this.playing = false;
     this.position = Math.max(0, Math.min(position, this.drafted.events.length - 1));
+    this.seen = Math.max(this.seen, this.position);
     this.progress = 1;
     this.tail = 0;
     this.onChange();
@@ -146,6 +148,7 @@ class Player {
       this.progress = 1;
       if (this.position + 1 >= this.drafted.events.length) break;
       this.position += 1;
+      this.seen = Math.max(this.seen, this.position);
       this.progress = 0;
     }
     if (this.drafted.complete && this.atEnd) this.finish(left);

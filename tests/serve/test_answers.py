@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import re
 import socket
 import threading
@@ -12,9 +13,10 @@ from typing import Any
 import openai
 import pytest
 
+from dspark_jax.config import Config
 from dspark_jax.data.chat import answer_text
-from dspark_jax.engine.serving import Engine
-from dspark_jax.serve.pool import Pool
+from dspark_jax.engine.serving import Engine, QueueFull
+from dspark_jax.serve.pool import Member, Pool
 from dspark_jax.serve.server import running
 from tests.serve.conftest import Served, client_of
 
@@ -139,6 +141,47 @@ def test_a_client_that_goes_away_cancels_its_requests(served: Served) -> None:
         until(lambda: ended["cancelled"] == before + 3)
     until(lambda: served.server.service.in_flight == 0)
     assert engine.waiting == 0
+
+
+TEMPLATE = (
+    "{%- if tools %}<tools>{{ tools | tojson }}</tools>{%- endif %}"
+    "{%- for message in messages %}<{{ message.role }}>{{ message.content or '' }}"
+    "{%- for call in message.tool_calls or [] %}<call>{{ call.function | tojson }}{%- endfor %}</>{%- endfor %}"
+    "{%- if add_generation_prompt %}<assistant>{{- '' if enable_thinking else '<no thoughts>' }}{%- endif %}"
+)
+
+
+def test_chats_are_rendered_with_tools_thinking_and_the_system_prompt(
+    served: Served, served_config: Config, members: list[Member], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    config = dataclasses.replace(served_config, data=dataclasses.replace(served_config.data, system_prompt="Be brief."))
+    tokenizer = served.pool.tokenizer
+    monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE)
+    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    messages: list[Any] = [
+        {"role": "user", "content": [{"type": "text", "text": "Add."}]},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "1", "content": "3"},
+    ]
+    tools = [{"type": "function", "function": {"name": "add"}}]
+
+    def submit(self: Engine, ids: list[int], **_: Any) -> None:
+        asked.append(tokenizer.decode(ids))
+        raise QueueFull("seen")
+
+    monkeypatch.setattr(Engine, "submit", submit)
+    with Pool(members, config, tokenizer, served.pool.sizes) as pool, running(pool) as (url, server):
+        other = Served(pool, url, server, client_of(url))
+        for more in ({}, {"chat_template_kwargs": {"enable_thinking": True}}):
+            for body in ({"messages": HELLO}, {"messages": messages, "tools": tools}):
+                assert (
+                    Served(pool, url, served.server, served.client).post("/v1/chat/completions", body | more)[0] == 429
+                )
+    shown = '<tools>[{"type": "function", "function": {"name": "add"}}]</tools><system>Be brief.</><user>Add.</>'
+    shown += '<assistant><call>{"name": "add", "arguments": {"a": 1}}</><tool>3</><assistant>'
+    first = f"<system>Be brief.</><user>{TEXT}</><assistant>"
+    assert asked == [f"{first}<no thoughts>", f"{shown}<no thoughts>", first, shown]
 
 
 def test_a_full_queue_is_429(served: Served) -> None:

@@ -66,7 +66,7 @@ class Client:
 
     def __init__(self, url: str):
         self.host = url.removeprefix("http://")
-        self.connection = http.client.HTTPConnection(self.host, timeout=120)
+        self.connection = http.client.HTTPConnection(self.host, timeout=600)
 
     def open(self, path: str, body: bytes) -> http.client.HTTPResponse:
         """A response whose head has come."""
@@ -344,7 +344,10 @@ def main() -> None:
     texts = [str(one.messages[0]["content"]) for one in read]
     sizes = Sizes(slots=8, capacity=512, max_queue=64)
     with Pool.open(Run(config, Path(options.workdir)), sizes) as pool:
-        pool.engine(pool.default).warm_up(sampled=False)
+        if options.soak:
+            pool.warm_up()
+        else:
+            pool.engine(pool.default).warm_up(sampled=False)
         with running(pool, limits=LIMITS) as (url, server):
             measure = soak if options.soak else throughput
             found = measure(pool, url, server, texts, options)

@@ -175,9 +175,7 @@ def test_chats_are_rendered_with_tools_thinking_and_the_system_prompt(
         other = Served(pool, url, server, client_of(url))
         for more in ({}, {"chat_template_kwargs": {"enable_thinking": True}}):
             for body in ({"messages": HELLO}, {"messages": messages, "tools": tools}):
-                assert (
-                    Served(pool, url, served.server, served.client).post("/v1/chat/completions", body | more)[0] == 429
-                )
+                assert other.post("/v1/chat/completions", body | more)[0] == 429
     shown = '<tools>[{"type": "function", "function": {"name": "add"}}]</tools><system>Be brief.</><user>Add.</>'
     shown += '<assistant><call>{"name": "add", "arguments": {"a": 1}}</><tool>3</><assistant>'
     first = f"<system>Be brief.</><user>{TEXT}</><assistant>"

@@ -71,8 +71,9 @@ class Group:
                 for index in list(running):
                     request = self.requests[index]
                     done = request.done  # before its pieces are looked at: none comes after it
-                    text = "".join(piece.text for piece in request.pieces[seen[index] :])
-                    seen[index] = len(request.pieces)
+                    fresh = request.pieces[seen[index] :]  # the engine's thread adds to them at any time
+                    seen[index] += len(fresh)
+                    text = "".join(piece.text for piece in fresh)
                     result = self._result(request) if done else None
                     if done:
                         running.remove(index)

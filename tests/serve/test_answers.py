@@ -1,5 +1,6 @@
 """Answers over HTTP, asked for with the `openai` package: the texts are those of `generate`, and nothing is lost."""
 
+import asyncio
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -8,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import openai
@@ -15,7 +17,9 @@ import pytest
 
 from dspark_jax.config import Config
 from dspark_jax.data.chat import answer_text
+from dspark_jax.engine.request import Piece, RequestMetrics, RequestResult
 from dspark_jax.engine.serving import Engine, QueueFull
+from dspark_jax.serve.answers import Group
 from dspark_jax.serve.pool import Member, Pool
 from dspark_jax.serve.server import running
 from tests.serve.conftest import Served, client_of
@@ -280,3 +284,37 @@ def test_a_hundred_at_a_time_have_the_answers_of_generate(
 def test_seeds_are_those_of_generate(served: Served, reference: Callable[..., list[str]]) -> None:
     expected = reference([served.pool.prompt(HELLO)] * 3, temperature=1.0, seed=5)
     assert sampled(served, 5) == expected
+
+
+class Racing(list[Piece]):
+    """Pieces to which the engine's thread adds one while they are looked at."""
+
+    def __getitem__(self, key: Any) -> Any:
+        found = super().__getitem__(key)
+        if len(self) == 1:
+            self.append(Piece((2,), "b"))
+        return found
+
+
+def test_a_piece_that_comes_while_pieces_are_read_is_not_lost() -> None:
+    pieces, results = Racing([Piece((1,), "a")]), iter((False, True))
+    ended = RequestResult((1, 2), "ab", "stop", None, RequestMetrics())
+
+    class Asked(SimpleNamespace):
+        @property
+        def done(self) -> bool:
+            return next(results)
+
+    async def follow() -> list[str]:
+        asked = Asked(pieces=pieces, prompt=[1], cancel=bool, result=lambda _: ended)
+        asked.on_change = lambda call: None
+        service = SimpleNamespace(metrics=SimpleNamespace(observe=lambda *_: None))
+        group = Group(service, SimpleNamespace(n=1, model="a"), [asked])  # pyright: ignore[reportArgumentType]
+        found = []
+        group._event.set()
+        async for news in group.follow(asyncio.Event().wait):  # pyright: ignore[reportArgumentType]
+            found.append(news.text)
+            group._event.set()
+        return found
+
+    assert asyncio.run(follow()) == ["a", "b"]

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import json
 import secrets
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
@@ -44,7 +45,12 @@ class Group:
         self.results: list[RequestResult] = []
         self._event = asyncio.Event()
         for one in requests:
-            one.on_change(lambda: service.waker.set(self._event))
+            one.on_change(functools.partial(self._changed, one))
+
+    def _changed(self, request: Request) -> None:
+        """In the engine's thread: wakes those who follow, who want pieces only for a stream."""
+        if self.asked.stream or request.done:
+            self.service.waker.set(self._event)
 
     async def follow(self, receive: Receive) -> AsyncGenerator[News]:
         """What happens, until all answers have ended. Cancels them if the client goes away, or nobody follows on.
@@ -65,8 +71,9 @@ class Group:
                 for index in list(running):
                     request = self.requests[index]
                     done = request.done  # before its pieces are looked at: none comes after it
-                    text = "".join(piece.text for piece in request.pieces[seen[index] :])
-                    seen[index] = len(request.pieces)
+                    fresh = request.pieces[seen[index] :]  # the engine's thread adds to them at any time
+                    seen[index] += len(fresh)
+                    text = "".join(piece.text for piece in fresh)
                     result = self._result(request) if done else None
                     if done:
                         running.remove(index)
@@ -211,7 +218,6 @@ class EventStream(Response):
         closing: Callable[[], Sequence[dict[str, Any]]] = tuple,
     ):
         self.group, self.events, self.opening, self.closing = group, events, opening, closing
-        self.seconds = group.service.limits.send_seconds
         self.background = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -221,8 +227,7 @@ class EventStream(Response):
         del scope
 
         async def give(body: str, more: bool = True) -> None:
-            async with asyncio.timeout(self.seconds):
-                await send({"type": "http.response.body", "body": body.encode(), "more_body": more})
+            await send({"type": "http.response.body", "body": body.encode(), "more_body": more})
 
         async with contextlib.aclosing(self.group.follow(receive)) as news:
             try:
@@ -234,8 +239,8 @@ class EventStream(Response):
                 await give("".join(map(event, self.closing())) + "data: [DONE]\n\n", False)
             except ApiError as error:
                 await give(event(error.body), False)
-            except (ClientGone, TimeoutError):
-                return  # an incomplete response: the connection is closed
+            except ClientGone:
+                return
             finally:
                 self.group.cancel()
 

@@ -26,12 +26,16 @@ _LEAVING = 2
 
 
 class Protocol(H11Protocol):
-    """HTTP with a time within which the head of a request must be here; errors are JSON."""
+    """HTTP with times within which the head of a request must be here, and a client take what it is sent.
 
-    def __init__(self, *arguments: Any, header_seconds: float, **options: Any):
+    Errors are JSON. A client that takes nothing is cut off; its requests then end like those of one that went away.
+    """
+
+    def __init__(self, *arguments: Any, header_seconds: float, send_seconds: float, **options: Any):
         super().__init__(*arguments, **options)
-        self._seconds = header_seconds
+        self._seconds, self._send_seconds = header_seconds, send_seconds
         self._timer: asyncio.TimerHandle | None = None
+        self._stuck: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         """Time runs from the connection on."""
@@ -53,7 +57,23 @@ class Protocol(H11Protocol):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        self._unstick()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """The client has to take something now, or is cut off."""
+        super().pause_writing()
+        self._stuck = self.loop.call_later(self._send_seconds, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """It has."""
+        self._unstick()
+        super().resume_writing()
+
+    def _unstick(self) -> None:
+        if self._stuck is not None:
+            self._stuck.cancel()
+            self._stuck = None
 
     def _late(self) -> None:
         self._timer = None
@@ -84,9 +104,10 @@ class Server(uvicorn.Server):
 
     def __init__(self, service: Service, app: Any, drain_seconds: float):
         limits = service.limits
+        times = {"header_seconds": limits.header_seconds, "send_seconds": limits.send_seconds}
         config = uvicorn.Config(
             app,
-            http=functools.partial(Protocol, header_seconds=limits.header_seconds),  # pyright: ignore[reportArgumentType]
+            http=functools.partial(Protocol, **times),  # pyright: ignore[reportArgumentType]  (called, as a class is)
             ws="none",
             lifespan="on",
             log_config=None,

@@ -22,7 +22,7 @@ from dspark_jax.sharding import make_mesh
 from dspark_jax.target.loading import compute_dtype, load_target
 
 SIZES = Sizes(slots=3, capacity=192, max_queue=12)
-LIMITS = Limits(body=4000, tokens=150, choices=5, header_seconds=0.6, body_seconds=0.6)
+LIMITS = Limits(body=4000, tokens=150, choices=5, header_seconds=0.6, body_seconds=0.6, send_seconds=0.6)
 """Small and short, so that tests of them are quick."""
 
 

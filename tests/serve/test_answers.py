@@ -1,20 +1,26 @@
 """Answers over HTTP, asked for with the `openai` package: the texts are those of `generate`, and nothing is lost."""
 
+import asyncio
 import concurrent.futures
 import contextlib
+import dataclasses
 import re
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import openai
 import pytest
 
+from dspark_jax.config import Config
 from dspark_jax.data.chat import answer_text
-from dspark_jax.engine.serving import Engine
-from dspark_jax.serve.pool import Pool
+from dspark_jax.engine.request import Piece, RequestMetrics, RequestResult
+from dspark_jax.engine.serving import Engine, QueueFull
+from dspark_jax.serve.answers import Group
+from dspark_jax.serve.pool import Member, Pool
 from dspark_jax.serve.server import running
 from tests.serve.conftest import Served, client_of
 
@@ -141,6 +147,45 @@ def test_a_client_that_goes_away_cancels_its_requests(served: Served) -> None:
     assert engine.waiting == 0
 
 
+TEMPLATE = (
+    "{%- if tools %}<tools>{{ tools | tojson }}</tools>{%- endif %}"
+    "{%- for message in messages %}<{{ message.role }}>{{ message.content or '' }}"
+    "{%- for call in message.tool_calls or [] %}<call>{{ call.function | tojson }}{%- endfor %}</>{%- endfor %}"
+    "{%- if add_generation_prompt %}<assistant>{{- '' if enable_thinking else '<no thoughts>' }}{%- endif %}"
+)
+
+
+def test_chats_are_rendered_with_tools_thinking_and_the_system_prompt(
+    served: Served, served_config: Config, members: list[Member], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    config = dataclasses.replace(served_config, data=dataclasses.replace(served_config.data, system_prompt="Be brief."))
+    tokenizer = served.pool.tokenizer
+    monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE)
+    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    messages: list[Any] = [
+        {"role": "user", "content": [{"type": "text", "text": "Add."}]},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "1", "content": "3"},
+    ]
+    tools = [{"type": "function", "function": {"name": "add"}}]
+
+    def submit(self: Engine, ids: list[int], **_: Any) -> None:
+        asked.append(tokenizer.decode(ids))
+        raise QueueFull("seen")
+
+    monkeypatch.setattr(Engine, "submit", submit)
+    with Pool(members, config, tokenizer, served.pool.sizes) as pool, running(pool) as (url, server):
+        other = Served(pool, url, server, client_of(url))
+        for more in ({}, {"chat_template_kwargs": {"enable_thinking": True}}):
+            for body in ({"messages": HELLO}, {"messages": messages, "tools": tools}):
+                assert other.post("/v1/chat/completions", body | more)[0] == 429
+    shown = '<tools>[{"type": "function", "function": {"name": "add"}}]</tools><system>Be brief.</><user>Add.</>'
+    shown += '<assistant><call>{"name": "add", "arguments": {"a": 1}}</><tool>3</><assistant>'
+    first = f"<system>Be brief.</><user>{TEXT}</><assistant>"
+    assert asked == [f"{first}<no thoughts>", f"{shown}<no thoughts>", first, shown]
+
+
 def test_a_full_queue_is_429(served: Served) -> None:
     """All answers of a request are queued, or none."""
     engine, most = served.pool.engine("tiny"), served.pool.sizes.max_queue
@@ -239,3 +284,37 @@ def test_a_hundred_at_a_time_have_the_answers_of_generate(
 def test_seeds_are_those_of_generate(served: Served, reference: Callable[..., list[str]]) -> None:
     expected = reference([served.pool.prompt(HELLO)] * 3, temperature=1.0, seed=5)
     assert sampled(served, 5) == expected
+
+
+class Racing(list[Piece]):
+    """Pieces to which the engine's thread adds one while they are looked at."""
+
+    def __getitem__(self, key: Any) -> Any:
+        found = super().__getitem__(key)
+        if len(self) == 1:
+            self.append(Piece((2,), "b"))
+        return found
+
+
+def test_a_piece_that_comes_while_pieces_are_read_is_not_lost() -> None:
+    pieces, results = Racing([Piece((1,), "a")]), iter((False, True))
+    ended = RequestResult((1, 2), "ab", "stop", None, RequestMetrics())
+
+    class Asked(SimpleNamespace):
+        @property
+        def done(self) -> bool:
+            return next(results)
+
+    async def follow() -> list[str]:
+        asked = Asked(pieces=pieces, prompt=[1], cancel=bool, result=lambda _: ended)
+        asked.on_change = lambda call: None
+        service = SimpleNamespace(metrics=SimpleNamespace(observe=lambda *_: None))
+        group = Group(service, SimpleNamespace(n=1, model="a"), [asked])  # pyright: ignore[reportArgumentType]
+        found = []
+        group._event.set()
+        async for news in group.follow(asyncio.Event().wait):  # pyright: ignore[reportArgumentType]
+            found.append(news.text)
+            group._event.set()
+        return found
+
+    assert asyncio.run(follow()) == ["a", "b"]

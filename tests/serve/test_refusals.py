@@ -1,6 +1,7 @@
 """What cannot be served is refused in OpenAI's shape: a 4xx with a message that says what, where, and what to do."""
 
 import asyncio
+import contextlib
 import json
 import socket
 import time
@@ -187,6 +188,27 @@ def test_slow_and_broken_clients(served: Served) -> None:
     answer = spoken(served, b"\x16\x03\x01 hello\r\n\r\n")
     assert answer.startswith(b"HTTP/1.1 400 ") and b'"error"' in answer
     assert served.get("/health")[0] == 200
+
+
+def test_a_client_that_reads_nothing_is_cut_off(served: Served) -> None:
+    host, port = served.url.removeprefix("http://").split(":")
+    connections = served.server.server_state.connections
+    with socket.socket() as raw:
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        raw.connect((host, int(port)))
+        raw.sendall(b"GET /metrics HTTP/1.1\r\nHost: a\r\n\r\n" * 1500)
+        end = time.monotonic() + 20
+        while not any(one.flow.write_paused for one in connections):
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        while any(one.flow.write_paused for one in connections):
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        found = 0
+        with contextlib.suppress(ConnectionResetError):
+            while part := raw.recv(65536):
+                found += part.count(b"HTTP/1.1 200")
+        assert found < 1500
 
 
 def called(app: Any, path: str, *headers: tuple[bytes, bytes], method: str = "GET") -> tuple[int, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from dspark_jax.demo import demo
 from dspark_jax.serve import background
 from dspark_jax.serve.pool import Pool
 from dspark_jax.serve.server import running
@@ -16,6 +17,7 @@ from dspark_jax.serve.service import Limits
 from dspark_jax.serve.watch import Ask, Watch, cost_tables
 from tests.serve.live import PROMPTS, Client, Make, events, with_prompts
 from tests.serve.test_answers import paused, until
+from tests.serve.test_page import Elements
 
 ASK: dict[str, Any] = {"model": "tiny", "domain": "math", "index": 1, "max_tokens": 30, "scheduler": "threshold"}
 
@@ -153,6 +155,41 @@ def test_background_users_and_figures(client: Client, pool: Pool) -> None:
     until(lambda: not engine.running and not engine.waiting)
     assert client.ask("DELETE", "/live/load") == (200, {"users": 0})
     assert next(one for one in seen if not one["users"] and not one["running"])
+
+
+def test_the_file_of_the_demo_holds_what_was_recorded(
+    pool: Pool, make_pool: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Pool, "open", lambda *_, **__: with_prompts(make_pool(), tmp_path))
+    watch = Watch(pool)
+    request = watch.submit(Ask("tiny", "threshold", domain="math", max_tokens=16))
+    own = json.loads(json.dumps([*watch.events(request)]))
+    file = tmp_path / "demo.html"
+    flags: dict[str, Any] = {"schedulers": ["threshold"], "users": ["2", "0"], "temperatures": ["0"], "tokens": 16}
+    recording = demo(pool.config, tmp_path, out=str(file), **flags)
+    said = capsys.readouterr().err
+    assert "demo: wrote" in said and f"{file.stat().st_size / 1e6:.1f} MB" in said
+
+    (text,) = [text for tag, text in Elements(file.read_text("utf-8")).inside if '"runs"' in text and tag == "script"]
+    found = json.loads(text)
+    assert found == json.loads(json.dumps(recording))
+    state = found["state"]
+    assert (state["users"], state["temperatures"], state["schedulers"]) == ([0, 2], [0.0], ["fixed", "threshold"])
+    assert state["domains"] == {name: texts[:1] for name, texts in PROMPTS.items()}
+    keys = [(run["model"], run["scheduler"], run["domain"], run["users"]) for run in found["runs"]]
+    drafters = [(name, "threshold") for name in ("tiny", "other")]
+    models = [*drafters, ("plain", "fixed")]
+    assert keys == [(*one, domain, users) for one in models for users in (0, 2) for domain in PROMPTS]
+
+    alone, loaded = (run["events"] for run in found["runs"][:3:2])
+    for one, other in zip(alone, own, strict=True):
+        assert {name: one.get(name) for name in ("text", "accepted", "admitted", "next")} == {
+            name: other.get(name) for name in ("text", "accepted", "admitted", "next")
+        }
+        for short, long in zip(one.get("drafted", ()), other.get("drafted", ()), strict=True):
+            assert short["id"] == long["id"] and short["confidence"] == pytest.approx(long["confidence"], abs=1e-4)
+    assert max(event["running"] for event in loaded[:-1]) == 3  # with the background users
+    assert [event["text"] for event in loaded] == [event["text"] for event in alone]
 
 
 def test_users_whom_nobody_asks_for_leave(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,7 +60,7 @@ def demo(
     config: Config,
     workdir: Path,
     *,
-    out: str = "demo.html",
+    out: str | None = None,
     drafter: Sequence[str] = (),
     checkpoint: str = NEWEST,
     schedulers: Sequence[str] = ("fixed", "threshold"),
@@ -74,7 +74,7 @@ def demo(
     Args:
       config: resolved; `target`, `eval.prompts` and the chat settings of `data` are used.
       workdir: of the training run, unless there are drafters.
-      out: the file to write.
+      out: the file to write; None: demo.html, here.
       drafter: NAME=DIR of each.
       checkpoint: of every drafter: `newest`, `best` or a step.
       schedulers: that are recorded.
@@ -90,6 +90,7 @@ def demo(
       InputError: a flag is out of range, there is no checkpoint or no prompt, or the file cannot be written.
     """
     wanted = _wanted(schedulers, users, temperatures, prompts, tokens)
+    out = out or "demo.html"
     target = Path(out)
     if target.is_dir() or not target.parent.is_dir():
         raise InputError(f"--out={out}: no file can be there; name one in a directory that exists")
@@ -217,7 +218,7 @@ def _numbers(name: str, given: Sequence[Any], kind: type, most: float) -> tuple[
 
 
 def _define(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("out", "demo.html", "The file to write.", flag_values=values)
+    command.define_path(values, "out", "The file to write. Default: demo.html.")
     flags.DEFINE_multi_string(
         "drafter",
         [],

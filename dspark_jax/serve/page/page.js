@@ -272,7 +272,7 @@ function drawStage(position, phase) {
   const all = player.drafted.complete ? ` of ${events.length - 1}` : "";
   byId("stage-title").textContent = event.round === 0 ? "Before the first round" : `Round ${event.round}${all}`;
   const seconds = player.seconds(event);
-  const took = seconds === null ? "not measured for so many rows" : `${number(1e3 * seconds, 1)} ms`;
+  const took = seconds === null ? "not measured for so many rows" : `${number(1e3 * seconds, 1)} ms${player.table ? ", replayed" : ""}`;
   const among = event.running > 1 ? `, ${event.running} requests together` : "";
   byId("gain").textContent = event.round === 0 ? "" : `${count(event.rows, "row")} of the target${among}, ${took}`;
   drawBlock(byId("block"), event, events[position - 1]?.next?.text ?? "", phase);
@@ -318,7 +318,8 @@ function verdict() {
   if (!player.comparing) return own.rounds ? `${count(own.tokens, "token")} in ${count(own.rounds, "round")}.` : "";
   const other = plain.totals(plain.events.length - 1, seconds);
   const passes = `${tau}: ${count(own.rounds, "pass", "passes")} of the target instead of ${other.rounds}.`;
-  const where = player.table ? `On ${player.table.name}` : "On this machine";
+  const here = source.live ? "On this machine" : "Where it was recorded";
+  const where = player.table ? `On ${player.table.name}` : here;
   const faster = own.rate && other.rate ? ` ${where}: ${number(own.rate / other.rate, 2)} times the speed.` : "";
   const same = text(drafted) === text(plain);
   if (asked.temperature > 0) return `${passes}${faster} The texts differ: each is a draw from the same distribution.`;

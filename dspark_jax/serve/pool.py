@@ -13,6 +13,7 @@ from typing import Any, Self
 
 import jax
 
+from dspark_jax.buckets.places import reading
 from dspark_jax.config import Config, InputError
 from dspark_jax.data.chat import Options, load_tokenizer, prompt_tokens, render, stop_tokens, with_system
 from dspark_jax.data.messages import Message, has_tools
@@ -317,7 +318,8 @@ def _run_of(name: str, workdir: Path, config: Config) -> Run:
     Raises:
       InputError: there is no checkpoint.
     """
-    saved = saved_config(workdir)
+    folder = reading(workdir)
+    saved = saved_config(folder)
     if saved is None:
         raise InputError(f"--drafter {name}={workdir}: no checkpoint there; name the directory of a trained run")
-    return Run(dataclasses.replace(saved, target=config.target), workdir)
+    return Run(dataclasses.replace(saved, target=config.target), folder)

@@ -17,6 +17,7 @@ import jax
 import openai
 import pytest
 
+from dspark_jax.buckets.places import reading
 from dspark_jax.config import Config, InputError, MeshConfig, to_json
 from dspark_jax.engine.models import Models
 from dspark_jax.engine.serving import EngineClosed
@@ -69,6 +70,16 @@ def test_a_run_is_served_by_the_name_of_its_config(served_config: Config, two_ru
     sizes = Sizes(slots=2, capacity=64)
     assert Pool.open(Run(served_config, two_runs[0], one), sizes).names == ("tiny", "plain")
     assert Pool.open(Run(served_config, Path("nowhere"), one), sizes, drafters={}).names == ("plain",)
+
+
+def test_a_drafter_may_lie_in_a_bucket(
+    served_config: Config, save_untrained: Callable[..., None], bucket: Callable[[], None]
+) -> None:
+    far, one = Path("gs://bucket/runs"), make_mesh(MeshConfig(), jax.devices()[:1])
+    save_untrained(served_config, reading(far), one)
+    bucket()  # another machine
+    pool = Pool.open(Run(served_config, Path("nowhere"), one), Sizes(slots=2, capacity=64), drafters={"far": far})
+    assert pool.names == ("far", "plain") and pool.member("far").step == 1
 
 
 def test_what_a_pool_refuses(

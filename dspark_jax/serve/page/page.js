@@ -168,7 +168,6 @@ async function go() {
   byId("go").disabled = source.live;
   byId("stop").disabled = !source.live;
   player.play();
-  if (source.live) bringIntoView();
   try {
     await decode(asked, player.drafted, own.signal, "Decoding");
     // One after the other, under the same load, so that neither slows the other down.
@@ -343,6 +342,7 @@ function connect() {
   byId("setup").addEventListener("submit", (event) => {
     event.preventDefault();
     go();
+    bringIntoView();
   });
   byId("stop").addEventListener("click", () => {
     stopper?.abort();

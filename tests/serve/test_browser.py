@@ -1,6 +1,6 @@
 """The page in a real browser: each control does what it says, and numbers are the engine's.
 
-Needs a Chromium (Debian's package `chromium`) and Playwright's Python package (`pip install playwright`, or the extra
+Needs a Chromium (Debian's package `chromium`) and Playwright's Python package (the extra
 `test-browser`); skipped without them. `python -m pytest -m slow tests/serve/test_browser.py`
 """
 
@@ -37,7 +37,7 @@ def browser() -> Iterator[Any]:
     if program is None:
         pytest.skip(f"there is no {' or '.join(BROWSERS)} here")
     if importlib.util.find_spec("playwright") is None:
-        pytest.skip("playwright is not installed (pip install playwright)")
+        pytest.skip("playwright is not installed (the extra test-browser)")
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as driver:

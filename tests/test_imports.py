@@ -68,10 +68,11 @@ ALLOWED = {
     "refresh": BASE | {"data", "target", "drafter", "run", "training", "engine", "evaluation", "answering"},
     "start": BASE | {"target", "drafter", "run", "training", "convert"},
     "command": BASE,
+    "serve": BASE | {"ops", "data", "target", "drafter", "run", "training", "engine", "evaluation", "serve"},
     "__main__": BASE,
 }
-COMMANDS = {"prepare", "train", "evaluate", "calibrate", "compare", "generate", "plan", "profile"}
-FOLDERS = {"convert": "__main__"}  # commands that are a package
+COMMANDS = {"prepare", "train", "evaluate", "calibrate", "compare", "demo", "generate", "plan", "profile"}
+FOLDERS = {"convert": "__main__", "serve": "__main__"}  # commands that are a package
 CALLS = {"train": {"prepare", "evaluate"}}  # the data it needs, and the checkpoint it has just written
 
 

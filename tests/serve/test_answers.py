@@ -248,7 +248,7 @@ def test_closing_tells_clients_that_their_answers_are_cut(make_pool: Callable[..
         with concurrent.futures.ThreadPoolExecutor(1) as threads, paused(engine):
             stream = client.chat.completions.create(**GREEDY, stream=True)
             whole = threads.submit(client.chat.completions.create, **GREEDY)
-            until(lambda: server.service.in_flight == 2)
+            until(lambda: engine.waiting == 2)
             server.leave_soon(at_once=True)
             with pytest.raises(openai.InternalServerError, match="closed before the answer was complete"):
                 whole.result()

@@ -1,9 +1,6 @@
 """The web application: routes, who may use them, limits, and errors in OpenAI's shape."""
 
 import hmac
-import importlib
-import importlib.util
-from collections.abc import Sequence
 from typing import Any
 
 from starlette.applications import Starlette
@@ -14,7 +11,7 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from dspark_jax.engine.serving import EngineClosed
-from dspark_jax.serve import chat, completions, schema
+from dspark_jax.serve import chat, completions, live, schema
 from dspark_jax.serve.errors import HANDLED, ApiError, api_error
 from dspark_jax.serve.pool import Pool
 from dspark_jax.serve.service import Limits, Service
@@ -39,7 +36,7 @@ def make_app(pool: Pool, *, limits: Limits | None = None, api_key: str = "") -> 
         Route("/v1/models/{name:path}", model),
         Route("/v1/completions", completions.answer, methods=["POST"]),
         Route("/v1/chat/completions", chat.answer, methods=["POST"]),
-        *_live_routes(pool),
+        *live.routes(pool),
     ]
     handlers: dict[Any, Any] = {kind: _refuse for kind in (*HANDLED, HTTPException)}
     handlers[Exception] = _crashed
@@ -47,13 +44,6 @@ def make_app(pool: Pool, *, limits: Limits | None = None, api_key: str = "") -> 
     app.state.service = service
     app.add_middleware(Gate, service=service, api_key=api_key)
     return app
-
-
-def _live_routes(pool: Pool) -> Sequence[BaseRoute]:
-    """Those of the page."""
-    if importlib.util.find_spec("dspark_jax.serve.live") is None:
-        return ()
-    return importlib.import_module("dspark_jax.serve.live").routes(pool)
 
 
 async def health(request: Request) -> Response:

@@ -342,7 +342,7 @@ def test_only_a_host_alone_measures_speed_in_a_process_of_its_own(monkeypatch: p
     monkeypatch.setattr(module, "measure_speed_in_process", lambda *_, step: [f"apart {step}"] * 2)
     monkeypatch.setattr(module, "measure_speed", lambda *_: "here")
     config, requests = Config(eval=EvalConfig(speed_threads=1)), Requests([Request([1], 0, 0, 0)], 1)
-    decoder = SimpleNamespace(step=7)
+    decoder = SimpleNamespace(step=7, models=SimpleNamespace(target=None))
     for hosts, expected in ((1, "apart 7"), (2, "here")):
         monkeypatch.setattr(jax, "process_count", lambda hosts=hosts: hosts)
         assert module._speeds(resolved.Run(config, Path()), decoder, requests, lambda done: None) == [expected] * 2

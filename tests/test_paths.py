@@ -30,7 +30,7 @@ OTHER_FIELDS = {
     "imports",
     "name", "target.dtype", "target.architecture.model_type", "target.architecture.layer_types",
     "target.architecture.unsupported", "drafter.kind", "drafter.dtype", "drafter.markov_head_type",
-    "drafter.block_layout", "drafter.eagle3_norms", "drafter.draft_vocabulary",
+    "drafter.block_layout", "drafter.init_layers", "drafter.eagle3_norms", "drafter.draft_vocabulary",
     "drafter.layer_types", "drafter.rope_type",
     "data.system_prompt", "data.features", "data.feature_dtype", "optim.kind", "compare.drafters",
     "compare.depth_drafters", "compare.length_drafters",

@@ -159,6 +159,7 @@ def test_a_command_hashes_the_target_once(
             open_drafter(run)
 
     monkeypatch.setattr(train, "fit", fit)
+    monkeypatch.setattr(train, "check_questions", lambda config: None)
     monkeypatch.setattr(evaluate, "evaluate_run", evaluate_run)
     # The target has been compared when the drafter's shape is asked for.
     monkeypatch.setattr("dspark_jax.training.checkpoint.abstract_drafter", lambda config: 1 // 0)

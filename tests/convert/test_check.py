@@ -308,7 +308,7 @@ def test_values_that_are_not_finite_are_named(world, copy):
     assert found.verdict == WRONG and "accepts next to nothing" in found.unknown
     frozen = np.asarray(load_file(directory / "model.safetensors")["lm_head.weight"])
     frozen[5, 7] = np.nan
-    found = frozen_problems({"lm_head.weight": frozen}, world.path)
+    found = frozen_problems({"lm_head.weight": frozen}, frozen_tensors(world.path))
     assert len(found) == 1 and "lm_head.weight is not the target's" in found[0]
 
 

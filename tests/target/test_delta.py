@@ -1,5 +1,7 @@
 """The cache of linear attention: what was taken back leaves no trace, and pieces of a text are the text."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,9 @@ import pytest
 from flax import nnx
 
 from dspark_jax.config import TargetArchitecture
+from dspark_jax.errors import InputError
 from dspark_jax.ops.cached_attention import Rows
+from dspark_jax.target import families
 from dspark_jax.target.decode_weights import decode_weights
 from dspark_jax.target.model import Target
 from tests.conftest import others_slow
@@ -135,3 +139,48 @@ def test_flat_rows_are_the_rows_of_each_request(target, step, texts):
     hidden, _ = step(fed, at, out.cache)
     for b in range(3):
         np.testing.assert_allclose(hidden[b], whole[b, at[b] : at[b] + BLOCK], rtol=0, atol=3e-5)
+
+
+RAW = {**ARCH.to_hf(), "tie_word_embeddings": None}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layer_types": ["linear_attention"] * 4}, "without any layer of full attention is not supported"),
+        ({"layer_types": ["linear_attention", "sliding_attention"] * 2}, "layer_types has 4 entries .*sliding"),
+        ({"linear_num_value_heads": 3}, "linear_num_value_heads 3 is no multiple of linear_num_key_heads 2"),
+        ({"rope_parameters": {"rope_theta": 5.0, "partial_rotary_factor": 0.3}}, "gives no whole pairs"),
+        ({"rope_parameters": {"rope_theta": 5.0, "rope_type": "yarn"}}, "rope_type 'yarn' is not supported"),
+        ({"attn_output_gate": False}, "attn_output_gate false is not supported"),
+        ({"model_type": "qwen3_5_moe_text"}, "model_type 'qwen3_5_moe_text' is not supported"),
+    ],
+)
+def test_what_a_hybrid_may_not_say(change, message):
+    with pytest.raises(InputError, match=message):
+        TargetArchitecture.from_hf(RAW | change)
+
+
+def test_a_model_with_images_is_its_text():
+    """Its own word about the LM head counts, and has to be that of its text."""
+    text = {name: value for name, value in RAW.items() if value is not None}
+    whole = {"model_type": "qwen3_5", "text_config": text, "vision_config": {"depth": 3}, "tie_word_embeddings": True}
+    assert TargetArchitecture.from_hf(whole) == dataclasses.replace(ARCH, tie_word_embeddings=True)
+    with pytest.raises(InputError, match="tie_word_embeddings is true, and false in text_config"):
+        TargetArchitecture.from_hf(whole | {"text_config": text | {"tie_word_embeddings": False}})
+    with pytest.raises(InputError, match='quantised checkpoint .*quant_method "fp8"'):
+        TargetArchitecture.from_hf(whole | {"quantization_config": {"quant_method": "fp8"}})
+
+
+def test_tensors_have_the_published_names():
+    """Those of Qwen3.5-4B, whose language model is inside a larger one; its images and its drafter are left out."""
+    family = families.of_shape(ARCH)
+    names = {f"model.language_model.layers.0.linear_attn.{name}" for name in (
+        "in_proj_qkv.weight", "in_proj_z.weight", "in_proj_a.weight", "in_proj_b.weight", "conv1d.weight", "A_log",
+        "dt_bias", "norm.weight", "out_proj.weight",
+    )}  # fmt: skip
+    found = {name for weight in family.weights(ARCH, names).values() for name in weight.names(4)}
+    assert names == {name for name in found if ".layers.0.linear_attn" in name}
+    assert {"model.language_model.layers.3.self_attn.q_proj.weight", "lm_head.weight"} <= found
+    assert family.ignores("mtp.fc.weight") and family.ignores("model.visual.pos_embed.weight")
+    assert not any(map(family.ignores, found))

@@ -53,6 +53,7 @@ HYBRID = {
     "attn_output_gate": must(True, note="heads of full attention have gates", own=False),
     "output_gate_type": must("swish", "silu", note="of linear attention's gates", own=False),
     "mamba_ssm_dtype": must("float32", note="of the states", own=False),
+    **irrelevant("sliding_window", note="no layer has a window", own=False),
     **irrelevant("mlp_only_layers", note="the model's code does not read it", own=False),
     **irrelevant("mtp_num_hidden_layers", "mtp_use_dedicated_embeddings", note="of its own drafter", own=False),
 }
@@ -63,11 +64,13 @@ QWEN3_5 = {**HYBRID, "intermediate_size": read("width of the MLP", 12288, kind="
 
 QWEN3_5_WHOLE = {
     **EVERY_CLASS,
+    **irrelevant("initializer_range", note="weights are loaded", own=False),
     "text_config": read("the language model"),
     "tie_word_embeddings": read(
         "whether the LM head is the embedding; text_config may say the same", False, kind="flag"
     ),
-    **irrelevant("vision_config", "language_model_only", note="images take no part in text"),
+    **irrelevant("vision_config", note="images take no part in text"),
+    **irrelevant("language_model_only", note="images take no part in text", own=False),
     **irrelevant("image_token_id", "video_token_id", note="no text has them"),
     **irrelevant("vision_start_token_id", "vision_end_token_id", note="no text has them"),
 }

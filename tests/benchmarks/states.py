@@ -82,7 +82,7 @@ def rule_times(args: argparse.Namespace) -> dict[str, tuple[float, float]]:
         return jnp.stack(kept), jnp.concatenate(outs, axis=1)
 
     size = 4 * state.size / 2**20
-    own = (state, jax.tree.map(lambda x: x + 0, (query, key, value, decay, rate)))
+    own = (state + 0, jax.tree.map(lambda x: x + 0, (query, key, value, decay, rate)))
     rows = sum(4 * x.size for x in own[1]) / 2**20
     return {
         "replayed": (median(lambda carry: replayed(carry[0]), (own, 0)), size + rows),

@@ -7,7 +7,19 @@ from pathlib import Path
 from dspark_jax import experiments
 from dspark_jax.errors import InputError, reporting_errors
 
-COMMANDS = ("prepare", "train", "evaluate", "calibrate", "profile", "compare", "generate", "convert", "plan")
+COMMANDS = (
+    "prepare",
+    "train",
+    "evaluate",
+    "calibrate",
+    "profile",
+    "compare",
+    "generate",
+    "serve",
+    "demo",
+    "convert",
+    "plan",
+)
 
 
 def listing() -> str:

@@ -52,7 +52,7 @@ class TargetArchitecture:
     own: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
     """What only this model's family has, by the names that it gives them."""
     unsupported: str = dataclasses.field(default="", repr=False)
-    """What a target is that has no definition here and only lends its features: its model_type, and how it differs
+    """What a target is that has no definition here, so that PyTorch runs it: its model_type, and how it differs
     where that is a known one. Empty for all others."""
 
     @classmethod

@@ -191,6 +191,9 @@ def _measure_times(
     config, workdir = run.config, run.workdir
     if not config.eval.speed_prompts:
         return {}
+    if kind := config.target.architecture.unsupported:
+        _say(f"compare: the time of a round is not measured: a {kind} is run by PyTorch, request after request")
+        return {}
     runs = {name: plan.runs[name] for name in dict.fromkeys(plan.timed(failures).values())}
     found = read_times(workdir, config, now)
     if runs and not {*runs, PLAIN} <= {name for name, one in found.items() if "error" not in one}:

@@ -50,6 +50,8 @@ class DrafterConfig:
     dtype: str = "auto"
     """Compute type; parameters are always float32."""
     initializer_range: float = 0.02
+    init_layers: str = "random"
+    """How the draft layers of a fresh run begin: random, or target: as the target's last layers (beyond the paper)."""
     markov_head_type: str = "vanilla"
     """Sequential head of dspark: what it sees of the block so far."""
     block_layout: str = "anchor_first"

@@ -11,15 +11,8 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from dspark_jax.errors import InputError
-
-
-class Unsupported(InputError):
-    """A model of a known family that uses what has no implementation here; `what` names it."""
-
-    def __init__(self, where: str, what: str, remedy: str):
-        super().__init__(f"{where}: {what} is not supported; {remedy}")
-        self.what = what
+from dspark_jax.errors import InputError, Unsupported
+from dspark_jax.target import quantised
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +59,7 @@ EVERY_CLASS = {
     **irrelevant("architectures", "transformers_version", note="model_type decides the family"),
     **dict.fromkeys(
         ("quantization_config", "compression_config"),
-        must(None, {}, note="weights are in float32, float16 or bfloat16", own=False),
+        read("how weights are stored; see quantised checkpoints", own=False),
     ),
     **irrelevant("dtype", note="the files say how weights are stored, target.dtype what is computed with"),
     **irrelevant("torch_dtype", note="the old name of dtype", own=False),
@@ -114,6 +107,8 @@ ROPE = {
 }  # fmt: skip
 """Keys of `rope_parameters`."""
 
+_WHOLE = {"full_attention"}
+
 _DRAFTERS = {"block_size", "target_layer_ids", "dflash_config", "dspark_config", "eagle_aux_hidden_state_layer_ids"}
 """Keys that a drafter has and a target has not."""
 
@@ -134,6 +129,8 @@ def refuse_unsupported(raw: Mapping[str, Any], fields: Mapping[str, Field], inst
     for name, field in fields.items():
         if field.treatment != "must" or (name == "is_causal" and raw.keys() & _DRAFTERS):
             continue
+        if name == "use_sliding_window" and "layer_types" in fields and set(raw.get("layer_types") or ()) == _WHOLE:
+            continue  # which only says what absent layer_types mean
         value = raw[name] if raw.get(name) is not None else field.absent
         values = value if name == "layer_types" and isinstance(value, list) else [value]
         for one in values:
@@ -144,17 +141,12 @@ def refuse_unsupported(raw: Mapping[str, Any], fields: Mapping[str, Field], inst
 
 
 def refuse_quantised(raw: Mapping[str, Any], where: str) -> None:
-    """Refuses a config that says that the weights are quantised.
+    """Refuses a config that says that the weights are quantised in a way that is not read here.
 
     Raises:
-      Unsupported: names the method.
+      InputError: see `quantised.of_config`.
     """
-    for name in ("quantization_config", "compression_config"):
-        stated = raw.get(name)
-        if stated:
-            method = stated.get("quant_method", "unknown") if isinstance(stated, Mapping) else stated
-            remedy = "use the checkpoint in bfloat16 or float32"
-            raise Unsupported(where, f"a quantised checkpoint ({name}: quant_method {json.dumps(method)})", remedy)
+    quantised.of_config(raw, where)
 
 
 def check_rope(rope: Mapping[str, Any], kinds: Mapping[str, tuple[str, ...]], where: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from dspark_jax import rope_scaling
 from dspark_jax.architecture import TargetArchitecture
-from dspark_jax.config import Config, DataConfig, DrafterConfig, LossConfig
+from dspark_jax.config import Config, DataConfig, DecodeMeshConfig, DrafterConfig, LossConfig
 from dspark_jax.errors import InputError
 from dspark_jax.kinds import EAGLE3_SETTINGS, KINDS
 from dspark_jax.paths import check_path
@@ -16,6 +16,7 @@ from dspark_jax.target.families import FAMILIES, known, of_drafters
 from dspark_jax.target.families.family import FULL, SLIDING
 from dspark_jax.vocabulary import decode_vocabulary
 
+INIT_LAYERS = ("random", "target")
 BLOCK_LAYOUTS = ("anchor_first", "fill_in")
 EAGLE3_NORMS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 
@@ -42,17 +43,22 @@ def _feature_problems(config: Config) -> Iterator[str]:
         )
     if data.feature_dtype not in ("int8", "bfloat16"):
         yield f"data.feature_dtype={data.feature_dtype!r} is unknown; use int8 or bfloat16"
-    answers_here = data.regenerate and not data.answers.endpoints
-    needs: dict[str, int] = {"data.regenerate": answers_here, "train.evaluate": config.train.evaluate}
-    needs["train.evaluate_every"] = config.train.evaluate_every
-    for field, value in needs.items():
-        if target.unsupported and value:
-            yield (
-                f"{field}={value} needs a target that runs here, {target.unsupported} does not; set "
-                f"{field}={type(value)(0)} (a drafter can be trained for it and exported, but not evaluated here)"
-            )
-    if data.features == "torch" and target.num_hidden_layers - 1 in config.drafter.target_layer_ids:
-        yield "data.features='torch' cannot tap the last layer, whose output transformers gives normed; use 'cache'"
+    if target.unsupported and data.regenerate and not data.answers.endpoints:
+        yield (
+            f"data.regenerate=True: a {target.unsupported} has no definition in JAX and does not answer here; set "
+            "data.regenerate=False to train on the answers of the files, or name servers that have the target in "
+            "data.answers.endpoints"
+        )
+    if target.unsupported and config.mesh.decode != DecodeMeshConfig():
+        yield (
+            f"mesh.decode={_stated(config.mesh.decode)}: a {target.unsupported} is run by PyTorch, and decodes on one "
+            "device; leave mesh.decode as it is"
+        )
+
+
+def _stated(given: DecodeMeshConfig) -> str:
+    """The sizes of a mesh."""
+    return " ".join(f"{name}={size}" for name, size in vars(given).items())
 
 
 def _refresh_problems(config: Config) -> Iterator[str]:
@@ -117,6 +123,11 @@ def problems(config: Config) -> Iterator[str]:
         yield f"target.architecture.model_type={target.model_type!r} is unknown; use one of: {known()}"
         return
     yield from _drafter_problems(drafter, target)
+    if train.init_from and drafter.init_layers != "random":
+        yield (
+            f"train.init_from={train.init_from!r} and drafter.init_layers={drafter.init_layers!r} both say how the "
+            "layers begin; leave one out"
+        )
     yield from _eagle3_problems(config)
     yield from _loss_problems(config.loss, drafter)
     yield from _feature_problems(config)
@@ -202,6 +213,10 @@ def _drafter_problems(drafter: DrafterConfig, target: TargetArchitecture) -> Ite
         )
     if drafter.markov_head_type == "selector" and drafter.selector_top_k > target.vocab_size:
         yield f"drafter.selector_top_k={drafter.selector_top_k} exceeds the vocabulary of {target.vocab_size}; lower it"
+    if drafter.init_layers not in INIT_LAYERS:
+        yield f"drafter.init_layers={drafter.init_layers!r} is unknown; use {listed(INIT_LAYERS)}"
+    if drafter.init_layers != "random" and kind.token_by_token:
+        yield f"drafter.init_layers={drafter.init_layers!r}: the layer of {name} reads more; set it to 'random'"
     if drafter.block_layout not in BLOCK_LAYOUTS:
         yield f"drafter.block_layout={drafter.block_layout!r} is unknown; use {listed(BLOCK_LAYOUTS)}"
     for field, (value, why) in kind.fixed.items():

@@ -15,6 +15,14 @@ class InputError(ValueError):
     """Something the user gave cannot be used. The message is one line: what, where, the value, the remedy."""
 
 
+class Unsupported(InputError):
+    """A model of a known family that uses what has no implementation here; `what` names it."""
+
+    def __init__(self, where: str, what: str, remedy: str):
+        super().__init__(f"{where}: {what} is not supported; {remedy}")
+        self.what = what
+
+
 class HostLost(Exception):
     """Another host of this run is gone: nobody's mistake, and the same command goes on with what is there.
 

@@ -20,6 +20,10 @@ has the shape of a saturating accelerator, or is that of `--cost_table`. `eval/r
 `--traffic=2,4,8` also drives the serving engine of this machine, if it is the only one, with open-loop traffic at so
 many requests per second, with plain decoding, fixed lengths and schedulers in turn (`eval/traffic.json`).
 
+`--teacher_forced=256` decodes nothing: from the features on disk (`data.features=cache` or `torch`) of so many training
+samples it computes the acceptance of every position and the tokens per round that follow from it, at the answers'
+tokens (`eval/teacher_forced.json`). It takes seconds, and is not tau.
+
 Prompts that cannot be used are set aside in `eval/rejected.jsonl`.
 """
 
@@ -69,10 +73,12 @@ from dspark_jax.evaluation.setup import (
     decoding_run,
     open_decoder,
     read_questions,
+    refuse_timing,
     tell_left_out,
 )
 from dspark_jax.evaluation.speed import Speed, measure_speed, measure_speed_in_process
 from dspark_jax.evaluation.summary import Measured, greedy_metrics, metrics_at, overview, paper_metrics, table
+from dspark_jax.evaluation.teacher_forced import describe, measure_teacher_forced
 from dspark_jax.evaluation.threshold import sweep_thresholds
 from dspark_jax.evaluation.traces import record
 from dspark_jax.evaluation.traffic import TrafficPoint, measure_traffic, parse_rates, traffic_table
@@ -82,6 +88,7 @@ from dspark_jax.presets import target_like
 from dspark_jax.progress import Progress
 from dspark_jax.run import Run
 from dspark_jax.shown_paths import as_given
+from dspark_jax.target.in_torch import runs_in_torch
 from dspark_jax.training.best import NEWEST
 
 
@@ -107,6 +114,7 @@ def evaluate_run(
     traffic_slots: int = 8,
     details: bool = False,
     checkpoint: str = NEWEST,
+    teacher_forced: int = 0,
 ) -> dict[str, Any]:
     """Evaluates a run that a command has already.
 
@@ -119,15 +127,20 @@ def evaluate_run(
       traffic_slots: requests decoded together.
       details: print every table, not only what they come to.
       checkpoint: `newest`, `best` or a step, see `training.checkpoint.load_drafter`.
+      teacher_forced: instead of decoding, look at so many training samples (`evaluation.teacher_forced`); 0 decodes.
 
     Returns:
-      The content of `eval/metrics.json`.
+      The content of `eval/metrics.json`, or of `eval/teacher_forced.json`.
 
     Raises:
       InputError: there is no checkpoint for this target, or target, tokenizer, prompts or cost table cannot be used;
         traffic on several hosts.
     """
     config = run.config
+    if teacher_forced:
+        found = measure_teacher_forced(run, teacher_forced, checkpoint)
+        print(describe(found), flush=True)
+        return found
     check_prompt_files(config.eval.prompts, "eval.prompts")
     if not config.eval.temperatures:
         raise InputError("eval.temperatures is empty; give at least one, e.g. (1.0, 0.0)")
@@ -138,6 +151,8 @@ def evaluate_run(
         raise InputError(f"--traffic_requests={traffic_requests} and --traffic_slots={traffic_slots} must be positive")
     if rates and jax.process_count() > 1:
         raise InputError(f"--traffic={traffic}: hosts would not launch the same rounds; leave out --distributed")
+    if rates:
+        refuse_timing(config, f"--traffic={traffic}")
     started = time.monotonic()
     run = decoding_run(run)
     decoder = open_decoder(run, checkpoint=checkpoint) if decoder is None else decoder
@@ -239,6 +254,7 @@ def measure(run: Run, decoder: Decoder, tally: Tally) -> tuple[dict[str, Any], l
         "step": decoder.step,
         "block_size": decoder.models.block_size,
         "max_new_tokens": settings.max_new_tokens,
+        **({"target_runs_in": "PyTorch"} if runs_in_torch(decoder.models.target) else {}),
         **described[0],
         **greedy_metrics(differences, requests, asked),
         "paper": paper_metrics(
@@ -252,9 +268,12 @@ def measure(run: Run, decoder: Decoder, tally: Tally) -> tuple[dict[str, Any], l
 
 
 def _speeds(run: Run, decoder: Decoder, requests: Requests, advance: Callable[[int], None]) -> list[Speed | None]:
-    """Speed at every temperature; None for each where there are no requests to measure it on."""
+    """Speed at every temperature; None for each where there are no requests to measure it on.
+
+    Nor is there one of a target that PyTorch runs: it would be that of calls from program to program.
+    """
     settings = run.config.eval
-    if not requests.items:
+    if not requests.items or runs_in_torch(decoder.models.target):
         return [None] * len(settings.temperatures)
     if settings.speed_threads and platform.computes_on_cpu() and jax.process_count() == 1:
         speeds = measure_speed_in_process(
@@ -343,6 +362,13 @@ def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("traffic_requests", 60, "Requests at every rate of --traffic.", flag_values=values)
     flags.DEFINE_integer("traffic_slots", 8, "Requests decoded together under --traffic.", flag_values=values)
     command.define_checkpoint(values)
+    flags.DEFINE_integer(
+        "teacher_forced",
+        0,
+        "Decode nothing: expected tokens per round along the answers of so many training samples, from features that "
+        "are stored (data.features=cache or torch). Not tau.",
+        flag_values=values,
+    )
     flags.DEFINE_boolean("details", False, "Print every table of the report before the overview.", flag_values=values)
 
 

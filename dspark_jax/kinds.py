@@ -192,6 +192,8 @@ def as_kind(config: "Config", name: str) -> "Config":
         changes["target_layer_ids"] = ()
     if not kind.needs_mask:
         changes["mask_token_id"] = 0
+    if kind.token_by_token:
+        changes["init_layers"] = "random"
     loss = config.loss if kind.loss is None else type(config.loss)(**kind.loss)
     rows = {"num_anchors": config.data.max_length} if kind.token_by_token or variant.every_row else {}
     return dataclasses.replace(

@@ -28,7 +28,7 @@ from dspark_jax.engine.cost import RoundShape, round_seconds
 from dspark_jax.engine.sizes import ladder_below
 from dspark_jax.evaluation.decoding import Decoder
 from dspark_jax.evaluation.plots import cost_plot
-from dspark_jax.evaluation.setup import decoding_run, open_decoder
+from dspark_jax.evaluation.setup import decoding_run, open_decoder, refuse_timing
 from dspark_jax.json_file import write_json
 from dspark_jax.progress import Progress, log
 from dspark_jax.run import Run
@@ -64,6 +64,7 @@ def profile(
     sizes, lengths = _numbers("slots", slots), _numbers("contexts", contexts)
     if rounds < 1:
         raise InputError(f"--rounds={rounds} times nothing; use 1 or more")
+    refuse_timing(config, "profile")
     run = decoding_run(Run(config, Path(workdir), mesh))
     decoder = open_decoder(run) if decoder is None else decoder
     most, block = decoder.models.arch.max_position_embeddings, decoder.models.block_size

@@ -61,6 +61,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None, field: s
     return Mesh(np.asarray(devices).reshape(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
+def one_device() -> Mesh:
+    """A mesh of one device of this host."""
+    return make_mesh(MeshConfig(), jax.local_devices()[:1])
+
+
 def spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """PartitionSpec of an array with logical `axes`; an axis that the mesh does not divide stays whole.
 

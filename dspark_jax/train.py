@@ -14,48 +14,44 @@ that is being trained helps the target to answer the next part (`refresh/` in th
 commands.
 """
 
-import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-import optax
 
 from dspark_jax import command
 from dspark_jax.attached import STATUS
-from dspark_jax.buckets.places import reading
 from dspark_jax.config import Config, InputError, to_json
-from dspark_jax.convert.hf import abstract_drafter as abstract_import
-from dspark_jax.convert.hf import head_tables, import_drafter, read_drafter_config
 from dspark_jax.data.features import CachedSamples, frozen_file
 from dspark_jax.data.growth import GrowingBatches
 from dspark_jax.data.pipeline import MicroBatches, batches
 from dspark_jax.data.sources import SampleReader
 from dspark_jax.drafter.interface import Drafter
-from dspark_jax.evaluation.held_out import HeldOutPrompts
-from dspark_jax.evaluation.setup import check_prompt_files
+from dspark_jax.evaluation.held_out import HeldOutPrompts, check_held_out
+from dspark_jax.evaluation.setup import check_questions
 from dspark_jax.metrics import values
 from dspark_jax.prepare import prepare_run
 from dspark_jax.progress import MetricsWriter, Progress, check_wandb, log
 from dspark_jax.refresh import Refresh, check_refresh
-from dspark_jax.run import Run, checkpoint_directory
+from dspark_jax.run import Run
 from dspark_jax.sharding import bytes_per_device
+from dspark_jax.start import begin_layers, check_start, fresh_state
 from dspark_jax.target.decode_weights import training_weights
 from dspark_jax.target.frozen import load_frozen
 from dspark_jax.target.loading import compute_dtype, load_target
 from dspark_jax.training.best import HeldOut
-from dspark_jax.training.checkpoint import Checkpoints, check_continuation, load_drafter, saved_config
+from dspark_jax.training.checkpoint import Checkpoints, check_continuation, saved_config
 from dspark_jax.training.feature_cache import open_features
 from dspark_jax.training.host_memory import check_host_memory, describe_feature_memory, return_freed_memory
 from dspark_jax.training.micro_steps import MicroSteps
 from dspark_jax.training.optim import learning_rate, make_optimizer
 from dspark_jax.training.preemption import Preemption
-from dspark_jax.training.state import TrainState, abstract_drafter, init_state, state_layout, to_module, to_params
+from dspark_jax.training.state import abstract_drafter, init_state, state_layout, to_module, to_params
 from dspark_jax.training.step import (
     FINITE,
     StepMetrics,
@@ -67,7 +63,6 @@ from dspark_jax.training.step import (
 )
 from dspark_jax.training.vocabulary import FILE as VOCABULARY_FILE
 from dspark_jax.training.vocabulary import begin_head, fill_vocabulary, known_vocabulary
-from dspark_jax.training.warm_start import plan_takeover, stand_ins, warm_start
 
 
 def train(config: Config, workdir: Path) -> None:
@@ -87,12 +82,14 @@ def train(config: Config, workdir: Path) -> None:
     run = Run(config, workdir)
     check_batch(config, run.mesh)
     check_host_memory(config, run.mesh)
+    if config.train.evaluate or config.train.evaluate_every:
+        check_questions(config)
     if config.train.evaluate_every:
-        check_prompt_files(config.eval.prompts, "eval.prompts")
+        check_held_out(run)
     check_wandb(config.train.wandb_project)
     check_refresh(config)
     if not check_continuation(run):
-        config = check_source(config)
+        config = check_start(config)
         run = run if config is run.config else dataclasses.replace(run, config=config)
     prepare_run(run)
     drafter = run.config.drafter
@@ -131,7 +128,7 @@ def fit(run: Run, checkpoints: Checkpoints) -> None:
     optimizer = make_optimizer(config.optim, steps)
     layout = state_layout(drafter, optimizer, mesh)
     if latest is None:
-        state = _fresh_state(run, optimizer)
+        state = fresh_state(run, optimizer)
     else:
         start, state, position = checkpoints.restore(layout)
         if start:
@@ -143,12 +140,18 @@ def fit(run: Run, checkpoints: Checkpoints) -> None:
     _state_config(run)
 
     # The step, compiled before the clock starts.
+    fresh = latest is None and not config.train.init_from
+    from_target = fresh and config.drafter.init_layers == "target"
+    whole: Any = load_target(config.target, mesh) if from_target or not cached else None
+    if from_target:
+        state = begin_layers(state, whole, config.drafter)
     if cached:
+        del whole
         where, dtype = frozen_file(run.feature_folder), compute_dtype(config.target.dtype)
         target: Any = load_frozen(where, config.target.architecture, mesh, dtype)
     else:
-        target = training_weights(load_target(config.target, mesh))
-    if latest is None and not config.train.init_from:
+        target = training_weights(whole)
+    if fresh:
         state = begin_head(state, drafter, target)
     frozen = to_params(target)
     held_out = None
@@ -233,73 +236,6 @@ def _open_data(run: Run) -> Any:
         log(describe_feature_memory(config, run.mesh, samples.lengths))
         return MicroBatches(data, config.train.accumulate, config.data.workers)
     return data
-
-
-def check_source(config: Config) -> Config:
-    """Refuses a `train.init_from` that cannot be used; it is read only when the data is there, hours later perhaps.
-
-    Returns:
-      The config, with the draft vocabulary of that drafter if both have one.
-
-    Raises:
-      InputError: there is no drafter, or one that cannot become the config's.
-    """
-    source = config.train.init_from
-    if not source:
-        return config
-    folder = reading(source)
-    with _naming_source(source):
-        without: set[str] = set()
-        if _is_exported(folder):
-            arch, drafter = read_drafter_config(folder, config.target.architecture.num_hidden_layers)
-            found: Any = abstract_import(arch, drafter)
-            without = stand_ins(head_tables(folder))
-        else:
-            saved = saved_config(folder)
-            if saved is None:
-                raise InputError(
-                    "no checkpoint and no config.json of a drafter here; "
-                    "give the working directory of a run, or a drafter in a Hugging Face directory"
-                )
-            found, drafter = abstract_drafter(saved), saved.drafter
-        wanted = to_params(abstract_drafter(config))
-        plan_takeover(to_params(found), wanted, drafter, config.drafter, without)
-        return known_vocabulary(config, dataclasses.replace(config, drafter=drafter))
-
-
-def _fresh_state(run: Run, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state of step 0, with the parameters of `train.init_from` if there is one."""
-    state, source = init_state(run.config, optimizer, run.mesh), run.config.train.init_from
-    if not source:
-        return state
-    folder = reading(source)
-    with _naming_source(source):
-        exported = _is_exported(folder)
-        if exported:
-            depth = run.config.target.architecture.num_hidden_layers
-            config, drafter = import_drafter(folder, run.mesh, target_layers=depth)
-        else:
-            saved, drafter = load_drafter(folder, run.mesh, any_target=True)
-            config = saved.drafter
-        state, takeover = warm_start(state, drafter, config, run.config.drafter, exported=exported)
-    log(f"starting from the parameters of {source}")
-    for line in takeover.lines():
-        log(f"  {line}")
-    return state
-
-
-def _is_exported(folder: Path) -> bool:
-    """Whether a drafter lies there as a Hugging Face directory; a run has a config.json, too."""
-    return not checkpoint_directory(folder).is_dir() and (folder / "config.json").exists()
-
-
-@contextlib.contextmanager
-def _naming_source(source: str) -> Iterator[None]:
-    """Says in errors which field they are about."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"train.init_from={source}: {error}") from None
 
 
 class TrainingLog:

@@ -106,9 +106,9 @@ OTHER |= {
 
 def test_servers_answer_for_a_target_that_does_not_run_here():
     other = dataclasses.replace(ARCH, unsupported="qwen3 with rope_type 'yarn'")
-    parts = {"target": {"architecture": other}, "train": {"evaluate": False}}
+    parts = {"target": {"architecture": other}}
     (problem,) = problems(valid(**parts, data={"features": "torch"}))
-    assert problem.startswith("data.regenerate=True needs a target that runs here")
+    assert problem.startswith("data.regenerate=True: a qwen3 with rope_type 'yarn' has no definition in JAX and")
     answers = AnswersConfig(("http://localhost:8000/v1",))
     assert not list(problems(valid(**parts, data={"features": "torch", "answers": answers})))
 
@@ -175,6 +175,16 @@ def test_unsupported_hugging_face_configs_are_refused(change, message):
         TargetArchitecture.from_hf(raw)
 
 
+def test_a_window_that_no_layer_has_is_none():
+    """transformers reads use_sliding_window only where layer_types is absent."""
+    whole = ["full_attention"] * ARCH.num_hidden_layers
+    raw = ARCH.to_hf() | {"use_sliding_window": True, "sliding_window": 8}
+    assert TargetArchitecture.from_hf(raw | {"layer_types": whole}) == ARCH
+    for kinds in (None, ["sliding_attention", *whole[1:]]):
+        with pytest.raises(InputError, match="use_sliding_window true|sliding_attention"):
+            TargetArchitecture.from_hf(raw | {"layer_types": kinds})
+
+
 @pytest.mark.parametrize(
     ("change", "what"),
     [
@@ -195,7 +205,7 @@ def test_relatives_of_a_known_family_lend_their_features(tmp_path, change, what)
     theta = 5e5 if "yarn" in what else ARCH.rope_theta
     assert (found.hidden_size, found.num_hidden_layers, found.rope_theta) == (ARCH.hidden_size, 6, theta)
     config = valid(target={"path": str(tmp_path), "architecture": TargetArchitecture()}, data={"features": "torch"})
-    with pytest.raises(InputError, match="=True needs a target that runs here, .* with .* does not"):
+    with pytest.raises(InputError, match="data.regenerate=True: a .* with .* has no definition in JAX"):
         resolve(config)
     with pytest.raises(InputError, match="is not supported.*or train from its features with data.features=torch"):
         resolve(valid(target={"path": str(tmp_path), "architecture": TargetArchitecture()}))

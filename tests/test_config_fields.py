@@ -53,7 +53,7 @@ OTHER: dict[str, Any] = {  # field -> another value than the one of a small mode
     **{name: 2 * value for name, value in SMALL.items() if isinstance(value, int)},
     "num_hidden_layers": 1, "num_key_value_heads": 4, "initializer_range": 0.1, "rms_norm_eps": 1e-3,
     "hidden_act": "gelu", "hidden_activation": "silu", "attention_bias": True, "is_causal": False,
-    "quantization_config": {"quant_method": "fp8"}, "compression_config": {"quant_method": "compressed-tensors"},
+    "quantization_config": {"quant_method": "gptq"}, "compression_config": {"quant_method": "compressed-tensors"},
     "attention_dropout": 0.5, "dtype": "bfloat16", "torch_dtype": "bfloat16", "pad_token_id": 7, "bos_token_id": 9,
     "eos_token_id": [5, 6], "use_cache": False, "output_hidden_states": True, "return_dict": False,
     "tie_last_hidden_states": False, "architectures": ["Other"], "transformers_version": "4.0.0",
@@ -83,6 +83,7 @@ HYBRID_OTHER = {
 }  # fmt: skip
 PLAIN_OTHER = {"rope_parameters": {"rope_theta": 77.0}, "rope_scaling": {"rope_theta": 77.0}}
 WITHOUT = {
+    "use_sliding_window": "layer_types",
     "rope_theta": "rope_parameters",
     "rope_scaling": "rope_parameters",
     "num_experts": "num_local_experts",
@@ -299,8 +300,8 @@ def test_the_whole_model_and_its_text_agree():
     assert TargetArchitecture.from_hf(whole) == TargetArchitecture.from_hf(text)
     with pytest.raises(InputError, match="tie_word_embeddings is false, and true in text_config"):
         TargetArchitecture.from_hf(whole | {"tie_word_embeddings": False})
-    with pytest.raises(Unsupported, match='quantised checkpoint .*quant_method "fp8"'):
-        TargetArchitecture.from_hf(whole | {"quantization_config": {"quant_method": "fp8"}})
+    with pytest.raises(Unsupported, match='quantised checkpoint .*quant_method "gptq"'):
+        TargetArchitecture.from_hf(whole | {"quantization_config": {"quant_method": "gptq"}})
 
 
 def test_is_causal_of_a_drafter_is_about_its_blocks():

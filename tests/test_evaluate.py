@@ -285,7 +285,7 @@ def test_a_later_turn_sees_the_answer_before_it_and_a_changed_token_is_found(run
         Conversation(number, Prompt(questions, "set", "file", number), (), questions[:turns])
         for number, turns in enumerate((1, 2))
     ]
-    asked, first = first_requests(engine, todo, 100, lambda *_: pytest.fail("rejected"))
+    asked, first = first_requests(engine.tokenizer, todo, 100, lambda *_: pytest.fail("rejected"))
     assert first.width < WIDTH
     first = Requests(first.items, WIDTH)
     with jax.set_mesh(run.mesh):

@@ -47,7 +47,8 @@ def test_the_package_lists_its_commands(capsys: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr(sys, "argv", ["dspark_jax"])
     runpy.run_module("dspark_jax", run_name="__main__")
     shown = re.findall(r"^  (\w+) +(\S.*)$", capsys.readouterr().out, re.MULTILINE)
-    texts = [path.read_text() for path in (ROOT / "dspark_jax").glob("*.py")]
+    package = ROOT / "dspark_jax"
+    texts = [path.read_text() for path in (*package.glob("*.py"), *package.glob("*/__main__.py"))]
     runs = {match[1] for text in texts if (match := re.search(r"^ +command\.run\((\w+)", text, re.MULTILINE))}
     assert {name for name, _ in shown} == runs | {"convert"} | set(experiments.names())
     assert set(listing.COMMANDS) == runs | {"convert"}

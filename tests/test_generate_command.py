@@ -42,6 +42,7 @@ BLOCK, BUDGET = 3, 24
 DRAFTER = SimpleNamespace(block_size=BLOCK, confidence=object())
 ONE_DEVICE = MeshConfig(1, 1, 1)
 PROMPT = "the sum of the numbers"
+ALONE = {"running": 1, "scheduled": 4, "rows": 4}
 MARK = re.compile(r'([-+.=])("(?:[^"\\]|\\.)*")(?: (\d?\.\d\d))?')
 
 
@@ -126,12 +127,12 @@ def test_explain_shows_what_became_of_every_draft(run: Run, capsys: Any) -> None
 
 
 def test_marks_and_colours() -> None:
-    entry = TracedRound((1, 2, 3, 4), (9.0, 0.0, -1.0, 2.0), admitted=3, accepted=1, next_token=5)
+    entry = TracedRound((1, 2, 3, 4), (9.0, 0.0, -1.0, 2.0), admitted=3, accepted=1, next_token=5, **ALONE)
     plain = ['+"1" 1.00', '-"2" .50', '-"3" .27', '."4" .88', '="5"']
     assert _marks(entry, str, False) == plain
     coloured = [f"\x1b[{code}m{text}\x1b[0m" for code, text in zip((32, 31, 31, 90, 1), plain, strict=True)]
     assert _marks(entry, str, True) == coloured
-    stopped = TracedRound((1, 2), None, admitted=2, accepted=2, next_token=None)
+    stopped = TracedRound((1, 2), None, admitted=2, accepted=2, next_token=None, **ALONE)
     assert _explained(Piece((1, 2), "", stopped), 12, str, colours=False) == 'round 12 +"1" +"2"'
     assert _mark("+", 'a"\n', None, False) == '+"a\\"\\n"'
 

@@ -40,11 +40,16 @@ BASE = {
     "templates",
     "tokenizer",
     "target.families",
+    "target.quantised",
     "target.weights",
     "unicode",
     "vocabulary",
 }
-LIGHT = ("target.families", "target.weights")  # parts of a package that are loaded with the config, before JAX
+LIGHT = (
+    "target.families",
+    "target.quantised",
+    "target.weights",
+)  # parts of a package that are loaded with the config, before JAX
 ALLOWED = {
     **{name: BASE for name in BASE},
     "target.families": BASE | {"ops", "target"},  # the latter two for types, and where a family makes its own model
@@ -61,11 +66,13 @@ ALLOWED = {
     "answering": BASE | {"data", "target", "engine", "run"},
     "prepare_answers": BASE | {"data", "run", "answering"},
     "refresh": BASE | {"data", "target", "drafter", "run", "training", "engine", "evaluation", "answering"},
+    "start": BASE | {"target", "drafter", "run", "training", "convert"},
     "command": BASE,
+    "serve": BASE | {"ops", "data", "target", "drafter", "run", "training", "engine", "evaluation", "serve"},
     "__main__": BASE,
 }
-COMMANDS = {"prepare", "train", "evaluate", "calibrate", "compare", "generate", "plan", "profile"}
-FOLDERS = {"convert": "__main__"}  # commands that are a package
+COMMANDS = {"prepare", "train", "evaluate", "calibrate", "compare", "demo", "generate", "plan", "profile"}
+FOLDERS = {"convert": "__main__", "serve": "__main__"}  # commands that are a package
 CALLS = {"train": {"prepare", "evaluate"}}  # the data it needs, and the checkpoint it has just written
 
 

@@ -68,10 +68,10 @@ from dspark_jax.kinds import as_kind
 from dspark_jax.paths import check_local, check_path
 from dspark_jax.progress import log
 from dspark_jax.run import Run, checkpoint_directory
-from dspark_jax.sharding import make_mesh
+from dspark_jax.sharding import make_mesh, one_device
 from dspark_jax.target import families
+from dspark_jax.target.interface import LanguageModel
 from dspark_jax.target.loading import fingerprint, load_target, read_checkpoint
-from dspark_jax.target.model import Target
 from dspark_jax.training.best import NEWEST
 from dspark_jax.training.checkpoint import Checkpoints, load_step, saved_config
 from dspark_jax.training.optim import make_optimizer
@@ -282,7 +282,8 @@ def import_(options: argparse.Namespace) -> Path:
       InputError: drafter and target do not fit, or there are checkpoints already.
     """
     directory = local_directory(options.drafter)
-    depth = TargetArchitecture.of_any_model(local_directory(options.target)).num_hidden_layers
+    of_target = TargetArchitecture.of_any_model(local_directory(options.target))
+    depth = of_target.num_hidden_layers
     arch, drafter = read_drafter_config(directory, depth)
     if options.config:
         config = command.load_config(options.config)
@@ -291,6 +292,8 @@ def import_(options: argparse.Namespace) -> Path:
         config.data.max_length = min(config.data.max_length, arch.max_position_embeddings)
         config.data.max_prompt_length = min(config.data.max_prompt_length, config.data.max_length // 2)
         config = as_kind(config, drafter.kind)  # its loss, and the rows that it learns from
+        if of_target.unsupported:
+            config.data.features, config.data.regenerate = "torch", False
     target = dataclasses.replace(config.target, path=options.target, architecture=TargetArchitecture())
     config = resolve(with_architecture(dataclasses.replace(config, drafter=drafter, target=target)))
     fitting(directory, arch, options.target, config.target.architecture, whole=True)
@@ -320,7 +323,7 @@ def check(options: argparse.Namespace) -> Report:
     return report
 
 
-def examine(options: argparse.Namespace, *, mesh: Mesh | None = None, target: Target | None = None) -> Report:
+def examine(options: argparse.Namespace, *, mesh: Mesh | None = None, target: LanguageModel | None = None) -> Report:
     """What is to be expected of a drafter directory, for those who want it as an object.
 
     Args:
@@ -335,11 +338,6 @@ def examine(options: argparse.Namespace, *, mesh: Mesh | None = None, target: Ta
     read_layout(options.drafter, read_config(directory))  # before anything large is loaded
     options.target = str(local_directory(options.target))
     architecture = TargetArchitecture.of_any_model(options.target) if target is None else target.arch
-    if architecture.unsupported:
-        raise InputError(
-            f"--target {options.target}: a {architecture.unsupported} has no definition here, and check "
-            "decodes with the target; the README.md that export writes says what servers make of the drafter"
-        )
     mesh = _checking_mesh(options, architecture) if mesh is None else mesh
     with jax.set_mesh(mesh):
         if target is None:
@@ -355,6 +353,8 @@ def examine(options: argparse.Namespace, *, mesh: Mesh | None = None, target: Ta
 
 def _checking_mesh(options: argparse.Namespace, architecture: TargetArchitecture) -> Mesh:
     """Where `check` decodes with a target of this shape."""
+    if architecture.unsupported:
+        return one_device()
     config = Config(target=TargetConfig(architecture=architecture), data=DataConfig(decode_batch_size=options.limit))
     return decoding_mesh(config.mesh.decode, answering_load(config))
 

@@ -65,7 +65,6 @@ def model_card(
         metrics=metrics,
         vocabulary=vocabulary,
         vocab_size=source.arch.vocab_size,
-        scored=not source.arch.unsupported,  # check scores a drafter on its target, which has to run here
         notes=source.notes,
         servers=list(_servers(source, content, verdicts, side_files)),
         cost_table="cost_table.json" in side_files,

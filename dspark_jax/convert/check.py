@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -26,8 +27,9 @@ from dspark_jax.convert.layouts import (
 from dspark_jax.convert.llama_tokenizer import split_to_tell
 from dspark_jax.convert.mapping import FROZEN, VOCABULARY_MAPS
 from dspark_jax.convert.servers import replay, servers, serving
+from dspark_jax.target.in_torch import runs_in_torch
+from dspark_jax.target.interface import LanguageModel
 from dspark_jax.target.loading import read_checkpoint
-from dspark_jax.target.model import Target
 
 _PART = 1 << 22
 """Values that are looked at together."""
@@ -88,7 +90,7 @@ class Report:
         """Why it cannot be told whether the drafter is good; empty if it can."""
         if self.unsupported:
             return f"not implemented here, so it is not scored: {', '.join(self.unsupported)}"
-        return self.dialect.unknown or self.dialect.weak if self.dialect else "it is not scored"
+        return self.dialect.unknown or self.dialect.weak or self.dialect.close if self.dialect else "it is not scored"
 
     def served(self, verdict: Verdict) -> tuple[str, str]:
         """(serves, loads, differs, refuses or unknown; why) for one server; it loads a drafter that is not scored."""
@@ -160,7 +162,7 @@ def describe(layout: Layout) -> str:
 
 def check_directory(
     directory: Path,
-    target: Target,
+    target: LanguageModel,
     target_directory: Path,
     answers: Sequence[Answer],
     mesh: Mesh,
@@ -188,7 +190,7 @@ def check_directory(
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     verdicts = replay(str(directory), raw, shapes, target.arch, split_to_tell(target_directory))
     own_head = stated.draft_vocab_size > 0
-    problems = [*value_problems(tensors), *frozen_problems(tensors, target_directory, own_head=own_head)]
+    problems = [*value_problems(tensors), *frozen_problems(tensors, lent(target, target_directory), own_head=own_head)]
     others = list(other_target(raw, stated, target.arch))
     problems += others
     unsupported, dialect = unsupported_parts(raw), None
@@ -248,12 +250,23 @@ def value_problems(tensors: Mapping[str, np.ndarray]) -> Iterator[str]:
             yield f"tensor {name} holds values that are not finite: train or download it again"
 
 
-def frozen_problems(tensors: Mapping[str, np.ndarray], target_directory: Path, *, own_head: bool = False) -> list[str]:
+def lent(target: LanguageModel, directory: Path) -> Mapping[str, np.ndarray]:
+    """Embedding and LM head of a target by the names of `FROZEN`: those in its files, whose names differ in models that
+    have no definition here; of these, what drafters are trained with."""
+    if runs_in_torch(target):
+        every = target.embed(jnp.arange(target.arch.vocab_size))
+        return dict(zip(FROZEN, map(np.asarray, (every, target.head)), strict=True))
+    return frozen_tensors(directory)
+
+
+def frozen_problems(
+    tensors: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray], *, own_head: bool = False
+) -> list[str]:
     """Compares the copies of embedding and LM head in a drafter with the target's (some thousand rows of each).
 
     An LM head that is the drafter's own is left out.
     """
-    problems, theirs = [], frozen_tensors(target_directory)
+    problems = []
     for name in FROZEN[:1] if own_head else FROZEN:
         if name not in tensors:
             continue

@@ -24,7 +24,7 @@ from dspark_jax.drafter.blocks import block_tokens
 from dspark_jax.drafter.dspark import DSpark
 from dspark_jax.drafter.interface import DrafterModule
 from dspark_jax.ops.sampling import Sampling
-from dspark_jax.target.model import Target
+from dspark_jax.target.interface import EmbeddingAndHead, LanguageModel
 
 MASK_TOKENS = {"Qwen3": 151669, "Qwen3.5": 248070, "Gemma 4": 4, "Kimi-K3": 163824, "DeepSeek-V4": 128799}
 """Mask tokens of released drafters (trap 15)."""
@@ -43,6 +43,8 @@ ENOUGH_ANSWERS = 3
 LEARNED = 1.5
 """Tokens per round that another reading has to reach: a drafter that has learned too little has no dialect yet, and may
 draft better from other layers than its own."""
+CLEARLY = 1.1
+"""Tokens per round of a better reading over those of the stated one; below, the file may be right all the same."""
 TEACHER_MARGIN = 0.1
 """Overlap with the wrong teacher above that with the right one that is no accident."""
 NOTHING = 1.2
@@ -115,7 +117,9 @@ class Dialect:
 
     Attributes:
       stated: the score of the reading that the file itself states.
-      best: that of the best one, which is `stated` unless another `beats` it and accepts `LEARNED` at least.
+      best: that of the best one, which is `stated` unless another `beats` it, accepts `LEARNED` at least, and `CLEARLY`
+        more.
+      rival: that of a reading that `beats` the stated one, but not clearly; None: there is none.
       scores: all of them, best first.
       teacher: mean overlap (1 - total variation) of the drafter's first distribution with the target's, under `best`.
       raw_teacher: the same with the target without its final norm.
@@ -126,6 +130,7 @@ class Dialect:
     scores: tuple[Score, ...]
     teacher: float
     raw_teacher: float
+    rival: Score | None = None
 
     def of(self, layout: Layout) -> Score | None:
         """The score of a reading, if it was tried."""
@@ -155,6 +160,20 @@ class Dialect:
         return (
             f"it accepts next to nothing in any dialect ({most:.2f} tokens per round at most): it is undertrained, or "
             "made for another target than this; train it longer, or check it with its own target"
+        )
+
+    @property
+    def close(self) -> str:
+        """Says that another reading drafts a little better; empty if none does.
+
+        With another kind of blocks, layers or mask token than it was trained for, a drafter loses much more than that.
+        """
+        if self.rival is None:
+            return ""
+        named = "; ".join(differences(self.stated.layout, self.rival.layout))
+        return (
+            f"another reading accepts a little more ({self.rival.tau:.2f} tokens per round instead of "
+            f"{self.stated.tau:.2f}), which a wrong one seldom leaves: ask its author, or give more prompts ({named})"
         )
 
     def findings(self) -> list[str]:
@@ -197,7 +216,7 @@ def differences(stated: Layout, best: Layout) -> Iterator[str]:
 
 def find_dialect(
     drafter: DrafterModule,
-    target: Target,
+    target: LanguageModel,
     stated: Layout,
     answers: Sequence[Answer],
     masks: Sequence[int] = (),
@@ -259,7 +278,8 @@ def find_dialect(
                 scores[layout] = score(layout)
     ordered = sorted(scores.values(), key=_closeness, reverse=True)
     better = ordered[0].beats(scores[stated]) and ordered[0].tau >= LEARNED
-    best = ordered[0] if better else scores[stated]
+    clear = ordered[0].tau >= CLEARLY * scores[stated].tau
+    best = ordered[0] if better and clear else scores[stated]
     chosen, layout = [taps.index(i) for i in best.layout.taps], best.layout
     teachers = [
         [
@@ -274,7 +294,8 @@ def find_dialect(
         for trial, (features, last) in zip(rounds, run, strict=True)
     ]  # fmt: skip
     teacher, raw = np.mean(teachers, axis=0)
-    return Dialect(scores[stated], best, tuple(ordered), float(teacher), float(raw))
+    rival = ordered[0] if better and not clear else None
+    return Dialect(scores[stated], best, tuple(ordered), float(teacher), float(raw), rival)
 
 
 def _closeness(score: Score) -> float:
@@ -314,14 +335,16 @@ def _trial(answer: Answer, stated: Layout, anchors: int) -> _Trial | None:
     return _Trial(np.pad(answer.tokens, (0, size - len(answer.tokens))).astype(np.int32), positions, len(distinct))
 
 
-def _target_pass(target: Target, trials: Sequence[_Trial], taps: tuple[int, ...]) -> list[tuple[jax.Array, jax.Array]]:
+def _target_pass(
+    target: LanguageModel, trials: Sequence[_Trial], taps: tuple[int, ...]
+) -> list[tuple[jax.Array, jax.Array]]:
     """Per trial all features [S, M, D] and the last hidden states [S, D]."""
 
     return [_features(target, jnp.asarray(trial.tokens), taps=taps) for trial in trials]
 
 
 @functools.partial(jax.jit, static_argnames=("taps",))
-def _features(target: Target, tokens: jax.Array, *, taps: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+def _features(target: LanguageModel, tokens: jax.Array, *, taps: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
     """One sequence [S] through the target: features [S, M, D] and last hidden states [S, D]."""
     out = target.forward(tokens[None], jnp.arange(tokens.shape[0])[None], taps=taps)
     return out.features[0].reshape(tokens.shape[0], len(taps), -1), out.last_hidden[0]
@@ -329,7 +352,7 @@ def _features(target: Target, tokens: jax.Array, *, taps: tuple[int, ...]) -> tu
 
 def _overlaps(
     drafter: DrafterModule,
-    target: Target,
+    target: LanguageModel,
     features: jax.Array,
     hidden: jax.Array,
     trial: _Trial,
@@ -371,7 +394,7 @@ def _context(drafter: DrafterModule, features: jax.Array, tokens: jax.Array, pos
     return drafter.extend(cache, rows, jnp.broadcast_to(tokens, (count, length)), every, positions)
 
 
-def _shared(logits: jax.Array, target: Target, hidden: jax.Array, rows: jax.Array) -> jax.Array:
+def _shared(logits: jax.Array, target: EmbeddingAndHead, hidden: jax.Array, rows: jax.Array) -> jax.Array:
     """[2, A, G] of draft logits [A, G, V] and the target after sequence rows [A, G]: 1 - total variation, and the
     target's probability of the likeliest draft."""
     draft, teacher = (jax.nn.softmax(x.astype(jnp.float32), axis=-1) for x in (logits, target.unembed(hidden[rows])))
@@ -384,7 +407,7 @@ def _shared(logits: jax.Array, target: Target, hidden: jax.Array, rows: jax.Arra
 @functools.partial(jax.jit, static_argnames=("anchor_first",))
 def _block_overlaps(
     drafter: DSpark,  # or DFlash, which is one without heads
-    target: Target,
+    target: LanguageModel,
     features: jax.Array,
     hidden: jax.Array,
     tokens: jax.Array,
@@ -408,7 +431,7 @@ def _block_overlaps(
 @jax.jit
 def _chain_overlaps(
     drafter: DrafterModule,
-    target: Target,
+    target: LanguageModel,
     features: jax.Array,
     hidden: jax.Array,
     tokens: jax.Array,

@@ -35,8 +35,10 @@ from dspark_jax.kinds import KINDS, served_as
 from dspark_jax.registry import listed
 from dspark_jax.target import families
 from dspark_jax.target.checks import refuse_two_heads
+from dspark_jax.target.dequantise import Matrix
 from dspark_jax.target.families.family import Family
-from dspark_jax.target.loading import read_checkpoint
+from dspark_jax.target.loading import read_target
+from dspark_jax.target.quantised import NAMES as QUANTISED
 
 FORMATS = ("universal", "deepspec", "speculators")
 ZERO_RANK = 16
@@ -194,8 +196,9 @@ def frozen_tensors(directory: str | Path) -> dict[str, np.ndarray]:
     Raises:
       InputError: one of them is not in it, or its config says tied beside a head that differs.
     """
-    tensors, arch = read_checkpoint(Path(directory)), TargetArchitecture.from_hf(directory)
+    arch = TargetArchitecture.from_hf(directory)
     family = families.of_shape(arch)
+    tensors, _ = read_target(Path(directory), family, np.float32)
     weights = family.outer_weights(family.prefix(tensors))
     embedding, head = weights["embedding"].name, weights["lm_head"].name
     if arch.tie_word_embeddings:
@@ -207,7 +210,8 @@ def frozen_tensors(directory: str | Path) -> dict[str, np.ndarray]:
     rows, scale = tensors[embedding], family.embedding_scale(arch)
     if scale != 1 and families.of_drafters(arch) is not family:
         rows = np.asarray(rows, np.float32) * np.float32(scale)
-    return {FROZEN[0]: rows, FROZEN[1]: tensors[head]}
+    values = {FROZEN[0]: rows, FROZEN[1]: tensors[head]}
+    return {name: np.asarray(value) if isinstance(value, Matrix) else value for name, value in values.items()}
 
 
 def servable(source: Source) -> Source:
@@ -304,7 +308,7 @@ def reference_config(source: Source, dtype: str) -> dict[str, Any]:
     return family.drafter_config(config | keys(source), target)
 
 
-_TARGETS_OWN = ("torch_dtype", "transformers_version", "auto_map", "quantization_config", "_name_or_path")
+_TARGETS_OWN = ("torch_dtype", "transformers_version", "auto_map", "_name_or_path", *QUANTISED)
 _TARGETS_OWN += ("per_layer_config",)
 """Keys of a target's config that would be wrong in its drafter's."""
 

@@ -20,6 +20,7 @@ from dspark_jax.convert.llama_fields import as_qwen3, unread_fields
 from dspark_jax.json_file import read_object
 from dspark_jax.target.families import FAMILIES, claiming
 from dspark_jax.target.families.family import SLIDING
+from dspark_jax.target.quantised import NAMES as QUANTISED
 
 DFLASH2 = "DFlash2DraftModel"
 Z_LAB = ("DFlashDraftModel", DFLASH2)
@@ -132,6 +133,7 @@ def unsupported_parts(raw: Mapping[str, Any]) -> list[str]:
     """
     layers, nested = layers_config(raw), raw.get("dflash_config") or {}
     found = [f"{name} {raw[name]}" for name in _OFF if raw.get(name)]
+    found += [f"quantised weights ({name})" for name in QUANTISED if raw.get(name) or layers.get(name)]
     model_type = "llama" if "speculators_model_type" in raw and "model_type" not in layers else layers.get("model_type")
     eagle = raw.get("speculators_model_type") == "eagle3" or architecture(raw) in eagle_architectures()
     family = claiming(model_type)

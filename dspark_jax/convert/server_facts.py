@@ -55,6 +55,7 @@ def facts(files: Files, read: Mapping[str, Any]) -> dict[str, Any]:
         "drafts": stated.drafts,
         "num_layers": stated.num_layers,
         "causal": _causal(files),
+        "mixed_layers": len(set(layers_config(config).get("layer_types") or [])) > 1,
     }
     return found | _heads(files) | _vocabulary(files) | _gemma(files) | _taps(files) | _read(files, read)
 

@@ -165,7 +165,9 @@ class Batch:
     def _collect(self, launch: _Launch) -> None:
         """Reads what a launch has committed and hands it out; those who have ended since get nothing."""
         outcome: Committed = jax.device_get(launch.outcome)
+        together = (0, 0, 0)
         if outcome.round is not None:
+            together = _together_in(outcome)
             self.metrics.rows += int(outcome.round.rows)
         for row, request in launch.owners:
             if request.done:
@@ -175,12 +177,14 @@ class Batch:
             if outcome.finished[row]:
                 ended = "stop" if outcome.stopped[row] else "length"
             entry = outcome.round
-            traced = None if entry is None else _traced(entry, row)
+            traced = None if entry is None else _traced(entry, row, together)
             emitted = 0 if entry is None else int(entry.emitted[row])
             self.metrics.tokens += request.receive(outcome.tokens[row, :count].tolist(), ended, traced, emitted)
             if traced is not None:
+                self.metrics.shares += 1
                 self.metrics.accepted += traced.accepted
                 self.metrics.admitted += traced.admitted
+                self.metrics.emitted += emitted
 
     def warm_up(self, modes: Sequence[Mode]) -> None:
         """Compiles the chunk and a round of every mode, by running them on empty slots."""
@@ -234,12 +238,20 @@ def _fetching(outcome: Committed) -> Committed:
     return outcome
 
 
-def _traced(entry: Any, row: int) -> TracedRound:
-    """What a fetched round did to one request."""
+def _together_in(outcome: Committed) -> tuple[int, int, int]:
+    """Of all requests of a fetched round: how many they were, their verified tokens, and the rows computed for them."""
+    assert outcome.round is not None
+    active = np.asarray(outcome.counts) > 0  # a round gives every request that is decoding a token
+    running = int(active.sum())
+    return running, running + int(np.asarray(outcome.round.proposed)[active].sum()), int(outcome.round.rows)
+
+
+def _traced(entry: Any, row: int, together: tuple[int, int, int]) -> TracedRound:
+    """What a fetched round did to one request; `together` is `_together_in`."""
     drafted = tuple(entry.drafted[row].tolist())
     if drafted and drafted[0] < 0:  # a round without drafts
         drafted = ()
     confidence = None if entry.confidence is None else tuple(entry.confidence[row].tolist())[: len(drafted)]
     accepted = int(entry.accepted[row])
     follows = int(entry.next_token[row]) if entry.emitted[row] > accepted else None
-    return TracedRound(drafted, confidence, int(entry.proposed[row]), accepted, follows)
+    return TracedRound(drafted, confidence, int(entry.proposed[row]), accepted, follows, *together)

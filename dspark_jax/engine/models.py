@@ -13,10 +13,10 @@ from dspark_jax.config import TargetArchitecture
 from dspark_jax.drafter.interface import Drafter, DrafterModule, is_confident
 from dspark_jax.drafter.none import NO_DRAFTER, NoDrafter
 from dspark_jax.sharding import mesh_of, on_mesh_of
-from dspark_jax.target.decode_weights import decode_weights, moved
-from dspark_jax.target.model import Target
+from dspark_jax.target.decode_weights import decode_weights, has_decode_weights, moved
+from dspark_jax.target.interface import LanguageModel
 
-Loaded = TypeVar("Loaded", bound=Target | DrafterModule | NoDrafter)
+Loaded = TypeVar("Loaded", bound=LanguageModel | DrafterModule | NoDrafter)
 
 
 @jax.tree_util.register_dataclass
@@ -29,7 +29,7 @@ class Models:
       drafter: trained for this target; the default drafts nothing.
     """
 
-    target: Target
+    target: LanguageModel
     drafter: Drafter = NO_DRAFTER
 
     @property
@@ -103,7 +103,12 @@ class Models:
         """
         with on_mesh_of(self):
             if platform.current() == "cpu":
-                return _on_cpu(self, batch_size=batch_size)
+                separate, dtype = batch_size > 1, _weight_type(self.target, batch_size * self.rows)
+                return dataclasses.replace(
+                    self,
+                    target=_on_cpu(self.target, dtype=dtype, separate_caches=separate),
+                    drafter=_on_cpu(self.drafter, dtype=self.drafter.dtype, separate_caches=separate),
+                )
             target, drafter = (
                 decode_weights(model, model.dtype, separate_caches=True, consume=consume)
                 for model in (self.target, self.drafter)
@@ -132,18 +137,17 @@ def when_loaded(model: Loaded) -> Loaded:
         return decode_weights(model, model.dtype, separate_caches=True, consume=True)
 
 
-@functools.partial(jax.jit, static_argnames=("batch_size",))
-def _on_cpu(models: Models, *, batch_size: int) -> Models:
-    separate = batch_size > 1
-    dtype = _weight_type(models.target, batch_size * models.rows)
-    return dataclasses.replace(
-        models,
-        target=decode_weights(models.target, dtype, separate_caches=separate),
-        drafter=decode_weights(models.drafter, models.drafter.dtype, separate_caches=separate),
-    )
+def _on_cpu(model: Any, *, dtype: Any, separate_caches: bool) -> Any:
+    """The form for a CPU; one that has it is not gone through, since jit would copy its weights."""
+    return model if has_decode_weights(model) else _converted(model, dtype=dtype, separate_caches=separate_caches)
 
 
-def _weight_type(target: Target, rows: int) -> Any:
+@functools.partial(jax.jit, static_argnames=("dtype", "separate_caches"))
+def _converted(model: Any, *, dtype: Any, separate_caches: bool) -> Any:
+    return decode_weights(model, dtype, separate_caches=separate_caches)
+
+
+def _weight_type(target: LanguageModel, rows: int) -> Any:
     """Type in which a CPU keeps a target's matrices while it decodes `rows` tokens at a time.
 
     Bfloat16 loses nothing where the checkpoint was bfloat16 (`ops.product.exact`) and is faster for several rows; one

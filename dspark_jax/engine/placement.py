@@ -117,6 +117,12 @@ def answering_load(config: Config) -> Load:
     return Load(Models(_target(config)), config.data.decode_batch_size, config.data.max_length)
 
 
+def serving_load(config: Config, *, slots: int, capacity: int, plain: bool = False) -> Load:
+    """What serves a resolved config: `slots` requests of up to `capacity` tokens, `plain` without its drafter."""
+    models = Models(_target(config), NO_DRAFTER if plain else _drafter(config))
+    return Load(models, slots, capacity + models.rows)
+
+
 def _target(config: Config) -> Target:
     return abstract_target(config.target.architecture, compute_dtype(config.target.dtype))
 

@@ -41,6 +41,9 @@ class TracedRound:
       admitted: drafts that were verified; in a round ended by an accepted stop token, those up to it.
       accepted: drafts that were committed.
       next_token: the bonus or correction, or None after an accepted stop token.
+      running: requests that took part in the round.
+      scheduled: tokens that were verified for all of them, each one's anchor included; counted as `admitted` is.
+      rows: rows that the target computed for them, the padding of the batch included.
     """
 
     drafted: tuple[int, ...]
@@ -48,6 +51,14 @@ class TracedRound:
     admitted: int
     accepted: int
     next_token: int | None
+    running: int
+    scheduled: int
+    rows: int
+
+    @property
+    def emitted(self) -> int:
+        """Its accepted length: the accepted drafts, and the bonus or correction."""
+        return self.accepted + (self.next_token is not None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,11 +70,13 @@ class Piece:
       text: what can be shown now. Text that might become a stop string, and bytes that are no whole character yet, are
         held back, so this is not the text of `tokens` alone. Empty without a tokenizer.
       round: for a traced request, what the round did; None for the prompt's last chunk.
+      seconds: when it was here, since the request was submitted.
     """
 
     tokens: tuple[int, ...]
     text: str
     round: TracedRound | None = None
+    seconds: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +136,8 @@ class EngineMetrics:
       accepted: drafts committed.
       admitted: drafts verified.
       rows: rows that the target computed in rounds, whoever they were for.
+      shares: rounds counted once for every request in them.
+      emitted: tokens that the rounds gave, as in `RequestMetrics`; over `shares`, it is tau.
     """
 
     submitted: int = 0
@@ -135,6 +150,8 @@ class EngineMetrics:
     accepted: int = 0
     admitted: int = 0
     rows: int = 0
+    shares: int = 0
+    emitted: int = 0
 
 
 class TextStream:
@@ -216,6 +233,7 @@ class Request:
         self.metrics = RequestMetrics()
         self.pieces: list[Piece] = []
         self._stream, self._drive, self._ended = stream, drive, ended
+        self._on_change: Callable[[], None] | None = None
         self._submitted = time.monotonic()
 
     @property
@@ -260,6 +278,15 @@ class Request:
         """Ends it with what it has; False if it had ended already."""
         return self.finish("cancelled")
 
+    def on_change(self, call: Callable[[], None]) -> None:
+        """Has `call` called whenever there is a new piece and at the end, for those who cannot wait in a thread.
+
+        It is called in the engine's thread, which it must not hold up; once now, for what has happened already.
+        """
+        with self.changed:
+            self._on_change = call
+            call()
+
     # What follows is called by the engine.
 
     def finish(self, reason: FinishReason, error: str | None = None) -> bool:
@@ -269,7 +296,7 @@ class Request:
                 return False
             rest = "" if self._stream is None or self._stream.stopped else self._stream.flush()
             if rest:
-                self.pieces.append(Piece((), rest))
+                self.pieces.append(Piece((), rest, seconds=self._age()))
             self._close(reason, error)
         self._ended(self)
         return True
@@ -309,12 +336,12 @@ class Request:
                     emitted=metrics.emitted + emitted,
                 )
             self.metrics = metrics
-            self.pieces.append(Piece(tuple(tokens[:kept]), text, traced if self.settings.trace else None))
+            self.pieces.append(Piece(tuple(tokens[:kept]), text, traced if self.settings.trace else None, age))
             reason: FinishReason | None = "stop" if stopped else ended
             if reason is not None:
                 self._close(reason, None)
             else:
-                self.changed.notify_all()
+                self._tell()
         if reason is not None:
             self._ended(self)
         return kept
@@ -338,7 +365,13 @@ class Request:
     def _close(self, reason: FinishReason, error: str | None) -> None:
         self.metrics = dataclasses.replace(self.metrics, total_seconds=self._age())
         self.finish_reason, self.error = reason, error
+        self._tell()
+
+    def _tell(self) -> None:
+        """Wakes everybody who waits."""
         self.changed.notify_all()
+        if self._on_change is not None:
+            self._on_change()
 
     def _age(self) -> float:
         return time.monotonic() - self._submitted

@@ -236,6 +236,21 @@ class Engine:
             self.metrics.finished[request.finish_reason] += 1
             self._changed.notify_all()
 
+    @property
+    def waiting(self) -> int:
+        """Requests in the queue."""
+        return len(self._queue)
+
+    @property
+    def running(self) -> int:
+        """Requests in slots."""
+        return max(len(self._live) - len(self._queue), 0)
+
+    @property
+    def failed(self) -> bool:
+        """Whether it has stopped on an unexpected error."""
+        return self._failure is not None
+
     # Driving.
 
     def start(self) -> Self:

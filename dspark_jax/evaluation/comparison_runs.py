@@ -16,7 +16,7 @@ import jax
 from dspark_jax.config import Config, InputError, from_json, to_json
 from dspark_jax.data.prompts import content_hashes, read_prompts
 from dspark_jax.data.thinking import Thinking
-from dspark_jax.evaluation.setup import check_prompt_files
+from dspark_jax.evaluation.setup import check_questions
 from dspark_jax.json_file import part, read_ours, write_json
 from dspark_jax.run import Run, checkpoint_directory
 from dspark_jax.training.state import abstract_drafter
@@ -39,7 +39,7 @@ def contents(run: Run) -> dict[str, Any]:
       InputError: one of them cannot be used, or `eval` does not say what to measure.
     """
     config = run.config
-    check_prompt_files(config.eval.prompts, "eval.prompts")
+    check_questions(config)
     if not config.eval.temperatures:
         raise InputError("eval.temperatures is empty; give at least one, e.g. (1.0,)")
     read_prompts(config.eval.prompts, 1, lambda malformed: None)  # refuses a file without any

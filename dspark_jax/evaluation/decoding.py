@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dspark_jax.architecture import TargetArchitecture
 from dspark_jax.data.chat import ChatError, Options, answer_text, prompt_tokens, with_system
 from dspark_jax.data.prompts import Message
 from dspark_jax.data.regenerate import Conversation, Rejected, next_prompt
@@ -21,7 +22,7 @@ from dspark_jax.engine.result import DecodeResult
 from dspark_jax.engine.sampling import fold_keys, request_keys
 from dspark_jax.engine.schedulers import Scheduler
 from dspark_jax.evaluation.run_scheduler import run_scheduler
-from dspark_jax.target.model import Target
+from dspark_jax.target.interface import LanguageModel
 from dspark_jax.tokenizer import ChatTokenizer
 
 OnRejected = Callable[[Conversation, Rejected], None]
@@ -138,25 +139,24 @@ class Requests:
         return np.asarray([item.owner for item in self.items], np.int64)
 
 
-def position_limit(decoder: Decoder) -> int:
-    """Longest prompt that the target has positions for."""
-    positions = decoder.models.arch.max_position_embeddings
-    return positions - decoder.max_new_tokens if positions else 1 << 30
+def position_limit(target: TargetArchitecture, max_new_tokens: int) -> int:
+    """Longest prompt that a target has positions for, beside its answer."""
+    positions = target.max_position_embeddings
+    return positions - max_new_tokens if positions else 1 << 30
 
 
 def first_requests(
-    decoder: Decoder, conversations: Sequence[Conversation], max_prompt_length: int, on_rejected: OnRejected
+    tokenizer: ChatTokenizer, conversations: Sequence[Conversation], limit: int, on_rejected: OnRejected
 ) -> tuple[list[Conversation], Requests]:
-    """The first question of every conversation; those that cannot be asked are rejected.
+    """The first question of every conversation; those that cannot be asked, or are longer than `limit`, are rejected.
 
     Returns:
       The conversations that are left, and their requests in that order.
     """
-    limit = min(max_prompt_length, position_limit(decoder))
     kept, items = [], []
     for conversation in conversations:
         try:
-            _, ids = next_prompt(decoder.tokenizer, conversation, conversation.opening, 0)
+            _, ids = next_prompt(tokenizer, conversation, conversation.opening, 0)
             if len(ids) > limit:
                 raise Rejected("prompt_too_long", f"{len(ids)} tokens, at most {limit} (data.max_prompt_length)")
         except ChatError as error:
@@ -199,7 +199,7 @@ def answer(
             reply: Message = {"role": "assistant", "content": answer_text(decoder.tokenizer, ids.tolist())}
             histories[item.owner] = (*histories[item.owner], questions[item.turn], reply)
             _, prompt = next_prompt(decoder.tokenizer, conversations[item.owner], histories[item.owner], item.turn + 1)
-            if len(prompt) <= position_limit(decoder):
+            if len(prompt) <= position_limit(decoder.models.arch, decoder.max_new_tokens):
                 following.append(dataclasses.replace(item, prompt=prompt, turn=item.turn + 1))
         longest = max((len(item.prompt) for item in following), default=1)
         asked = Requests(following, max(requests.width, ladder(longest)))
@@ -270,7 +270,7 @@ def _logit_gap(decoder: Decoder, prefix: list[int], pair: tuple[int, ...]) -> fl
 
 
 @jax.jit
-def _logits_at(target: Target, tokens: jax.Array, row: jax.Array) -> jax.Array:
+def _logits_at(target: LanguageModel, tokens: jax.Array, row: jax.Array) -> jax.Array:
     """Logits [V] after tokens[0, row], without a cache."""
     positions = jnp.arange(tokens.shape[1])[None]
     return target.unembed(target.forward(tokens, positions).last_hidden[:, row])[0]

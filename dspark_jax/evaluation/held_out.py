@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from dspark_jax.benchmarks import by_domain
+from dspark_jax.config import InputError
 from dspark_jax.data.prompts import content_hashes
 from dspark_jax.data.samples import Tally
 from dspark_jax.data.thinking import Thinking
@@ -22,12 +23,27 @@ from dspark_jax.evaluation.decoding import answer
 from dspark_jax.evaluation.setup import open_decoder, read_questions, tell_left_out
 from dspark_jax.evaluation.summary import Measured
 from dspark_jax.run import Run
-from dspark_jax.target.model import Target
+from dspark_jax.target.interface import LanguageModel
 from dspark_jax.training.best import HeldOut
 from dspark_jax.training.integrity import digest
 
 PREFIX = "heldout/"
 """Begins the names of what is measured in `metrics.jsonl` and TensorBoard."""
+
+
+def check_held_out(run: Run) -> None:
+    """Refuses, before anything is prepared, to measure with a target that cannot decode where the run trains.
+
+    Raises:
+      InputError: PyTorch runs the target, and the mesh has several devices.
+    """
+    config = run.config
+    if config.train.evaluate_every and config.target.architecture.unsupported and run.mesh.size > 1:
+        raise InputError(
+            f"train.evaluate_every={config.train.evaluate_every}: a {config.target.architecture.unsupported} is run by "
+            f"PyTorch, which decodes on one device, and {run.mesh.size} train; set train.evaluate_every=0 and evaluate "
+            "afterwards"
+        )
 
 
 class HeldOutPrompts:
@@ -36,7 +52,7 @@ class HeldOutPrompts:
     Nothing of the run changes by it: random numbers are those of the prompts, and the target is the run's own.
     """
 
-    def __init__(self, run: Run, target: Target, *, held: int = 0):
+    def __init__(self, run: Run, target: LanguageModel, *, held: int = 0):
         """Reads the prompts.
 
         Args:
@@ -59,8 +75,10 @@ class HeldOutPrompts:
         with contextlib.closing(Tally(Path(os.devnull))) as tally:
             self.asked, self.first = read_questions(config, self.decoder, tally, settings.prompts, settings.limit)
         tell_left_out("held-out prompts", tally)
-        load = dataclasses.replace(evaluation_load(config), held=held)
-        self.mesh = beside_training(config.mesh.decode, load, run.mesh)
+        self.mesh = run.mesh
+        if run.mesh.size > 1:
+            load = dataclasses.replace(evaluation_load(config), held=held)
+            self.mesh = beside_training(config.mesh.decode, load, run.mesh)
         self.temperature = settings.temperatures[0]
         data = config.data
         how = [self.temperature, settings.limit, settings.max_new_tokens, settings.seed]

@@ -1,6 +1,8 @@
 """What `evaluate` and `calibrate` begin with: a checkpoint as a decoder, and prompts that can be asked."""
 
+import contextlib
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,12 +19,13 @@ from dspark_jax.drafter.interface import DrafterModule
 from dspark_jax.drafter.none import NoDrafter
 from dspark_jax.engine.models import Models, when_loaded
 from dspark_jax.engine.placement import decoding_mesh, evaluation_load
-from dspark_jax.evaluation.decoding import Decoder, Requests, first_requests
+from dspark_jax.evaluation.decoding import Decoder, Requests, first_requests, position_limit
 from dspark_jax.kinds import KINDS
 from dspark_jax.progress import log
 from dspark_jax.run import Run, checkpoint_directory
+from dspark_jax.sharding import one_device
+from dspark_jax.target.interface import LanguageModel
 from dspark_jax.target.loading import load_target
-from dspark_jax.target.model import Target
 from dspark_jax.tokenizer import ChatTokenizer
 from dspark_jax.training.best import NEWEST
 from dspark_jax.training.checkpoint import load_step, saved_config
@@ -31,7 +34,7 @@ from dspark_jax.training.checkpoint import load_step, saved_config
 def open_decoder(
     run: Run,
     *,
-    target: Target | None = None,
+    target: LanguageModel | None = None,
     drafter: DrafterModule | NoDrafter | None = None,
     tokenizer: ChatTokenizer | None = None,
     checkpoint: str = NEWEST,
@@ -93,12 +96,33 @@ def load_run(workdir: str | Path, checkpoint: str = NEWEST) -> Decoder:
 def decoding_run(run: Run) -> Run:
     """The run with its models where decoding lives, unless its mesh was given; says in one line where that is.
 
+    A target that PyTorch runs decodes on one device.
+
     Raises:
       InputError: see `engine.placement.place`.
     """
     if run.given_mesh is not None:
         return run
+    if run.config.target.architecture.unsupported:
+        return run.on(one_device())
     return run.on(decoding_mesh(run.config.mesh.decode, evaluation_load(run.config)))
+
+
+def refuse_timing(config: Config, what: str) -> None:
+    """Refuses to take the time of a target that PyTorch runs.
+
+    Args:
+      config: resolved.
+      what: asks for it, e.g. a command.
+
+    Raises:
+      InputError: it has such a target.
+    """
+    if kind := config.target.architecture.unsupported:
+        raise InputError(
+            f"{what}: a {kind} has no definition in JAX and is run by PyTorch, request after request, which says "
+            "nothing about the time of a server's rounds; measure it where the target is served"
+        )
 
 
 def open_drafter(run: Run, checkpoint: str = NEWEST) -> tuple[int, DrafterModule]:
@@ -109,7 +133,7 @@ def open_drafter(run: Run, checkpoint: str = NEWEST) -> tuple[int, DrafterModule
         states.
     """
     step, saved, drafter = load_step(run, checkpoint)
-    unused = {"initializer_range", *([] if KINDS[saved.drafter.kind].needs_mask else ["mask_token_id"])}
+    unused = {"initializer_range", "init_layers", *([] if KINDS[saved.drafter.kind].needs_mask else ["mask_token_id"])}
     if not run.config.drafter.draft_vocabulary:  # `train` has filled it
         unused.add("draft_vocabulary")
     for field in dataclasses.fields(saved.drafter):
@@ -122,14 +146,26 @@ def open_drafter(run: Run, checkpoint: str = NEWEST) -> tuple[int, DrafterModule
     return step, drafter
 
 
+def check_questions(config: Config) -> None:
+    """Refuses prompts of `eval.prompts` of which nothing can be asked, before a training that would end with them.
+
+    Raises:
+      InputError: see `check_prompt_files` and `read_questions`.
+    """
+    check_prompt_files(config.eval.prompts, "eval.prompts")
+    tokenizer, settings = load_tokenizer(config.target.path), config.eval
+    with contextlib.closing(Tally(Path(os.devnull))) as tally:  # evaluation says what is left out
+        _questions(config, tokenizer, settings.max_new_tokens, tally, settings.prompts, settings.limit)
+
+
 def read_questions(
     config: Config, decoder: Decoder, tally: Tally, files: Sequence[str], limit: int
 ) -> tuple[list[Conversation], Requests]:
     """Reads prompt files; returns the prompts that can be asked, and their first questions.
 
     Args:
-      config: `data` has the system prompt and the longest prompt.
-      decoder: its tokenizer and positions decide what can be asked.
+      config: `data` has the system prompt and the longest prompt, `target` the number of positions.
+      decoder: its tokenizer and longest answer decide what can be asked.
       tally: counts those that cannot, and fields that are not used.
       files: JSONL files of prompts.
       limit: prompts per file; 0 = all.
@@ -137,6 +173,12 @@ def read_questions(
     Raises:
       InputError: a file cannot be read, or none of its prompts can be asked.
     """
+    return _questions(config, decoder.tokenizer, decoder.max_new_tokens, tally, files, limit)
+
+
+def _questions(
+    config: Config, tokenizer: ChatTokenizer, max_new_tokens: int, tally: Tally, files: Sequence[str], limit: int
+) -> tuple[list[Conversation], Requests]:
     prompts = read_prompts(files, limit, tally.malformed)
     tally.read(prompts)
 
@@ -144,7 +186,8 @@ def read_questions(
         tally.reject(conversation.sample_id, conversation.prompt, error)
 
     todo = conversations(prompts, 1, config.data.system_prompt, Thinking.of(config.data))
-    asked, first = first_requests(decoder, todo, config.data.max_prompt_length, reject)
+    longest = min(config.data.max_prompt_length, position_limit(config.target.architecture, max_new_tokens))
+    asked, first = first_requests(tokenizer, todo, longest, reject)
     left = {one.prompt.file for one in asked}
     for file in prompt_files(files):
         if file not in left:

@@ -248,6 +248,8 @@ def overview(metrics: Mapping[str, Any], report: Path) -> str:
         lines += ["", row("plain, one at a time", plain)]
         for name, what in (("speedup", "drafting every round"), ("adaptive_speedup", "drafting where it pays")):
             lines.append(row(what, ["x " + cell(one[name], one[f"{name}_ci95"]) for one in every]))
+    elif metrics.get("target_runs_in"):
+        lines += ["", f"speed is not measured, as the target runs in {metrics['target_runs_in']}"]
     return "\n".join([*lines, "", _greedy_line(metrics), f"in brackets: 95 % intervals; everything else: {report}"])
 
 

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dspark_jax.config import InputError
+from dspark_jax.registry import listed
+from dspark_jax.target.quantised import FLOAT8, Quantisation
 
 _SAVE = "let transformers write it: AutoModelForCausalLM.from_pretrained(FROM).save_pretrained(TO)"
 
@@ -22,11 +24,18 @@ _OTHERS = {  # pattern -> what such a file is, and what gives the weights
     "*.h5": ("weights of TensorFlow", _SAVE),
 }
 
-_QUANTISED = (
-    "weight_scale_inv", "weight_scale", "weight_scale_2", "input_scale", "weight_packed", "weight_zero_point",
-    "qweight", "qzeros", "scales", "g_idx", "SCB", "absmax", "quant_map", "nested_absmax", "nested_quant_map",
+_PARTS = (
+    "weight_scale_inv", "weight_scale", "weight_scale_2", "weight_global_scale", "weight_packed", "input_scale",
+    "activation_scale", "input_global_scale",
 )  # fmt: skip
-"""How names of tensors end that come with quantised ones: of FP8, compressed-tensors, GPTQ, AWQ, bitsandbytes."""
+"""How names of tensors end that come with quantised ones of FP8, MXFP4 and NVFP4."""
+
+_OTHERS_QUANTISED = {
+    **dict.fromkeys(("qweight", "qzeros", "scales", "g_idx"), "GPTQ or AWQ"),
+    **dict.fromkeys(("SCB", "absmax", "quant_map", "nested_absmax", "nested_quant_map"), "bitsandbytes"),
+    **dict.fromkeys(("weight_zero_point", "weight_g_idx", "weight_shape"), "compressed-tensors"),
+}
+"""How names of tensors end that come with quantised ones of another kind, and what makes them."""
 
 _PART = 1 << 24
 """Values that are compared at a time."""
@@ -42,17 +51,40 @@ def no_weights(directory: Path) -> InputError:
     return InputError(f"{path}: no such file, and no other weights; give the directory of a whole model")
 
 
-def refuse_quantised_tensors(tensors: Mapping[str, np.ndarray], where: str) -> None:
-    """Refuses a checkpoint with integers, 8-bit floating point numbers or the scales of such.
+def refuse_quantised_tensors(tensors: Mapping[str, np.ndarray], where: str, stated: Quantisation | None = None) -> None:
+    """Refuses integers, 8-bit floating point numbers and the scales of such that are no part of a known matrix.
+
+    Args:
+      tensors: of a checkpoint, without the quantised matrices that are read.
+      where: the directory, for messages.
+      stated: what its config says of quantised weights.
 
     Raises:
       InputError: names the first tensor.
     """
     for name, tensor in tensors.items():
-        plain = jnp.issubdtype(tensor.dtype, jnp.floating)
-        if not plain or name.rpartition(".")[2] in _QUANTISED:
-            why = "scales quantised ones" if plain else f"has dtype {tensor.dtype}, so it is quantised or damaged"
-            raise InputError(f"{where}: tensor {name} {why}; use the checkpoint in bfloat16 or float32")
+        plain = jnp.issubdtype(tensor.dtype, jnp.floating) and tensor.dtype.itemsize > 1
+        if not plain or name.rpartition(".")[2] in (*_PARTS, *_OTHERS_QUANTISED):
+            raise InputError(f"{where}: tensor {name} {_quantised(name, tensor, stated or Quantisation())}")
+
+
+def _quantised(name: str, tensor: np.ndarray, stated: Quantisation) -> str:
+    """What a quantised tensor is, and what to do about it."""
+    plain, end = "use the checkpoint in bfloat16 or float32", name.rpartition(".")[2]
+    if end in _OTHERS_QUANTISED:
+        return f"is a part of weights quantised by {_OTHERS_QUANTISED[end]}, in a way that is not read; {plain}"
+    if stated.layouts:
+        fitting = [layout for layout in stated.layouts if name.endswith(layout.codes) and layout.holds(tensor.dtype)]
+        if missing := [name.removesuffix(layout.codes) + end for layout in fitting for end in layout.scales]:
+            return f"is quantised, but its scales, {listed(dict.fromkeys(missing))}, are missing; download it again"
+        return f"is no part of {stated.title}, which config.json states; download the checkpoint again, or {plain}"
+    if end in _PARTS or tensor.dtype in FLOAT8:
+        what = "is a part of quantised weights" if end in _PARTS else "is FP8"
+        return (
+            f"{what}, but config.json has no quantization_config, which says how they are stored; put back the "
+            f"config.json that was published with it, or {plain}"
+        )
+    return f"has dtype {tensor.dtype}, so it is quantised or damaged; {plain}"
 
 
 def remedy_of_missing(name: str, found: Iterable[str]) -> str:
@@ -70,6 +102,9 @@ def unknown_tensor(name: str, known: Iterable[str], model_type: str, where: str)
     if _any_like(name, known):
         why = "is of a layer or expert that config.json does not give"
         return InputError(f"{where}: tensor {name} {why}; config.json and weights are not of the same model")
+    if ".experts." in name and _any_like(name.split(".experts.")[0] + ".experts.0.gate_proj.weight", known):
+        why = "has all experts of a layer in one, and here each of them has its own"
+        return InputError(f"{where}: tensor {name} {why}; {_SAVE}")
     return InputError(f"{where}: tensor {name} is unknown to {model_type}; use a plain checkpoint of it")
 
 
@@ -101,8 +136,8 @@ def refuse_two_heads(tensors: Mapping[str, np.ndarray], embedding: str, head: st
     if head not in tensors or embedding not in tensors:
         return
     a, b = tensors[embedding], tensors[head]
-    flat = a.reshape(-1), b.reshape(-1)
-    parts = (tuple(x[i : i + _PART] for x in flat) for i in range(0, a.size, _PART))
+    rows = max(_PART // max(a.shape[-1], 1), 1)
+    parts = (tuple(np.asarray(x[i : i + rows]) for x in (a, b)) for i in range(0, len(a), rows))
     if a.shape != b.shape or not all(np.array_equal(x, y) for x, y in parts):
         raise InputError(
             f"{where}: config.json says tie_word_embeddings true, but {head} is not {embedding}; set it to false if "

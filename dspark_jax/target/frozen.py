@@ -102,9 +102,16 @@ def load_frozen(path: Path, arch: TargetArchitecture, mesh: Mesh, dtype: Any) ->
     """
     embedding, head, softcap = read_frozen(path, arch)
     found = abstract_frozen(arch, dtype, softcap)
+    fill_frozen(found, embedding, head, mesh)
+    return found
+
+
+def fill_frozen(found: FrozenMatrices, embedding: np.ndarray, head: np.ndarray, mesh: Mesh) -> None:
+    """Puts embedding and LM head [V, D] in the place of their shapes, on `mesh`, in the compute type."""
     for value, variable in ((embedding, found.embedding), (head, found.lm_head)):
         where = state_shardings(variable, mesh).get_value()
-        variable.set_value(
-            jax.make_array_from_callback(value.shape, where, lambda index, value=value: np.asarray(value[index], dtype))
-        )
-    return found
+
+        def cut(index: Any, value: np.ndarray = value) -> np.ndarray:
+            return np.asarray(value[index], found.dtype)
+
+        variable.set_value(jax.make_array_from_callback(value.shape, where, cut))

@@ -24,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dspark_jax import platform
 from dspark_jax.config import InputError, TargetArchitecture, TargetConfig
 from dspark_jax.hub import local_directory
-from dspark_jax.progress import Progress
+from dspark_jax.progress import Progress, log
 from dspark_jax.sharding import state_shardings
 from dspark_jax.target import families
 from dspark_jax.target.checks import (
@@ -35,13 +35,16 @@ from dspark_jax.target.checks import (
     remedy_of_missing,
     unknown_tensor,
 )
+from dspark_jax.target.dequantise import Matrix, stated_by, summary, with_matrices
+from dspark_jax.target.families.family import Family
+from dspark_jax.target.interface import LanguageModel
 from dspark_jax.target.model import Target
 from dspark_jax.target.weights import Weight
 
 _DTYPES: dict[str, Any] = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
     "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_,
-    "F8_E4M3": np.uint8, "F8_E5M2": np.uint8, "F8_E8M0": np.uint8,  # to be told apart; nothing here computes with them
+    "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2, "F8_E8M0": ml_dtypes.float8_e8m0fnu,
 }  # fmt: skip
 
 
@@ -216,7 +219,8 @@ def _check_tensors(tensors: Mapping[str, np.ndarray], weight: Weight, shape: tup
                 f"{where}: tensor {name} has shape {found.shape}, the config gives {expected}; "
                 "config.json and weights are not of the same model"
             )
-        refuse_quantised_tensors({name: found}, where)
+        if not isinstance(found, Matrix):
+            refuse_quantised_tensors({name: found}, where)
 
 
 def _load(
@@ -313,9 +317,10 @@ def _give_back(tensor: np.ndarray) -> None:
 
 
 def _advise(tensor: np.ndarray, advice: str) -> None:
-    mapped = getattr(tensor, "_mmap", None)
-    if mapped is not None and hasattr(mmap, advice):
-        mapped.madvise(getattr(mmap, advice))
+    for part in tensor.stored.values() if isinstance(tensor, Matrix) else [tensor]:
+        mapped = getattr(part, "_mmap", None)
+        if mapped is not None and hasattr(mmap, advice):
+            mapped.madvise(getattr(mmap, advice))
 
 
 def abstract_target(arch: TargetArchitecture, dtype: Any, where: str | Path = "target") -> Target:
@@ -326,34 +331,55 @@ def abstract_target(arch: TargetArchitecture, dtype: Any, where: str | Path = "t
     """
     if arch.unsupported:
         raise InputError(
-            f"{where}: a {arch.unsupported} has no definition here, so nothing can be decoded with it; train a "
-            "drafter from its features (data.features=torch), export it, and measure it where the target is served"
+            f"{where}: a {arch.unsupported} has no definition in JAX; with PyTorch its features can be trained on "
+            "(data.features=torch), and evaluate, calibrate, compare, generate and convert check run it"
         )
     made = families.of_shape(arch).model() or Target
     return nnx.eval_shape(lambda: made(arch, rngs=nnx.Rngs(0), dtype=dtype))
 
 
-def load_target(config: TargetConfig, mesh: Mesh) -> Target:
+def read_target(directory: Path, family: Family, dtype: Any) -> tuple[dict[str, Any], str]:
+    """The tensors of a target, with quantised matrices that are computed in `dtype` where they are sliced.
+
+    Returns:
+      Without those that the family ignores; and a line about what is quantised, empty where nothing is.
+
+    Raises:
+      InputError: as `read_checkpoint` and `with_matrices`.
+    """
+    stored, stated = read_checkpoint(directory), stated_by(directory)
+    tensors = {name: tensor for name, tensor in stored.items() if not family.ignores(name)}
+    tensors = with_matrices(tensors, stated, str(directory), dtype)
+    return tensors, summary(tensors, stated)
+
+
+def load_target(config: TargetConfig, mesh: Mesh) -> LanguageModel:
     """Loads the target of a resolved config onto `mesh`, in its compute type; from the hub where its path is an id.
+
+    One that has no definition here is run by PyTorch (`target.in_torch`).
 
     Raises:
       InputError: a file or tensor is missing, damaged, quantised, not finite or of another shape, a tensor is unknown,
         or the model's config says another shape than ours, or tied embeddings beside a head that differs from them.
     """
     directory, arch, dtype = local_directory(config.path), config.architecture, compute_dtype(config.dtype)
+    if arch.unsupported:
+        from dspark_jax.target.in_torch import load_in_torch  # which reads files with what is here
+
+        return load_in_torch(config, mesh, dtype)
     target = abstract_target(arch, dtype, directory)
     if (directory / "config.json").exists():  # of a model on the hub, nobody has compared it before
         arch.refuse_other(TargetArchitecture.from_hf(directory), config.path)
-    tensors = read_checkpoint(directory)
-    tensors = {name: tensor for name, tensor in tensors.items() if not target.family.ignores(name)}
+    tensors, line = read_target(directory, target.family, dtype)
     weights = target.family.weights(arch, tensors)
-    refuse_quantised_tensors(tensors, str(directory))
     known = {name for weight in weights.values() for name in weight.names(arch.num_hidden_layers)}
     for name in tensors:
         if name not in known:
             raise unknown_tensor(name, known, arch.model_type, str(directory))
     if arch.tie_word_embeddings:
         refuse_two_heads(tensors, weights["embedding"].name, weights["lm_head"].name, str(directory))
+    if line:
+        log(line)
     large = sum(tensor.nbytes for tensor in tensors.values()) > _AT_ONCE
     fill_module(target, tensors, weights, str(directory), mesh, dtype, title="loading" if large else "")
     exact = {name for weight in weights.values() if weight.exact for name in weight.names(arch.num_hidden_layers)}
@@ -373,7 +399,8 @@ def fingerprint(directory: str | Path) -> str:
     tensors = read_checkpoint(directory)
     for name in sorted(tensors):
         tensor = tensors[name]
-        digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
+        kind = "uint8" if tensor.dtype.itemsize == 1 and tensor.dtype.kind == "V" else tensor.dtype  # as it always was
+        digest.update(f"{name} {kind} {tensor.shape}".encode())
         _advise(tensor, "MADV_RANDOM")  # or the system would read far ahead of every sample
         flat = tensor.reshape(-1)
         pieces = [flat] if flat.size <= 8 * _SAMPLE else [flat[at : at + _SAMPLE] for at in _sample_starts(flat.size)]

@@ -61,7 +61,7 @@ def check_about(where: Path, about: dict[str, Any], present: dict[str, Any], pat
 def _check_config(where: Path, saved: dict[str, Any], present: dict[str, Any], *, imported: bool) -> None:
     """Refuses what cannot be resumed: another drafter, or another order of the data and its random numbers."""
     masked = KINDS[present["drafter"]["kind"]].needs_mask
-    free = {"dtype", "initializer_range", *([] if masked else ["mask_token_id"])}
+    free = {"dtype", "initializer_range", "init_layers", *([] if masked else ["mask_token_id"])}
     fixed = [("drafter", name) for name in present["drafter"] if name not in free]
     if present["train"]["init_from"]:  # what began elsewhere goes on without naming it, too
         fixed += [("train", "init_from")]

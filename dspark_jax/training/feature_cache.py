@@ -9,7 +9,7 @@ import numpy as np
 
 from dspark_jax.buckets.places import fetch
 from dspark_jax.config import InputError, TargetArchitecture
-from dspark_jax.data.feature_codec import Coded, Identity, code_on_device
+from dspark_jax.data.feature_codec import Coded, Identity, code, code_on_device
 from dspark_jax.data.features import (
     PASS_TOKENS,
     CachedSamples,
@@ -22,7 +22,6 @@ from dspark_jax.data.features import (
     write_features,
 )
 from dspark_jax.data.sources import SampleReader
-from dspark_jax.data.torch_features import load_torch_target
 from dspark_jax.hosts import mesh_of_one_host
 from dspark_jax.hub import local_directory
 from dspark_jax.progress import Progress, log
@@ -31,6 +30,7 @@ from dspark_jax.sharding import make_mesh
 from dspark_jax.target.frozen import save_frozen
 from dspark_jax.target.loading import load_target
 from dspark_jax.target.model import Target
+from dspark_jax.target.torch_model import TorchModel, load_torch_model
 
 
 def feature_identity(run: Run, data: str | None = None) -> Identity:
@@ -123,9 +123,9 @@ def feature_pass(run: Run, identity: Identity) -> Pass:
     config = run.config
     taps = tuple(config.drafter.target_layer_ids)
     if config.data.features == "torch":
-        model = load_torch_target(config.target.path, taps, config.target.dtype)
+        model = load_torch_model(config.target.path, config.target.dtype)
         save_frozen(frozen_file(run.feature_folder), *model.frozen_matrices())
-        return functools.partial(model.start, identity=identity)
+        return functools.partial(_torch_pass, model, taps, identity)
     mesh = run.mesh
     if jax.process_count() > 1:
         devices = jax.local_devices()
@@ -154,3 +154,16 @@ def feature_pass(run: Run, identity: Identity) -> Pass:
         return fetch
 
     return start
+
+
+def _torch_pass(
+    model: TorchModel, taps: tuple[int, ...], identity: Identity, tokens: np.ndarray, lengths: np.ndarray
+) -> Callable[[], Iterator[Coded]]:
+    """A pass as `data.features.Pass`; a layer of a sample at a time becomes float32 and is coded on the host."""
+    hidden, _ = model.run(tokens, taps)
+
+    def fetch() -> Iterator[Coded]:
+        for row, count in enumerate(lengths):
+            yield code([part[row, :count].float().cpu().numpy() for part in hidden], identity)
+
+    return fetch

@@ -72,9 +72,9 @@ def make_optimizer(
 def matrix_axes(params: Mapping[str, Any]) -> dict[str, MuonDimensionNumbers | None]:
     """Which axes of each parameter are a matrix's inputs and outputs; None where Muon does not apply.
 
-    The matrices of the layers, and those of the gated, the RNN and the selector head, are orthogonalised, layer by
-    layer. Norms, the Markov tables (embeddings), the confidence head and the convolutions, which start from zero, are
-    left to AdamW, which has Nesterov momentum here.
+    The matrices of the layers, those of the gated, the RNN and the selector head, and those that give convolutions
+    their coefficients are orthogonalised, layer by layer. Norms, what convolutions have for every channel, the Markov
+    tables (embeddings) and the confidence head are left to AdamW, which has Nesterov momentum here.
     """
     return {path: _MATRICES.get(path.removeprefix("backbone.")) for path in params}
 
@@ -92,5 +92,7 @@ _MATRICES = {
     "layers.mlp.gate": MuonDimensionNumbers((1,), (2,)),
     "layers.mlp.up": MuonDimensionNumbers((1,), (2,)),
     "layers.mlp.down": MuonDimensionNumbers((1,), (2,)),
+    "layers.around_attention.projection": MuonDimensionNumbers((1,), (2,)),
+    "layers.around_mlp.projection": MuonDimensionNumbers((1,), (2,)),
 }
 """Stacks of layers have their layer axis in front."""

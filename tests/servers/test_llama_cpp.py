@@ -1,5 +1,6 @@
 """Real llama.cpp: its converter takes the exports, its server gives the target's answers, in as many rounds as ours."""
 
+import itertools
 import subprocess
 from pathlib import Path
 
@@ -8,6 +9,9 @@ import pytest
 from tests.servers.conftest import TARGET, TOKENS, serve
 
 pytestmark = pytest.mark.servers
+
+METHODS = {"fill_in": "dflash", "dflash2": "dflash", "eagle3_llama": "eagle3"}
+"""Kinds that are not drafted for as DSpark is."""
 
 
 def ask(given, gguf, prompts, *, kind="dspark", size=0, drafter: Path | None = None, temperature: float = 0.0) -> dict:
@@ -26,13 +30,23 @@ def ask(given, gguf, prompts, *, kind="dspark", size=0, drafter: Path | None = N
     )
 
 
-@pytest.mark.parametrize("form", ["universal", "deepspec", "speculators"])
-@pytest.mark.parametrize("kind", ["dspark", "dflash"])
+@pytest.mark.parametrize(
+    ("kind", "form"),
+    [
+        *itertools.product(["dspark", "dflash"], ["universal", "deepspec", "speculators"]),
+        ("fill_in", "universal"),
+        ("fill_in", "speculators"),
+        ("dflash2", "universal"),
+        ("dflash2", "speculators"),
+        ("eagle3_llama", "universal"),
+        ("eagle3_llama", "speculators"),
+    ],
+)
 def test_answers_are_the_targets_and_rounds_are_ours(given, gguf, exported, ours, kind, form):
     """An export of DFlash in the reference's own format has no Markov head; llama.cpp takes it as it is."""
     wanted = ours(kind)
     plain = ask(given, gguf, wanted.prompts)["answers"]
-    found = ask(given, gguf, wanted.prompts, size=7, drafter=exported(kind, form))
+    found = ask(given, gguf, wanted.prompts, kind=METHODS.get(kind, "dspark"), size=7, drafter=exported(kind, form))
     assert [one["text"] for one in found["answers"]] == [one["text"] for one in plain]
     from transformers import AutoTokenizer
 

@@ -8,6 +8,8 @@ from tests.servers.conftest import TARGET, TOKENS, serve, without_end
 
 pytestmark = pytest.mark.servers
 
+FILL_IN = ("fill_in", "dflash2")
+"""Kinds whose anchor's row predicts nothing, as z-lab has it: the method `dflash` of servers."""
 SETTINGS = {"num_speculative_tokens": 7, "draft_tensor_parallel_size": 1}
 
 
@@ -28,18 +30,30 @@ def compare(found: dict, wanted, what: str) -> None:
 
 
 @pytest.mark.parametrize("form", ["universal", "speculators"])
-def test_eagle3_runs_in_stock_vllm_cpu(given, exported, ours, form):
-    wanted = ours("eagle3").every(4)
-    speculative = SETTINGS | {"method": "eagle3", "model": str(exported("eagle3", form))}
-    compare(ask(given, wanted.prompts, speculative), wanted, f"eagle3 {form}")
+@pytest.mark.parametrize("kind", ["eagle3", "eagle3_llama"])
+def test_eagle3_runs_in_stock_vllm_cpu(given, exported, ours, kind, form):
+    wanted = ours(kind).every(4)
+    speculative = SETTINGS | {"method": "eagle3", "model": str(exported(kind, form))}
+    compare(ask(given, wanted.prompts, speculative), wanted, f"{kind} {form}")
 
 
 @pytest.mark.parametrize(
     ("kind", "form"),
-    [("dspark", "universal"), ("dspark", "deepspec"), ("dspark", "speculators"), ("dflash", "universal")],
+    [
+        ("dspark", "universal"),
+        ("dspark", "deepspec"),
+        ("dspark", "speculators"),
+        ("dflash", "universal"),
+        ("fill_in", "universal"),
+        ("fill_in", "speculators"),
+        ("dflash2", "universal"),
+        ("dflash2", "speculators"),
+    ],
 )
 def test_blocks_run_in_model_runner_v2(given, exported, ours, kind, form):
-    """Under Triton's interpreter, so on one prompt of each set. DFlash goes as DSpark with a Markov head of zeros."""
+    """Under Triton's interpreter, so on one prompt of each set. DFlash goes as DSpark with a Markov head of zeros, but
+    for z-lab's."""
     wanted = ours(kind).every(4)
-    speculative = SETTINGS | {"method": "dspark", "model": str(exported(kind, form))}
+    method = "dflash" if kind in FILL_IN else "dspark"
+    speculative = SETTINGS | {"method": method, "model": str(exported(kind, form))}
     compare(ask(given, wanted.prompts, speculative, interpret=True), wanted, f"{kind} {form}")

@@ -234,6 +234,7 @@ def test_a_config_that_is_written_is_read_as_the_same(made, case):
 
 
 EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight"
+FUSED = "model.layers.1.mlp.experts.gate_up_proj"
 
 
 def changed(directory, to, config=None, tensors=None):
@@ -261,6 +262,12 @@ def changed(directory, to, config=None, tensors=None):
         ("moe_all", {}, {EXPERT: np.zeros((23, 32), np.float32)}, r"shape \(23, 32\), the config gives \(24, 32\)"),
         ("qwen2", {}, {"model.layers.1.self_attn.k_proj.bias": None}, "layers.1.self_attn.k_proj.bias is missing"),
         ("llama2", {}, {"model.layers.0.self_attn.q_proj.bias": np.zeros(32, np.float32)}, "is unknown to llama"),
+        (
+            "moe_all",
+            {},
+            {FUSED: np.zeros((8, 48, 32), np.float32)},
+            f"{FUSED} has all experts of a layer in one",
+        ),
         ("llama3", {}, {"lm_head.weight": np.zeros((V, 32), np.float32)}, "lm_head.weight is not model.embed_tokens"),
     ],
 )

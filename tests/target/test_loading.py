@@ -373,22 +373,30 @@ def test_a_model_in_eight_bits_has_a_fingerprint_and_is_refused(directory):
 
     rewrite(directory, change)
     assert len(fingerprint(directory)) == 32
-    with pytest.raises(InputError, match=r"model.norm.weight has dtype uint8, so it is quantised"):
+    with pytest.raises(InputError, match="model.norm.weight is FP8, but config.json has no quant.* put back"):
         load(directory)
 
 
-@pytest.mark.parametrize("name", ["weight_scale_inv", "qweight", "weight_packed"])
-def test_what_comes_with_quantised_tensors_is_called_so(directory, name):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("weight_scale_inv", "is a part of quantised weights, but config.json has no quantization_config"),
+        ("weight_packed", "is a part of quantised weights, but config.json has no quantization_config"),
+        ("qweight", "is a part of weights quantised by GPTQ or AWQ, .* use the checkpoint in bfloat16"),
+        ("SCB", "is a part of weights quantised by bitsandbytes"),
+    ],
+)
+def test_what_comes_with_quantised_tensors_is_called_so(directory, name, message):
     """Before an unknown tensor is: `weight_scale_inv` says nothing to those who do not know how FP8 is stored."""
     rewrite(directory, lambda t: t.update({f"model.layers.0.mlp.up_proj.{name}": np.ones((1, 1), np.float32)}))
-    with pytest.raises(InputError, match=f"up_proj.{name} scales quantised ones; use the"):
+    with pytest.raises(InputError, match=f"up_proj.{name} {message}"):
         load(directory)
 
 
 def test_a_config_that_says_quantised(directory):
     raw = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps(raw | {"quantization_config": {"quant_method": "fp8"}}))
-    with pytest.raises(InputError, match='quantised checkpoint .*quant_method "fp8".* use the checkpoint in bfloat16'):
+    (directory / "config.json").write_text(json.dumps(raw | {"quantization_config": {"quant_method": "gptq"}}))
+    with pytest.raises(InputError, match='quantised checkpoint .*quant_method "gptq".* use the checkpoint in bfloat16'):
         load(directory)
     assert "quantised" in TargetArchitecture.of_any_model(directory).unsupported  # PyTorch may run it
 

@@ -13,7 +13,7 @@ from dspark_jax.buckets.mirror import Mirror
 from dspark_jax.buckets.places import reading, working_directory
 from dspark_jax.config import Config, InputError
 from dspark_jax.run import Run
-from dspark_jax.train import check_source
+from dspark_jax.start import check_start
 from dspark_jax.training.checkpoint import Checkpoints, load_step
 from dspark_jax.training.optim import make_optimizer
 from dspark_jax.training.state import TrainState, abstract_drafter, init_state, state_layout, to_params
@@ -74,10 +74,10 @@ def test_a_drafter_is_loaded_without_the_optimizer(
         "about", "data", "params",
     ]  # fmt: skip
     config.train.init_from = str(RUN)
-    check_source(config)
+    check_start(config)
     config.train.init_from = "s3://bucket/none"
     with pytest.raises(InputError, match="train.init_from=s3://bucket/none: no checkpoint and no config.json"):
-        check_source(config)
+        check_start(config)
 
 
 def test_a_damaged_checkpoint_in_the_bucket_is_set_aside_there(

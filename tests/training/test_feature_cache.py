@@ -4,21 +4,25 @@ import copy
 import dataclasses
 import json
 import shutil
+import sys
 
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from dspark_jax import train as train_module
 from dspark_jax.config import Config, InputError, MeshConfig, TargetArchitecture, TargetConfig, resolve
 from dspark_jax.config_rules import problems
 from dspark_jax.data.feature_codec import Identity
 from dspark_jax.data.sources import Sample, write_samples
-from dspark_jax.data.torch_features import TorchTarget, load_torch_target
+from dspark_jax.evaluate import evaluate
 from dspark_jax.hub import with_architecture
 from dspark_jax.run import Run
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target.frozen import read_frozen
+from dspark_jax.target.loading import abstract_target, load_target
+from dspark_jax.target.torch_model import TorchModel, load_torch_model
 from dspark_jax.training.checkpoint import Checkpoints
 from dspark_jax.training.feature_cache import feature_identity, feature_pass, open_features, prepare_features
 
@@ -146,13 +150,13 @@ def test_a_model_without_a_definition_gives_its_features(config, olmo, tmp_path)
     (tmp_path / "features").mkdir()
     start = feature_pass(Run(config, tmp_path), TORCH)
     tokens = np.random.default_rng(0).integers(0, VOCAB, (2, 9)).astype(np.int32)
-    *tapped, last = start.func.__self__.hidden(tokens)
+    *tapped, last = start.args[0].run(tokens, (-1, 0))[0]
     features = torch.cat(tapped, -1)
     for row, (count, coded) in enumerate(zip((9, 6), start(tokens, np.asarray([9, 6], np.int32))(), strict=True)):
         stored = torch.cat([features, last], -1)[row, :count].numpy()
         np.testing.assert_array_equal(coded.values, stored.astype(coded.values.dtype))
         assert coded.finite and coded.values.shape == (count, 96)
-    start.func.__self__.model.model.layers.append(torch.nn.Identity())
+    start.args[0].model.model.layers.append(torch.nn.Identity())
     with pytest.raises(InputError, match="no list of 3 layers in its OlmoModel; features of such a model cannot"):
         start(tokens, np.asarray([9, 6], np.int32))
     seen = {}
@@ -188,7 +192,7 @@ def test_what_is_not_finite_is_not_lent(olmo, part, row):
     owner.weight = torch.nn.Parameter(owner.weight.detach().clone())
     owner.weight.data[row] = torch.nan
     with pytest.raises(InputError, match="^here: its (logits|embeddings) are not finite; look at its weights"):
-        TorchTarget(model, (0,), "here").frozen_matrices()
+        TorchModel(model, "here").frozen_matrices()
 
 
 @pytest.mark.parametrize("field, value", [("hidden_size", 36), ("num_hidden_layers", "x"), ("hidden_act", 5)])
@@ -197,7 +201,21 @@ def test_a_model_that_does_not_load_is_one_line(olmo, tmp_path, field, value):
     content = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(content | {field: value}))
     with pytest.raises(InputError, match="model: transformers cannot load it"):
-        load_torch_target(str(path), (0,))
+        load_torch_model(str(path))
+
+
+def test_a_checkpoint_with_missing_tensors_is_refused(olmo, tmp_path, capfd):
+    """Transformers would draw them at random, and report it in a page of warnings."""
+    path = shutil.copytree(olmo[0], tmp_path / "model")
+    tensors = load_file(path / "model.safetensors")
+    for name in ("model.layers.1.mlp.up_proj.weight", "model.layers.2.mlp.up_proj.weight"):
+        del tensors[name]
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        InputError, match=r"model: tensor model.layers.1.mlp.up_proj.weight and 1 more is missing; downl"
+    ):
+        load_torch_model(str(path))
+    assert "".join(capfd.readouterr()) == ""
 
 
 def test_it_may_come_from_the_hub(config, olmo, tmp_path, hub_cache):
@@ -218,18 +236,48 @@ def test_a_drafter_is_trained_for_it(config, olmo, tmp_path):
     assert [np.isfinite(row["loss"]) for row in rows] == [True, True]
 
 
-def test_what_an_unsupported_target_cannot_do_is_said(config, olmo):
+def test_the_teacher_forced_figure_is_what_training_reports(config, tmp_path, single_device, capsys):
+    """Of a first step over all samples that changes nothing; along the answers of some of them it is another one."""
+    config.data.features, config.data.feature_dtype = "cache", "bfloat16"
+    config.train.steps = config.train.log_every = config.train.checkpoint_every = 1
+    config.train.batch_size, config.optim.learning_rate = 21, 1e-30
+    (row,) = fit(config, tmp_path)
+    capsys.readouterr()
+    found = evaluate(config, tmp_path, teacher_forced=100)
+    assert json.loads((tmp_path / "eval" / "teacher_forced.json").read_text()) == found
+    assert (found["kind"], found["samples"], found["features"], found["step"]) == ("teacher-forced", 21, "jax", 1)
+    assert found["expected_tokens_per_round"] == pytest.approx(row["tau_expected"], rel=1e-4)
+    rates = [row[f"accept@{k}"] for k in (1, 2, 3, 4)]
+    np.testing.assert_allclose(found["conditional_acceptance"], rates, rtol=1e-4)
+    said, (low, high) = capsys.readouterr().out, found["expected_tokens_per_round_ci95"]
+    assert low < found["expected_tokens_per_round"] < high and "tau" not in found
+    assert "step 1, teacher-forced: 126 blocks along the answers of 21 training samples, temperature 1" in said
+    assert not (tmp_path / "eval" / "metrics.json").exists() and "nothing was decoded" in said
+    fewer = evaluate(config, tmp_path, teacher_forced=4)
+    assert fewer["samples"] == 4 and fewer["conditional_acceptance"] != found["conditional_acceptance"]
+    config.data.features = "online"
+    with pytest.raises(InputError, match="--teacher_forced=4 reads features that are stored, and a run with data.feat"):
+        evaluate(config, tmp_path, teacher_forced=4)
+    with pytest.raises(InputError, match="--teacher_forced=-1: at least one sample is needed"):
+        evaluate(config, tmp_path, teacher_forced=-1)
+
+
+def test_what_an_unsupported_target_cannot_do_is_said(config, olmo, monkeypatch):
     path, _ = olmo
     config = of_pytorch(config, path)
-    wrong = dataclasses.replace(config, train=dataclasses.replace(config.train, evaluate=True))
-    assert any("train.evaluate=True needs a target that runs here, olmo does not" in line for line in problems(wrong))
-    wrong = dataclasses.replace(
-        config, drafter=dataclasses.replace(config.drafter, target_layer_ids=(0, 2), kind="mtp")
-    )
-    assert any("cannot tap the last layer" in line for line in problems(wrong))
-    from dspark_jax.target.loading import load_target
-
-    with pytest.raises(InputError, match="a olmo has no definition here, so nothing can be decoded with it; train a"):
+    wrong = copy.deepcopy(config)
+    wrong.train.evaluate = True
+    assert not list(problems(wrong))  # PyTorch runs it
+    wrong.data.regenerate, wrong.mesh.decode.tensor = True, 2
+    for said in (
+        "data.regenerate=True: a olmo has no definition in JAX and does not answer here; set data.regenerate=False",
+        "mesh.decode=data=-1 fsdp=1 tensor=2: a olmo is run by PyTorch, and decodes on one device; leave mesh.decode",
+    ):
+        assert any(said in line for line in problems(wrong))
+    with pytest.raises(InputError, match="target: a olmo has no definition in JAX; with PyTorch its features can be"):
+        abstract_target(config.target.architecture, np.float32)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(InputError, match=r"a olmo has no definition here, so PyTorch has to run it: that needs PyTo"):
         load_target(config.target, make_mesh(config.mesh, jax.devices()[:1]))
 
 

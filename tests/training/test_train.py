@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from dspark_jax import train
-from dspark_jax.config import Config, InputError, MeshConfig, from_json, to_json
+from dspark_jax.config import Config, EvalConfig, InputError, MeshConfig, from_json, to_json
 from dspark_jax.data.sources import Sample, write_samples
 from dspark_jax.engine import generate
 from dspark_jax.engine.models import Models
@@ -260,6 +260,7 @@ def test_a_finished_run_only_evaluates(here, config, uninterrupted, tmp_path, mo
     evaluated = []
     module = types.SimpleNamespace(evaluate_run=lambda run: evaluated.append(run.workdir))
     monkeypatch.setitem(sys.modules, "dspark_jax.evaluate", module)
+    monkeypatch.setattr(train, "check_questions", lambda config: None)
     config.train.evaluate = True
     before = rows(workdir)
     here(config, workdir)
@@ -267,6 +268,19 @@ def test_a_finished_run_only_evaluates(here, config, uninterrupted, tmp_path, mo
     said = capsys.readouterr().err
     assert f"training is finished: {workdir}/checkpoints/8 is the last of 8 steps; raise train.steps to go on" in said
     assert "continuing" not in said
+
+
+def test_held_out_prompts_that_cannot_be_asked_are_refused_before_training(config, tmp_path, tiny_target):
+    """Hours before they would be."""
+    (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "x" * 5000}) + "\n")
+    target = dataclasses.replace(config.target, path=str(tiny_target))
+    held_out = EvalConfig(prompts=(str(tmp_path / "long.jsonl"),))
+    config = dataclasses.replace(config, target=target, eval=held_out, mesh=MeshConfig(2, 2, 2))
+    for fields in ({"evaluate": True}, {"evaluate_every": 3}):
+        config.train = dataclasses.replace(config.train, **{"evaluate": False, **fields})
+        with pytest.raises(InputError, match=r"long.jsonl: none of its prompts can be asked \(1 "):
+            train.train(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "data").exists()
 
 
 def test_fewer_steps_than_are_done_are_refused(here, config, uninterrupted, tmp_path):

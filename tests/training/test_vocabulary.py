@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dspark_jax import train
+from dspark_jax import start, train
 from dspark_jax.config import InputError, MeshConfig, resolve
 from dspark_jax.convert.__main__ import export_run
 from dspark_jax.data.sources import Sample
@@ -136,4 +136,4 @@ def test_a_run_with_one(eagle: Any, tmp_path: Path, monkeypatch: Any, capfd: Any
     assert "python -m sglang.launch_server --model-path org/target --speculative-algorithm EAGLE3" in card
     warm = dataclasses.replace(eagle.train, init_from=str(exported), seed=3)
     run = dataclasses.replace(eagle, train=warm)
-    assert train.check_source(run).drafter.draft_vocabulary == saved.drafter.draft_vocabulary
+    assert start.check_start(run).drafter.draft_vocabulary == saved.drafter.draft_vocabulary

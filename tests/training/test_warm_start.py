@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from dspark_jax import train
+from dspark_jax import start, train
 from dspark_jax.config import InputError, MeshConfig
 from dspark_jax.convert.export import Source, frozen_tensors, write_export
 from dspark_jax.convert.hf import drafter_tensors, stored_tensors
@@ -22,7 +22,7 @@ from dspark_jax.training.warm_start import plan_takeover, warm_start
 
 def state_of(config, mesh, source):
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, init_from=str(source)))
-    return train._fresh_state(Run(config, source, mesh), make_optimizer(config.optim, 4))
+    return start.fresh_state(Run(config, source, mesh), make_optimizer(config.optim, 4))
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_parameters_of_an_exported_directory(config, meshes, tmp_path):
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(written))
     save_file(drafter_tensors(drafter, shape), tmp_path / "model.safetensors")
-    train.check_source(dataclasses.replace(config, train=dataclasses.replace(config.train, init_from=str(tmp_path))))
+    start.check_start(dataclasses.replace(config, train=dataclasses.replace(config.train, init_from=str(tmp_path))))
     state = state_of(config, meshes["one"], tmp_path)
     for name, value in to_params(drafter).items():
         np.testing.assert_array_equal(state.params[name], value, name)
@@ -217,7 +217,7 @@ def test_heads_that_an_export_has_for_servers_only_start_new(config, meshes, tmp
     tensors = dict(stored_tensors(drafter, old))
     source = Source(tensors.items, old, config.target.architecture, raw, frozen, "org/target")
     folder = write_export(tmp_path / "drafter", source, dtype="float32")
-    train.check_source(dataclasses.replace(config, train=dataclasses.replace(config.train, init_from=str(folder))))
+    start.check_start(dataclasses.replace(config, train=dataclasses.replace(config.train, init_from=str(folder))))
     state, fresh = (state_of(config, meshes["one"], one) for one in (folder, ""))
     np.testing.assert_array_equal(state.params["backbone.fc"], to_params(drafter)["backbone.fc"])
     for name in ("markov.w1", "markov.w2", "confidence.offset"):
@@ -231,4 +231,4 @@ def test_nothing_there(config, tmp_path):
             (tmp_path / "config.json").write_text(content)
         config.train.init_from = str(tmp_path)
         with pytest.raises(InputError, match=f"train.init_from={tmp_path}: .*{message}"):
-            train.check_source(config)
+            start.check_start(config)

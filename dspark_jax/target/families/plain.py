@@ -27,7 +27,9 @@ PLAIN = {
 """Fields of such a config besides those of every language model."""
 
 FULL_ONLY = {
-    "use_sliding_window": must(False, note="every layer sees all earlier rows"),
+    "use_sliding_window": must(
+        False, note="every layer sees all earlier rows; true as well, where layer_types says so"
+    ),
     "layer_types": must("full_attention", note="of every layer"),
     **irrelevant("sliding_window", "max_window_layers", note="use_sliding_window is false"),
 }

@@ -1,40 +1,52 @@
-"""Features of any causal language model of Hugging Face transformers, computed in PyTorch (the extra `torch`).
+"""Any causal language model of Hugging Face transformers, run by PyTorch (the extra `torch`).
 
-With them a drafter can be trained here for a target that has no definition in JAX.
+A drafter is trained on its features (`training.feature_cache`) and decodes with it (`target.in_torch`), where it has no
+definition in JAX.
 """
 
 import dataclasses
 import functools
+import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from dspark_jax.config import InputError
-from dspark_jax.data.feature_codec import Coded, Identity, code
 from dspark_jax.hub import local_directory
 
 
 @dataclasses.dataclass(frozen=True)
-class TorchTarget:
+class TorchModel:
     """A model in PyTorch.
 
     Attributes:
       model: of `AutoModelForCausalLM`.
-      taps: layers whose raw outputs are features; -1 = the embeddings.
       path: where it is from, for messages.
     """
 
     model: Any
-    taps: tuple[int, ...]
     path: str
 
-    def hidden(self, tokens: np.ndarray) -> list[Any]:
-        """Tensors [B, S, D] of tokens [B, S]: of every tapped layer its raw output, and the last hidden states.
+    def run(
+        self, tokens: np.ndarray, taps: Sequence[int], cache: Any = None, *, keep: bool = False
+    ) -> tuple[list[Any], Any]:
+        """A pass over tokens [B, S], which follow what is in the cache.
 
-        Of the other layers nothing is kept. The embeddings are what the first layer is given, scale and positions
-        included. Padding on the right gets rows like any other; being causal, the model does not see them from before.
+        Of layers that are not tapped nothing is kept. The embeddings (-1) are what the first layer is given, scale and
+        positions included, and the last layer's output has not been through the final norm. Padding on the right gets
+        rows like any other; being causal, the model does not see them from before.
+
+        Args:
+          tokens: ids.
+          taps: layers whose raw outputs are wanted.
+          cache: what an earlier pass returned, which is written on; None begins a sequence.
+          keep: return the cache, with these tokens in it.
+
+        Returns:
+          Tensors [B, S, D] of every tapped layer and of the last hidden states, in a list; and transformers' cache,
+          None where it is not kept or the model has none.
 
         Raises:
           InputError: the model has no list of layers.
@@ -49,26 +61,19 @@ class TorchTarget:
         def after(index: int, _: Any, given: Any, out: Any) -> None:
             seen[index] = out[0] if isinstance(out, tuple) else out
 
-        hooks = [layers[i].register_forward_hook(functools.partial(after, i)) for i in self.taps if i >= 0]
-        hooks += [layers[0].register_forward_pre_hook(before, with_kwargs=True)] if -1 in self.taps else []
+        hooks = [layers[i].register_forward_hook(functools.partial(after, i)) for i in taps if i >= 0]
+        hooks += [layers[0].register_forward_pre_hook(before, with_kwargs=True)] if -1 in taps else []
         try:
             with torch.inference_mode():
-                ids = torch.as_tensor(tokens, dtype=torch.long, device=next(self.model.parameters()).device)
-                last = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+                ids = torch.as_tensor(np.array(tokens), dtype=torch.long, device=next(self.model.parameters()).device)
+                taken = inspect.signature(self.model.base_model.forward).parameters
+                name = next((name for name in _CACHES if name in taken), "")
+                given = {} if cache is None else {name: cache}
+                out = self.model.base_model(input_ids=ids, use_cache=keep, **given)
         finally:
             for hook in hooks:
                 hook.remove()
-        return [*(seen[i] for i in self.taps), last]
-
-    def start(self, tokens: np.ndarray, lengths: np.ndarray, *, identity: Identity) -> Callable[[], Iterator[Coded]]:
-        """A pass as `data.features.Pass`; a layer of a sample at a time becomes float32 and is coded on the host."""
-        hidden = self.hidden(tokens)
-
-        def fetch() -> Iterator[Coded]:
-            for row, count in enumerate(lengths):
-                yield code([part[row, :count].float().cpu().numpy() for part in hidden], identity)
-
-        return fetch
+        return [*(seen[i] for i in taps), out.last_hidden_state], out.get(name) if keep else None
 
     def _layers(self) -> Any:
         """The decoder's list of layers.
@@ -120,25 +125,29 @@ class TorchTarget:
         return embedding.cpu().numpy(), head.weight.detach().float().cpu().numpy(), float(softcap)
 
 
-def load_torch_target(path: str, taps: Sequence[int], dtype: str = "auto") -> TorchTarget:
+_CACHES = ("cache", "past_key_values", "cache_params")
+"""What transformers has called the cache, newest first."""
+
+
+def load_torch_model(path: str, dtype: str = "auto", *, needed_by: str = "data.features=torch") -> TorchModel:
     """Loads a model onto the first accelerator that PyTorch sees, else the CPU.
 
     Args:
       path: a Hugging Face model directory, or the id of a model on the hub.
-      taps: layer ids, never the last layer's.
       dtype: float32, bfloat16, or auto: bfloat16 on accelerators, float32 on CPU.
+      needed_by: what asks for PyTorch, for the message where it is not there.
 
     Raises:
-      InputError: PyTorch is not installed, the model is not to be had, or transformers cannot load it.
+      InputError: PyTorch is not installed, the model is not to be had, transformers cannot load it, or tensors of it
+        are missing.
     """
     try:
         import torch
     except ImportError:
-        raise InputError(
-            "data.features=torch needs PyTorch; install it with pip install 'dspark-jax[torch]', or use online or cache"
-        ) from None
+        raise InputError(f"{needed_by} needs PyTorch; install it with pip install 'dspark-jax[torch]'") from None
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
 
     device = (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None) or torch.device(
         "cpu"
@@ -146,11 +155,23 @@ def load_torch_target(path: str, taps: Sequence[int], dtype: str = "auto") -> To
     if dtype == "auto":
         dtype = "float32" if device.type == "cpu" else "bfloat16"
     directory = local_directory(path)
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # it would report in many lines what one says below
+    transformers_logging.disable_progress_bar()
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype))
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=getattr(torch, dtype), output_loading_info=True
+        )
     except (*_UNUSABLE, StrictDataclassError) as error:
         raise InputError(f"{path}: transformers cannot load it ({' '.join(str(error).split())[:200]})") from None
-    return TorchTarget(model.eval().to(device), tuple(taps), path)
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        transformers_logging.enable_progress_bar()
+    model, about = loaded
+    if missing := sorted(about["missing_keys"]):  # which are drawn at random
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise InputError(f"{path}: tensor {missing[0]}{more} is missing; download the checkpoint again")
+    return TorchModel(model.eval().to(device), path)
 
 
 _UNUSABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, ImportError)

@@ -109,10 +109,34 @@ _QWEN3_30B_A3B = dataclasses.replace(
         "mlp_only_layers": [],
     },
 )
+_QWEN35_4B = TargetArchitecture(
+    model_type="qwen3_5",
+    vocab_size=248320,
+    hidden_size=2560,
+    num_hidden_layers=32,
+    num_attention_heads=16,
+    num_key_value_heads=4,
+    head_dim=256,
+    intermediate_size=9216,
+    rms_norm_eps=1e-6,
+    rope_theta=1e7,
+    tie_word_embeddings=True,
+    max_position_embeddings=262144,
+    layer_types=(("linear_attention",) * 3 + ("full_attention",)) * 8,
+    partial_rotary_factor=0.25,
+    own={
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": 32,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
+        "linear_conv_kernel_dim": 4,
+    },
+)
 OTHER_TARGETS = {  # the same; layers from 1 to the third from last, evenly
     "meta-llama/Llama-3.1-8B-Instruct": (_LLAMA31_8B, (1, 8, 15, 22, 29), 128002),
     "Qwen/Qwen2.5-7B-Instruct": (_QWEN25_7B, (1, 7, 13, 19, 25), 151669),
     "Qwen/Qwen3-30B-A3B": (_QWEN3_30B_A3B, (1, 12, 23, 34, 45), 151669),
+    "Qwen/Qwen3.5-4B": (_QWEN35_4B, (1, 8, 15, 22, 29), 248070),
 }
 """Targets for which the paper has no drafter, and which have its settings all the same."""
 

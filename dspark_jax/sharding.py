@@ -30,6 +30,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "head_width": (),
+    "taps": (),
     "mlp": ("tensor",),
     "experts": ("tensor",),
     "expert_width": (),

@@ -7,6 +7,7 @@ import ast
 import dataclasses
 import inspect
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from dspark_jax.target.families.gemma4 import GEMMA4, GEMMA4_UNIFIED, GEMMA4_WHO
 from dspark_jax.target.families.llama import LLAMA
 from dspark_jax.target.families.qwen2 import QWEN2
 from dspark_jax.target.families.qwen3 import QWEN3
+from dspark_jax.target.families.qwen3_5 import QWEN3_5, QWEN3_5_WHOLE
 from dspark_jax.target.families.qwen3_moe import QWEN3_MOE
 
 torch = pytest.importorskip("torch")
@@ -29,10 +31,11 @@ CLASSES: dict[str, tuple[str, Mapping[str, Field]]] = {  # config class -> model
     "LlamaConfig": ("LlamaForCausalLM", LLAMA),
     "Qwen2Config": ("Qwen2ForCausalLM", QWEN2),
     "Qwen3MoeConfig": ("Qwen3MoeForCausalLM", QWEN3_MOE),
+    "Qwen3_5TextConfig": ("Qwen3_5ForCausalLM", QWEN3_5),
     "Gemma4TextConfig": ("Gemma4ForCausalLM", GEMMA4),
     "Gemma4UnifiedTextConfig": ("Gemma4UnifiedForCausalLM", GEMMA4_UNIFIED),
 }
-WHOLE = ("Gemma4Config", "Gemma4UnifiedConfig")
+WHOLE = {"Gemma4Config": GEMMA4_WHOLE, "Gemma4UnifiedConfig": GEMMA4_WHOLE, "Qwen3_5Config": QWEN3_5_WHOLE}
 SMALL = {
     "vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "initializer_range": 0.3,
@@ -41,6 +44,10 @@ GEMMA_SMALL = {
     "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4, "global_head_dim": 16,
     "num_global_key_value_heads": 1, "attention_k_eq_v": True, "hidden_size_per_layer_input": 0,
     "final_logit_softcapping": 5.0,
+}  # fmt: skip
+HYBRID_SMALL = {
+    "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_conv_kernel_dim": 3,
 }  # fmt: skip
 OTHER: dict[str, Any] = {  # field -> another value than the one of a small model
     **{name: 2 * value for name, value in SMALL.items() if isinstance(value, int)},
@@ -68,20 +75,28 @@ GEMMA_OTHER = {
     "rope_parameters": {kind: {"rope_theta": 77.0, "rope_type": "default"} for kind in GEMMA_SMALL["layer_types"]},
     "rope_scaling": {"rope_type": "yarn", "factor": 2.0},
 }  # fmt: skip
+HYBRID_OTHER = {
+    "layer_types": ["full_attention"] * 2, "linear_num_key_heads": 4, "linear_num_value_heads": 8,
+    "linear_key_head_dim": 4, "linear_value_head_dim": 4, "linear_conv_kernel_dim": 4, "attn_output_gate": False,
+    "output_gate_type": "sigmoid", "mamba_ssm_dtype": "bfloat16", "full_attention_interval": 1,
+    "mtp_num_hidden_layers": 1, "mtp_use_dedicated_embeddings": True, "mlp_only_layers": [0],
+}  # fmt: skip
 PLAIN_OTHER = {"rope_parameters": {"rope_theta": 77.0}, "rope_scaling": {"rope_theta": 77.0}}
 WITHOUT = {
     "use_sliding_window": "layer_types",
     "rope_theta": "rope_parameters",
     "rope_scaling": "rope_parameters",
     "num_experts": "num_local_experts",
+    "full_attention_interval": "layer_types",
 }  # another name of it
 MASKS = ("create_causal_mask", "create_sliding_window_causal_mask")
+IMAGES = ("Qwen3_5Model", "Qwen3_5ForConditionalGeneration")
 DERIVED = {"kv_sharing_modes": "num_kv_shared_layers", "get_text_config": "text_config"}
 
 
 def small(kind: str) -> dict[str, Any]:
     """What transformers writes of a small model."""
-    sizes = SMALL | GEMMA_SMALL if kind.startswith("Gemma") else SMALL
+    sizes = SMALL | (GEMMA_SMALL if kind.startswith("Gemma") else HYBRID_SMALL if kind.startswith("Qwen3_5") else {})
     raw = getattr(transformers, kind)(**sizes).to_dict()
     if kind.startswith("Gemma"):  # in the older form, in which all of its fields can be changed
         del raw["per_layer_config"]
@@ -93,8 +108,11 @@ def changed(kind: str, name: str) -> dict[str, Any]:
     """The same with another value of a field."""
     raw = small(kind)
     others = OTHER | (GEMMA_OTHER if kind.startswith("Gemma") else PLAIN_OTHER)
+    others |= HYBRID_OTHER if kind.startswith("Qwen3_5") else {}
     value = not raw["tie_word_embeddings"] if name == "tie_word_embeddings" else others[name]
     assert raw.get(name) != value, f"give {name} another value"
+    if name == "partial_rotary_factor" and kind.startswith("Qwen3_5"):
+        del raw["rope_parameters"][name]
     if not kind.startswith("Gemma"):
         raw.pop(WITHOUT.get(name, ""), None)
     return raw | {name: value}
@@ -102,7 +120,7 @@ def changed(kind: str, name: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("kind", [*CLASSES, *WHOLE])
 def test_every_field_of_the_class_is_listed(kind):
-    table = CLASSES[kind][1] if kind in CLASSES else GEMMA4_WHOLE
+    table = CLASSES[kind][1] if kind in CLASSES else WHOLE[kind]
     fields = {field.name: field.default for field in dataclasses.fields(getattr(transformers, kind))}
     listed = {name for name, field in table.items() if field.own}
     unlisted, gone = sorted(set(fields) - listed), sorted(listed - set(fields))
@@ -141,6 +159,8 @@ def test_what_the_models_code_reads_is_listed(kind):
     module = inspect.getmodule(getattr(transformers, model))
     of_text = (kind.removesuffix("Config"), model, model.removesuffix("ForCausalLM") + "TextModel", "Qwen3")
     classes = [value for name, value in vars(module).items() if inspect.isclass(value) and name.startswith(of_text)]
+    classes = [value for value in classes if not re.search("Vision|Config$", value.__name__)]
+    classes = [value for value in classes if value.__name__ not in IMAGES]
     assert len(classes) >= 6
     read = set().union(*map(names_read, classes), *(names_read(getattr(masking_utils, name)) for name in MASKS))
     read = {DERIVED.get(name, name) for name in read} - {"text_config"}
@@ -311,6 +331,8 @@ def taken_as(field: Field) -> str:
         ("Llama", LLAMA, COMMON),
         ("Qwen2", QWEN2, COMMON),
         ("Qwen3-MoE", QWEN3_MOE, COMMON),
+        ("Qwen3.5", QWEN3_5, COMMON),
+        ("Qwen3.5 with images", QWEN3_5_WHOLE, COMMON),
         ("Gemma 4", GEMMA4, COMMON),
         ("Gemma 4 unified", GEMMA4_UNIFIED, GEMMA4),
         ("Gemma 4 with other modalities", GEMMA4_WHOLE, COMMON),

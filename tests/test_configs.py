@@ -25,7 +25,7 @@ EXPERIMENTS = [
     ("compare_quickstart", ""),
     *((name, kind) for name in RELEASED for kind in ("dspark", "dflash", "eagle3")),
     ("dspark_qwen3_4b", "mtp"),
-    *((name, "dspark") for name in ("dspark_llama31_8b", "dspark_qwen25_7b", "dspark_qwen3_30b_a3b")),
+    *((f"dspark_{name}", "dspark") for name in ("llama31_8b", "qwen25_7b", "qwen3_30b_a3b", "qwen35_4b")),
 ]
 
 

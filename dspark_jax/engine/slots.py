@@ -25,7 +25,7 @@ from dspark_jax.engine.schedulers import Scheduler
 from dspark_jax.engine.state import DecodeState, Round
 from dspark_jax.ops.sampling import Sampling, sample
 from dspark_jax.sharding import constrain, parts_of, per_device, whole
-from dspark_jax.target.cache import KVCache
+from dspark_jax.target.cache import LayerCache
 
 
 @jax.tree_util.register_dataclass
@@ -192,7 +192,7 @@ def put_rows(values: jax.Array, rows: jax.Array, *axes: str | None, slot: jax.Ar
 
 
 def split_cache(cache: Any, axes: Any, lay: Lay = constrain) -> Any:
-    """A cache with the requests split over the mesh, and, where it is keys and values, the key heads.
+    """A cache with the requests split over the mesh, and, where it is a target's layers', the heads.
 
     Args:
       cache: of a target or drafter.
@@ -201,9 +201,9 @@ def split_cache(cache: Any, axes: Any, lay: Lay = constrain) -> Any:
     """
 
     def one(part: Any, axis: Any) -> Any:
-        return part.on_mesh(lay) if isinstance(part, KVCache) else _split(part, axis, lay)
+        return part.on_mesh(lay) if isinstance(part, LayerCache) else _split(part, axis, lay)
 
-    return jax.tree.map(one, cache, axes, is_leaf=lambda leaf: isinstance(leaf, KVCache))
+    return jax.tree.map(one, cache, axes, is_leaf=lambda leaf: isinstance(leaf, LayerCache))
 
 
 def _put_in_cache(cache: Any, own: Any, axes: Any, slot: jax.Array) -> Any:

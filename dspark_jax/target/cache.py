@@ -1,4 +1,4 @@
-"""Keys and values of a layer stack, of a target or a drafter."""
+"""What a layer stack, of a target or a drafter, keeps of earlier rows: in most cases their keys and values."""
 
 import dataclasses
 from collections.abc import Callable
@@ -31,9 +31,24 @@ from dspark_jax.target.layers import drafter_layer, layer_at
 # query from now on is at 11 (if both drafts are rejected) and sees 6..11, so they were not needed any more.
 
 
+class LayerCache:
+    """What a stack of layers of one kind keeps of the rows that it has seen: a tree of arrays, each with the requests.
+
+    Which of its rows count is said by the position at which the next pass begins: going back costs nothing. A cache for
+    passes of W rows of which some may be taken back can go back by W rows.
+    """
+
+    def on_mesh(self, pin: Callable[..., Any] = constrain) -> Any:
+        """The cache with requests, and heads, split over the mesh.
+
+        `pin(array, *logical axes)` does it: pins in a program, or lays out a shape.
+        """
+        raise NotImplementedError
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class KVCache:
+class KVCache(LayerCache):
     """Keys and values of a layer stack.
 
     Row p of a request is written when position p is processed and read only by queries at positions >= p, so rolling
@@ -84,10 +99,7 @@ class KVCache:
         return cls(jnp.zeros((layers, *shape), dtype), jnp.zeros((layers, *shape), dtype), front).on_mesh()
 
     def on_mesh(self, pin: Callable[..., Any] = constrain) -> "KVCache":
-        """The cache with requests and key heads split over the mesh.
-
-        `pin(array, *logical axes)` does it: pins in a program, or lays out a shape.
-        """
+        """See `LayerCache`."""
         axes = ("batch", "kv_heads", None, None)
         stacked = not isinstance(self.keys, tuple)
         return jax.tree.map(lambda rows: pin(rows, *((None, *axes) if stacked else axes)), self)

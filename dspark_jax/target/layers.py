@@ -38,6 +38,11 @@ def ones(stack: tuple[int, ...], size: int, axis: str = "norm") -> Param:
     return Param(jnp.ones((*stack, size), jnp.float32), axes=("layers",) * len(stack) + (axis,))
 
 
+def norm_weight(stack: tuple[int, ...], size: int, *, centred: bool) -> Param:
+    """The weight of an RMS norm that changes nothing: ones, or zeros where it is what is to be added to 1."""
+    return zeros(stack, (size,), ("norm",)) if centred else ones(stack, size)
+
+
 def zeros(stack: tuple[int, ...], shape: tuple[int, ...], axes: tuple[str, ...]) -> Param:
     """A parameter of zeros [*stack, *shape]: the bias of a linear layer."""
     return Param(jnp.zeros(stack + shape, jnp.float32), axes=("layers",) * len(stack) + axes)
@@ -64,11 +69,17 @@ def _linear(x: jax.Array, weight: Param, bias: Param | None) -> jax.Array:
     return out if bias is None else out + bias[...].astype(out.dtype)
 
 
-def rms_norm(x: jax.Array, weight: jax.Array | None, eps: float) -> jax.Array:
-    """x / rms(x) * weight (if any) over the last axis, computed in float32, returned in x's type."""
+def rms_norm(x: jax.Array, weight: jax.Array | None, eps: float, *, centred: bool = False) -> jax.Array:
+    """x / rms(x) * weight (if any) over the last axis, computed in float32, returned in x's type.
+
+    `centred`: the factor is 1 + weight.
+    """
     x32 = x.astype(jnp.float32)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    return (x32 if weight is None else x32 * weight.astype(jnp.float32)).astype(x.dtype)
+    if weight is not None:
+        factor = weight.astype(jnp.float32)
+        x32 = x32 * (1 + factor if centred else factor)
+    return x32.astype(x.dtype)
 
 
 def rope(x: jax.Array, positions: jax.Array, theta: float, turns: tuple[float, ...] = ()) -> jax.Array:
@@ -107,27 +118,30 @@ class Attention(nnx.Module):
         scale: float,
         rngs: nnx.Rngs,
         shape: AttentionShape | None = None,
+        centred: bool = False,
     ):
         self.shape = drafter_layer(arch)[1].attention if shape is None else shape
         d, n, k, h = arch.hidden_size, self.shape.heads, self.shape.kv_heads, self.shape.width
-        self.query: Any = normal(rngs, stack, (d, n, h), ("embed", "heads", "head_width"), scale)
+        wide = 2 * h if self.shape.gated else h  # a head's query, and then its gate
+        self.query: Any = normal(rngs, stack, (d, n, wide), ("embed", "heads", "head_width"), scale)
         self.key: Any = normal(rngs, stack, (d, k, h), ("embed", "kv_heads", "head_width"), scale)
         own = not self.shape.value_is_key
         value = normal(rngs, stack, (d, k, h), ("embed", "kv_heads", "head_width"), scale) if own else None
         self.value: Any = value
         self.out = normal(rngs, stack, (n, h, d), ("heads", "head_width", "embed"), scale)
-        self.query_norm: Any = ones(stack, h) if self.shape.norms else None
-        self.key_norm: Any = ones(stack, h) if self.shape.norms else None
+        self.query_norm: Any = norm_weight(stack, h, centred=centred) if self.shape.norms else None
+        self.key_norm: Any = norm_weight(stack, h, centred=centred) if self.shape.norms else None
         biases = self.shape.biases
         self.query_bias: Any = zeros(stack, (n, h), ("heads", "head_width")) if biases else None
         self.key_bias: Any = zeros(stack, (k, h), ("kv_heads", "head_width")) if biases else None
         self.value_bias: Any = zeros(stack, (k, h), ("kv_heads", "head_width")) if biases and own else None
-        self.eps = arch.rms_norm_eps
+        self.eps, self.centred = arch.rms_norm_eps, centred
         self.reads_context = False  # keys and values are asked for alone as well: a drafter's
 
     def queries(self, x: jax.Array, positions: jax.Array) -> jax.Array:
         """x [B, T, D], positions [B, T] -> normed and rotated queries [B, T, N, H]."""
-        return self._turn(_linear(x, self.query, self.query_bias), self.query_norm, positions)
+        query = _linear(x, self.query, self.query_bias)
+        return self._turn(query[..., : self.shape.width], self.query_norm, positions)
 
     def keys_values(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
         """x [B, T, D], positions [B, T] -> normed and rotated keys, and values, both [B, T, K, H]."""
@@ -137,16 +151,30 @@ class Attention(nnx.Module):
 
     def all(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """`queries` and `keys_values` of the same rows; in one product after `fuse_weights`."""
+        return self.all_gated(x, positions)[:3]
+
+    def all_gated(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+        """`all`, and the heads' gates.
+
+        Gates [B, T, N, H] are what the sigmoid is taken of; None where heads have none.
+        """
+        n, k, h = self.shape.heads, self.shape.kv_heads, self.shape.width
         if getattr(self, "joint", None) is None:
-            return self.queries(x, positions), *self.keys_values(x, positions)
-        n, k = self.shape.heads, self.shape.kv_heads
+            query = _linear(x, self.query, self.query_bias)
+            gate = query[..., h:] if self.shape.gated else None
+            return self._turn(query[..., :h], self.query_norm, positions), *self.keys_values(x, positions), gate
         heads = _linear(x, self.joint, self.joint_bias)
+        gate = None
+        if self.shape.gated:
+            heads, gate = heads[..., :-n, :], heads[..., -n:, :]
         turned = self._turn(heads[..., : n + k, :], self.joint_norm, positions)
-        return turned[..., :n, :], turned[..., n:, :], self._values(heads[..., -k:, :])
+        return turned[..., :n, :], turned[..., n:, :], self._values(heads[..., -k:, :]), gate
 
     def _turn(self, heads: jax.Array, norm: Param | None, positions: jax.Array) -> jax.Array:
-        heads = heads if norm is None else rms_norm(heads, norm[...], self.eps)
-        return rope(heads, positions, self.shape.theta, self.shape.turns)
+        heads = heads if norm is None else rms_norm(heads, norm[...], self.eps, centred=self.centred)
+        turning = heads[..., : self.shape.rotary or self.shape.width]
+        turned = rope(turning, positions, self.shape.theta, self.shape.turns)
+        return jnp.concatenate([turned, heads[..., self.shape.rotary :]], axis=-1) if self.shape.rotary else turned
 
     def _values(self, value: jax.Array) -> jax.Array:
         return rms_norm(value, None, self.eps) if self.shape.value_norm else value
@@ -157,12 +185,13 @@ class Attention(nnx.Module):
             narrow(weight, dtype)
         if not join:
             return
-        query, key = self.query[...], self.key[...]
-        parts = [query, key] if self.value is None else [query, key, self.value[...]]
+        query, key, h = self.query[...], self.key[...], self.shape.width
+        parts = [query[..., :h], key] if self.value is None else [query[..., :h], key, self.value[...]]
+        parts += [query[..., h:]] if self.shape.gated else []
         self.joint = Param(jnp.concatenate(parts, axis=1), axes=("embed", None, None))
         biases = [bias[...] for bias in (self.query_bias, self.key_bias, self.value_bias) if bias is not None]
         self.joint_bias: Any = Param(jnp.concatenate(biases), axes=(None,) * 2) if biases else None
-        norms = [jnp.broadcast_to(norm[...], (part.shape[1], part.shape[2])) for norm, part in
+        norms = [jnp.broadcast_to(norm[...], (part.shape[1], h)) for norm, part in
                  ((self.query_norm, query), (self.key_norm, key)) if norm is not None]  # fmt: skip
         self.joint_norm: Any = Param(jnp.concatenate(norms), axes=(None,) * 2) if norms else None
         # Nothing is kept twice but what a drafter reads of a context alone.
@@ -239,29 +268,42 @@ class Layer(nnx.Module):
         if shape is None:
             arch, shape = drafter_layer(arch)
         self.family = arch.model_type
-        self.attention_norm = ones(stack, arch.hidden_size)
-        self.attention = Attention(arch, stack=stack, scale=scale, rngs=rngs, shape=shape.attention)
-        self.attention_out_norm = ones(stack, arch.hidden_size) if shape.out_norms else None
-        self.mlp_norm = ones(stack, arch.hidden_size)
+        self.centred = shape.centred
+        norm = functools.partial(norm_weight, stack, arch.hidden_size, centred=shape.centred)
+        self.attention_norm = norm()
+        self.attention: Any = self._attention(arch, shape, {"stack": stack, "scale": scale, "rngs": rngs})
+        self.attention_out_norm = norm() if shape.out_norms else None
+        self.mlp_norm = norm()
         self.mlp: Any = self._mlp(arch, shape, {"stack": stack, "scale": scale, "rngs": rngs, "gate": shape.gate})
-        self.mlp_out_norm = ones(stack, arch.hidden_size) if shape.out_norms else None
+        self.mlp_out_norm = norm() if shape.out_norms else None
         self.scalar = ones(stack, 1) if shape.scalar else None
         self.eps = arch.rms_norm_eps
         self.around_attention, self.around_mlp = around
 
-    def __call__(self, x: jax.Array, attention: Callable[["Attention", jax.Array], jax.Array]) -> jax.Array:
-        """x [B, T, D] -> [B, T, D]; `attention(projections, normed x)` returns the heads [B, T, N, H]."""
+    def __call__(self, x: jax.Array, attention: Callable[[Any, jax.Array], jax.Array]) -> jax.Array:
+        """x [B, T, D] -> [B, T, D]; `attention(projections, normed x)` returns the heads [B, T, N, H].
+
+        The projections are an `Attention`, or what is there in its place.
+        """
 
         def attend(normed: jax.Array) -> jax.Array:
             return self.attention.output(attention(self.attention, normed))
 
-        normed = rms_norm(x, self.attention_norm[...], self.eps)
+        normed = self._normed(x, self.attention_norm)
         out = attend(normed) if self.around_attention is None else self.around_attention(normed, attend)
         x = x + self._normed(out, self.attention_out_norm)
-        normed = rms_norm(x, self.mlp_norm[...], self.eps)
+        normed = self._normed(x, self.mlp_norm)
         out = self.mlp(normed) if self.around_mlp is None else self.around_mlp(normed, self.mlp)
         x = x + self._normed(out, self.mlp_out_norm)
         return x if self.scalar is None else x * self.scalar[...].astype(x.dtype)
+
+    def _attention(self, arch: TargetArchitecture, shape: LayerShape, how: dict[str, Any]) -> Any:
+        """The attention, or what is there in its place."""
+        if shape.delta is None:
+            return Attention(arch, shape=shape.attention, centred=shape.centred, **how)
+        from dspark_jax.target.delta import GatedDelta  # which is made of parts of this module
+
+        return GatedDelta(arch, shape.delta, **how)
 
     def _mlp(self, arch: TargetArchitecture, shape: LayerShape, how: dict[str, Any]) -> Any:
         """The MLP, or what is there in its place."""
@@ -272,7 +314,7 @@ class Layer(nnx.Module):
         return Experts(arch, shape.experts, **how)
 
     def _normed(self, x: jax.Array, norm: Param | None) -> jax.Array:
-        return x if norm is None else rms_norm(x, norm[...], self.eps)
+        return x if norm is None else rms_norm(x, norm[...], self.eps, centred=self.centred)
 
 
 def layer_at(layers: Any, index: jax.Array | int) -> Any:

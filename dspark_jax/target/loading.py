@@ -176,7 +176,7 @@ def fill_module(
       weights: parameter path -> where its values are.
       where: the directory, for messages.
       mesh: gives each parameter's sharding.
-      dtype: type of the parameters in memory.
+      dtype: type of the parameters in memory, but for those that a weight says are exact.
       title: shows progress under this name, in megabytes of the files; empty = silently.
       finite: refuse values that are not.
 
@@ -200,7 +200,8 @@ def fill_module(
             if progress is not None:
                 progress.update(done >> 20)
 
-        variable.set_value(_load(weights[path], stored, shape, sharding, dtype, read, finite=finite))
+        own = np.dtype(np.float32) if weights[path].exact else dtype
+        variable.set_value(_load(weights[path], stored, shape, sharding, own, read, finite=finite))
     if progress is not None:
         progress.update(progress.total)
         progress.close()
@@ -381,7 +382,8 @@ def load_target(config: TargetConfig, mesh: Mesh) -> LanguageModel:
         log(line)
     large = sum(tensor.nbytes for tensor in tensors.values()) > _AT_ONCE
     fill_module(target, tensors, weights, str(directory), mesh, dtype, title="loading" if large else "")
-    target.narrow = all(tensor.dtype == ml_dtypes.bfloat16 for tensor in tensors.values())
+    exact = {name for weight in weights.values() if weight.exact for name in weight.names(arch.num_hidden_layers)}
+    target.narrow = all(tensor.dtype == ml_dtypes.bfloat16 for name, tensor in tensors.items() if name not in exact)
     return target
 
 

@@ -12,27 +12,19 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dspark_jax.config import TargetArchitecture
-from dspark_jax.ops.attention import attention
-from dspark_jax.ops.cached_attention import Rows, cached_attention
+from dspark_jax.ops.cached_attention import Rows
 from dspark_jax.sharding import constrain, gather
 from dspark_jax.target import families
-from dspark_jax.target.cache import KVCache
+from dspark_jax.target.attend import Pass, attend
+from dspark_jax.target.cache import KVCache, LayerCache
 from dspark_jax.target.decode_weights import head_columns, head_logits
-from dspark_jax.target.families.family import FULL, AttentionShape, Family
-from dspark_jax.target.layers import (
-    Layer,
-    layer_at,
-    normal,
-    ones,
-    rms_norm,
-    run_pattern,
-)
+from dspark_jax.target.delta import GatedDelta, recall
+from dspark_jax.target.delta_cache import DeltaCache
+from dspark_jax.target.families.family import FULL, Family
+from dspark_jax.target.layers import Layer, layer_at, norm_weight, normal, rms_norm, run_pattern
 
-FEW_ROWS = 64
-"""Rows per request that are attended with as a decoding round's are; more are a prompt's."""
-
-Cache = KVCache | dict[str, KVCache]
-"""Keys and values of a target: one stack, or one for each kind of layers."""
+Cache = LayerCache | dict[str, LayerCache]
+"""What the layers of a target keep of earlier rows: one stack, or one for each kind of layers."""
 
 
 @jax.tree_util.register_dataclass
@@ -43,7 +35,7 @@ class TargetOutput:
     Attributes:
       features: [B, S, M*D] raw outputs of the tapped layers, ascending ids (-1 = the embeddings).
       last_hidden: [B, S, D] after the final norm; `unembed` of it gives the logits.
-      cache: the KV cache with the rows of this pass written, or None.
+      cache: the cache with the rows of this pass written, or None.
     """
 
     features: jax.Array
@@ -72,7 +64,7 @@ class Target(nnx.Module):
         self.embedding = normal(rngs, (), (arch.vocab_size, arch.hidden_size), ("vocab", "embed"), scale)
         for kind, name in self.stacks.items():
             setattr(self, name, self.make_layers(kind, rngs=rngs, scale=scale))
-        self.norm = ones((), arch.hidden_size)
+        self.norm = norm_weight((), arch.hidden_size, centred=self.family.layer(arch).centred)
         if not arch.tie_word_embeddings:
             self.lm_head = normal(rngs, (), (arch.vocab_size, arch.hidden_size), ("vocab", "embed"), scale)
 
@@ -116,13 +108,17 @@ class Target(nnx.Module):
         """An empty cache for `length` positions of `batch` requests.
 
         Layers with a window keep no more rows than they can see, and `block`: most rows of one pass of which some may
-        be taken back afterwards (a bonus token and its drafts), 1 where none ever is.
+        be taken back afterwards (a bonus token and its drafts), 1 where none ever is. Layers with a state keep that,
+        and so many rows that it does not know yet.
         """
         separate = getattr(self, "separate_caches", False)
 
-        def empty(kind: str) -> KVCache:
-            layers, shape = len(self.family.stack_layers(self.arch, kind)), self.family.layer(self.arch, kind).attention
-            return KVCache.zeros(layers, batch, length, self.arch, self.dtype, shape, separate=separate, block=block)
+        def empty(kind: str) -> LayerCache:
+            layers, shape = len(self.family.stack_layers(self.arch, kind)), self.family.layer(self.arch, kind)
+            if shape.delta is not None:
+                return DeltaCache.zeros(layers, batch, block, shape.delta, self.dtype, separate=separate)
+            how = {"separate": separate, "block": block}
+            return KVCache.zeros(layers, batch, length, self.arch, self.dtype, shape.attention, **how)
 
         caches = {kind: empty(kind) for kind in self.stacks}
         return caches if len(caches) > 1 else caches[FULL]
@@ -144,7 +140,8 @@ class Target(nnx.Module):
           tokens: [B, S] ids.
           positions: [B, S] consecutive within each row (or document). Without a cache row t attends to rows 0..t; with
             one, to the cache rows 0..positions[b, t], this pass's own rows included. Sliding layers see the last
-            `sliding_window` of these.
+            `sliding_window` of these. A pass begins where the last one ended, or, where that one had no more rows
+            than `init_cache` was told of, at any of its rows: those from there on are taken back.
           cache: a cache with room for positions[b, 0] + S rows, or None.
           taps: ascending layer ids whose raw outputs become `features`; -1 is the embeddings.
           starts: [B, S] first row of each row's document, where several are packed into a sequence (without a cache):
@@ -153,11 +150,13 @@ class Target(nnx.Module):
             says what belongs to whom. Only attention and the cache, which must be there, see the requests.
           counts: [B] real rows of each request, the first ones (None: all S). With a cache, a pass that is padded by
             more rows than `init_cache` was told of has to say so: in a layer with a window the padding would take the
-            place of rows that are still seen.
+            place of rows that are still seen, and a state would know it.
 
         Returns:
           `TargetOutput`; M = len(taps), features are [B, S, 0] without taps.
         """
+
+        run = Pass(positions, starts, rows, counts)
 
         def body(carry: Any, kind: str, index: jax.Array | int, number: jax.Array | int) -> Any:
             x, cache, features = carry
@@ -166,23 +165,9 @@ class Target(nnx.Module):
 
             def heads_of(projections: Any, normed: jax.Array) -> jax.Array:
                 nonlocal written
-                shape = projections.shape
-                query, key, value = projections.all(normed, positions)
-                if cache is None:
-                    return attention(query, key, value, scale=shape.scale, window=shape.window, starts=starts)
                 part = cache[kind] if isinstance(cache, dict) else cache
-                own = (query, key, value)
-                if rows is not None:
-                    part, heads = _attend_rows(part, index, shape, own, rows)
-                elif part.front:
-                    part, heads = _attend_in_ring(part, index, shape, own, positions[:, 0], counts)
-                elif tokens.shape[1] <= FEW_ROWS:
-                    part, heads = _attend_few(part, index, shape, own, positions[:, 0])
-                else:
-                    part = part.write(index, key, value, positions[:, 0])
-                    keys, values = part.layer(index)
-                    settings = {"scale": shape.scale, "window": shape.window}
-                    heads = attention(query, keys, values, limit=positions + 1, **settings)
+                compute: Any = recall if isinstance(projections, GatedDelta) else attend
+                part, heads = compute(part, index, projections, normed, run)
                 written = {**cache, kind: part} if isinstance(cache, dict) else part
                 return heads
 
@@ -194,7 +179,9 @@ class Target(nnx.Module):
         carry = x, cache, Features.start(taps, x, one_by_one=one_by_one)
         carry = run_pattern(self.pattern, body, carry, self.arch.num_hidden_layers, one_by_one=one_by_one)
         x, cache, features = carry
-        return TargetOutput(features.joined(x), rms_norm(x, self.norm[...], self.arch.rms_norm_eps), cache)
+        centred = self.family.layer(self.arch).centred
+        last = rms_norm(x, self.norm[...], self.arch.rms_norm_eps, centred=centred)
+        return TargetOutput(features.joined(x), last, cache)
 
 
 @jax.tree_util.register_dataclass
@@ -241,57 +228,3 @@ def layer_pattern(kinds: tuple[str, ...]) -> tuple[str, ...]:
         if len(kinds) % period == 0 and kinds == kinds[:period] * (len(kinds) // period):
             return kinds[:period]
     raise AssertionError("a sequence repeats itself")
-
-
-Own = tuple[jax.Array, jax.Array, jax.Array]  # queries [B, S, N, H], keys and values [B, S, K, H] of a pass
-
-
-def _attend_rows(
-    part: KVCache, index: jax.Array | int, shape: AttentionShape, own: Own, rows: Rows
-) -> tuple[KVCache, jax.Array]:
-    """Writes the flat rows [1, T, ...] of a pass into layer `index`, and attends with them."""
-    query, key, value = (x[0] for x in own)
-    part = part.write_rows(index, key, value, rows)
-    return part, _attend_cached(part, index, shape, query, rows)[None]
-
-
-def _attend_cached(
-    part: KVCache, index: jax.Array | int, shape: AttentionShape, query: jax.Array, rows: Rows
-) -> jax.Array:
-    """Heads [T, N, H] of flat query rows whose keys and values are in the cache."""
-    how = {"scale": shape.scale, "window": shape.window, "front": part.front, "finite": True}
-    return cached_attention(query, rows=rows, **part.for_attention(index), **how)
-
-
-def _attend_few(
-    part: KVCache, index: jax.Array | int, shape: AttentionShape, own: Own, starts: jax.Array
-) -> tuple[KVCache, jax.Array]:
-    """Writes S rows of every request into layer `index`, from `starts` [B] on, and attends with them."""
-    query, key, value = own
-    part = part.write(index, key, value, starts)
-    heads = _attend_cached(part, index, shape, query.reshape(-1, *query.shape[2:]), Rows.whole(starts, query.shape[1]))
-    return part, heads.reshape(query.shape)
-
-
-def _attend_in_ring(
-    part: KVCache, index: jax.Array | int, shape: AttentionShape, own: Own, starts: jax.Array, counts: jax.Array | None
-) -> tuple[KVCache, jax.Array]:
-    """The same for S rows of every request, from starts [B] on, in a layer with a window, whose cache is a ring.
-
-    A few rows are written first. Many would take the place of rows that the first of them still see, so the window in
-    front of them is read before they are written.
-    """
-    query, key, value = own
-    batch, s = query.shape[:2]
-    if s <= part.front:
-        return _attend_few(part, index, shape, own, starts)
-    past = shape.window - 1
-    keys, values = (
-        jnp.concatenate([old.astype(new.dtype), new], axis=1)
-        for old, new in zip(part.before(index, starts, past), (key, value), strict=True)
-    )
-    limit = jnp.broadcast_to(past + 1 + jnp.arange(s), (batch, s))
-    exist = jnp.broadcast_to(jnp.maximum(past - starts, 0)[:, None], limit.shape)  # positions below 0 do not
-    heads = attention(query, keys, values, limit=limit, starts=exist, scale=shape.scale, window=shape.window)
-    counts = jnp.full((batch,), s) if counts is None else counts
-    return part.write_last(index, key, value, starts, counts), heads

@@ -19,6 +19,10 @@ class Weight(NamedTuple):
       flat: stored with all its axes merged, as the bias of a linear layer.
       row: a vector that is stored as a linear layer with one output, [1, in].
       layers: the layers that a stack holds, where those are not 0, 1, 2, ...
+      pieces: widths of what each head has several of, e.g. query, key and value: the parameter has a head's pieces
+        after each other, the tensor the first pieces of all heads, then the second ones.
+      filters: stored as the filters of a convolution of single channels, [channels, 1, taps]; taps are the last axis.
+      exact: held in float32, whatever the compute type is.
     """
 
     name: str
@@ -28,6 +32,9 @@ class Weight(NamedTuple):
     whole: bool = False
     flat: bool = False
     experts: int = 0
+    pieces: tuple[int, ...] = ()
+    filters: bool = False
+    exact: bool = False
 
     @property
     def stacked(self) -> bool:
@@ -47,18 +54,29 @@ class Weight(NamedTuple):
             return shape
         if self.flat:
             return (math.prod(shape),)
+        if self.filters:
+            return (math.prod(shape[:-1]), 1, shape[-1])
         if self.inputs:
             return math.prod(shape[self.inputs :]), math.prod(shape[: self.inputs])
         return (shape[0], math.prod(shape[1:])) if len(shape) > 2 else shape
 
     def load(self, stored: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         """Stored tensor -> parameter of one layer, as a view where possible."""
+        stored = self._head_by_head(stored) if self.pieces else stored
         return (stored.T if self.inputs else stored).reshape(shape)
 
     def store(self, value: np.ndarray) -> np.ndarray:
         """Parameter of one layer -> tensor to store."""
+        assert not self.pieces, "such a parameter is loaded only"
         shape = self.stored_shape(value.shape)
         return np.ascontiguousarray(value.reshape(shape[::-1]).T if self.inputs else value.reshape(shape))
+
+    def _head_by_head(self, stored: np.ndarray) -> np.ndarray:
+        """The tensor with all pieces of a head after each other."""
+        heads, rest = len(stored) // sum(self.pieces), stored.shape[1:]
+        ends = np.cumsum([heads * width for width in self.pieces])[:-1]
+        parts = [part.reshape(heads, -1, *rest) for part in np.split(stored, ends)]
+        return np.concatenate(parts, axis=1).reshape(stored.shape)
 
 
 def with_prefix(prefix: str, weights: Mapping[str, Weight], layers: tuple[int, ...] = ()) -> dict[str, Weight]:

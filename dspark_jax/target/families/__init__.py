@@ -11,6 +11,7 @@ from dspark_jax.target.families.gemma4 import Gemma4
 from dspark_jax.target.families.llama import Llama
 from dspark_jax.target.families.qwen2 import Qwen2
 from dspark_jax.target.families.qwen3 import Qwen3
+from dspark_jax.target.families.qwen3_5 import Qwen35
 from dspark_jax.target.families.qwen3_moe import Qwen3Moe
 
 if TYPE_CHECKING:
@@ -64,5 +65,5 @@ def of_drafters(arch: "TargetArchitecture") -> Family:
     return of_shape(of_shape(arch).drafter_shape(arch))
 
 
-for _family in (Qwen3(), Gemma4(), Llama(), Qwen2(), Qwen3Moe()):
+for _family in (Qwen3(), Gemma4(), Llama(), Qwen2(), Qwen3Moe(), Qwen35()):
     register(_family)

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from dspark_jax.architecture import TargetArchitecture
     from dspark_jax.target.model import Target
 
-FULL, SLIDING = "full_attention", "sliding_attention"
-"""Kinds of layers: all earlier rows are visible, or a window of them."""
+FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
+"""Kinds of layers: all earlier rows are visible, or a window of them, or a state that they have left."""
 
 SIZES = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
@@ -56,6 +56,8 @@ class AttentionShape:
       value_is_key: values are the raw key projections (before their norm and rotation).
       value_norm: values pass an RMS norm without weight.
       biases: queries, keys and values have a bias each, added before norm and rotation.
+      rotary: numbers of a head that RoPE turns, the first ones, whose halves are the pairs; 0 = all H.
+      gated: every head's output is multiplied with the sigmoid of a projection, stored after the head's query.
     """
 
     heads: int
@@ -69,6 +71,32 @@ class AttentionShape:
     value_is_key: bool = False
     value_norm: bool = False
     biases: bool = False
+    rotary: int = 0
+    gated: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class DeltaShape:
+    """What linear attention by the gated delta rule is like (`ops.delta_rule`).
+
+    Attributes:
+      heads: K key heads.
+      values: R value heads of each.
+      width: H of keys and queries.
+      value_width: W of values.
+      taps: rows that the convolution before it sees, its own included.
+    """
+
+    heads: int
+    values: int
+    width: int
+    value_width: int
+    taps: int
+
+    @property
+    def pieces(self) -> tuple[int, int, int]:
+        """Widths of a key head's query, key and values."""
+        return self.width, self.width, self.values * self.value_width
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +126,8 @@ class LayerShape:
       out_norms: what attention and MLP give is normed once more before it is added.
       scalar: the layer's output is multiplied with a stored number.
       experts: of the mixture that is there instead of the MLP, if any.
+      delta: of the linear attention that is there instead of `attention`, if any.
+      centred: the stored weights of norms are what is to be added to 1.
     """
 
     attention: AttentionShape
@@ -105,6 +135,8 @@ class LayerShape:
     out_norms: bool = False
     scalar: bool = False
     experts: ExpertShape | None = None
+    delta: DeltaShape | None = None
+    centred: bool = False
 
 
 class Family:

@@ -48,6 +48,7 @@ from dspark_jax.training.best import HeldOut
 from dspark_jax.training.checkpoint import Checkpoints, check_continuation, saved_config
 from dspark_jax.training.feature_cache import open_features
 from dspark_jax.training.host_memory import check_host_memory, describe_feature_memory, return_freed_memory
+from dspark_jax.training.layer_start import TARGET
 from dspark_jax.training.micro_steps import MicroSteps
 from dspark_jax.training.optim import learning_rate, make_optimizer
 from dspark_jax.training.preemption import Preemption
@@ -141,7 +142,7 @@ def fit(run: Run, checkpoints: Checkpoints) -> None:
 
     # The step, compiled before the clock starts.
     fresh = latest is None and not config.train.init_from
-    from_target = fresh and config.drafter.init_layers == "target"
+    from_target = fresh and config.drafter.init_layers == TARGET
     whole: Any = load_target(config.target, mesh) if from_target or not cached else None
     if from_target:
         state = begin_layers(state, whole, config.drafter)

@@ -155,7 +155,7 @@ def check_questions(config: Config) -> None:
     check_prompt_files(config.eval.prompts, "eval.prompts")
     tokenizer, settings = load_tokenizer(config.target.path), config.eval
     with contextlib.closing(Tally(Path(os.devnull))) as tally:  # evaluation says what is left out
-        _questions(config, tokenizer, settings.max_new_tokens, tally, settings.prompts, settings.limit)
+        first_questions(config, tokenizer, settings.max_new_tokens, tally, settings.prompts, settings.limit)
 
 
 def read_questions(
@@ -173,12 +173,17 @@ def read_questions(
     Raises:
       InputError: a file cannot be read, or none of its prompts can be asked.
     """
-    return _questions(config, decoder.tokenizer, decoder.max_new_tokens, tally, files, limit)
+    return first_questions(config, decoder.tokenizer, decoder.max_new_tokens, tally, files, limit)
 
 
-def _questions(
+def first_questions(
     config: Config, tokenizer: ChatTokenizer, max_new_tokens: int, tally: Tally, files: Sequence[str], limit: int
 ) -> tuple[list[Conversation], Requests]:
+    """As `read_questions`, where no models are loaded, or others than the config's decode.
+
+    Raises:
+      InputError: likewise.
+    """
     prompts = read_prompts(files, limit, tally.malformed)
     tally.read(prompts)
 

@@ -1,5 +1,6 @@
 """Requests to be watched round by round: what there is to choose from, and how one is asked. No HTTP is in here."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -15,8 +16,7 @@ from dspark_jax.data.samples import Tally
 from dspark_jax.engine.request import Request
 from dspark_jax.engine.schedulers import SCHEDULERS
 from dspark_jax.engine.serving import Engine
-from dspark_jax.evaluation.decoding import Decoder
-from dspark_jax.evaluation.setup import read_questions
+from dspark_jax.evaluation.setup import first_questions
 from dspark_jax.kinds import KINDS
 from dspark_jax.ops.sampling import GREEDY_BELOW
 from dspark_jax.serve.pool import PLAIN, Member, Pool
@@ -83,17 +83,12 @@ class Watch:
     def questions(self) -> dict[str, list[Question]]:
         """Held-out prompts by domain, the name of their set without `.heldout`; none where they cannot be read."""
         pool, config = self.pool, self.pool.config
-        models, settings = pool.models(pool.default), config.eval
-        thinking = config.data.thinking == "on"
-        decoder = Decoder(models, pool.tokenizer, pool.stop_tokens, 1, 1, 0, None, config.data.system_prompt, thinking)
         found: dict[str, list[Question]] = {}
-        tally = Tally(Path(os.devnull))
-        try:
-            asked, first = read_questions(config, decoder, tally, settings.prompts, PROMPTS)
-        except InputError:  # the files were elsewhere; one's own text can still be asked
-            return {}
-        finally:
-            tally.close()
+        with contextlib.closing(Tally(Path(os.devnull))) as tally:
+            try:
+                asked, first = first_questions(config, pool.tokenizer, 1, tally, config.eval.prompts, PROMPTS)
+            except InputError:  # the files were elsewhere; one's own text can still be asked
+                return {}
         for conversation, request in zip(asked, first.items, strict=True):
             domain = conversation.prompt.prompt_set.removesuffix(".heldout")
             if len(request.prompt) < pool.sizes.capacity:

@@ -45,7 +45,7 @@ class FrozenMatrices(nnx.Module):
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """hidden [..., D] -> float32 logits [..., V]."""
-        logits = head_logits(hidden, lambda: self.head, None)
+        logits = head_logits(hidden, lambda: self.head, getattr(self, "columns", None))
         return self.softcap * jnp.tanh(logits / self.softcap) if self.softcap else logits
 
 

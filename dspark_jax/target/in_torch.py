@@ -20,7 +20,7 @@ from dspark_jax.config import InputError, TargetArchitecture, TargetConfig
 from dspark_jax.hub import local_directory
 from dspark_jax.ops.cached_attention import Rows
 from dspark_jax.progress import log
-from dspark_jax.target.decode_weights import head_columns, head_logits
+from dspark_jax.target.decode_weights import head_columns
 from dspark_jax.target.frozen import FrozenMatrices, fill_frozen
 from dspark_jax.target.model import TargetOutput
 from dspark_jax.target.torch_model import load_torch_model
@@ -61,11 +61,6 @@ class TargetInTorch(FrozenMatrices):
         super().__init__(arch, embedding, head, softcap, dtype=dtype)
         self.requests: TorchRequests | None = requests
         self.narrow = False
-
-    def unembed(self, hidden: jax.Array) -> jax.Array:
-        """hidden [..., D] -> float32 logits [..., V]."""
-        logits = head_logits(hidden, lambda: self.head, getattr(self, "columns", None))
-        return self.softcap * jnp.tanh(logits / self.softcap) if self.softcap else logits
 
     def fuse_weights(self, dtype: Any, *, join: bool) -> None:
         """See `decode_weights`."""

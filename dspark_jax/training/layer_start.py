@@ -15,8 +15,8 @@ from dspark_jax.config import DrafterConfig, InputError
 from dspark_jax.target.model import Target
 from dspark_jax.training.state import Params, TrainState, to_params
 
-RANDOM, TARGET = "random", "target"
-"""Values of `drafter.init_layers`."""
+TARGET = "target"
+"""The value of `drafter.init_layers` that asks for it."""
 
 _LAYERS = "backbone.layers."
 _PARTS = {

@@ -17,10 +17,11 @@ MAIN_TABLE = (
     "fill_in",
     "dflash2",
     "eagle3",
+    "eagle3_llama",
     "mtp",
     "gated",
     "rnn",
-    "length",
+    "distilled",
 )
 """Names of `dspark_jax.kinds`; a further drafter is a line."""
 

@@ -3,8 +3,8 @@
     python -m dspark_jax.train --config configs/quickstart.py
     python -m dspark_jax.train --config configs/quickstart.py:dflash
 
-DSpark, or one of the other kinds of `dspark_jax.kinds`: dflash, dflash2, eagle3, mtp, gated, rnn,
-fill_in, length.
+DSpark, or one of the other kinds of `dspark_jax.kinds`: dflash, dflash2, eagle3, eagle3_llama, mtp, gated, rnn,
+fill_in, length, distilled.
 """
 
 from pathlib import Path

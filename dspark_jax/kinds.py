@@ -86,6 +86,10 @@ _DFLASH2 = {
 _DFLASH2_LOSS = {"ce": 0.0, "l1": 0.0, "confidence": 0.0, "soft_ce": 1.0, "extra": {"selector": 1.0}}
 """That of speculators, as the authors' is not published: KL with the target, and the selector's cross-entropy."""
 
+_DISTILLED_LOSS = {"ce": 0.0, "soft_ce": 1.0}
+"""Far from the target total variation has next to no gradient, and cross-entropy with one drawn token is noisy; the
+cross-entropy with the distribution is neither. What each part brings: docs/results.md, "A better recipe"."""
+
 EAGLE3_SETTINGS: Mapping[str, Any] = {
     "qk_norms": True, "eagle3_norms": (), "draft_vocab_size": 0, "train_head": True, "draft_vocabulary": "",
 }  # fmt: skip
@@ -151,6 +155,11 @@ VARIANTS: dict[str, Variant] = {
     ),
     "eagle3_llama": Variant(
         "eagle3 with a layer of Llama, which more servers know", drafter={"qk_norms": False}, kind="eagle3"
+    ),
+    "distilled": Variant(
+        "dspark with a block at every row, and the target's whole distribution beside total variation in its loss",
+        loss=_DISTILLED_LOSS,
+        every_row=True,
     ),
     "length": Variant("dspark that maximises its expected accepted length", loss={"l1": 0.0, "length": 1.0}),
 }

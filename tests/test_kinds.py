@@ -39,7 +39,7 @@ def test_only_drafter_loss_and_rows_change(base: Config, kind: str) -> None:
     changed = {name for name in before if before[name] != after[name]}
     assert changed <= {"drafter", "loss", "train"}
     one_by_one = kind in ("eagle3", "eagle3_llama", "mtp")
-    rows = 64 if one_by_one else base.train.num_anchors
+    rows = 64 if one_by_one or kind == "distilled" else base.train.num_anchors
     assert config.train == dataclasses.replace(base.train, num_anchors=rows)
     assert config.drafter.block_size == (1 if kind == "mtp" else 5)
     assert config.drafter.mask_token_id == (0 if one_by_one else 66)
@@ -64,6 +64,7 @@ def test_kinds_differ_in_what_they_are_named_after(base: Config) -> None:
         "vanilla", "vanilla", "gated", "rnn",
     ]  # fmt: skip
     assert as_kind(base, "length").loss == LossConfig(decay=2.0, ce=0.3, l1=0.0, confidence=0.5, length=1.0)
+    assert as_kind(base, "distilled").loss == LossConfig(decay=2.0, ce=0.0, l1=0.7, confidence=0.5, soft_ce=1.0)
     assert as_kind(base, "dspark").loss == base.loss
 
 

@@ -25,6 +25,13 @@ GATES = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approx
 """Functions of an MLP's gate by name."""
 
 
+def gated(gate: jax.Array, up: jax.Array, function: str, limit: float = 0.0) -> jax.Array:
+    """What a gated MLP multiplies with its last matrix; `limit` bounds the gate from above, and what is beside it."""
+    if limit:
+        gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+    return GATES[function](gate) * up
+
+
 def normal(
     rngs: nnx.Rngs, stack: tuple[int, ...], shape: tuple[int, ...], axes: tuple[str, ...], scale: float
 ) -> Param:
@@ -205,7 +212,7 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """Gated feed-forward layer; `gate` is one of `GATES`."""
+    """Gated feed-forward layer; `gate` is one of `GATES`, `limit` as in `gated`, `width` None: as `arch` has it."""
 
     def __init__(
         self,
@@ -215,12 +222,14 @@ class MLP(nnx.Module):
         scale: float,
         rngs: nnx.Rngs,
         gate: str = "silu",
+        width: int | None = None,
+        limit: float = 0.0,
     ):
-        d, f = arch.hidden_size, arch.intermediate_size
+        d, f = arch.hidden_size, width or arch.intermediate_size
         self.gate: Any = normal(rngs, stack, (d, f), ("embed", "mlp"), scale)
         self.up: Any = normal(rngs, stack, (d, f), ("embed", "mlp"), scale)
         self.down = normal(rngs, stack, (f, d), ("mlp", "embed"), scale)
-        self.function = gate
+        self.function, self.limit = gate, limit
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., D] -> [..., D]."""
@@ -228,7 +237,7 @@ class MLP(nnx.Module):
             gate, up = dense(x, self.gate[...]), dense(x, self.up[...])
         else:
             gate, up = jnp.split(dense(x, self.joint[...]), 2, axis=-1)
-        return dense(GATES[self.function](gate) * up, self.down[...])
+        return dense(gated(gate, up, self.function, self.limit), self.down[...])
 
     def fuse_weights(self, dtype: Any, *, join: bool) -> None:
         """See `decode_weights`; joined are those of a single layer."""

@@ -107,13 +107,40 @@ class ExpertShape:
       count: E experts.
       chosen: k of them that a row goes through.
       width: F of each.
-      normalised: the weights of a row's experts add up to 1.
+      normalised: the weights of a row's experts add up to 1 (before `factor`).
+      scores: what makes scores of the router's logits: softmax, sigmoid, or sqrtsoftplus.
+      factor: of the weights.
+      corrected: a stored number per expert is added to the scores that choose, not to those that weigh.
+      hashed: a stored table says by a row's token which experts it goes through: its rows; 0: there is none.
+      limit: bound of what comes out of a gate (from above) and beside it; 0: there is none.
+      shared: width of an MLP that every row goes through besides; 0: there is none.
     """
 
     count: int
     chosen: int
     width: int
     normalised: bool
+    scores: str = "softmax"
+    factor: float = 1.0
+    corrected: bool = False
+    hashed: int = 0
+    limit: float = 0.0
+    shared: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class HyperShape:
+    """What hyper-connections are like (`target.hyper_connections`).
+
+    Attributes:
+      streams: N.
+      iterations: of Sinkhorn-Knopp.
+      eps: what keeps its sums, and the weights of streams, from 0.
+    """
+
+    streams: int
+    iterations: int
+    eps: float
 
 
 @dataclasses.dataclass(frozen=True)

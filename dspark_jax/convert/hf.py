@@ -34,6 +34,7 @@ from dspark_jax.convert.mapping import (
 )
 from dspark_jax.drafter import make_drafter
 from dspark_jax.drafter.interface import DrafterModule
+from dspark_jax.kinds import KINDS
 from dspark_jax.registry import listed
 from dspark_jax.target.loading import fill_module, parameter_paths, read_checkpoint
 from dspark_jax.vocabulary import encode_vocabulary, from_maps
@@ -172,7 +173,7 @@ def expected_tensors(arch: TargetArchitecture, config: DrafterConfig) -> dict[st
     shapes |= {name: (1,) for name in _constants(drafter, config)}
     for path, variable in parameter_paths(drafter).items():
         weight, shape = weights[path], variable.get_value().shape
-        single = shape[1:] if weight.stacked else shape
+        single = shape[weight.stacked + bool(weight.experts) :]
         for name in weight.names(shape[0] if weight.stacked else 1):
             shapes[name] = weight.stored_shape(single)
     for name in frozen_names(config):
@@ -182,6 +183,8 @@ def expected_tensors(arch: TargetArchitecture, config: DrafterConfig) -> dict[st
 
 def _constants(drafter: DrafterModule, config: DrafterConfig) -> list[str]:
     """Tensors of one number in the file, always 1, never trained, and no parameters here."""
+    if KINDS[config.kind].own_layers:
+        return []
     names = drafter_family(drafter).drafter_constants
     return [name.format(i=i) for name in names for i in range(config.num_layers)]
 
@@ -282,8 +285,9 @@ def _parameters(drafter: DrafterModule, config: DrafterConfig) -> Iterable[tuple
     for path, variable in parameter_paths(drafter).items():
         weight, value = weights[path], np.asarray(variable.get_value(), np.float32)
         layers = list(value) if weight.stacked else [value]
-        for name, layer in zip(weight.names(len(layers)), layers, strict=True):
-            yield name, weight.store(layer)
+        matrices = [matrix for layer in layers for matrix in layer] if weight.experts else layers
+        for name, matrix in zip(weight.names(len(layers)), matrices, strict=True):
+            yield name, weight.store(matrix)
 
 
 def drafter_tensors(drafter: DrafterModule, config: DrafterConfig) -> dict[str, np.ndarray]:

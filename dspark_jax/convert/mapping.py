@@ -1,8 +1,11 @@
 """Names and shapes of drafter checkpoints in the layout of the PyTorch reference (DeepSpec `save_pretrained`)."""
 
+from typing import Any
+
 from flax import nnx
 
 from dspark_jax.config import DrafterConfig
+from dspark_jax.kinds import KINDS
 from dspark_jax.target import families
 from dspark_jax.target.families.family import Family
 from dspark_jax.target.layers import Layer
@@ -71,6 +74,45 @@ _MTP = {
 """Named after DeepSeek-V3's module. Its eh_proj reads [embedding; hidden state], ours [hidden state; embedding]:
 whoever exports it for a server has to swap the halves."""
 
+_STREAM_LAYERS = {
+    "attention_norm": Weight("attn_norm.weight"),
+    "attention.query_down": Weight("attn.wq_a.weight", inputs=1),
+    "attention.query_norm": Weight("attn.q_norm.weight"),
+    "attention.query_up": Weight("attn.wq_b.weight", inputs=1),
+    "attention.key": Weight("attn.wkv.weight", inputs=1),
+    "attention.key_norm": Weight("attn.kv_norm.weight"),
+    "attention.sinks": Weight("attn.attn_sink"),
+    "attention.out_down": Weight("attn.wo_a.weight"),
+    "attention.out_up": Weight("attn.wo_b.weight", inputs=1),
+    "mlp_norm": Weight("ffn_norm.weight"),
+    "mlp.router": Weight("ffn.gate.weight", inputs=1),
+    "mlp.correction": Weight("ffn.gate.bias"),
+    "mlp.gate": Weight("ffn.experts.{e}.w1.weight", inputs=1),
+    "mlp.up": Weight("ffn.experts.{e}.w3.weight", inputs=1),
+    "mlp.down": Weight("ffn.experts.{e}.w2.weight", inputs=1),
+    "mlp.shared.gate": Weight("ffn.shared_experts.w1.weight", inputs=1),
+    "mlp.shared.up": Weight("ffn.shared_experts.w3.weight", inputs=1),
+    "mlp.shared.down": Weight("ffn.shared_experts.w2.weight", inputs=1),
+    **{
+        f"{ours}_streams.{part}": Weight(f"hc_{theirs}_{name}", inputs=2 if part == "mix" else 0)
+        for ours, theirs in (("attention", "attn"), ("mlp", "ffn"))
+        for part, name in (("mix", "fn"), ("base", "base"), ("scale", "scale"))
+    },
+}
+_STREAM_ENDS = {
+    "backbone.fc": Weight("mtp.0.main_proj.weight", inputs=1),
+    "backbone.hidden_norm": Weight("mtp.0.main_norm.weight"),
+    "backbone.norm": Weight("mtp.{last}.norm.weight"),
+    "backbone.collapse.mix": Weight("mtp.{last}.hc_head_fn", inputs=2),
+    "backbone.collapse.base": Weight("mtp.{last}.hc_head_base"),
+    "backbone.collapse.scale": Weight("mtp.{last}.hc_head_scale"),
+    "markov.w1": Weight("mtp.{last}.markov_head.markov_w1.weight"),
+    "markov.w2": Weight("mtp.{last}.markov_head.markov_w2.weight"),
+    "confidence.weight": Weight("mtp.{last}.confidence_head.proj.weight", row=True),
+}
+"""DSpark-5 inside a DeepSeek-V4: stages mtp.0, mtp.1, ..., of which the first has what is before the layers, and the last
+what is after them. Embedding and LM head are the target's."""
+
 _KINDS = {"eagle3": _EAGLE3, "mtp": _MTP}
 """By kind of drafter; the others are block drafters with `_BACKBONE` and heads."""
 
@@ -79,7 +121,10 @@ FROZEN = ("embed_tokens.weight", "lm_head.weight")
 
 
 def frozen_names(config: DrafterConfig) -> tuple[str, ...]:
-    """Those of `FROZEN` that are the target's: not the LM head, if the drafter has one of its own."""
+    """Those of `FROZEN` that a file has from the target: not the LM head, if the drafter has one of its own, and nothing
+    if it is a part of the target's file."""
+    if KINDS[config.kind].own_layers:
+        return ()
     return FROZEN[:1] if config.draft_vocab_size else FROZEN
 
 
@@ -99,9 +144,26 @@ def drafter_weights(drafter: nnx.Module, config: DrafterConfig) -> dict[str, Wei
       drafter: tells which family's layers it has; its parameters may be shapes only.
       config: says what kind of drafter it is.
     """
+    if KINDS[config.kind].own_layers:
+        return _stream_weights(drafter, config)
     stack = "backbone.layers." if hasattr(drafter, "backbone") else "layers."
     layers = drafter_family(drafter).drafter_weights()
     return _plain_weights(config) | {stack + path: weight for path, weight in layers.items()}
+
+
+def _stream_weights(drafter: Any, config: DrafterConfig) -> dict[str, Weight]:
+    """Those of a DSpark-5."""
+    experts, last = drafter.backbone.layers.mlp.shape.count, str(config.num_layers - 1)
+    ends = {path: weight._replace(name=weight.name.replace("{last}", last)) for path, weight in _STREAM_ENDS.items()}
+    if not config.confidence_head:
+        del ends["confidence.weight"]
+    layers = {
+        f"backbone.layers.{path}": weight._replace(
+            name="mtp.{i}." + weight.name, experts=experts if "{e}" in weight.name else 0
+        )
+        for path, weight in _STREAM_LAYERS.items()
+    }
+    return ends | layers
 
 
 def _plain_weights(config: DrafterConfig) -> dict[str, Weight]:

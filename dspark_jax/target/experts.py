@@ -60,6 +60,7 @@ class Experts(nnx.Module):
         self.shared: Any = MLP(arch, width=shape.shared, limit=shape.limit, **how) if shape.shared else None
         self.shape = shape
         self.function = gate
+        self.trained = False  # gradients are asked for: a drafter's
 
     def __call__(self, x: jax.Array, tokens: jax.Array | None = None) -> jax.Array:
         """[..., D] -> [..., D]; `tokens` [...] are the rows' ids, which a hashed router goes by."""
@@ -69,7 +70,9 @@ class Experts(nnx.Module):
         parts = parts_of("experts") if count % parts_of("experts") == 0 else 1
         whole, matrix = ("batch", None), ("experts", None, None)
         run = per_device(
-            functools.partial(_own_part, count=count, function=self.function, limit=self.shape.limit),
+            functools.partial(
+                _own_part, count=count, function=self.function, limit=self.shape.limit, trained=self.trained
+            ),
             inputs=(whole, whole, whole, matrix, matrix, matrix),
             outputs=(("experts", *whole),),
             shapes=((parts, *rows.shape),),
@@ -97,6 +100,7 @@ class Experts(nnx.Module):
 
     def fuse_weights(self, dtype: Any, *, join: bool) -> None:
         """See `decode_weights`; nothing is joined."""
+        self.trained = False
         del join
         for weight in (self.router, self.gate, self.up, self.down):
             narrow(weight, dtype)
@@ -121,6 +125,7 @@ def _own_part(
     count: int,
     function: str,
     limit: float = 0.0,
+    trained: bool = False,
 ) -> tuple[jax.Array]:
     """What the experts of this device, of `count` altogether, give to the rows: [1, T, D]."""
     own, (t, k), inner = len(gate), chosen.shape, functools.partial(gated, function=function, limit=limit)
@@ -130,7 +135,9 @@ def _own_part(
     if _few(t * k, count):
         out = _collected(rows, jnp.where(here, chosen, 0), matrices, inner)
     else:
-        out = _sorted(rows, jnp.where(here, chosen, own).reshape(-1), k, matrices, inner).reshape(t, k, -1)
+        through = _ragged if trained or platform.current() == "tpu" else _blocks  # a loop of so many has no gradient
+        expert = jnp.where(here, chosen, own).reshape(-1)
+        out = _sorted(rows, expert, k, matrices, inner, through).reshape(t, k, -1)
     out = jnp.where(here[..., None], out * weights[..., None], 0)  # what is not here may be anything
     return (jnp.sum(out, axis=1)[None],)
 
@@ -151,11 +158,12 @@ def _collected(rows: jax.Array, chosen: jax.Array, matrices: Matrices, inner: In
     return jnp.einsum("tkf,tkfd->tkd", between, down)
 
 
-def _sorted(rows: jax.Array, expert: jax.Array, k: int, matrices: Matrices, inner: Inner) -> jax.Array:
+def _sorted(
+    rows: jax.Array, expert: jax.Array, k: int, matrices: Matrices, inner: Inner, through: Callable[..., jax.Array]
+) -> jax.Array:
     """rows [T, D] through the experts [T k] of their pairs, row after row: [T k, D]; anything for an expert E."""
     order = jnp.argsort(expert, stable=True)
     sizes = jnp.bincount(expert, length=len(matrices[0]) + 1)[:-1].astype(jnp.int32)
-    through = _ragged if platform.current() == "tpu" else _blocks
     out = through(rows[order // k], sizes, matrices, inner)
     return out[jnp.argsort(order)]
 

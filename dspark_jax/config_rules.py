@@ -207,7 +207,9 @@ def _drafter_problems(drafter: DrafterConfig, target: TargetArchitecture) -> Ite
     yield from _window_problems(drafter)
     yield from _own_layers_problems(drafter, target)
     yield from rope_scaling.problems(drafter.rope_type, drafter.rope_scaling)
-    if not (kind.own_layers or of_drafters(target).long_drafters) and (drafter.sliding_window or drafter.rope_type != "default"):
+    if not (kind.own_layers or of_drafters(target).long_drafters) and (
+        drafter.sliding_window or drafter.rope_type != "default"
+    ):
         yield (
             f"drafter.sliding_window={drafter.sliding_window}, drafter.rope_type={drafter.rope_type!r}: drafters with "
             f"the layers of {of_drafters(target).title} have neither windows nor scaled RoPE; leave both out"

@@ -132,7 +132,11 @@ def test_a_drafter_that_another_program_had_added_is_refused_when_it_is_made(bas
             {"draft_vocab_size": 8, "draft_vocabulary": "x"},
             "drafter.draft_vocabulary: it is no list of tokens",
         ),
-        ("dspark", {"kind": "hydra"}, "drafter.kind='hydra' is unknown; use dspark, dflash, dflash2, dspark5, eagle3 or"),
+        (
+            "dspark",
+            {"kind": "hydra"},
+            "drafter.kind='hydra' is unknown; use dspark, dflash, dflash2, dspark5, eagle3 or",
+        ),
     ],
 )
 def test_what_does_not_hold(base: Config, kind: str, change: dict, message: str) -> None:

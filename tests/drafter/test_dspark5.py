@@ -22,7 +22,7 @@ from dspark_jax.target.loading import fill_module
 torch: Any = pytest.importorskip("torch")
 modeling: Any = pytest.importorskip("transformers.models.deepseek_v4.modeling_deepseek_v4")
 
-VOCAB, D, STAGES, G, W, RANK, NOISE = 23, 16, 3, 5, 6, 4, 22
+VOCAB, D, STAGES, G, W, RANK, NOISE = 23, 16, 2, 3, 6, 4, 22
 SIZES = {
     "num_attention_heads": 4, "head_dim": 12, "qk_rope_head_dim": 4, "q_lora_rank": 10, "o_lora_rank": 3, "o_groups": 2,
     "n_routed_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 9, "swiglu_limit": 0.6, "hc_mult": 4,
@@ -33,7 +33,9 @@ TAPS = (1, 2, 3)  # the last layer, too
 
 def config(**change: Any) -> DrafterConfig:
     base = DrafterConfig(num_layers=STAGES, block_size=G, target_layer_ids=TAPS, mask_token_id=NOISE, markov_rank=RANK)
-    whole = Config(target=TargetConfig(architecture=ARCH), drafter=base, data=DataConfig(max_length=64, max_prompt_length=16))
+    whole = Config(
+        target=TargetConfig(architecture=ARCH), drafter=base, data=DataConfig(max_length=64, max_prompt_length=16)
+    )
     whole = as_kind(whole, "dspark5")
     for name, value in ({"sliding_window": W, "layer_sizes": SIZES} | change).items():
         setattr(whole.drafter, name, value)
@@ -42,7 +44,9 @@ def config(**change: Any) -> DrafterConfig:
 
 def stage_names(stage: int) -> set[str]:
     """The tensors of a stage as the released checkpoints have them, the scales of quantised ones aside."""
-    names = {f"attn.{x}.weight" for x in ("wq_a", "q_norm", "wq_b", "wkv", "kv_norm", "wo_a", "wo_b")} | {"attn.attn_sink"}
+    names = {f"attn.{x}.weight" for x in ("wq_a", "q_norm", "wq_b", "wkv", "kv_norm", "wo_a", "wo_b")} | {
+        "attn.attn_sink"
+    }
     names |= {"attn_norm.weight", "ffn_norm.weight", "ffn.gate.weight", "ffn.gate.bias"}
     names |= {f"hc_{part}_{x}" for part in ("attn", "ffn") for x in ("fn", "base", "scale")}
     experts = [f"experts.{e}" for e in range(SIZES["n_routed_experts"])] + ["shared_experts"]
@@ -71,8 +75,10 @@ def drafter() -> Any:
 @functools.cache
 def target() -> Any:
     rng = np.random.default_rng(1)
-    embedding, head = (jnp.asarray(rng.normal(size=(VOCAB, D)), jnp.float32) for _ in range(2))
-    return SimpleNamespace(embed=lambda ids: embedding[ids], unembed=lambda x: x @ head.T, embedding=embedding, head=head)
+    embedding, head = (rng.normal(size=(VOCAB, D)).astype(np.float32) for _ in range(2))
+    return SimpleNamespace(
+        embed=lambda ids: jnp.asarray(embedding)[ids], unembed=lambda x: x @ head.T, embedding=embedding, head=head
+    )
 
 
 def test_tensors_are_those_of_the_released_checkpoints() -> None:
@@ -90,7 +96,7 @@ def test_flash_has_as_many_tensors_as_its_index() -> None:
     sizes = {"num_attention_heads": 64, "head_dim": 512, "qk_rope_head_dim": 64, "q_lora_rank": 1024, "o_lora_rank": 1024,
              "o_groups": 8, "n_routed_experts": 256, "num_experts_per_tok": 6, "moe_intermediate_size": 2048}  # fmt: skip
     flash = TargetArchitecture("qwen3", 129280, 4096, 43, 64, 1, 512, 2048, 1e-6, 1e4, False, 1048576)
-    shapes = expected_tensors(flash, config(layer_sizes=sizes, markov_rank=256))
+    shapes = expected_tensors(flash, config(layer_sizes=sizes, markov_rank=256, num_layers=3))
     scaled = [name for name in shapes if any(part in name for part in (".attn.w", "experts.", "main_proj"))]
     assert len(shapes) + len(scaled) == 4705
     assert shapes["mtp.0.main_proj.weight"] == (4096, 12288)
@@ -112,9 +118,8 @@ class Context:
         return both, both
 
 
-@functools.cache
-def oracle_layers() -> Any:
-    """Layers of transformers with the released tensors, in float64."""
+def oracle_layers(stored: dict[str, np.ndarray]) -> Any:
+    """Layers of transformers with stored tensors, in float64."""
     theirs = modeling.DeepseekV4Config(
         vocab_size=VOCAB, hidden_size=D, num_hidden_layers=STAGES, layer_types=["sliding_attention"] * STAGES,
         mlp_layer_types=["moe"] * STAGES, rms_norm_eps=ARCH.rms_norm_eps, rope_theta=1e4, n_shared_experts=1,
@@ -129,7 +134,11 @@ def oracle_layers() -> Any:
     finally:
         torch.set_default_dtype(torch.float32)
     last = f"mtp.{STAGES - 1}."
-    put(head, {"hc_fn": last + "hc_head_fn", "hc_base": last + "hc_head_base", "hc_scale": last + "hc_head_scale"})
+    put(
+        stored,
+        head,
+        {"hc_fn": last + "hc_head_fn", "hc_base": last + "hc_head_base", "hc_scale": last + "hc_head_scale"},
+    )
     for i, layer in enumerate(layers):
         names = {"self_attn.q_a_proj.weight": "attn.wq_a.weight", "self_attn.q_a_norm.weight": "attn.q_norm.weight",
                  "self_attn.q_b_proj.weight": "attn.wq_b.weight", "self_attn.kv_proj.weight": "attn.wkv.weight",
@@ -143,42 +152,55 @@ def oracle_layers() -> Any:
         names |= {f"{ours}.{x}": f"hc_{part}_{x}" for ours, part in (("attn_hc", "attn"), ("ffn_hc", "ffn"))
                   for x in ("fn", "base", "scale")}  # fmt: skip
         experts = {"mlp.experts.gate_up_proj": ("w1", "w3"), "mlp.experts.down_proj": ("w2",)}
-        put(layer, {name: f"mtp.{i}.{stored}" for name, stored in names.items()}, experts, i)
+        put(stored, layer, {name: f"mtp.{i}.{rest}" for name, rest in names.items()}, experts, i)
     return layers, head, rotary
 
 
-def put(module: Any, names: dict[str, str], experts: dict[str, tuple[str, ...]] | None = None, stage: int = 0) -> None:
-    state = {name: tensors()[stored] for name, stored in names.items()}
+def put(
+    stored: dict[str, np.ndarray],
+    module: Any,
+    names: dict[str, str],
+    experts: dict[str, tuple[str, ...]] | None = None,
+    stage: int = 0,
+) -> None:
+    state = {name: stored[rest] for name, rest in names.items()}
     for name, parts in (experts or {}).items():
-        rows = [[tensors()[f"mtp.{stage}.ffn.experts.{e}.{part}.weight"] for part in parts] for e in range(5)]
+        rows = [[stored[f"mtp.{stage}.ffn.experts.{e}.{part}.weight"] for part in parts] for e in range(5)]
         state[name] = np.stack([np.concatenate(row) for row in rows])
-    module.load_state_dict({name: torch.tensor(value, dtype=torch.float64) for name, value in state.items()}, strict=True)
+    module.load_state_dict(
+        {name: torch.tensor(value, dtype=torch.float64) for name, value in state.items()}, strict=True
+    )
     module.double()
 
 
-def normed(x: Any, weight: str) -> Any:
-    scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + ARCH.rms_norm_eps)
-    return x * scale * torch.tensor(tensors()[weight], dtype=torch.float64)
+def normed(x: Any, weight: Any) -> Any:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + ARCH.rms_norm_eps) * weight
 
 
-def oracle_block(features: np.ndarray, anchor: int, token: int) -> tuple[np.ndarray, np.ndarray]:
+def oracle_block(
+    features: np.ndarray, anchor: int, token: int, given: dict[str, np.ndarray] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """features [S, M D] of a document -> logits [G, V] without the Markov head, and collapsed streams [G, D]."""
-    layers, head, rotary = oracle_layers()
-    stored = {name: torch.tensor(value, dtype=torch.float64) for name, value in tensors().items()}
+    layers, head, rotary = oracle_layers(given or tensors())
+    stored = {name: torch.tensor(value, dtype=torch.float64) for name, value in (given or tensors()).items()}
     last, rows = f"mtp.{STAGES - 1}.", np.arange(max(anchor - W, 0), anchor)
-    context = normed(torch.tensor(features[rows]).double() @ stored["mtp.0.main_proj.weight"].T, "mtp.0.main_norm.weight")
+    context = normed(
+        torch.tensor(features[rows]).double() @ stored["mtp.0.main_proj.weight"].T, stored["mtp.0.main_norm.weight"]
+    )
     at, before = torch.arange(anchor, anchor + G)[None], torch.tensor(rows)[None]
-    embedded = torch.tensor(np.asarray(target().embedding)[[token] + [NOISE] * (G - 1)]).double()
+    embedded = torch.tensor(target().embedding[[token] + [NOISE] * (G - 1)]).double()
     x = embedded[None, :, None].repeat(1, 1, SIZES["hc_mult"], 1)
-    turns = {place: rotary(embedded, positions, layer_type="main") for place, positions in (("own", at), ("context", before))}
+    turns = {
+        place: rotary(embedded, positions, layer_type="main") for place, positions in (("own", at), ("context", before))
+    }
     for i, layer in enumerate(layers):
-        keys = normed(context @ stored[f"mtp.{i}.attn.wkv.weight"].T, f"mtp.{i}.attn.kv_norm.weight")
+        keys = normed(context @ stored[f"mtp.{i}.attn.wkv.weight"].T, stored[f"mtp.{i}.attn.kv_norm.weight"])
         keys = modeling.apply_rotary_pos_emb(keys[None, None], *turns["context"]) if len(rows) else keys[None, None]
         x = layer(x, position_embeddings={"main": turns["own"]}, position_ids=at, attention_mask=None,
                   cache=Context(keys), input_ids=None)  # fmt: skip
         x = x[0] if isinstance(x, tuple) else x
     collapsed = head(x)[0]
-    logits = normed(collapsed, last + "norm.weight") @ torch.tensor(np.asarray(target().head)).double().T
+    logits = normed(collapsed, stored[last + "norm.weight"]) @ torch.tensor(target().head).double().T
     return logits.detach().numpy(), collapsed.detach().numpy()
 
 
@@ -206,12 +228,16 @@ def test_drafts_logits_and_confidences_are_the_oracles() -> None:
     count, rows = len(LENGTHS), features()
     lengths = jnp.asarray(LENGTHS)
     anchors = jnp.arange(count) + 3
-    cache = drafter().init_cache(count, 12 + G + 1)
-    cache = drafter().extend(
-        cache, jnp.broadcast_to(rows, (count, *rows.shape)), None, jnp.broadcast_to(jnp.arange(12), (count, 12)), lengths
-    )
-    uniforms = jnp.zeros((count, G, 2), jnp.int32)
-    proposal, _ = drafter().propose(target(), cache, anchors, lengths, uniforms, Sampling.constant(0.0, count))
+
+    @jax.jit
+    def propose(model: Any) -> Any:
+        cache = model.init_cache(count, 12 + G + 1)
+        places = jnp.broadcast_to(jnp.arange(12), (count, 12))
+        cache = model.extend(cache, jnp.broadcast_to(rows, (count, *rows.shape)), places, places, lengths)
+        uniforms = jnp.zeros((count, G, 2), jnp.int32)
+        return model.propose(target(), cache, anchors, lengths, uniforms, Sampling.constant(0.0, count))[0]
+
+    proposal = propose(drafter())
     for b, length in enumerate(LENGTHS):
         drafts, biased, trust = walk(*oracle_block(rows, length, int(anchors[b])), int(anchors[b]))
         assert proposal.tokens[b].tolist() == drafts
@@ -225,14 +251,46 @@ def test_training_pass_is_the_oracles_in_packed_documents() -> None:
     tokens = np.random.default_rng(3).integers(0, VOCAB - 1, (1, 14))
     starts = np.where(np.arange(14) < start, 0, start)[None]
     anchors = Anchors(jnp.asarray([[3, 6, 12]]), jnp.ones((1, 3), bool))
-    out = drafter()(
-        target(), jnp.asarray(rows)[None], jnp.asarray(tokens), jnp.ones((1, 14)), anchors, jnp.asarray(starts)
-    )
+    given = jnp.asarray(rows)[None], jnp.asarray(tokens), jnp.ones((1, 14)), anchors, jnp.asarray(starts)
+    out = jax.jit(lambda model: model(target(), *given))(drafter())
     for index, anchor in enumerate((3, 6, 12)):
         first = int(starts[0, anchor])
         logits, collapsed = oracle_block(rows[first:], anchor - first, int(tokens[0, anchor]))
         np.testing.assert_allclose(target().unembed(out.hidden[0, index]), logits, rtol=1e-4, atol=2e-4)
         np.testing.assert_allclose(out.trusted[0, index], collapsed, rtol=1e-4, atol=2e-4)
+
+
+def test_gradients_are_the_oracles() -> None:
+    """Along a random direction of all parameters, against differences of the oracle in float64."""
+    rows, rng = features(), np.random.default_rng(4)
+    tokens, anchors = (
+        jnp.asarray(rng.integers(0, VOCAB - 1, (1, 12))),
+        Anchors(jnp.asarray([[7]]), jnp.ones((1, 1), bool)),
+    )
+    weights = rng.normal(size=(2, G, D))
+    model = drafter()
+
+    def value(model: Any) -> jax.Array:
+        out = model(target(), jnp.asarray(rows)[None], tokens, jnp.ones((1, 12)), anchors)
+        return jnp.sum(weights[0] * target().unembed(out.hidden[0, 0])[:, :D]) + jnp.sum(weights[1] * out.trusted[0, 0])
+
+    slopes = drafter_tensors(jax.jit(jax.grad(value))(model), config())
+    unread = ("markov_head", "confidence_head", "gate.bias")
+    assert all(
+        np.any(slope) != any(part in name for part in unread)
+        for name, slope in slopes.items()
+        if "experts." not in name
+    )
+    direction = {name: rng.normal(size=slope.shape) for name, slope in slopes.items()}
+
+    def at(step: float) -> float:
+        moved = {name: stored + step * direction[name] for name, stored in tensors().items()}
+        logits, collapsed = oracle_block(rows, 7, int(tokens[0, 7]), moved)
+        return float(np.sum(weights[0] * logits[:, :D]) + np.sum(weights[1] * collapsed))
+
+    expected = (at(1e-4) - at(-1e-4)) / 2e-4  # its streams are in float32
+    found = sum(float(np.sum(slopes[name] * direction[name])) for name in slopes)
+    np.testing.assert_allclose(found, expected, rtol=2e-3)
 
 
 def test_sizes_follow_from_the_target_or_are_stated() -> None:

@@ -91,8 +91,8 @@ class DrafterConfig:
     {"factor": 4.0, "original_max_position_embeddings": 4096}."""
 
     layer_sizes: dict[str, float] = dataclasses.field(default_factory=dict)
-    """Sizes of the layers of dspark5 by their names in a DeepSeek-V4's config.json, e.g. {"n_routed_experts": 64}; what is
-    not given is the target's if it is one, and otherwise follows from the target's sizes."""
+    """Sizes of the layers of dspark5 by their names in a DeepSeek-V4's config.json, e.g. {"n_routed_experts": 64}; what
+    is not given is the target's if it is one, and otherwise follows from the target's sizes."""
 
     @property
     def layer_kinds(self) -> tuple[str, ...]:

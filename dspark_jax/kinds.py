@@ -143,6 +143,7 @@ KINDS: dict[str, Kind] = {
         own_layers=True,
         settings={"sliding_window": 128},
         fixed=_DSPARK5,
+        served_as="dspark",
     ),
     "eagle3": Kind(
         "dspark_jax.drafter.eagle3:Eagle3",

@@ -72,6 +72,11 @@ def layer_sizes(arch: "TargetArchitecture", stated: Mapping[str, Any]) -> LayerS
     }
     if arch.model_type == FAMILY:
         values |= {name: arch.own[name] for name in NAMES if name in arch.own}
+        values |= {
+            "qk_rope_head_dim": arch.head_dim * arch.partial_rotary_factor,
+            "moe_intermediate_size": arch.intermediate_size,
+            "rope_theta": arch.sliding_rope_theta,
+        }
     values |= stated
     return LayerSizes(**{name: value if name in _NUMBERS else int(value) for name, value in values.items()})
 

@@ -31,6 +31,7 @@ from dspark_jax.convert.long_context import keys as long_keys
 from dspark_jax.convert.mapping import FROZEN, HEADS, frozen_names
 from dspark_jax.convert.output import built_beside, check_output, write_text
 from dspark_jax.convert.safetensors_file import write_safetensors
+from dspark_jax.convert.stages import stages_fields
 from dspark_jax.kinds import KINDS, served_as
 from dspark_jax.registry import listed
 from dspark_jax.target import families
@@ -131,6 +132,8 @@ def content(source: Source, form: str, dtype: str) -> Content:
         )
     if drafter.markov_rank and drafter.markov_head_type not in HEADS:
         raise InputError(f"no server has the head {drafter.markov_head_type!r}; only {listed(HEADS)} is exported")
+    if KINDS[drafter.kind].own_layers:
+        return Content(source, stages_fields(source, form, dtype), expected_tensors(source.arch, drafter), {})
     refuse_unknown_parts(drafter)
     source = servable(source) if form != "deepspec" else source
     config = CONFIGS[form](source, dtype)

@@ -14,6 +14,7 @@ from dspark_jax.config import DrafterConfig, InputError, TargetArchitecture
 from dspark_jax.convert.layouts import (
     Layout,
     default_taps,
+    has_stages,
     layers_config,
     layers_shape,
     read_config,
@@ -32,6 +33,7 @@ from dspark_jax.convert.mapping import (
     drafter_weights,
     frozen_names,
 )
+from dspark_jax.convert.stages import stages_config, stages_tensors
 from dspark_jax.drafter import make_drafter
 from dspark_jax.drafter.interface import DrafterModule
 from dspark_jax.kinds import KINDS
@@ -109,6 +111,8 @@ def drafter_shape(path: Path, raw: Mapping[str, Any], layout: Layout) -> TargetA
     """The shape of a drafter's layers but for windows and scaled RoPE, which `drafter_config` has; see `from_hf`."""
     if layout.family == "eagle3":
         return layers_shape(path, raw)
+    if has_stages(raw):
+        return TargetArchitecture.of_any_model(path.parent)
     source = layers_config(raw)
     plain = without(source)
     return TargetArchitecture.from_hf(path if plain == raw else plain)
@@ -122,6 +126,8 @@ def drafter_config(where: str, layout: Layout, raw: Mapping[str, Any]) -> Drafte
     """
     if layout.family == "eagle3":
         return eagle3_config(layout)
+    if has_stages(raw):
+        return stages_config(layout, raw)
     head = layout.markov_head_type if layout.markov_rank else "vanilla"
     if head not in HEADS:
         raise Unsupported(where, f"markov_head_type {head!r}", f"use {listed(HEADS)}")
@@ -253,6 +259,8 @@ def load_tensors(
     tensors = read_checkpoint(directory)
     if config.kind == "eagle3":
         tensors = canonical(tensors)
+    if KINDS[config.kind].own_layers:
+        tensors = stages_tensors(tensors, read_config(directory), str(directory))
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     compare_tensors(str(directory), shapes, expected_tensors(arch, config), config.kind, frozen_names(config))
     drafter = abstract_drafter(arch, config, dtype=dtype)

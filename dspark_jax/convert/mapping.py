@@ -110,8 +110,8 @@ _STREAM_ENDS = {
     "markov.w2": Weight("mtp.{last}.markov_head.markov_w2.weight"),
     "confidence.weight": Weight("mtp.{last}.confidence_head.proj.weight", row=True),
 }
-"""DSpark-5 inside a DeepSeek-V4: stages mtp.0, mtp.1, ..., of which the first has what is before the layers, and the last
-what is after them. Embedding and LM head are the target's."""
+"""DSpark-5 inside a DeepSeek-V4: stages mtp.0, mtp.1, ..., of which the first has what is before the layers, and the
+last what is after them. Embedding and LM head are the target's."""
 
 _KINDS = {"eagle3": _EAGLE3, "mtp": _MTP}
 """By kind of drafter; the others are block drafters with `_BACKBONE` and heads."""
@@ -121,8 +121,8 @@ FROZEN = ("embed_tokens.weight", "lm_head.weight")
 
 
 def frozen_names(config: DrafterConfig) -> tuple[str, ...]:
-    """Those of `FROZEN` that a file has from the target: not the LM head, if the drafter has one of its own, and nothing
-    if it is a part of the target's file."""
+    """Those of `FROZEN` that a file has from the target: not the LM head, if the drafter has one of its own, and
+    nothing if it is a part of the target's file."""
     if KINDS[config.kind].own_layers:
         return ()
     return FROZEN[:1] if config.draft_vocab_size else FROZEN

@@ -93,8 +93,10 @@ def test_tensors_are_those_of_the_released_checkpoints() -> None:
 def test_flash_has_as_many_tensors_as_its_index() -> None:
     """4705 tensors, that of the release, if the matrices are counted twice (they have scales): those of attention,
     of the experts, and of the projection of features."""
-    sizes = {"num_attention_heads": 64, "head_dim": 512, "qk_rope_head_dim": 64, "q_lora_rank": 1024, "o_lora_rank": 1024,
-             "o_groups": 8, "n_routed_experts": 256, "num_experts_per_tok": 6, "moe_intermediate_size": 2048}  # fmt: skip
+    sizes = {
+        "num_attention_heads": 64, "head_dim": 512, "qk_rope_head_dim": 64, "q_lora_rank": 1024, "o_lora_rank": 1024,
+        "o_groups": 8, "n_routed_experts": 256, "num_experts_per_tok": 6, "moe_intermediate_size": 2048,
+    }  # fmt: skip
     flash = TargetArchitecture("qwen3", 129280, 4096, 43, 64, 1, 512, 2048, 1e-6, 1e4, False, 1048576)
     shapes = expected_tensors(flash, config(layer_sizes=sizes, markov_rank=256, num_layers=3))
     scaled = [name for name in shapes if any(part in name for part in (".attn.w", "experts.", "main_proj"))]

@@ -1,0 +1,126 @@
+"""DSpark-5 inside a DeepSeek-V4: its fields in that model's `config.json`, and its tensors `mtp.*` among the model's.
+
+A directory of such a drafter is the checkpoint of the model, or has that config and the tensors of the drafter alone.
+Embedding and LM head are the model's.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import ml_dtypes
+import numpy as np
+
+from dspark_jax.config import DrafterConfig, InputError
+from dspark_jax.convert.layouts import STAGES, Layout
+from dspark_jax.layer_sizes import FAMILY, NAMES, layer_sizes
+from dspark_jax.target.dequantise import with_matrices
+from dspark_jax.target.quantised import Layout as Stored
+from dspark_jax.target.quantised import Quantisation
+
+if TYPE_CHECKING:
+    from dspark_jax.convert.export import Source
+
+_EXPONENTS = (np.dtype(np.uint8), np.dtype(ml_dtypes.float8_e8m0fnu))
+_SCALES = (".scale",)
+_USUAL = {"routed_scaling_factor": 1.5, "swiglu_limit": 10.0, "hc_mult": 4, "hc_sinkhorn_iters": 20, "hc_eps": 1e-6,
+          "rope_theta": 1e4, "head_dim": 512, "q_lora_rank": 1024, "o_lora_rank": 1024, "o_groups": 8,
+          "n_routed_experts": 256, "num_experts_per_tok": 6, "moe_intermediate_size": 2048}  # fmt: skip
+"""What transformers' class takes for a field that is not there."""
+
+
+def sizes(raw: Mapping[str, Any]) -> dict[str, float]:
+    """Every one of `drafter.layer_sizes` as a DeepSeek-V4's config.json states it."""
+    found = {name: raw[name] if raw.get(name) is not None else _USUAL.get(name) for name in NAMES}
+    if raw.get("qk_rope_head_dim") is None:
+        share = raw.get("partial_rotary_factor")
+        found["qk_rope_head_dim"] = 64 if share is None else round(found["head_dim"] * share)
+    return found
+
+
+def stages_config(layout: Layout, raw: Mapping[str, Any]) -> DrafterConfig:
+    """The drafter's settings."""
+    return DrafterConfig(
+        kind="dspark5",
+        num_layers=layout.num_layers,
+        block_size=layout.block_size,
+        target_layer_ids=layout.taps,
+        mask_token_id=layout.mask_token_id,
+        markov_rank=layout.markov_rank,
+        confidence_head=layout.confidence,
+        sliding_window=int(raw.get("sliding_window") or 128),
+        layer_sizes=sizes(raw),
+    )
+
+
+def stages_fields(source: "Source", form: str, dtype: str) -> dict[str, Any]:
+    """`config.json` of an export: that of its DeepSeek-V4 with the drafter's fields, in a directory of its own.
+
+    Raises:
+      InputError: no server would load it so.
+    """
+    drafter, target = source.config, source.target
+    if form != "universal":
+        raise InputError(f"--format {form} has no word for the layers of a {drafter.kind}; use --format universal")
+    if target.get("model_type") != FAMILY:
+        raise InputError(
+            f"a drafter of kind {drafter.kind!r} is served with a DeepSeek-V4 alone, its target is a "
+            f"{target.get('model_type')}: no server would load it"
+        )
+    if target.get("quantization_config"):
+        raise InputError(
+            "--target is quantised, and vLLM takes its drafter for quantised in the same way, which an export in "
+            f"{dtype} is not; give the target in bfloat16 with --target"
+        )
+    own = {
+        "architectures": ["DeepseekV4ForCausalLM"],
+        "dtype": dtype,
+        "sliding_window": drafter.sliding_window,
+        "n_mtp_layers": drafter.num_layers,
+        "enable_confidence_head": drafter.confidence_head,
+        "dspark_block_size": drafter.block_size,
+        "dspark_noise_token_id": drafter.mask_token_id,
+        "dspark_target_layer_ids": list(drafter.target_layer_ids),
+        "dspark_markov_rank": drafter.markov_rank,
+    }
+    left_out = ("torch_dtype", "transformers_version", "expert_dtype", "auto_map", "partial_rotary_factor")
+    rest = {name: value for name, value in target.items() if name not in left_out}
+    return rest | own | dataclasses.asdict(layer_sizes(source.arch, drafter.layer_sizes))
+
+
+def stages_tensors(tensors: Mapping[str, np.ndarray], raw: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The drafter's tensors of a checkpoint, of quantised ones the values.
+
+    Raises:
+      InputError: there are none; or see `with_matrices`.
+    """
+    own = {name: _bytes(tensor) for name, tensor in tensors.items() if name.startswith(STAGES)}
+    if not own:
+        raise InputError(f"{where}: there are no tensors {STAGES}*; this checkpoint comes without its drafter")
+    return with_matrices(own, _quantisation(raw, where), where, np.float32)
+
+
+def _bytes(tensor: np.ndarray) -> np.ndarray:
+    """Packed FP4 as bytes without a sign."""
+    return tensor.view(np.uint8) if tensor.dtype == np.int8 else tensor
+
+
+def _quantisation(raw: Mapping[str, Any], where: str) -> Quantisation:
+    """FP8 in blocks with exponents as scales, and FP4 of experts in blocks of 32, as the releases have them.
+
+    Raises:
+      InputError: the config states something else.
+    """
+    stated = raw.get("quantization_config")
+    if not stated:
+        return Quantisation()
+    block = stated.get("weight_block_size")
+    if stated.get("quant_method") != "fp8" or not isinstance(block, list) or len(block) != 2:
+        raise InputError(
+            f"{where}: quantization_config with quant_method {stated.get('quant_method')!r} and weight_block_size "
+            f"{block}: of drafters in a DeepSeek-V4 only fp8 in blocks is read; use the released checkpoint"
+        )
+    numbers = (*_EXPONENTS, np.dtype(np.float32))
+    fp8 = Stored(f"FP8 in blocks of {block[0]} x {block[1]}", ".weight", ".weight", _SCALES, tuple(block), numbers)
+    fp4 = Stored("FP4 in blocks of 32 values", ".weight", ".weight", _SCALES, (1, 32), _EXPONENTS, halves=True)
+    return Quantisation((fp8, fp4), "dynamic")

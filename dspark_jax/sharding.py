@@ -36,6 +36,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "expert_width": (),
     "routes": (),
     "tokens": (),
+    "index_heads": (),
     "streams": (),
     "streams_out": (),
     "vocab": ("tensor",),

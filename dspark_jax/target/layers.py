@@ -308,6 +308,10 @@ class Layer(nnx.Module):
 
     def _attention(self, arch: TargetArchitecture, shape: LayerShape, how: dict[str, Any]) -> Any:
         """The attention, or what is there in its place."""
+        if shape.compressed is not None:
+            from dspark_jax.target.compressed import CompressedAttention  # which is made of parts of this module
+
+            return CompressedAttention(arch, shape.compressed, **how)
         if shape.delta is None:
             return Attention(arch, shape=shape.attention, centred=shape.centred, **how)
         from dspark_jax.target.delta import GatedDelta  # which is made of parts of this module

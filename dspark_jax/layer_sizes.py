@@ -78,7 +78,8 @@ def layer_sizes(arch: "TargetArchitecture", stated: Mapping[str, Any]) -> LayerS
             "rope_theta": arch.sliding_rope_theta,
         }
     values |= stated
-    return LayerSizes(**{name: value if name in _NUMBERS else int(value) for name, value in values.items()})
+    exact: dict[str, Any] = {name: value if name in _NUMBERS else int(value) for name, value in values.items()}
+    return LayerSizes(**exact)
 
 
 def problems(arch: "TargetArchitecture", stated: Mapping[str, Any]) -> Iterator[str]:

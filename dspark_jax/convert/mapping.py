@@ -7,6 +7,7 @@ from flax import nnx
 from dspark_jax.config import DrafterConfig
 from dspark_jax.kinds import KINDS
 from dspark_jax.target import families
+from dspark_jax.target.families.deepseek_v4 import mixture_weights, streams_weights
 from dspark_jax.target.families.family import Family
 from dspark_jax.target.layers import Layer
 from dspark_jax.target.weights import Weight
@@ -75,37 +76,24 @@ _MTP = {
 whoever exports it for a server has to swap the halves."""
 
 _STREAM_LAYERS = {
-    "attention_norm": Weight("attn_norm.weight"),
-    "attention.query_down": Weight("attn.wq_a.weight", inputs=1),
-    "attention.query_norm": Weight("attn.q_norm.weight"),
-    "attention.query_up": Weight("attn.wq_b.weight", inputs=1),
-    "attention.key": Weight("attn.wkv.weight", inputs=1),
-    "attention.key_norm": Weight("attn.kv_norm.weight"),
-    "attention.sinks": Weight("attn.attn_sink"),
-    "attention.out_down": Weight("attn.wo_a.weight"),
-    "attention.out_up": Weight("attn.wo_b.weight", inputs=1),
-    "mlp_norm": Weight("ffn_norm.weight"),
-    "mlp.router": Weight("ffn.gate.weight", inputs=1),
-    "mlp.correction": Weight("ffn.gate.bias"),
-    "mlp.gate": Weight("ffn.experts.{e}.w1.weight", inputs=1),
-    "mlp.up": Weight("ffn.experts.{e}.w3.weight", inputs=1),
-    "mlp.down": Weight("ffn.experts.{e}.w2.weight", inputs=1),
-    "mlp.shared.gate": Weight("ffn.shared_experts.w1.weight", inputs=1),
-    "mlp.shared.up": Weight("ffn.shared_experts.w3.weight", inputs=1),
-    "mlp.shared.down": Weight("ffn.shared_experts.w2.weight", inputs=1),
-    **{
-        f"{ours}_streams.{part}": Weight(f"hc_{theirs}_{name}", inputs=2 if part == "mix" else 0)
-        for ours, theirs in (("attention", "attn"), ("mlp", "ffn"))
-        for part, name in (("mix", "fn"), ("base", "base"), ("scale", "scale"))
-    },
+    "attention_norm": Weight("mtp.{i}.attn_norm.weight"),
+    "attention.query_in": Weight("mtp.{i}.attn.wq_a.weight", inputs=1),
+    "attention.query_norm": Weight("mtp.{i}.attn.q_norm.weight"),
+    "attention.query": Weight("mtp.{i}.attn.wq_b.weight", inputs=1),
+    "attention.row": Weight("mtp.{i}.attn.wkv.weight", inputs=1),
+    "attention.row_norm": Weight("mtp.{i}.attn.kv_norm.weight"),
+    "attention.sinks": Weight("mtp.{i}.attn.attn_sink"),
+    "attention.group": Weight("mtp.{i}.attn.wo_a.weight"),
+    "attention.out": Weight("mtp.{i}.attn.wo_b.weight", inputs=1),
+    "mlp_norm": Weight("mtp.{i}.ffn_norm.weight"),
+    **streams_weights("attention_streams", "mtp.{i}.hc_attn"),
+    **streams_weights("mlp_streams", "mtp.{i}.hc_ffn"),
 }
 _STREAM_ENDS = {
     "backbone.fc": Weight("mtp.0.main_proj.weight", inputs=1),
     "backbone.hidden_norm": Weight("mtp.0.main_norm.weight"),
     "backbone.norm": Weight("mtp.{last}.norm.weight"),
-    "backbone.collapse.mix": Weight("mtp.{last}.hc_head_fn", inputs=2),
-    "backbone.collapse.base": Weight("mtp.{last}.hc_head_base"),
-    "backbone.collapse.scale": Weight("mtp.{last}.hc_head_scale"),
+    **streams_weights("backbone.collapse", "mtp.{last}.hc_head"),
     "markov.w1": Weight("mtp.{last}.markov_head.markov_w1.weight"),
     "markov.w2": Weight("mtp.{last}.markov_head.markov_w2.weight"),
     "confidence.weight": Weight("mtp.{last}.confidence_head.proj.weight", row=True),
@@ -153,17 +141,12 @@ def drafter_weights(drafter: nnx.Module, config: DrafterConfig) -> dict[str, Wei
 
 def _stream_weights(drafter: Any, config: DrafterConfig) -> dict[str, Weight]:
     """Those of a DSpark-5."""
-    experts, last = drafter.backbone.layers.mlp.shape.count, str(config.num_layers - 1)
+    last = str(config.num_layers - 1)
     ends = {path: weight._replace(name=weight.name.replace("{last}", last)) for path, weight in _STREAM_ENDS.items()}
     if not config.confidence_head:
         del ends["confidence.weight"]
-    layers = {
-        f"backbone.layers.{path}": weight._replace(
-            name="mtp.{i}." + weight.name, experts=experts if "{e}" in weight.name else 0
-        )
-        for path, weight in _STREAM_LAYERS.items()
-    }
-    return ends | layers
+    layers = _STREAM_LAYERS | mixture_weights("mtp.{i}.ffn", drafter.backbone.layers.mlp.shape)
+    return ends | {f"backbone.layers.{path}": weight for path, weight in layers.items()}
 
 
 def _plain_weights(config: DrafterConfig) -> dict[str, Weight]:

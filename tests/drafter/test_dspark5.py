@@ -8,15 +8,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from dspark_jax.config import Config, DataConfig, DrafterConfig, TargetArchitecture, TargetConfig, resolve
 from dspark_jax.convert.hf import abstract_drafter, drafter_tensors, expected_tensors
 from dspark_jax.convert.mapping import drafter_weights
+from dspark_jax.drafter import make_drafter
 from dspark_jax.drafter.blocks import Anchors
+from dspark_jax.engine import generate
+from dspark_jax.engine.models import Models
 from dspark_jax.kinds import as_kind
 from dspark_jax.layer_sizes import layer_sizes, problems
 from dspark_jax.ops.sampling import Sampling
 from dspark_jax.sharding import one_device
+from dspark_jax.target.families import FAMILIES
 from dspark_jax.target.loading import fill_module
 
 torch: Any = pytest.importorskip("torch")
@@ -262,6 +267,7 @@ def test_training_pass_is_the_oracles_in_packed_documents() -> None:
         np.testing.assert_allclose(out.trusted[0, index], collapsed, rtol=1e-4, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_gradients_are_the_oracles() -> None:
     """Along a random direction of all parameters, against differences of the oracle in float64."""
     rows, rng = features(), np.random.default_rng(4)
@@ -311,3 +317,31 @@ def test_sizes_follow_from_the_target_or_are_stated() -> None:
         config(sliding_window=0)
     with pytest.raises(Exception, match="markov_head_type=gated: dspark5 has the vanilla head"):
         config(markov_head_type="gated")
+
+
+DEEPSEEK = {
+    "model_type": "deepseek_v4", "vocab_size": VOCAB, "hidden_size": D, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "head_dim": 12, "qk_rope_head_dim": 4, "q_lora_rank": 10, "o_lora_rank": 3, "o_groups": 2, "n_routed_experts": 5,
+    "num_experts_per_tok": 2, "moe_intermediate_size": 9, "swiglu_limit": 0.6, "compress_ratios": [0, 4, 128, 0, 0, 0],
+    "num_hash_layers": 1, "index_n_heads": 2, "index_head_dim": 6, "index_topk": 3, "sliding_window": 6,
+    "max_position_embeddings": 512, "rope_theta": 5000.0,
+}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_deepseek_v4_answers_with_its_drafter_as_without() -> None:
+    """The sizes of the drafter's layers are the target's; greedy answers are token-identical."""
+    arch = TargetArchitecture.from_hf(DEEPSEEK)
+    sizes = layer_sizes(arch, {})
+    assert all(getattr(sizes, name) == value for name, value in SIZES.items()) and sizes.rope_theta == 5000.0
+    model = FAMILIES[arch.model_type].model()(arch, rngs=nnx.Rngs(0), scale=0.5)
+    settings = DrafterConfig(
+        kind="dspark5", num_layers=2, block_size=G, target_layer_ids=TAPS, mask_token_id=NOISE, markov_rank=RANK,
+        sliding_window=W, initializer_range=0.5,
+    )  # fmt: skip
+    made = make_drafter(arch, settings, rngs=nnx.Rngs(1))
+    prompts = [[1, 2, 3], [4, 5, 6, 7, 8]]
+    plain = generate(Models(model), prompts, max_new_tokens=12)
+    drafted = generate(Models(model, made), prompts, max_new_tokens=12)
+    for want, got in zip(plain.tokens, drafted.tokens, strict=True):
+        np.testing.assert_array_equal(got, want)

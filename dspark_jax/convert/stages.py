@@ -29,7 +29,7 @@ _USUAL = {"routed_scaling_factor": 1.5, "swiglu_limit": 10.0, "hc_mult": 4, "hc_
 """What transformers' class takes for a field that is not there."""
 
 
-def sizes(raw: Mapping[str, Any]) -> dict[str, float]:
+def sizes(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Every one of `drafter.layer_sizes` as a DeepSeek-V4's config.json states it."""
     found = {name: raw[name] if raw.get(name) is not None else _USUAL.get(name) for name in NAMES}
     if raw.get("qk_rope_head_dim") is None:

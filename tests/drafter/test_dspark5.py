@@ -320,11 +320,11 @@ def test_sizes_follow_from_the_target_or_are_stated() -> None:
 
 
 DEEPSEEK = {
-    "model_type": "deepseek_v4", "vocab_size": VOCAB, "hidden_size": D, "num_hidden_layers": 4,
-    "num_attention_heads": 4, "head_dim": 12, "qk_rope_head_dim": 4, "q_lora_rank": 10, "o_lora_rank": 3, "o_groups": 2, "n_routed_experts": 5,
-    "num_experts_per_tok": 2, "moe_intermediate_size": 9, "swiglu_limit": 0.6, "compress_ratios": [0, 4, 128, 0, 0, 0],
-    "num_hash_layers": 1, "index_n_heads": 2, "index_head_dim": 6, "index_topk": 3, "sliding_window": 6,
-    "max_position_embeddings": 512, "rope_theta": 5000.0,
+    "model_type": "deepseek_v4", "vocab_size": VOCAB, "hidden_size": D, "num_hidden_layers": 4, "q_lora_rank": 10,
+    "num_attention_heads": 4, "head_dim": 12, "qk_rope_head_dim": 4, "o_lora_rank": 3, "o_groups": 2,
+    "n_routed_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 9, "swiglu_limit": 0.6,
+    "compress_ratios": [0, 4, 128, 0, 0, 0], "num_hash_layers": 1, "index_n_heads": 2, "index_head_dim": 6,
+    "index_topk": 3, "sliding_window": 6, "max_position_embeddings": 512, "rope_theta": 5000.0,
 }  # fmt: skip
 
 
@@ -334,7 +334,9 @@ def test_a_deepseek_v4_answers_with_its_drafter_as_without() -> None:
     arch = TargetArchitecture.from_hf(DEEPSEEK)
     sizes = layer_sizes(arch, {})
     assert all(getattr(sizes, name) == value for name, value in SIZES.items()) and sizes.rope_theta == 5000.0
-    model = FAMILIES[arch.model_type].model()(arch, rngs=nnx.Rngs(0), scale=0.5)
+    family = FAMILIES[arch.model_type].model()
+    assert family is not None
+    model = family(arch, rngs=nnx.Rngs(0), scale=0.5)
     settings = DrafterConfig(
         kind="dspark5", num_layers=2, block_size=G, target_layer_ids=TAPS, mask_token_id=NOISE, markov_rank=RANK,
         sliding_window=W, initializer_range=0.5,

@@ -5,7 +5,7 @@ Embedding and LM head are the model's.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
@@ -15,14 +15,15 @@ from dspark_jax.config import DrafterConfig, InputError
 from dspark_jax.convert.layouts import STAGES, Layout
 from dspark_jax.layer_sizes import FAMILY, NAMES, layer_sizes
 from dspark_jax.target.dequantise import with_matrices
+from dspark_jax.target.quantised import FLOAT8, Quantisation
 from dspark_jax.target.quantised import Layout as Stored
-from dspark_jax.target.quantised import Quantisation
 
 if TYPE_CHECKING:
     from dspark_jax.convert.export import Source
 
 _EXPONENTS = (np.dtype(np.uint8), np.dtype(ml_dtypes.float8_e8m0fnu))
 _SCALES = (".scale",)
+_EXPERTS, _INT8 = ".ffn.experts.", np.dtype(np.int8)
 _USUAL = {"routed_scaling_factor": 1.5, "swiglu_limit": 10.0, "hc_mult": 4, "hc_sinkhorn_iters": 20, "hc_eps": 1e-6,
           "rope_theta": 1e4, "head_dim": 512, "q_lora_rank": 1024, "o_lora_rank": 1024, "o_groups": 8,
           "n_routed_experts": 256, "num_experts_per_tok": 6, "moe_intermediate_size": 2048}  # fmt: skip
@@ -67,11 +68,7 @@ def stages_fields(source: "Source", form: str, dtype: str) -> dict[str, Any]:
             f"a drafter of kind {drafter.kind!r} is served with a DeepSeek-V4 alone, its target is a "
             f"{target.get('model_type')}: no server would load it"
         )
-    if target.get("quantization_config"):
-        raise InputError(
-            "--target is quantised, and vLLM takes its drafter for quantised in the same way, which an export in "
-            f"{dtype} is not; give the target in bfloat16 with --target"
-        )
+    _quantisation(target, "--target")
     own = {
         "architectures": ["DeepseekV4ForCausalLM"],
         "dtype": dtype,
@@ -83,9 +80,110 @@ def stages_fields(source: "Source", form: str, dtype: str) -> dict[str, Any]:
         "dspark_target_layer_ids": list(drafter.target_layer_ids),
         "dspark_markov_rank": drafter.markov_rank,
     }
-    left_out = ("torch_dtype", "transformers_version", "expert_dtype", "auto_map", "partial_rotary_factor")
+    left_out = ("torch_dtype", "transformers_version", "auto_map", "partial_rotary_factor")
     rest = {name: value for name, value in target.items() if name not in left_out}
     return rest | own | dataclasses.asdict(layer_sizes(source.arch, drafter.layer_sizes))
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredStages:
+    """The tensors of an export.
+
+    Attributes:
+      tensors: gives them.
+      shapes: of each.
+      types: of those that have not the export's.
+    """
+
+    tensors: Callable[[], Iterable[tuple[str, np.ndarray]]]
+    shapes: Mapping[str, tuple[int, ...]]
+    types: Mapping[str, np.dtype]
+
+
+def stored_stages(source: "Source", shapes: Mapping[str, tuple[int, ...]]) -> StoredStages:
+    """A drafter's tensors, of these shapes, as its target stores its own: quantised, or not.
+
+    Raises:
+      InputError: an expert's rows are no whole blocks of FP4.
+    """
+    stated = source.target.get("quantization_config")
+    block = tuple(stated["weight_block_size"]) if stated else (0, 0)
+    four = bool(stated) and source.target.get("expert_dtype", "fp4") == "fp4"
+    found, types = dict[str, tuple[int, ...]](), dict[str, np.dtype]()
+    for name, shape in shapes.items():
+        sizes = _sizes_of(name, shape, block, four=four) if stated else None
+        for part, size, kind in sizes or ((name, shape, np.dtype(np.float32) if _exact(name) else None),):
+            found[part] = size
+            types |= {part: kind} if kind else {}
+
+    def tensors() -> Iterator[tuple[str, np.ndarray]]:
+        for name, value in source.tensors():
+            if not stated or not _is_quantised(name):
+                yield name, value
+                continue
+            codes, exponents = quantised_4(value) if four and _EXPERTS in name else quantised_8(value, block)
+            yield name, codes
+            yield _scale_of(name), exponents
+
+    return StoredStages(tensors, found, types)
+
+
+def _sizes_of(
+    name: str, shape: tuple[int, ...], block: tuple[int, ...], *, four: bool
+) -> tuple[tuple[str, tuple[int, ...], np.dtype], ...] | None:
+    """Codes and scales of a matrix that is quantised: names, shapes and types; None of others."""
+    if not _is_quantised(name):
+        return None
+    rows, columns = shape
+    if four and _EXPERTS in name:
+        if columns % 32:
+            raise InputError(f"tensor {name} has rows of {columns}, which are no whole blocks of 32 values in FP4")
+        return (name, (rows, columns // 2), _INT8), (_scale_of(name), (rows, columns // 32), _EXPONENTS[1])
+    grid = (-(-rows // block[0]), -(-columns // block[1]))
+    return (name, shape, FLOAT8[0]), (_scale_of(name), grid, _EXPONENTS[1])
+
+
+def quantised_8(value: np.ndarray, block: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Codes [O, I] of FP8, and exponents as scales of its blocks, so that the largest code is at most 448."""
+    (rows, columns), (height, width) = value.shape, block
+    padded = np.pad(value, ((0, -rows % height), (0, -columns % width)))
+    parts = padded.reshape(padded.shape[0] // height, height, padded.shape[1] // width, width)
+    exponents = _exponents(np.abs(parts).max(axis=(1, 3)) / 448)
+    codes = (parts / np.exp2(exponents)[:, None, :, None]).reshape(padded.shape)[:rows, :columns]
+    return codes.astype(FLOAT8[0]), _as_scales(exponents)
+
+
+def quantised_4(value: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Codes of FP4, two in a byte [O, I/2], the first one in its lower half; and exponents of blocks of 32 values."""
+    parts = value.reshape(len(value), -1, 32)
+    exponents = _exponents(np.abs(parts).max(axis=2) / 6)
+    codes = (parts / np.exp2(exponents)[..., None]).astype(ml_dtypes.float4_e2m1fn).view(np.uint8) & 15
+    pairs = codes.reshape(len(value), -1, 2)
+    return (pairs[..., 0] | pairs[..., 1] << 4).view(np.int8), _as_scales(exponents)
+
+
+def _exponents(sizes: np.ndarray) -> np.ndarray:
+    """The least whole e with 2^e >= sizes; 0 where that is 0."""
+    mantissa, exponent = np.frexp(sizes.astype(np.float32))
+    return np.where(sizes > 0, np.clip(exponent - (mantissa == 0.5), -127, 127), 0).astype(np.int32)
+
+
+def _as_scales(exponents: np.ndarray) -> np.ndarray:
+    return (exponents + 127).astype(np.uint8).view(_EXPONENTS[1])
+
+
+def _is_quantised(name: str) -> bool:
+    """Whether the releases have a matrix quantised: those of attention, of experts, and that of the features."""
+    return any(part in name for part in (".attn.w", _EXPERTS, ".shared_experts.", ".main_proj."))
+
+
+def _exact(name: str) -> bool:
+    """Whether they have a tensor in float32."""
+    return any(part in name for part in (".hc_", ".attn_sink", ".gate.bias"))
+
+
+def _scale_of(name: str) -> str:
+    return name.removesuffix(".weight") + _SCALES[0]
 
 
 def stages_tensors(tensors: Mapping[str, np.ndarray], raw: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -7,9 +7,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from flax import nnx
 from safetensors.numpy import save_file
 
 from dspark_jax.config import DrafterConfig, InputError, MeshConfig, TargetArchitecture
+from dspark_jax.convert.check import check_directory
+from dspark_jax.convert.dialect import Answer
 from dspark_jax.convert.export import Source, write_export
 from dspark_jax.convert.hf import (
     drafter_tensors,
@@ -22,6 +25,7 @@ from dspark_jax.convert.layouts import read_layout
 from dspark_jax.convert.servers import replay
 from dspark_jax.convert.stages import stages_config, stages_tensors
 from dspark_jax.sharding import make_mesh, one_device
+from dspark_jax.target.families import FAMILIES
 from dspark_jax.target.loading import read_checkpoint
 
 VOCAB, D, LAYERS = 24, 32, 4
@@ -228,3 +232,22 @@ def test_what_servers_make_of_it() -> None:
     assert "one layer for each of the 2 tapped layers" in verdicts(n_mtp_layers=3)["SGLang"].refusals[0]
     alone = verdicts(whole=False)
     assert alone["SGLang"].unknown and not alone["vLLM"].unknown
+
+
+@pytest.mark.slow
+def test_check_scores_the_drafter_of_a_checkpoint(tmp_path: Path) -> None:
+    """With a random target of these sizes; both are random, so that nothing is accepted but by chance."""
+    directory = write(tmp_path / "v4", tensors(), n_mtp_layers=2)
+    arch = TargetArchitecture.from_hf(directory)
+    family = FAMILIES["deepseek_v4"].model()
+    assert family is not None
+    target: Any = family(arch, rngs=nnx.Rngs(0), scale=0.3)
+    rng = np.random.default_rng(2)
+    answers = [Answer(rng.integers(0, 20, 60).astype(np.int32), 4) for _ in range(3)]
+    report = check_directory(directory, target, directory, answers, one_device())
+    assert not report.unsupported and report.dialect is not None
+    assert report.stated.dialect == "deepseek" and report.dialect.stated.tau >= 1
+    assert not report.problems, report.problems
+    damaged = {name: value for name, value in tensors().items() if not name.endswith("main_norm.weight")}
+    report = check_directory(write(tmp_path / "cut", damaged), target, directory, answers, one_device())
+    assert "tensor mtp.0.main_norm.weight is missing" in report.problems[0]

@@ -15,13 +15,12 @@ from dspark_jax.config import DrafterConfig, InputError
 from dspark_jax.convert.layouts import STAGES, Layout
 from dspark_jax.layer_sizes import FAMILY, NAMES, layer_sizes
 from dspark_jax.target.dequantise import with_matrices
-from dspark_jax.target.quantised import FLOAT8, Quantisation
-from dspark_jax.target.quantised import Layout as Stored
+from dspark_jax.target.quantised import FLOAT8, of_config
 
 if TYPE_CHECKING:
     from dspark_jax.convert.export import Source
 
-_EXPONENTS = (np.dtype(np.uint8), np.dtype(ml_dtypes.float8_e8m0fnu))
+_EXPONENTS = np.dtype(ml_dtypes.float8_e8m0fnu)
 _SCALES = (".scale",)
 _EXPERTS, _INT8 = ".ffn.experts.", np.dtype(np.int8)
 _USUAL = {"routed_scaling_factor": 1.5, "swiglu_limit": 10.0, "hc_mult": 4, "hc_sinkhorn_iters": 20, "hc_eps": 1e-6,
@@ -68,7 +67,13 @@ def stages_fields(source: "Source", form: str, dtype: str) -> dict[str, Any]:
             f"a drafter of kind {drafter.kind!r} is served with a DeepSeek-V4 alone, its target is a "
             f"{target.get('model_type')}: no server would load it"
         )
-    _quantisation(target, "--target")
+    stated = target.get("quantization_config") or {"quant_method": "fp8", "weight_block_size": [0, 0]}
+    if stated.get("quant_method") != "fp8" or not isinstance(stated.get("weight_block_size"), list):
+        raise InputError(
+            f"--target has quant_method {stated.get('quant_method')!r} with weight_block_size "
+            f"{stated.get('weight_block_size')}, and vLLM takes its drafter for quantised in the same way; only fp8 in "
+            "blocks is written: give the released target, or one in bfloat16"
+        )
     own = {
         "architectures": ["DeepseekV4ForCausalLM"],
         "dtype": dtype,
@@ -108,7 +113,7 @@ def stored_stages(source: "Source", shapes: Mapping[str, tuple[int, ...]]) -> St
     """
     stated = source.target.get("quantization_config")
     block = tuple(stated["weight_block_size"]) if stated else (0, 0)
-    four = bool(stated) and source.target.get("expert_dtype", "fp4") == "fp4"
+    four = bool(stated) and source.target.get("expert_dtype") == "fp4"
     found, types = dict[str, tuple[int, ...]](), dict[str, np.dtype]()
     for name, shape in shapes.items():
         sizes = _sizes_of(name, shape, block, four=four) if stated else None
@@ -138,9 +143,9 @@ def _sizes_of(
     if four and _EXPERTS in name:
         if columns % 32:
             raise InputError(f"tensor {name} has rows of {columns}, which are no whole blocks of 32 values in FP4")
-        return (name, (rows, columns // 2), _INT8), (_scale_of(name), (rows, columns // 32), _EXPONENTS[1])
+        return (name, (rows, columns // 2), _INT8), (_scale_of(name), (rows, columns // 32), _EXPONENTS)
     grid = (-(-rows // block[0]), -(-columns // block[1]))
-    return (name, shape, FLOAT8[0]), (_scale_of(name), grid, _EXPONENTS[1])
+    return (name, shape, FLOAT8[0]), (_scale_of(name), grid, _EXPONENTS)
 
 
 def quantised_8(value: np.ndarray, block: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
@@ -169,7 +174,7 @@ def _exponents(sizes: np.ndarray) -> np.ndarray:
 
 
 def _as_scales(exponents: np.ndarray) -> np.ndarray:
-    return (exponents + 127).astype(np.uint8).view(_EXPONENTS[1])
+    return (exponents + 127).astype(np.uint8).view(_EXPONENTS)
 
 
 def _is_quantised(name: str) -> bool:
@@ -192,33 +197,7 @@ def stages_tensors(tensors: Mapping[str, np.ndarray], raw: Mapping[str, Any], wh
     Raises:
       InputError: there are none; or see `with_matrices`.
     """
-    own = {name: _bytes(tensor) for name, tensor in tensors.items() if name.startswith(STAGES)}
+    own = {name: tensor for name, tensor in tensors.items() if name.startswith(STAGES)}
     if not own:
         raise InputError(f"{where}: there are no tensors {STAGES}*; this checkpoint comes without its drafter")
-    return with_matrices(own, _quantisation(raw, where), where, np.float32)
-
-
-def _bytes(tensor: np.ndarray) -> np.ndarray:
-    """Packed FP4 as bytes without a sign."""
-    return tensor.view(np.uint8) if tensor.dtype == np.int8 else tensor
-
-
-def _quantisation(raw: Mapping[str, Any], where: str) -> Quantisation:
-    """FP8 in blocks with exponents as scales, and FP4 of experts in blocks of 32, as the releases have them.
-
-    Raises:
-      InputError: the config states something else.
-    """
-    stated = raw.get("quantization_config")
-    if not stated:
-        return Quantisation()
-    block = stated.get("weight_block_size")
-    if stated.get("quant_method") != "fp8" or not isinstance(block, list) or len(block) != 2:
-        raise InputError(
-            f"{where}: quantization_config with quant_method {stated.get('quant_method')!r} and weight_block_size "
-            f"{block}: of drafters in a DeepSeek-V4 only fp8 in blocks is read; use the released checkpoint"
-        )
-    numbers = (*_EXPONENTS, np.dtype(np.float32))
-    fp8 = Stored(f"FP8 in blocks of {block[0]} x {block[1]}", ".weight", ".weight", _SCALES, tuple(block), numbers)
-    fp4 = Stored("FP4 in blocks of 32 values", ".weight", ".weight", _SCALES, (1, 32), _EXPONENTS, halves=True)
-    return Quantisation((fp8, fp4), "dynamic")
+    return with_matrices(own, of_config(raw, where), where, np.float32)

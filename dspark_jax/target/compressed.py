@@ -201,7 +201,8 @@ def look(
     elif run.rows is None:
         part, heads = _from_cache(part, index, own, projections, run.positions[:, 0], run.counts)
     else:
-        padded = Own(*(None if x is None else run.rows.pad(x[0]) for x in own))
+        flat = run.rows
+        padded = jax.tree.map(lambda x: flat.pad(x[0]), own)
         part, heads = _from_cache(part, index, padded, projections, run.rows.positions, None)
         heads = run.rows.flatten(heads)[None]
     return part, projections.turned_back(heads, run.positions)

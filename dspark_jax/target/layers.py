@@ -354,34 +354,45 @@ def run_layers(body: Callable[[Any, Any], Any], carry: Any, start: int, stop: in
 
 
 def run_pattern(
-    pattern: Sequence[str], body: Callable[[Any, str, Any, Any], Any], carry: Any, count: int, *, one_by_one: bool
+    first: Sequence[str],
+    pattern: Sequence[str],
+    body: Callable[[Any, str, Any, Any], Any],
+    carry: Any,
+    count: int,
+    *,
+    one_by_one: bool,
 ) -> Any:
     """Applies `body(carry, kind, index, number) -> carry` for all layers of a model of several kinds of layers.
 
-    Layer `number` is of kind pattern[number % len(pattern)]; each kind has a stack of its own, in which `index` counts.
-    Whole periods become one loop around one body per run of a kind, so what is compiled does not grow with the depth.
+    Layer `number` is of kind first[number], and beyond these of the kinds of `pattern`, again and again; each kind has
+    a stack of its own, in which `index` counts. Whole periods become one loop around one body per run of a kind, so
+    what is compiled does not grow with the depth.
 
     Args:
+      first: kinds of the layers before the first period.
       pattern: kinds of a period.
       body: one layer; the numbers are Python's own where the layers go one by one.
       carry: goes from layer to layer.
-      count: layers, a multiple of the period.
+      count: layers: `first`, and a multiple of the period.
       one_by_one: no loop; lists of layers have none.
     """
-    period = len(pattern)
-    assert count % period == 0, "the pattern repeats itself"
-    runs = [(kind, len(list(same))) for kind, same in itertools.groupby(pattern)]
+    begin, period = len(first), len(pattern)
+    assert (count - begin) % period == 0, "the pattern repeats itself"
 
-    def cycle(carry: Any, at: Any) -> Any:
-        first, seen = at * period, dict.fromkeys(pattern, 0)
-        for kind, length in runs:
-            before = at * pattern.count(kind) + seen[kind]
+    def run(kinds: Sequence[str], carry: Any, number: Any, seen: dict[str, Any]) -> Any:
+        for kind, same in itertools.groupby(kinds):
+            length, before = len(list(same)), seen[kind]
 
-            def step(carry: Any, offset: Any, kind: str = kind, before: Any = before, first: Any = first) -> Any:
-                return body(carry, kind, before + offset, first + offset)
+            def step(carry: Any, offset: Any, kind: str = kind, before: Any = before, number: Any = number) -> Any:
+                return body(carry, kind, before + offset, number + offset)
 
             carry = run_layers(step, carry, 0, length, one_by_one=one_by_one)
-            first, seen[kind] = first + length, seen[kind] + length
+            number, seen[kind] = number + length, before + length
         return carry
 
-    return run_layers(cycle, carry, 0, count // period, one_by_one=one_by_one)
+    def cycle(carry: Any, at: Any) -> Any:
+        seen = {kind: first.count(kind) + at * pattern.count(kind) for kind in pattern}
+        return run(pattern, carry, begin + at * period, seen)
+
+    carry = run(first, carry, 0, dict.fromkeys(first, 0))
+    return run_layers(cycle, carry, 0, (count - begin) // period, one_by_one=one_by_one)

@@ -52,7 +52,8 @@ class Target(nnx.Module):
     """A frozen language model. Parameters of the layers are stacked, one stack per kind of layers.
 
     Attributes:
-      pattern: kinds of the layers; layer i is of kind pattern[i % len(pattern)].
+      first: kinds of the first layers.
+      pattern: kinds of the layers after them, again and again.
       softcap: logits are softcap * tanh(logits / softcap); 0 leaves them as they are.
       narrow: whether every parameter is a bfloat16 number, as in most checkpoints.
     """
@@ -64,7 +65,7 @@ class Target(nnx.Module):
         self.arch = arch
         self.dtype = dtype
         self.narrow = False
-        self.pattern = layer_pattern(self.family.kinds(arch))
+        self.first, self.pattern = layer_pattern(self.family.kinds(arch))
         self.softcap = arch.final_logit_softcapping
         self.embedding = normal(rngs, (), (arch.vocab_size, arch.hidden_size), ("vocab", "embed"), scale)
         for kind, name in self.stacks.items():
@@ -203,7 +204,7 @@ class Target(nnx.Module):
         embedded = constrain(self.embed(tokens), "batch", None, None)
         one_by_one = isinstance(getattr(self, next(iter(self.stacks.values()))), nnx.List)
         carry = self.enter(embedded), cache, Features.start(taps, embedded, one_by_one=one_by_one)
-        carry = run_pattern(self.pattern, body, carry, self.arch.num_hidden_layers, one_by_one=one_by_one)
+        carry = run_pattern(self.first, self.pattern, body, carry, self.arch.num_hidden_layers, one_by_one=one_by_one)
         x, cache, features = carry
         x = self.leave(x)
         centred = self.family.layer(self.arch).centred
@@ -249,9 +250,13 @@ class Features:
         return jnp.concatenate(tapped, axis=-1) if tapped else jnp.zeros((*x.shape[:2], 0), x.dtype)
 
 
-def layer_pattern(kinds: tuple[str, ...]) -> tuple[str, ...]:
-    """The shortest sequence of kinds whose repetition gives the kinds of all layers."""
-    for period in range(1, len(kinds) + 1):
-        if len(kinds) % period == 0 and kinds == kinds[:period] * (len(kinds) // period):
-            return kinds[:period]
-    raise AssertionError("a sequence repeats itself")
+def layer_pattern(kinds: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The kinds of the first layers, and those whose repetition gives the others': as few as possible."""
+    found = kinds, ()
+    for begin in range(len(kinds)):
+        rest = kinds[begin:]
+        for period in range(1, len(rest) + 1):
+            repeated = len(rest) % period == 0 and rest == rest[:period] * (len(rest) // period)
+            if repeated and (not found[1] or begin + period < len(found[0]) + len(found[1])):
+                found = kinds[:begin], rest[:period]
+    return found

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +52,8 @@ V4 = {  # so many heads of the index that no score is 0: of equal scores PyTorch
     "q_lora_rank": 12, "n_routed_experts": 8, "num_experts_per_tok": 3, "num_hash_layers": 1, "o_groups": 2,
     "o_lora_rank": 6, "index_n_heads": 16, "index_head_dim": 8, "index_topk": 3, "sliding_window": 6,
     "qk_rope_head_dim": 4, "swiglu_limit": 0.5, "rope_theta": 100.0, "compress_rope_theta": 500.0,
-    "compress_rate_csa": 4, "compress_rate_hca": 8, "compress_ratios": [0, 4, 128, 4, 0], "rope_scaling": SCALED,
+    "compress_rate_csa": 4, "compress_rate_hca": 8, "compress_ratios": [0, 4, 128, 4, 128, 0], "rope_scaling": SCALED,
+    "num_hidden_layers": 5,
 }  # fmt: skip
 CASES = {  # model class, its fields besides `SIZES`
     "llama3": ("Llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
@@ -195,7 +197,7 @@ def test_a_mesh_computes_what_one_device_does(made, case):
         return model.unembed(trained), model.unembed(cached)
 
     with jax.set_mesh(mesh):
-        split = load(directory, mesh)
+        split: Any = load(directory, mesh)
         found = jax.jit(run)(split)
     layers = getattr(split, next(iter(split.stacks.values())))
     matrix = layers.mlp.gate[...].sharding.spec  # experts are split, each of them whole

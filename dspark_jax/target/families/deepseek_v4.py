@@ -162,12 +162,14 @@ class DeepseekV4(Family):
         for attention, name in ((SLIDING, "sliding"), (SPARSE, "sparse"), (HEAVY, "heavy"))
     }
     identity_fields = (
-        "model_type", *SIZES, "layer_types", "sliding_window", "sliding_rope_theta", "partial_rotary_factor",
+        "model_type", *SIZES, "layer_types", "sliding_window", "partial_rotary_factor",
     )  # fmt: skip
 
     def values(self, raw: Mapping[str, Any], where: str) -> dict[str, Any]:
         """See `Family`."""
         raw = {**raw, **_renamed(raw, where)}
+        if raw.get("expert_dtype") not in (None, "fp4", "fp8"):
+            raise Unsupported(where, f"expert_dtype {json.dumps(raw['expert_dtype'])}", f"use {_INSTEAD}")
         own = {name: raw[name] for name in _OWN}
         values = _ropes(raw, where)
         own |= values.pop("own") | {"compress_rates": _rates(raw, where), "mlp_layer_types": _mixtures(raw, where)}
@@ -191,6 +193,7 @@ class DeepseekV4(Family):
     def to_hf(self, arch: "TargetArchitecture") -> dict[str, Any]:
         """See `Family`."""
         share = {"partial_rotary_factor": arch.partial_rotary_factor}
+        theta = arch.own["compress_rope_theta"]
         yarn = {"attention_factor": 1.0, **arch.own["yarn"]} if arch.own["yarn"] else {}
         return {
             "architectures": ["DeepseekV4ForCausalLM"],
@@ -200,13 +203,12 @@ class DeepseekV4(Family):
             "moe_intermediate_size": arch.intermediate_size,
             "layer_types": list(arch.layer_types),
             "sliding_window": arch.sliding_window,
-            "rope_theta": arch.sliding_rope_theta,
-            "compress_rope_theta": arch.rope_theta,
+            "compress_rope_theta": theta,
             **share,
             "rope_parameters": {
-                "main": {"rope_type": "default", "rope_theta": arch.sliding_rope_theta, **share},
+                "main": {"rope_type": "default", "rope_theta": arch.rope_theta, **share},
                 "compress": {
-                    "rope_type": "yarn" if yarn else "default", "rope_theta": arch.rope_theta, **share, **yarn,
+                    "rope_type": "yarn" if yarn else "default", "rope_theta": theta, **share, **yarn,
                 },
             },
             "hidden_act": "silu",
@@ -287,7 +289,7 @@ def _compressed(arch: "TargetArchitecture", kind: str) -> CompressedShape:
     """What the attention of a kind of layers is like."""
     own, rate = arch.own, arch.own["compress_rates"].get(kind, 0)
     rotary = int(arch.head_dim * arch.partial_rotary_factor)
-    theta, turns = (arch.rope_theta, _turns(arch, rotary)) if rate else (arch.sliding_rope_theta, ())
+    theta, turns = (own["compress_rope_theta"], _turns(arch, rotary)) if rate else (arch.rope_theta, ())
     index = IndexShape(own["index_n_heads"], own["index_head_dim"], own["index_topk"]) if kind == SPARSE else None
     return CompressedShape(
         arch.num_attention_heads, arch.head_dim, rotary, theta, turns, own["q_lora_rank"], own["o_groups"],
@@ -297,7 +299,7 @@ def _compressed(arch: "TargetArchitecture", kind: str) -> CompressedShape:
 
 def _turns(arch: "TargetArchitecture", rotary: int) -> tuple[float, ...]:
     """Factors of the frequencies of layers with compressed rows."""
-    return scaled("yarn", arch.own["yarn"], rotary, arch.rope_theta)[0] if arch.own["yarn"] else ()
+    return scaled("yarn", arch.own["yarn"], rotary, arch.own["compress_rope_theta"])[0] if arch.own["yarn"] else ()
 
 
 def _renamed(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -329,7 +331,7 @@ def _ropes(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     yarn = dict[str, Any]()
     for name, rope in ropes.items():
         check_values(rope, {"rope_theta": DEEPSEEK_V4["rope_theta"]}, where)
-        known = {"default": ("partial_rotary_factor",)}
+        known: dict[str, tuple[str, ...]] = {"default": ("partial_rotary_factor",)}
         if name == "compress":
             known["yarn"] = ("partial_rotary_factor", *_YARN)
         kind = check_rope(rope, known, where)
@@ -344,10 +346,9 @@ def _ropes(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     for problem in problems("yarn", yarn) if yarn else ():
         raise InputError(f"{where}: {problem.replace('drafter.rope_scaling', 'its RoPE')}")
     return {
-        "sliding_rope_theta": thetas["main"],
-        "rope_theta": thetas["compress"],
+        "rope_theta": thetas["main"],
         "partial_rotary_factor": share,
-        "own": {"yarn": yarn},
+        "own": {"compress_rope_theta": thetas["compress"], "yarn": yarn},
     }
 
 

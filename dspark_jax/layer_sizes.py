@@ -7,6 +7,10 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from dspark_jax.target import families
+from dspark_jax.target.families.deepseek_v4 import ROUTED
+from dspark_jax.target.families.family import SLIDING
+
 if TYPE_CHECKING:
     from dspark_jax.architecture import TargetArchitecture
 
@@ -71,15 +75,34 @@ def layer_sizes(arch: "TargetArchitecture", stated: Mapping[str, Any]) -> LayerS
         "moe_intermediate_size": max(arch.intermediate_size // 4, 1),
     }
     if arch.model_type == FAMILY:
-        values |= {name: arch.own[name] for name in NAMES if name in arch.own}
-        values |= {
-            "qk_rope_head_dim": arch.head_dim * arch.partial_rotary_factor,
-            "moe_intermediate_size": arch.intermediate_size,
-            "rope_theta": arch.sliding_rope_theta,
-        }
+        values |= _of_deepseek_v4(arch)
     values |= stated
     exact: dict[str, Any] = {name: value if name in _NUMBERS else int(value) for name, value in values.items()}
     return LayerSizes(**exact)
+
+
+def _of_deepseek_v4(arch: "TargetArchitecture") -> dict[str, Any]:
+    """The sizes of a DeepSeek-V4's own layers, those without compressed rows and with a learned router."""
+    shape = families.of_shape(arch).layer(arch, f"{SLIDING}/{ROUTED}")
+    attention, experts, streams = shape.compressed, shape.experts, shape.hyper
+    assert attention is not None and experts is not None and streams is not None
+    return {
+        "num_attention_heads": attention.heads,
+        "head_dim": attention.width,
+        "qk_rope_head_dim": attention.rotary,
+        "q_lora_rank": attention.query_rank,
+        "o_lora_rank": attention.group_rank,
+        "o_groups": attention.groups,
+        "n_routed_experts": experts.count,
+        "num_experts_per_tok": experts.chosen,
+        "moe_intermediate_size": experts.width,
+        "routed_scaling_factor": experts.factor,
+        "swiglu_limit": experts.limit,
+        "hc_mult": streams.streams,
+        "hc_sinkhorn_iters": streams.iterations,
+        "hc_eps": streams.eps,
+        "rope_theta": attention.theta,
+    }
 
 
 def problems(arch: "TargetArchitecture", stated: Mapping[str, Any]) -> Iterator[str]:

@@ -112,7 +112,7 @@ def drafter_shape(path: Path, raw: Mapping[str, Any], layout: Layout) -> TargetA
     if layout.family == "eagle3":
         return layers_shape(path, raw)
     if has_stages(raw):
-        return TargetArchitecture.of_any_model(path.parent)
+        return TargetArchitecture.from_hf(path)
     source = layers_config(raw)
     plain = without(source)
     return TargetArchitecture.from_hf(path if plain == raw else plain)

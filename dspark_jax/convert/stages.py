@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import ml_dtypes
 import numpy as np
 
-from dspark_jax.config import DrafterConfig, InputError
+from dspark_jax.config import DrafterConfig, InputError, TargetArchitecture
 from dspark_jax.convert.layouts import STAGES, Layout
-from dspark_jax.layer_sizes import FAMILY, NAMES, layer_sizes
+from dspark_jax.layer_sizes import FAMILY, layer_sizes
 from dspark_jax.target.dequantise import with_matrices
 from dspark_jax.target.quantised import FLOAT8, of_config
 
@@ -23,23 +23,15 @@ if TYPE_CHECKING:
 _EXPONENTS = np.dtype(ml_dtypes.float8_e8m0fnu)
 _SCALES = (".scale",)
 _EXPERTS, _INT8 = ".ffn.experts.", np.dtype(np.int8)
-_USUAL = {"routed_scaling_factor": 1.5, "swiglu_limit": 10.0, "hc_mult": 4, "hc_sinkhorn_iters": 20, "hc_eps": 1e-6,
-          "rope_theta": 1e4, "head_dim": 512, "q_lora_rank": 1024, "o_lora_rank": 1024, "o_groups": 8,
-          "n_routed_experts": 256, "num_experts_per_tok": 6, "moe_intermediate_size": 2048}  # fmt: skip
-"""What transformers' class takes for a field that is not there."""
-
-
-def sizes(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Every one of `drafter.layer_sizes` as a DeepSeek-V4's config.json states it."""
-    found = {name: raw[name] if raw.get(name) is not None else _USUAL.get(name) for name in NAMES}
-    if raw.get("qk_rope_head_dim") is None:
-        share = raw.get("partial_rotary_factor")
-        found["qk_rope_head_dim"] = 64 if share is None else round(found["head_dim"] * share)
-    return found
 
 
 def stages_config(layout: Layout, raw: Mapping[str, Any]) -> DrafterConfig:
-    """The drafter's settings."""
+    """The drafter's settings; the sizes of its layers are those of the model's own.
+
+    Raises:
+      InputError: see `TargetArchitecture.from_hf`.
+    """
+    sizes = dataclasses.asdict(layer_sizes(TargetArchitecture.from_hf(raw), {}))
     return DrafterConfig(
         kind="dspark5",
         num_layers=layout.num_layers,
@@ -49,7 +41,7 @@ def stages_config(layout: Layout, raw: Mapping[str, Any]) -> DrafterConfig:
         markov_rank=layout.markov_rank,
         confidence_head=layout.confidence,
         sliding_window=int(raw.get("sliding_window") or 128),
-        layer_sizes=sizes(raw),
+        layer_sizes=sizes,
     )
 
 

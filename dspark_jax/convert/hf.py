@@ -38,6 +38,7 @@ from dspark_jax.drafter import make_drafter
 from dspark_jax.drafter.interface import DrafterModule
 from dspark_jax.kinds import KINDS
 from dspark_jax.registry import listed
+from dspark_jax.target import families
 from dspark_jax.target.loading import fill_module, parameter_paths, read_checkpoint
 from dspark_jax.vocabulary import encode_vocabulary, from_maps
 
@@ -112,7 +113,8 @@ def drafter_shape(path: Path, raw: Mapping[str, Any], layout: Layout) -> TargetA
     if layout.family == "eagle3":
         return layers_shape(path, raw)
     if has_stages(raw):
-        return TargetArchitecture.from_hf(path)
+        model = TargetArchitecture.from_hf(path)
+        return families.of_shape(model).drafter_shape(model)
     source = layers_config(raw)
     plain = without(source)
     return TargetArchitecture.from_hf(path if plain == raw else plain)

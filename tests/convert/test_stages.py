@@ -1,6 +1,7 @@
 """The drafter that comes with a DeepSeek-V4: in bfloat16 and as the releases store it, read, exported, and served."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import pytest
 from flax import nnx
 from safetensors.numpy import save_file
 
+from dspark_jax import quickstart
 from dspark_jax.config import DrafterConfig, InputError, MeshConfig, TargetArchitecture
+from dspark_jax.convert.__main__ import main as convert
 from dspark_jax.convert.check import check_directory
 from dspark_jax.convert.dialect import Answer
 from dspark_jax.convert.export import Source, write_export
@@ -250,3 +253,25 @@ def test_check_scores_the_drafter_of_a_checkpoint(tmp_path: Path) -> None:
     damaged = {name: value for name, value in tensors().items() if not name.endswith("main_norm.weight")}
     report = check_directory(write(tmp_path / "cut", damaged), target, directory, answers, one_device())
     assert "tensor mtp.0.main_norm.weight is missing" in report.problems[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("released", [True, False])
+def test_import_and_export_as_commands(tmp_path: Path, released: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    stored, fields = tensors(), dict[str, Any]()
+    if released:
+        stored, fields = quantised(stored)[0], {"quantization_config": RELEASED, "expert_dtype": "fp4"}
+    model, run, out = write(tmp_path / "v4", stored, **fields), tmp_path / "run", tmp_path / "out"
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(quickstart.__path__[0]) / "target" / name, model)
+    convert(["import", f"--drafter={model}", f"--target={model}", f"--workdir={run}"])
+    convert(["export", f"--workdir={run}", f"--output={out}"])
+    convert(["export", f"--drafter={model}", f"--target={model}", f"--output={tmp_path / 'again'}"])
+    capsys.readouterr()
+    want = {name: value for name, value in read_checkpoint(model).items() if name.startswith("mtp.")}
+    for place in (out, tmp_path / "again"):
+        found = read_checkpoint(place)
+        assert set(found) == set(want)
+        assert all(found[name].shape == value.shape for name, value in want.items())
+    card = (out / "README.md").read_text()
+    assert "embedding and LM head are the target's; they are not in the weights" in card and "Qwen3" not in card

@@ -104,7 +104,7 @@ def test_requests_go_back_by_rows_of_their_own(target, step, texts):
         at = at + taken
 
 
-@pytest.mark.parametrize("width", others_slow((3, 8, 5), 3, 8))
+@pytest.mark.parametrize("width", others_slow((3, 16, 8, 5), 3, 16))
 def test_a_prompt_in_chunks_is_the_prompt(target, step, texts, width):
     """Chunks that could be taken back and longer ones, the last one padded; then a round, in a slot used before."""
     tokens, whole = texts

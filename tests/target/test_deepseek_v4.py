@@ -18,6 +18,7 @@ from dspark_jax.target import compressed, families
 from dspark_jax.target.decode_weights import decode_weights
 from dspark_jax.target.hyper_model import HyperTarget
 from dspark_jax.target.loading import load_target, parameter_paths
+from dspark_jax.target.model import layer_pattern
 from tests.conftest import others_slow
 
 V, BLOCK, LENGTH = 31, 4, 34
@@ -103,7 +104,7 @@ def test_requests_go_back_by_rows_of_their_own(target, step, texts):
         at = at + taken
 
 
-@pytest.mark.parametrize("width", others_slow((3, 8, 5), 3, 8))
+@pytest.mark.parametrize("width", others_slow((3, 16, 8, 5), 3, 16))
 def test_a_prompt_in_chunks_is_the_prompt(target, step, texts, width):
     """Chunks that could be taken back and longer ones, the last one padded; then a round, in a slot used before."""
     tokens, whole = texts
@@ -172,6 +173,33 @@ def test_tensors_have_the_published_names():
         layer = {name.removeprefix(f"layers.{i}.") for name in found if name.startswith(f"layers.{i}.")}
         assert {name for name in layer if ".experts." not in name or ".experts.0." in name} == {*PUBLISHED, *own}
     assert family.ignores("mtp.0.main_proj.weight") and not any(map(family.ignores, found))
+
+
+FLASH = RAW | {
+    "vocab_size": 129280, "hidden_size": 4096, "num_hidden_layers": 43, "num_attention_heads": 64, "head_dim": 512,
+    "moe_intermediate_size": 2048, "n_routed_experts": 256, "num_experts_per_tok": 6, "num_hash_layers": 3,
+    "o_groups": 8, "o_lora_rank": 1024, "q_lora_rank": 1024, "qk_rope_head_dim": 64, "index_n_heads": 64,
+    "index_head_dim": 128, "index_topk": 512, "sliding_window": 128, "compress_rate_hca": None, "hc_mult": 4,
+    "compress_ratios": [0, 0] + [4, 128] * 20 + [4, 0, 0, 0],
+}  # fmt: skip
+
+
+def test_the_shape_of_flash_gives_the_published_tensors():
+    """72317 of them, scales and the three stages of its drafter, which have no compressed rows, counted in."""
+    arch = TargetArchitecture.from_hf(FLASH)
+    family = families.of_shape(arch)
+    found = [name for weight in family.weights(arch).values() for name in weight.names(43)]
+    assert len(found) == len(set(found))
+
+    def files(names):
+        scaled = (".attn.w", ".experts.", ".shared_experts.", ".indexer.wq_b.")
+        return len(names) + sum(any(part in name for part in scaled) for name in names)
+
+    stage = [name.replace(".0.", ".3.", 1) for name in found if name.startswith("layers.0.")]  # a table, or corrections
+    of_drafter = 3 * files(stage) + len(["main_proj", "scale", "main_norm", "confidence", "norm"]) + 2 + 3
+    assert files(found) + of_drafter == 72317
+    first, pattern = layer_pattern(family.kinds(arch))
+    assert (len(first), len(pattern)) == (3, 2)
 
 
 def e8m0(rng, shape):

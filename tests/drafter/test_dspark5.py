@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
@@ -347,3 +348,29 @@ def test_a_deepseek_v4_answers_with_its_drafter_as_without() -> None:
     drafted = generate(Models(model, made), prompts, max_new_tokens=12)
     for want, got in zip(plain.tokens, drafted.tokens, strict=True):
         np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.slow
+def test_a_few_steps_lower_the_loss() -> None:
+    """Cross-entropy with the labels of some blocks, by Adam."""
+    rows, rng, at = features(24), np.random.default_rng(5), np.array([[3, 8, 13, 18]])
+    tokens, anchors = jnp.asarray(rng.integers(0, VOCAB - 1, (1, 24))), Anchors(jnp.asarray(at), jnp.ones((1, 4), bool))
+    model: Any = make_drafter(ARCH, config(), rngs=nnx.Rngs(0))
+    optimizer = optax.adam(1e-2)
+
+    def loss(model: Any) -> jax.Array:
+        out = model(target(), jnp.asarray(rows)[None], tokens, jnp.ones((1, 24)), anchors)
+        logits = target().unembed(out.hidden) + model.markov.bias(model.markov.embed(out.prev_tokens))
+        return optax.softmax_cross_entropy_with_integer_labels(logits, out.labels).mean()
+
+    @jax.jit
+    def step(model: Any, state: Any) -> Any:
+        value, slopes = jax.value_and_grad(loss)(model)
+        updates, state = optimizer.update(slopes, state)
+        return optax.apply_updates(model, updates), state, value
+
+    state, losses = optimizer.init(model), list[float]()
+    for _ in range(8):
+        model, state, value = step(model, state)
+        losses.append(float(value))
+    assert losses[-1] < 0.8 * losses[0], losses

@@ -81,7 +81,7 @@ class DrafterConfig:
 
     sliding_window: int = 0
     """Rows that layers with a window see: those of a block see each other and the last sliding_window - 1 rows of the
-    context before their anchor; 0: no layer has a window."""
+    context before their anchor (in dspark5 the last sliding_window); 0: no layer has a window."""
     layer_types: tuple[str, ...] = ()
     """sliding_attention or full_attention, layer by layer; empty: with a `sliding_window` all layers have it."""
     rope_type: str = "default"
@@ -89,6 +89,10 @@ class DrafterConfig:
     rope_scaling: dict[str, float] = dataclasses.field(default_factory=dict)
     """Numbers of `rope_type` by their names in a config.json, e.g.
     {"factor": 4.0, "original_max_position_embeddings": 4096}."""
+
+    layer_sizes: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Sizes of the layers of dspark5 by their names in a DeepSeek-V4's config.json, e.g. {"n_routed_experts": 64}; what
+    is not given is the target's if it is one, and otherwise follows from the target's sizes."""
 
     @property
     def layer_kinds(self) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ import dataclasses
 import re
 from collections.abc import Iterator
 
-from dspark_jax import rope_scaling
+from dspark_jax import layer_sizes, rope_scaling
 from dspark_jax.architecture import TargetArchitecture
 from dspark_jax.config import Config, DataConfig, DecodeMeshConfig, DrafterConfig, LossConfig
 from dspark_jax.errors import InputError
@@ -185,7 +185,7 @@ def _drafter_problems(drafter: DrafterConfig, target: TargetArchitecture) -> Ite
     if kind.reads_last_layer and len(ids) != 1:
         yield f"drafter.target_layer_ids={ids}: {name} reads one layer; use ({last},), the last one"
     for i in ids:
-        if i == last and not kind.reads_last_layer:
+        if i == last and not (kind.reads_last_layer or kind.own_layers):
             yield (
                 f"drafter.target_layer_ids={ids} contains {i}, the last layer, whose output servers do not expose "
                 f"before the final norm; use ids from -1 to {last - 1}"
@@ -205,8 +205,11 @@ def _drafter_problems(drafter: DrafterConfig, target: TargetArchitecture) -> Ite
         yield unknown("drafter.markov_head_type", drafter.markov_head_type, HEADS)
     yield from _convolution_problems(drafter, target)
     yield from _window_problems(drafter)
+    yield from _own_layers_problems(drafter, target)
     yield from rope_scaling.problems(drafter.rope_type, drafter.rope_scaling)
-    if not of_drafters(target).long_drafters and (drafter.sliding_window or drafter.rope_type != "default"):
+    if not (kind.own_layers or of_drafters(target).long_drafters) and (
+        drafter.sliding_window or drafter.rope_type != "default"
+    ):
         yield (
             f"drafter.sliding_window={drafter.sliding_window}, drafter.rope_type={drafter.rope_type!r}: drafters with "
             f"the layers of {of_drafters(target).title} have neither windows nor scaled RoPE; leave both out"
@@ -280,6 +283,19 @@ def _window_problems(drafter: DrafterConfig) -> Iterator[str]:
         yield f"drafter.layer_types={kinds} has layers with a window and drafter.sliding_window is 0; set its rows"
     if 0 < window < rows:
         yield f"drafter.sliding_window={window} is less than the {rows} rows of a block, which see each other; raise it"
+
+
+def _own_layers_problems(drafter: DrafterConfig, target: TargetArchitecture) -> Iterator[str]:
+    """What does not hold of layers with sizes of their own."""
+    if KINDS[drafter.kind].own_layers:
+        if not drafter.sliding_window:
+            yield f"drafter.sliding_window=0: every layer of {drafter.kind} has a window; set its rows, e.g. 128"
+        yield from layer_sizes.problems(target, drafter.layer_sizes)
+    elif drafter.layer_sizes:
+        yield (
+            f"drafter.layer_sizes={drafter.layer_sizes}: the layers of {drafter.kind} have the sizes of the target's; "
+            "leave it out, or use kind='dspark5'"
+        )
 
 
 def _convolution_problems(drafter: DrafterConfig, target: TargetArchitecture) -> Iterator[str]:

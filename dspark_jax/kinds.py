@@ -31,6 +31,8 @@ class Kind(Entry):
         0 there.
       has_heads: it has a sequential head, and may have a confidence head.
       reads_last_layer: it reads one layer of the target, by default the last one; the others read any but the last.
+      own_layers: its layers are DeepSeek-V4's for every target (`drafter.layer_sizes`), all with a window, and it may
+        read the last layer of the target besides others.
       settings: what `as_kind` sets of `DrafterConfig` besides; other values go as well.
       eagle3: it has the settings of EAGLE-3 (`qk_norms`, `eagle3_norms` and the reduced vocabulary).
       fixed: field of `DrafterConfig` -> the one value that it has, and why.
@@ -43,6 +45,7 @@ class Kind(Entry):
     needs_mask: bool = True
     has_heads: bool = False
     reads_last_layer: bool = False
+    own_layers: bool = False
     eagle3: bool = False
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     fixed: Mapping[str, tuple[Any, str]] = dataclasses.field(default_factory=dict)
@@ -105,6 +108,17 @@ _ONE_LAYER = {
     "rope_scaling": ({}, "has plain RoPE"),
 }
 
+_DSPARK5 = {
+    "block_layout": ("anchor_first", "has blocks whose anchor's row predicts"),
+    "markov_head_type": ("vanilla", "has the vanilla head"),
+    "confidence_with_markov": (True, "has a confidence head that reads the Markov embedding"),
+    "conv_kernel_size": (0, "has no convolutions"),
+    "layer_types": ((), "has a window in every layer"),
+    "rope_type": ("default", "has plain RoPE"),
+    "rope_scaling": ({}, "has plain RoPE"),
+    "init_layers": ("random", "has layers of its own"),
+}
+
 KINDS: dict[str, Kind] = {
     "dspark": Kind(
         "dspark_jax.drafter.dspark:DSpark",
@@ -125,6 +139,15 @@ KINDS: dict[str, Kind] = {
         settings=_DFLASH2,
         loss=_DFLASH2_LOSS,
         fill_in_served_as="dflash",
+    ),
+    "dspark5": Kind(
+        "dspark_jax.drafter.dspark5:DSpark5",
+        "dspark with the layers of DeepSeek-V4: mixtures of experts with hyper-connections and a window",
+        has_heads=True,
+        own_layers=True,
+        settings={"sliding_window": 128},
+        fixed=_DSPARK5,
+        served_as="dspark",
     ),
     "eagle3": Kind(
         "dspark_jax.drafter.eagle3:Eagle3",
@@ -196,6 +219,8 @@ def as_kind(config: "Config", name: str) -> "Config":
         changes |= {"markov_rank": 0, "confidence_head": False, "confidence_with_markov": False}
     if not kind.eagle3:
         changes |= EAGLE3_SETTINGS
+    if not kind.own_layers:
+        changes["layer_sizes"] = {}
     changes |= dict(kind.settings) | {field: value for field, (value, _) in kind.fixed.items()} | dict(variant.drafter)
     if kind.reads_last_layer:
         changes["target_layer_ids"] = ()

@@ -141,6 +141,50 @@ OTHER_TARGETS = {  # the same; layers from 1 to the third from last, evenly
 """Targets for which the paper has no drafter, and which have its settings all the same."""
 
 
+def deepseek_v4(name: str, target: str, kind: str) -> Config:
+    """The drafter that comes with a DeepSeek-V4: three layers, blocks of five, the last three layers tapped.
+
+    How DeepSeek trained it is not published; steps and learning rate are those of the drafters that are released apart.
+
+    Args:
+      name: of the target in the config's name.
+      target: Flash's or Pro's id on the hub.
+      kind: of drafter; dspark5 if empty.
+    """
+    raw = _DEEPSEEK_V4 | (_PRO if "Pro" in target else _FLASH)
+    shape = TargetArchitecture.from_hf({key: value for key, value in raw.items() if not key.startswith("dspark_")})
+    last, kind = shape.num_hidden_layers, kind or "dspark5"
+    drafter = DrafterConfig(
+        num_layers=3, block_size=5, target_layer_ids=(last - 3, last - 2, last - 1), mask_token_id=128799,
+        markov_rank=raw["dspark_markov_rank"],
+    )  # fmt: skip
+    return as_kind(_experiment(f"{kind}_{name}", target, shape, drafter, accumulate=8), kind)
+
+
+_DEEPSEEK_V4 = {
+    "model_type": "deepseek_v4", "vocab_size": 129280, "num_key_value_heads": 1, "head_dim": 512,
+    "qk_rope_head_dim": 64,
+    "o_lora_rank": 1024, "index_n_heads": 64, "index_head_dim": 128, "sliding_window": 128, "num_hash_layers": 3,
+    "num_experts_per_tok": 6, "n_shared_experts": 1, "swiglu_limit": 10.0, "hc_mult": 4, "hc_sinkhorn_iters": 20,
+    "hc_eps": 1e-6, "rms_norm_eps": 1e-6, "rope_theta": 10000, "compress_rope_theta": 160000,
+    "max_position_embeddings": 1048576, "tie_word_embeddings": False,
+    "rope_scaling": {
+        "type": "yarn", "factor": 16, "original_max_position_embeddings": 65536, "beta_fast": 32, "beta_slow": 1,
+    },
+}  # fmt: skip
+_FLASH = {
+    "hidden_size": 4096, "num_hidden_layers": 43, "num_attention_heads": 64, "q_lora_rank": 1024, "o_groups": 8,
+    "n_routed_experts": 256, "moe_intermediate_size": 2048, "routed_scaling_factor": 1.5, "index_topk": 512,
+    "compress_ratios": [0, 0, *(4, 128) * 20, 4], "dspark_markov_rank": 256,
+}  # fmt: skip
+_PRO = {
+    "hidden_size": 7168, "num_hidden_layers": 61, "num_attention_heads": 128, "q_lora_rank": 1536, "o_groups": 16,
+    "n_routed_experts": 384, "moe_intermediate_size": 3072, "routed_scaling_factor": 2.5, "index_topk": 1024,
+    "compress_ratios": [128, 128, *(4, 128) * 29, 4], "dspark_markov_rank": 512,
+}  # fmt: skip
+"""Of the releases of July and August 2026 (DeepSeek-V4-Flash-0731, DeepSeek-V4-Pro-0813)."""
+
+
 def target_like(arch: TargetArchitecture) -> str:
     """Id of the released target that has this shape, as its fine-tunes have; '' if there is none."""
     same = ("model_type", *SIZES)
@@ -161,16 +205,25 @@ def released(name: str, target: str, kind: str) -> Config:
     """
     kind = kind or "dspark"
     shape, taps, mask = (TARGETS | OTHER_TARGETS)[target]
-    config = Config(
-        name=f"{kind}_{name}",
+    drafter = DrafterConfig(num_layers=5, block_size=7, target_layer_ids=taps, mask_token_id=mask, markov_rank=256)
+    accumulate = 32 if kind == "eagle3" else 8  # EAGLE-3 learns from every row, not from 512 anchors
+    return as_kind(_experiment(f"{kind}_{name}", target, shape, drafter, accumulate=accumulate), kind)
+
+
+def _experiment(
+    name: str, target: str, shape: TargetArchitecture, drafter: DrafterConfig, *, accumulate: int
+) -> Config:
+    """Ten epochs of 1.3 M answers with a dspark drafter."""
+    return Config(
+        name=name,
         target=TargetConfig(path=target, architecture=shape),
-        drafter=DrafterConfig(num_layers=5, block_size=7, target_layer_ids=taps, mask_token_id=mask, markov_rank=256),
+        drafter=drafter,
         data=DataConfig(prompts=("open-perfectblend",), max_prompt_length=2048, max_length=4096),
         optim=OptimConfig(learning_rate=6e-4, warmup_ratio=0.04),
         train=TrainConfig(
             steps=25390,
             batch_size=512,
-            accumulate=32 if kind == "eagle3" else 8,  # EAGLE-3 learns from every row, not from 512 anchors
+            accumulate=accumulate,
             num_anchors=512,
             checkpoint_every=1000,
         ),
@@ -181,4 +234,3 @@ def released(name: str, target: str, kind: str) -> Config:
             speed_prompts=4,
         ),
     )
-    return as_kind(config, kind)

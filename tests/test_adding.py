@@ -251,7 +251,7 @@ def test_messages_list_what_was_added() -> None:
         ("loss", "extra", ("ce", 1.0)): "loss.extra has 'ce', which has a field of its own; set loss.ce=1.0",
         ("loss", "extra", ("size", -1.0)): "loss.extra has 'size': -1.0; each weight must be 0 or above",
         ("drafter", "markov_head_type", "lstm"): "'lstm' is unknown; use vanilla, gated, rnn, selector or fading",
-        ("drafter", "kind", "hydra"): "'hydra' is unknown; use dspark, dflash, dflash2, eagle3, mtp or maps",
+        ("drafter", "kind", "hydra"): "'hydra' is unknown; use dspark, dflash, dflash2, dspark5, eagle3, mtp or maps",
     }.items():
         group, field, value = change
         config = base()

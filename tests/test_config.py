@@ -48,7 +48,7 @@ def test_a_valid_config_has_no_problems():
         ({"drafter": {"target_layer_ids": ()}}, ["ascending"]),
         ({"drafter": {"mask_token_id": 512}}, ["mask_token_id=512 is outside the vocabulary 0..511"]),
         ({"drafter": {"mask_token_id": -1}}, ["mask_token_id=-1"]),
-        ({"drafter": {"kind": "dsprk"}}, ["drafter.kind='dsprk'", "dspark, dflash, dflash2, eagle3 or mtp"]),
+        ({"drafter": {"kind": "dsprk"}}, ["drafter.kind='dsprk'", "dspark, dflash, dflash2, dspark5, eagle3 or mtp"]),
         ({"drafter": {"kind": "dflash"}}, ["no heads", "markov_rank=0"]),
         ({"drafter": {"markov_rank": 0}}, ["markov_rank=0 must be positive"]),
         ({"loss": {"ce": 0.0, "l1": 0.0, "confidence": 0.0}}, ["no term with a weight above 0", "loss.ce=1.0"]),

@@ -16,6 +16,7 @@ import pytest
 
 from dspark_jax.config import InputError, TargetArchitecture
 from dspark_jax.config_fields import COMMON, ROPE, Field, Unsupported
+from dspark_jax.target.families.deepseek_v4 import DEEPSEEK_V4
 from dspark_jax.target.families.gemma4 import GEMMA4, GEMMA4_UNIFIED, GEMMA4_WHOLE
 from dspark_jax.target.families.llama import LLAMA
 from dspark_jax.target.families.qwen2 import QWEN2
@@ -32,6 +33,7 @@ CLASSES: dict[str, tuple[str, Mapping[str, Field]]] = {  # config class -> model
     "Qwen2Config": ("Qwen2ForCausalLM", QWEN2),
     "Qwen3MoeConfig": ("Qwen3MoeForCausalLM", QWEN3_MOE),
     "Qwen3_5TextConfig": ("Qwen3_5ForCausalLM", QWEN3_5),
+    "DeepseekV4Config": ("DeepseekV4ForCausalLM", DEEPSEEK_V4),
     "Gemma4TextConfig": ("Gemma4ForCausalLM", GEMMA4),
     "Gemma4UnifiedTextConfig": ("Gemma4UnifiedForCausalLM", GEMMA4_UNIFIED),
 }
@@ -48,6 +50,13 @@ GEMMA_SMALL = {
 HYBRID_SMALL = {
     "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2, "linear_num_value_heads": 4,
     "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_conv_kernel_dim": 3,
+}  # fmt: skip
+V4_SMALL = {
+    "num_attention_heads": 8, "moe_intermediate_size": 24, "num_key_value_heads": 1, "head_dim": 16,
+    "partial_rotary_factor": 0.25, "q_lora_rank": 8, "n_routed_experts": 4, "num_experts_per_tok": 2, "o_groups": 2,
+    "o_lora_rank": 4, "index_n_heads": 2, "index_head_dim": 8, "index_topk": 2, "sliding_window": 4, "hc_mult": 2,
+    "layer_types": ["compressed_sparse_attention", "sliding_attention"], "mlp_layer_types": ["hash_moe", "moe"],
+    "rope_parameters": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 16},
 }  # fmt: skip
 OTHER: dict[str, Any] = {  # field -> another value than the one of a small model
     **{name: 2 * value for name, value in SMALL.items() if isinstance(value, int)},
@@ -81,6 +90,22 @@ HYBRID_OTHER = {
     "output_gate_type": "sigmoid", "mamba_ssm_dtype": "bfloat16", "full_attention_interval": 1,
     "mtp_num_hidden_layers": 1, "mtp_use_dedicated_embeddings": True, "mlp_only_layers": [0],
 }  # fmt: skip
+V4_OTHER = {
+    **{name: 2 * value for name, value in V4_SMALL.items() if isinstance(value, int | float)},
+    "num_experts_per_tok": 1, "partial_rotary_factor": 0.5, "qk_rope_head_dim": 8,
+    "intermediate_size": 48, "n_shared_experts": 2, "scoring_func": "sigmoid", "norm_topk_prob": False,
+    "topk_method": "greedy", "routed_scaling_factor": 2.0, "swiglu_limit": 3.0, "compress_rope_theta": 77.0,
+    "hc_sinkhorn_iters": 5, "hc_eps": 1e-3, "num_hash_layers": 2, "mlp_layer_types": ["moe", "moe"],
+    "layer_types": ["sliding_attention"] * 2, "compress_ratios": [4, 128, 0], "compress_rate_csa": 2,
+    "compress_rates": {"compressed_sparse_attention": 2}, "compress_rate_hca": 64, "expert_dtype": "int4",
+    "num_nextn_predict_layers": 3, "dspark_block_size": 5, "dspark_noise_token_id": 7,
+    "dspark_target_layer_ids": [0], "dspark_markov_rank": 4, "router_jitter_noise": 0.5,
+    "rope_parameters": {"rope_type": "default"}, "rope_scaling": {"rope_type": "default"},
+}  # fmt: skip
+V4_WITHOUT = {
+    "compress_ratios": "layer_types", "num_hash_layers": "mlp_layer_types", "rope_scaling": "rope_parameters",
+    "intermediate_size": "moe_intermediate_size", "num_local_experts": "n_routed_experts",
+}  # fmt: skip
 PLAIN_OTHER = {"rope_parameters": {"rope_theta": 77.0}, "rope_scaling": {"rope_theta": 77.0}}
 WITHOUT = {
     "use_sliding_window": "layer_types",
@@ -96,7 +121,13 @@ DERIVED = {"kv_sharing_modes": "num_kv_shared_layers", "get_text_config": "text_
 
 def small(kind: str) -> dict[str, Any]:
     """What transformers writes of a small model."""
-    sizes = SMALL | (GEMMA_SMALL if kind.startswith("Gemma") else HYBRID_SMALL if kind.startswith("Qwen3_5") else {})
+    own = {"Gemma": GEMMA_SMALL, "Qwen3_5": HYBRID_SMALL, "DeepseekV4": V4_SMALL}
+    sizes = SMALL | next((values for name, values in own.items() if kind.startswith(name)), {})
+    if kind == "DeepseekV4Config":  # in the older form of RoPE, in which its fields can be changed
+        del sizes["intermediate_size"]
+        raw = getattr(transformers, kind)(**sizes | {"rope_parameters": dict(sizes["rope_parameters"])}).to_dict()
+        del raw["qk_rope_head_dim"], raw["compress_rates"]
+        return raw | {"rope_parameters": sizes["rope_parameters"]}
     raw = getattr(transformers, kind)(**sizes).to_dict()
     if kind.startswith("Gemma"):  # in the older form, in which all of its fields can be changed
         del raw["per_layer_config"]
@@ -108,12 +139,16 @@ def changed(kind: str, name: str) -> dict[str, Any]:
     """The same with another value of a field."""
     raw = small(kind)
     others = OTHER | (GEMMA_OTHER if kind.startswith("Gemma") else PLAIN_OTHER)
-    others |= HYBRID_OTHER if kind.startswith("Qwen3_5") else {}
+    others |= HYBRID_OTHER if kind.startswith("Qwen3_5") else V4_OTHER if kind.startswith("DeepseekV4") else {}
     value = not raw["tie_word_embeddings"] if name == "tie_word_embeddings" else others[name]
     assert raw.get(name) != value, f"give {name} another value"
     if name == "partial_rotary_factor" and kind.startswith("Qwen3_5"):
         del raw["rope_parameters"][name]
-    if not kind.startswith("Gemma"):
+    if kind.startswith("DeepseekV4"):
+        raw.pop(V4_WITHOUT.get(name, ""), None)
+        if name == "qk_rope_head_dim":
+            del raw["partial_rotary_factor"]
+    elif not kind.startswith("Gemma"):
         raw.pop(WITHOUT.get(name, ""), None)
     return raw | {name: value}
 
@@ -333,6 +368,7 @@ def taken_as(field: Field) -> str:
         ("Qwen3-MoE", QWEN3_MOE, COMMON),
         ("Qwen3.5", QWEN3_5, COMMON),
         ("Qwen3.5 with images", QWEN3_5_WHOLE, COMMON),
+        ("DeepSeek-V4", DEEPSEEK_V4, COMMON),
         ("Gemma 4", GEMMA4, COMMON),
         ("Gemma 4 unified", GEMMA4_UNIFIED, GEMMA4),
         ("Gemma 4 with other modalities", GEMMA4_WHOLE, COMMON),

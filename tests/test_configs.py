@@ -25,6 +25,8 @@ EXPERIMENTS = [
     ("compare_quickstart", ""),
     *((name, kind) for name in RELEASED for kind in ("dspark", "dflash", "eagle3")),
     ("dspark_qwen3_4b", "mtp"),
+    ("dspark_deepseek_v4_flash", "dspark5"),
+    ("dspark_deepseek_v4_pro", "dspark5"),
     *((f"dspark_{name}", "dspark") for name in ("llama31_8b", "qwen25_7b", "qwen3_30b_a3b", "qwen35_4b")),
 ]
 
@@ -40,15 +42,18 @@ def test_all_files_are_covered():
     assert {path.stem for path in (ROOT / "configs").glob("*.py")} == {name for name, _ in EXPERIMENTS}
 
 
-@pytest.mark.parametrize(("name", "arg"), EXPERIMENTS)
+@pytest.mark.parametrize(
+    ("name", "arg"),
+    [pytest.param(*one, marks=pytest.mark.slow if "deepseek_v4_pro" in one[0] else ()) for one in EXPERIMENTS],
+)
 def test_validates_and_builds(name, arg):
     config = resolve(load(name, arg))
     assert not list(problems(config))
     arch = config.target.architecture
     target = abstract_target(arch, jnp.bfloat16)
     drafter = nnx.eval_shape(lambda: make_drafter(arch, config.drafter, rngs=nnx.Rngs(0)))
-    assert (drafter.confidence is not None) == (config.drafter.kind == "dspark")
-    assert (drafter.markov is not None) == (config.drafter.kind in ("dspark", "dflash2"))
+    assert (drafter.confidence is not None) == (config.drafter.kind in ("dspark", "dspark5"))
+    assert (drafter.markov is not None) == (config.drafter.kind in ("dspark", "dspark5", "dflash2"))
     assert arg not in ("dflash", "dflash2", "eagle3", "mtp") or config.drafter.kind == arg
     mesh = make_mesh(MeshConfig(2, 2, 2))
     shardings = jax.tree.leaves(state_shardings(nnx.state(drafter), mesh))

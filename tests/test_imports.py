@@ -26,6 +26,7 @@ BASE = {
     "jobs",
     "json_file",
     "kinds",
+    "layer_sizes",
     "metrics",
     "paths",
     "platform",

@@ -91,7 +91,7 @@ def test_other_kinds_have_nothing_of_eagle3s(base: Config) -> None:
 
 def test_an_unknown_kind_is_refused(base: Config) -> None:
     with pytest.raises(
-        InputError, match="drafter kind 'medusa' is unknown; use one of: dspark, dflash, dflash2, eagle3"
+        InputError, match="drafter kind 'medusa' is unknown; use one of: dspark, dflash, dflash2, dspark5, eagle3"
     ):
         as_kind(base, "medusa")
 
@@ -133,7 +133,11 @@ def test_a_drafter_that_another_program_had_added_is_refused_when_it_is_made(bas
             {"draft_vocab_size": 8, "draft_vocabulary": "x"},
             "drafter.draft_vocabulary: it is no list of tokens",
         ),
-        ("dspark", {"kind": "hydra"}, "drafter.kind='hydra' is unknown; use dspark, dflash, dflash2, eagle3 or"),
+        (
+            "dspark",
+            {"kind": "hydra"},
+            "drafter.kind='hydra' is unknown; use dspark, dflash, dflash2, dspark5, eagle3 or",
+        ),
     ],
 )
 def test_what_does_not_hold(base: Config, kind: str, change: dict, message: str) -> None:

@@ -49,7 +49,7 @@ from dspark_jax.convert.hf import import_drafter, read_drafter_config, stored_te
 from dspark_jax.convert.hub import push
 from dspark_jax.convert.layouts import layers_config, read_config, read_layout
 from dspark_jax.convert.llama_tokenizer import split_to_tell
-from dspark_jax.convert.mapping import FROZEN
+from dspark_jax.convert.mapping import FROZEN, frozen_names
 from dspark_jax.convert.output import SIDE_FILES, check_output, check_repository
 from dspark_jax.convert.servers import replay
 from dspark_jax.convert.targets import FrozenTensors, fitting, frozen_from_file, frozen_of_target
@@ -180,11 +180,13 @@ def run_source(workdir: Path, options: argparse.Namespace) -> tuple[Source, dict
         config=config.drafter,
         arch=arch,
         target=read_config(directory),
-        frozen={} if arch.unsupported else frozen_tensors(directory),
+        frozen={} if arch.unsupported or not frozen_names(config.drafter) else frozen_tensors(directory),
         target_name=options.target_name or path,
         split=split_to_tell(directory),
         num_anchors=config.train.num_anchors,
     )
+    if not frozen_names(config.drafter):
+        return source, run_files(run, step)
     if arch.unsupported:
         source = with_frozen(source, frozen_from_file(frozen_file(run.feature_folder), directory, arch))
     elif families.of_drafters(arch).name != arch.model_type:
@@ -241,11 +243,13 @@ def directory_source(directory: Path, options: argparse.Namespace) -> tuple[Sour
         config=config,
         arch=arch,
         target=raw,
-        frozen={} if arch.unsupported else frozen_tensors(place),
+        frozen={} if arch.unsupported or not frozen_names(config) else frozen_tensors(place),
         target_name=options.target_name or options.target,
         split=split_to_tell(place),
         num_anchors=layers_config(read_config(directory)).get("num_anchors", 512),
     )
+    if not frozen_names(config):
+        return source, files
     if arch.unsupported:  # the drafter's own copies are right, the target's may lack a scale and have any name
         mine = read_checkpoint(directory)
         frozen = {name: mine[name] for name in FROZEN if name in mine}

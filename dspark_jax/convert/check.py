@@ -17,8 +17,10 @@ from dspark_jax.convert.drafter_files import Verdict
 from dspark_jax.convert.export import frozen_tensors
 from dspark_jax.convert.hf import drafter_config, drafter_shape, load_tensors, of_tensors
 from dspark_jax.convert.layouts import (
+    STAGES,
     Layout,
     default_taps,
+    has_stages,
     layers_config,
     read_config,
     read_layout,
@@ -41,6 +43,7 @@ _TENSORS = re.compile(
     r"|(markov_head|confidence_head|candidate_selector)\..*"
     r"|(layers\.\d+|midlayer)\.(self_attn\.([qkvo]_proj|[qk]_norm)\.weight|mlp\.(gate|up|down)_proj\.weight"
     r"|\w*layernorm\.weight|hidden_norm\.weight|(attention|mlp)_conv\..*|layer_scalar)"
+    r"|mtp\.\d+\..*"
     r")"
 )
 """Names of tensors of which this package knows what they are: one too many of these is a mistake in the file."""
@@ -188,6 +191,8 @@ def check_directory(
         stated = dataclasses.replace(stated, taps=default_taps(target.arch.num_hidden_layers))
     tensors = read_checkpoint(directory)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    if has_stages(raw):  # the rest is the target
+        tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(STAGES)}
     verdicts = replay(str(directory), raw, shapes, target.arch, split_to_tell(target_directory))
     own_head = stated.draft_vocab_size > 0
     problems = [*value_problems(tensors), *frozen_problems(tensors, lent(target, target_directory), own_head=own_head)]
@@ -200,7 +205,7 @@ def check_directory(
         except Unsupported as error:
             unsupported.append(error.what)
         except InputError as error:
-            strange = [name for name in shapes if not _TENSORS.fullmatch(name)]
+            strange = [name for name in tensors if not _TENSORS.fullmatch(name)]
             if strange:  # a part that this package has never heard of
                 unsupported.append(f"tensor {strange[0]}")
             else:

@@ -31,6 +31,7 @@ from dspark_jax.convert.long_context import keys as long_keys
 from dspark_jax.convert.mapping import FROZEN, HEADS, frozen_names
 from dspark_jax.convert.output import built_beside, check_output, write_text
 from dspark_jax.convert.safetensors_file import write_safetensors
+from dspark_jax.convert.stages import stages_fields, stored_stages
 from dspark_jax.kinds import KINDS, served_as
 from dspark_jax.registry import listed
 from dspark_jax.target import families
@@ -94,6 +95,7 @@ class Content:
       shapes: of all tensors.
       maps: those of them that say which tokens it drafts.
       prefix: with what the names of the one layer of EAGLE-3 begin, where that is not layers.0.
+      types: of tensors that have another type than the export.
     """
 
     source: Source
@@ -101,6 +103,7 @@ class Content:
     shapes: Mapping[str, tuple[int, ...]]
     maps: Mapping[str, np.ndarray]
     prefix: str = ""
+    types: Mapping[str, np.dtype] = dataclasses.field(default_factory=dict)
 
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
         """All but the maps, by their names in the file."""
@@ -131,6 +134,13 @@ def content(source: Source, form: str, dtype: str) -> Content:
         )
     if drafter.markov_rank and drafter.markov_head_type not in HEADS:
         raise InputError(f"no server has the head {drafter.markov_head_type!r}; only {listed(HEADS)} is exported")
+    if KINDS[drafter.kind].own_layers:
+        config, stored = (
+            stages_fields(source, form, dtype),
+            stored_stages(source, expected_tensors(source.arch, drafter)),
+        )
+        written = dataclasses.replace(source, tensors=stored.tensors)
+        return Content(written, config, stored.shapes, {}, types=stored.types)
     refuse_unknown_parts(drafter)
     source = servable(source) if form != "deepspec" else source
     config = CONFIGS[form](source, dtype)
@@ -177,7 +187,7 @@ def write_export(
     check_output(output, source.config, overwrite=overwrite)
     made = content(source, form, dtype)
     with built_beside(output) as folder:
-        write_safetensors(folder / "model.safetensors", made.shapes, made.tensors(), dtype, made.maps)
+        write_safetensors(folder / "model.safetensors", made.shapes, made.tensors(), dtype, made.maps, made.types)
         write_text(folder / "config.json", json.dumps(made.config, indent=2, sort_keys=True) + "\n")
         for name, file in (files or {}).items():
             if isinstance(file, Path):

@@ -14,6 +14,7 @@ from dspark_jax.config import DrafterConfig, InputError, TargetArchitecture
 from dspark_jax.convert.layouts import (
     Layout,
     default_taps,
+    has_stages,
     layers_config,
     layers_shape,
     read_config,
@@ -32,9 +33,12 @@ from dspark_jax.convert.mapping import (
     drafter_weights,
     frozen_names,
 )
+from dspark_jax.convert.stages import stages_config, stages_tensors
 from dspark_jax.drafter import make_drafter
 from dspark_jax.drafter.interface import DrafterModule
+from dspark_jax.kinds import KINDS
 from dspark_jax.registry import listed
+from dspark_jax.target import families
 from dspark_jax.target.loading import fill_module, parameter_paths, read_checkpoint
 from dspark_jax.vocabulary import encode_vocabulary, from_maps
 
@@ -108,6 +112,9 @@ def drafter_shape(path: Path, raw: Mapping[str, Any], layout: Layout) -> TargetA
     """The shape of a drafter's layers but for windows and scaled RoPE, which `drafter_config` has; see `from_hf`."""
     if layout.family == "eagle3":
         return layers_shape(path, raw)
+    if has_stages(raw):
+        model = TargetArchitecture.from_hf(path)
+        return families.of_shape(model).drafter_shape(model)
     source = layers_config(raw)
     plain = without(source)
     return TargetArchitecture.from_hf(path if plain == raw else plain)
@@ -121,6 +128,8 @@ def drafter_config(where: str, layout: Layout, raw: Mapping[str, Any]) -> Drafte
     """
     if layout.family == "eagle3":
         return eagle3_config(layout)
+    if has_stages(raw):
+        return stages_config(layout, raw)
     head = layout.markov_head_type if layout.markov_rank else "vanilla"
     if head not in HEADS:
         raise Unsupported(where, f"markov_head_type {head!r}", f"use {listed(HEADS)}")
@@ -172,7 +181,7 @@ def expected_tensors(arch: TargetArchitecture, config: DrafterConfig) -> dict[st
     shapes |= {name: (1,) for name in _constants(drafter, config)}
     for path, variable in parameter_paths(drafter).items():
         weight, shape = weights[path], variable.get_value().shape
-        single = shape[1:] if weight.stacked else shape
+        single = shape[weight.stacked + bool(weight.experts) :]
         for name in weight.names(shape[0] if weight.stacked else 1):
             shapes[name] = weight.stored_shape(single)
     for name in frozen_names(config):
@@ -182,6 +191,8 @@ def expected_tensors(arch: TargetArchitecture, config: DrafterConfig) -> dict[st
 
 def _constants(drafter: DrafterModule, config: DrafterConfig) -> list[str]:
     """Tensors of one number in the file, always 1, never trained, and no parameters here."""
+    if KINDS[config.kind].own_layers:
+        return []
     names = drafter_family(drafter).drafter_constants
     return [name.format(i=i) for name in names for i in range(config.num_layers)]
 
@@ -250,6 +261,8 @@ def load_tensors(
     tensors = read_checkpoint(directory)
     if config.kind == "eagle3":
         tensors = canonical(tensors)
+    if KINDS[config.kind].own_layers:
+        tensors = stages_tensors(tensors, read_config(directory), str(directory))
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     compare_tensors(str(directory), shapes, expected_tensors(arch, config), config.kind, frozen_names(config))
     drafter = abstract_drafter(arch, config, dtype=dtype)
@@ -282,8 +295,9 @@ def _parameters(drafter: DrafterModule, config: DrafterConfig) -> Iterable[tuple
     for path, variable in parameter_paths(drafter).items():
         weight, value = weights[path], np.asarray(variable.get_value(), np.float32)
         layers = list(value) if weight.stacked else [value]
-        for name, layer in zip(weight.names(len(layers)), layers, strict=True):
-            yield name, weight.store(layer)
+        matrices = [matrix for layer in layers for matrix in layer] if weight.experts else layers
+        for name, matrix in zip(weight.names(len(layers)), matrices, strict=True):
+            yield name, weight.store(matrix)
 
 
 def drafter_tensors(drafter: DrafterModule, config: DrafterConfig) -> dict[str, np.ndarray]:

@@ -4,6 +4,7 @@
     specforge     `architectures: ["DSparkDraftModel"]`, keys in `dflash_config`
     dflash        `architectures: ["DFlashDraftModel"]` or DFlash2DraftModel, keys in `dflash_config`; fill-in blocks
     speculators   `speculators_model_type`; layer ids are one higher (the layer whose input is tapped)
+    deepseek      the config of a DeepSeek-V4 with the fields `dspark_*`: the drafter that comes with the model
 
 How each server reads the same file is another matter: see `convert.servers` and `convert/servers.toml`.
 """
@@ -18,11 +19,14 @@ from dspark_jax.config import InputError, TargetArchitecture
 from dspark_jax.config_rules import EAGLE3_NORMS
 from dspark_jax.convert.llama_fields import as_qwen3, unread_fields
 from dspark_jax.json_file import read_object
+from dspark_jax.layer_sizes import FAMILY
 from dspark_jax.target.families import FAMILIES, claiming
 from dspark_jax.target.families.family import SLIDING
 from dspark_jax.target.quantised import NAMES as QUANTISED
 
 DFLASH2 = "DFlash2DraftModel"
+STAGES = "mtp."
+"""With what the tensors of a drafter begin that comes with a DeepSeek-V4."""
 Z_LAB = ("DFlashDraftModel", DFLASH2)
 LLAMA_EAGLE_ARCHITECTURES = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM")
 
@@ -44,7 +48,7 @@ class Layout:
     """A drafter's settings in our conventions, whatever dialect they were written in.
 
     Attributes:
-      dialect: deepspec, specforge, dflash or speculators.
+      dialect: deepspec, specforge, dflash, speculators or deepseek.
       family: block (DSpark, DFlash) or eagle3.
       block_size: rows of a block, its anchor included; for eagle3 the steps it was trained for, 0 where that is not
         said.
@@ -131,6 +135,8 @@ def unsupported_parts(raw: Mapping[str, Any]) -> list[str]:
 
     What `TargetArchitecture.from_hf` refuses of the layers (scaled RoPE, biases, ...) is not repeated.
     """
+    if has_stages(raw):
+        return _unsupported_stages(raw)
     layers, nested = layers_config(raw), raw.get("dflash_config") or {}
     found = [f"{name} {raw[name]}" for name in _OFF if raw.get(name)]
     found += [f"quantised weights ({name})" for name in QUANTISED if raw.get(name) or layers.get(name)]
@@ -212,6 +218,8 @@ def read_layout(where: str, raw: Mapping[str, Any]) -> Layout:
     """
     _check_types(where, raw)
     name = architecture(raw)
+    if has_stages(raw):
+        return _stages(where, raw)
     if "speculators_model_type" in raw:
         return _speculators(where, raw)
     if name in block_architectures():
@@ -266,6 +274,42 @@ def _block(
             conv_group_size=group,
         )
     return layout
+
+
+def has_stages(raw: Mapping[str, Any]) -> bool:
+    """Whether a config is of a DeepSeek-V4 that comes with a drafter."""
+    return raw.get("model_type") == FAMILY and raw.get("dspark_block_size") is not None
+
+
+def _unsupported_stages(raw: Mapping[str, Any]) -> list[str]:
+    """What of such a drafter is not implemented here."""
+    needed = {"scoring_func": "sqrtsoftplus", "norm_topk_prob": True, "n_shared_experts": 1, "hidden_act": "silu"}
+    needed |= {"attention_bias": False, "num_key_value_heads": 1}
+    found = [f"{name} {raw[name]!r}" for name, value in needed.items() if raw.get(name, value) not in (value, None)]
+    return found + [f"{name} {raw[name]}" for name in _OTHER_EXPERTS if raw.get(name)]
+
+
+_OTHER_EXPERTS = ("dspark_n_routed_experts", "dspark_num_experts_per_tok")
+"""Of DeepSeek-V4.1, whose hyper-connections are others as well."""
+
+
+def _stages(where: str, raw: Mapping[str, Any]) -> Layout:
+    """The drafter of a DeepSeek-V4. Its stages are as many as its tapped layers where nothing says how many."""
+    names = ("block_size", "noise_token_id", "target_layer_ids", "markov_rank")
+    _require(where, raw, *(f"dspark_{name}" for name in names))
+    size, mask, taps, rank = (raw[f"dspark_{name}"] for name in names)
+    return Layout(
+        dialect="deepseek",
+        family="block",
+        block_size=size,
+        taps=tuple(taps),
+        mask_token_id=mask,
+        anchor_first=True,
+        num_layers=int(raw.get("n_mtp_layers") or len(taps)),
+        markov_rank=rank,
+        confidence=bool(raw.get("enable_confidence_head", True)),
+        confidence_with_markov=True,
+    )
 
 
 DFLASH2_KEYS = ("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k")

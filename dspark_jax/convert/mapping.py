@@ -1,9 +1,13 @@
 """Names and shapes of drafter checkpoints in the layout of the PyTorch reference (DeepSpec `save_pretrained`)."""
 
+from typing import Any
+
 from flax import nnx
 
 from dspark_jax.config import DrafterConfig
+from dspark_jax.kinds import KINDS
 from dspark_jax.target import families
+from dspark_jax.target.families.deepseek_v4 import mixture_weights, streams_weights
 from dspark_jax.target.families.family import Family
 from dspark_jax.target.layers import Layer
 from dspark_jax.target.weights import Weight
@@ -71,6 +75,32 @@ _MTP = {
 """Named after DeepSeek-V3's module. Its eh_proj reads [embedding; hidden state], ours [hidden state; embedding]:
 whoever exports it for a server has to swap the halves."""
 
+_STREAM_LAYERS = {
+    "attention_norm": Weight("mtp.{i}.attn_norm.weight"),
+    "attention.query_in": Weight("mtp.{i}.attn.wq_a.weight", inputs=1),
+    "attention.query_norm": Weight("mtp.{i}.attn.q_norm.weight"),
+    "attention.query": Weight("mtp.{i}.attn.wq_b.weight", inputs=1),
+    "attention.row": Weight("mtp.{i}.attn.wkv.weight", inputs=1),
+    "attention.row_norm": Weight("mtp.{i}.attn.kv_norm.weight"),
+    "attention.sinks": Weight("mtp.{i}.attn.attn_sink"),
+    "attention.group": Weight("mtp.{i}.attn.wo_a.weight"),
+    "attention.out": Weight("mtp.{i}.attn.wo_b.weight", inputs=1),
+    "mlp_norm": Weight("mtp.{i}.ffn_norm.weight"),
+    **streams_weights("attention_streams", "mtp.{i}.hc_attn"),
+    **streams_weights("mlp_streams", "mtp.{i}.hc_ffn"),
+}
+_STREAM_ENDS = {
+    "backbone.fc": Weight("mtp.0.main_proj.weight", inputs=1),
+    "backbone.hidden_norm": Weight("mtp.0.main_norm.weight"),
+    "backbone.norm": Weight("mtp.{last}.norm.weight"),
+    **streams_weights("backbone.collapse", "mtp.{last}.hc_head"),
+    "markov.w1": Weight("mtp.{last}.markov_head.markov_w1.weight"),
+    "markov.w2": Weight("mtp.{last}.markov_head.markov_w2.weight"),
+    "confidence.weight": Weight("mtp.{last}.confidence_head.proj.weight", row=True),
+}
+"""DSpark-5 inside a DeepSeek-V4: stages mtp.0, mtp.1, ..., of which the first has what is before the layers, and the
+last what is after them. Embedding and LM head are the target's."""
+
 _KINDS = {"eagle3": _EAGLE3, "mtp": _MTP}
 """By kind of drafter; the others are block drafters with `_BACKBONE` and heads."""
 
@@ -79,7 +109,10 @@ FROZEN = ("embed_tokens.weight", "lm_head.weight")
 
 
 def frozen_names(config: DrafterConfig) -> tuple[str, ...]:
-    """Those of `FROZEN` that are the target's: not the LM head, if the drafter has one of its own."""
+    """Those of `FROZEN` that a file has from the target: not the LM head, if the drafter has one of its own, and
+    nothing if it is a part of the target's file."""
+    if KINDS[config.kind].own_layers:
+        return ()
     return FROZEN[:1] if config.draft_vocab_size else FROZEN
 
 
@@ -99,9 +132,21 @@ def drafter_weights(drafter: nnx.Module, config: DrafterConfig) -> dict[str, Wei
       drafter: tells which family's layers it has; its parameters may be shapes only.
       config: says what kind of drafter it is.
     """
+    if KINDS[config.kind].own_layers:
+        return _stream_weights(drafter, config)
     stack = "backbone.layers." if hasattr(drafter, "backbone") else "layers."
     layers = drafter_family(drafter).drafter_weights()
     return _plain_weights(config) | {stack + path: weight for path, weight in layers.items()}
+
+
+def _stream_weights(drafter: Any, config: DrafterConfig) -> dict[str, Weight]:
+    """Those of a DSpark-5."""
+    last = str(config.num_layers - 1)
+    ends = {path: weight._replace(name=weight.name.replace("{last}", last)) for path, weight in _STREAM_ENDS.items()}
+    if not config.confidence_head:
+        del ends["confidence.weight"]
+    layers = _STREAM_LAYERS | mixture_weights("mtp.{i}.ffn", drafter.backbone.layers.mlp.shape)
+    return ends | {f"backbone.layers.{path}": weight for path, weight in layers.items()}
 
 
 def _plain_weights(config: DrafterConfig) -> dict[str, Weight]:

@@ -16,8 +16,15 @@ DTYPES: dict[str, tuple[str, np.dtype]] = {
 }
 """Our name of a type -> its name in a safetensors header, and the array type."""
 
-_OWN = {np.dtype(np.int64): "I64", np.dtype(np.bool_): "BOOL"}
-"""Types that tensors of whole numbers keep -> their names there."""
+_OWN = {
+    np.dtype(np.int64): "I64",
+    np.dtype(np.bool_): "BOOL",
+    np.dtype(np.int8): "I8",
+    np.dtype(np.float32): "F32",
+    np.dtype(ml_dtypes.float8_e4m3fn): "F8_E4M3",
+    np.dtype(ml_dtypes.float8_e8m0fnu): "F8_E8M0",
+}
+"""Types that single tensors keep -> their names there."""
 
 
 def write_safetensors(
@@ -26,6 +33,7 @@ def write_safetensors(
     tensors: Iterable[tuple[str, np.ndarray]],
     dtype: str,
     whole: Mapping[str, np.ndarray] | None = None,
+    own: Mapping[str, np.dtype] | None = None,
 ) -> None:
     """Writes one file, flushed to disk.
 
@@ -33,17 +41,19 @@ def write_safetensors(
       path: is replaced.
       shapes: every tensor of the file and its shape; the header is made of it.
       tensors: each of them once, in any order; converted to `dtype`.
-      dtype: float32 or bfloat16, of all these tensors.
+      dtype: float32 or bfloat16, of all these tensors but those in `own`.
       whole: further tensors, of whole numbers or truth values, which keep their type; they are in `shapes`, too.
+      own: type of those of `tensors` that have another one than `dtype`.
 
     Raises:
       OSError: the disk is full.
     """
     whole = whole or {}
-    types = {name: (_OWN[value.dtype], value.dtype) for name, value in whole.items()}
+    kept = {name: value.dtype for name, value in whole.items()} | dict(own or {})
+    types = {name: (_OWN[kind], kind) for name, kind in kept.items()}
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers refuses files without it
     offsets, end = {}, 0
-    for name in sorted(shapes, key=lambda name: (types.get(name, DTYPES[dtype])[1].itemsize == 1, name)):  # aligned
+    for name in sorted(shapes, key=lambda name: (-types.get(name, DTYPES[dtype])[1].itemsize, name)):  # aligned
         code, numpy_type = types.get(name, DTYPES[dtype])
         size = numpy_type.itemsize * int(np.prod(shapes[name]))
         header[name] = {"dtype": code, "shape": list(shapes[name]), "data_offsets": [end, end + size]}

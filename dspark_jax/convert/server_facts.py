@@ -8,15 +8,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dspark_jax.convert.drafter_files import GREEDY, Files, path_word
-from dspark_jax.convert.layouts import DFLASH2, Z_LAB, default_taps, layers_config
+from dspark_jax.convert.layouts import DFLASH2, Z_LAB, default_taps, has_stages, layers_config
 
 IDS = "eagle_aux_hidden_state_layer_ids"
 
 
 def kind(files: Files) -> str:
-    """Which class of drafter a server looks for: dspark, dflash (z-lab's), dflash2 or eagle3."""
+    """Which class of drafter a server looks for: dspark, dspark5, dflash (z-lab's), dflash2 or eagle3."""
     if files.stated.family == "eagle3":
         return "eagle3"
+    if has_stages(files.config):
+        return "dspark5"
     named = files.config.get("speculators_model_type")
     if files.architecture == DFLASH2 or named == "dflash2":
         return "dflash2"
@@ -150,6 +152,7 @@ def _read(files: Files, read: Mapping[str, Any]) -> dict[str, Any]:
         "read_mask_outside": mask is not None and not 0 <= mask < files.target.vocab_size,
         "last_layer": last,
         "read_layers": len(taps),
+        "one_stage_per_tap": len(taps) == files.stated.num_layers,
         "target_width": width,
         "read_width": len(taps) * width,
         "fc_fits_read": None if shape is None else shape[1] == len(taps) * width,

@@ -30,13 +30,21 @@ class DSpark(DrafterModule):
         self.taps = tuple(config.target_layer_ids)
         self.mask_token = config.mask_token_id
         self.dtype = dtype
-        self.backbone = Backbone(arch, config, rngs=rngs)
+        self.backbone = self.make_backbone(arch, config, rngs)
         if rank:
             head = find(HEADS, config.markov_head_type, "drafter.markov_head_type").load()
             self.markov = head.of(arch, config, rngs=rngs)
         if config.confidence_head:
-            seen = rank if config.confidence_with_markov else 0
-            self.confidence = ConfidenceHead(arch.hidden_size, seen, scale=config.initializer_range, rngs=rngs)
+            self.confidence = self.make_confidence(arch, config, rngs)
+
+    def make_backbone(self, arch: TargetArchitecture, config: DrafterConfig, rngs: nnx.Rngs) -> Any:
+        """A random backbone."""
+        return Backbone(arch, config, rngs=rngs)
+
+    def make_confidence(self, arch: TargetArchitecture, config: DrafterConfig, rngs: nnx.Rngs) -> ConfidenceHead:
+        """A random confidence head."""
+        seen = config.markov_rank if config.confidence_with_markov else 0
+        return ConfidenceHead(arch.hidden_size, seen, scale=config.initializer_range, rngs=rngs)
 
     def __call__(
         self,
@@ -50,9 +58,22 @@ class DSpark(DrafterModule):
         """Training pass; see `drafter.interface.DrafterModule`."""
         targets = block_targets(tokens, loss_mask, anchors, self.block_size)
         embedded = target.embed(block_tokens(targets.prev_tokens[:, :, 0], self.mask_token, self.rows))
-        states = self.backbone(embedded.astype(self.dtype), features, anchors.positions, anchors.keep, starts)
-        hidden = self.predictions(states)
-        return BlockOutputs(hidden, targets.prev_tokens, targets.labels, targets.teacher_rows, targets.mask)
+        states, trusted = self.train_states(embedded.astype(self.dtype), features, anchors, starts)
+        hidden, trusted = self.predictions(states), None if trusted is None else self.predictions(trusted)
+        return BlockOutputs(hidden, targets.prev_tokens, targets.labels, targets.teacher_rows, targets.mask, trusted)
+
+    def train_states(
+        self, embedded: jax.Array, features: jax.Array, anchors: Anchors, starts: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """States of all rows of blocks [B, A, R, D], and what the confidence head reads in their place, if anything."""
+        return self.backbone(embedded, features, anchors.positions, anchors.keep, starts), None
+
+    def decode_states(
+        self, embedded: jax.Array, cache: Any, positions: jax.Array
+    ) -> tuple[jax.Array, jax.Array | None, Any]:
+        """The same of one block per request, [B, R, D] each, and the cache."""
+        states, cache = self.backbone.decode(embedded, cache, positions)
+        return states, None, cache
 
     def predictions(self, states: jax.Array) -> jax.Array:
         """States of all rows of blocks -> [..., G, D], those that predict: all of them, or all but the anchor's."""
@@ -83,8 +104,9 @@ class DSpark(DrafterModule):
     ) -> tuple[Proposal, dict[str, KVCache]]:
         """Drafts G tokens after each anchor; see `drafter.interface.Drafter`."""
         embedded = target.embed(block_tokens(anchors, self.mask_token, self.rows)).astype(self.dtype)
-        states, cache = self.backbone.decode(embedded, cache, positions)
+        states, trusted, cache = self.decode_states(embedded, cache, positions)
         hidden = self.predictions(states)
+        trusted = hidden if trusted is None else self.predictions(trusted)
         positions_first, draws = hidden.swapaxes(0, 1), uniforms.swapaxes(0, 1)
         base = target.unembed(positions_first)  # [G, B, V]
         if self.markov is None:
@@ -94,5 +116,5 @@ class DSpark(DrafterModule):
         tokens, logits, previous = tokens.T, logits.swapaxes(0, 1), None
         if self.markov is not None:
             previous = self.markov.embed(jnp.concatenate([anchors[:, None], tokens[:, :-1]], axis=1))
-        confidence = None if self.confidence is None else self.confidence(hidden, previous)
+        confidence = None if self.confidence is None else self.confidence(trusted, previous)
         return Proposal(tokens, logits, confidence), cache

@@ -43,6 +43,7 @@ class BlockOutputs:
       labels: [B, A, G] data token that position k predicts (anchor + 1 + k), 0 where there is none.
       teacher_rows: [B, A, G] sequence row whose target distribution is predicted (label index - 1).
       mask: [B, A, G] bool, the supervised prefix of each block; EAGLE-3's rows may be supervised from a later step on.
+      trusted: [B, A, G, D] what the confidence head reads, where that is not `hidden`.
     """
 
     hidden: jax.Array
@@ -50,6 +51,7 @@ class BlockOutputs:
     labels: jax.Array
     teacher_rows: jax.Array
     mask: jax.Array
+    trusted: jax.Array | None = None
 
 
 class Drafter(Protocol):

@@ -1,8 +1,8 @@
 """What a layer stack, of a target or a drafter, keeps of earlier rows: in most cases their keys and values."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +44,70 @@ class LayerCache:
         `pin(array, *logical axes)` does it: pins in a program, or lays out a shape.
         """
         raise NotImplementedError
+
+
+class StateCache(LayerCache):
+    """A dataclass of arrays, one for the stack in each field, or a tuple of one array per layer, which only lists of
+    layers can read (see `decode_weights`); None in a field that these layers do not need.
+
+    Attributes:
+      AXES: field -> logical axes of a layer's array.
+    """
+
+    AXES: ClassVar[Mapping[str, tuple[str | None, ...]]]
+
+    @classmethod
+    def empty(cls, layers: int, sizes: Mapping[str, tuple[tuple[int, ...], Any]], *, separate: bool) -> Self:
+        """Zeros: field -> shape of a layer's array, and its type. Fields that are not there are None."""
+
+        def zeros(size: tuple[int, ...], dtype: Any) -> Any:
+            if separate:
+                return tuple(jnp.zeros(size, dtype) for _ in range(layers))
+            return jnp.zeros((layers, *size), dtype)
+
+        made = {name: zeros(*sizes[name]) if name in sizes else None for name in cls.AXES}
+        return cls(**made).on_mesh()
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The fields that there are."""
+        return {name: getattr(self, name) for name in self.AXES if getattr(self, name) is not None}
+
+    @property
+    def axes(self) -> tuple[tuple[str | None, ...], ...]:
+        """Logical axes of a layer's arrays, in their order."""
+        return tuple(self.AXES[name] for name in self.fields)
+
+    def on_mesh(self, pin: Callable[..., Any] = constrain) -> Self:
+        """See `LayerCache`."""
+
+        def one(leaf: Any, axes: tuple[str | None, ...]) -> Any:
+            return tuple(pin(x, *axes) for x in leaf) if isinstance(leaf, tuple) else pin(leaf, None, *axes)
+
+        return self._with({name: one(leaf, self.AXES[name]) for name, leaf in self.fields.items()})
+
+    def layer(self, index: jax.Array | int) -> tuple[jax.Array, ...]:
+        """The arrays of one layer."""
+        return tuple(
+            leaf[index] if isinstance(leaf, tuple) and isinstance(index, int) else layer_at(leaf, index)
+            for leaf in self.fields.values()
+        )
+
+    def put(self, index: jax.Array | int, arrays: Sequence[jax.Array]) -> Self:
+        """The cache with these arrays of one layer."""
+
+        def one(leaf: Any, array: jax.Array) -> Any:
+            if isinstance(leaf, tuple):
+                assert isinstance(index, int), "separate caches are for lists of layers"
+                return (*leaf[:index], array, *leaf[index + 1 :])
+            return jax.lax.dynamic_update_index_in_dim(leaf, array, index, 0)
+
+        return self._with(
+            {name: one(leaf, array) for (name, leaf), array in zip(self.fields.items(), arrays, strict=True)}
+        )
+
+    def _with(self, fields: Mapping[str, Any]) -> Self:
+        return type(self)(**{name: fields.get(name) for name in self.AXES})
 
 
 @jax.tree_util.register_dataclass

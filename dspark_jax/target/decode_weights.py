@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from dspark_jax import platform
 from dspark_jax.ops.product import product
 from dspark_jax.sharding import Param, constrain, mesh_of, parts_of, state_shardings
-from dspark_jax.target.layers import Layer, layer_at
+from dspark_jax.target.layers import layer_at
 
 
 def decode_weights(module: Any, dtype: Any, *, separate_caches: bool = False, consume: bool = False) -> Any:
@@ -81,12 +81,12 @@ def unstacked(module: Any, *, consume: bool = False) -> Any:
     copy: Any = jax.tree.map(lambda leaf: leaf, module)
     for _, part in nnx.iter_modules(copy):
         for name, layers in list(vars(part).items()):
-            if isinstance(layers, Layer) and layers.attention_norm[...].ndim == 2:
+            if isinstance(getattr(layers, "attention_norm", None), Param) and layers.attention_norm[...].ndim == 2:
                 setattr(part, name, nnx.List(_unstacked(layers, consume=consume)))
     return copy
 
 
-def _unstacked(layers: Layer, *, consume: bool) -> list[Layer]:
+def _unstacked(layers: Any, *, consume: bool) -> list[Any]:
     """The layers of a stack."""
     depth = layers.attention_norm[...].shape[0]
     leaves, structure = jax.tree.flatten(layers, is_leaf=lambda leaf: isinstance(leaf, Param))

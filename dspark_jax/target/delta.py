@@ -15,7 +15,7 @@ from dspark_jax.config import TargetArchitecture
 from dspark_jax.ops.delta_rule import delta_rule
 from dspark_jax.sharding import Param, per_device
 from dspark_jax.target.attend import Pass
-from dspark_jax.target.delta_cache import AXES, DeltaCache
+from dspark_jax.target.delta_cache import DeltaCache
 from dspark_jax.target.families.family import DeltaShape
 from dspark_jax.target.layers import dense, narrow, normal, ones, rms_norm, zeros
 
@@ -156,7 +156,7 @@ def _from_cache(
         return (out[:, block:], *kept)
 
     counts = jnp.full_like(first, own[0].shape[1]) if counts is None else counts
-    cached = tuple(AXES.values())
+    cached = part.axes
     inputs = (ROWS, ROWS, ROWS, FILTERS, ("batch",), ("batch",), *cached)
     out, *kept = per_device(here, inputs, ((*ROWS, None), *cached))(*own, filters, first, counts, *part.layer(index))
     return part.put(index, kept), out

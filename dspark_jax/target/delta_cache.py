@@ -1,16 +1,14 @@
 """What layers of linear attention keep of earlier rows: a state, and the rows that can still be taken back."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from dspark_jax.sharding import constrain
-from dspark_jax.target.cache import LayerCache
+from dspark_jax.target.cache import StateCache
 from dspark_jax.target.families.family import DeltaShape
-from dspark_jax.target.layers import layer_at
 
 # One request, drawn: passes of up to P = 4 rows, a convolution of 3 taps. Positions 0..6 are in the state. The last
 # pass had the rows a, b, c, d at 7..10, which the state does not know:
@@ -29,23 +27,10 @@ from dspark_jax.target.layers import layer_at
 # of 16 KiB (in bfloat16).
 
 
-AXES = {
-    "state": ("batch", "heads", None, None, None),
-    "rows": ("batch", None, "heads", None),
-    "decay": ("batch", None, "heads", None),
-    "rate": ("batch", None, "heads", None),
-    "at": ("batch",),
-}
-"""Logical axes of a layer's arrays."""
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class DeltaCache(LayerCache):
+class DeltaCache(StateCache):
     """States of a stack of layers, and rows that are not in them yet.
-
-    Every field is one array for the stack, as given here, or a tuple of one array per layer, which only lists of layers
-    can read (see `decode_weights`).
 
     Attributes:
       state: [L, B, K, R, H, W] float32, after the rows before `at`.
@@ -55,6 +40,14 @@ class DeltaCache(LayerCache):
       rate: likewise.
       at: [L, B] int32.
     """
+
+    AXES: ClassVar[Mapping[str, tuple[str | None, ...]]] = {
+        "state": ("batch", "heads", None, None, None),
+        "rows": ("batch", None, "heads", None),
+        "decay": ("batch", None, "heads", None),
+        "rate": ("batch", None, "heads", None),
+        "at": ("batch",),
+    }
 
     state: Any
     rows: Any
@@ -75,36 +68,4 @@ class DeltaCache(LayerCache):
             "rate": (rates, jnp.float32),
             "at": ((batch,), jnp.int32),
         }
-
-        def empty(size: tuple[int, ...], dtype: Any) -> Any:
-            if separate:
-                return tuple(jnp.zeros(size, dtype) for _ in range(layers))
-            return jnp.zeros((layers, *size), dtype)
-
-        return cls(**{name: empty(*how) for name, how in sizes.items()}).on_mesh()
-
-    def on_mesh(self, pin: Callable[..., Any] = constrain) -> "DeltaCache":
-        """See `LayerCache`."""
-
-        def one(leaf: Any, axes: tuple[str | None, ...]) -> Any:
-            return tuple(pin(x, *axes) for x in leaf) if isinstance(leaf, tuple) else pin(leaf, None, *axes)
-
-        return DeltaCache(**{name: one(getattr(self, name), axes) for name, axes in AXES.items()})
-
-    def layer(self, index: jax.Array | int) -> tuple[jax.Array, ...]:
-        """The arrays of one layer, in the order of `AXES`."""
-        return tuple(
-            leaf[index] if isinstance(leaf, tuple) and isinstance(index, int) else layer_at(leaf, index)
-            for leaf in (getattr(self, name) for name in AXES)
-        )
-
-    def put(self, index: jax.Array | int, arrays: Sequence[jax.Array]) -> "DeltaCache":
-        """The cache with these arrays of one layer."""
-
-        def one(leaf: Any, array: jax.Array) -> Any:
-            if isinstance(leaf, tuple):
-                assert isinstance(index, int), "separate caches are for lists of layers"
-                return (*leaf[:index], array, *leaf[index + 1 :])
-            return jax.lax.dynamic_update_index_in_dim(leaf, array, index, 0)
-
-        return DeltaCache(*(one(getattr(self, name), array) for name, array in zip(AXES, arrays, strict=True)))
+        return cls.empty(layers, sizes, separate=separate)

@@ -298,7 +298,7 @@ def _read(layout: Layout, scales: str, end: str, tensors: Mapping[str, np.ndarra
         )
     return Matrix(
         layout=layout,
-        codes=codes.reshape(rows, -1),
+        codes=(codes.view(np.uint8) if codes.dtype == np.int8 else codes).reshape(rows, -1),
         scales=scale.reshape(grid),
         divisor=_divisor(f"{where}: tensor {names[2]}", stored[names[2]]) if layout.divisor else 1.0,
         title=f"{where}: tensor {scales}",

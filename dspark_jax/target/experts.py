@@ -12,6 +12,7 @@ None of them has been timed on an accelerator.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,9 +21,16 @@ from flax import nnx
 
 from dspark_jax import platform
 from dspark_jax.config import TargetArchitecture
-from dspark_jax.sharding import parts_of, per_device
+from dspark_jax.sharding import Param, parts_of, per_device
 from dspark_jax.target.families.family import ExpertShape
-from dspark_jax.target.layers import GATES, dense, narrow, normal
+from dspark_jax.target.layers import MLP, dense, gated, narrow, normal, zeros
+
+SCORES: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "softmax": functools.partial(jax.nn.softmax, axis=-1),
+    "sigmoid": jax.nn.sigmoid,
+    "sqrtsoftplus": lambda logits: jnp.sqrt(jax.nn.softplus(logits)),
+}
+"""What makes scores of the logits of a router, by name."""
 
 _BLOCK = 64
 """Most rows of one expert that go through a product at a time, where the rows are many."""
@@ -46,38 +54,64 @@ class Experts(nnx.Module):
         self.gate: Any = normal(rngs, stack, (e, d, f), ("experts", "embed", "expert_width"), scale)
         self.up: Any = normal(rngs, stack, (e, d, f), ("experts", "embed", "expert_width"), scale)
         self.down: Any = normal(rngs, stack, (e, f, d), ("experts", "expert_width", "embed"), scale)
+        self.correction: Any = zeros(stack, (e,), ("routes",)) if shape.corrected else None
+        self.table: Any = _table(rngs, stack, shape) if shape.hashed else None
+        how = {"stack": stack, "scale": scale, "rngs": rngs, "gate": gate}
+        self.shared: Any = MLP(arch, width=shape.shared, limit=shape.limit, **how) if shape.shared else None
         self.shape = shape
         self.function = gate
+        self.trained = False  # gradients are asked for: a drafter's
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., D] -> [..., D]."""
+    def __call__(self, x: jax.Array, tokens: jax.Array | None = None) -> jax.Array:
+        """[..., D] -> [..., D]; `tokens` [...] are the rows' ids, which a hashed router goes by."""
         rows = x.reshape(-1, x.shape[-1])
-        chosen, weights = self.route(rows)
+        chosen, weights = self.route(rows, None if tokens is None else tokens.reshape(-1))
         count = self.shape.count
         parts = parts_of("experts") if count % parts_of("experts") == 0 else 1
         whole, matrix = ("batch", None), ("experts", None, None)
         run = per_device(
-            functools.partial(_own_part, count=count, function=self.function),
+            functools.partial(
+                _own_part, count=count, function=self.function, limit=self.shape.limit, trained=self.trained
+            ),
             inputs=(whole, whole, whole, matrix, matrix, matrix),
             outputs=(("experts", *whole),),
             shapes=((parts, *rows.shape),),
         )
         (out,) = run(rows, chosen, weights, self.gate[...], self.up[...], self.down[...])
-        return jnp.sum(out, axis=0).reshape(x.shape)
+        routed = jnp.sum(out, axis=0).reshape(x.shape)
+        return routed if self.shared is None else routed + self.shared(x)
 
-    def route(self, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """rows [T, D] -> k experts of each, likeliest first (of equal ones the first), and their weights, [T, k]."""
-        shares = jax.nn.softmax(dense(rows, self.router[...]).astype(jnp.float32), axis=-1)
-        weights, chosen = jax.lax.top_k(shares, self.shape.chosen)
+    def route(self, rows: jax.Array, tokens: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+        """rows [T, D], their tokens [T] -> k experts of each and their weights, [T, k].
+
+        The likeliest expert is first (of equal ones the first); in a hashed router the order is the table's.
+        """
+        shares = SCORES[self.shape.scores](dense(rows, self.router[...]).astype(jnp.float32))
+        if self.table is not None:
+            assert tokens is not None, "a hashed router goes by tokens"
+            chosen = self.table[...][tokens]
+        else:
+            ranks = shares if self.correction is None else shares + self.correction[...].astype(jnp.float32)
+            chosen = jax.lax.top_k(ranks, self.shape.chosen)[1]
+        weights = jnp.take_along_axis(shares, chosen, axis=-1)
         if self.shape.normalised:
-            weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
-        return chosen, weights.astype(rows.dtype)
+            weights = weights / jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), 1e-20)  # scores may all be 0
+        return chosen, (weights * self.shape.factor).astype(rows.dtype)
 
     def fuse_weights(self, dtype: Any, *, join: bool) -> None:
         """See `decode_weights`; nothing is joined."""
+        self.trained = False
         del join
         for weight in (self.router, self.gate, self.up, self.down):
             narrow(weight, dtype)
+
+
+def _table(rngs: nnx.Rngs, stack: tuple[int, ...], shape: ExpertShape) -> Param:
+    """A random table of a hashed router, [*stack, tokens, k] int32."""
+    size = (*stack, shape.hashed, shape.chosen)
+    first = jax.random.randint(rngs.params(), size[:-1], 0, shape.count)
+    value = (first[..., None] + jnp.arange(shape.chosen)) % shape.count  # each expert once
+    return Param(value.astype(jnp.int32), axes=("layers",) * len(stack) + ("tokens", "rank"))
 
 
 def _own_part(
@@ -90,16 +124,20 @@ def _own_part(
     *,
     count: int,
     function: str,
+    limit: float = 0.0,
+    trained: bool = False,
 ) -> tuple[jax.Array]:
     """What the experts of this device, of `count` altogether, give to the rows: [1, T, D]."""
-    own, (t, k) = len(gate), chosen.shape
+    own, (t, k), inner = len(gate), chosen.shape, functools.partial(gated, function=function, limit=limit)
     chosen = chosen if own == count else chosen - own * jax.lax.axis_index("tensor")
     here = (chosen >= 0) & (chosen < own)
     matrices = gate.astype(rows.dtype), up.astype(rows.dtype), down.astype(rows.dtype)
     if _few(t * k, count):
-        out = _collected(rows, jnp.where(here, chosen, 0), matrices, function)
+        out = _collected(rows, jnp.where(here, chosen, 0), matrices, inner)
     else:
-        out = _sorted(rows, jnp.where(here, chosen, own).reshape(-1), k, matrices, function).reshape(t, k, -1)
+        through = _ragged if trained or platform.current() == "tpu" else _blocks  # a loop of so many has no gradient
+        expert = jnp.where(here, chosen, own).reshape(-1)
+        out = _sorted(rows, expert, k, matrices, inner, through).reshape(t, k, -1)
     out = jnp.where(here[..., None], out * weights[..., None], 0)  # what is not here may be anything
     return (jnp.sum(out, axis=1)[None],)
 
@@ -110,32 +148,34 @@ def _few(pairs: int, count: int) -> bool:
 
 
 Matrices = tuple[jax.Array, jax.Array, jax.Array]  # [E, D, F], [E, D, F], [E, F, D] of gate, up and down
+Inner = Callable[[jax.Array, jax.Array], jax.Array]  # what goes into `down`, of what comes out of `gate` and `up`
 
 
-def _collected(rows: jax.Array, chosen: jax.Array, matrices: Matrices, function: str) -> jax.Array:
+def _collected(rows: jax.Array, chosen: jax.Array, matrices: Matrices, inner: Inner) -> jax.Array:
     """rows [T, D] through the experts chosen [T, k]: [T, k, D]."""
     gate, up, down = (matrix[chosen] for matrix in matrices)
-    inner = GATES[function](jnp.einsum("td,tkdf->tkf", rows, gate)) * jnp.einsum("td,tkdf->tkf", rows, up)
-    return jnp.einsum("tkf,tkfd->tkd", inner, down)
+    between = inner(jnp.einsum("td,tkdf->tkf", rows, gate), jnp.einsum("td,tkdf->tkf", rows, up))
+    return jnp.einsum("tkf,tkfd->tkd", between, down)
 
 
-def _sorted(rows: jax.Array, expert: jax.Array, k: int, matrices: Matrices, function: str) -> jax.Array:
+def _sorted(
+    rows: jax.Array, expert: jax.Array, k: int, matrices: Matrices, inner: Inner, through: Callable[..., jax.Array]
+) -> jax.Array:
     """rows [T, D] through the experts [T k] of their pairs, row after row: [T k, D]; anything for an expert E."""
     order = jnp.argsort(expert, stable=True)
     sizes = jnp.bincount(expert, length=len(matrices[0]) + 1)[:-1].astype(jnp.int32)
-    through = _ragged if platform.current() == "tpu" else _blocks
-    out = through(rows[order // k], sizes, matrices, function)
+    out = through(rows[order // k], sizes, matrices, inner)
     return out[jnp.argsort(order)]
 
 
-def _ragged(rows: jax.Array, sizes: jax.Array, matrices: Matrices, function: str) -> jax.Array:
+def _ragged(rows: jax.Array, sizes: jax.Array, matrices: Matrices, inner: Inner) -> jax.Array:
     """rows [R, D], sorted by expert, of which expert e has sizes[e]: [R, D]."""
     gate, up, down = matrices
-    inner = GATES[function](jax.lax.ragged_dot(rows, gate, sizes)) * jax.lax.ragged_dot(rows, up, sizes)
-    return jax.lax.ragged_dot(inner, down, sizes)
+    between = inner(jax.lax.ragged_dot(rows, gate, sizes), jax.lax.ragged_dot(rows, up, sizes))
+    return jax.lax.ragged_dot(between, down, sizes)
 
 
-def _blocks(rows: jax.Array, sizes: jax.Array, matrices: Matrices, function: str) -> jax.Array:
+def _blocks(rows: jax.Array, sizes: jax.Array, matrices: Matrices, inner: Inner) -> jax.Array:
     """The same, block after block. A block goes on into the next expert's rows, which that one then overwrites."""
     size = min(_BLOCK, max(8, -(-len(rows) // len(sizes))))
     blocks = -(-sizes // size)
@@ -147,7 +187,7 @@ def _blocks(rows: jax.Array, sizes: jax.Array, matrices: Matrices, function: str
         at = first_row[expert] + (number - ends[expert] + blocks[expert]) * size
         x = jax.lax.dynamic_slice_in_dim(padded, at, size)
         gate, up, down = (jax.lax.dynamic_index_in_dim(matrix, expert, keepdims=False) for matrix in matrices)
-        y = dense(GATES[function](dense(x, gate)) * dense(x, up), down)
+        y = dense(inner(dense(x, gate), dense(x, up)), down)
         return jax.lax.dynamic_update_slice_in_dim(out, y, at, axis=0)
 
     return jax.lax.fori_loop(0, ends[-1], step, jnp.zeros_like(padded))[: len(rows)]

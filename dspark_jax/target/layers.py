@@ -25,6 +25,13 @@ GATES = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approx
 """Functions of an MLP's gate by name."""
 
 
+def gated(gate: jax.Array, up: jax.Array, function: str, limit: float = 0.0) -> jax.Array:
+    """What a gated MLP multiplies with its last matrix; `limit` bounds the gate from above, and what is beside it."""
+    if limit:
+        gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+    return GATES[function](gate) * up
+
+
 def normal(
     rngs: nnx.Rngs, stack: tuple[int, ...], shape: tuple[int, ...], axes: tuple[str, ...], scale: float
 ) -> Param:
@@ -205,7 +212,7 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """Gated feed-forward layer; `gate` is one of `GATES`."""
+    """Gated feed-forward layer; `gate` is one of `GATES`, `limit` as in `gated`, `width` None: as `arch` has it."""
 
     def __init__(
         self,
@@ -215,12 +222,14 @@ class MLP(nnx.Module):
         scale: float,
         rngs: nnx.Rngs,
         gate: str = "silu",
+        width: int | None = None,
+        limit: float = 0.0,
     ):
-        d, f = arch.hidden_size, arch.intermediate_size
+        d, f = arch.hidden_size, width or arch.intermediate_size
         self.gate: Any = normal(rngs, stack, (d, f), ("embed", "mlp"), scale)
         self.up: Any = normal(rngs, stack, (d, f), ("embed", "mlp"), scale)
         self.down = normal(rngs, stack, (f, d), ("mlp", "embed"), scale)
-        self.function = gate
+        self.function, self.limit = gate, limit
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., D] -> [..., D]."""
@@ -228,7 +237,7 @@ class MLP(nnx.Module):
             gate, up = dense(x, self.gate[...]), dense(x, self.up[...])
         else:
             gate, up = jnp.split(dense(x, self.joint[...]), 2, axis=-1)
-        return dense(GATES[self.function](gate) * up, self.down[...])
+        return dense(gated(gate, up, self.function, self.limit), self.down[...])
 
     def fuse_weights(self, dtype: Any, *, join: bool) -> None:
         """See `decode_weights`; joined are those of a single layer."""
@@ -299,6 +308,10 @@ class Layer(nnx.Module):
 
     def _attention(self, arch: TargetArchitecture, shape: LayerShape, how: dict[str, Any]) -> Any:
         """The attention, or what is there in its place."""
+        if shape.compressed is not None:
+            from dspark_jax.target.compressed import CompressedAttention  # which is made of parts of this module
+
+            return CompressedAttention(arch, shape.compressed, **how)
         if shape.delta is None:
             return Attention(arch, shape=shape.attention, centred=shape.centred, **how)
         from dspark_jax.target.delta import GatedDelta  # which is made of parts of this module
@@ -341,34 +354,45 @@ def run_layers(body: Callable[[Any, Any], Any], carry: Any, start: int, stop: in
 
 
 def run_pattern(
-    pattern: Sequence[str], body: Callable[[Any, str, Any, Any], Any], carry: Any, count: int, *, one_by_one: bool
+    first: Sequence[str],
+    pattern: Sequence[str],
+    body: Callable[[Any, str, Any, Any], Any],
+    carry: Any,
+    count: int,
+    *,
+    one_by_one: bool,
 ) -> Any:
     """Applies `body(carry, kind, index, number) -> carry` for all layers of a model of several kinds of layers.
 
-    Layer `number` is of kind pattern[number % len(pattern)]; each kind has a stack of its own, in which `index` counts.
-    Whole periods become one loop around one body per run of a kind, so what is compiled does not grow with the depth.
+    Layer `number` is of kind first[number], and beyond these of the kinds of `pattern`, again and again; each kind has
+    a stack of its own, in which `index` counts. Whole periods become one loop around one body per run of a kind, so
+    what is compiled does not grow with the depth.
 
     Args:
+      first: kinds of the layers before the first period.
       pattern: kinds of a period.
       body: one layer; the numbers are Python's own where the layers go one by one.
       carry: goes from layer to layer.
-      count: layers, a multiple of the period.
+      count: layers: `first`, and a multiple of the period.
       one_by_one: no loop; lists of layers have none.
     """
-    period = len(pattern)
-    assert count % period == 0, "the pattern repeats itself"
-    runs = [(kind, len(list(same))) for kind, same in itertools.groupby(pattern)]
+    begin, period = len(first), len(pattern)
+    assert (count - begin) % period == 0, "the pattern repeats itself"
 
-    def cycle(carry: Any, at: Any) -> Any:
-        first, seen = at * period, dict.fromkeys(pattern, 0)
-        for kind, length in runs:
-            before = at * pattern.count(kind) + seen[kind]
+    def run(kinds: Sequence[str], carry: Any, number: Any, seen: dict[str, Any]) -> Any:
+        for kind, same in itertools.groupby(kinds):
+            length, before = len(list(same)), seen[kind]
 
-            def step(carry: Any, offset: Any, kind: str = kind, before: Any = before, first: Any = first) -> Any:
-                return body(carry, kind, before + offset, first + offset)
+            def step(carry: Any, offset: Any, kind: str = kind, before: Any = before, number: Any = number) -> Any:
+                return body(carry, kind, before + offset, number + offset)
 
             carry = run_layers(step, carry, 0, length, one_by_one=one_by_one)
-            first, seen[kind] = first + length, seen[kind] + length
+            number, seen[kind] = number + length, before + length
         return carry
 
-    return run_layers(cycle, carry, 0, count // period, one_by_one=one_by_one)
+    def cycle(carry: Any, at: Any) -> Any:
+        seen = {kind: first.count(kind) + at * pattern.count(kind) for kind in pattern}
+        return run(pattern, carry, begin + at * period, seen)
+
+    carry = run(first, carry, 0, dict.fromkeys(first, 0))
+    return run_layers(cycle, carry, 0, (count - begin) // period, one_by_one=one_by_one)

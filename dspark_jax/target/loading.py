@@ -200,7 +200,7 @@ def fill_module(
             if progress is not None:
                 progress.update(done >> 20)
 
-        own = np.dtype(np.float32) if weights[path].exact else dtype
+        own = np.dtype(np.int32 if weights[path].below else np.float32 if weights[path].exact else dtype)
         variable.set_value(_load(weights[path], stored, shape, sharding, own, read, finite=finite))
     if progress is not None:
         progress.update(progress.total)
@@ -219,7 +219,7 @@ def _check_tensors(tensors: Mapping[str, np.ndarray], weight: Weight, shape: tup
                 f"{where}: tensor {name} has shape {found.shape}, the config gives {expected}; "
                 "config.json and weights are not of the same model"
             )
-        if not isinstance(found, Matrix):
+        if not isinstance(found, Matrix) and not (weight.below and np.issubdtype(found.dtype, np.integer)):
             refuse_quantised_tensors({name: found}, where)
 
 
@@ -248,6 +248,10 @@ def _load(
 
     def cut_tensor(i: int, shape: tuple[int, ...], index: Any) -> np.ndarray:
         part = weight.load(stored[i], shape)[index]
+        if weight.below:
+            if part.size and not 0 <= part.min() <= part.max() < weight.below:
+                raise InputError(f"{titles[i]} holds numbers that are not from 0 to {weight.below - 1}; {_REMEDY}")
+            return part.astype(dtype)
         part = part if part.dtype == dtype else part.astype(dtype)
         if finite and not all_finite(part):
             raise InputError(f"{titles[i]} holds values that are not finite in {np.dtype(dtype)}; {_REMEDY}")
@@ -349,7 +353,9 @@ def read_target(directory: Path, family: Family, dtype: Any) -> tuple[dict[str, 
     """
     stored, stated = read_checkpoint(directory), stated_by(directory)
     tensors = {name: tensor for name, tensor in stored.items() if not family.ignores(name)}
-    tensors = with_matrices(tensors, stated, str(directory), dtype)
+    integers = {name: tensor for name, tensor in tensors.items() if family.integers(name)}
+    others = {name: tensor for name, tensor in tensors.items() if name not in integers}
+    tensors = with_matrices(others, stated, str(directory), dtype) | integers
     return tensors, summary(tensors, stated)
 
 
@@ -382,7 +388,12 @@ def load_target(config: TargetConfig, mesh: Mesh) -> LanguageModel:
         log(line)
     large = sum(tensor.nbytes for tensor in tensors.values()) > _AT_ONCE
     fill_module(target, tensors, weights, str(directory), mesh, dtype, title="loading" if large else "")
-    exact = {name for weight in weights.values() if weight.exact for name in weight.names(arch.num_hidden_layers)}
+    exact = {
+        name
+        for weight in weights.values()
+        if weight.exact or weight.below
+        for name in weight.names(arch.num_hidden_layers)
+    }
     target.narrow = all(tensor.dtype == ml_dtypes.bfloat16 for name, tensor in tensors.items() if name not in exact)
     return target
 

@@ -17,11 +17,16 @@ from dspark_jax.sharding import constrain, gather
 from dspark_jax.target import families
 from dspark_jax.target.attend import Pass, attend
 from dspark_jax.target.cache import KVCache, LayerCache
+from dspark_jax.target.compressed import CompressedAttention, look
+from dspark_jax.target.compressed_cache import CompressedCache
 from dspark_jax.target.decode_weights import head_columns, head_logits
 from dspark_jax.target.delta import GatedDelta, recall
 from dspark_jax.target.delta_cache import DeltaCache
-from dspark_jax.target.families.family import FULL, Family
+from dspark_jax.target.families.family import Family
 from dspark_jax.target.layers import Layer, layer_at, norm_weight, normal, rms_norm, run_pattern
+
+_COMPUTED: Mapping[type, Any] = {GatedDelta: recall, CompressedAttention: look}
+"""What computes heads with the projections that are there in the place of an `Attention`."""
 
 Cache = LayerCache | dict[str, LayerCache]
 """What the layers of a target keep of earlier rows: one stack, or one for each kind of layers."""
@@ -47,7 +52,8 @@ class Target(nnx.Module):
     """A frozen language model. Parameters of the layers are stacked, one stack per kind of layers.
 
     Attributes:
-      pattern: kinds of the layers; layer i is of kind pattern[i % len(pattern)].
+      first: kinds of the first layers.
+      pattern: kinds of the layers after them, again and again.
       softcap: logits are softcap * tanh(logits / softcap); 0 leaves them as they are.
       narrow: whether every parameter is a bfloat16 number, as in most checkpoints.
     """
@@ -59,7 +65,7 @@ class Target(nnx.Module):
         self.arch = arch
         self.dtype = dtype
         self.narrow = False
-        self.pattern = layer_pattern(self.family.kinds(arch))
+        self.first, self.pattern = layer_pattern(self.family.kinds(arch))
         self.softcap = arch.final_logit_softcapping
         self.embedding = normal(rngs, (), (arch.vocab_size, arch.hidden_size), ("vocab", "embed"), scale)
         for kind, name in self.stacks.items():
@@ -118,10 +124,31 @@ class Target(nnx.Module):
             if shape.delta is not None:
                 return DeltaCache.zeros(layers, batch, block, shape.delta, self.dtype, separate=separate)
             how = {"separate": separate, "block": block}
+            if shape.compressed is not None:
+                return CompressedCache.zeros(
+                    layers, batch, length, block, shape.compressed, self.dtype, separate=separate
+                )
             return KVCache.zeros(layers, batch, length, self.arch, self.dtype, shape.attention, **how)
 
         caches = {kind: empty(kind) for kind in self.stacks}
-        return caches if len(caches) > 1 else caches[FULL]
+        return caches if len(caches) > 1 else next(iter(caches.values()))
+
+    def enter(self, embedded: jax.Array) -> jax.Array:
+        """What the first layer reads, of embeddings [B, S, D]; what a family's own class overrides."""
+        return embedded
+
+    def run_layer(self, layer: Any, x: jax.Array, attention: Any, tokens: jax.Array) -> jax.Array:
+        """x through a layer, whose attention is `attention`; what a family's own class overrides."""
+        del tokens
+        return layer(x, attention)
+
+    def tapped(self, x: jax.Array) -> jax.Array:
+        """What drafters read of what a layer gives, [B, S, D]; what a family's own class overrides."""
+        return x
+
+    def leave(self, x: jax.Array) -> jax.Array:
+        """What the final norm reads of what the last layer gives, [B, S, D]; what a family's own class overrides."""
+        return x
 
     def forward(
         self,
@@ -166,19 +193,20 @@ class Target(nnx.Module):
             def heads_of(projections: Any, normed: jax.Array) -> jax.Array:
                 nonlocal written
                 part = cache[kind] if isinstance(cache, dict) else cache
-                compute: Any = recall if isinstance(projections, GatedDelta) else attend
-                part, heads = compute(part, index, projections, normed, run)
+                part, heads = _COMPUTED.get(type(projections), attend)(part, index, projections, normed, run)
                 written = {**cache, kind: part} if isinstance(cache, dict) else part
                 return heads
 
-            x = constrain(layer(x, heads_of), "batch", None, None)
-            return x, written, features.put(number, x)
+            x = self.run_layer(layer, x, heads_of, tokens)
+            x = constrain(x, "batch", *(None,) * (x.ndim - 1))
+            return x, written, features.put(number, self.tapped(x))
 
-        x = constrain(self.embed(tokens), "batch", None, None)
-        one_by_one = isinstance(getattr(self, self.stacks[FULL]), nnx.List)
-        carry = x, cache, Features.start(taps, x, one_by_one=one_by_one)
-        carry = run_pattern(self.pattern, body, carry, self.arch.num_hidden_layers, one_by_one=one_by_one)
+        embedded = constrain(self.embed(tokens), "batch", None, None)
+        one_by_one = isinstance(getattr(self, next(iter(self.stacks.values()))), nnx.List)
+        carry = self.enter(embedded), cache, Features.start(taps, embedded, one_by_one=one_by_one)
+        carry = run_pattern(self.first, self.pattern, body, carry, self.arch.num_hidden_layers, one_by_one=one_by_one)
         x, cache, features = carry
+        x = self.leave(x)
         centred = self.family.layer(self.arch).centred
         last = rms_norm(x, self.norm[...], self.arch.rms_norm_eps, centred=centred)
         return TargetOutput(features.joined(x), last, cache)
@@ -222,9 +250,13 @@ class Features:
         return jnp.concatenate(tapped, axis=-1) if tapped else jnp.zeros((*x.shape[:2], 0), x.dtype)
 
 
-def layer_pattern(kinds: tuple[str, ...]) -> tuple[str, ...]:
-    """The shortest sequence of kinds whose repetition gives the kinds of all layers."""
-    for period in range(1, len(kinds) + 1):
-        if len(kinds) % period == 0 and kinds == kinds[:period] * (len(kinds) // period):
-            return kinds[:period]
-    raise AssertionError("a sequence repeats itself")
+def layer_pattern(kinds: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The kinds of the first layers, and those whose repetition gives the others': as few as possible."""
+    found = kinds, ()
+    for begin in range(len(kinds)):
+        rest = kinds[begin:]
+        for period in range(1, len(rest) + 1):
+            repeated = len(rest) % period == 0 and rest == rest[:period] * (len(rest) // period)
+            if repeated and (not found[1] or begin + period < len(found[0]) + len(found[1])):
+                found = kinds[:begin], rest[:period]
+    return found

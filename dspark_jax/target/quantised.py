@@ -43,6 +43,7 @@ class Layout:
       halves: two codes of FP4 in a byte, the first one in its lower half; otherwise codes of FP8.
       divisor: the end of the name of a number through which a matrix is divided; empty: there is none.
       grouped: codes have an axis more, [..., O, I/32, 16].
+      signed: bytes of two codes may have the signed type.
     """
 
     title: str
@@ -54,10 +55,13 @@ class Layout:
     halves: bool = False
     divisor: str = ""
     grouped: bool = False
+    signed: bool = False
 
     def holds(self, dtype: np.dtype[Any]) -> bool:
         """Whether codes may have this type."""
-        return dtype == np.uint8 if self.halves else dtype in FLOAT8
+        if self.halves:
+            return dtype == np.uint8 or (self.signed and dtype == np.int8)
+        return dtype in FLOAT8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +142,8 @@ def of_config(raw: Mapping[str, Any], where: str) -> Quantisation:
     if not isinstance(found, Mapping):
         raise InputError(f"{where}: {name} {json.dumps(found)} is not an object; download it again")
     method = found.get("quant_method")
+    if raw.get("expert_dtype") is not None:  # DeepSeek-V4 says it beside the object
+        found = {"expert_dtype": raw["expert_dtype"], **found}
     config = _Stated(found, where, name)
     if method not in [*METHODS]:
         bits = found.get("bits") or next((n for n in (4, 8) if found.get(f"load_in_{n}bit")), None)
@@ -146,17 +152,20 @@ def of_config(raw: Mapping[str, Any], where: str) -> Quantisation:
 
 
 def _fp8(config: _Stated) -> Quantisation:
-    """FP8 as DeepSeek and Qwen store it, in blocks, or with one scale per matrix."""
+    """FP8 as DeepSeek and Qwen store it, in blocks, or with one scale per matrix; experts may be in FP4."""
     stated = config.values
-    if stated.get("expert_dtype") not in (None, "fp8"):
+    if stated.get("expert_dtype") not in (None, "fp8", "fp4"):
         raise config.refused(f"expert_dtype {json.dumps(stated['expert_dtype'])}")
     if stated.get("activation_scheme", "dynamic") not in ("dynamic", "static"):
         raise config.wrong("activation_scheme", "dynamic or static")
     blocks = [config.sizes("weight_block_size")] if stated.get("weight_block_size") is not None else [(0, 0)]
     if "weight_block_size" not in stated:  # one scale per matrix to vLLM, to transformers such blocks
         blocks.append((128, 128))
-    names = (".weight_scale_inv", ".weight_scale")
+    names = (".weight_scale_inv", ".weight_scale", ".scale")
     layouts = tuple(_eight_bits(block, (*_NUMBERS, *_EXPONENTS), names) for block in blocks)
+    if stated.get("expert_dtype") == "fp4":
+        title = "MXFP4 in blocks of 32 values"
+        layouts += (Layout(title, ".weight", ".weight", (".scale",), (1, 32), _EXPONENTS, halves=True, signed=True),)
     return Quantisation(layouts, stated.get("activation_scheme", "dynamic"))
 
 

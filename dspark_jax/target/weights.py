@@ -23,6 +23,7 @@ class Weight(NamedTuple):
         after each other, the tensor the first pieces of all heads, then the second ones.
       filters: stored as the filters of a convolution of single channels, [channels, 1, taps]; taps are the last axis.
       exact: held in float32, whatever the compute type is.
+      below: whole numbers from 0 to below this one, held in int32; 0: none, but floating point numbers.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Weight(NamedTuple):
     pieces: tuple[int, ...] = ()
     filters: bool = False
     exact: bool = False
+    below: int = 0
 
     @property
     def stacked(self) -> bool:

@@ -167,7 +167,9 @@ def test_what_has_no_format_is_said(golden_gemma4_eagle3_case, tiny_target, tmp_
     with pytest.raises(InputError, match="speculators scales no embeddings and caps no logits"):
         write_export(tmp_path / "a", source, form="speculators")
     source, _ = make_source(tiny_target, DSPARK)
-    with pytest.raises(InputError, match="kind 'mtp' has no format .*; only dspark, dflash or eagle3 is exported"):
+    with pytest.raises(
+        InputError, match="kind 'mtp' has no format .*; only dspark, dflash, dspark5 or eagle3 is exported"
+    ):
         write_export(tmp_path / "a", replace(source, config=replace(EAGLE3, kind="mtp")))
     with pytest.raises(InputError, match="no server has the head 'mine'; only vanilla, gated, rnn or selector is"):
         write_export(tmp_path / "a", replace(source, config=replace(source.config, markov_head_type="mine")))

@@ -200,7 +200,7 @@ def test_the_table_of_rules_is_whole() -> None:
         assert not server.reading[-1].kinds and not server.reading[-1].when
         for rule in server.rule:
             assert rule.verdict in rules.VERDICTS and rule.source and rule.say, rule
-            assert set(rule.kinds) <= {"dspark", "dflash", "dflash2", "eagle3"}, rule
+            assert set(rule.kinds) <= {"dspark", "dspark5", "dflash", "dflash2", "eagle3"}, rule
     for _, config, shapes, arch in (*exports(), *field()):
         files = rules.Files("x", config, shapes, arch, read_layout("x", config))
         for server in servers():

@@ -189,10 +189,11 @@ def test_layers_are_found_in_their_stacks():
     kinds = tuple(KINDS[kind] for kind in "sssssf" * 8)
     arch = TargetArchitecture("gemma4", num_hidden_layers=48, layer_types=kinds)
     family = families.of_shape(arch)
-    assert layer_pattern(family.kinds(arch)) == kinds[:6]
+    assert layer_pattern(family.kinds(arch)) == ((), kinds[:6])
     assert family.stack_layers(arch, FULL) == (5, 11, 17, 23, 29, 35, 41, 47)
     assert len(family.stack_layers(arch, SLIDING)) == 40
-    assert layer_pattern((FULL,) * 36) == (FULL,)
+    assert layer_pattern((FULL,) * 36) == ((), (FULL,))
+    assert layer_pattern(tuple("aabcdcdcd")) == (tuple("aab"), tuple("cd"))  # as DeepSeek-V4
 
 
 def test_bfloat16_scales_embeddings_as_the_checkpoint_does(tmp_path):

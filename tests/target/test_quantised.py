@@ -399,7 +399,7 @@ Q, UP = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"
 @pytest.mark.parametrize(
     ("case", "change", "message"),
     [
-        ("fp8_blocks", {Q + INV: None}, f"{Q}.weight is quantised, but its scales, {Q}.weight_scale_inv or .* missing"),
+        ("fp8_blocks", {Q + INV: None}, f"{Q}.weight is quantised, but its scales, {Q}.weight_scale_inv, .* missing"),
         ("fp8_blocks", {Q + ".weight": None}, f"{Q}.weight is missing beside {Q}.weight_scale_inv"),
         (
             "fp8_blocks",
@@ -527,7 +527,7 @@ INT4 = compressed("pack-quantized", {"num_bits": 4, "type": "int", "strategy": "
         ),
         (of_blocks(weight_block_size=[128, 0]), InputError, r"weight_block_size \[128, 0\] is not two"),
         (of_blocks(activation_scheme="often"), InputError, 'activation_scheme "often" is not dynamic or static'),
-        (of_blocks(expert_dtype="fp4"), Unsupported, 'expert_dtype "fp4"'),
+        (of_blocks(expert_dtype="int4"), Unsupported, 'expert_dtype "int4"'),
     ],
 )
 def test_configs_that_are_refused(config, error, message):

@@ -6,6 +6,7 @@ A family is added by its file and one line in `FAMILIES`; docs/adding.md has the
 from typing import TYPE_CHECKING
 
 from dspark_jax.config_fields import Unsupported
+from dspark_jax.target.families.deepseek_v4 import DeepseekV4
 from dspark_jax.target.families.family import Family
 from dspark_jax.target.families.gemma4 import Gemma4
 from dspark_jax.target.families.llama import Llama
@@ -65,5 +66,5 @@ def of_drafters(arch: "TargetArchitecture") -> Family:
     return of_shape(of_shape(arch).drafter_shape(arch))
 
 
-for _family in (Qwen3(), Gemma4(), Llama(), Qwen2(), Qwen3Moe(), Qwen35()):
+for _family in (Qwen3(), Gemma4(), Llama(), Qwen2(), Qwen3Moe(), Qwen35(), DeepseekV4()):
     register(_family)

@@ -107,13 +107,91 @@ class ExpertShape:
       count: E experts.
       chosen: k of them that a row goes through.
       width: F of each.
-      normalised: the weights of a row's experts add up to 1.
+      normalised: the weights of a row's experts add up to 1 (before `factor`).
+      scores: what makes scores of the router's logits: softmax, sigmoid, or sqrtsoftplus.
+      factor: of the weights.
+      corrected: a stored number per expert is added to the scores that choose, not to those that weigh.
+      hashed: a stored table says by a row's token which experts it goes through: its rows; 0: there is none.
+      limit: bound of what comes out of a gate (from above) and beside it; 0: there is none.
+      shared: width of an MLP that every row goes through besides; 0: there is none.
     """
 
     count: int
     chosen: int
     width: int
     normalised: bool
+    scores: str = "softmax"
+    factor: float = 1.0
+    corrected: bool = False
+    hashed: int = 0
+    limit: float = 0.0
+    shared: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class HyperShape:
+    """What hyper-connections are like (`target.hyper_connections`).
+
+    Attributes:
+      streams: N.
+      iterations: of Sinkhorn-Knopp.
+      eps: what keeps its sums, and the weights of streams, from 0.
+    """
+
+    streams: int
+    iterations: int
+    eps: float
+
+
+@dataclasses.dataclass(frozen=True)
+class IndexShape:
+    """What chooses among the compressed rows that a row may see.
+
+    Attributes:
+      heads: I.
+      width: of each, and of its own compressed rows.
+      chosen: most of them that a row sees.
+    """
+
+    heads: int
+    width: int
+    chosen: int
+
+
+@dataclasses.dataclass(frozen=True)
+class CompressedShape:
+    """What attention to a window of rows, and to compressed rows before it, is like (`target.compressed`).
+
+    Attributes:
+      heads: N query heads; all share one key, which is the value as well.
+      width: H of each.
+      rotary: numbers at the end of a head that RoPE turns, neighbours in pairs.
+      theta: base of the rotary frequencies.
+      turns: factors of the frequencies of its pairs; empty: all 1.
+      query_rank: width between the two matrices that make queries.
+      groups: of heads, each of which has a matrix of its own that makes its heads narrower ...
+      group_rank: ... to so many numbers, of which one more matrix makes the output.
+      window: rows that a query sees, its own included.
+      rate: m, rows that become one compressed row; 0: there are none.
+      index: what chooses compressed rows, which then are of 2 m rows each; None: all are seen, of m rows each.
+    """
+
+    heads: int
+    width: int
+    rotary: int
+    theta: float
+    turns: tuple[float, ...]
+    query_rank: int
+    groups: int
+    group_rank: int
+    window: int
+    rate: int = 0
+    index: IndexShape | None = None
+
+    @property
+    def series(self) -> int:
+        """How many compressed rows a row takes part in."""
+        return 1 if self.index is None else 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +206,8 @@ class LayerShape:
       experts: of the mixture that is there instead of the MLP, if any.
       delta: of the linear attention that is there instead of `attention`, if any.
       centred: the stored weights of norms are what is to be added to 1.
+      compressed: of the attention with compressed rows that is there instead of `attention`, if any.
+      hyper: of the hyper-connections around attention and MLP, if any.
     """
 
     attention: AttentionShape
@@ -137,6 +217,8 @@ class LayerShape:
     experts: ExpertShape | None = None
     delta: DeltaShape | None = None
     centred: bool = False
+    compressed: CompressedShape | None = None
+    hyper: HyperShape | None = None
 
 
 class Family:
@@ -277,6 +359,11 @@ class Family:
     def ignores(self, name: str) -> bool:
         """Whether a tensor of a checkpoint takes no part in text, or is RoPE's frequencies, which older ones hold."""
         return name.endswith(".rotary_emb.inv_freq")
+
+    def integers(self, name: str) -> bool:
+        """Whether a tensor of a checkpoint holds whole numbers, and is not quantised because of that."""
+        del name
+        return False
 
     # Drafters
 

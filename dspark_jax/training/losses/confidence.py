@@ -27,7 +27,8 @@ class Confidence(BlockTerm):
         """
         head, mask = blocks.drafter.confidence, blocks.outputs.mask
         assert head is not None
-        logits = jnp.where(mask, head(blocks.outputs.hidden, blocks.previous).astype(jnp.float32), 0.0)
+        hidden = blocks.outputs.hidden if blocks.outputs.trusted is None else blocks.outputs.trusted
+        logits = jnp.where(mask, head(hidden, blocks.previous).astype(jnp.float32), 0.0)
         predicted = jnp.where(mask, jax.nn.sigmoid(logits), 0.0)
         return _binary_cross_entropy(logits, blocks.accept), _calibration(predicted, blocks.accept, blocks.weights)
 

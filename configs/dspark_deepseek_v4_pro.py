@@ -1,0 +1,14 @@
+"""The drafter that comes with DeepSeek-V4-Pro (DSpark-5), to be trained anew or further.
+
+    python -m dspark_jax.train --config configs/dspark_deepseek_v4_pro.py \
+        --config.target.path=/models/DeepSeek-V4-Pro --config.data.prompts='("prompts.jsonl",)'
+    ... --config.train.init_from=/models/DeepSeek-V4-Pro  # begins with the released one
+"""
+
+from dspark_jax.config import Config
+from dspark_jax.presets import deepseek_v4
+
+
+def get_config(arg: str = "dspark5") -> Config:
+    """`arg`: the kind of drafter, dspark5 if empty."""
+    return deepseek_v4("deepseek_v4_pro", "deepseek-ai/DeepSeek-V4-Pro-0813", arg)

@@ -6,7 +6,6 @@ each row takes part in two: with one series of numbers in its own and with anoth
 an index chooses the few that a query sees. Every head has a sink, a score that takes part in no output.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -16,12 +15,10 @@ from flax import nnx
 from dspark_jax.config import TargetArchitecture
 from dspark_jax.sharding import per_device
 from dspark_jax.target.attend import Pass
+from dspark_jax.target.compressed_attend import Made, Own, attended
 from dspark_jax.target.compressed_cache import CompressedCache, before, with_made, with_rows
 from dspark_jax.target.families.family import CompressedShape, IndexShape
 from dspark_jax.target.layers import dense, narrow, normal, ones, rms_norm, zeros
-
-_BLOCK = 128
-"""Queries of a request that are attended with at a time."""
 
 _NEVER = 1 << 30
 """Where compressed rows end that there are not."""
@@ -106,7 +103,7 @@ class CompressedAttention(nnx.Module):
         self.compressor: Any = Compressor(arch, shape, h, **how) if shape.rate else None
         self.index: Any = Index(arch, shape, shape.index, **how) if shape.index else None
 
-    def own(self, x: jax.Array, positions: jax.Array) -> "Own":
+    def own(self, x: jax.Array, positions: jax.Array) -> Own:
         """x [B, S, D], positions [B, S] -> what the rows of a pass give."""
         low = rms_norm(dense(x, self.query_in[...]), self.query_norm[...], self.eps)
         query = self._turned(rms_norm(dense(low, self.query[...]), None, self.eps), positions[..., None])
@@ -140,26 +137,6 @@ class CompressedAttention(nnx.Module):
             narrow(weight, dtype)
 
 
-class Own(NamedTuple):
-    """What the rows of a pass give.
-
-    Attributes:
-      query: [B, S, N, H] turned.
-      row: [B, S, H] turned key, and value.
-      raw: [B, S, 2, s, H] what compressed rows are made of; None: there are none.
-      index_query: [B, S, I, W] turned queries of the index; None: there is none.
-      index_weigh: [B, S, I] weights of its heads.
-      index_raw: [B, S, 2, s, W].
-    """
-
-    query: jax.Array
-    row: jax.Array
-    raw: jax.Array | None = None
-    index_query: jax.Array | None = None
-    index_weigh: jax.Array | None = None
-    index_raw: jax.Array | None = None
-
-
 def turned(x: jax.Array, positions: jax.Array, shape: CompressedShape) -> jax.Array:
     """x [..., H] with the pairs of neighbours at the end of its last axis turned, by positions that broadcast to [...].
 
@@ -175,20 +152,6 @@ def turned(x: jax.Array, positions: jax.Array, shape: CompressedShape) -> jax.Ar
     first, second = turning[..., 0::2], turning[..., 1::2]
     both = jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return jnp.concatenate([still, both.reshape(turning.shape).astype(x.dtype)], axis=-1)
-
-
-class _Made(NamedTuple):
-    """Compressed rows of a request.
-
-    Attributes:
-      ends: [B, C] the last row of each, as queries' places count rows; `_NEVER` where there is none.
-      rows: [B, C, H].
-      index_rows: [B, C, W], where there is an index.
-    """
-
-    ends: jax.Array
-    rows: jax.Array
-    index_rows: jax.Array | None = None
 
 
 def look(
@@ -294,9 +257,9 @@ def _from_nothing(
             after = jnp.take_along_axis(positions, jnp.minimum(last, size - 1), axis=1) + 1
             how = (last, after <= m, after - m)
             rows = [_compressed(raw, *how, one, shape) for raw, one in zip(_raws(own), making, strict=True)]
-            made = _Made(jnp.where(jnp.any(ending, axis=-1), last, _NEVER), *rows)
+            made = Made(jnp.where(jnp.any(ending, axis=-1), last, _NEVER), *rows)
         keys = jnp.pad(own.row, ((0, 0), (shape.window - 1, 0), (0, 0)))
-        return (_attended(own, keys, jnp.zeros((batch,), jnp.int32), starts, made, sinks, shape),)
+        return (attended(own, keys, jnp.zeros((batch,), jnp.int32), starts, made, sinks, shape),)
 
     inputs = (("batch", None), ("batch", None), *axes)
     return per_device(here, inputs, (_OWN["query"],))(positions, starts, *arrays)[0]
@@ -333,9 +296,9 @@ def _from_cache(
                 kept += _with_compressed(ring, stored, raw, first, counts, one, shape)
                 fresh.append(kept[-1])
             ends = (jnp.arange(fresh[0].shape[1]) + 1) * shape.rate - 1
-            made = _Made(jnp.broadcast_to(ends, fresh[0].shape[:2]), *fresh)
+            made = Made(jnp.broadcast_to(ends, fresh[0].shape[:2]), *fresh)
         low = jnp.zeros(own.row.shape[:2], jnp.int32)
-        return (_attended(own, keys, first, low, made, sinks, shape), *kept)
+        return (attended(own, keys, first, low, made, sinks, shape), *kept)
 
     inputs = (("batch",), ("batch",), *axes, *part.axes)
     outputs = (_OWN["query"], *part.axes)
@@ -360,95 +323,3 @@ def _with_compressed(
     last = (number + 1) * m - 1 - first[:, None] + back
     new = _compressed(rows, last, number == 0, number * m, making, shape)
     return [with_rows(ring, raw, first, counts), with_made(stored, new, number)]
-
-
-def _attended(
-    own: Own,
-    keys: jax.Array,
-    first: jax.Array,
-    low: jax.Array,
-    made: _Made | None,
-    sinks: jax.Array,
-    shape: CompressedShape,
-) -> jax.Array:
-    """Heads [B, S, N, H] of queries at the places first[b] + 0..S-1, block after block.
-
-    Args:
-      own: the pass's rows.
-      keys: [B, window - 1 + S, H] those before it, and its own.
-      first: [B].
-      low: [B, S] the first place that each may see.
-      made: compressed rows, if there are any.
-      sinks: [N].
-      shape: of the attention.
-    """
-    size, past = own.query.shape[1], shape.window - 1
-    run = functools.partial(_block, made=made, sinks=sinks, shape=shape)
-    asks = _Asking(own.query, first[:, None] + jnp.arange(size), low, own.index_query, own.index_weigh)
-    if size <= _BLOCK:
-        return run(asks, keys)
-    room = -size % _BLOCK
-    padded = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, room), *((0, 0),) * (x.ndim - 2)), mode="edge"), asks)
-    keys = jnp.pad(keys, ((0, 0), (0, room), (0, 0)))
-
-    def step(at: jax.Array) -> jax.Array:
-        part = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, at, _BLOCK, axis=1), padded)
-        return run(part, jax.lax.dynamic_slice_in_dim(keys, at, _BLOCK + past, axis=1))
-
-    blocks = jax.lax.map(step, jnp.arange(0, size + room, _BLOCK))  # [blocks, B, _BLOCK, N, H]
-    return jnp.moveaxis(blocks, 0, 1).reshape(len(first), -1, *own.query.shape[2:])[:, :size]
-
-
-class _Asking(NamedTuple):
-    """Queries [B, Q, N, H], their places [B, Q], the first places that they may see; and what the index asks."""
-
-    query: jax.Array
-    at: jax.Array
-    low: jax.Array
-    index_query: jax.Array | None
-    index_weigh: jax.Array | None
-
-
-def _block(
-    asks: _Asking, keys: jax.Array, *, made: _Made | None, sinks: jax.Array, shape: CompressedShape
-) -> jax.Array:
-    """Heads [B, Q, N, H] of Q queries that follow one another, and keys [B, window - 1 + Q, H] from before them on."""
-    place = asks.at[:, :1] - (shape.window - 1) + jnp.arange(keys.shape[1])
-    at, low = asks.at[..., None], asks.low[..., None]
-    near = (place[:, None] <= at) & (place[:, None] > at - shape.window) & (place[:, None] >= low)
-    parts = [("bqnh,bkh->bqnk", "bqnk,bkh->bqnh", keys, near)]
-    if made is not None:
-        seen = (made.ends[:, None] <= at) & (made.ends[:, None] >= low)
-        parts.append(("bqnh,bkh->bqnk", "bqnk,bkh->bqnh", made.rows, seen))
-        if shape.index is not None and made.rows.shape[1] > shape.index.chosen:
-            chosen, seen = _chosen(asks, made, seen, shape.index)
-            rows = jax.vmap(lambda rows, chosen: rows[chosen])(made.rows, chosen)
-            parts[1] = ("bqnh,bqkh->bqnk", "bqnk,bqkh->bqnh", rows, seen)
-    scale = shape.width**-0.5
-    scores = [
-        jnp.where(
-            seen[:, :, None],
-            scale * jnp.einsum(form, asks.query, rows.astype(asks.query.dtype), preferred_element_type=jnp.float32),
-            -jnp.inf,
-        )
-        for form, _, rows, seen in parts
-    ]
-    sink = jnp.broadcast_to(sinks.astype(jnp.float32)[:, None], (*scores[0].shape[:-1], 1))
-    shares = jax.nn.softmax(jnp.concatenate([*scores, sink], axis=-1), axis=-1).astype(asks.query.dtype)
-    out, done = jnp.zeros(()), 0
-    for (_, form, rows, _), score in zip(parts, scores, strict=True):
-        share = shares[..., done : done + score.shape[-1]]
-        out = out + jnp.einsum(form, share, rows.astype(share.dtype), preferred_element_type=jnp.float32)
-        done += score.shape[-1]
-    return out.astype(asks.query.dtype)
-
-
-def _chosen(asks: _Asking, made: _Made, seen: jax.Array, index: IndexShape) -> tuple[jax.Array, jax.Array]:
-    """Numbers [B, Q, k] of the compressed rows that the index gives the highest scores, and whether each is seen."""
-    assert asks.index_query is not None and asks.index_weigh is not None and made.index_rows is not None
-    rows = made.index_rows.astype(asks.index_query.dtype)
-    found = jnp.einsum("bqih,bch->bqic", asks.index_query, rows, preferred_element_type=jnp.float32)
-    weigh = asks.index_weigh.astype(jnp.float32) * (index.heads**-0.5 * index.width**-0.5)
-    scores = jnp.einsum("bqic,bqi->bqc", jax.nn.relu(found), weigh)
-    chosen = jax.lax.top_k(jnp.where(seen, scores, -jnp.inf), index.chosen)[1]
-    return chosen, jnp.take_along_axis(seen, chosen, axis=-1)

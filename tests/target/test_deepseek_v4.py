@@ -1,6 +1,7 @@
 """DeepSeek-V4: compressed rows that are taken back, the published names and storage, what a config may not say."""
 
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from dspark_jax.config import MeshConfig, TargetArchitecture, TargetConfig
 from dspark_jax.errors import InputError
 from dspark_jax.ops.cached_attention import Rows
 from dspark_jax.sharding import make_mesh
-from dspark_jax.target import compressed, families
+from dspark_jax.target import compressed_attend, families
 from dspark_jax.target.decode_weights import decode_weights
 from dspark_jax.target.hyper_model import HyperTarget
 from dspark_jax.target.loading import load_target, parameter_paths
@@ -122,7 +123,7 @@ def test_a_prompt_in_chunks_is_the_prompt(target, step, texts, width):
 def test_blocks_of_queries_are_all_queries(target, texts, monkeypatch):
     """Of a text that is longer than a block, and no multiple of it."""
     tokens, whole = texts
-    monkeypatch.setattr(compressed, "_BLOCK", 8)
+    monkeypatch.setattr(compressed_attend, "_BLOCK", 8)
     found = jax.jit(lambda: target.forward(tokens, jnp.broadcast_to(jnp.arange(LENGTH), tokens.shape)).last_hidden)()
     close(found, whole)
 
@@ -267,7 +268,7 @@ def load(directory):
 
 def test_the_published_storage_is_read(tmp_path):
     values, family = published(tmp_path), families.of_shape(ARCH)
-    loaded = load(tmp_path)
+    loaded: Any = load(tmp_path)
     for path, weight in family.weights(ARCH).items():
         found = np.asarray(parameter_paths(loaded)[path].get_value())
         single = found.shape[weight.stacked + bool(weight.experts) :]

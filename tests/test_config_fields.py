@@ -21,6 +21,7 @@ from dspark_jax.target.families.llama import LLAMA
 from dspark_jax.target.families.qwen2 import QWEN2
 from dspark_jax.target.families.qwen3 import QWEN3
 from dspark_jax.target.families.qwen3_5 import QWEN3_5, QWEN3_5_WHOLE
+from dspark_jax.target.families.qwen3_5_moe import QWEN3_5_MOE
 from dspark_jax.target.families.qwen3_moe import QWEN3_MOE
 
 torch = pytest.importorskip("torch")
@@ -32,10 +33,12 @@ CLASSES: dict[str, tuple[str, Mapping[str, Field]]] = {  # config class -> model
     "Qwen2Config": ("Qwen2ForCausalLM", QWEN2),
     "Qwen3MoeConfig": ("Qwen3MoeForCausalLM", QWEN3_MOE),
     "Qwen3_5TextConfig": ("Qwen3_5ForCausalLM", QWEN3_5),
+    "Qwen3_5MoeTextConfig": ("Qwen3_5MoeForCausalLM", QWEN3_5_MOE),
     "Gemma4TextConfig": ("Gemma4ForCausalLM", GEMMA4),
     "Gemma4UnifiedTextConfig": ("Gemma4UnifiedForCausalLM", GEMMA4_UNIFIED),
 }
 WHOLE = {"Gemma4Config": GEMMA4_WHOLE, "Gemma4UnifiedConfig": GEMMA4_WHOLE, "Qwen3_5Config": QWEN3_5_WHOLE}
+WHOLE["Qwen3_5MoeConfig"] = QWEN3_5_WHOLE
 SMALL = {
     "vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "initializer_range": 0.3,
@@ -48,6 +51,9 @@ GEMMA_SMALL = {
 HYBRID_SMALL = {
     "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2, "linear_num_value_heads": 4,
     "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_conv_kernel_dim": 3,
+}  # fmt: skip
+MIXED_SMALL = {
+    "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 16,
 }  # fmt: skip
 OTHER: dict[str, Any] = {  # field -> another value than the one of a small model
     **{name: 2 * value for name, value in SMALL.items() if isinstance(value, int)},
@@ -80,6 +86,7 @@ HYBRID_OTHER = {
     "linear_key_head_dim": 4, "linear_value_head_dim": 4, "linear_conv_kernel_dim": 4, "attn_output_gate": False,
     "output_gate_type": "sigmoid", "mamba_ssm_dtype": "bfloat16", "full_attention_interval": 1,
     "mtp_num_hidden_layers": 1, "mtp_use_dedicated_embeddings": True, "mlp_only_layers": [0],
+    "shared_expert_intermediate_size": 8, "num_experts_per_tok": 3,
 }  # fmt: skip
 PLAIN_OTHER = {"rope_parameters": {"rope_theta": 77.0}, "rope_scaling": {"rope_theta": 77.0}}
 WITHOUT = {
@@ -90,13 +97,14 @@ WITHOUT = {
     "full_attention_interval": "layer_types",
 }  # another name of it
 MASKS = ("create_causal_mask", "create_sliding_window_causal_mask")
-IMAGES = ("Qwen3_5Model", "Qwen3_5ForConditionalGeneration")
+IMAGES = tuple(f"Qwen3_5{kind}{of}" for kind in ("", "Moe") for of in ("Model", "ForConditionalGeneration"))
 DERIVED = {"kv_sharing_modes": "num_kv_shared_layers", "get_text_config": "text_config"}
 
 
 def small(kind: str) -> dict[str, Any]:
     """What transformers writes of a small model."""
     sizes = SMALL | (GEMMA_SMALL if kind.startswith("Gemma") else HYBRID_SMALL if kind.startswith("Qwen3_5") else {})
+    sizes |= MIXED_SMALL if kind.startswith("Qwen3_5Moe") else {}
     raw = getattr(transformers, kind)(**sizes).to_dict()
     if kind.startswith("Gemma"):  # in the older form, in which all of its fields can be changed
         del raw["per_layer_config"]
@@ -332,6 +340,7 @@ def taken_as(field: Field) -> str:
         ("Qwen2", QWEN2, COMMON),
         ("Qwen3-MoE", QWEN3_MOE, COMMON),
         ("Qwen3.5", QWEN3_5, COMMON),
+        ("Qwen3.5-MoE", QWEN3_5_MOE, QWEN3_5),
         ("Qwen3.5 with images", QWEN3_5_WHOLE, COMMON),
         ("Gemma 4", GEMMA4, COMMON),
         ("Gemma 4 unified", GEMMA4_UNIFIED, GEMMA4),

@@ -205,7 +205,7 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """Gated feed-forward layer; `gate` is one of `GATES`."""
+    """Gated feed-forward layer; `gate` is one of `GATES`, and `width` its own where it is not the target's."""
 
     def __init__(
         self,
@@ -215,8 +215,9 @@ class MLP(nnx.Module):
         scale: float,
         rngs: nnx.Rngs,
         gate: str = "silu",
+        width: int = 0,
     ):
-        d, f = arch.hidden_size, arch.intermediate_size
+        d, f = arch.hidden_size, width or arch.intermediate_size
         self.gate: Any = normal(rngs, stack, (d, f), ("embed", "mlp"), scale)
         self.up: Any = normal(rngs, stack, (d, f), ("embed", "mlp"), scale)
         self.down = normal(rngs, stack, (f, d), ("mlp", "embed"), scale)

@@ -37,6 +37,7 @@ from dspark_jax.target.checks import (
 )
 from dspark_jax.target.dequantise import Matrix, stated_by, summary, with_matrices
 from dspark_jax.target.families.family import Family
+from dspark_jax.target.fused import with_experts
 from dspark_jax.target.interface import LanguageModel
 from dspark_jax.target.model import Target
 from dspark_jax.target.weights import Weight
@@ -350,7 +351,7 @@ def read_target(directory: Path, family: Family, dtype: Any) -> tuple[dict[str, 
     stored, stated = read_checkpoint(directory), stated_by(directory)
     tensors = {name: tensor for name, tensor in stored.items() if not family.ignores(name)}
     tensors = with_matrices(tensors, stated, str(directory), dtype)
-    return tensors, summary(tensors, stated)
+    return with_experts(tensors, family.fused, str(directory)), summary(tensors, stated)
 
 
 def load_target(config: TargetConfig, mesh: Mesh) -> LanguageModel:

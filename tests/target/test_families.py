@@ -45,6 +45,7 @@ HYBRID = {
     "linear_key_head_dim": 8, "linear_value_head_dim": 12,
     "rope_parameters": {"rope_theta": 100.0, "rope_type": "default", "mrope_section": [1, 1, 0]},
 }  # fmt: skip
+MIXED = {**MOE, "shared_expert_intermediate_size": 20}
 CASES = {  # model class, its fields besides `SIZES`
     "llama3": ("Llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
     "llama2": ("Llama", {"rope_parameters": {"rope_theta": 100.0}, "num_key_value_heads": 4}),
@@ -55,6 +56,7 @@ CASES = {  # model class, its fields besides `SIZES`
     "qwen2_yarn": ("Qwen2", {"rope_parameters": YARN, "num_key_value_heads": 1}),
     "hybrid": ("Qwen3_5", HYBRID),
     "hybrid_tied": ("Qwen3_5", {**HYBRID, "tie_word_embeddings": True, "layer_types": LAYERS}),
+    "hybrid_moe": ("Qwen3_5Moe", {**HYBRID, **MIXED}),
 }
 ONE = tuple({name: case for case, (name, _) in CASES.items()}.values())
 """A case of every family, for what does not depend on the fields."""
@@ -266,14 +268,35 @@ def changed(directory, to, config=None, tensors=None):
             "moe_all",
             {},
             {FUSED: np.zeros((8, 48, 32), np.float32)},
-            f"{FUSED} has all experts of a layer in one",
+            f"{FUSED} has all experts of a layer, and .* is one",
         ),
+        (
+            "moe_all",
+            {},
+            {FUSED: np.zeros((8, 47, 32), np.float32)},
+            r"\(8, 47, 32\), which is not gate_proj and up_proj",
+        ),
+        ("moe_all", {}, {"model.layers.1.mlp.experts.odd": np.zeros(3, np.float32)}, "odd is unknown to qwen3_moe"),
         ("llama3", {}, {"lm_head.weight": np.zeros((V, 32), np.float32)}, "lm_head.weight is not model.embed_tokens"),
     ],
 )
 def test_weights_that_are_not_those_of_the_config(made, tmp_path, case, config, tensors, message):
     with pytest.raises(InputError, match=message):
         load(changed(made(case)[0], tmp_path / "changed", config, tensors), alone())
+
+
+@pytest.mark.parametrize("case", [case for case in ONE if "moe" in case])
+def test_experts_that_are_stored_as_one_tensor(made, tmp_path, case):
+    """As Qwen3.5's are published, in the layout that transformers has in memory."""
+    directory, model, target = made(case)
+    held = {name: value.float().numpy() for name, value in model.state_dict().items()}
+    fused = {name: value for name, value in held.items() if ".mlp.experts." in name}
+    assert fused and all(name.rpartition(".")[2] in ("gate_up_proj", "down_proj") for name in fused)
+    alone_ = {name: None for file in directory.glob("*.safetensors") for name in load_file(file) if ".experts." in name}
+    found = load(changed(directory, tmp_path / "fused", tensors=alone_ | fused), alone())
+    for name in ("gate", "up", "down"):
+        one, other = getattr(found.layers.mlp, name), getattr(target.layers.mlp, name)
+        np.testing.assert_array_equal(one[...], other[...])
 
 
 def test_frequencies_that_older_checkpoints_hold_are_left_out(made, tmp_path):

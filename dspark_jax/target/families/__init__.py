@@ -12,6 +12,7 @@ from dspark_jax.target.families.llama import Llama
 from dspark_jax.target.families.qwen2 import Qwen2
 from dspark_jax.target.families.qwen3 import Qwen3
 from dspark_jax.target.families.qwen3_5 import Qwen35
+from dspark_jax.target.families.qwen3_5_moe import Qwen35Moe
 from dspark_jax.target.families.qwen3_moe import Qwen3Moe
 
 if TYPE_CHECKING:
@@ -65,5 +66,5 @@ def of_drafters(arch: "TargetArchitecture") -> Family:
     return of_shape(of_shape(arch).drafter_shape(arch))
 
 
-for _family in (Qwen3(), Gemma4(), Llama(), Qwen2(), Qwen3Moe(), Qwen35()):
+for _family in (Qwen3(), Gemma4(), Llama(), Qwen2(), Qwen3Moe(), Qwen35(), Qwen35Moe()):
     register(_family)

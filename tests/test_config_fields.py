@@ -17,6 +17,7 @@ import pytest
 from dspark_jax.config import InputError, TargetArchitecture
 from dspark_jax.config_fields import COMMON, ROPE, Field, Unsupported
 from dspark_jax.target.families.gemma4 import GEMMA4, GEMMA4_UNIFIED, GEMMA4_WHOLE
+from dspark_jax.target.families.gpt_oss import GPT_OSS
 from dspark_jax.target.families.llama import LLAMA
 from dspark_jax.target.families.qwen2 import QWEN2
 from dspark_jax.target.families.qwen3 import QWEN3
@@ -34,6 +35,7 @@ CLASSES: dict[str, tuple[str, Mapping[str, Field]]] = {  # config class -> model
     "Qwen3MoeConfig": ("Qwen3MoeForCausalLM", QWEN3_MOE),
     "Qwen3_5TextConfig": ("Qwen3_5ForCausalLM", QWEN3_5),
     "Qwen3_5MoeTextConfig": ("Qwen3_5MoeForCausalLM", QWEN3_5_MOE),
+    "GptOssConfig": ("GptOssForCausalLM", GPT_OSS),
     "Gemma4TextConfig": ("Gemma4ForCausalLM", GEMMA4),
     "Gemma4UnifiedTextConfig": ("Gemma4UnifiedForCausalLM", GEMMA4_UNIFIED),
 }
@@ -54,6 +56,14 @@ HYBRID_SMALL = {
 }  # fmt: skip
 MIXED_SMALL = {
     "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 16,
+}  # fmt: skip
+OSS_SMALL = {
+    "num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": 4,
+    "layer_types": ["sliding_attention", "full_attention"],
+}  # fmt: skip
+OSS_OTHER = {
+    "layer_types": ["full_attention"] * 2, "num_experts_per_tok": 3, "attention_bias": False, "swiglu_alpha": 1.0,
+    "swiglu_limit": 2.0, "experts_per_token": 3, "initial_context_length": 7,
 }  # fmt: skip
 OTHER: dict[str, Any] = {  # field -> another value than the one of a small model
     **{name: 2 * value for name, value in SMALL.items() if isinstance(value, int)},
@@ -104,6 +114,7 @@ DERIVED = {"kv_sharing_modes": "num_kv_shared_layers", "get_text_config": "text_
 def small(kind: str) -> dict[str, Any]:
     """What transformers writes of a small model."""
     sizes = SMALL | (GEMMA_SMALL if kind.startswith("Gemma") else HYBRID_SMALL if kind.startswith("Qwen3_5") else {})
+    sizes |= OSS_SMALL if kind == "GptOssConfig" else {}
     sizes |= MIXED_SMALL if kind.startswith("Qwen3_5Moe") else {}
     raw = getattr(transformers, kind)(**sizes).to_dict()
     if kind.startswith("Gemma"):  # in the older form, in which all of its fields can be changed
@@ -116,6 +127,7 @@ def changed(kind: str, name: str) -> dict[str, Any]:
     """The same with another value of a field."""
     raw = small(kind)
     others = OTHER | (GEMMA_OTHER if kind.startswith("Gemma") else PLAIN_OTHER)
+    others |= OSS_OTHER if kind == "GptOssConfig" else {}
     others |= HYBRID_OTHER if kind.startswith("Qwen3_5") else {}
     value = not raw["tie_word_embeddings"] if name == "tie_word_embeddings" else others[name]
     assert raw.get(name) != value, f"give {name} another value"
@@ -341,6 +353,7 @@ def taken_as(field: Field) -> str:
         ("Qwen3-MoE", QWEN3_MOE, COMMON),
         ("Qwen3.5", QWEN3_5, COMMON),
         ("Qwen3.5-MoE", QWEN3_5_MOE, QWEN3_5),
+        ("GPT-OSS", GPT_OSS, COMMON),
         ("Qwen3.5 with images", QWEN3_5_WHOLE, COMMON),
         ("Gemma 4", GEMMA4, COMMON),
         ("Gemma 4 unified", GEMMA4_UNIFIED, GEMMA4),

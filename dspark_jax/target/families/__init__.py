@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from dspark_jax.config_fields import Unsupported
 from dspark_jax.target.families.family import Family
 from dspark_jax.target.families.gemma4 import Gemma4
+from dspark_jax.target.families.gpt_oss import GptOss
 from dspark_jax.target.families.llama import Llama
 from dspark_jax.target.families.qwen2 import Qwen2
 from dspark_jax.target.families.qwen3 import Qwen3
@@ -66,5 +67,5 @@ def of_drafters(arch: "TargetArchitecture") -> Family:
     return of_shape(of_shape(arch).drafter_shape(arch))
 
 
-for _family in (Qwen3(), Gemma4(), Llama(), Qwen2(), Qwen3Moe(), Qwen35(), Qwen35Moe()):
+for _family in (Qwen3(), Gemma4(), Llama(), Qwen2(), Qwen3Moe(), Qwen35(), Qwen35Moe(), GptOss()):
     register(_family)

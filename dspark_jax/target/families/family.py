@@ -112,7 +112,7 @@ class ExpertShape:
       chosen: k of them that a row goes through.
       width: F of each.
       normalised: the weights of a row's experts add up to 1.
-      shared: width of an MLP that every row goes through as well, its output times the sigmoid of a projection; 0: none.
+      shared: width of an MLP that every row goes through as well, its output times the sigmoid of a projection; or 0.
       biases: router and experts have biases.
       limit: 0: inside, the gate's function is multiplied with what goes up. Else (1 + up) gate sigmoid(sharpness gate)
         of a gate that is at most this, and of up between -this and this.
@@ -131,7 +131,7 @@ class ExpertShape:
 
 @dataclasses.dataclass(frozen=True)
 class Fused:
-    """How a tensor is stored that has some matrices, or biases, of all experts of a layer: [E, outputs, inputs], [E, outputs].
+    """How a tensor of all experts of a layer is stored: matrices [E, outputs, inputs], or biases [E, outputs].
 
     Attributes:
       parts: what each expert has in it, by the names that they have in checkpoints with a tensor for each.
@@ -176,13 +176,13 @@ FUSED_EXPERTS = {
 """How transformers holds experts, and some checkpoints store them."""
 
 
-def expert_weights(count: int) -> dict[str, Weight]:
-    """Parameters of a mixture of so many experts and their tensors, one per expert."""
+def expert_weights(count: int, router: str = "gate") -> dict[str, Weight]:
+    """Parameters of a mixture of so many experts and their tensors, one per expert; `router` is what that is called."""
     experts = {
         f"mlp.{name}": Weight(f"layers.{{i}}.mlp.experts.{{e}}.{name}_proj.weight", inputs=1, experts=count)
         for name in ("gate", "up", "down")
     }
-    return {"mlp.router": Weight("layers.{i}.mlp.gate.weight", inputs=1), **experts}
+    return {"mlp.router": Weight(f"layers.{{i}}.mlp.{router}.weight", inputs=1), **experts}
 
 
 class Family:

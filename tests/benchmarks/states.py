@@ -3,7 +3,8 @@
     python tests/benchmarks/states.py [--batch 1] [--rows 8] [--width 512] [--layers 8] [--repeats 100]
 
 Everything is called in turn, again and again, and the shortest call of each counts: what else a machine does then
-meets all of them alike. `replayed` is what `DeltaCache` does: one state, and the rows that it does not know yet, which
+meets all of them alike. Pin it to one core (`taskset -c 1`) where anything else runs: threads that wait for one that is
+not running make the small products of linear attention many times slower. `replayed` is what `DeltaCache` does: one state, and the rows that it does not know yet, which
 go through the rule once more. `all states` keeps the state after every row of a pass and takes the one after the
 accepted rows; `all states at once` computes them together. `only its own rows` takes nothing back: what a round would
 cost at least.
@@ -88,14 +89,14 @@ def rules(args: argparse.Namespace) -> dict[str, Timed]:
     @functools.partial(jax.jit, donate_argnums=0)
     def replayed(carry: Any, own: Any) -> Any:
         state, old = carry
-        out, state = delta_rule(*(jnp.concatenate(x, axis=1) for x in zip(old, own, strict=True)), state, kept=t)
+        out, state = delta_rule(*(jnp.concatenate(x, axis=1) for x in zip(old, own, strict=True)), state=state, kept=t)
         return (state, jax.tree.map(lambda x: x + 0, own)), out[:, t:]
 
     @functools.partial(jax.jit, donate_argnums=0)
     def all_states(states: Any, own: Any) -> Any:
         state, outs, kept = jnp.take(states, 2, axis=0), [], []
         for row in range(t):  # the rule stops after every row
-            out, state = delta_rule(*(x[:, row : row + 1] for x in own), state)
+            out, state = delta_rule(*(x[:, row : row + 1] for x in own), state=state)
             outs.append(out)
             kept.append(state)
         return jnp.stack(kept), jnp.concatenate(outs, axis=1)
@@ -103,12 +104,12 @@ def rules(args: argparse.Namespace) -> dict[str, Timed]:
     @functools.partial(jax.jit, donate_argnums=0)
     def at_once(states: Any, own: Any) -> Any:
         state = jnp.take(states, 2, axis=0)
-        found = [delta_rule(*own, state, kept=row + 1) for row in range(t)]  # what they share is computed once
+        found = [delta_rule(*own, state=state, kept=row + 1) for row in range(t)]  # what they share is computed once
         return jnp.stack([state for _, state in found]), found[0][0]
 
     @functools.partial(jax.jit, donate_argnums=0)
     def only_own(state: Any, own: Any) -> Any:
-        out, state = delta_rule(*own, state)
+        out, state = delta_rule(*own, state=state)
         return state, out
 
     many = jnp.stack([state] * t)

@@ -4,10 +4,11 @@
 
 Everything is called in turn, again and again, and the shortest call of each counts: what else a machine does then
 meets all of them alike. Pin it to one core (`taskset -c 1`) where anything else runs: threads that wait for one that is
-not running make the small products of linear attention many times slower. `replayed` is what `DeltaCache` does: one state, and the rows that it does not know yet, which
-go through the rule once more. `all states` keeps the state after every row of a pass and takes the one after the
-accepted rows; `all states at once` computes them together. `only its own rows` takes nothing back: what a round would
-cost at least.
+not running make the small products of linear attention many times slower.
+
+`replayed` is what `DeltaCache` does: one state, and the rows that it does not know yet, which go through the rule once
+more. `all states` keeps the state after every row of a pass and takes the one after the accepted rows; `all states at
+once` computes them together. `only its own rows` takes nothing back: what a round would cost at least.
 """
 
 import argparse

@@ -18,10 +18,12 @@ from dspark_jax.config import InputError, TargetArchitecture
 from dspark_jax.config_fields import COMMON, ROPE, Field, Unsupported
 from dspark_jax.target.families.deepseek_v4 import DEEPSEEK_V4
 from dspark_jax.target.families.gemma4 import GEMMA4, GEMMA4_UNIFIED, GEMMA4_WHOLE
+from dspark_jax.target.families.gpt_oss import GPT_OSS
 from dspark_jax.target.families.llama import LLAMA
 from dspark_jax.target.families.qwen2 import QWEN2
 from dspark_jax.target.families.qwen3 import QWEN3
 from dspark_jax.target.families.qwen3_5 import QWEN3_5, QWEN3_5_WHOLE
+from dspark_jax.target.families.qwen3_5_moe import QWEN3_5_MOE
 from dspark_jax.target.families.qwen3_moe import QWEN3_MOE
 
 torch = pytest.importorskip("torch")
@@ -34,10 +36,13 @@ CLASSES: dict[str, tuple[str, Mapping[str, Field]]] = {  # config class -> model
     "Qwen3MoeConfig": ("Qwen3MoeForCausalLM", QWEN3_MOE),
     "Qwen3_5TextConfig": ("Qwen3_5ForCausalLM", QWEN3_5),
     "DeepseekV4Config": ("DeepseekV4ForCausalLM", DEEPSEEK_V4),
+    "Qwen3_5MoeTextConfig": ("Qwen3_5MoeForCausalLM", QWEN3_5_MOE),
+    "GptOssConfig": ("GptOssForCausalLM", GPT_OSS),
     "Gemma4TextConfig": ("Gemma4ForCausalLM", GEMMA4),
     "Gemma4UnifiedTextConfig": ("Gemma4UnifiedForCausalLM", GEMMA4_UNIFIED),
 }
 WHOLE = {"Gemma4Config": GEMMA4_WHOLE, "Gemma4UnifiedConfig": GEMMA4_WHOLE, "Qwen3_5Config": QWEN3_5_WHOLE}
+WHOLE["Qwen3_5MoeConfig"] = QWEN3_5_WHOLE
 SMALL = {
     "vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "initializer_range": 0.3,
@@ -57,6 +62,17 @@ V4_SMALL = {
     "o_lora_rank": 4, "index_n_heads": 2, "index_head_dim": 8, "index_topk": 2, "sliding_window": 4, "hc_mult": 2,
     "layer_types": ["compressed_sparse_attention", "sliding_attention"], "mlp_layer_types": ["hash_moe", "moe"],
     "rope_parameters": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 16},
+}  # fmt: skip
+MIXED_SMALL = {
+    "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 16,
+}  # fmt: skip
+OSS_SMALL = {
+    "num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": 4,
+    "layer_types": ["sliding_attention", "full_attention"],
+}  # fmt: skip
+OSS_OTHER = {
+    "layer_types": ["full_attention"] * 2, "num_experts_per_tok": 3, "attention_bias": False, "swiglu_alpha": 1.0,
+    "swiglu_limit": 2.0, "experts_per_token": 3, "initial_context_length": 7,
 }  # fmt: skip
 OTHER: dict[str, Any] = {  # field -> another value than the one of a small model
     **{name: 2 * value for name, value in SMALL.items() if isinstance(value, int)},
@@ -89,6 +105,7 @@ HYBRID_OTHER = {
     "linear_key_head_dim": 4, "linear_value_head_dim": 4, "linear_conv_kernel_dim": 4, "attn_output_gate": False,
     "output_gate_type": "sigmoid", "mamba_ssm_dtype": "bfloat16", "full_attention_interval": 1,
     "mtp_num_hidden_layers": 1, "mtp_use_dedicated_embeddings": True, "mlp_only_layers": [0],
+    "shared_expert_intermediate_size": 8, "num_experts_per_tok": 3,
 }  # fmt: skip
 V4_OTHER = {
     **{name: 2 * value for name, value in V4_SMALL.items() if isinstance(value, int | float)},
@@ -115,14 +132,15 @@ WITHOUT = {
     "full_attention_interval": "layer_types",
 }  # another name of it
 MASKS = ("create_causal_mask", "create_sliding_window_causal_mask")
-IMAGES = ("Qwen3_5Model", "Qwen3_5ForConditionalGeneration")
+IMAGES = tuple(f"Qwen3_5{kind}{of}" for kind in ("", "Moe") for of in ("Model", "ForConditionalGeneration"))
 DERIVED = {"kv_sharing_modes": "num_kv_shared_layers", "get_text_config": "text_config"}
 
 
 def small(kind: str) -> dict[str, Any]:
     """What transformers writes of a small model."""
-    own = {"Gemma": GEMMA_SMALL, "Qwen3_5": HYBRID_SMALL, "DeepseekV4": V4_SMALL}
+    own = {"Gemma": GEMMA_SMALL, "Qwen3_5": HYBRID_SMALL, "DeepseekV4": V4_SMALL, "GptOss": OSS_SMALL}
     sizes = SMALL | next((values for name, values in own.items() if kind.startswith(name)), {})
+    sizes |= MIXED_SMALL if kind.startswith("Qwen3_5Moe") else {}
     if kind == "DeepseekV4Config":  # in the older form of RoPE, in which its fields can be changed
         del sizes["intermediate_size"]
         raw = getattr(transformers, kind)(**sizes | {"rope_parameters": dict(sizes["rope_parameters"])}).to_dict()
@@ -139,7 +157,8 @@ def changed(kind: str, name: str) -> dict[str, Any]:
     """The same with another value of a field."""
     raw = small(kind)
     others = OTHER | (GEMMA_OTHER if kind.startswith("Gemma") else PLAIN_OTHER)
-    others |= HYBRID_OTHER if kind.startswith("Qwen3_5") else V4_OTHER if kind.startswith("DeepseekV4") else {}
+    own = {"Qwen3_5": HYBRID_OTHER, "DeepseekV4": V4_OTHER, "GptOss": OSS_OTHER}
+    others |= next((values for name, values in own.items() if kind.startswith(name)), {})
     value = not raw["tie_word_embeddings"] if name == "tie_word_embeddings" else others[name]
     assert raw.get(name) != value, f"give {name} another value"
     if name == "partial_rotary_factor" and kind.startswith("Qwen3_5"):
@@ -367,6 +386,8 @@ def taken_as(field: Field) -> str:
         ("Qwen2", QWEN2, COMMON),
         ("Qwen3-MoE", QWEN3_MOE, COMMON),
         ("Qwen3.5", QWEN3_5, COMMON),
+        ("Qwen3.5-MoE", QWEN3_5_MOE, QWEN3_5),
+        ("GPT-OSS", GPT_OSS, COMMON),
         ("Qwen3.5 with images", QWEN3_5_WHOLE, COMMON),
         ("DeepSeek-V4", DEEPSEEK_V4, COMMON),
         ("Gemma 4", GEMMA4, COMMON),

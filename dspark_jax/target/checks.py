@@ -102,9 +102,6 @@ def unknown_tensor(name: str, known: Iterable[str], model_type: str, where: str)
     if _any_like(name, known):
         why = "is of a layer or expert that config.json does not give"
         return InputError(f"{where}: tensor {name} {why}; config.json and weights are not of the same model")
-    if ".experts." in name and _any_like(name.split(".experts.")[0] + ".experts.0.gate_proj.weight", known):
-        why = "has all experts of a layer in one, and here each of them has its own"
-        return InputError(f"{where}: tensor {name} {why}; {_SAVE}")
     return InputError(f"{where}: tensor {name} is unknown to {model_type}; use a plain checkpoint of it")
 
 

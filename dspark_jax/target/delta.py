@@ -133,7 +133,7 @@ def _from_cache(
         size, block = mixed.shape[1], old_decay.shape[1]
         begins = (first == 0)[:, None, None, None]
         state = jnp.where(begins[..., None], 0, state)
-        late = jnp.where(first == 0, 0, jnp.clip(first - at, 0, block))
+        late = jnp.clip(first - at, 0, block)  # none where a request begins
         known = (jnp.arange(block) < late[:, None])[..., None, None]
         real = (jnp.arange(size) < counts[:, None])[..., None, None]
         tail = jnp.where(begins, 0, _rows_from(rows, late, before))

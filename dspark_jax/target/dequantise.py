@@ -90,6 +90,12 @@ class Matrix:
         assert math.prod(shape[at:]) == second
         return dataclasses.replace(self, axes=self._in_order(shape[:at], shape[at:]))
 
+    def rows(self, some: slice) -> "Matrix":
+        """Some rows of a matrix whose rows share no scales, with all row axes merged."""
+        assert self.layout.block[0] == 1 and not self.turned, "each row has scales of its own"
+        parts = {"codes": self.codes[some], "scales": self.scales[some]}
+        return dataclasses.replace(self, **parts, stored=parts, axes=((len(parts["codes"]),), self.axes[1]))
+
     def _in_order(self, rows: Any, columns: Any) -> tuple[Any, Any]:
         """(first, second) <-> (rows, columns)."""
         return (columns, rows) if self.turned else (rows, columns)

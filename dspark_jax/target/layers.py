@@ -142,6 +142,8 @@ class Attention(nnx.Module):
         self.query_bias: Any = zeros(stack, (n, h), ("heads", "head_width")) if biases else None
         self.key_bias: Any = zeros(stack, (k, h), ("kv_heads", "head_width")) if biases else None
         self.value_bias: Any = zeros(stack, (k, h), ("kv_heads", "head_width")) if biases and own else None
+        self.out_bias: Any = zeros(stack, (d,), ("norm",)) if self.shape.out_bias else None
+        self.sinks: Any = zeros(stack, (n,), ("heads",)) if self.shape.sinks else None
         self.eps, self.centred = arch.rms_norm_eps, centred
         self.reads_context = False  # keys and values are asked for alone as well: a drafter's
 
@@ -208,11 +210,12 @@ class Attention(nnx.Module):
 
     def output(self, x: jax.Array) -> jax.Array:
         """Heads [B, T, N, H] -> [B, T, D]."""
-        return dense(x, self.out[...], inputs=2)
+        out = dense(x, self.out[...], inputs=2)
+        return out if self.out_bias is None else out + self.out_bias[...].astype(out.dtype)
 
 
 class MLP(nnx.Module):
-    """Gated feed-forward layer; `gate` is one of `GATES`, `limit` as in `gated`, `width` None: as `arch` has it."""
+    """Gated feed-forward layer; `gate` is one of `GATES`, `limit` as in `gated`, `width` its own; 0: the target's."""
 
     def __init__(
         self,
@@ -222,7 +225,7 @@ class MLP(nnx.Module):
         scale: float,
         rngs: nnx.Rngs,
         gate: str = "silu",
-        width: int | None = None,
+        width: int = 0,
         limit: float = 0.0,
     ):
         d, f = arch.hidden_size, width or arch.intermediate_size

@@ -37,6 +37,7 @@ from dspark_jax.target.checks import (
 )
 from dspark_jax.target.dequantise import Matrix, stated_by, summary, with_matrices
 from dspark_jax.target.families.family import Family
+from dspark_jax.target.fused import with_experts
 from dspark_jax.target.interface import LanguageModel
 from dspark_jax.target.model import Target
 from dspark_jax.target.weights import Weight
@@ -355,8 +356,8 @@ def read_target(directory: Path, family: Family, dtype: Any) -> tuple[dict[str, 
     tensors = {name: tensor for name, tensor in stored.items() if not family.ignores(name)}
     integers = {name: tensor for name, tensor in tensors.items() if family.integers(name)}
     others = {name: tensor for name, tensor in tensors.items() if name not in integers}
-    tensors = with_matrices(others, stated, str(directory), dtype) | integers
-    return tensors, summary(tensors, stated)
+    matrices = with_matrices(others, stated, str(directory), dtype)
+    return with_experts(matrices, family.fused, str(directory)) | integers, summary(tensors, stated)
 
 
 def load_target(config: TargetConfig, mesh: Mesh) -> LanguageModel:

@@ -95,6 +95,36 @@ def test_against_a_loop(attention: str, window: int, causal: bool) -> None:
         assert not np.asarray(got)[sum(counts) :].any()
 
 
+SINKS = np.array([-60.0, -1.0, 0.5, 40.0], np.float32)
+
+
+@pytest.mark.parametrize("attention", ["xla", "reference"])
+def test_sinks_take_their_share_and_give_nothing(attention: str) -> None:
+    """A key that every row sees, with a score of its own and a value of zeros, is what a sink is."""
+    counts, positions, size, most, n, k, h, c = CASES[1]
+    rng = np.random.default_rng(1)
+    query = rng.normal(size=(size, n, h)).astype(np.float32)
+    key, value = rng.normal(size=(2, len(counts), k, c, h)).astype(np.float32)
+    rows = Rows.of(jnp.asarray(counts), jnp.asarray(positions), size=size, most=most)
+    got = ATTENTION[attention](*map(jnp.asarray, (query, key, value)), rows, scale=0.37, sinks=jnp.asarray(SINKS))
+    plain = loop(query.astype(np.float64), key, value, counts, positions, window=0, causal=True)
+    flat = 0
+    for b, (count, start) in enumerate(zip(counts, positions, strict=True)):
+        for i in range(count):
+            for head in range(n):
+                scores = np.exp(key[b, head // (n // k), : start + i + 1].astype(np.float64) @ query[flat, head] * 0.37)
+                share = scores.sum() / (scores.sum() + np.exp(float(SINKS[head])))
+                np.testing.assert_allclose(got[flat, head], share * plain[flat, head], rtol=0, atol=3e-5)
+            flat += 1
+
+
+@pytest.mark.parametrize("kernel", ["pallas_gpu", "pallas_tpu"])
+def test_kernels_refuse_sinks(kernel: str) -> None:
+    rows, query, key = Rows.whole(jnp.zeros(2, jnp.int32), 1), jnp.zeros((2, 4, 16)), jnp.zeros((2, 2, 16, 16))
+    with pytest.raises(Unsupported, match="sinks of heads are not read"):
+        cached_attention(query, key, key, rows, scale=1.0, sinks=jnp.zeros(4), implementation=kernel)
+
+
 RINGS = [name if "split" not in name else pytest.param(name, marks=pytest.mark.slow) for name in ATTENTION]
 
 

@@ -153,7 +153,7 @@ RAW = {**ARCH.to_hf(), "tie_word_embeddings": None}
         ({"rope_parameters": {"rope_theta": 5.0, "partial_rotary_factor": 0.3}}, "gives no whole pairs"),
         ({"rope_parameters": {"rope_theta": 5.0, "rope_type": "yarn"}}, "rope_type 'yarn' is not supported"),
         ({"attn_output_gate": False}, "attn_output_gate false is not supported"),
-        ({"model_type": "qwen3_5_moe_text"}, "model_type 'qwen3_5_moe_text' is not supported"),
+        ({"model_type": "qwen3_5_moe_text", "num_experts": 4}, "num_experts_per_tok 8 is above num_experts 4"),
     ],
 )
 def test_what_a_hybrid_may_not_say(change, message):

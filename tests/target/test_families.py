@@ -55,6 +55,11 @@ V4 = {  # so many heads of the index that no score is 0: of equal scores PyTorch
     "compress_rate_csa": 4, "compress_rate_hca": 8, "compress_ratios": [0, 4, 128, 4, 128, 0], "rope_scaling": SCALED,
     "num_hidden_layers": 5,
 }  # fmt: skip
+MIXED = {**MOE, "shared_expert_intermediate_size": 20}
+OSS = {
+    "num_local_experts": 8, "num_experts_per_tok": 3, "intermediate_size": 64, "head_dim": 16, "sliding_window": 6,
+    "swiglu_limit": 0.5, "rope_parameters": {**YARN, "truncate": False},
+}  # fmt: skip
 CASES = {  # model class, its fields besides `SIZES`
     "llama3": ("Llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
     "llama2": ("Llama", {"rope_parameters": {"rope_theta": 100.0}, "num_key_value_heads": 4}),
@@ -66,6 +71,8 @@ CASES = {  # model class, its fields besides `SIZES`
     "hybrid": ("Qwen3_5", HYBRID),
     "v4": ("DeepseekV4", V4),
     "hybrid_tied": ("Qwen3_5", {**HYBRID, "tie_word_embeddings": True, "layer_types": LAYERS}),
+    "gpt_oss": ("GptOss", OSS),
+    "hybrid_moe": ("Qwen3_5Moe", {**HYBRID, **MIXED}),
 }
 ONE = tuple({name: case for case, (name, _) in CASES.items()}.values())
 """A case of every family, for what does not depend on the fields."""
@@ -73,6 +80,11 @@ ONE = tuple({name: case for case, (name, _) in CASES.items()}.values())
 
 def load(directory, mesh):
     return load_target(TargetConfig(path=str(directory), architecture=TargetArchitecture.from_hf(directory)), mesh)
+
+
+def mixed(case):
+    """Whether it has experts."""
+    return "moe" in case or case in ("gpt_oss", "v4")
 
 
 def alone():
@@ -87,13 +99,13 @@ def write_model(case, directory):
     given = {name: value for name, value in (SIZES | fields).items() if value is not None}
     config = getattr(transformers, kind)(**given)
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
-    if "Moe" in name or name == "DeepseekV4":
+    if "Moe" in name or name in ("DeepseekV4", "GptOss"):
         model.set_experts_implementation("eager")  # the others have no float64
     with torch.no_grad():
         for path, parameter in model.named_parameters():
             if "norm" in path:
                 parameter.uniform_(0.5, 1.5)
-            elif path.endswith(".bias"):
+            elif path.endswith(("bias", "sinks")):
                 parameter.normal_(0, 0.5)
             elif path.endswith("A_log"):  # states that last, as those that do not can be next to 0, and are normed
                 parameter.uniform_(-5, -1)
@@ -201,8 +213,7 @@ def test_a_mesh_computes_what_one_device_does(made, case):
         found = jax.jit(run)(split)
     layers = getattr(split, next(iter(split.stacks.values())))
     matrix = layers.mlp.gate[...].sharding.spec  # experts are split, each of them whole
-    mixture = case.startswith(("moe", "v4"))
-    assert matrix == (jax.P(None, "tensor", "fsdp", None) if mixture else jax.P(None, "fsdp", "tensor"))
+    assert matrix == (jax.P(None, "tensor", "fsdp", None) if mixed(case) else jax.P(None, "fsdp", "tensor"))
     for a, b in zip(found, jax.jit(run)(target), strict=True):
         assert_close(case, np.asarray(a), np.asarray(b))
 
@@ -289,14 +300,77 @@ def changed(directory, to, config=None, tensors=None):
             "moe_all",
             {},
             {FUSED: np.zeros((8, 48, 32), np.float32)},
-            f"{FUSED} has all experts of a layer in one",
+            f"{FUSED} has all experts of a layer, and .* is one",
         ),
+        (
+            "moe_all",
+            {},
+            {FUSED: np.zeros((8, 47, 32), np.float32)},
+            r"\(8, 47, 32\), which is not gate_proj and up_proj",
+        ),
+        ("moe_all", {}, {"model.layers.1.mlp.experts.odd": np.zeros(3, np.float32)}, "odd is unknown to qwen3_moe"),
         ("llama3", {}, {"lm_head.weight": np.zeros((V, 32), np.float32)}, "lm_head.weight is not model.embed_tokens"),
     ],
 )
 def test_weights_that_are_not_those_of_the_config(made, tmp_path, case, config, tensors, message):
     with pytest.raises(InputError, match=message):
         load(changed(made(case)[0], tmp_path / "changed", config, tensors), alone())
+
+
+@pytest.mark.parametrize("case", ["moe_all", "hybrid_moe"])
+def test_experts_that_are_stored_as_one_tensor(made, tmp_path, case):
+    """As Qwen3.5's are published, in the layout that transformers has in memory."""
+    directory, model, target = made(case)
+    held = {name: value.float().numpy() for name, value in model.state_dict().items()}
+    fused = {name: value for name, value in held.items() if ".mlp.experts." in name}
+    assert fused and all(name.rpartition(".")[2] in ("gate_up_proj", "down_proj") for name in fused)
+    single = {name: None for file in directory.glob("*.safetensors") for name in load_file(file) if ".experts." in name}
+    found = load(changed(directory, tmp_path / "fused", tensors=single | fused), alone())
+    for name in ("gate", "up", "down"):
+        one, other = getattr(found.layers.mlp, name), getattr(target.layers.mlp, name)
+        np.testing.assert_array_equal(one[...], other[...])
+
+
+def test_mxfp4_experts_of_gpt_oss_are_those_of_transformers(made, tmp_path):
+    """As they are published: codes and scales of all experts of a layer, the outputs of gate and up alternating."""
+    from transformers.integrations.mxfp4 import _convert_moe_packed_tensors
+
+    directory, _, target = made("gpt_oss")
+    rng, expected, tensors = np.random.default_rng(4), {}, dict[str, np.ndarray | None]()
+    for i in range(4):
+        for name, outputs, inputs in (("gate_up_proj", 128, 32), ("down_proj", 32, 64)):
+            blocks = rng.integers(0, 256, (8, outputs, inputs // 32, 16), np.uint8)
+            scales = rng.integers(120, 126, (8, outputs, inputs // 32), np.uint8)
+            base = f"model.layers.{i}.mlp.experts.{name}"
+            tensors |= {base: None, f"{base}_blocks": blocks, f"{base}_scales": scales}
+            given = torch.from_numpy(blocks), torch.from_numpy(scales)
+            expected[i, name] = _convert_moe_packed_tensors(*given, dtype=torch.float32).numpy()  # [E, inputs, outputs]
+    stated = {"quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}}
+    found = load(changed(directory, tmp_path / "quantised", stated, tensors), alone())
+    for i in range(4):
+        layers, at = (found.layers, found.sliding_layers)[i % 2 == 0], i // 2
+        both = expected[i, "gate_up_proj"]
+        np.testing.assert_array_equal(layers.mlp.gate[...][at], both[..., ::2])
+        np.testing.assert_array_equal(layers.mlp.up[...][at], both[..., 1::2])
+        np.testing.assert_array_equal(layers.mlp.down[...][at], expected[i, "down_proj"])
+    np.testing.assert_array_equal(found.layers.mlp.down_bias[...], target.layers.mlp.down_bias[...])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layer_types": ["sliding_attention"] * 4}, "layer_types without any layer of full attention"),
+        ({"layer_types": ["sliding_attention"]}, "layer_types has 1 entries .* for 4 layers"),
+        ({"sliding_window": None, "num_experts": 9}, "num_experts and num_local_experts differ"),
+        ({"num_experts_per_tok": 9}, "num_experts_per_tok 9 is above num_local_experts 8"),
+        ({"attention_bias": False}, "attention_bias false is not supported"),
+    ],
+)
+def test_what_a_gpt_oss_may_not_say(change, message):
+    raw = transformers.GptOssConfig(**SIZES | OSS).to_dict()
+    assert TargetArchitecture.from_hf(raw).layer_types == ("sliding_attention", "full_attention") * 2
+    with pytest.raises(InputError, match=message):
+        TargetArchitecture.from_hf(raw | change)
 
 
 def test_frequencies_that_older_checkpoints_hold_are_left_out(made, tmp_path):

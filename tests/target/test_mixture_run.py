@@ -1,4 +1,4 @@
-"""Every command of the README with a mixture of experts as the target, in a checkpoint as transformers writes it."""
+"""Every command of the README with targets that have experts, states or sinks, as transformers writes them."""
 
 import json
 import shutil
@@ -18,8 +18,18 @@ transformers = pytest.importorskip("transformers")
 SIZES = dict(
     vocab_size=320, hidden_size=64, num_hidden_layers=3, intermediate_size=96, num_attention_heads=4,
     num_key_value_heads=2, head_dim=16, max_position_embeddings=256, initializer_range=0.15,
-    num_experts=8, num_experts_per_tok=2, moe_intermediate_size=32, norm_topk_prob=True, mlp_only_layers=[1],
 )  # fmt: skip
+MOE = dict(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=32)
+HYBRID = dict(
+    layer_types=["linear_attention", "full_attention", "linear_attention"], linear_num_key_heads=2,
+    linear_num_value_heads=4, linear_key_head_dim=16, linear_value_head_dim=16,
+)  # fmt: skip
+CASES = {  # model class, its config's class, fields besides `SIZES`
+    "mixture": ("Qwen3Moe", "Qwen3MoeConfig", {**MOE, "norm_topk_prob": True, "mlp_only_layers": [1]}),
+    "hybrid": ("Qwen3_5", "Qwen3_5TextConfig", HYBRID),
+    "hybrid mixture": ("Qwen3_5Moe", "Qwen3_5MoeTextConfig", HYBRID | MOE | {"shared_expert_intermediate_size": 24}),
+    "GPT-OSS": ("GptOss", "GptOssConfig", {"num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": 8}),
+}
 PROMPT = "the sum of the numbers"
 CHANGES = (
     "drafter.num_layers=1", "drafter.block_size=3", "drafter.target_layer_ids=(0,1)", "drafter.mask_token_id=319",
@@ -29,12 +39,14 @@ CHANGES = (
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def mixture(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    """A random mixture of experts in several bfloat16 files, and the same in PyTorch."""
-    folder = tmp_path_factory.mktemp("mixture")
+@pytest.fixture(scope="module", params=CASES)
+def made(request: Any, tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """A random model in several bfloat16 files, and the same in PyTorch."""
+    folder = tmp_path_factory.mktemp("target")
+    name, config, fields = CASES[request.param]
     torch.manual_seed(0)
-    model = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**SIZES)).to(torch.bfloat16)
+    config = getattr(transformers, config)(**SIZES | fields)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).to(torch.bfloat16)
     model.save_pretrained(folder, max_shard_size="100KB")
     assert len(list(folder.glob("*.safetensors"))) > 2
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -52,10 +64,8 @@ def greedy(model: Any, prompt: list[int], count: int, stops: Any) -> list[int]:
 
 
 @pytest.mark.slow
-def test_every_command_with_a_mixture_of_experts(
-    mixture: tuple[Path, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    target, model = mixture
+def test_every_command(made: tuple[Path, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target, model = made
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"the sum of {i} numbers"}) + "\n" for i in range(8)))
 

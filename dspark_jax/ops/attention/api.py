@@ -16,6 +16,7 @@ def attention(
     window: int = 0,
     limit: jax.Array | None = None,
     starts: jax.Array | None = None,
+    sinks: jax.Array | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """Grouped-query attention: row t of request b sees the keys starts[b, t]..limit[b, t]-1, or the last of them.
@@ -29,8 +30,9 @@ def attention(
       window: keys that a row sees at most, the last ones before its limit; 0 is all.
       limit: [B, T] in 1..S; None is t + 1, row t sees the rows up to itself (S = T).
       starts: [B, T] below `limit`, e.g. the first row of a document; None is 0 everywhere.
-      implementation: None (the best one here), 'xla' (bounded memory), 'cudnn' (on NVIDIA GPUs; without `limit`) or
-        'reference' (the definition).
+      sinks: [N] a score of each query head that takes its share of the softmax and gives nothing; None: there are none.
+      implementation: None (the best one here), 'xla' (bounded memory), 'cudnn' (on NVIDIA GPUs; without `limit` and
+        `sinks`) or 'reference' (the definition).
 
     Returns:
       [B, T, N, H] in the query's type; scores and softmax are float32.
@@ -49,4 +51,6 @@ def attention(
     for name, rows in (("limit", limit), ("starts", starts)):
         if rows is not None and rows.shape != (b, t):
             raise ValueError(f"attention: {name} is {rows.shape}, with query {query.shape} it must be {(b, t)}")
-    return OPERATION(implementation, query, key, value, limit, starts, scale=scale, window=window)
+    if sinks is not None and sinks.shape != (n,):
+        raise ValueError(f"attention: sinks is {sinks.shape}, with query {query.shape} it must be {(n,)}")
+    return OPERATION(implementation, query, key, value, limit, starts, scale=scale, window=window, sinks=sinks)

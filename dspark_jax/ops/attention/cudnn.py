@@ -15,8 +15,11 @@ def attention(
     *,
     scale: float,
     window: int,
+    sinks: jax.Array | None = None,
 ) -> jax.Array:
     """See `api.attention`. Documents become a mask [B, 1, T, T]; rows with limits of their own are not done here."""
+    if sinks is not None:
+        raise Unsupported("heads have sinks")
     if limit is not None:
         raise Unsupported("rows have limits of their own")
     if query.dtype not in (jnp.bfloat16, jnp.float16):

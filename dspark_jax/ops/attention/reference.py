@@ -13,6 +13,7 @@ def attention(
     *,
     scale: float,
     window: int,
+    sinks: jax.Array | None = None,
 ) -> jax.Array:
     """See `api.attention`. Holds all scores [B, N, T, S], and keys and values of every query head."""
     (_, t, n, _), (_, s, k, _) = query.shape, key.shape
@@ -24,5 +25,9 @@ def attention(
     seen = (row >= first[..., None]) & (row < limit[..., None])  # [B, T, S]
     key, value = (x.repeat(n // k, axis=2) for x in (key, value))
     scores = jnp.einsum("btnh,bsnh->bnts", query, key, preferred_element_type=jnp.float32, precision="highest") * scale
-    weights = jax.nn.softmax(jnp.where(seen[:, None], scores, -jnp.inf), axis=-1)
+    scores = jnp.where(seen[:, None], scores, -jnp.inf)
+    if sinks is not None:
+        sink = jnp.broadcast_to(sinks[:, None, None], (*scores.shape[:3], 1))
+        scores = jnp.concatenate([scores, sink.astype(jnp.float32)], axis=-1)
+    weights = jax.nn.softmax(scores, axis=-1)[..., :s]
     return jnp.einsum("bnts,bsnh->btnh", weights, value.astype(jnp.float32), precision="highest").astype(query.dtype)

@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from dspark_jax.ops.sinks import shares
+
 _MASKED = -1e30  # finite, so that the rows that fill up the last chunk stay free of NaN
 
 
@@ -15,6 +17,7 @@ def attention(
     *,
     scale: float,
     window: int,
+    sinks: jax.Array | None = None,
     chunk: int = 512,
 ) -> jax.Array:
     """See `api.attention`. Scores never take more than [B, N, chunk, S]."""
@@ -24,7 +27,7 @@ def attention(
         first = jnp.maximum(limit - window, 0)
         starts = first if starts is None else jnp.maximum(first, starts)
     if t <= chunk:
-        return _attend(query, key, value, limit, starts, scale)
+        return _attend(query, key, value, limit, starts, scale, sinks)
     pad = -t % chunk
 
     def split(x: jax.Array, filler: int) -> jax.Array:
@@ -33,12 +36,18 @@ def attention(
         return x.reshape(b, -1, chunk, *x.shape[2:]).swapaxes(0, 1)
 
     parts = split(query, 0), split(limit, 1), None if starts is None else split(starts, 0)
-    out = jax.lax.map(lambda part: _attend(part[0], key, value, part[1], part[2], scale), parts)
+    out = jax.lax.map(lambda part: _attend(part[0], key, value, part[1], part[2], scale, sinks), parts)
     return out.swapaxes(0, 1).reshape(b, t + pad, n, h)[:, :t]
 
 
 def _attend(
-    query: jax.Array, key: jax.Array, value: jax.Array, limit: jax.Array, starts: jax.Array | None, scale: float
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    limit: jax.Array,
+    starts: jax.Array | None,
+    scale: float,
+    sinks: jax.Array | None,
 ) -> jax.Array:
     """All rows at once."""
     b, t, n, h = query.shape
@@ -51,5 +60,6 @@ def _attend(
     if starts is not None:
         visible &= jnp.arange(s) >= starts[..., None]
     scores = jnp.where(visible[:, None, None], scores.reshape(b, k, n // k, t, s), _MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype).reshape(b, k, n // k * t, s)
+    sinks = None if sinks is None else sinks.reshape(k, n // k, 1)
+    weights = shares(scores, sinks).astype(value.dtype).reshape(b, k, n // k * t, s)
     return (weights @ value).reshape(b, k, n // k, t, h).transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)

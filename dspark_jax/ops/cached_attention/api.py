@@ -1,5 +1,7 @@
 """Contract and dispatch of `cached_attention`."""
 
+from typing import Any
+
 import jax
 
 from dspark_jax.ops.cached_attention.rows import Rows
@@ -24,6 +26,7 @@ def cached_attention(
     front: int = 0,
     causal: bool = True,
     finite: bool = False,
+    sinks: jax.Array | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """Grouped-query attention of a ragged block of flat query rows per request against its cache.
@@ -49,6 +52,8 @@ def cached_attention(
       front: rows before a ring; 0 = position p is in row p.
       causal: whether a row sees no later row of its own block.
       finite: promise that the whole cache is finite, which saves clearing what nobody sees.
+      sinks: [N] a score of each query head that takes its share of the softmax and gives nothing, in 'xla' and
+        'reference' only; None: no head has one.
       implementation: None (the best one here), 'xla', 'pallas_gpu' and 'pallas_tpu' (which read little that nobody
         sees) or 'reference' (the definition).
 
@@ -76,5 +81,15 @@ def cached_attention(
             f"cached_attention: a ring after front={front} of {c} rows has no room for window={window} and blocks of "
             f"{rows.most}"
         )
-    settings = {"layer": layer, "scale": scale, "window": window, "front": front, "causal": causal, "finite": finite}
+    if sinks is not None and sinks.shape != (n,):
+        raise ValueError(f"cached_attention: sinks {sinks.shape} are not one for each head of query {query.shape}")
+    settings: dict[str, Any] = {
+        "layer": layer,
+        "scale": scale,
+        "window": window,
+        "front": front,
+        "causal": causal,
+        "finite": finite,
+    }
+    settings["sinks"] = sinks
     return OPERATION(implementation, query, key, value, rows, **settings)

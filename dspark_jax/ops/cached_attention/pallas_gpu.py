@@ -59,6 +59,7 @@ def cached_attention(
     front: int,
     causal: bool,
     finite: bool,
+    sinks: jax.Array | None = None,
     keys: int = 0,
     splits: int = 0,
 ) -> jax.Array:
@@ -71,6 +72,7 @@ def cached_attention(
     (t, n, h), (_, k, c, _) = query.shape, key.shape
     rows_here = rows.most * (n // k)
     triton.check(
+        sinks_of_heads_are_not_read=sinks is None,
         the_head_width_is_no_power_of_two_from_16_to_512=h in (16, 32, 64, 128, 256, 512),
         a_request_has_too_many_rows=rows_here <= _MOST_ROWS,
         flat_rows_of_several_devices_are_not_told_apart=rows.full or devices_here() == 1,

@@ -69,6 +69,7 @@ def cached_attention(
     front: int,
     causal: bool,
     finite: bool,
+    sinks: jax.Array | None = None,
     keys: int = 0,
 ) -> jax.Array:
     """See `api.cached_attention`. Over a mesh, devices split the requests and the key heads.
@@ -81,6 +82,7 @@ def cached_attention(
         keys=keys, length=c,
     )  # fmt: skip
     mosaic.check(
+        sinks_of_heads_are_not_read=sinks is None,
         the_head_width_is_no_multiple_of_16_up_to_512=h % 16 == 0 and h <= 512,
         the_type_is_neither_bfloat16_nor_float32=query.dtype in (jnp.bfloat16, jnp.float32),
         the_arrays_are_of_different_types=query.dtype == key.dtype == value.dtype,

@@ -19,6 +19,7 @@ def cached_attention(
     front: int,
     causal: bool,
     finite: bool,
+    sinks: jax.Array | None = None,
 ) -> jax.Array:
     """See `api.cached_attention`. Holds a copy of the cache for every row, [T, C, N, H]."""
     del finite
@@ -38,7 +39,11 @@ def cached_attention(
         seen &= position > last[:, None] - window
     keys, values = (x[owner].swapaxes(1, 2).repeat(groups, axis=2) for x in (key, value))  # [T, C, N, H]
     scores = jnp.einsum("tnh,tcnh->tcn", query, keys, preferred_element_type=jnp.float32, precision="highest") * scale
-    weights = jax.nn.softmax(jnp.where(seen[..., None], scores, -1e30), axis=1)
+    scores = jnp.where(seen[..., None], scores, -1e30)
+    if sinks is not None:
+        sink = jnp.broadcast_to(sinks.astype(jnp.float32), (len(scores), 1, len(sinks)))
+        scores = jnp.concatenate([scores, sink], axis=1)
+    weights = jax.nn.softmax(scores, axis=1)[:, :c]
     values = jnp.where(seen[..., None, None], values, 0)
     out = jnp.einsum("tcn,tcnh->tnh", weights, values.astype(jnp.float32), precision="highest")
     return jnp.where(rows.real[:, None, None], out, 0).astype(query.dtype)

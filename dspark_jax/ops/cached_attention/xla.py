@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from dspark_jax.ops.cached_attention.rows import Rows
 from dspark_jax.ops.cached_attention.stack import of_layer
+from dspark_jax.ops.sinks import shares
 
 _MASKED = -1e30  # finite: a row without anything to see stays free of NaN
 
@@ -21,6 +22,7 @@ def cached_attention(
     front: int,
     causal: bool,
     finite: bool,
+    sinks: jax.Array | None = None,
 ) -> jax.Array:
     """See `api.cached_attention`. Scores [B, N, W, C] at once."""
     _, n, h = query.shape
@@ -46,6 +48,7 @@ def cached_attention(
     grouped = padded.reshape(b, w, k, groups, h).transpose(0, 2, 3, 1, 4).reshape(b, k, groups * w, h)
     scores = jnp.einsum("bkrh,bkch->bkrc", grouped, key, preferred_element_type=jnp.float32) * scale
     scores = jnp.where(visible[:, None, None], scores.reshape(b, k, groups, w, c), _MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype).reshape(b, k, groups * w, c)
+    sinks = None if sinks is None else sinks.reshape(k, groups, 1)
+    weights = shares(scores, sinks).astype(value.dtype).reshape(b, k, groups * w, c)
     mixed = (weights @ value).reshape(b, k, groups, w, h).transpose(0, 3, 1, 2, 4).reshape(b, w, n, h)
     return jnp.where(rows.real[:, None, None], rows.flatten(mixed), 0).astype(query.dtype)

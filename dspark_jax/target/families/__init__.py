@@ -9,10 +9,12 @@ from dspark_jax.config_fields import Unsupported
 from dspark_jax.target.families.deepseek_v4 import DeepseekV4
 from dspark_jax.target.families.family import Family
 from dspark_jax.target.families.gemma4 import Gemma4
+from dspark_jax.target.families.gpt_oss import GptOss
 from dspark_jax.target.families.llama import Llama
 from dspark_jax.target.families.qwen2 import Qwen2
 from dspark_jax.target.families.qwen3 import Qwen3
 from dspark_jax.target.families.qwen3_5 import Qwen35
+from dspark_jax.target.families.qwen3_5_moe import Qwen35Moe
 from dspark_jax.target.families.qwen3_moe import Qwen3Moe
 
 if TYPE_CHECKING:
@@ -66,5 +68,7 @@ def of_drafters(arch: "TargetArchitecture") -> Family:
     return of_shape(of_shape(arch).drafter_shape(arch))
 
 
-for _family in (Qwen3(), Gemma4(), Llama(), Qwen2(), Qwen3Moe(), Qwen35(), DeepseekV4()):
+for _family in (
+    Qwen3(), Gemma4(), Llama(), Qwen2(), Qwen3Moe(), Qwen35(), Qwen35Moe(), GptOss(), DeepseekV4()
+):  # fmt: skip
     register(_family)

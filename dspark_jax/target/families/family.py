@@ -58,6 +58,8 @@ class AttentionShape:
       biases: queries, keys and values have a bias each, added before norm and rotation.
       rotary: numbers of a head that RoPE turns, the first ones, whose halves are the pairs; 0 = all H.
       gated: every head's output is multiplied with the sigmoid of a projection, stored after the head's query.
+      out_bias: the output has a bias.
+      sinks: every query head has a score that takes its share of the softmax and gives nothing.
     """
 
     heads: int
@@ -73,6 +75,8 @@ class AttentionShape:
     biases: bool = False
     rotary: int = 0
     gated: bool = False
+    out_bias: bool = False
+    sinks: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,8 +116,12 @@ class ExpertShape:
       factor: of the weights.
       corrected: a stored number per expert is added to the scores that choose, not to those that weigh.
       hashed: a stored table says by a row's token which experts it goes through: its rows; 0: there is none.
-      limit: bound of what comes out of a gate (from above) and beside it; 0: there is none.
       shared: width of an MLP that every row goes through besides; 0: there is none.
+      shared_gated: its output is multiplied with the sigmoid of a projection.
+      biases: router and experts have biases.
+      limit: bound of what comes out of a gate (from above) and beside it; 0: there is none.
+      sharpness: None: the gate's function is multiplied with what goes up. Else it is
+        (1 + up) gate sigmoid(sharpness gate), of what the limit leaves.
     """
 
     count: int
@@ -124,8 +132,11 @@ class ExpertShape:
     factor: float = 1.0
     corrected: bool = False
     hashed: int = 0
-    limit: float = 0.0
     shared: int = 0
+    shared_gated: bool = False
+    biases: bool = False
+    limit: float = 0.0
+    sharpness: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,6 +206,23 @@ class CompressedShape:
 
 
 @dataclasses.dataclass(frozen=True)
+class Fused:
+    """How a tensor of all experts of a layer is stored: matrices [E, outputs, inputs], or biases [E, outputs].
+
+    Attributes:
+      parts: what each expert has in it, by the names that they have in checkpoints with a tensor for each.
+      alternating: the outputs of the parts alternate; otherwise they follow one another.
+      turned: inputs come before outputs, but in a quantised tensor.
+      bias: these are biases.
+    """
+
+    parts: tuple[str, ...]
+    alternating: bool = False
+    turned: bool = False
+    bias: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class LayerShape:
     """What one kind of layers is like: pre-norm attention and a gated MLP, each added to the residual stream.
 
@@ -221,6 +249,22 @@ class LayerShape:
     hyper: HyperShape | None = None
 
 
+FUSED_EXPERTS = {
+    ".mlp.experts.gate_up_proj": Fused(("gate_proj", "up_proj")),
+    ".mlp.experts.down_proj": Fused(("down_proj",)),
+}
+"""How transformers holds experts, and some checkpoints store them."""
+
+
+def expert_weights(count: int, router: str = "gate") -> dict[str, Weight]:
+    """Parameters of a mixture of so many experts and their tensors, one per expert; `router` is what that is called."""
+    experts = {
+        f"mlp.{name}": Weight(f"layers.{{i}}.mlp.experts.{{e}}.{name}_proj.weight", inputs=1, experts=count)
+        for name in ("gate", "up", "down")
+    }
+    return {"mlp.router": Weight(f"layers.{{i}}.mlp.{router}.weight", inputs=1), **experts}
+
+
 class Family:
     """A family of targets. What is given here is a dense model with the names of Qwen3 and Llama; others override it.
 
@@ -230,6 +274,7 @@ class Family:
       configs: every `model_type` that a config.json of it may have -> what becomes of the fields there (of the language
         model's part, where there are other modalities).
       instead: what to use instead of a model of it that is not supported, e.g. "a plain Qwen3 model".
+      fused: how names of tensors end that a checkpoint may have for all experts of a layer, and how these are stored.
       stacks: kind of layers -> the attribute of the model that holds their stack; every model has `FULL` layers.
       identity_fields: fields of `TargetArchitecture` that a target's fingerprint is made of, besides `own`. To add one,
         or to reorder them, makes every checkpoint of the family one for another target.
@@ -248,6 +293,7 @@ class Family:
     title: str
     configs: Mapping[str, Mapping[str, Field]]
     instead: str
+    fused: Mapping[str, Fused] = {}
     stacks: Mapping[str, str] = {FULL: "layers"}
     identity_fields: tuple[str, ...] = ("model_type", *SIZES)
     drafter_class: str = ""

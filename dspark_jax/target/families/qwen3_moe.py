@@ -6,7 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 from dspark_jax.config_fields import COMMON, Unsupported, irrelevant, must, read
 from dspark_jax.errors import InputError
-from dspark_jax.target.families.family import FULL, LAYER_WEIGHTS, ExpertShape, Family, LayerShape
+from dspark_jax.target.families.family import (
+    FULL,
+    FUSED_EXPERTS,
+    LAYER_WEIGHTS,
+    ExpertShape,
+    Family,
+    LayerShape,
+    expert_weights,
+)
 from dspark_jax.target.families.plain import PLAIN, SCALED, heads, plain_config, rope_values, turns_of
 from dspark_jax.target.weights import Weight
 
@@ -49,6 +57,7 @@ class Qwen3Moe(Family):
     configs = {"qwen3_moe": QWEN3_MOE}
     instead = "a plain Qwen3-MoE model"
     stacks = {FULL: "layers", DENSE: "dense_layers"}
+    fused = FUSED_EXPERTS
 
     def values(self, raw: Mapping[str, Any], where: str) -> dict[str, Any]:
         """See `Family`."""
@@ -97,12 +106,7 @@ class Qwen3Moe(Family):
         if kind == DENSE:
             return LAYER_WEIGHTS
         others = {path: weight for path, weight in LAYER_WEIGHTS.items() if not path.startswith("mlp.")}
-        count = arch.own["num_experts"]
-        experts = {
-            f"mlp.{name}": Weight(f"layers.{{i}}.mlp.experts.{{e}}.{name}_proj.weight", inputs=1, experts=count)
-            for name in ("gate", "up", "down")
-        }
-        return {**others, "mlp.router": Weight("layers.{i}.mlp.gate.weight", inputs=1), **experts}
+        return others | expert_weights(arch.own["num_experts"])
 
 
 def _kinds(own: Mapping[str, Any], layers: int) -> tuple[str, ...]:

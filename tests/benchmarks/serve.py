@@ -11,13 +11,16 @@ thousand tokens: they say what HTTP costs where others use the machine as well.
 
 Soak: clients ask, stream, leave, fill the queue, and send what is malformed. Checked are: every whole answer is the one
 that the idle engine gave, everything wrong is the 4xx that it should be, nothing is left when all are gone, the counts
-of the engine add up, and memory is flat. Status 1 if a check failed.
+of the engine add up, and what is allocated is flat (beside it: memory of the process, with what the allocator keeps of
+freed memory, and how many programs were compiled meanwhile). Status 1 if a check failed.
 """
 
 import argparse
 import collections
 import concurrent.futures
 import contextlib
+import ctypes
+import gc
 import http.client
 import json
 import os
@@ -30,7 +33,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+
+import jax
 
 import dspark_jax
 from dspark_jax.data.prompts import read_prompts
@@ -284,6 +289,32 @@ def memory() -> float:
     return int(line.split()[1]) / 1024
 
 
+class _Malloc(ctypes.Structure):
+    """`struct mallinfo2` of glibc: ten sizes; the fifth is of memory maps, the eighth of what is in use elsewhere."""
+
+    _fields_: ClassVar = [("sizes", ctypes.c_size_t * 10)]
+
+
+def allocated() -> float:
+    """Megabytes that are allocated and not freed, as glibc counts them: what it keeps of freed ones is not in it."""
+    read = ctypes.CDLL(None).mallinfo2
+    read.restype = _Malloc
+    sizes = read().sizes
+    return (sizes[4] + sizes[7]) / 2**20
+
+
+class Compiled:
+    """Counts the programs that JAX compiles from now on."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        jax.monitoring.register_event_duration_secs_listener(self._see)
+
+    def _see(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
+        del duration_secs, kwargs
+        self.count += event == "/jax/core/compile/backend_compile_duration"
+
+
 def soak(pool: Pool, url: str, server: Server, texts: Sequence[str], options: argparse.Namespace) -> dict[str, Any]:
     """Serves the other process, and closes the books."""
     engine = pool.engine(pool.default)
@@ -294,11 +325,12 @@ def soak(pool: Pool, url: str, server: Server, texts: Sequence[str], options: ar
     }
     spec = {"url": url, "users": options.users, "texts": texts, "answers": answers, "budget": options.tokens}
     clients = in_another_process(spec | {"models": pool.names, "seconds": options.soak})
-    began, samples = time.monotonic(), list[float]()
+    began, samples, compiled = time.monotonic(), list[tuple[float, float, int]](), Compiled()
     while clients.poll() is None:
         with contextlib.suppress(subprocess.TimeoutExpired):
             clients.wait(options.soak / 200)
-        samples.append(round(memory(), 1))
+        gc.collect()
+        samples.append((round(memory(), 1), round(allocated(), 1), compiled.count))
     assert clients.stdout is not None
     seconds, found = time.monotonic() - began, json.loads(clients.stdout.read())
     end = time.monotonic() + 30
@@ -311,11 +343,17 @@ def soak(pool: Pool, url: str, server: Server, texts: Sequence[str], options: ar
         "nothing_is_left": server.service.in_flight == 0 and not any(left.values()),
         "counts_add_up": all(one["submitted"] == sum(one["finished"].values()) for one in engines.values()),
         "no_engine_failed": not any(one["finished"]["error"] for one in engines.values()),
-        "memory_is_flat": _grown(samples) < 20,
+        "memory_is_flat": _grown([one[1] for one in samples]) < 20,
     }
     responses = {f"{path} {status}": count for (path, status), count in server.service.metrics.responses.items()}
     report = {"seconds": round(seconds), "checks": checks, "responses": responses, "engines": engines, **found}
-    return report | {"memory_megabytes": samples[:: max(len(samples) // 20, 1)], "grown_megabytes": _grown(samples)}
+    names, parts = ("memory_megabytes", "allocated_megabytes", "programs_compiled"), list(zip(*samples, strict=True))
+    series = {name: part[:: max(len(part) // 20, 1)] for name, part in zip(names, parts, strict=True)}
+    return (
+        report
+        | series
+        | {"grown_megabytes": {name: _grown(part) for name, part in zip(names[:2], parts, strict=False)}}
+    )
 
 
 def _grown(samples: Sequence[float]) -> float:

@@ -5,14 +5,23 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
 from safetensors.numpy import save_file
 
-from dspark_jax import quickstart
-from dspark_jax.config import DrafterConfig, InputError, MeshConfig, TargetArchitecture
+from dspark_jax import quickstart, start
+from dspark_jax.config import (
+    Config,
+    DrafterConfig,
+    InputError,
+    MeshConfig,
+    TargetArchitecture,
+    TargetConfig,
+    TrainConfig,
+)
 from dspark_jax.convert.__main__ import main as convert
 from dspark_jax.convert.check import check_directory
 from dspark_jax.convert.dialect import Answer
@@ -27,9 +36,12 @@ from dspark_jax.convert.hf import (
 from dspark_jax.convert.layouts import read_layout
 from dspark_jax.convert.servers import replay
 from dspark_jax.convert.stages import stages_config, stages_tensors
+from dspark_jax.run import Run
 from dspark_jax.sharding import make_mesh, one_device
 from dspark_jax.target.families import FAMILIES
 from dspark_jax.target.loading import read_checkpoint
+from dspark_jax.training.optim import make_optimizer
+from dspark_jax.training.state import to_params
 
 VOCAB, D, LAYERS = 24, 32, 4
 CONFIG = {
@@ -84,6 +96,23 @@ def test_the_drafter_of_a_checkpoint_is_read(tmp_path: Path) -> None:
     assert set(found) == set(tensors()) and all(name.startswith("mtp.") for name in found)
     for name, value in tensors().items():
         np.testing.assert_array_equal(found[name].astype(ml_dtypes.bfloat16), value)
+
+
+def test_training_begins_with_it(tmp_path: Path) -> None:
+    """`train.init_from` names the checkpoint; every parameter is taken over."""
+    directory = write(tmp_path / "v4", tensors())
+    arch = TargetArchitecture("qwen3", VOCAB, D, LAYERS, 4, 1, 32, 32)
+    config = Config(
+        target=TargetConfig(architecture=arch), drafter=WANTED, train=TrainConfig(init_from=str(directory), steps=4)
+    )
+    start.check_start(config)
+    run = Run(config, tmp_path / "run", one_device())
+    begun = start.fresh_state(run, make_optimizer(config.optim, 4)).params
+    _, drafter = import_drafter(directory, one_device())
+    expected = to_params(drafter)
+    assert jax.tree.structure(begun) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(begun), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def quantised(stored: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:

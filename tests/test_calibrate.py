@@ -140,7 +140,7 @@ def test_a_drafter_without_a_head_is_refused(save_untrained: Any, run: Run, tmp_
     drafter = dataclasses.replace(run.config.drafter, kind="dflash", markov_rank=0, confidence_head=False)
     config = dataclasses.replace(run.config, drafter=drafter)
     save_untrained(config, tmp_path, run.mesh)
-    advice = r"kind 'dflash'\) has no confidence head to calibrate; train one with drafter.kind='dspark' or 'dflash2'"
+    advice = r"kind 'dflash'\) has no confidence head to calibrate; train one with drafter.kind='dspark', 'dflash2' or"
     assert re.search(advice, refused(run, tmp_path, config))
     assert "drafter.kind is 'dflash' there" in refused(run, tmp_path)
     config.drafter.kind, config.drafter.markov_rank = "dspark", 8

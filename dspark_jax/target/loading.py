@@ -357,7 +357,7 @@ def read_target(directory: Path, family: Family, dtype: Any) -> tuple[dict[str, 
     integers = {name: tensor for name, tensor in tensors.items() if family.integers(name)}
     others = {name: tensor for name, tensor in tensors.items() if name not in integers}
     matrices = with_matrices(others, stated, str(directory), dtype)
-    return with_experts(matrices, family.fused, str(directory)) | integers, summary(tensors, stated)
+    return with_experts(matrices, family.fused, str(directory)) | integers, summary(matrices | integers, stated)
 
 
 def load_target(config: TargetConfig, mesh: Mesh) -> LanguageModel:

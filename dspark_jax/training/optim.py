@@ -73,26 +73,30 @@ def matrix_axes(params: Mapping[str, Any]) -> dict[str, MuonDimensionNumbers | N
     """Which axes of each parameter are a matrix's inputs and outputs; None where Muon does not apply.
 
     The matrices of the layers, those of the gated, the RNN and the selector head, and those that give convolutions
-    their coefficients are orthogonalised, layer by layer. Norms, what convolutions have for every channel, the Markov
-    tables (embeddings) and the confidence head are left to AdamW, which has Nesterov momentum here.
+    their coefficients are orthogonalised, layer by layer and expert by expert. Norms, what convolutions have for every
+    channel, hyper-connections, output matrices of groups of heads (several in one parameter), the Markov tables
+    (embeddings) and the confidence head are left to AdamW, which has Nesterov momentum here.
     """
-    return {path: _MATRICES.get(path.removeprefix("backbone.")) for path in params}
+    return {
+        path: _MATRICES.get((path.removeprefix("backbone."), getattr(leaf, "ndim", 0)))  # optax masks what is AdamW's
+        for path, leaf in params.items()
+    }
 
 
-_MATRICES = {
-    "fc": MuonDimensionNumbers((0,), (1,)),
-    "projection": MuonDimensionNumbers((0,), (1,)),
-    "markov.gate": MuonDimensionNumbers((0,), (1,)),
-    "markov.projection": MuonDimensionNumbers((0,), (1,)),
-    "markov.joint": MuonDimensionNumbers((0,), (1,)),
-    "layers.attention.query": MuonDimensionNumbers((1,), (2, 3)),
-    "layers.attention.key": MuonDimensionNumbers((1,), (2, 3)),
-    "layers.attention.value": MuonDimensionNumbers((1,), (2, 3)),
-    "layers.attention.out": MuonDimensionNumbers((1, 2), (3,)),
-    "layers.mlp.gate": MuonDimensionNumbers((1,), (2,)),
-    "layers.mlp.up": MuonDimensionNumbers((1,), (2,)),
-    "layers.mlp.down": MuonDimensionNumbers((1,), (2,)),
-    "layers.around_attention.projection": MuonDimensionNumbers((1,), (2,)),
-    "layers.around_mlp.projection": MuonDimensionNumbers((1,), (2,)),
-}
-"""Stacks of layers have their layer axis in front."""
+def _matrices(axes: int, inputs: tuple[int, ...], outputs: tuple[int, ...], *names: str) -> dict[tuple[str, int], Any]:
+    return {(name, axes): MuonDimensionNumbers(inputs, outputs) for name in names}
+
+
+_MLP = ("layers.mlp.gate", "layers.mlp.up", "layers.mlp.down")
+_ATTENTION = ("layers.attention.query", "layers.attention.key", "layers.attention.value")
+_MATRICES = (
+    _matrices(2, (0,), (1,), "fc", "projection", "markov.gate", "markov.projection", "markov.joint")
+    | _matrices(4, (1,), (2, 3), *_ATTENTION)
+    | _matrices(4, (1, 2), (3,), "layers.attention.out")
+    | _matrices(3, (1,), (2,), *_MLP, "layers.around_attention.projection", "layers.around_mlp.projection")
+    # Of DeepSeek-V4's layers: attention through narrower rows, and experts.
+    | _matrices(3, (1,), (2,), "layers.attention.query_in", "layers.attention.row", "layers.attention.out")
+    | _matrices(3, (1,), (2,), "layers.mlp.router", *(name.replace("mlp", "mlp.shared") for name in _MLP))
+    | _matrices(4, (2,), (3,), *_MLP)
+)
+"""By name and number of axes; stacks of layers have their layer axis in front, those of experts theirs after it."""

@@ -58,6 +58,11 @@ def test_no_traceback(tiny_target: Path, base: Path, command: str, files: str) -
     argv = ["--target", str(tiny_target), "--base", str(base), "--commands", command, "--files", files]
     env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     env["PYTHONPATH"] = str(Path(__file__).resolve().parents[2])
+    # Every trial compiles the same programs.
+    env |= {
+        "JAX_COMPILATION_CACHE_DIR": str(base.parent / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+    }
     done = subprocess.run([sys.executable, str(script), *argv], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 

@@ -16,8 +16,8 @@ def toy():
     """An implementation from outside of the package, which does one head only."""
     calls = []
 
-    def run(query, key, value, limit, starts, *, scale, window):
-        del key, limit, starts, scale, window
+    def run(query, key, value, limit, starts, *, scale, window, sinks):
+        del key, limit, starts, scale, window, sinks
         if query.shape[2] > 1:
             raise Unsupported("more than one head")
         calls.append(query.shape)

@@ -158,13 +158,19 @@ def test_muon_moves_every_matrix_of_a_drafter_by_an_orthogonal_update_of_its_own
 
 @pytest.mark.parametrize("kind", names())
 def test_muon_takes_the_matrices_of_every_kind(kind: str) -> None:
-    """All with two axes or more (a layer's axis apart), but for tables by token and what is by channel."""
+    """All with two axes or more (a layer's axis apart), but for tables by token, what is by channel, hyper-connections,
+    and matrices of groups of heads; experts are a further axis."""
     arch = TargetArchitecture("qwen3", 40, 16, 3, 4, 2, 8, 24, 1e-6, 1e4, False, 64)
     base = DrafterConfig("dspark", 2, 3, (0, 1), 39, 4, True, True)
     data = DataConfig(max_length=64, max_prompt_length=16)
     config = resolve(as_kind(Config(target=TargetConfig(architecture=arch), drafter=base, data=data), kind))
     params = to_params(nnx.eval_shape(lambda: make_drafter(arch, config.drafter, rngs=nnx.Rngs(0))))
     stacked = {path: leaf.ndim - ("layers." in path) for path, leaf in params.items()}
-    wanted = {path for path, axes in stacked.items() if axes > 1 and not path.endswith(".base")}
-    wanted -= {"markov.w1", "markov.w2"}
-    assert {path for path, axes in matrix_axes(params).items() if axes is not None} == wanted
+    wanted = {path for path, axes in stacked.items() if axes > 1 and not path.endswith((".base", ".mix"))}
+    wanted -= {"markov.w1", "markov.w2", "backbone.layers.attention.group"}
+    found = {path: axes for path, axes in matrix_axes(params).items() if axes is not None}
+    assert set(found) == wanted
+    for path, axes in found.items():  # every axis is of the matrix, of layers, or of experts
+        others = set(range(params[path].ndim)) - {*axes.reduction_axis, *axes.output_axis}
+        experts = kind == "dspark5" and path.endswith((".mlp.gate", ".mlp.up", ".mlp.down"))
+        assert others == ({0, 1} if experts else {0} if "layers." in path else set()), path

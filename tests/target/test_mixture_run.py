@@ -26,7 +26,6 @@ HYBRID = dict(
 )  # fmt: skip
 CASES = {  # model class, its config's class, fields besides `SIZES`
     "mixture": ("Qwen3Moe", "Qwen3MoeConfig", {**MOE, "norm_topk_prob": True, "mlp_only_layers": [1]}),
-    "hybrid": ("Qwen3_5", "Qwen3_5TextConfig", HYBRID),
     "hybrid mixture": ("Qwen3_5Moe", "Qwen3_5MoeTextConfig", HYBRID | MOE | {"shared_expert_intermediate_size": 24}),
     "GPT-OSS": ("GptOss", "GptOssConfig", {"num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": 8}),
 }

@@ -7,7 +7,7 @@ from flax import nnx
 from dspark_jax.config import DrafterConfig
 from dspark_jax.kinds import KINDS
 from dspark_jax.target import families
-from dspark_jax.target.families.deepseek_v4 import mixture_weights, streams_weights
+from dspark_jax.target.families.deepseek_v4 import layer_weights, streams_weights
 from dspark_jax.target.families.family import Family
 from dspark_jax.target.layers import Layer
 from dspark_jax.target.weights import Weight
@@ -75,20 +75,6 @@ _MTP = {
 """Named after DeepSeek-V3's module. Its eh_proj reads [embedding; hidden state], ours [hidden state; embedding]:
 whoever exports it for a server has to swap the halves."""
 
-_STREAM_LAYERS = {
-    "attention_norm": Weight("mtp.{i}.attn_norm.weight"),
-    "attention.query_in": Weight("mtp.{i}.attn.wq_a.weight", inputs=1),
-    "attention.query_norm": Weight("mtp.{i}.attn.q_norm.weight"),
-    "attention.query": Weight("mtp.{i}.attn.wq_b.weight", inputs=1),
-    "attention.row": Weight("mtp.{i}.attn.wkv.weight", inputs=1),
-    "attention.row_norm": Weight("mtp.{i}.attn.kv_norm.weight"),
-    "attention.sinks": Weight("mtp.{i}.attn.attn_sink"),
-    "attention.group": Weight("mtp.{i}.attn.wo_a.weight"),
-    "attention.out": Weight("mtp.{i}.attn.wo_b.weight", inputs=1),
-    "mlp_norm": Weight("mtp.{i}.ffn_norm.weight"),
-    **streams_weights("attention_streams", "mtp.{i}.hc_attn"),
-    **streams_weights("mlp_streams", "mtp.{i}.hc_ffn"),
-}
 _STREAM_ENDS = {
     "backbone.fc": Weight("mtp.0.main_proj.weight", inputs=1),
     "backbone.hidden_norm": Weight("mtp.0.main_norm.weight"),
@@ -145,7 +131,7 @@ def _stream_weights(drafter: Any, config: DrafterConfig) -> dict[str, Weight]:
     ends = {path: weight._replace(name=weight.name.replace("{last}", last)) for path, weight in _STREAM_ENDS.items()}
     if not config.confidence_head:
         del ends["confidence.weight"]
-    layers = _STREAM_LAYERS | mixture_weights("mtp.{i}.ffn", drafter.backbone.layers.mlp.shape)
+    layers = layer_weights("mtp.{i}", drafter.backbone.layers.mlp.shape)
     return ends | {f"backbone.layers.{path}": weight for path, weight in layers.items()}
 
 

@@ -96,18 +96,6 @@ _OWN = (
 _YARN = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor", "truncate")
 _INSTEAD = "a DeepSeek-V4 Flash or Pro"
 
-_ATTENTION = {
-    "attention_norm": Weight("layers.{i}.attn_norm.weight"),
-    "attention.query_in": Weight("layers.{i}.attn.wq_a.weight", inputs=1),
-    "attention.query_norm": Weight("layers.{i}.attn.q_norm.weight"),
-    "attention.query": Weight("layers.{i}.attn.wq_b.weight", inputs=1),
-    "attention.row": Weight("layers.{i}.attn.wkv.weight", inputs=1),
-    "attention.row_norm": Weight("layers.{i}.attn.kv_norm.weight"),
-    "attention.sinks": Weight("layers.{i}.attn.attn_sink", exact=True),
-    "attention.group": Weight("layers.{i}.attn.wo_a.weight"),
-    "attention.out": Weight("layers.{i}.attn.wo_b.weight", inputs=1),
-    "mlp_norm": Weight("layers.{i}.ffn_norm.weight"),
-}
 _INDEX = {
     "attention.index.query": Weight("layers.{i}.attn.indexer.wq_b.weight", inputs=1),
     "attention.index.weigh": Weight("layers.{i}.attn.indexer.weights_proj.weight", inputs=1),
@@ -147,6 +135,25 @@ def mixture_weights(name: str, shape: ExpertShape) -> dict[str, Weight]:
     if shape.hashed:
         return found | {"mlp.table": Weight(f"{name}.gate.tid2eid", below=shape.count)}
     return found | {"mlp.correction": Weight(f"{name}.gate.bias", exact=True)}
+
+
+def layer_weights(name: str, experts: ExpertShape) -> dict[str, Weight]:
+    """Parameters of a layer without compressed rows and their tensors, which begin with `name`."""
+    return {
+        "attention_norm": Weight(f"{name}.attn_norm.weight"),
+        "attention.query_in": Weight(f"{name}.attn.wq_a.weight", inputs=1),
+        "attention.query_norm": Weight(f"{name}.attn.q_norm.weight"),
+        "attention.query": Weight(f"{name}.attn.wq_b.weight", inputs=1),
+        "attention.row": Weight(f"{name}.attn.wkv.weight", inputs=1),
+        "attention.row_norm": Weight(f"{name}.attn.kv_norm.weight"),
+        "attention.sinks": Weight(f"{name}.attn.attn_sink", exact=True),
+        "attention.group": Weight(f"{name}.attn.wo_a.weight"),
+        "attention.out": Weight(f"{name}.attn.wo_b.weight", inputs=1),
+        "mlp_norm": Weight(f"{name}.ffn_norm.weight"),
+        **streams_weights("attention_streams", f"{name}.hc_attn"),
+        **streams_weights("mlp_streams", f"{name}.hc_ffn"),
+        **mixture_weights(f"{name}.ffn", experts),
+    }
 
 
 class DeepseekV4(Family):
@@ -243,11 +250,9 @@ class DeepseekV4(Family):
 
     def layer_weights(self, arch: "TargetArchitecture", kind: str) -> Mapping[str, Weight]:
         """See `Family`."""
-        shape, found = self.layer(arch, kind), dict(_ATTENTION)
+        shape = self.layer(arch, kind)
         assert shape.experts is not None and shape.compressed is not None
-        found |= mixture_weights("layers.{i}.ffn", shape.experts)
-        found |= streams_weights("attention_streams", "layers.{i}.hc_attn")
-        found |= streams_weights("mlp_streams", "layers.{i}.hc_ffn")
+        found = layer_weights("layers.{i}", shape.experts)
         if shape.compressed.rate:
             found |= compressor_weights("attention.compressor", "layers.{i}.attn.compressor")
         if shape.compressed.index:

@@ -135,10 +135,8 @@ def content(source: Source, form: str, dtype: str) -> Content:
     if drafter.markov_rank and drafter.markov_head_type not in HEADS:
         raise InputError(f"no server has the head {drafter.markov_head_type!r}; only {listed(HEADS)} is exported")
     if KINDS[drafter.kind].own_layers:
-        config, stored = (
-            stages_fields(source, form, dtype),
-            stored_stages(source, expected_tensors(source.arch, drafter)),
-        )
+        config = stages_fields(source, form, dtype)
+        stored = stored_stages(source, expected_tensors(source.arch, drafter))
         written = dataclasses.replace(source, tensors=stored.tensors)
         return Content(written, config, stored.shapes, {}, types=stored.types)
     refuse_unknown_parts(drafter)

@@ -54,16 +54,15 @@ class StreamLayer(nnx.Module):
         Returns:
           [..., G, N, D].
         """
-        x, kept = self.attention_streams.collapse(streams)
-        x = rms_norm(x, self.attention_norm[...], self.eps)
-        own = self.attention.own(x, positions)
-        keys = jnp.concatenate([context.astype(own.row.dtype), own.row], axis=-2)
-        visible = jnp.concatenate([seen, jnp.ones(own.row.shape[:-1], bool)], axis=-1)
-        heads = self.attention.heads(own.query, keys, visible)
-        streams = self.attention_streams.expand(streams, self.attention.block_output(heads, positions), kept)
-        x, kept = self.mlp_streams.collapse(streams)
-        out = self.mlp(rms_norm(x, self.mlp_norm[...], self.eps))
-        return self.mlp_streams.expand(streams, out, kept)
+
+        def attend(x: jax.Array) -> jax.Array:
+            own = self.attention.own(rms_norm(x, self.attention_norm[...], self.eps), positions)
+            keys = jnp.concatenate([context.astype(own.row.dtype), own.row], axis=-2)
+            visible = jnp.concatenate([seen, jnp.ones(own.row.shape[:-1], bool)], axis=-1)
+            return self.attention.block_output(self.attention.heads(own.query, keys, visible), positions)
+
+        streams = self.attention_streams.around(streams, attend)
+        return self.mlp_streams.around(streams, lambda x: self.mlp(rms_norm(x, self.mlp_norm[...], self.eps)))
 
 
 def _experts(sizes: LayerSizes) -> ExpertShape:

@@ -10,6 +10,7 @@ from flax import nnx
 
 from dspark_jax.config import TargetArchitecture
 from dspark_jax.layer_sizes import LayerSizes
+from dspark_jax.ops.sinks import shares
 from dspark_jax.target.compressed import CompressedAttention, turned
 from dspark_jax.target.families.family import CompressedShape
 from dspark_jax.target.layers import dense, rms_norm
@@ -35,11 +36,7 @@ class SharedKeyAttention(CompressedAttention):
         """Heads [..., G, N, H] of queries [..., G, N, H] over keys [..., K, H], of which seen [..., K] are visible."""
         logits = jnp.einsum("...gnh,...kh->...gnk", query, key, preferred_element_type=jnp.float32)
         logits = jnp.where(seen[..., None, None, :], self.shape.width**-0.5 * logits, -jnp.inf)
-        sinks = self.sinks[...].astype(jnp.float32)[:, None]
-        most = jax.lax.stop_gradient(jnp.maximum(jnp.max(logits, axis=-1, keepdims=True), sinks))
-        shares = jnp.exp(logits - most)
-        whole = jnp.sum(shares, axis=-1, keepdims=True) + jnp.exp(sinks - most)
-        return jnp.einsum("...gnk,...kh->...gnh", (shares / whole).astype(key.dtype), key)
+        return jnp.einsum("...gnk,...kh->...gnh", shares(logits, self.sinks[...]).astype(key.dtype), key)
 
     def block_output(self, heads: jax.Array, positions: jax.Array) -> jax.Array:
         """Heads [B, ..., N, H] of queries at positions [B, ...] -> [B, ..., D]."""

@@ -9,6 +9,7 @@ def shares(scores: jax.Array, sinks: jax.Array | None) -> jax.Array:
     if sinks is None:
         return jax.nn.softmax(scores, axis=-1)
     sinks = sinks[..., None].astype(jnp.float32)
-    highest = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), sinks)
+    # Its gradient is 0: what is subtracted of all scores changes no weight.
+    highest = jax.lax.stop_gradient(jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), sinks))
     parts = jnp.exp(scores - highest)
     return parts / (jnp.sum(parts, axis=-1, keepdims=True) + jnp.exp(sinks - highest))

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dspark_jax.ops.sinks import shares
 from dspark_jax.target.families.family import CompressedShape, IndexShape
 
 _BLOCK = 128
@@ -115,11 +116,10 @@ def _block(asks: _Asking, keys: jax.Array, *, made: Made | None, sinks: jax.Arra
         )
         for form, _, rows, seen in parts
     ]
-    sink = jnp.broadcast_to(sinks.astype(jnp.float32)[:, None], (*scores[0].shape[:-1], 1))
-    shares = jax.nn.softmax(jnp.concatenate([*scores, sink], axis=-1), axis=-1).astype(asks.query.dtype)
+    weights = shares(jnp.concatenate(scores, axis=-1), sinks).astype(asks.query.dtype)
     out, done = jnp.zeros(()), 0
     for (_, form, rows, _), score in zip(parts, scores, strict=True):
-        share = shares[..., done : done + score.shape[-1]]
+        share = weights[..., done : done + score.shape[-1]]
         out = out + jnp.einsum(form, share, rows.astype(share.dtype), preferred_element_type=jnp.float32)
         done += score.shape[-1]
     return out.astype(asks.query.dtype)

@@ -7,6 +7,8 @@ made doubly stochastic (Sinkhorn-Knopp), so that depth neither blows the streams
 Weights are computed in float32, streams are held in the compute type.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -32,6 +34,11 @@ class HyperConnection(nnx.Module):
         self.mix = normal(rngs, stack, (n, d, (2 + n) * n), ("streams", "embed", "streams_out"), scale)
         self.base = zeros(stack, ((2 + n) * n,), ("streams_out",))
         self.scale = ones(stack, 3)  # of collapsing, of what the sublayer gives, of mixing
+
+    def around(self, streams: jax.Array, sublayer: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        """The streams [..., N, D] after a sublayer, which reads and gives [..., D]."""
+        x, kept = self.collapse(streams)
+        return self.expand(streams, sublayer(x), kept)
 
     def collapse(self, streams: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """streams [..., N, D] -> what the sublayer reads [..., D]; and what `expand` wants besides its output."""

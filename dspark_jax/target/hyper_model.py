@@ -30,12 +30,12 @@ class HyperLayer(Layer):
         self, streams: jax.Array, attention: Callable[[Any, jax.Array], jax.Array], tokens: jax.Array
     ) -> jax.Array:
         """Streams [B, T, N, D] -> [B, T, N, D] of rows with these tokens [B, T]; `attention` as of a `Layer`."""
-        x, kept = self.attention_streams.collapse(streams)
-        heads = attention(self.attention, self._normed(x, self.attention_norm))
-        streams = self.attention_streams.expand(streams, self.attention.output(heads), kept)
-        x, kept = self.mlp_streams.collapse(streams)
-        out = self.mlp(self._normed(x, self.mlp_norm), tokens)
-        return self.mlp_streams.expand(streams, out, kept)
+
+        def attend(x: jax.Array) -> jax.Array:
+            return self.attention.output(attention(self.attention, self._normed(x, self.attention_norm)))
+
+        streams = self.attention_streams.around(streams, attend)
+        return self.mlp_streams.around(streams, lambda x: self.mlp(self._normed(x, self.mlp_norm), tokens))
 
 
 class HyperTarget(Target):

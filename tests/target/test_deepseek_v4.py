@@ -21,6 +21,7 @@ from dspark_jax.target.hyper_model import HyperTarget
 from dspark_jax.target.loading import load_target, parameter_paths
 from dspark_jax.target.model import layer_pattern
 from tests.conftest import others_slow
+from tests.target.passes import stepper
 
 V, BLOCK, LENGTH = 31, 4, 34
 RAW = {
@@ -43,15 +44,7 @@ def target():
 
 @pytest.fixture(scope="module")
 def step(target):
-    """(tokens [B, S], first positions [B], cache, counts) -> last hidden states, cache."""
-
-    @jax.jit
-    def run(tokens, first, cache, counts=None):
-        positions = jnp.asarray(first)[:, None] + jnp.arange(tokens.shape[1])
-        out = target.forward(jnp.asarray(tokens), positions, cache, counts=counts)
-        return out.last_hidden, out.cache
-
-    return run
+    return stepper(target)
 
 
 @pytest.fixture(scope="module")

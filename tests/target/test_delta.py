@@ -15,6 +15,7 @@ from dspark_jax.target import families
 from dspark_jax.target.decode_weights import decode_weights
 from dspark_jax.target.model import Target
 from tests.conftest import others_slow
+from tests.target.passes import stepper
 
 V, BLOCK, LENGTH = 31, 4, 24
 ARCH = TargetArchitecture(
@@ -35,15 +36,7 @@ def target():
 
 @pytest.fixture(scope="module")
 def step(target):
-    """(tokens [B, S], first positions [B], cache, counts) -> last hidden states, cache."""
-
-    @jax.jit
-    def run(tokens, first, cache, counts=None):
-        positions = jnp.asarray(first)[:, None] + jnp.arange(tokens.shape[1])
-        out = target.forward(tokens, positions, cache, counts=counts)
-        return out.last_hidden, out.cache
-
-    return run
+    return stepper(target)
 
 
 @pytest.fixture(scope="module")

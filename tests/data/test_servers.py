@@ -120,7 +120,7 @@ def once(server: OpenAIServer) -> bool:
 def test_all_servers_in_both_modes_give_the_same_samples(
     config: Config, start: Start, tmp_path: Path, expected: Any, kind: str, mode: str, path: str, texts: int
 ) -> None:
-    server = start(kind=kind)
+    server = start(kind=kind, answer=by_seed(STOP, 0.01))  # long enough for questions to meet there
     report = prepare(asking(config, server, mode=mode), tmp_path / "run")
     assert samples(tmp_path / "run") == expected and report["answers_as_text"] == texts
     assert once(server) and len(server.requests) == 32 and 1 < server.most <= 4

@@ -80,7 +80,7 @@ def train_program(config: Config, mesh: Mesh) -> Program:
     drafter = abstract_drafter(config)
     optimizer = make_optimizer(config.optim, train.steps)
     state, batch = state_layout(drafter, optimizer, mesh), batch_layout(config, mesh)
-    target_params = _laid(to_params(target), param_shardings(target, mesh), target.dtype)
+    target_params = _laid(to_params(target), param_shardings(target, mesh))
     parts = {
         "target_parameters": target_params,
         "drafter_parameters": state.params,
@@ -162,13 +162,11 @@ def serving_shapes(models: Models, requests: int, rows: int, mesh: Mesh) -> tupl
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding(axes, leaf.shape, mesh))
 
     with jax.set_mesh(mesh):  # caches and weights are what they are on its chips
-        loaded = dataclasses.replace(models, target=_typed(models.target, models.target.dtype))
-        models = jax.eval_shape(lambda loaded: loaded.for_decoding(batch_size=evenly(requests)), loaded)
+        models = jax.eval_shape(lambda loaded: loaded.for_decoding(batch_size=evenly(requests)), models)
         opened = functools.partial(open_slots, count=evenly(requests), rows=rows, stops=STOP_TOKENS)
         slots = pin(models, scheduler, jax.eval_shape(opened, models, scheduler), lay)
     places = state_shardings(models, mesh)
-    laid = jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), models, places)
-    return laid, slots, jax.tree.map(lambda leaf: lay(leaf, *(None,) * leaf.ndim), scheduler)
+    return _laid(models, places), slots, jax.tree.map(lambda leaf: lay(leaf, *(None,) * leaf.ndim), scheduler)
 
 
 def _parts(models: Models, slots: Slots) -> dict[str, Any]:
@@ -177,15 +175,6 @@ def _parts(models: Models, slots: Slots) -> dict[str, Any]:
     return {"target_parameters": models.target, "drafter_parameters": models.drafter, "caches": caches}
 
 
-def _typed(shapes: Any, dtype: Any) -> Any:
-    """Shapes as `dtype`."""
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
-
-
-def _laid(shapes: Any, shardings: Any, dtype: Any) -> Any:
-    """Shapes (floating point ones as `dtype`) with their shardings."""
-
-    def one(leaf: Any, at: Any) -> Any:
-        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=at)
-
-    return jax.tree.map(one, shapes, shardings)
+def _laid(shapes: Any, shardings: Any) -> Any:
+    """Shapes with their shardings."""
+    return jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), shapes, shardings)

@@ -201,7 +201,7 @@ def fill_module(
             if progress is not None:
                 progress.update(done >> 20)
 
-        own = np.dtype(np.int32 if weights[path].below else np.float32 if weights[path].exact else dtype)
+        own = weights[path].held(dtype)
         variable.set_value(_load(weights[path], stored, shape, sharding, own, read, finite=finite))
     if progress is not None:
         progress.update(progress.total)
@@ -329,7 +329,8 @@ def _advise(tensor: np.ndarray, advice: str) -> None:
 
 
 def abstract_target(arch: TargetArchitecture, dtype: Any, where: str | Path = "target") -> Target:
-    """A target whose parameters are shapes only; `where` it is from, for the message.
+    """A target whose parameters are shapes only, of the types that loading gives them; `where` it is from, for the
+    message.
 
     Raises:
       InputError: it has no definition here.
@@ -339,8 +340,12 @@ def abstract_target(arch: TargetArchitecture, dtype: Any, where: str | Path = "t
             f"{where}: a {arch.unsupported} has no definition in JAX; with PyTorch its features can be trained on "
             "(data.features=torch), and evaluate, calibrate, compare, generate and convert check run it"
         )
-    made = families.of_shape(arch).model() or Target
-    return nnx.eval_shape(lambda: made(arch, rngs=nnx.Rngs(0), dtype=dtype))
+    family = families.of_shape(arch)
+    made, weights = family.model() or Target, family.weights(arch)
+    target = nnx.eval_shape(lambda: made(arch, rngs=nnx.Rngs(0), dtype=dtype))
+    for path, variable in parameter_paths(target).items():
+        variable.set_value(jax.ShapeDtypeStruct(variable.get_value().shape, weights[path].held(dtype)))
+    return target
 
 
 def read_target(directory: Path, family: Family, dtype: Any) -> tuple[dict[str, Any], str]:

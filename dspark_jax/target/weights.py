@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -42,6 +42,10 @@ class Weight(NamedTuple):
     def stacked(self) -> bool:
         """Whether the parameter has a leading layer axis."""
         return "{i}" in self.name
+
+    def held(self, dtype: Any) -> np.dtype:
+        """Type in memory, where the model's compute type is `dtype`."""
+        return np.dtype(np.int32 if self.below else np.float32 if self.exact else dtype)
 
     def names(self, layers: int) -> list[str]:
         """Tensor names, one per layer for a stack of so many, or one per expert of each layer."""

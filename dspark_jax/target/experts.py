@@ -1,19 +1,12 @@
 """A mixture of experts in the place of an MLP: a router chooses a few of many gated MLPs for every row.
 
 Experts are split over the mesh's `tensor` axis, each whole on one device, which computes what its own experts give to
-all rows that it has; the parts are then added up. Of T rows, D wide, each goes through k of E experts, F wide: that is
-6 T k D F operations. In which form depends on shapes alone:
-
-- few pairs of row and expert (T k <= E): their matrices are collected, 3 T k D F values that are read, written, read.
-- more: rows are sorted by expert. On a TPU `ragged_dot` goes through them, elsewhere a loop over blocks of rows of one
-  expert each. Every expert that is chosen is read once (a block of rows at a time), the others never.
-
-None of them has been timed on an accelerator.
+all rows that it has (`ops.expert_mlp`); the parts are then added up.
 """
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +14,10 @@ from flax import nnx
 
 from dspark_jax import platform
 from dspark_jax.config import TargetArchitecture
+from dspark_jax.ops.expert_mlp import Inner, Parts, expert_mlp
 from dspark_jax.sharding import Param, parts_of, per_device
 from dspark_jax.target.families.family import ExpertShape
-from dspark_jax.target.layers import MLP, dense, gated, narrow, normal, zeros
+from dspark_jax.target.layers import MLP, dense, gated, narrow, normal, stay_stacked, zeros
 
 SCORES: dict[str, Callable[[jax.Array], jax.Array]] = {
     "softmax": functools.partial(jax.nn.softmax, axis=-1),
@@ -31,9 +25,6 @@ SCORES: dict[str, Callable[[jax.Array], jax.Array]] = {
     "sqrtsoftplus": lambda logits: jnp.sqrt(jax.nn.softplus(logits)),
 }
 """What makes scores of the logits of a router, by name."""
-
-_BLOCK = 64
-"""Most rows of one expert that go through a product at a time, where the rows are many."""
 
 
 class Experts(nnx.Module):
@@ -64,6 +55,7 @@ class Experts(nnx.Module):
         how = {"stack": stack, "scale": scale, "rngs": rngs, "gate": gate}
         self.shared: Any = MLP(arch, width=shape.shared, limit=shape.limit, **how) if shape.shared else None
         self.shared_gate: Any = normal(rngs, stack, (d, 1), ("embed", "routes"), scale) if shape.shared_gated else None
+        self.number: Any = nnx.data(None)  # of the layer whose matrices these are, where they stay in their stack
         self.shape = shape
         self.function = gate
         self.trained = False  # gradients are asked for: a drafter's
@@ -74,15 +66,18 @@ class Experts(nnx.Module):
         chosen, weights = self.route(rows, None if tokens is None else tokens.reshape(-1))
         count = self.shape.count
         parts = parts_of("experts") if count % parts_of("experts") == 0 else 1
-        whole, matrix, bias = ("batch", None), ("experts", None, None), ("experts", None)
+        whole, bias = ("batch", None), ("experts", None)
+        matrix: tuple[str | None, ...] = ("experts", None, None)
+        matrix = matrix if self.number is None else (None, *matrix)
+        number = jnp.zeros(1, jnp.int32) if self.number is None else self.number[...].reshape(1)
         biases = [b[...] for b in (self.gate_bias, self.up_bias, self.down_bias) if b is not None]
         run = per_device(
             functools.partial(_own_part, count=count, inner=_inner(self.shape, self.function), trained=self.trained),
-            inputs=(whole, whole, whole, matrix, matrix, matrix, *(bias for _ in biases)),
+            inputs=(whole, whole, whole, (None,), matrix, matrix, matrix, *(bias for _ in biases)),
             outputs=(("experts", *whole),),
             shapes=((parts, *rows.shape),),
         )
-        (out,) = run(rows, chosen, weights, self.gate[...], self.up[...], self.down[...], *biases)
+        (out,) = run(rows, chosen, weights, number, self.gate[...], self.up[...], self.down[...], *biases)
         routed = jnp.sum(out, axis=0).reshape(x.shape)
         if self.shared is None:
             return routed
@@ -111,11 +106,16 @@ class Experts(nnx.Module):
         return chosen, (weights * self.shape.factor).astype(rows.dtype)
 
     def fuse_weights(self, dtype: Any, *, join: bool) -> None:
-        """See `decode_weights`; nothing is joined."""
+        """See `decode_weights`; nothing is joined. Where layers stay in stacks, a kernel reads the matrices there."""
         del join
         self.trained = False
         for weight in (self.router, self.gate, self.up, self.down, self.shared_gate):
             narrow(weight, dtype)
+        stacked = self.gate[...].ndim == 4 and self.number is None
+        if stacked and not platform.unstacks_layers() and parts_of("embed") == 1:
+            self.number = Param(jnp.arange(self.gate[...].shape[0], dtype=jnp.int32), axes=("layers",))
+            for weight in (self.gate, self.up, self.down):
+                stay_stacked(weight)
 
 
 def _table(rngs: nnx.Rngs, stack: tuple[int, ...], shape: ExpertShape) -> Param:
@@ -124,9 +124,6 @@ def _table(rngs: nnx.Rngs, stack: tuple[int, ...], shape: ExpertShape) -> Param:
     first = jax.random.randint(rngs.params(), size[:-1], 0, shape.count)
     value = (first[..., None] + jnp.arange(shape.chosen)) % shape.count  # each expert once
     return Param(value.astype(jnp.int32), axes=("layers",) * len(stack) + ("tokens", "rank"))
-
-
-Inner = Callable[[jax.Array, jax.Array], jax.Array]  # (gate, up) [..., F] -> what goes down
 
 
 def _inner(shape: ExpertShape, gate: str) -> Inner:
@@ -142,110 +139,19 @@ def _inner(shape: ExpertShape, gate: str) -> Inner:
     return clipped
 
 
-class Parts(NamedTuple):
-    """What experts are made of; biases are None where there are none.
-
-    Attributes:
-      gate: [E, D, F].
-      up: [E, D, F].
-      down: [E, F, D].
-      gate_bias: [E, F].
-      up_bias: [E, F].
-      down_bias: [E, D].
-    """
-
-    gate: jax.Array
-    up: jax.Array
-    down: jax.Array
-    gate_bias: jax.Array | None = None
-    up_bias: jax.Array | None = None
-    down_bias: jax.Array | None = None
-
-    def of(self, expert: jax.Array) -> "Parts":
-        """Those of one expert, or of several."""
-        return jax.tree.map(lambda part: part[expert], self)
-
-    def through(self, product: Callable[..., jax.Array], rows: jax.Array, inner: Inner) -> jax.Array:
-        """What the rows become; `product` multiplies rows with matrices, and the biases are one for each row."""
-        gates, up = product(rows, self.gate), product(rows, self.up)
-        if self.gate_bias is not None and self.up_bias is not None:
-            gates, up = gates + self.gate_bias, up + self.up_bias
-        out = product(inner(gates, up), self.down)
-        return out if self.down_bias is None else out + self.down_bias
-
-
 def _own_part(
     rows: jax.Array,
     chosen: jax.Array,
     weights: jax.Array,
+    number: jax.Array,
     *parts: jax.Array,
     count: int,
     inner: Inner,
-    trained: bool = False,
+    trained: bool,
 ) -> tuple[jax.Array]:
-    """What the experts of this device, of `count` altogether, give to the rows: [1, T, D]."""
-    own, (t, k) = len(parts[0]), chosen.shape
-    chosen = chosen if own == count else chosen - own * jax.lax.axis_index("tensor")
-    here = (chosen >= 0) & (chosen < own)
-    experts = Parts(*(part.astype(rows.dtype) for part in parts))
-    if _few(t * k, count):
-        out = _collected(rows, jnp.where(here, chosen, 0), experts, inner)
-    else:
-        through = _ragged if trained or platform.current() == "tpu" else _blocks  # a loop of so many has no gradient
-        expert = jnp.where(here, chosen, own).reshape(-1)
-        out = _sorted(rows, expert, k, experts, inner, through).reshape(t, k, -1)
-    out = jnp.where(here[..., None], out * weights[..., None], 0)  # what is not here may be anything
-    return (jnp.sum(out, axis=1)[None],)
-
-
-def _few(pairs: int, count: int) -> bool:
-    """Whether to collect the matrices of so many pairs of row and expert."""
-    return pairs <= count
-
-
-def _collected(rows: jax.Array, chosen: jax.Array, experts: Parts, inner: Inner) -> jax.Array:
-    """rows [T, D] through the experts chosen [T, k]: [T, k, D]."""
-
-    def product(rows: jax.Array, matrices: jax.Array) -> jax.Array:
-        return jnp.einsum("td,tkdf->tkf" if rows.ndim == 2 else "tkd,tkdf->tkf", rows, matrices)
-
-    return experts.of(chosen).through(product, rows, inner)
-
-
-def _sorted(
-    rows: jax.Array, expert: jax.Array, k: int, experts: Parts, inner: Inner, through: Callable[..., jax.Array]
-) -> jax.Array:
-    """rows [T, D] through the experts [T k] of their pairs, row after row: [T k, D]; anything for an expert E."""
-    order = jnp.argsort(expert, stable=True)
-    sizes = jnp.bincount(expert, length=len(experts.gate) + 1)[:-1].astype(jnp.int32)
-    out = through(rows[order // k], sizes, experts, inner)
-    return out[jnp.argsort(order)]
-
-
-def _ragged(rows: jax.Array, sizes: jax.Array, experts: Parts, inner: Inner) -> jax.Array:
-    """rows [R, D], sorted by expert, of which expert e has sizes[e]: [R, D]."""
-    expert = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(len(rows)), side="right")  # of rows of none, the last
-    biases = {
-        name: None if bias is None else jnp.take(bias, expert, axis=0, mode="clip")
-        for name, bias in experts._asdict().items()
-        if name.endswith("_bias")
-    }
-    return experts._replace(**biases).through(
-        lambda rows, matrices: jax.lax.ragged_dot(rows, matrices, sizes), rows, inner
-    )
-
-
-def _blocks(rows: jax.Array, sizes: jax.Array, experts: Parts, inner: Inner) -> jax.Array:
-    """The same, block after block. A block goes on into the next expert's rows, which that one then overwrites."""
-    size = min(_BLOCK, max(8, -(-len(rows) // len(sizes))))
-    blocks = -(-sizes // size)
-    ends, first_row = jnp.cumsum(blocks), jnp.cumsum(sizes) - sizes
-    padded = jnp.pad(rows, ((0, size), (0, 0)))
-
-    def step(number: jax.Array, out: jax.Array) -> jax.Array:
-        expert = jnp.searchsorted(ends, number, side="right")
-        at = first_row[expert] + (number - ends[expert] + blocks[expert]) * size
-        x = jax.lax.dynamic_slice_in_dim(padded, at, size)
-        return jax.lax.dynamic_update_slice_in_dim(out, experts.of(expert).through(dense, x, inner), at, axis=0)
-
-    return jax.lax.fori_loop(0, ends[-1], step, jnp.zeros_like(padded))[: len(rows)]
+    """What the experts of this device, of `count` altogether, give to the rows: [1, T, D]. `number` [1] is the layer's,
+    which says something where `parts` are of a stack."""
+    experts = Parts(*parts)
+    chosen = chosen if experts.count == count else chosen - experts.count * jax.lax.axis_index("tensor")
+    layer = number[0] if experts.gate.ndim == 4 else None
+    return (expert_mlp(rows, chosen, weights, experts, inner, layer=layer, count=count, trained=trained)[None],)

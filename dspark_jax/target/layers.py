@@ -61,6 +61,11 @@ def narrow(weight: Param | None, dtype: Any) -> None:
         weight.set_value(weight[...].astype(dtype))
 
 
+def stay_stacked(weight: Param) -> None:
+    """From now on `layer_at` gives the stack of this parameter whole: what multiplies by it reads its part there."""
+    weight.set_metadata(stays_stacked=True)
+
+
 def dense(x: jax.Array, weight: jax.Array, inputs: int = 1) -> jax.Array:
     """Contracts the last `inputs` axes of x with the first ones of weight, as one 2-D product (CPU's fast path).
 
@@ -334,12 +339,17 @@ class Layer(nnx.Module):
 
 
 def layer_at(layers: Any, index: jax.Array | int) -> Any:
-    """Layer `index` of a stack (leading axis L), its weights gathered; inside a loop the stack is never copied."""
+    """Layer `index` of a stack (leading axis L), its weights gathered; inside a loop the stack is never copied.
+
+    Parameters that `stay_stacked` are whole.
+    """
     if isinstance(layers, nnx.List):  # see `decode_weights`
         assert isinstance(index, int), "a list of layers is indexed at trace time"
         return layers[index]
 
     def pick(leaf: Any) -> Any:
+        if isinstance(leaf, Param) and leaf.get_metadata().get("stays_stacked"):
+            return leaf
         stack = leaf.get_value() if isinstance(leaf, Param) else leaf
         value = stack[index] if isinstance(index, int) else jax.lax.dynamic_index_in_dim(stack, index, keepdims=False)
         return leaf.replace(gather(value, *leaf.axes[1:]), axes=leaf.axes[1:]) if isinstance(leaf, Param) else value

@@ -23,6 +23,7 @@ from dspark_jax.engine.models import Models
 from dspark_jax.engine.slots import Mode, open_slots, serve_round
 from dspark_jax.ops.block_attention import block_attention
 from dspark_jax.ops.cached_attention import Rows, cached_attention
+from dspark_jax.ops.expert_mlp import Parts, expert_mlp
 from dspark_jax.ops.markov_sample import markov_sample
 from dspark_jax.ops.sampling import Sampling
 from dspark_jax.ops.speculative_verify import speculative_verify
@@ -117,6 +118,22 @@ def test_the_sequential_head_and_the_acceptance_rule(greedy: bool) -> None:
     assert program.as_text().count("xla.gpu.triton") >= 2 * size + 1
     logits = size * batch * VOCABULARY * 4  # one copy, since the argument is not given up
     assert program.memory_analysis().temp_size_in_bytes < 1.2 * logits
+
+
+@pytest.mark.parametrize("rows", [32, 1024])
+@pytest.mark.parametrize(("e", "k", "d", "f", "biases"), [(128, 8, 2048, 768, False), (32, 4, 2880, 2880, True)])
+def test_the_experts_of_a_mixture(e: int, k: int, d: int, f: int, biases: bool, rows: int) -> None:
+    """Qwen3-30B-A3B's and GPT-OSS's, in a round and for a prompt: two kernels, and no copy of a matrix of all."""
+
+    def run(rows: Any, chosen: Any, weights: Any, *parts: Any) -> Any:
+        return expert_mlp(rows, chosen, weights, Parts(*parts), lambda gate, up: jax.nn.silu(gate) * up)
+
+    added = (shape(e, f), shape(e, f), shape(e, d)) if biases else ()
+    given = (shape(rows, d), shape(rows, k, dtype=jnp.int32), shape(rows, k))
+    matrices = (shape(e, d, f), shape(e, d, f), shape(e, f, d))
+    text = compiled(run, *given, *matrices, *added, mesh=mesh_of(1, 1, 1)).as_text()
+    assert text.count("xla.gpu.triton") == 2
+    assert not large_copies(text, e * d * f)
 
 
 def large_copies(text: str, least: int) -> list[str]:

@@ -90,3 +90,11 @@ def test_vocab_loss_on_a_mesh(job: str, kernels: int) -> None:
 def test_vocab_loss_of_gemma() -> None:
     """The widest vocabulary that we have, and three arrays of logits: eight rows of them fit on a v5e."""
     assert compiled_apart("vocab_loss, Gemma's vocabulary and cap", "v5e:2x2")["kernels"] == 1
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_expert_mlp(topology: str) -> None:
+    """Real shapes of mixtures: one kernel, which reads a layer in its stack. (A prompt's rows take more than that.)"""
+    for name, found in compiled_apart("expert_mlp", topology).items():
+        assert found["kernels"] == 1, name
+        assert "prompt" in name or found["temporary_bytes"] < found["layer_bytes"] // 4, name

@@ -13,6 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dspark_jax.ops.block_attention import block_attention
 from dspark_jax.ops.cached_attention import Rows, cached_attention
+from dspark_jax.ops.expert_mlp import Parts, expert_mlp
 from dspark_jax.ops.markov_sample import markov_sample
 from dspark_jax.ops.sampling import Sampling
 from dspark_jax.ops.speculative_verify import speculative_verify
@@ -205,12 +206,52 @@ def loss(mesh: Mesh, batch: int, vocabulary: int = 151936, softcap: float = 0.0)
     return figures(run, shapes, mesh)
 
 
+def experts(mesh: Mesh) -> dict[str, Any]:
+    """`expert_mlp` of a layer's experts in a stack of four, by what reads them; `temporary_bytes` are to be compared
+    with a layer's matrices, `layer_bytes`."""
+    return {name: mixture(mesh, **how) for name, how in MIXTURES.items()}
+
+
+def mixture(mesh: Mesh, t: int, k: int, e: int, d: int, f: int, biases: bool = False, dtype: Any = jnp.bfloat16) -> Any:
+    """One of them."""
+
+    def inner(gate: Any, up: Any) -> Any:
+        return jnp.clip(up, -7, 7) * gate * jax.nn.sigmoid(1.7 * gate) if biases else jax.nn.silu(gate) * up
+
+    def run(layer: Any, rows: Any, chosen: Any, weights: Any, *parts: Any) -> Any:
+        return expert_mlp(rows, chosen, weights, Parts(*parts), inner, layer=layer)
+
+    added: Shapes = {name: ((e, n), dtype, (None, None)) for name, n in {"gate": f, "up": f, "down": d}.items()}
+    shapes: Shapes = {
+        "layer": ((), jnp.int32, ()),
+        "rows": ((t, d), dtype, (None, None)),
+        "chosen": ((t, k), jnp.int32, (None, None)),
+        "weights": ((t, k), dtype, (None, None)),
+        "gates": ((4, e, d, f), dtype, (None,) * 4),
+        "ups": ((4, e, d, f), dtype, (None,) * 4),
+        "downs": ((4, e, f, d), dtype, (None,) * 4),
+        **(added if biases else {}),
+    }
+    return figures(run, shapes, mesh) | {"layer_bytes": 3 * e * d * f * jnp.dtype(dtype).itemsize}
+
+
+MIXTURES: dict[str, dict[str, Any]] = {
+    "Qwen3-30B-A3B, a round": {"t": 32, "k": 8, "e": 128, "d": 2048, "f": 768},
+    "Qwen3-30B-A3B, a prompt": {"t": 4096, "k": 8, "e": 128, "d": 2048, "f": 768},
+    "GPT-OSS, one row": {"t": 1, "k": 4, "e": 32, "d": 2880, "f": 2880, "biases": True},
+    "float32": {"t": 40, "k": 2, "e": 8, "d": 256, "f": 256, "dtype": jnp.float32},
+    "DeepSeek-V4-Flash, an eighth": {"t": 64, "k": 6, "e": 32, "d": 4096, "f": 2048},
+}
+"""Name -> what `mixture` is compiled for."""
+
+
 JOBS: dict[str, tuple[Any, tuple[int, int, int]]] = {
     "block_attention": (train_attention, (1, 1, 1)),
     "block_attention on a mesh": (functools.partial(train_attention, batch=2), (1, 2, 2)),
     "block_attention, 5 query heads per key head": (functools.partial(train_attention, heads=40, size=16), (1, 1, 1)),
     "cached_attention": (decode_attentions, (1, 1, 1)),
     "cached_attention on a mesh": (functools.partial(decode_attention, **DECODING["rounds"]), (1, 2, 2)),
+    "expert_mlp": (experts, (1, 1, 1)),
     "speculative_verify": (verifications, (1, 1, 1)),
     "speculative_verify on a mesh": (functools.partial(verification, batch=32), (2, 2, 1)),
     "markov_sample": (all_drafts, (1, 1, 1)),

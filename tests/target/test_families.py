@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
+from dspark_jax import platform
 from dspark_jax.command import load_config, parse
 from dspark_jax.config import DrafterConfig, MeshConfig, TargetArchitecture, TargetConfig, to_json
 from dspark_jax.config_fields import Unsupported
@@ -23,10 +24,12 @@ from dspark_jax.convert.targets import fitting, frozen_of_target
 from dspark_jax.drafter import make_drafter
 from dspark_jax.engine import Models, generate
 from dspark_jax.errors import InputError
+from dspark_jax.ops.expert_mlp.api import OPERATION
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target import families
 from dspark_jax.target.decode_weights import decode_weights, unstacked
-from dspark_jax.target.loading import load_target
+from dspark_jax.target.experts import Experts
+from dspark_jax.target.loading import abstract_target, load_target
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -216,6 +219,43 @@ def test_a_mesh_computes_what_one_device_does(made, case):
     assert matrix == (jax.P(None, "tensor", "fsdp", None) if mixed(case) else jax.P(None, "fsdp", "tensor"))
     for a, b in zip(found, jax.jit(run)(target), strict=True):
         assert_close(case, np.asarray(a), np.asarray(b))
+
+
+@pytest.mark.parametrize("case", ["v4", "hybrid_moe"])
+def test_shapes_alone_have_the_types_of_loaded_weights(made, case):
+    """Some are held in float32, and tables of experts are whole numbers, whatever the compute type is."""
+    directory, _, target = made(case)
+    loaded = load_target(TargetConfig(str(directory), "bfloat16", target.arch), alone())
+    types = {
+        name: [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(model)]
+        for name, model in {"loaded": loaded, "shapes": abstract_target(target.arch, jnp.bfloat16)}.items()
+    }
+    assert types["loaded"] == types["shapes"]
+    kinds = {dtype for _, dtype in types["loaded"]}
+    assert kinds == {jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)} | (
+        {jnp.dtype(jnp.int32)} if case == "v4" else set()
+    )
+
+
+MIXTURES = [(case, "pallas_tpu") for case in ONE if mixed(case)] + [("moe_all", "xla")]
+
+
+@pytest.mark.parametrize(("case", "implementation"), MIXTURES)
+def test_experts_that_stay_in_their_stack_are_the_same(made, case, implementation, monkeypatch):
+    """As a TPU decodes, with a kernel that is told the layer, on a mesh that splits the experts."""
+    directory, _, target = made(case)
+    tokens = jnp.asarray(np.random.default_rng(2).integers(0, V, (2, 7)))
+    positions = jnp.broadcast_to(jnp.arange(7), tokens.shape)
+    expected = jax.jit(lambda: target.forward(tokens, positions).last_hidden)()
+    monkeypatch.setattr(platform, "unstacks_layers", lambda: False)
+    monkeypatch.setitem(OPERATION.order, "cpu", [implementation])
+    mesh = make_mesh(MeshConfig(1, 1, 2), jax.devices()[:2])
+    with jax.set_mesh(mesh):
+        decoding = decode_weights(load(directory, mesh), jnp.float32)
+        mixtures = [getattr(decoding, name).mlp for name in decoding.stacks.values()]
+        assert any(isinstance(mlp, Experts) and mlp.number is not None for mlp in mixtures)
+        found = jax.jit(lambda: decoding.forward(tokens, positions, decoding.init_cache(2, 8)).last_hidden)()
+    assert_close(case, found, np.asarray(expected))
 
 
 DRAFTER = DrafterConfig(

@@ -15,6 +15,8 @@ from dspark_jax.ops.block_attention.api import OPERATION as BLOCK_ATTENTION
 from dspark_jax.ops.cached_attention import Rows, cached_attention
 from dspark_jax.ops.cached_attention.api import OPERATION as CACHED_ATTENTION
 from dspark_jax.ops.dispatch import Operation, Unsupported
+from dspark_jax.ops.expert_mlp import Parts, expert_mlp
+from dspark_jax.ops.expert_mlp.api import OPERATION as EXPERT_MLP
 from dspark_jax.ops.markov_sample import markov_sample
 from dspark_jax.ops.markov_sample.api import OPERATION as MARKOV_SAMPLE
 from dspark_jax.ops.sampling import Sampling
@@ -43,6 +45,7 @@ def operations(rates: Any, row: Callable[..., Any], best: Callable[..., float], 
         *_attention(rates, row, best, 256 if quick else 4096),
         *_block_attention(rates, row, best, *((8, 256) if quick else (512, 4096))),
         *_cached_attention(rates, row, best, quick),
+        *_expert_mlp(rates, row, best, quick),
         *_markov_sample(rates, row, best, quick),
         *_speculative_verify(rates, row, best, quick),
         *_vocab_loss(rates, row, best, quick),
@@ -114,6 +117,29 @@ def _cached_attention(rates: Any, row: Any, best: Any, quick: bool) -> list[Any]
             seconds = best(jax.jit(run), query, caches, calls=1) / 40
             floor = rates.floor(caches[0][0].nbytes * 2)
             found.append(row(f"cached_attention {batch} x {length}: {name}", seconds, floor))
+    return found
+
+
+def _expert_mlp(rates: Any, row: Any, best: Any, quick: bool) -> list[Any]:
+    """A layer of Qwen3-30B-A3B, of one row, of rounds of 32 requests and of a prompt; the floor reads each expert that
+    is chosen once."""
+    e, k, d, f = (4, 2, 128, 64) if quick else (128, 8, 2048, 768)
+    parts = Parts(normal(1, e, d, f) / d**0.5, normal(2, e, d, f) / d**0.5, normal(3, e, f, d) / f**0.5)
+    found, first = [], jnp.zeros(())
+    for t in (1, 8) if quick else (1, 32, 256, 4096):
+        rows, scores = normal(0, t, d), jax.random.normal(jax.random.key(4), (t, e))
+        chosen = jax.lax.top_k(scores, k)[1]
+        weights = jnp.full((t, k), 1 / k, jnp.bfloat16)
+        read = int(jnp.sum(jnp.bincount(chosen.reshape(-1), length=e) > 0)) * 3 * d * f * 2
+        floor = rates.floor(read + 2 * rows.nbytes, 6 * t * k * d * f)
+        for name in here(EXPERT_MLP):
+            run = jax.jit(
+                functools.partial(expert_mlp, inner=lambda gate, up: jax.nn.silu(gate) * up, implementation=name)
+            )
+            out = run(rows, chosen, weights, parts).astype(jnp.float32)
+            first = out if name == here(EXPERT_MLP)[0] else first
+            print(f"    differs from the first by {float(jnp.linalg.norm(out - first) / jnp.linalg.norm(first)):.1e}")
+            found.append(row(f"expert_mlp {t} rows: {name}", best(run, rows, chosen, weights, parts), floor))
     return found
 
 

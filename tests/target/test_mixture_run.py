@@ -24,8 +24,13 @@ HYBRID = dict(
     layer_types=["linear_attention", "full_attention", "linear_attention"], linear_num_key_heads=2,
     linear_num_value_heads=4, linear_key_head_dim=16, linear_value_head_dim=16,
 )  # fmt: skip
+V4 = dict(
+    num_key_value_heads=1, moe_intermediate_size=32, q_lora_rank=24, n_routed_experts=8, num_experts_per_tok=2,
+    num_hash_layers=1, o_groups=2, o_lora_rank=8, index_n_heads=16, index_head_dim=8, index_topk=3, sliding_window=6,
+    qk_rope_head_dim=4, compress_rate_csa=4, compress_rate_hca=8, compress_ratios=[0, 4, 128, 4], num_hidden_layers=4,
+)  # fmt: skip
 CASES = {  # model class, its config's class, fields besides `SIZES`
-    "mixture": ("Qwen3Moe", "Qwen3MoeConfig", {**MOE, "norm_topk_prob": True, "mlp_only_layers": [1]}),
+    "DeepSeek-V4": ("DeepseekV4", "DeepseekV4Config", V4),
     "hybrid mixture": ("Qwen3_5Moe", "Qwen3_5MoeTextConfig", HYBRID | MOE | {"shared_expert_intermediate_size": 24}),
     "GPT-OSS": ("GptOss", "GptOssConfig", {"num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": 8}),
 }
@@ -46,6 +51,9 @@ def made(request: Any, tiny_target: Path, tmp_path_factory: pytest.TempPathFacto
     torch.manual_seed(0)
     config = getattr(transformers, config)(**SIZES | fields)
     model = getattr(transformers, f"{name}ForCausalLM")(config).to(torch.bfloat16)
+    for path, table in model.named_buffers():
+        if path.endswith("tid2eid"):
+            table.copy_(torch.stack([torch.randperm(8)[:2] for _ in range(SIZES["vocab_size"])]))
     model.save_pretrained(folder, max_shard_size="100KB")
     assert len(list(folder.glob("*.safetensors"))) > 2
     for name in ("tokenizer.json", "tokenizer_config.json"):

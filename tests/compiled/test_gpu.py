@@ -147,10 +147,13 @@ def large_copies(text: str, least: int) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("greedy", [True, False])
-def test_a_decoding_round_copies_neither_weights_nor_caches(greedy: bool) -> None:
+@pytest.mark.parametrize(("greedy", "family"), [(True, "qwen3"), (False, "qwen3"), (False, "qwen3_moe")])
+def test_a_decoding_round_copies_neither_weights_nor_caches(greedy: bool, family: str) -> None:
     """A small model, in the form in which it is held: every weight and every cache is over 100 KB, nothing else is."""
-    arch = TargetArchitecture("qwen3", 3000, 256, 3, 4, 2, 64, 768, 1e-6, 1e6, True, 2048)
+    mixture = {"num_experts": 16, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "norm_topk_prob": True}
+    mixture |= {"decoder_sparse_step": 1, "mlp_only_layers": []}
+    arch = TargetArchitecture(family, 3000, 256, 3, 4, 2, 64, 768, 1e-6, 1e6, True, 2048)
+    arch = dataclasses.replace(arch, own=mixture) if family == "qwen3_moe" else arch
     config = DrafterConfig(num_layers=2, target_layer_ids=(0, 1), mask_token_id=2999, markov_rank=128)
     mesh = mesh_of(1, 1, 1)
 

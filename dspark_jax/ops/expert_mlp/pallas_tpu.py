@@ -119,7 +119,9 @@ def _through(rows: jax.Array, layer: jax.Array, tiles: Tiles, parts: Parts, case
     if case.biases:
         inputs += [part[:, None] for part in parts[3:] if part is not None]
         specs += [bias(case.n, whole=False), bias(case.n, whole=False), bias(d, whole=True)]
-    read = min(e, pairs) + (pairs // case.m if case.turns > 1 else 0)
+    read = min(e, pairs)
+    if case.turns > 1:  # by every tile, of which each expert leaves half a one empty
+        read = max(read, pairs // case.m + read // 2)
     return mosaic.call(
         functools.partial(_kernel, case=case),
         [layer, tiles.active, tiles.expert],

@@ -246,11 +246,15 @@ def find_dialect(
         raise InputError(f"layer ids {list(stated.taps)} are outside -1..{layers - 1} of this {layers}-layer target")
     run = _target_pass(target, rounds, taps)
 
+    def tapped(features: jax.Array, layout: Layout) -> jax.Array:
+        """What a drafter is given: one that is no block drafter reads the embeddings as well, before the features."""
+        own = layout.taps if layout.family == "block" else (-1, *layout.taps)
+        return features[:, [taps.index(i) for i in own]]
+
     def score(layout: Layout) -> Score:
-        chosen = [taps.index(i) for i in layout.taps]
         drawn = [
             _overlaps(
-                drafter, target, features[:, chosen], last, trial, layout.mask_token_id,
+                drafter, target, tapped(features, layout), last, trial, layout.mask_token_id,
                 anchor_first=layout.anchor_first, block=layout.family == "block",
             )[:, : trial.distinct]
             for trial, (features, last) in zip(rounds, run, strict=True)
@@ -280,12 +284,12 @@ def find_dialect(
     better = ordered[0].beats(scores[stated]) and ordered[0].tau >= LEARNED
     clear = ordered[0].tau >= CLEARLY * scores[stated].tau
     best = ordered[0] if better and clear else scores[stated]
-    chosen, layout = [taps.index(i) for i in best.layout.taps], best.layout
+    layout = best.layout
     teachers = [
         [
             float(
                 _overlaps(
-                    drafter, target, features[:, chosen], hidden, trial, layout.mask_token_id,
+                    drafter, target, tapped(features, layout), hidden, trial, layout.mask_token_id,
                     anchor_first=layout.anchor_first, block=layout.family == "block",
                 )[0, : trial.distinct, 0].mean()
             )

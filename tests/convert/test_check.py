@@ -24,6 +24,7 @@ from dspark_jax.convert.export import Source, frozen_tensors, write_export
 from dspark_jax.convert.hf import read_drafter_config, stored_tensors
 from dspark_jax.convert.layouts import Layout, read_layout
 from dspark_jax.drafter import make_drafter
+from dspark_jax.drafter.blocks import Anchors
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target.loading import load_target
 from dspark_jax.vocabulary import encode_vocabulary
@@ -177,6 +178,28 @@ def test_layer_ids_of_an_eagle3_drafter_are_scored(world):
     assert {score.layout.taps for score in found.scores} == {(0, 1), (-1, 0), (1, 2)}
     assert all(score.tau < 1.2 for score in found.scores)
     assert found.findings() == [] and "accepts next to nothing in any dialect" in found.weak
+
+
+@pytest.mark.parametrize("ids", [(0, 2), (-1, 1)])
+def test_first_drafts_of_eagle3_are_scored_as_it_is_trained(world, ids):
+    """The training pass says what it expects after every token; layer ids may begin with the embeddings or not."""
+    config = DrafterConfig(
+        kind="eagle3", num_layers=1, block_size=2, target_layer_ids=ids, markov_rank=0, confidence_head=False,
+        initializer_range=0.3,
+    )  # fmt: skip
+    drafter = make_drafter(world.target.arch, config, rngs=nnx.Rngs(0))
+    found = find_dialect(drafter, world.target, Layout("deepspec", "eagle3", 2, ids, -1, True, 1), world.answers)
+    expected = []
+    for answer in world.answers:
+        tokens, mask = answer.tokens[None], np.ones((1, len(answer.tokens)), np.int32)
+        out = world.target.forward(tokens, np.arange(len(answer.tokens))[None], taps=drafter.taps)
+        anchors = Anchors(np.arange(len(answer.tokens))[None], mask.astype(bool))
+        trained = drafter(world.target, out.features, tokens, mask, anchors).hidden[0, :, 0]
+        draft, teacher = (jax.nn.softmax(world.target.unembed(x), axis=-1) for x in (trained, out.last_hidden[0]))
+        shared = np.minimum(draft[:-1], teacher[1:]).sum(axis=-1)  # row t drafts after token t + 1
+        last = len(answer.tokens) - 8
+        expected += [shared[i - 1] for i in np.unique(np.linspace(answer.start, last, 48).astype(int))]
+    np.testing.assert_allclose(found.stated.overlap, expected, atol=1e-5)
 
 
 def test_a_reading_that_accepts_next_to_nothing_is_no_dialect(world, copy, monkeypatch):

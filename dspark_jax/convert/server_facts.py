@@ -69,7 +69,8 @@ def _heads(files: Files) -> dict[str, Any]:
     parts = [part for part in ("gate_proj", "joint_proj") if part in tensors]
     by_tensor = {"gate_proj": "gated", "joint_proj": "rnn"}
     stated = files.stated.markov_head_type
-    width = files.target.hidden_size
+    width, candidates = files.target.hidden_size, files.stated.selector_top_k
+    lattice = candidates * (candidates + 1)  # the candidates and, for each, scores of all that may follow
     rank = next((shape[1] for name, shape in files.shapes.items() if name.endswith("markov_w1.weight")), None)
     score = next((shape for name, shape in files.shapes.items() if name.endswith("confidence_head.proj.weight")), None)
     wanted = None if rank is None else (1, width + rank)
@@ -77,6 +78,9 @@ def _heads(files: Files) -> dict[str, Any]:
         "head": named,
         "head_part": next(iter(parts), "" if named == "vanilla" else named),
         "gguf_head": by_tensor[parts[0]] if parts and stated == "vanilla" else stated,
+        "hidden_size": width,
+        "selector_lattice": lattice,
+        "selector_fits": lattice <= width,
         "confidence": "confidence" in tensors,
         "plain_confidence": all(f"confidence_head.proj.{part}" in files.shapes for part in ("weight", "bias")),
         "confidence_shape": list(score or ()),

@@ -158,6 +158,13 @@ def test_dflash2_is_scored_and_not_wrong(world, tmp_path):
     found = report(world, directory)
     assert found.problems == () and found.verdict == UNKNOWN and "next to nothing" in found.unknown
     assert found.stated.drafts == 3 and "a selector of rank 8 among 16" in found.lines()[0]
+    assert (
+        "its selector hands on 272 numbers in a row of the hidden size, which is 32" in verdicts(found)["llama.cpp"][1]
+    )
+    raw = json.loads((directory / "config.json").read_text())
+    raw["dflash_config"]["selector_top_k"] = 5  # 5 and 5 x 5 fit
+    (directory / "config.json").write_text(json.dumps(raw))
+    assert "numbers in a row" not in verdicts(report(world, directory))["llama.cpp"][1]
     raw = json.loads((directory / "config.json").read_text())
     raw["dflash_config"]["output_multiplier"], raw["layer_types"] = 0.5, ["sliding_attention"]
     (directory / "config.json").write_text(json.dumps(raw))

@@ -25,7 +25,7 @@ HEADLESS = {"markov_rank": 0, "confidence_head": False, "confidence_with_markov"
 DFLASH = replace(DSPARK, kind="dflash", **HEADLESS)
 DFLASH2 = replace(
     DSPARK, kind="dflash2", block_layout="fill_in", markov_head_type="selector", confidence_head=False,
-    confidence_with_markov=False, conv_kernel_size=2,
+    confidence_with_markov=False, conv_kernel_size=2, selector_top_k=5,
 )  # fmt: skip
 EAGLE3 = replace(DSPARK, kind="eagle3", num_layers=1, mask_token_id=0, **HEADLESS)
 DRAFTERS = {

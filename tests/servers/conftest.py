@@ -5,6 +5,7 @@ Everything is skipped, with its reason, unless the command line says where it is
 
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -28,8 +29,11 @@ OPTIONS = {
     "--server-runs": "folder with runs of the quickstart by their kinds; what is not in it is trained for a short time",
 }
 TRAINING = ("--config.data.limit=60", "--config.train.steps=120", "--config.train.evaluate=False")
-SETTINGS = {"eagle3_llama": ("--config.drafter.target_layer_ids=(1, 2, 3)",)}
-"""Further settings of kinds: llama.cpp takes three tapped layers only."""
+SETTINGS = {
+    "eagle3_llama": ("--config.drafter.target_layer_ids=(1, 2, 3)",),
+    "dflash2": ("--config.drafter.selector_top_k=15",),
+}
+"""Further settings of kinds: llama.cpp takes three tapped layers only, and candidates whose scores fit in a row."""
 TOKENS = 96
 """Of each answer."""
 
@@ -65,11 +69,12 @@ def runs(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) 
         workdir = place / kind
         if not (workdir / "checkpoints").exists():
             if kind != "dspark" and (place / "dspark" / "data").exists():
-                shutil.copytree(place / "dspark" / "data", workdir / "data")
+                shutil.copytree(place / "dspark" / "data", workdir / "data", dirs_exist_ok=True)
             config = f"--config={ROOT / 'configs' / 'quickstart.py'}:{kind}"
             command = [sys.executable, "-m", "dspark_jax.train", config, f"--workdir={workdir}", *TRAINING]
             command += SETTINGS.get(kind, ())
-            subprocess.run(command, cwd=ROOT, check=True)
+            env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}  # one device, not eight
+            subprocess.run(command, cwd=ROOT, env=env, check=True)
         return workdir
 
     return run

@@ -35,9 +35,7 @@ def ask(given, gguf, prompts, *, kind="dspark", size=0, drafter: Path | None = N
     [
         *itertools.product(["dspark", "dflash"], ["universal", "deepspec", "speculators"]),
         ("fill_in", "universal"),
-        ("fill_in", "speculators"),
         ("dflash2", "universal"),
-        ("dflash2", "speculators"),
         ("eagle3_llama", "universal"),
         ("eagle3_llama", "speculators"),
     ],
@@ -62,6 +60,11 @@ def test_answers_are_the_targets_and_rounds_are_ours(given, gguf, exported, ours
 def test_qwen_eagle3_is_refused_as_check_says(given, converter, exported, gguf):
     with pytest.raises(AssertionError, match="Eagle3Qwen3ForCausalLM is not supported"):
         gguf(exported("eagle3"), TARGET)
+
+
+def test_fill_in_speculators_are_refused_as_check_says(given, converter, exported, gguf):
+    with pytest.raises(AssertionError, match="DFlashSpeculator is not supported"):
+        gguf(exported("fill_in", "speculators"), TARGET)
 
 
 def test_the_embedded_tokenizer_is_not_known_to_it(given, tmp_path):

@@ -90,7 +90,7 @@ def test_z_labs_dflash_has_a_command_for_each_server():
 def test_dflash2_has_a_command_where_it_is_known():
     config = replace(
         DSPARK, kind="dflash2", block_layout="fill_in", markov_head_type="selector", confidence_head=False,
-        confidence_with_markov=False, conv_kernel_size=2,
+        confidence_with_markov=False, conv_kernel_size=2, selector_top_k=5,
     )  # fmt: skip
     card = card_of(QWEN, config, "universal")
     for server in ("tpu-inference", "sglang-jax"):
@@ -99,6 +99,8 @@ def test_dflash2_has_a_command_where_it_is_known():
     assert '{"method": "dflash", "model": "DIR", "num_speculative_tokens": 5' in card
     assert "--spec-type draft-dflash" in card and "--speculative-num-draft-tokens 6" in card
     assert "vllm serve DIR" in card_of(QWEN, config, "speculators")
+    wide = card_of(QWEN, replace(config, selector_top_k=16), "universal")
+    assert "llama.cpp cannot serve it: its selector hands on 272 numbers" in wide
     for change, message in (
         ({"confidence_head": True}, "without a confidence head only"),
         ({"conv_kernel_size": 0}, "this drafter has conv_kernel_size=0"),

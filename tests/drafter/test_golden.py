@@ -58,7 +58,8 @@ def test_training_pass(case):
     tokens, loss_mask = jnp.asarray(io["input_ids"], jnp.int32), jnp.asarray(io["loss_mask"])
     out = jax.jit(lambda d, f: d(target, f, tokens, loss_mask, anchors))(drafter, io["target_hidden_states"])
     keep, tolerance = io["block_keep_mask"].astype(bool), io["tolerance"]
-    np.testing.assert_allclose(np.asarray(out.hidden)[keep], io["output_hidden"][keep], rtol=0, atol=tolerance / 4)
+    # Half, as processors add in different orders: 9e-6 of the largest, next to a quarter, was seen on an AMD EPYC.
+    np.testing.assert_allclose(np.asarray(out.hidden)[keep], io["output_hidden"][keep], rtol=0, atol=tolerance / 2)
     logits = target.unembed(out.hidden)
     embedding = None
     if drafter.markov is not None:

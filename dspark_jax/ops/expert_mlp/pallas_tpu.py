@@ -70,8 +70,9 @@ def expert_mlp(
     case = _Case(m, columns or _columns(m, d, f, rows.dtype.itemsize), f, inner, biases)
     tiles = Tiles.of(chosen, e, m)
     number = jnp.asarray(0 if layer is None else layer, jnp.int32).reshape(1)
-    stack = parts if layer is not None else Parts(*(part[None] for part in parts[:3]), *parts[3:])
-    return tiles.summed(_through(rows[tiles.source], number, tiles, stack, case, t * k * e // count), weights)
+    if layer is None:
+        parts = parts._replace(gate=parts.gate[None], up=parts.up[None], down=parts.down[None])
+    return tiles.summed(_through(rows[tiles.source], number, tiles, parts, case, t * k * e // count), weights)
 
 
 def _columns(m: int, d: int, f: int, size: int) -> int:

@@ -42,8 +42,11 @@ class Parts(NamedTuple):
         """Those of a layer of a stack; None: they are no stack."""
         if layer is None:
             return self
-        matrices = (jax.lax.dynamic_index_in_dim(part, layer, keepdims=False) for part in self[:3])
-        return Parts(*matrices, *self[3:])
+
+        def pick(stack: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False)
+
+        return self._replace(gate=pick(self.gate), up=pick(self.up), down=pick(self.down))
 
     def through(self, product: Callable[..., jax.Array], rows: jax.Array, inner: Inner) -> jax.Array:
         """What the rows become; `product` multiplies rows with matrices, and the biases are one for each row."""

@@ -32,7 +32,7 @@ def expert_mlp(
     """See `api.expert_mlp`."""
     t, k = chosen.shape
     here = (chosen >= 0) & (chosen < parts.count)
-    experts = Parts(*(None if part is None else part.astype(rows.dtype) for part in parts.of_layer(layer)))
+    experts = jax.tree.map(lambda part: part.astype(rows.dtype), parts.of_layer(layer))
     if _few(t * k, count):
         out = _collected(rows, jnp.where(here, chosen, 0), experts, inner)
     else:

@@ -5,8 +5,6 @@
   a loop over blocks of rows of one expert each. Every expert that is chosen is read once (a block of rows at a time).
 """
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 
@@ -64,7 +62,10 @@ def _ragged(rows: jax.Array, sizes: jax.Array, experts: Parts, inner: Inner) -> 
         for name, bias in experts._asdict().items()
         if name.endswith("_bias")
     }
-    products: Callable[..., jax.Array] = lambda rows, matrices: jax.lax.ragged_dot(rows, matrices, sizes)  # noqa: E731
+
+    def products(rows: jax.Array, matrices: jax.Array) -> jax.Array:
+        return jax.lax.ragged_dot(rows, matrices, sizes)
+
     return experts._replace(**biases).through(products, rows, inner)
 
 

@@ -391,7 +391,10 @@ def speculators_config(source: Source, dtype: str) -> dict[str, Any]:
     else:
         off = ("norm_before_fc", "fc_norm", "norm_output", "embed_requires_grad")
         keys = dict.fromkeys(off, False) | eagle3_serving(source, "Eagle3Speculator")
-        base = base if source.config.qk_norms else llama_layers(source, dtype)
+        if not source.config.qk_norms:
+            base = llama_layers(source, dtype)
+            if (taps := len(source.config.target_layer_ids)) != 3:  # vLLM takes 3 for granted here
+                base["num_aux_hidden_states"] = taps
     proposal = {"proposal_type": "greedy", "speculative_tokens": source.config.block_size}
     return keys | {
         "speculators_model_type": kind,

@@ -117,6 +117,7 @@ def _taps(files: Files) -> dict[str, Any]:
     inputs = [i + 1 for i in usual]
     width = files.config.get("target_hidden_size") or files.target.hidden_size
     named = len(files.nested("eagle_config").get(IDS) or ()) or 3
+    counted = layers_config(files.config).get("num_aux_hidden_states") or named
     stated = len(files.stated.taps) or 3
     shape = _fc(files)
     return {
@@ -132,11 +133,14 @@ def _taps(files: Files) -> dict[str, Any]:
         "fc_fits_3": None if shape is None else shape[1] == 3 * width,
         "named_layers": named,
         "named_width": named * width,
+        "counted_layers": counted,
+        "counted_width": counted * width,
         "stated_taps": list(files.stated.taps or usual),
         "stated_layers": stated,
         "stated_width": stated * width,
         "fc_fits_stated": None if shape is None else shape[1] == stated * width,
         "fc_fits_named": None if shape is None else shape[1] == named * width,
+        "fc_fits_counted": None if shape is None else shape[1] == counted * width,
     }
 
 

@@ -62,6 +62,26 @@ def test_specforges_layout(tiny_target: Path, tmp_path: Path) -> None:
     assert {"fc.weight", "norm.weight", "embed_tokens.weight"} <= set(tensors)
 
 
+@pytest.mark.parametrize("layers", [(1, 2, 3), (0, 1, 2, 3)])
+def test_the_speculators_format_says_how_many_layers_vllm_has_to_expect(
+    tiny_target: Path, tmp_path: Path, layers: tuple[int, ...]
+) -> None:
+    """Without it vLLM 0.32.0 makes room for three, and does not load the drafter."""
+    source, _ = make_source(tiny_target, replace(LLAMA, target_layer_ids=layers))
+    directory = write_export(tmp_path / "x", source, form="speculators", dtype="float32")
+    raw = json.loads((directory / "config.json").read_text())
+    assert raw["transformer_layer_config"].get("num_aux_hidden_states", 3) == len(layers)
+    shapes = {name: value.shape for name, value in load_file(directory / "model.safetensors").items()}
+
+    def refusals() -> tuple[str, ...]:
+        (vllm,) = (one for one in replay("x", raw, shapes, source.arch) if one.server == "vLLM")
+        return tuple(vllm.refusals)
+
+    assert not refusals()
+    raw["transformer_layer_config"]["num_aux_hidden_states"] = 2
+    assert f"it takes 2 layers of width {raw['target_hidden_size']}" in " ".join(refusals())
+
+
 def test_every_token_needs_no_map(tiny_target: Path, tmp_path: Path) -> None:
     """vLLM knows no d2t beside a whole vocabulary, and the head of one that has none of its own is the target's."""
     for number, config in enumerate((DRAFTERS["llama, every token"], replace(EAGLE3, qk_norms=False))):

@@ -63,7 +63,7 @@ qwen3 eagle3 universal           yes   no     no        no            no        
 qwen3 eagle3 deepspec            no    no     no        no            no         no           no          no
 qwen3 eagle3 speculators         yes   no     no        no            no         ?            ?           yes
 qwen3 eagle3 llama universal     yes   yes    no        no            no         yes          ?           no
-qwen3 eagle3 llama speculators   no    no     no        no            no         ?            ?           yes
+qwen3 eagle3 llama speculators   yes   no     no        no            no         ?            ?           yes
 gemma4 dspark universal          yes   no     no        no            no         ?            ?           no
 gemma4 dspark deepspec           yes   no     no        no            no         ?            ?           no
 gemma4 dspark gated universal    wrong no     no        no            no         ?            ?           no

@@ -41,6 +41,23 @@ def interpreted_triton() -> None:
     triton.runtime.driver.set_active(Cpu())
 
 
+def mend_masks() -> None:
+    """Lets the interpreter take masks that are numbers: DFlash 2's walk makes them of a comparison of one number."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+    def truth(mask: TensorHandle) -> TensorHandle:
+        return TensorHandle(np.asarray(mask.data).astype(bool), tl.int1)
+
+    InterpreterBuilder.create_masked_load = lambda self, ptrs, mask, *others: load(self, ptrs, truth(mask), *others)
+    InterpreterBuilder.create_masked_store = lambda self, ptrs, value, mask, *others: store(
+        self, ptrs, value, truth(mask), *others
+    )
+
+
 def mend_context_norm() -> None:
     """Norms each layer's context keys by that layer's weights, as vLLM does on a GPU.
 
@@ -66,6 +83,7 @@ def main() -> None:
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
     if request["interpret"]:
         interpreted_triton()
+        mend_masks()
     import vllm
 
     if request["interpret"]:

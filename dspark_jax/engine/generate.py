@@ -45,7 +45,9 @@ class Prompts:
     keys: jax.Array
 
 
-def prefill(models: Models, prompts: Prompts, requests: Requests, *, capacity: int) -> DecodeState:
+def prefill(
+    models: Models, prompts: Prompts, requests: Requests, *, capacity: int, deferred: bool = False
+) -> DecodeState:
     """Runs the prompts through the target, shows them to the drafter, and draws each request's first token.
 
     Args:
@@ -53,6 +55,7 @@ def prefill(models: Models, prompts: Prompts, requests: Requests, *, capacity: i
       prompts: of the batch; the keys are kept in the state.
       requests: `uniforms.next` draws the first token.
       capacity: C, at least limits + G: a round that starts below the limit writes G + 1 rows.
+      deferred: the drafter does not read the prompt yet: its rows are pending. For one prompt alone.
     """
     batch, width = prompts.tokens.shape
     lengths, positions = prompts.lengths, jnp.broadcast_to(jnp.arange(width), prompts.tokens.shape)
@@ -60,7 +63,11 @@ def prefill(models: Models, prompts: Prompts, requests: Requests, *, capacity: i
     output = models.target.forward(prompts.tokens, positions, cache, taps=models.taps, counts=lengths)
     last = jnp.take_along_axis(output.last_hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     first = sample(models.target.unembed(last), requests.sampling, requests.uniforms.next)
-    empty = models.draft_cache(batch, capacity)
+    draft_cache, pending = models.draft_cache(batch, capacity), None
+    if deferred:
+        pending = Pending.of_prompt(models, output.features, lengths)
+    else:
+        draft_cache = models.drafter.extend(draft_cache, output.features, prompts.tokens, positions, lengths)
 
     tokens = jnp.pad(prompts.tokens, ((0, 0), (0, capacity - width)))
     at = jnp.arange(capacity) == lengths[:, None]
@@ -76,14 +83,16 @@ def prefill(models: Models, prompts: Prompts, requests: Requests, *, capacity: i
         rounds=jnp.zeros_like(grown),
         keys=prompts.keys,
         target_cache=output.cache,
-        draft_cache=models.drafter.extend(empty, output.features, prompts.tokens, positions, lengths),
+        draft_cache=draft_cache,
+        pending=pending,
     )
 
 
 def begin(models: Models, scheduler: Scheduler, state: DecodeState) -> DecodeState:
     """The state after `prefill` with what the scheduler's rounds carry along."""
-    batch = state.lengths.shape[0]
-    pending = Pending.empty(models, batch) if scheduler.alternates else None
+    batch, pending = state.lengths.shape[0], state.pending
+    if scheduler.alternates and pending is None:
+        pending = Pending.empty(models, batch)
     history = scheduler.start(batch, models.block_size)
     return dataclasses.replace(state, history=history, pending=pending)
 
@@ -126,7 +135,8 @@ def decode(
     prompts = dataclasses.replace(prompts, tokens=constrain(prompts.tokens, "batch", None))
     models = models.for_decoding(batch_size=batch)
     first = Requests(round_uniforms(prompts.keys, prompts.lengths - 1, 0), sampling, stop_tokens)
-    state = begin(models, scheduler, prefill(models, prompts, first, capacity=shape.capacity))
+    deferred = scheduler.alternates and models.defers_prompts(batch)
+    state = begin(models, scheduler, prefill(models, prompts, first, capacity=shape.capacity, deferred=deferred))
     log = RoundLog.empty(shape.rounds, batch, models.block_size, trace=shape.trace, confidence=models.confident)
 
     def step(carry: Carry, *, drafts: bool = True) -> Carry:

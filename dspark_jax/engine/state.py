@@ -32,6 +32,13 @@ class Pending:
         shape = (batch, models.most_pending(batch), like.shape[-1])
         return cls(constrain(jnp.zeros(shape, like.dtype), "batch", None, None), jnp.zeros((batch,), jnp.int32))
 
+    @classmethod
+    def of_prompt(cls, models: Models, features: jax.Array, counts: jax.Array) -> "Pending":
+        """The features [1, S, M*D] of a prompt of `counts` [1] tokens, with room for P more rows."""
+        batch, width, _ = features.shape
+        size = models.most_pending(batch) + -(-width // models.pending_rows) * models.pending_rows
+        return cls(jnp.pad(features, ((0, 0), (0, size - width), (0, 0))), counts)
+
     @property
     def full(self) -> jax.Array:
         """[] bool, whether a request has no room for another row."""

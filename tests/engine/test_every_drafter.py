@@ -93,11 +93,15 @@ def test_output_is_the_targets(kind: str) -> None:
     assert freedom > 10 and statistic < freedom + 6 * np.sqrt(2 * freedom), (statistic, freedom)
 
 
+QUESTIONS = [*PROMPTS, [int(t) for t in np.random.default_rng(12).integers(0, VOCAB, 37)]]
+"""Also one of more tokens than a drafter reads at a time of what it has not read yet."""
+
+
 @functools.cache
 def drafts_everywhere(kind: str) -> list[np.ndarray]:
     """[rounds, G] what is drafted after every token of a greedy answer, by taking one token at a time."""
     result = generate(
-        Models(target(), drafter(kind)), PROMPTS, max_new_tokens=24, scheduler=schedulers.fixed(0), trace=True
+        Models(target(), drafter(kind)), QUESTIONS, max_new_tokens=24, scheduler=schedulers.fixed(0), trace=True
     )
     assert result.drafted is not None
     return result.drafted
@@ -109,11 +113,12 @@ def drafts_everywhere(kind: str) -> list[np.ndarray]:
 @pytest.mark.slow
 def test_drafts_behind_rounds_without_drafts(kind: str) -> None:
     """The drafter catches up with what was committed without it: it drafts what it would have drafted anyway."""
-    # Several requests catch up at 16 pending rows though nothing is drafted; one has more, and reads 16 at a time.
+    # Several requests catch up at 16 pending rows though nothing is drafted; one has more, and reads 16 at a time, of
+    # its prompt as well.
     for probe, size in ((1, 4), (20, 4), (20, 1)):
         scheduler = schedulers.adaptive(1 / 1000, probe=probe, trial_share=np.inf)
         options: dict[str, Any] = {"max_new_tokens": 24, "batch_size": size, "scheduler": scheduler, "trace": True}
-        result = generate(Models(target(), drafter(kind)), PROMPTS, **options)
+        result = generate(Models(target(), drafter(kind)), QUESTIONS, **options)
         assert result.drafted is not None
         for emitted, drafted, wanted in zip(
             result.acceptance_lengths, result.drafted, drafts_everywhere(kind), strict=True
@@ -126,10 +131,10 @@ def test_drafts_behind_rounds_without_drafts(kind: str) -> None:
 def test_served_drafts_behind_rounds_without_drafts() -> None:
     """The same in slots, which new requests take while others have not caught up."""
     scheduler = schedulers.adaptive(1 / 1000, probe=2, trial_share=np.inf)
-    options: dict[str, Any] = {"capacity": 40, "prefill_chunk": 2, "max_stop_tokens": 4, "scheduler": scheduler}
+    options: dict[str, Any] = {"capacity": 80, "prefill_chunk": 2, "max_stop_tokens": 4, "scheduler": scheduler}
     with Engine(Models(target(), drafter("dspark")), slots=2, **options) as engine:
         handles = [
-            engine.submit(prompt, max_new_tokens=9 + number, trace=True) for number, prompt in enumerate(PROMPTS)
+            engine.submit(prompt, max_new_tokens=9 + number, trace=True) for number, prompt in enumerate(QUESTIONS)
         ]
         while engine.step():
             pass
@@ -141,7 +146,7 @@ def test_served_drafts_behind_rounds_without_drafts() -> None:
                 assert list(piece.round.drafted) == wanted[position - 1].tolist()
                 seen += 1
             position += len(piece.tokens)
-    assert seen > len(PROMPTS)
+    assert seen > len(QUESTIONS)
 
 
 def test_eagle3_is_served_in_chunks_and_slots() -> None:

@@ -44,10 +44,8 @@ class Candidates:
         eligible = (position >= floor[:, None]) & (position < ceiling[:, None])
         # Positions first: the stable sort then leaves ties in the order (position, request).
         flat = jnp.where(eligible, survival, -1.0).T.reshape(-1)
-        if batch == 1:  # falls already; what is not eligible, last
-            order = (position + floor[0]) % size
-        else:
-            order = jnp.argsort(-flat, stable=True)
+        # One request's fall already; what is not eligible comes last.
+        order = (position + floor[0]) % size if batch == 1 else jnp.argsort(-flat, stable=True)
         sure = jnp.sum(jnp.where(position < floor[:, None], survival, 0.0))
         requests = jnp.sum(active, dtype=jnp.int32)
         tokens = requests + jnp.sum(floor)

@@ -56,14 +56,15 @@ class TargetArchitecture:
     where that is a known one. Empty for all others."""
 
     @classmethod
-    def from_hf(cls, source: str | os.PathLike[str] | Mapping[str, Any]) -> "TargetArchitecture":
-        """Reads a Hugging Face config: a directory, a `config.json`, or its decoded content.
+    def from_hf(cls, source: str | os.PathLike[str] | Mapping[str, Any], where: object = "") -> "TargetArchitecture":
+        """Reads a Hugging Face config: a directory, a `config.json`, or its decoded content, which is from `where`.
 
         Raises:
           InputError: the file is missing or not JSON, or a needed field is absent or of another type.
           Unsupported: the model uses a feature that has no implementation here (biases, scaled RoPE, experts, ...).
         """
-        where, raw = _read(source)
+        found, raw = _read(source)
+        where = str(where) or found
         model_type = raw.get("model_type")
         family = families.of_config(model_type, where)
         raw, fields = family.language_model(raw, where), family.configs[str(model_type)]

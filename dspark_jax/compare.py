@@ -21,7 +21,7 @@ Data is prepared once. Every training is a run of its own below `drafters/`, tra
 own: one that fails is reported and loses nothing of the others (the exit status is then 1). Started again, `compare`
 continues where it stopped; what is finished is not repeated, whichever study it was trained for. SIGTERM ends it with
 status 143, after the checkpoint of the run in training. Writes `compare.json` (after every drafter) and
-`compare/*.png` with their data as JSON.
+`compare/*.png` with their data as JSON, of the drafters and studies that this call names; the runs of others stay.
 """
 
 import contextlib
@@ -273,7 +273,7 @@ def write_report(
         "temperature": config.eval.temperatures[0],
         "max_new_tokens": config.eval.max_new_tokens,
         "steps": config.train.steps,
-        **({} if seeds == 1 else {"seeds": seeds, "method": method(seeds, config)}),
+        **({} if seeds == 1 else {"seeds": seeds, "method": method(seeds, config, gains=_has_gains(drafters))}),
         "drafters": drafters,
         "plain": times.get(PLAIN),
         "studies": studies,
@@ -281,6 +281,11 @@ def write_report(
         "failures": dict(failures),
     }
     return write_json(run.workdir / "compare.json", report)
+
+
+def _has_gains(drafters: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether any of the main table's entries is compared with another."""
+    return any(name.startswith("gain_over_") for entry in drafters.values() for name in entry)
 
 
 def _by_value(plan: Plan, study: str, estimates: Mapping[str, TauEstimate]) -> dict[int, dict[str, TauEstimate]]:

@@ -281,6 +281,11 @@ def _window_problems(drafter: DrafterConfig) -> Iterator[str]:
         )
     elif SLIDING in kinds and not window:
         yield f"drafter.layer_types={kinds} has layers with a window and drafter.sliding_window is 0; set its rows"
+    elif kinds and window and SLIDING not in kinds:
+        yield (
+            f"drafter.sliding_window={window} and drafter.layer_types={kinds} has no layer with a window; "
+            f"name {SLIDING} there, or set the window to 0"
+        )
     if 0 < window < rows:
         yield f"drafter.sliding_window={window} is less than the {rows} rows of a block, which see each other; raise it"
 

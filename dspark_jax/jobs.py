@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from absl import logging
+
 from dspark_jax.attached import run_quietly
 from dspark_jax.config import InputError
 from dspark_jax.errors import reporting_errors
@@ -60,6 +62,7 @@ def do(work: Callable[[dict[str, Any]], Mapping[str, Any] | None], file: Path | 
       work: gets the job. None: it has written its `out` itself.
       file: of the job, instead of the command line's.
     """
+    logging.set_verbosity(logging.ERROR)  # as commands do
     with reporting_errors():
         job = json.loads((file or Path(sys.argv[1])).read_text("utf-8"))
         found = work(job)

@@ -17,7 +17,7 @@ from dspark_jax.progress import log
 from dspark_jax.run import Run, checkpoint_directory
 from dspark_jax.target.loading import abstract_target
 from dspark_jax.target.model import Target
-from dspark_jax.training.checkpoint import load_drafter, saved_config
+from dspark_jax.training.checkpoint import load_drafter, saved_config, trained_for
 from dspark_jax.training.layer_start import TARGET, plan_layers, start_layers
 from dspark_jax.training.state import TrainState, abstract_drafter, init_state, to_params
 from dspark_jax.training.vocabulary import known_vocabulary
@@ -78,6 +78,15 @@ def fresh_state(run: Run, optimizer: optax.GradientTransformation) -> TrainState
     for line in takeover.lines():
         log(f"  {line}")
     return state
+
+
+def tell_other_target(run: Run) -> None:
+    """Says that the run of `train.init_from` was trained for other weights of the target, where that is so."""
+    source = run.config.train.init_from
+    if not source or _is_exported(folder := reading(source)):
+        return
+    if trained_for(folder) != run.target_fingerprint:
+        log(f"{source} was trained for another target: its weights are not those of {run.config.target.path}")
 
 
 def begin_layers(state: TrainState, target: Target, config: DrafterConfig) -> TrainState:

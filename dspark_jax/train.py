@@ -40,7 +40,7 @@ from dspark_jax.progress import MetricsWriter, Progress, check_wandb, log
 from dspark_jax.refresh import Refresh, check_refresh
 from dspark_jax.run import Run
 from dspark_jax.sharding import bytes_per_device
-from dspark_jax.start import begin_layers, check_start, fresh_state
+from dspark_jax.start import begin_layers, check_start, fresh_state, tell_other_target
 from dspark_jax.target.decode_weights import training_weights
 from dspark_jax.target.frozen import load_frozen
 from dspark_jax.target.loading import compute_dtype, load_target
@@ -129,6 +129,7 @@ def fit(run: Run, checkpoints: Checkpoints) -> None:
     optimizer = make_optimizer(config.optim, steps)
     layout = state_layout(drafter, optimizer, mesh)
     if latest is None:
+        tell_other_target(run)
         state = fresh_state(run, optimizer)
     else:
         start, state, position = checkpoints.restore(layout)

@@ -42,12 +42,12 @@ from dspark_jax.config import (
     to_json,
 )
 from dspark_jax.convert.card import model_card
-from dspark_jax.convert.check import VERDICTS, Report, check_directory
+from dspark_jax.convert.check import VERDICTS, Report, check_directory, frozen_problems
 from dspark_jax.convert.dialect import MASK_TOKENS, Answer
 from dspark_jax.convert.export import FORMATS, Source, content, frozen_tensors, write_export
 from dspark_jax.convert.hf import import_drafter, read_drafter_config, stored_tensors
 from dspark_jax.convert.hub import push
-from dspark_jax.convert.layouts import layers_config, read_config, read_layout
+from dspark_jax.convert.layouts import has_stages, layers_config, read_config, read_layout
 from dspark_jax.convert.llama_tokenizer import split_to_tell
 from dspark_jax.convert.mapping import FROZEN, frozen_names
 from dspark_jax.convert.output import SIDE_FILES, check_output, check_repository
@@ -233,6 +233,7 @@ def directory_source(directory: Path, options: argparse.Namespace) -> tuple[Sour
     target = TargetArchitecture.of_any_model(place)
     arch, _ = read_drafter_config(directory, target.num_hidden_layers)
     fitting(directory, arch, options.target, target, whole=False)
+    tell_other_weights("export", directory, place, target)
     arch = dataclasses.replace(arch, num_hidden_layers=target.num_hidden_layers, unsupported=target.unsupported)
     config, drafter = import_drafter(directory, make_mesh(MeshConfig()), target_layers=target.num_hidden_layers)
     files: dict[str, Any] = {name: directory / name for name in SIDE_FILES if (directory / name).exists()}
@@ -258,6 +259,21 @@ def directory_source(directory: Path, options: argparse.Namespace) -> tuple[Sour
     elif families.of_drafters(target).name != target.model_type:
         source = with_frozen(source, frozen_of_target(source.frozen, place, target, target.final_logit_softcapping))
     return slim(source, options), files
+
+
+def tell_other_weights(action: str, directory: Path, target: Path, architecture: TargetArchitecture) -> None:
+    """Says that a drafter was trained for other weights of the target's shape, as far as its copies show that.
+
+    It may be meant: a drafter of a model often serves what was fine-tuned from it, and accepts less there.
+    """
+    raw = read_config(directory)
+    if architecture.unsupported or has_stages(raw):  # names are others; a release is one model
+        return
+    tensors, own_head = read_checkpoint(directory), read_layout(str(directory), raw).draft_vocab_size > 0
+    if not set(FROZEN) & set(tensors):
+        return
+    for problem in frozen_problems(tensors, frozen_tensors(target), own_head=own_head):
+        log(f"{action}: {directory}: {problem.split(':')[0]}; it was trained for other weights and may accept less")
 
 
 def with_frozen(source: Source, of_target: FrozenTensors) -> Source:
@@ -301,6 +317,7 @@ def import_(options: argparse.Namespace) -> Path:
     target = dataclasses.replace(config.target, path=options.target, architecture=TargetArchitecture())
     config = resolve(with_architecture(dataclasses.replace(config, drafter=drafter, target=target)))
     fitting(directory, arch, options.target, config.target.architecture, whole=True)
+    tell_other_weights("import", directory, local_directory(options.target), of_target)
     imported = import_drafter(directory, make_mesh(config.mesh), target_layers=depth)[1]
     with working_directory(Path(options.workdir), "convert import") as workdir:
         run = Run(config, workdir)
@@ -320,6 +337,8 @@ def check(options: argparse.Namespace) -> Report:
     Raises:
       InputError: drafter, target or prompts cannot be used.
     """
+    if options.json and not Path(options.json).parent.is_dir():
+        raise InputError(f"--json {options.json}: {Path(options.json).parent} is no directory; make it first")
     report = examine(options)
     show(report, options.json)
     if not report.good:

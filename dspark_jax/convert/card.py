@@ -161,19 +161,20 @@ def _commands(source: Source, content: Content, side_files: tuple[str, ...]) -> 
         commands["SGLang"] = ("", f"python -m sglang.launch_server {drafting} {chain}")
         commands["sglang-jax"] = ("", f"python -m sgl_jax.launch_server {drafting} {chain}")
         commands["tpu-inference"] = ("", vllm)
+        commands["TensorRT-LLM"] = ("in Python", _tensorrt_llm(target, size, "Eagle3DecodingConfig"))
     if method == "dflash":
         commands["tpu-inference"] = ("", f"vllm serve {target} --speculative-config '{json.dumps(greedy)}'")
         chain = f"--speculative-num-draft-tokens {rows} --speculative-num-steps 1 --speculative-eagle-topk 1"
         commands["sglang-jax"] = ("", f"python -m sgl_jax.launch_server {drafting} {chain}")
-        commands["TensorRT-LLM"] = ("in Python", _tensorrt_llm(target, size))
+        commands["TensorRT-LLM"] = ("in Python", _tensorrt_llm(target, size, "DFlashDecodingConfig"))
     return commands
 
 
-def _tensorrt_llm(target: str, drafts: int) -> str:
+def _tensorrt_llm(target: str, drafts: int, settings: str) -> str:
     """A program: names of its command's settings change from version to version."""
     return (
         "from tensorrt_llm import LLM\n"
-        "from tensorrt_llm.llmapi import DFlashDecodingConfig\n"
-        f'drafter = DFlashDecodingConfig(max_draft_len={drafts}, speculative_model="DIR")\n'
+        f"from tensorrt_llm.llmapi import {settings}\n"
+        f'drafter = {settings}(max_draft_len={drafts}, speculative_model="DIR")\n'
         f'llm = LLM("{target}", speculative_config=drafter)'
     )

@@ -244,6 +244,12 @@ def other_target(raw: Mapping[str, Any], stated: Layout, target: TargetArchitect
     last = target.num_hidden_layers - 1
     if not all(-1 <= i <= last for i in stated.taps):
         yield f"it is for another target: layer ids {list(stated.taps)}, the target's are -1..{last}"
+    if stated.family != "block":
+        return
+    if not 0 <= stated.mask_token_id < target.vocab_size:
+        yield f"mask_token_id {stated.mask_token_id} is outside the target's vocabulary 0..{target.vocab_size - 1}"
+    if stated.block_size > target.max_position_embeddings:
+        yield f"block_size {stated.block_size} exceeds the target's {target.max_position_embeddings} positions"
 
 
 def value_problems(tensors: Mapping[str, np.ndarray]) -> Iterator[str]:

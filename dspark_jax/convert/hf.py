@@ -117,7 +117,7 @@ def drafter_shape(path: Path, raw: Mapping[str, Any], layout: Layout) -> TargetA
         return families.of_shape(model).drafter_shape(model)
     source = layers_config(raw)
     plain = without(source)
-    return TargetArchitecture.from_hf(path if plain == raw else plain)
+    return TargetArchitecture.from_hf(path if plain == raw else plain, path)
 
 
 def drafter_config(where: str, layout: Layout, raw: Mapping[str, Any]) -> DrafterConfig:

@@ -114,8 +114,8 @@ def layers_shape(where: Path, raw: Mapping[str, Any]) -> TargetArchitecture:
     """
     source = layers_config(raw)
     if is_llama(raw):
-        return TargetArchitecture.from_hf(as_qwen3(source))
-    return TargetArchitecture.from_hf(where if source is raw else source)
+        return TargetArchitecture.from_hf(as_qwen3(source), where)
+    return TargetArchitecture.from_hf(where if source is raw else source, where)
 
 
 def architecture(raw: Mapping[str, Any]) -> str:

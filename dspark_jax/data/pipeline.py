@@ -77,12 +77,17 @@ def batches(
         )
     source: Any = PackedSamples(samples, max_length) if pack else samples
     fill: Any = functools.partial(pack_batch if pack else pad_batch, max_length=max_length)
-    dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat(None)
+    # As often as a length can be counted: of a dataset without an end, batches of one are too many for grain to count.
+    dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat(MOST_SAMPLES // len(source))
     dataset = dataset.batch(batch_size // process_count, batch_fn=fill)
     if process_count > 1:
         dataset = dataset.slice(slice(process_index, None, process_count))
     ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
     return iter(dataset.to_iter_dataset(ahead))
+
+
+MOST_SAMPLES = 2**62
+"""That an order has, over all epochs."""
 
 
 class MicroBatches:

@@ -68,7 +68,7 @@ def _bounds(bounds: Sequence[float | None] | None, form: str) -> str:
     return "(" + ", ".join(_number(bound, form) for bound in bounds) + ")"
 
 
-def method(seeds: int, config: Config) -> list[str]:
+def method(seeds: int, config: Config, *, gains: bool) -> list[str]:
     """What the figures of several seeds are, for below the tables; `evaluation.comparison_seeds` has the reasons."""
     first, resamples = config.train.seed, config.eval.bootstrap
     return [
@@ -76,6 +76,6 @@ def method(seeds: int, config: Config) -> list[str]:
         "and order of the same data); macro average: mean over the prompt sets",
         f"intervals: 95 %, percentile bootstrap of {resamples} resamples: prompts within each prompt set and, crossed "
         f"with them, {seeds - 1} of the {seeds} seeds, both with replacement",
-        "gains: paired by seed and prompt, over the seeds that both drafters have",
+        *(["gains: paired by seed and prompt, over the seeds that both drafters have"] if gains else []),
         "ms/round and speed: at batch 1, of the first seed of each drafter",
     ]

@@ -178,6 +178,12 @@ def saved_config(workdir: Path, checkpoint: str = NEWEST) -> Config | None:
     return None if found is None else from_json(json.dumps(found[1]["config"]))
 
 
+def trained_for(workdir: Path) -> str | None:
+    """The fingerprint of the target's weights that the newest checkpoint was trained for; None without a checkpoint."""
+    found = _read_one_about(workdir, NEWEST)
+    return None if found is None else found[1]["target"]
+
+
 def check_continuation(run: Run) -> bool:
     """Refuses what `Checkpoints.restore` would, before data is prepared again for it.
 

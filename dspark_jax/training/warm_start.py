@@ -15,15 +15,19 @@ from flax import nnx
 
 from dspark_jax.config import DrafterConfig, InputError
 from dspark_jax.training.state import Params, TrainState, to_params
+from dspark_jax.training.vocabulary import HEAD as OWN_HEAD
 
 BACKBONE, HEAD, CONFIDENCE, CONVOLUTIONS = "backbone", "sequential head", "confidence head", "convolutions"
 """Parts of a drafter."""
 
 _SETTINGS = (
     "block_layout", "block_size", "target_layer_ids", "mask_token_id", "sliding_window", "layer_types", "rope_type",
-    "rope_scaling", "selector_top_k",
+    "rope_scaling", "selector_top_k", "eagle3_norms",
 )  # fmt: skip
 """Fields of `DrafterConfig` that no parameter's shape depends on, but what the parameters were trained for."""
+
+_STRUCTURE = ("num_layers", "qk_norms", "eagle3_norms", "draft_vocab_size", "layer_sizes")
+"""Fields that decide which parameters a drafter's backbone has."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +93,10 @@ def plan_takeover(
     """
     theirs = {part_of(name) for name in found} - set(without)
     ours = {part_of(name) for name in wanted}
-    taken, new = {BACKBONE: f"{config.num_layers} layer{'s' * (config.num_layers > 1)}"}, dict[str, str]()
+    layers = f"{config.num_layers} layer{'s' * (config.num_layers > 1)}"
+    if OWN_HEAD in found and OWN_HEAD in wanted:
+        layers += f", LM head of {config.draft_vocab_size} tokens"
+    taken, new = {BACKBONE: layers}, dict[str, str]()
     for part in (HEAD, CONVOLUTIONS, CONFIDENCE):
         if part not in ours:
             continue
@@ -147,10 +154,7 @@ def _refuse_other_shapes(
         part = part_of(name)
         if name not in others or name not in mine:
             side = "only the config's has" if name in mine else "only the other one has"
-            raise InputError(
-                f"its {part} is another one: {side} {name}; a drafter of kind {source.kind!r} cannot become one of "
-                f"kind {config.kind!r}, configure one of its kind"
-            )
+            raise InputError(f"its {part} is another one: {side} {name}; {_other_kind(source, config)}")
         if others[name].shape != mine[name].shape:
             raise InputError(
                 f"its {part} does not fit: {name} has shape {tuple(others[name].shape)}, the config gives "
@@ -158,9 +162,22 @@ def _refuse_other_shapes(
             )
 
 
+def _other_kind(source: DrafterConfig, config: DrafterConfig) -> str:
+    """What to do about parameters that one of two drafters has not."""
+    if source.kind != config.kind:
+        return f"a drafter of kind {source.kind!r} cannot become one of kind {config.kind!r}, configure one of its kind"
+    settings = [
+        f"drafter.{name}={getattr(source, name)!r}"
+        for name in _STRUCTURE
+        if getattr(source, name) != getattr(config, name)
+    ]
+    return f"configure a drafter like it ({', '.join(settings or [f'drafter.num_layers={source.num_layers}'])})"
+
+
 def _sizes(source: DrafterConfig) -> str:
     """Settings that shapes depend on."""
     found = f"drafter.num_layers={source.num_layers}, {len(source.target_layer_ids)} drafter.target_layer_ids"
+    found += f", drafter.draft_vocab_size={source.draft_vocab_size}" if source.draft_vocab_size else ""
     return found + (f", drafter.markov_rank={source.markov_rank}" if source.markov_rank else "")
 
 

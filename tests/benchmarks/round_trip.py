@@ -22,6 +22,7 @@ import jax
 import numpy as np
 
 from dspark_jax.config import Config, MeshConfig
+from dspark_jax.convert.__main__ import export_run
 from dspark_jax.convert.__main__ import main as convert
 from dspark_jax.convert.export import FORMATS
 from dspark_jax.data.chat import load_tokenizer, prompt_tokens, stop_tokens
@@ -79,9 +80,8 @@ def round_trips(workdir: Path, folder: Path, arguments: argparse.Namespace, mesh
         export, again = folder / workdir.name / form, folder / workdir.name / f"{form}_run"
         row: dict[str, Any] = {"run": workdir.name, "format": form, "prompts": len(before[0].tokens)}
         try:
-            convert(["export", f"--workdir={workdir}", f"--output={export}", f"--format={form}",
-                     f"--dtype={arguments.dtype}"])  # fmt: skip
-        except (SystemExit, InputError) as error:
+            export_run(workdir, export, format=form, dtype=arguments.dtype)
+        except InputError as error:
             rows.append(row | {"refused": str(error)})
             continue
         convert(["import", f"--drafter={export}", f"--target={config.target.path}", f"--workdir={again}"])

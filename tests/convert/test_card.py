@@ -120,6 +120,11 @@ def test_what_is_not_known_of_a_server_is_said():
     assert f"vllm serve org/base --speculative-config '{ascend}'" in card
     card = card_of(QWEN, replace(DFLASH, block_layout="fill_in"), "universal")
     assert 'DFlashDecodingConfig(max_draft_len=5, speculative_model="DIR")' in card and "not known" not in card
+    llama = DrafterConfig(
+        kind="eagle3", num_layers=1, block_size=5, target_layer_ids=(0, 1, 2), markov_rank=0, confidence_head=False,
+        confidence_with_markov=False, qk_norms=False,
+    )  # fmt: skip
+    assert 'Eagle3DecodingConfig(max_draft_len=5, speculative_model="DIR")' in card_of(QWEN, llama, "universal")
 
 
 def test_costs_of_this_engine_are_not_given_to_another():

@@ -92,6 +92,21 @@ def test_wrong_settings_are_named(world, copy, settings, problem):
     assert words["vLLM"][0] == "differs" and "it reads" in words["vLLM"][1]
 
 
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"mask_token_id": 999}, "mask_token_id 999 is outside the target's vocabulary 0..47"),
+        ({"mask_token_id": -5}, "mask_token_id -5 is outside the target's vocabulary 0..47"),
+        ({"block_size": 100_000}, r"block_size 100000 exceeds the target's \d+ positions"),
+    ],
+)
+def test_settings_that_no_row_stands_for_are_not_tried(world, copy, settings, problem):
+    """An index outside a table is cut to its last row, which might well be the mask's."""
+    found = report(world, copy(**settings))
+    assert found.verdict == "wrong" and found.dialect is None
+    assert re.fullmatch(problem, found.problems[0])
+
+
 def test_a_little_more_proves_nothing_wrong(world, copy, monkeypatch):
     """Another reading has to be clearly better."""
     monkeypatch.setattr(dialect, "CLEARLY", 9.0)

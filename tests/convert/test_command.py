@@ -216,6 +216,41 @@ def test_a_directory_is_converted(run, tiny_target, tmp_path):
     assert (tmp_path / "b" / "cost_table.json").exists()
 
 
+def test_a_drafter_for_other_weights_is_said_to_be_one(run, tiny_target, tmp_path, monkeypatch):
+    """It may be meant, for a target that was fine-tuned from its own; what is written is right for the target."""
+    lines = list[str]()
+    monkeypatch.setattr(entry, "log", lines.append)
+    main(["export", f"--workdir={run}", f"--output={tmp_path / 'a'}"])
+    shutil.copytree(tiny_target, tmp_path / "tuned")
+    file = tmp_path / "tuned" / "model.safetensors"
+    tuned = {name: value * (1.2 if "embed" in name else 1) for name, value in load_file(file).items()}
+    save_file({name: np.asarray(value, np.float32) for name, value in tuned.items()}, file)
+    for target, told in ((tiny_target, 0), (tmp_path / "tuned", 1)):
+        source, output = [f"--drafter={tmp_path / 'a'}", f"--target={target}"], tmp_path / f"out{told}"
+        for action, place in (("export", "--output"), ("import", "--workdir")):
+            lines.clear()
+            main([action, *source, f"{place}={output}_{action}"])
+            said = [line for line in lines if "embed_tokens.weight is not the target's; it was trained for" in line]
+            assert len(said) == told
+
+
+def test_a_report_that_cannot_be_written_is_told_before_the_work(run, tiny_target, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["check", f"--drafter={run}", f"--target={tiny_target}", f"--json={tmp_path / 'none' / 'x.json'}"])
+    assert f"{tmp_path / 'none'} is no directory" in capsys.readouterr().err
+
+
+def test_a_field_of_the_drafters_is_named_with_its_file(run, tiny_target, tmp_path, capsys):
+    main(["export", f"--workdir={run}", f"--output={tmp_path / 'a'}", "--format=speculators"])
+    file = tmp_path / "a" / "config.json"
+    raw = json.loads(file.read_text())
+    raw["transformer_layer_config"]["rope_parameters"] = 7
+    file.write_text(json.dumps(raw))
+    with pytest.raises(SystemExit):
+        main(["import", f"--drafter={file.parent}", f"--target={tiny_target}", f"--workdir={tmp_path / 'w'}"])
+    assert f"error: {file}: rope_parameters 7 is not an object" in capsys.readouterr().err
+
+
 def test_drafter_and_target_may_be_on_the_hub(run, tiny_target, tmp_path, monkeypatch):
     main(["export", f"--workdir={run}", f"--output={tmp_path / 'a'}"])
     there = {"org/drafter": tmp_path / "a", "org/base": tiny_target}

@@ -45,6 +45,15 @@ def test_the_order_is_a_function_of_the_seed() -> None:
     assert order(1) != order(2)
 
 
+@pytest.mark.parametrize(("size", "processes"), [(1, 1), (2, 2)])
+def test_one_sequence_per_process(size: int, processes: int) -> None:
+    """The smallest batch there is: an order without an end had more of them than grain can count."""
+    data = samples(3)
+    for i in range(processes):
+        part = batches(data, batch_size=size, max_length=LENGTH, seed=5, process_index=i, process_count=processes)
+        assert [len(one) for one in ids(part, 4)] == [1, 1, 1, 1]
+
+
 @pytest.mark.parametrize("processes", [2, 4])
 def test_global_batches_are_the_same_for_any_number_of_processes(processes: int) -> None:
     data = samples(29)

@@ -192,6 +192,10 @@ def test_a_drafter_with_a_window_is_lossless(kind: str) -> None:
     ("changes", "message"),
     [
         ({"sliding_window": 3}, "drafter.sliding_window=3 is less than the 4 rows of a block"),
+        (
+            {"layer_types": ("full_attention",) * 2, "sliding_window": 9},
+            "drafter.sliding_window=9 and drafter.layer_types=.* has no layer with a window",
+        ),
         ({"layer_types": ("sliding_attention",) * 2}, "has layers with a window and drafter.sliding_window is 0"),
         ({"layer_types": ("full_attention",)}, "for each of the 2 layers"),
         ({"rope_type": "dynamic"}, "rope_type='dynamic' is unknown; its frequencies change as a sequence grows"),

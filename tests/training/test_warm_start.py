@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from dspark_jax import start, train
-from dspark_jax.config import InputError, MeshConfig
+from dspark_jax.config import DrafterConfig, InputError, MeshConfig
 from dspark_jax.convert.export import Source, frozen_tensors, write_export
 from dspark_jax.convert.hf import drafter_tensors, stored_tensors
 from dspark_jax.kinds import as_kind
@@ -18,6 +18,7 @@ from dspark_jax.run import Run
 from dspark_jax.training.optim import make_optimizer
 from dspark_jax.training.state import abstract_drafter, build_drafter, init_state, to_params
 from dspark_jax.training.warm_start import plan_takeover, warm_start
+from dspark_jax.vocabulary import encode_vocabulary
 
 
 def state_of(config, mesh, source):
@@ -232,3 +233,43 @@ def test_nothing_there(config, tmp_path):
         config.train.init_from = str(tmp_path)
         with pytest.raises(InputError, match=f"train.init_from={tmp_path}: .*{message}"):
             start.check_start(config)
+
+
+def eagle3(**changes):
+    """An EAGLE-3 of one layer of Llama."""
+    return DrafterConfig(
+        kind="eagle3", num_layers=1, block_size=3, target_layer_ids=(0, 1), mask_token_id=0, markov_rank=0,
+        confidence_head=False, confidence_with_markov=False, qk_norms=False, **changes,
+    )  # fmt: skip
+
+
+def test_what_an_eagle3_was_trained_with_is_said_or_named(config):
+    """Norms that have no parameters change what is computed; those that have, and heads, decide what fits."""
+
+    def plan(old, new):
+        found, wanted = (to_params(abstract_drafter(dataclasses.replace(config, drafter=one))) for one in (old, new))
+        return list(plan_takeover(found, wanted, old, new).lines())
+
+    def reduced(size):
+        ids = encode_vocabulary(np.arange(size), config.target.architecture.vocab_size)
+        return eagle3(draft_vocab_size=size, draft_vocabulary=ids)
+
+    own = reduced(16)
+    changed = dataclasses.replace(own, eagle3_norms=("norm_before_residual",))
+    assert plan(own, changed) == [
+        "taken over: backbone (1 layer, LM head of 16 tokens)",
+        "trained with another setting: eagle3_norms () there, ('norm_before_residual',) here",
+    ]
+    with pytest.raises(InputError, match=r"key_norm; configure a drafter like it \(drafter.qk_norms=False\)"):
+        plan(eagle3(), dataclasses.replace(eagle3(), qk_norms=True))
+    with pytest.raises(InputError, match=r"drafter.draft_vocab_size=16\)"):
+        plan(own, reduced(8))
+
+
+def test_a_run_of_another_target_is_said(config, source, meshes, monkeypatch, capsys):
+    begun = dataclasses.replace(config, train=dataclasses.replace(config.train, init_from=str(source[0])))
+    start.tell_other_target(Run(begun, source[0], meshes["one"]))
+    assert "another target" not in "".join(capsys.readouterr())
+    monkeypatch.setattr(Run, "target_fingerprint", "other weights")
+    start.tell_other_target(Run(begun, source[0], meshes["one"]))
+    assert f"{source[0]} was trained for another target" in "".join(capsys.readouterr())

@@ -16,6 +16,8 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 
+from dspark_jax.interrupt import INTERRUPTED
+
 STATUS = 128 + signal.SIGTERM
 """With which a process ends that was told to, so that whoever started it can tell that it is to be started again."""
 
@@ -68,7 +70,8 @@ def run_module(arguments: Sequence[str], environment: Mapping[str, str]) -> str 
         assert process.stderr is not None
         try:
             for line in process.stderr:
-                sys.stderr.write(line)
+                if line != INTERRUPTED:  # which this process says itself
+                    sys.stderr.write(line)
                 last.append(line.strip())
             status = process.wait()
         finally:

@@ -97,5 +97,5 @@ def reporting_errors() -> Iterator[None]:
         )
         raise SystemExit(2) from error
     except KeyboardInterrupt as error:
-        print("interrupted", file=sys.stderr)
+        print(interrupt.INTERRUPTED, end="", file=sys.stderr)
         raise SystemExit(interrupt.STATUS) from error

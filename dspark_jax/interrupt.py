@@ -18,12 +18,14 @@ from types import FrameType
 from typing import Any, NoReturn
 
 STATUS = 128 + signal.SIGINT
+INTERRUPTED = "interrupted\n"
+"""What an interrupted command says."""
 
 
 def leave(number: int = signal.SIGINT, frame: FrameType | None = None) -> NoReturn:
     """Ends the process: no thread is waited for, no function of `atexit` runs. Also a handler of signals."""
     # Not through sys.stderr: a signal may come while something is written to it, and it takes no second writer then.
-    os.write(2, b"interrupted\n")
+    os.write(2, INTERRUPTED.encode())
     os._exit(STATUS)
 
 

@@ -43,6 +43,16 @@ def test_a_process_that_was_told_to_stop_ends_the_comparison(
     assert error is KeyboardInterrupt or getattr(ended.value, "code", None) == 143
 
 
+def test_ctrl_c_is_told_once(tmp_path: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """A terminal interrupts both, and both say so; what the other one says besides is shown."""
+    said = "import sys\nprint('half way\\ninterrupted', file=sys.stderr)\nsys.exit(130)\n"
+    (tmp_path / "told.py").write_text(said)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
+    with pytest.raises(KeyboardInterrupt):
+        run_module(["told"], {})
+    assert capsys.readouterr().err == "half way\n"
+
+
 @pytest.mark.parametrize("function", ["run_module", "run_quietly"])
 def test_who_is_killed_takes_them_along(tmp_path: Path, function: str) -> None:
     """SIGKILL, after which nothing of ours runs: the process ends in order, as one that trains would."""

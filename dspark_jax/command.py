@@ -367,7 +367,7 @@ def _check_types(value: Any, cls: Any, where: str) -> None:
             if not isinstance(item, dict) or not all(isinstance(key, str) for key in item):
                 raise InputError(f"{where}.{name}={item!r}: {_type_name(kind)} is needed")
             element = typing.get_args(kind)[1]
-            named = {key: _typed(entry, element, f"{where}.{name}", kind) for key, entry in item.items()}
+            named = {key: _typed(entry, element, f"{where}.{name}[{key!r}]", element) for key, entry in item.items()}
             setattr(value, name, named)
         else:
             setattr(value, name, _typed(item, kind, f"{where}.{name}", kind))

@@ -90,6 +90,9 @@ def built_beside(output: Path) -> Iterator[Path]:
                 if output.exists():
                     output.rename(old)
                 new.rename(output)
+            except OSError as error:  # a full disk comes without the name of a file
+                error.filename = error.filename or str(output)
+                raise
             finally:
                 _finish_swap(output, new, old)
     finally:

@@ -254,6 +254,18 @@ def test_an_interrupted_export_leaves_nothing(tiny_target, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_full_disk_names_the_export(tiny_target, tmp_path):
+    source, _ = make_source(tiny_target, DSPARK)
+
+    def full():
+        yield from list(source.tensors())[:3]
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError) as found:
+        write_export(tmp_path / "drafter", replace(source, tensors=full))
+    assert found.value.filename == str(tmp_path / "drafter") and list(tmp_path.iterdir()) == []
+
+
 KILLED = """
 import os, sys
 from pathlib import Path

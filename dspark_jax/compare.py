@@ -273,7 +273,7 @@ def write_report(
         "temperature": config.eval.temperatures[0],
         "max_new_tokens": config.eval.max_new_tokens,
         "steps": config.train.steps,
-        **({} if seeds == 1 else {"seeds": seeds, "method": method(seeds, config, gains=_has_gains(drafters))}),
+        **({} if seeds == 1 else {"seeds": seeds, "method": method(seeds, config, drafters.values())}),
         "drafters": drafters,
         "plain": times.get(PLAIN),
         "studies": studies,
@@ -281,11 +281,6 @@ def write_report(
         "failures": dict(failures),
     }
     return write_json(run.workdir / "compare.json", report)
-
-
-def _has_gains(drafters: Mapping[str, Mapping[str, Any]]) -> bool:
-    """Whether any of the main table's entries is compared with another."""
-    return any(name.startswith("gain_over_") for entry in drafters.values() for name in entry)
 
 
 def _by_value(plan: Plan, study: str, estimates: Mapping[str, TauEstimate]) -> dict[int, dict[str, TauEstimate]]:

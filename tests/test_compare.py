@@ -28,6 +28,7 @@ from dspark_jax.config import (
 )
 from dspark_jax.evaluation.acceptance import Counts
 from dspark_jax.evaluation.comparison_plan import make_plan
+from dspark_jax.evaluation.comparison_table import method
 from dspark_jax.evaluation.rounds import PLAIN
 from dspark_jax.kinds import VARIANTS, Variant
 from tests.compiling import QUICKLY
@@ -233,6 +234,8 @@ def test_seeds_continue_a_comparison_of_one_seed(config: Config, tmp_path: Path,
     printed = capsys.readouterr()
     assert "2 of the 3 seeds" in printed.out and "over dspark" in printed.out
     assert printed.out.rstrip().endswith(report["method"][-1])
+    alone = method(3, only, [report["drafters"]["dspark"]])  # without a column of gains no word of them
+    assert [line for line in report["method"] if line not in alone] == [report["method"][-2]]
     assert "compare: 6 trainings (2 drafters x 3 seeds), 5 of them finished" in printed.err
     assert json.loads((workdir / "compare" / "accepted_length.json").read_text())["dspark"]["tau"] == 5
 

@@ -42,7 +42,7 @@ from dspark_jax.config import (
     to_json,
 )
 from dspark_jax.convert.card import model_card
-from dspark_jax.convert.check import VERDICTS, Report, check_directory, frozen_problems
+from dspark_jax.convert.check import VERDICTS, Report, check_directory, other_copies
 from dspark_jax.convert.dialect import MASK_TOKENS, Answer
 from dspark_jax.convert.export import FORMATS, Source, content, frozen_tensors, write_export
 from dspark_jax.convert.hf import import_drafter, read_drafter_config, stored_tensors
@@ -272,8 +272,8 @@ def tell_other_weights(action: str, directory: Path, target: Path, architecture:
     tensors, own_head = read_checkpoint(directory), read_layout(str(directory), raw).draft_vocab_size > 0
     if not set(FROZEN) & set(tensors):
         return
-    for problem in frozen_problems(tensors, frozen_tensors(target), own_head=own_head):
-        log(f"{action}: {directory}: {problem.split(':')[0]}; it was trained for other weights and may accept less")
+    for what, _ in other_copies(tensors, frozen_tensors(target), own_head=own_head):
+        log(f"{action}: {directory}: {what}; it was trained for other weights and may accept less")
 
 
 def with_frozen(source: Source, of_target: FrozenTensors) -> Source:

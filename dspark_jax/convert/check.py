@@ -277,7 +277,14 @@ def frozen_problems(
 
     An LM head that is the drafter's own is left out.
     """
-    problems = []
+    ends = {True: "the drafter is for other weights; servers would use this copy", False: "it is for another target"}
+    return [f"{what}: {ends[fits]}" for what, fits in other_copies(tensors, theirs, own_head=own_head)]
+
+
+def other_copies(
+    tensors: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray], *, own_head: bool = False
+) -> Iterator[tuple[str, bool]]:
+    """Copies that are not the target's: what is the matter, and whether the shape at least is the target's."""
     for name in FROZEN[:1] if own_head else FROZEN:
         if name not in tensors:
             continue
@@ -285,13 +292,10 @@ def frozen_problems(
         if len(mine) < len(other) and set(VOCABULARY_MAPS) & set(tensors):
             continue  # a part of the target's rows
         if mine.shape != other.shape:
-            problems.append(f"{name} has shape {mine.shape}, the target's has {other.shape}: it is for another target")
+            yield f"{name} has shape {mine.shape}, the target's has {other.shape}", False
             continue
         step = max(len(mine) // 2048, 1)
         a, b = (np.asarray(x[::step], np.float32) for x in (mine, other))
         tolerance = 2**-7 * max(float(np.abs(b).max()), 1e-30)  # as far as bfloat16 rounds
         if not np.abs(a - b).max() <= tolerance:  # also where one of them is NaN
-            problems.append(
-                f"{name} is not the target's: the drafter is for other weights; servers would use this copy"
-            )
-    return problems
+            yield f"{name} is not the target's", True

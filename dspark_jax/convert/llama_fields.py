@@ -54,7 +54,8 @@ def as_qwen3(layers: Mapping[str, Any]) -> dict[str, Any]:
     found.setdefault("num_key_value_heads", heads)
     if isinstance(heads, int) and heads > 0 and isinstance(found.get("hidden_size"), int):
         found.setdefault("head_dim", found["hidden_size"] // heads)
-    if not any((found.get(name) or {}).get("rope_theta") for name in ("rope_parameters", "rope_scaling")):
+    ropes = [found.get(name) for name in ("rope_parameters", "rope_scaling")]
+    if not any(isinstance(rope, Mapping) and rope.get("rope_theta") for rope in ropes):
         found.setdefault("rope_theta", 10000.0)
     layout = {"num_hidden_layers": found.get("num_hidden_layers") or 1, "tie_word_embeddings": False}
     return found | layout | {"model_type": "qwen3", "layer_types": None}

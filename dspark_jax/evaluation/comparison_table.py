@@ -1,6 +1,6 @@
 """The tables that `compare` prints, from the entries of `compare.json`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from dspark_jax.config import Config
@@ -15,7 +15,7 @@ def table(entries: Mapping[str, Mapping[str, Any]], failures: Mapping[str, str],
     sets = list(dict.fromkeys(name for entry in entries.values() for name in entry["prompt_sets"]))
     several = any("tau_by_seed" in entry for entry in entries.values())
     compared = (SEED_BASELINE,) if several else BASELINES
-    baselines = [name for name in compared if any(f"gain_over_{name}" in entry for entry in entries.values())]
+    baselines = compared_with(compared, entries.values())
     width = max(8, *(len(name) for name in (*entries, *failures)))
     head = f"{'drafter':{width}}" + ("  seeds" if several else "") + "".join(f"  {name:>14}" for name in sets)
     head += f"  {'macro average':>22}" + "".join(f"  {'over ' + name:>24}" for name in baselines)
@@ -35,7 +35,7 @@ def study_table(points: Sequence[Mapping[str, Any]], growths: Sequence[Mapping[s
     Below it how much the gains grow, in percentage points.
     """
     points = sorted(points, key=lambda point: point[label])
-    baselines = [name for name in BASELINES if any(f"gain_over_{name}" in point for point in points)]
+    baselines = compared_with(BASELINES, points)
     width = max(8, *(len(point["drafter"]) for point in points)) if points else 8
     head = f"{label:8}  {'drafter':{width}}  {'macro average':>22}"
     head += "".join(f"  {'over ' + name:>24}" for name in baselines) + "  ms/round  speed"
@@ -46,6 +46,11 @@ def study_table(points: Sequence[Mapping[str, Any]], growths: Sequence[Mapping[s
         grown = f"{_number(one['growth'], '+.1%')} {_bounds(one['growth_ci95'], '+.1%')}"
         lines.append(f"{one['drafter']} over {one['baseline']}, {label} {one['from']} -> {one['to']}: {grown}")
     return "\n".join(lines)
+
+
+def compared_with(names: Sequence[str], entries: Collection[Mapping[str, Any]]) -> list[str]:
+    """Those of `names` over which some entry has a gain."""
+    return [name for name in names if any(f"gain_over_{name}" in entry for entry in entries)]
 
 
 def _results(entry: Mapping[str, Any], baselines: Sequence[str]) -> str:
@@ -68,14 +73,15 @@ def _bounds(bounds: Sequence[float | None] | None, form: str) -> str:
     return "(" + ", ".join(_number(bound, form) for bound in bounds) + ")"
 
 
-def method(seeds: int, config: Config, *, gains: bool) -> list[str]:
+def method(seeds: int, config: Config, entries: Collection[Mapping[str, Any]]) -> list[str]:
     """What the figures of several seeds are, for below the tables; `evaluation.comparison_seeds` has the reasons."""
     first, resamples = config.train.seed, config.eval.bootstrap
+    gains = ["gains: paired by seed and prompt, over the seeds that both drafters have"]
     return [
         f"tau: mean over {seeds} trainings of each drafter (train.seed={first}..{first + seeds - 1}: initial weights "
         "and order of the same data); macro average: mean over the prompt sets",
         f"intervals: 95 %, percentile bootstrap of {resamples} resamples: prompts within each prompt set and, crossed "
         f"with them, {seeds - 1} of the {seeds} seeds, both with replacement",
-        *(["gains: paired by seed and prompt, over the seeds that both drafters have"] if gains else []),
+        *(gains if compared_with((SEED_BASELINE,), entries) else []),
         "ms/round and speed: at batch 1, of the first seed of each drafter",
     ]

@@ -39,7 +39,7 @@ from dspark_jax.sharding import make_mesh
 from dspark_jax.target.loading import load_target
 from dspark_jax.target.model import Target
 from dspark_jax.training.checkpoint import load_drafter
-from dspark_jax.training.state import build_drafter, to_module, to_params
+from dspark_jax.training.state import abstract_drafter, to_module, to_params
 
 ROOT = Path(__file__).resolve().parents[2]
 ANCHORS = 96
@@ -139,10 +139,7 @@ def measure(drafter: DrafterModule, target: Target, tokens: np.ndarray, answers:
 def stretched(config: Config, drafter: DrafterModule, length: int, rows: int) -> DrafterModule:
     """The same parameters with YaRN."""
     shape = dataclasses.replace(config.drafter, rope_type="yarn", rope_scaling=yarn(length, rows))
-    abstract = jax.eval_shape(
-        lambda: build_drafter(dataclasses.replace(config, drafter=shape), jax.random.key(0))
-    )  # fmt: skip
-    return to_module(abstract, to_params(drafter))
+    return to_module(abstract_drafter(dataclasses.replace(config, drafter=shape)), to_params(drafter))
 
 
 def measure_all(arguments: argparse.Namespace, edges: list[int]) -> Iterator[tuple[str, Any]]:

@@ -33,7 +33,7 @@ from dspark_jax.errors import InputError
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target.loading import load_target
 from dspark_jax.training.checkpoint import load_drafter
-from dspark_jax.training.state import build_drafter, to_module, to_params
+from dspark_jax.training.state import abstract_drafter, to_module, to_params
 
 TEMPERATURES = (1.0, 0.0)
 
@@ -43,9 +43,8 @@ def read(workdir: Path, mesh: Any, dtype: str = "") -> tuple[Config, DrafterModu
     with jax.set_mesh(mesh):
         config, drafter = load_drafter(workdir, mesh)
         if dtype:
-            computing = dataclasses.replace(config.drafter, dtype=dtype)
-            config = dataclasses.replace(config, drafter=computing)
-            drafter = to_module(jax.eval_shape(lambda: build_drafter(config, jax.random.key(0))), to_params(drafter))
+            config = dataclasses.replace(config, drafter=dataclasses.replace(config.drafter, dtype=dtype))
+            drafter = to_module(abstract_drafter(config), to_params(drafter))
         return config, drafter
 
 

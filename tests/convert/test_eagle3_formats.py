@@ -82,6 +82,17 @@ def test_the_speculators_format_says_how_many_layers_vllm_has_to_expect(
     assert f"it takes 2 layers of width {raw['target_hidden_size']}" in " ".join(refusals())
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_a_wrong_field_is_named_with_its_file(tiny_target: Path, tmp_path: Path, name: str) -> None:
+    source, _ = make_source(tiny_target, DRAFTERS[name])
+    file = write_export(tmp_path / "x", source, form="speculators", dtype="float32") / "config.json"
+    raw = json.loads(file.read_text())
+    raw["transformer_layer_config"]["rope_parameters"] = 7
+    file.write_text(json.dumps(raw))
+    with pytest.raises(InputError, match=f"^{file}: rope_parameters 7 is not an object"):
+        import_drafter(file.parent, mesh())
+
+
 def test_every_token_needs_no_map(tiny_target: Path, tmp_path: Path) -> None:
     """vLLM knows no d2t beside a whole vocabulary, and the head of one that has none of its own is the target's."""
     for number, config in enumerate((DRAFTERS["llama, every token"], replace(EAGLE3, qk_norms=False))):

@@ -11,6 +11,21 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_attention(topology: str) -> None:
+    """Rows of a train step, windows, documents, chunks of prompts, sinks: one kernel, and no array of scores, which are
+    2.1 GB per layer and sequence of Qwen3-4B. (What there is are queries, keys and values in the kernel's order.)"""
+    for name, found in compiled_apart("attention", topology).items():
+        assert found["kernels"] == 1, name
+        assert found["temporary_bytes"] < 360 << 20, name
+
+
+def test_attention_on_a_mesh() -> None:
+    """Sequences over fsdp, heads over tensor: no device waits for another."""
+    found = compiled_apart("attention on a mesh", "v5e:2x2")
+    assert found["kernels"] == 1 and found["collectives"] == 0
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_block_attention(topology: str) -> None:
     """Forward and backward at the released training shape: three kernels, and no array of scores (235 MB a head)."""
     found = compiled_apart("block_attention", topology)

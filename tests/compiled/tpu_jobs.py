@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from dspark_jax.ops.attention import attention
 from dspark_jax.ops.block_attention import block_attention
 from dspark_jax.ops.cached_attention import Rows, cached_attention
 from dspark_jax.ops.expert_mlp import Parts, expert_mlp
@@ -60,6 +61,51 @@ def train_attention(
     blocks = (batch, 512), jnp.int32, ("batch", None)
     shapes = {"query": query, "key": context, "value": context, "block_key": own, "block_value": own}
     return figures(both, shapes | {"anchors": blocks, "keep": (blocks[0], jnp.bool_, blocks[2])}, mesh)
+
+
+PASSES: dict[str, dict[str, Any]] = {
+    "a train step": {},
+    "packed documents": {"documents": True},
+    "a window": {"window": 1024, "heads": 16, "width": 256},
+    "wide heads, one key head": {"heads": 16, "key_heads": 1, "width": 512},
+    "narrow heads with sinks": {"heads": 64, "width": 64, "window": 128, "sinks": True},
+    "5 query heads per key head": {"heads": 40},
+    "a chunk of a prompt": {"t": 256, "limits": True},
+    "float32, rows that fill no tile": {"t": 300, "s": 300, "heads": 7, "key_heads": 1, "dtype": jnp.float32},
+}
+"""Name -> what `full_attention` is compiled for."""
+
+
+def full_attention(
+    mesh: Mesh,
+    batch: int = 2,
+    t: int = 4096,
+    s: int = 4096,
+    heads: int = HEADS,
+    key_heads: int = KEY_HEADS,
+    width: int = WIDTH,
+    window: int = 0,
+    documents: bool = False,
+    limits: bool = False,
+    sinks: bool = False,
+    dtype: Any = jnp.bfloat16,
+) -> dict[str, Any]:
+    """`attention` of a target over the rows of a pass."""
+
+    def run(query: Any, key: Any, value: Any, limit: Any, starts: Any, own: Any) -> Any:
+        given: dict[str, Any] = {"limit": limit if limits else None, "starts": starts if documents else None}
+        return attention(query, key, value, scale=0.1, window=window, sinks=own if sinks else None, **given)
+
+    context = (batch, s, key_heads, width), dtype, ("batch", None, "kv_heads", None)
+    rows = (batch, t), jnp.int32, ("batch", None)
+    query = (batch, t, heads, width), dtype, ("batch", None, "heads", None)
+    shapes: Shapes = {"query": query, "key": context, "value": context, "limit": rows, "starts": rows}
+    return figures(run, shapes | {"sinks": ((heads,), jnp.float32, (None,))}, mesh)
+
+
+def full_attentions(mesh: Mesh) -> dict[str, Any]:
+    """Figures of all of them."""
+    return {name: full_attention(mesh, **how) for name, how in PASSES.items()}
 
 
 DECODING: dict[str, dict[str, Any]] = {
@@ -246,6 +292,8 @@ MIXTURES: dict[str, dict[str, Any]] = {
 
 
 JOBS: dict[str, tuple[Any, tuple[int, int, int]]] = {
+    "attention": (full_attentions, (1, 1, 1)),
+    "attention on a mesh": (full_attention, (1, 2, 2)),
     "block_attention": (train_attention, (1, 1, 1)),
     "block_attention on a mesh": (functools.partial(train_attention, batch=2), (1, 2, 2)),
     "block_attention, 5 query heads per key head": (functools.partial(train_attention, heads=40, size=16), (1, 1, 1)),

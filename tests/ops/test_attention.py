@@ -7,19 +7,30 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dspark_jax.ops.attention import attention, cudnn, xla
+from dspark_jax.config import MeshConfig
+from dspark_jax.ops.attention import attention, cudnn, pallas_tpu, xla
 from dspark_jax.ops.dispatch import Unsupported
+from dspark_jax.sharding import make_mesh, sharding
+
+
+def directly(module, **settings):
+    """A module's implementation, called as `attention` is, with settings of its own."""
+
+    def run(q, k, v, *, scale, window=0, limit=None, starts=None, sinks=None):
+        return module.attention(q, k, v, limit, starts, scale=scale, window=window, sinks=sinks, **settings)
+
+    return run
+
 
 IMPLEMENTATIONS = {
     "xla": attention,
     "reference": functools.partial(attention, implementation="reference"),
-    "chunks of four rows": lambda q, k, v, *, scale, window=0, limit=None, starts=None, sinks=None: xla.attention(
-        q, k, v, limit, starts, scale=scale, window=window, sinks=sinks, chunk=4
-    ),
+    "chunks of four rows": directly(xla, chunk=4),
+    "kernel for TPUs": directly(pallas_tpu, tiles=pallas_tpu.Tiles(4, 3)),
 }
 
 
-def problem(t=11, s=11, n=6, k=2, h=4, seed=3):
+def problem(t=11, s=11, n=6, k=2, h=16, seed=3):
     rng = np.random.default_rng(seed)
     shapes = ((2, t, n, h), (2, s, k, h), (2, s, k, h))
     return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes], rng
@@ -66,14 +77,82 @@ def test_sinks_take_their_share_and_give_nothing(run):
     np.testing.assert_allclose(got, want, atol=2e-6)
 
 
-def test_more_keys_than_rows_and_bfloat16():
+@pytest.mark.parametrize("run", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
+def test_more_keys_than_rows_and_bfloat16(run):
     (query, key, value), rng = problem(t=3, s=17)
     limit = rng.integers(1, 18, (2, 3))
     narrow = [x.astype(jnp.bfloat16) for x in (query, key, value)]
-    got = attention(*narrow, scale=0.5, limit=jnp.asarray(limit))
+    got = run(*narrow, scale=0.5, limit=jnp.asarray(limit))
     assert got.dtype == jnp.bfloat16
     want = loop(*(x.astype(jnp.float32) for x in narrow), limit, np.zeros_like(limit), 0.5)
     np.testing.assert_allclose(np.asarray(got, np.float64), want, atol=2**-7 * np.abs(want).max())
+
+
+SHAPES = {
+    "one of everything": {"t": 1, "s": 1, "n": 1, "k": 1},
+    "whole tiles, one key head": {"t": 16, "s": 16, "n": 4, "k": 1},
+    "no grouping, wide heads": {"t": 33, "s": 33, "n": 3, "k": 3, "h": 48},
+    "more keys than rows": {"t": 5, "s": 40},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tiles", [pallas_tpu.Tiles(16, 8), pallas_tpu.Tiles(4, 16), None], ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_the_kernel_for_tpus_at_hostile_shapes(shape, tiles):
+    """Rows with limits and starts of their own, in a window and not, with sinks and not."""
+    arrays, rng = problem(**shape)
+    t, s = arrays[0].shape[1], arrays[1].shape[1]
+    limit = rng.integers(1, s + 1, (2, t))
+    starts = np.minimum(rng.integers(0, s, (2, t)), limit - 1)
+    for window, sinks in ((0, None), (3, rng.normal(size=arrays[0].shape[2]))):
+        given = {"limit": jnp.asarray(limit), "starts": jnp.asarray(starts)}
+        given |= {"sinks": None if sinks is None else jnp.asarray(sinks, jnp.float32)}
+        got = directly(pallas_tpu, tiles=tiles)(*arrays, scale=0.5, window=window, **given)
+        first = np.maximum(limit - window, starts) if window else starts
+        np.testing.assert_allclose(got, loop(*arrays, limit, first, 0.5, sinks), atol=4e-6)
+
+
+@pytest.mark.slow
+def test_the_kernel_for_tpus_reads_nothing_that_was_not_written(strict_tpu):
+    """Interpreted as a TPU works: unset memory is NaN, reads beyond an array fail, races are found."""
+    arrays, _ = problem(t=21, s=21)
+    for window in (0, 5):
+        got = directly(pallas_tpu, tiles=pallas_tpu.Tiles(8, 8))(*arrays, scale=0.5, window=window)
+        limit = np.broadcast_to(np.arange(21) + 1, (2, 21))
+        first = np.maximum(limit - window, 0) if window else 0 * limit
+        np.testing.assert_allclose(got, loop(*arrays, limit, first, 0.5), atol=4e-6)
+        assert not strict_tpu()
+
+
+def test_gradients_of_the_kernel_for_tpus_are_those_of_the_definition():
+    arrays, _ = problem()
+    documents = jnp.asarray(np.stack([np.repeat([0, 5], [5, 6]), np.zeros(11, np.int64)]))
+    sinks = jnp.linspace(-1.0, 2.0, 6)
+
+    def slopes(run):
+        def total(query, key, value, sinks):
+            return jnp.sum(run(query, key, value, scale=0.5, window=4, starts=documents, sinks=sinks) ** 2)
+
+        return jax.grad(total, argnums=(0, 1, 2, 3))(*arrays, sinks)
+
+    for got, want in zip(slopes(IMPLEMENTATIONS["kernel for TPUs"]), slopes(IMPLEMENTATIONS["reference"]), strict=True):
+        np.testing.assert_allclose(got, want, atol=2e-5)
+
+
+@pytest.mark.parametrize("run", [IMPLEMENTATIONS["xla"], IMPLEMENTATIONS["kernel for TPUs"]], ids=["xla", "kernel"])
+def test_eight_devices_equal_one(run):
+    rng = np.random.default_rng(0)
+    axes = ("batch", None, "heads", None), *2 * (("batch", None, "kv_heads", None),)
+    arrays = [jnp.asarray(rng.normal(size=(4, 11, n, 16)), jnp.float32) for n in (4, 2, 2)]
+    sinks, starts = jnp.linspace(-1.0, 2.0, 4), jnp.asarray(np.repeat([[0, 5]], [5, 6], axis=1).repeat(4, axis=0))
+    run = jax.jit(functools.partial(run, scale=0.5, window=4))
+    want = run(*arrays, starts=starts, sinks=sinks)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    with jax.set_mesh(mesh):
+        split = [jax.device_put(x, sharding(names, x.shape, mesh)) for x, names in zip(arrays, axes, strict=True)]
+        got = run(*split, starts=starts, sinks=sinks)
+    np.testing.assert_allclose(got, want, atol=1e-6)
 
 
 def test_refusals():
@@ -90,6 +169,14 @@ def test_refusals():
         attention(query, key, value, scale=1.0, sinks=jnp.zeros(2))
     with pytest.raises(Unsupported, match="heads have sinks"):
         attention(query, key, value, scale=1.0, sinks=jnp.zeros(6), implementation="cudnn")
+    for name, (arrays, _) in {
+        "the head width is no multiple of 16": problem(h=8),
+        "a key head has too many query heads": problem(n=65, k=1),
+    }.items():
+        with pytest.raises(Unsupported, match=name):
+            attention(*arrays, scale=1.0, implementation="pallas_tpu")
+    with pytest.raises(Unsupported, match="neither bfloat16 nor float32"):
+        attention(*(x.astype(jnp.float16) for x in (query, key, value)), scale=1.0, implementation="pallas_tpu")
     with pytest.raises(Unsupported, match="float32"):
         cudnn.attention(query, key, value, None, None, scale=1.0, window=0)
     with pytest.raises(Unsupported, match="limits of their own"):

@@ -23,17 +23,25 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from dspark_jax.ops import mosaic
-from dspark_jax.ops.mosaic import MASKED, dot, numbers
+from dspark_jax.ops.mosaic import dot, numbers
+from dspark_jax.ops.mosaic_attention import (
+    KEYS,
+    ROW_BYTES,
+    ROWS,
+    SCORES,
+    TABLE,
+    add_softmax,
+    begin_softmax,
+    in_sight,
+    padded,
+    put_rows,
+    rows_of,
+    scores_of,
+    sights,
+    turn_tables,
+    visible,
+)
 from dspark_jax.sharding import per_device
-
-_FAR = 1 << 30
-_SKIP, _MASK, _WHOLE = 0, 1, 2  # what a row tile sees of a key tile: nothing, a part, everything
-
-_ROWS = 1024  # rows of a tile that are aimed at
-_KEYS = 512
-_SCORES = _ROWS * _KEYS  # the largest tile of scores: 2 MB, and four are alive at once
-_ROW_BYTES = 512  # of a head; wider ones have smaller tiles: 16 MB on the chip are what a kernel may take on a v5e
-_TABLE = 1 << 15  # entries of a table of tiles in scalar memory
 
 
 class Tiles(NamedTuple):
@@ -45,11 +53,11 @@ class Tiles(NamedTuple):
     @classmethod
     def fitting(cls, per_block: int, e: int, a: int, row_bytes: int) -> "Tiles":
         """For blocks of so many rows per key head and E own keys; a group has whole registers of rows if it can."""
-        part = pl.cdiv(row_bytes, _ROW_BYTES)
-        rows, keys, scores = _ROWS // part, _KEYS // part, _SCORES // part**2
-        counts = [m for m in range(16, max(a, 16) + 16, 16) if m * per_block <= rows and m * e <= keys] or [16]
+        part = pl.cdiv(row_bytes, ROW_BYTES)
+        most, keys, largest = ROWS // part, KEYS // part, SCORES // part**2
+        counts = [m for m in range(16, max(a, 16) + 16, 16) if m * per_block <= most and m * e <= keys] or [16]
         blocks = max(counts, key=lambda m: (m * per_block % mosaic.LANES == 0, m))
-        while keys * blocks * per_block > scores and keys > mosaic.LANES:
+        while keys * blocks * per_block > largest and keys > mosaic.LANES:
             keys //= 2
         return cls(blocks, keys)
 
@@ -100,8 +108,8 @@ def block_attention(
         the_head_width_is_no_multiple_of_16_up_to_256=h % 16 == 0 and h <= 256,
         the_type_is_neither_bfloat16_nor_float32=query.dtype in (jnp.bfloat16, jnp.float32),
         the_arrays_are_of_different_types=len({x.dtype for x in (query, context_key, context_value, block_key)}) == 1,
-        a_block_has_too_many_rows_or_keys=tiles.blocks * max(rows * tiles.keys, rows * e) <= _SCORES,
-        there_are_too_many_tiles=b * pl.cdiv(a, tiles.blocks) * pl.cdiv(s, tiles.keys) <= _TABLE,
+        a_block_has_too_many_rows_or_keys=tiles.blocks * max(rows * tiles.keys, rows * e) <= SCORES,
+        there_are_too_many_tiles=b * pl.cdiv(a, tiles.blocks) * pl.cdiv(s, tiles.keys) <= TABLE,
     )
     limit = jnp.where(keep, anchors, -1).astype(jnp.int32)  # -1: the block is nobody's
     grouped = query.reshape(b, a, g, k, n // k, h)
@@ -142,14 +150,9 @@ _attention.defvjp(_forward, _backward)
 # The order in which the kernels take the arrays.
 
 
-def _padded(x: jax.Array, axis: int, multiple: int, value: int = 0) -> jax.Array:
-    pad = [(0, -x.shape[axis] % multiple if i == axis else 0) for i in range(x.ndim)]
-    return jnp.pad(x, pad, constant_values=value)
-
-
 def _grouped(x: jax.Array, kept: jax.Array, shape: _Shape) -> jax.Array:
     """Rows or own keys [B, A, .., heads, H] -> [B, T, heads, those of a group, H]; zeros where a block is not kept."""
-    x = _padded(jnp.where(kept[..., None, None, None], x, 0), 1, shape.blocks)
+    x = padded(jnp.where(kept[..., None, None, None], x, 0), 1, shape.blocks)
     return x.reshape(shape.b, shape.t, -1, *x.shape[3:]).swapaxes(2, 3)
 
 
@@ -161,7 +164,7 @@ def _ungrouped(x: jax.Array, like: jax.Array) -> jax.Array:
 
 def _along_lanes(x: jax.Array, shape: _Shape, value: int) -> jax.Array:
     """Numbers of blocks [B, A] -> of rows [B, T, 1, rows]."""
-    rows = jnp.repeat(_padded(x, 1, shape.blocks, value), shape.g, axis=1).reshape(shape.b, shape.t, 1, -1)
+    rows = jnp.repeat(padded(x, 1, shape.blocks, value), shape.g, axis=1).reshape(shape.b, shape.t, 1, -1)
     return jnp.tile(rows, shape.r)
 
 
@@ -185,7 +188,7 @@ def _views(arrays: Sequence[jax.Array], tiles: Tiles) -> tuple[_Shape, _Views]:
     t, j = pl.cdiv(a, tiles.blocks), pl.cdiv(s, tiles.keys)
     shape = _Shape(b, k, t, j, r, g, e, tiles.blocks, tiles.keys, h)
     seen = (jnp.arange(s) < jnp.max(limit, axis=1, keepdims=True))[..., None, None]
-    context = [_padded(jnp.where(seen, x, 0).swapaxes(1, 2), 2, tiles.keys) for x in (key, value)]
+    context = [padded(jnp.where(seen, x, 0).swapaxes(1, 2), 2, tiles.keys) for x in (key, value)]
     blocks = [_grouped(x, limit >= 0, shape) for x in (query.reshape(b, a, g, k * r, h), own_key, own_value)]
     lanes = _along_lanes(limit, shape, -1), _along_lanes(first, shape, 0)
     return shape, _Views(blocks[0], context[0], context[1], blocks[1], blocks[2], *lanes)
@@ -199,27 +202,8 @@ def _transposed(x: jax.Array) -> jax.Array:
 
 
 def _sights(views: _Views, shape: _Shape) -> jax.Array:
-    """What the kept blocks of each group see of each key tile, [B, T, J]: _SKIP, _MASK or _WHOLE."""
-    limit, first = views.limit[:, :, 0], views.first[:, :, 0]
-    kept = limit >= 0
-    lowest, highest = jnp.min(jnp.where(kept, limit, _FAR), -1), jnp.max(limit, -1)
-    earliest, latest = jnp.min(jnp.where(kept, first, _FAR), -1), jnp.max(jnp.where(kept, first, 0), -1)
-    begin = jnp.arange(shape.j) * shape.keys
-    active = (highest[..., None] > begin) & (earliest[..., None] < begin + shape.keys)
-    whole = (lowest[..., None] >= begin + shape.keys) & (latest[..., None] <= begin)
-    return jnp.where(active, jnp.where(whole, _WHOLE, _MASK), _SKIP).astype(jnp.int32)
-
-
-def _tables(sights: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(sights, tile to hold at each turn), both flat: a tile that is skipped holds the next one already, or the last.
-
-    Holding the same tile for several turns is one transfer.
-    """
-    count = sights.shape[-1]
-    number = jnp.arange(count)
-    later = lax.cummin(jnp.where(sights > _SKIP, number, count), axis=2, reverse=True)
-    last = jnp.max(jnp.where(sights > _SKIP, number, 0), -1, keepdims=True)
-    return sights.reshape(-1), jnp.where(later < count, later, last).astype(jnp.int32).reshape(-1)
+    """What the kept blocks of each group see of each key tile, [B, T, J]."""
+    return sights(views.limit[:, :, 0], views.first[:, :, 0], shape.keys, shape.j)
 
 
 class _Specs(NamedTuple):
@@ -291,7 +275,7 @@ def _forward_here(*arrays: jax.Array, scale: float, tiles: Tiles) -> tuple[jax.A
     log_sum = jax.ShapeDtypeStruct((shape.b, shape.t, shape.k, 1, shape.rows), jnp.float32)
     out, log_sum = mosaic.call(
         functools.partial(_forward_kernel, shape=shape, scale=scale),
-        _tables(_sights(views, shape)),
+        turn_tables(_sights(views, shape)),
         [*inputs, views.limit, views.first],
         [specs.rows, specs.keys, specs.keys_across, specs.own, specs.own_across, specs.lanes, specs.lanes],
         [jax.ShapeDtypeStruct(views.query.shape, views.query.dtype), log_sum],
@@ -332,7 +316,7 @@ def _row_gradients(
     own = jax.ShapeDtypeStruct(views.own_key.shape, views.query.dtype)
     return mosaic.call(
         functools.partial(_dq_kernel, shape=shape, scale=scale),
-        _tables(_sights(views, shape)),
+        turn_tables(_sights(views, shape)),
         [*rows, views.key, _transposed(views.key), views.value, views.own_key, _transposed(views.own_key)]
         + [views.own_value, views.limit, views.first, log_sum, delta],
         [specs.rows, specs.rows, specs.keys, specs.keys_across, specs.keys, specs.own, specs.own_across]
@@ -354,7 +338,7 @@ def _context_gradients(
     context = jax.ShapeDtypeStruct(views.key.shape, views.key.dtype)
     return mosaic.call(
         functools.partial(_dkv_kernel, shape=shape, scale=scale),
-        _tables(_sights(views, shape).swapaxes(1, 2)),
+        turn_tables(_sights(views, shape).swapaxes(1, 2)),
         [*rows, views.key, views.value, views.limit, views.first, log_sum, delta],
         [specs.rows, specs.rows, specs.keys, specs.keys, specs.lanes, specs.lanes, specs.head_lanes, specs.head_lanes],
         [context, context],
@@ -370,33 +354,11 @@ def _context_gradients(
 # log-sum and delta [1, rows]; the tables are in scalar memory.
 
 
-def _rows(ref: Any) -> jax.Array:
-    """The rows [rows, H] of a group."""
-    return ref[...].reshape(-1, ref.shape[2])
-
-
-def _put_rows(ref: Any, across: jax.Array) -> None:
-    """Writes the rows of a group, given transposed, [H, rows]."""
-    ref[...] = across.T.reshape(ref.shape).astype(ref.dtype)
-
-
-def _visible(begin: Any, limit_ref: Any, first_ref: Any, shape: _Shape) -> jax.Array:
-    """[keys, rows]: which rows see which of the keys from `begin` on."""
-    row = numbers((shape.keys, shape.rows), 0) + begin
-    return (row >= first_ref[...]) & (row < limit_ref[...])
-
-
 def _same_block(shape: _Shape) -> jax.Array:
     """[own keys, rows] of a group."""
     size = (shape.own, shape.rows)
     row = lax.rem(numbers(size, 1), shape.blocks * shape.g)
     return lax.div(numbers(size, 0), shape.e) == lax.div(row, shape.g)
-
-
-def _in_sight(sight: Any, body: Any, visible: Any) -> None:
-    """`body(mask)` with None or a mask, or nothing at all."""
-    pl.when(sight == _WHOLE)(lambda: body(None))
-    pl.when(sight == _MASK)(lambda: body(visible()))
 
 
 def _forward_kernel(
@@ -405,33 +367,21 @@ def _forward_kernel(
     *, shape: _Shape, scale: float,
 ) -> None:  # fmt: skip
     b, t, turn = pl.program_id(0), pl.program_id(2), pl.program_id(3)
-    q = _rows(q_ref)
-
-    def scores(key: jax.Array, mask: jax.Array | None) -> jax.Array:
-        found = dot(key, q, transposed=True) * scale
-        return found if mask is None else jnp.where(mask, found, MASKED)
+    q, state = rows_of(q_ref), (sum_ref, top_ref, total_ref)
 
     @pl.when(turn == 0)
     def _() -> None:  # the own block comes first: after it every row has a real maximum
-        found = scores(own_k_ref[...], _same_block(shape))
-        top_ref[...] = top = jnp.max(found, axis=0, keepdims=True)
-        weights = jnp.exp(found - top)
-        total_ref[...] = jnp.sum(weights, axis=0, keepdims=True)
-        sum_ref[...] = dot(own_v_ref[...], weights.astype(q.dtype))
+        begin_softmax(scores_of(own_k_ref[...], q, _same_block(shape), scale), own_v_ref[...], *state)
 
     def add(mask: jax.Array | None) -> None:
-        found, before = scores(k_ref[...], mask), top_ref[...]
-        top_ref[...] = top = jnp.maximum(before, jnp.max(found, axis=0, keepdims=True))
-        weights, shrink = jnp.exp(found - top), jnp.exp(before - top)
-        total_ref[...] = total_ref[...] * shrink + jnp.sum(weights, axis=0, keepdims=True)
-        sum_ref[...] = sum_ref[...] * shrink + dot(v_ref[...], weights.astype(q.dtype))
+        add_softmax(scores_of(k_ref[...], q, mask, scale), v_ref[...], *state)
 
     sight = sights_ref[(b * shape.t + t) * shape.j + turn]
-    _in_sight(sight, add, lambda: _visible(turn * shape.keys, limit_ref, first_ref, shape))
+    in_sight(sight, add, lambda: visible(turn * shape.keys, limit_ref, first_ref, shape.keys))
 
     @pl.when(turn == shape.j - 1)
     def _() -> None:
-        _put_rows(out_ref, sum_ref[...] / total_ref[...])
+        put_rows(out_ref, sum_ref[...] / total_ref[...])
         log_sum_ref[...] = top_ref[...] + jnp.log(total_ref[...])
 
 
@@ -453,7 +403,7 @@ def _dq_kernel(
     dq_ref: Any, d_own_k_ref: Any, d_own_v_ref: Any, sum_ref: Any, *, shape: _Shape, scale: float,
 ) -> None:  # fmt: skip
     b, t, turn = pl.program_id(0), pl.program_id(2), pl.program_id(3)
-    q, d_out = _rows(q_ref), _rows(d_out_ref)
+    q, d_out = rows_of(q_ref), rows_of(d_out_ref)
     row = log_sum_ref[...], delta_ref[...]
 
     @pl.when(turn == 0)
@@ -468,11 +418,11 @@ def _dq_kernel(
         sum_ref[...] += dot(k_across_ref[...], slope)
 
     sight = sights_ref[(b * shape.t + t) * shape.j + turn]
-    _in_sight(sight, add, lambda: _visible(turn * shape.keys, limit_ref, first_ref, shape))
+    in_sight(sight, add, lambda: visible(turn * shape.keys, limit_ref, first_ref, shape.keys))
 
     @pl.when(turn == shape.j - 1)
     def _() -> None:
-        _put_rows(dq_ref, sum_ref[...])
+        put_rows(dq_ref, sum_ref[...])
 
 
 def _dkv_kernel(
@@ -488,13 +438,13 @@ def _dkv_kernel(
         dv_sum_ref[...] = jnp.zeros_like(dv_sum_ref)
 
     def add(mask: jax.Array | None) -> None:
-        q, d_out = _rows(q_ref), _rows(d_out_ref)
+        q, d_out = rows_of(q_ref), rows_of(d_out_ref)
         weights, slope = _slopes(q, d_out, k_ref[...], v_ref[...], log_sum_ref[...], delta_ref[...], mask, scale)
         dk_sum_ref[...] += dot(slope, q)
         dv_sum_ref[...] += dot(weights, d_out)
 
     sight = sights_ref[(b * shape.j + j) * shape.t + turn]
-    _in_sight(sight, add, lambda: _visible(j * shape.keys, limit_ref, first_ref, shape))
+    in_sight(sight, add, lambda: visible(j * shape.keys, limit_ref, first_ref, shape.keys))
 
     @pl.when(turn == shape.t - 1)
     def _() -> None:

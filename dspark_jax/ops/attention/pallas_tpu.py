@@ -1,0 +1,213 @@
+"""`attention` as a Pallas kernel for TPUs: no array of scores, and what no row of a tile sees costs nothing.
+Compiled for TPUs, and run in interpret mode; never run on a TPU.
+
+The queries of m positions that read one key head are the rows of a tile: row r*m + t, with R query heads per key head.
+
+    forward   grid (B, K, tiles of rows, tiles of keys)    out
+
+XLA brings the arrays into this order. A gradient, which a frozen target does not need, is that of `xla.attention`.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from dspark_jax.ops import mosaic
+from dspark_jax.ops.attention import xla
+from dspark_jax.ops.mosaic import MASKED
+from dspark_jax.ops.mosaic_attention import (
+    KEYS,
+    ROW_BYTES,
+    ROWS,
+    TABLE,
+    add_softmax,
+    in_sight,
+    padded,
+    put_rows,
+    rows_of,
+    scores_of,
+    sights,
+    turn_tables,
+    visible,
+)
+from dspark_jax.sharding import per_device
+
+_MOST_HEADS = 64
+"""Query heads of one key head: 16 positions of these are a tile."""
+
+
+class Tiles(NamedTuple):
+    """Sizes: positions of a tile of rows, and keys of a tile."""
+
+    positions: int
+    keys: int
+
+    @classmethod
+    def fitting(cls, heads: int, t: int, row_bytes: int) -> "Tiles":
+        """For so many query heads per key head and T positions; a tile has whole registers of rows if it can."""
+        part = pl.cdiv(row_bytes, ROW_BYTES)
+        most = max(t + 15, 16)
+        counts = [m for m in range(16, most + 1, 16) if m * heads <= ROWS // part] or [16]
+        return cls(max(counts, key=lambda m: (m * heads % mosaic.LANES == 0, m)), KEYS // part)
+
+
+def attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    limit: jax.Array | None,
+    starts: jax.Array | None,
+    *,
+    scale: float,
+    window: int,
+    sinks: jax.Array | None = None,
+    tiles: Tiles | None = None,
+) -> jax.Array:
+    """See `api.attention`. Over a mesh, devices split the sequences and the key heads.
+
+    `tiles` are for tests; None is what suits the shapes.
+    """
+    (b, t, n, h), (s, k) = query.shape, key.shape[1:3]
+    tiles = tiles or Tiles.fitting(n // k, t, h * query.dtype.itemsize)
+    mosaic.check(
+        the_head_width_is_no_multiple_of_16_up_to_512=h % 16 == 0 and h <= 512,
+        the_type_is_neither_bfloat16_nor_float32=query.dtype in (jnp.bfloat16, jnp.float32),
+        the_arrays_are_of_different_types=query.dtype == key.dtype == value.dtype,
+        a_key_head_has_too_many_query_heads=n // k <= _MOST_HEADS,
+        there_are_too_many_tiles=b * pl.cdiv(t, tiles.positions) * pl.cdiv(s, tiles.keys) <= TABLE,
+    )
+    pairs = t * s if limit is not None else _pairs(t, window)
+    end = jnp.broadcast_to(jnp.arange(t) + 1, (b, t)) if limit is None else limit
+    first = jnp.maximum(end - window, 0) if window else jnp.zeros_like(end)
+    first = first if starts is None else jnp.maximum(first, starts)
+    lowest = jnp.full((n,), MASKED) if sinks is None else sinks
+    arrays = query.reshape(b, t, k, n // k, h), key, value, end, first, lowest.reshape(k, n // k)
+    out: Any = _attention(*arrays, _Settings(scale, sinks is not None, pairs, tiles))
+    return out.reshape(query.shape)
+
+
+def _pairs(t: int, window: int) -> int:
+    """Pairs of a row and a key that it sees, of a causal sequence of t rows."""
+    seen = min(window, t) if window else t
+    return seen * (seen + 1) // 2 + (t - seen) * seen
+
+
+class _Settings(NamedTuple):
+    """What the kernel is specialised to; `pairs` of rows and keys of a sequence and head are an estimate."""
+
+    scale: float
+    sinks: bool
+    pairs: int
+    tiles: Tiles
+
+
+_QUERY, _CONTEXT, _ROWS = ("batch", None, "kv_heads", None, None), ("batch", None, "kv_heads", None), ("batch", None)
+_INPUTS = (_QUERY, _CONTEXT, _CONTEXT, _ROWS, _ROWS, ("kv_heads", None))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _attention(*arguments: Any) -> jax.Array:
+    """Arrays as in `_INPUTS`, and settings; query and result are [B, T, K, R, H]."""
+    arrays, settings = arguments[:6], arguments[6]
+    return per_device(functools.partial(_forward_here, settings=settings), _INPUTS, (_QUERY,))(*arrays)[0]
+
+
+def _forward(*arguments: Any) -> tuple[jax.Array, Any]:
+    return _attention(*arguments), arguments[:6]
+
+
+def _backward(settings: _Settings, kept: Any, d_out: jax.Array) -> tuple[Any, ...]:
+    query, key, value, limit, first, sinks = kept
+    b, t, k, r, h = query.shape
+
+    def again(query: jax.Array, key: jax.Array, value: jax.Array, sinks: jax.Array) -> jax.Array:
+        own = sinks.reshape(-1) if settings.sinks else None
+        rows = query.reshape(b, t, k * r, h)
+        return xla.attention(rows, key, value, limit, first, scale=settings.scale, window=0, sinks=own)
+
+    d_query, d_key, d_value, d_sinks = jax.vjp(again, query, key, value, sinks)[1](d_out.reshape(b, t, k * r, h))
+    return d_query, d_key, d_value, None, None, d_sinks
+
+
+_attention.defvjp(_forward, _backward)
+
+
+def _forward_here(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    limit: jax.Array,
+    first: jax.Array,
+    sinks: jax.Array,
+    *,
+    settings: _Settings,
+) -> tuple[jax.Array]:
+    """The heads [B, T, K, R, H] on one device."""
+    (b, t, k, r, h), tiles = query.shape, settings.tiles
+    m, keys = tiles
+    count, j = pl.cdiv(t, m), pl.cdiv(key.shape[1], keys)
+    end = [(0, 0), (0, -t % m)]  # rows that fill up the last tile see what the last row sees
+    lanes = [
+        jnp.tile(jnp.pad(x, end, mode="edge").reshape(b, count, 1, m), r).astype(jnp.int32) for x in (limit, first)
+    ]
+    rows = padded(query.transpose(0, 2, 3, 1, 4), 3, m)
+    context = [padded(x.swapaxes(1, 2), 2, keys) for x in (key, value)]
+    lowest = jnp.repeat(sinks.astype(jnp.float32), m, axis=1)[:, None]  # [K, 1, R*m]
+
+    def held(b: Any, i: Any, turn: Any, held_ref: Any) -> Any:
+        return held_ref[(b * count + i) * j + turn]
+
+    row_spec = pl.BlockSpec((None, None, r, m, h), lambda b, k, i, turn, *_: (b, k, 0, i, 0))
+    lane_spec = pl.BlockSpec((None, None, 1, r * m), lambda b, k, i, turn, *_: (b, i, 0, 0))
+    out = mosaic.call(
+        functools.partial(_kernel, tiles=(count, j, keys), scale=settings.scale, sinks=settings.sinks),
+        turn_tables(sights(lanes[0][:, :, 0], lanes[1][:, :, 0], keys, j)),
+        [rows, context[0], context[1].swapaxes(2, 3), *lanes, lowest],
+        [
+            row_spec,
+            pl.BlockSpec((None, None, keys, h), lambda b, k, i, turn, _, ref: (b, k, held(b, i, turn, ref), 0)),
+            pl.BlockSpec((None, None, h, keys), lambda b, k, i, turn, _, ref: (b, k, 0, held(b, i, turn, ref))),
+            lane_spec,
+            lane_spec,
+            pl.BlockSpec((None, 1, r * m), lambda b, k, i, turn, *_: (k, 0, 0)),
+        ],
+        jax.ShapeDtypeStruct(rows.shape, query.dtype),
+        row_spec,
+        grid=(b, k, count, j),
+        parallel=3,
+        scratch=[pltpu.VMEM((size, r * m), jnp.float32) for size in (h, 1, 1)],
+        flops=4 * b * k * r * settings.pairs * h,
+        exponentials=b * k * r * settings.pairs,
+        moved=2 * rows.nbytes + 2 * b * k * pl.cdiv(settings.pairs, m) * h * key.dtype.itemsize,
+    )
+    return (out[:, :, :, :t].transpose(0, 3, 1, 2, 4),)
+
+
+def _kernel(
+    sights_ref: Any, _: Any, q_ref: Any, k_ref: Any, v_ref: Any, limit_ref: Any, first_ref: Any, sinks_ref: Any,
+    out_ref: Any, sum_ref: Any, top_ref: Any, total_ref: Any,
+    *, tiles: tuple[int, int, int], scale: float, sinks: bool,
+) -> None:  # fmt: skip
+    """References: query and out [R, m, H]; keys [keys, H]; values [H, keys]; limit, first and sinks [1, R*m]."""
+    count, j, keys = tiles
+    b, i, turn = pl.program_id(0), pl.program_id(2), pl.program_id(3)
+
+    @pl.when(turn == 0)
+    def _() -> None:
+        sum_ref[...] = jnp.zeros_like(sum_ref)
+        top_ref[...] = sinks_ref[...]
+        total_ref[...] = jnp.full_like(total_ref, 1.0 if sinks else 0.0)
+
+    def add(mask: jax.Array | None) -> None:
+        add_softmax(scores_of(k_ref[...], rows_of(q_ref), mask, scale), v_ref[...], sum_ref, top_ref, total_ref)
+
+    sight = sights_ref[(b * count + i) * j + turn]
+    in_sight(sight, add, lambda: visible(turn * keys, limit_ref, first_ref, keys))
+
+    @pl.when(turn == j - 1)
+    def _() -> None:
+        put_rows(out_ref, sum_ref[...] / total_ref[...])

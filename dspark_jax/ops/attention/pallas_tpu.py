@@ -18,26 +18,24 @@ from jax.experimental.pallas import tpu as pltpu
 
 from dspark_jax.ops import mosaic
 from dspark_jax.ops.attention import xla
-from dspark_jax.ops.mosaic import MASKED
+from dspark_jax.ops.mosaic import LANES, MASKED, dot
 from dspark_jax.ops.mosaic_attention import (
     KEYS,
     ROW_BYTES,
     ROWS,
+    SCORES,
     TABLE,
     add_softmax,
     in_sight,
     padded,
-    put_rows,
-    rows_of,
-    scores_of,
     sights,
     turn_tables,
     visible,
 )
 from dspark_jax.sharding import per_device
 
-_MOST_HEADS = 64
-"""Query heads of one key head: 16 positions of these are a tile."""
+_MOST_HEADS = 32
+"""Query heads of one key head: 128 positions of these, and 128 keys, are the largest tile of scores."""
 
 
 class Tiles(NamedTuple):
@@ -47,12 +45,12 @@ class Tiles(NamedTuple):
     keys: int
 
     @classmethod
-    def fitting(cls, heads: int, t: int, row_bytes: int) -> "Tiles":
-        """For so many query heads per key head and T positions; a tile has whole registers of rows if it can."""
+    def fitting(cls, heads: int, row_bytes: int) -> "Tiles":
+        """For so many query heads per key head; positions fill whole registers."""
         part = pl.cdiv(row_bytes, ROW_BYTES)
-        most = max(t + 15, 16)
-        counts = [m for m in range(16, most + 1, 16) if m * heads <= ROWS // part] or [16]
-        return cls(max(counts, key=lambda m: (m * heads % mosaic.LANES == 0, m)), KEYS // part)
+        positions = max(ROWS // part // heads // LANES, 1) * LANES
+        keys = SCORES // part**2 // (positions * heads) // LANES * LANES
+        return cls(positions, min(max(keys, LANES), KEYS // part))
 
 
 def attention(
@@ -72,7 +70,7 @@ def attention(
     `tiles` are for tests; None is what suits the shapes.
     """
     (b, t, n, h), (s, k) = query.shape, key.shape[1:3]
-    tiles = tiles or Tiles.fitting(n // k, t, h * query.dtype.itemsize)
+    tiles = tiles or Tiles.fitting(n // k, h * query.dtype.itemsize)
     mosaic.check(
         the_head_width_is_no_multiple_of_16_up_to_512=h % 16 == 0 and h <= 512,
         the_type_is_neither_bfloat16_nor_float32=query.dtype in (jnp.bfloat16, jnp.float32),
@@ -154,14 +152,14 @@ def _forward_here(
     lanes = [
         jnp.tile(jnp.pad(x, end, mode="edge").reshape(b, count, 1, m), r).astype(jnp.int32) for x in (limit, first)
     ]
-    rows = padded(query.transpose(0, 2, 3, 1, 4), 3, m)
+    rows = padded(query.transpose(0, 2, 3, 4, 1), 4, m)
     context = [padded(x.swapaxes(1, 2), 2, keys) for x in (key, value)]
     lowest = jnp.repeat(sinks.astype(jnp.float32), m, axis=1)[:, None]  # [K, 1, R*m]
 
     def held(b: Any, i: Any, turn: Any, held_ref: Any) -> Any:
         return held_ref[(b * count + i) * j + turn]
 
-    row_spec = pl.BlockSpec((None, None, r, m, h), lambda b, k, i, turn, *_: (b, k, 0, i, 0))
+    row_spec = pl.BlockSpec((None, None, r, h, m), lambda b, k, i, turn, *_: (b, k, 0, 0, i))
     lane_spec = pl.BlockSpec((None, None, 1, r * m), lambda b, k, i, turn, *_: (b, i, 0, 0))
     out = mosaic.call(
         functools.partial(_kernel, tiles=(count, j, keys), scale=settings.scale, sinks=settings.sinks),
@@ -184,7 +182,7 @@ def _forward_here(
         exponentials=b * k * r * settings.pairs,
         moved=2 * rows.nbytes + 2 * b * k * pl.cdiv(settings.pairs, m) * h * key.dtype.itemsize,
     )
-    return (out[:, :, :, :t].transpose(0, 3, 1, 2, 4),)
+    return (out[..., :t].transpose(0, 4, 1, 2, 3),)
 
 
 def _kernel(
@@ -192,9 +190,10 @@ def _kernel(
     out_ref: Any, sum_ref: Any, top_ref: Any, total_ref: Any,
     *, tiles: tuple[int, int, int], scale: float, sinks: bool,
 ) -> None:  # fmt: skip
-    """References: query and out [R, m, H]; keys [keys, H]; values [H, keys]; limit, first and sinks [1, R*m]."""
+    """References: query and out [R, H, m]; keys [keys, H]; values [H, keys]; limit, first and sinks [1, R*m]."""
     count, j, keys = tiles
     b, i, turn = pl.program_id(0), pl.program_id(2), pl.program_id(3)
+    heads, _, m = q_ref.shape
 
     @pl.when(turn == 0)
     def _() -> None:
@@ -203,11 +202,16 @@ def _kernel(
         total_ref[...] = jnp.full_like(total_ref, 1.0 if sinks else 0.0)
 
     def add(mask: jax.Array | None) -> None:
-        add_softmax(scores_of(k_ref[...], rows_of(q_ref), mask, scale), v_ref[...], sum_ref, top_ref, total_ref)
+        query = jnp.concatenate([q_ref[head] for head in range(heads)], axis=1)
+        found = dot(k_ref[...], query) * scale
+        found = found if mask is None else jnp.where(mask, found, MASKED)
+        add_softmax(found, v_ref[...], sum_ref, top_ref, total_ref)
 
     sight = sights_ref[(b * count + i) * j + turn]
     in_sight(sight, add, lambda: visible(turn * keys, limit_ref, first_ref, keys))
 
     @pl.when(turn == j - 1)
     def _() -> None:
-        put_rows(out_ref, sum_ref[...] / total_ref[...])
+        heads_across = sum_ref[...] / total_ref[...]
+        for head in range(heads):
+            out_ref[head] = heads_across[:, head * m : (head + 1) * m].astype(out_ref.dtype)

@@ -46,6 +46,12 @@ def unstacks_layers() -> bool:
     return current() != "tpu"
 
 
+def reads_heads_across() -> bool:
+    """Whether products of a round's few rows want the matrices of heads with what is summed over last: a TPU lays them
+    out so, and copies them into that order in every round where they are held otherwise."""
+    return current() == "tpu"
+
+
 def cache_rows(rows: int) -> int:
     """`rows` of a cache, or a few more on a TPU: one that ends inside a tile is laid out in another order there than
     kernels read it in, and would be copied for each of them."""

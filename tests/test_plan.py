@@ -147,6 +147,19 @@ def test_a_fusion_reads_what_it_uses():
     assert program_cost(SLICED).hbm_bytes == 8 * 100 * 4 + 400 + 400
 
 
+def test_what_is_fetched_ahead_counts_once():
+    """A part of an array that is brought onto the chip is read; an array that is put back is written."""
+    text = SLICED.replace(
+        "  ROOT %out",
+        """  %part = ((f32[8,100]{1,0}), f32[2,100]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%p), slice={[0:2], [0:100]}
+  %there = f32[2,100]{1,0:S(1)} slice-done(%part)
+  %moved = (f32[2,100]{1,0}, f32[2,100]{1,0:S(1)}, u32[]{:S(2)}) copy-start(%there)
+  %back = f32[2,100]{1,0} copy-done(%moved)
+  ROOT %out""",
+    )
+    assert program_cost(text).hbm_bytes == program_cost(SLICED).hbm_bytes + 2 * 800
+
+
 def test_kernels_cost_what_they_state():
     """The compiler gives no cycles for a Pallas kernel; nor does one that takes a stack of layers read all of it."""
     stated = '{"custom_call_config":{"cost_estimate":{"flops":"394000000000","bytes_accessed":"9"}}}'

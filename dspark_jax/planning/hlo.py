@@ -17,6 +17,10 @@ _SLICES = ("dynamic-slice", "slice")
 _UPDATES = {"dynamic-update-slice": 1, "scatter": -1}
 """Operations that change their first operand in place -> which operand holds the new values."""
 
+_MOVES = {"copy-start": 0, "slice-start": 1}
+"""Operations that begin to move an array, or a part of one, onto the chip or off it -> which of the first two arrays in
+their result is what arrives; the other one is where it comes from."""
+
 _WIDTHS = {"pred": 1, "s4": 0.5, "u4": 0.5, "f8e4m3fn": 1, "f8e5m2": 1, "bf16": 2, "f16": 2, "c64": 8}
 _SHAPE = re.compile(r"([a-z]+\d*[a-z\d]*)\[([\d,]*)\](\{[^}]*\})?")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
@@ -222,6 +226,9 @@ def _bytes(program: _Program, computation: str, instruction: _Instruction) -> fl
     operation = instruction.operation
     if operation in _FREE or operation.endswith("-done") or operation.startswith("async-"):
         return 0.0
+    if operation in _MOVES:
+        ends = list(_shapes(instruction.type))[:2]
+        return ends[_MOVES[operation]][0] * sum(in_hbm for _, in_hbm in ends)
     local = program[computation]
     types = [local[name].type if name in local else "" for name in instruction.operands]
     written = _size(_shapes(instruction.type), hbm=True)

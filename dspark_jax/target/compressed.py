@@ -18,7 +18,7 @@ from dspark_jax.target.attend import Pass
 from dspark_jax.target.compressed_attend import Made, Own, attended
 from dspark_jax.target.compressed_cache import CompressedCache, before, with_made, with_rows
 from dspark_jax.target.families.family import CompressedShape, IndexShape
-from dspark_jax.target.layers import dense, narrow, normal, ones, rms_norm, zeros
+from dspark_jax.target.layers import dense, linear, narrow, normal, ones, rms_norm, turn_across, zeros
 
 _NEVER = 1 << 30
 """Where compressed rows end that there are not."""
@@ -80,6 +80,7 @@ class Index(nnx.Module):
         del join
         for weight in (self.query, self.weigh):
             narrow(weight, dtype)
+        turn_across(self.query)
 
 
 class CompressedAttention(nnx.Module):
@@ -106,12 +107,12 @@ class CompressedAttention(nnx.Module):
     def own(self, x: jax.Array, positions: jax.Array) -> Own:
         """x [B, S, D], positions [B, S] -> what the rows of a pass give."""
         low = rms_norm(dense(x, self.query_in[...]), self.query_norm[...], self.eps)
-        query = self._turned(rms_norm(dense(low, self.query[...]), None, self.eps), positions[..., None])
+        query = self._turned(rms_norm(linear(low, self.query), None, self.eps), positions[..., None])
         row = self._turned(rms_norm(dense(x, self.row[...]), self.row_norm[...], self.eps), positions)
         raw = None if self.compressor is None else self.compressor.raw(x)
         if self.index is None:
             return Own(query, row, raw)
-        index_query = self._turned(dense(low, self.index.query[...]), positions[..., None])
+        index_query = self._turned(linear(low, self.index.query), positions[..., None])
         weigh = dense(x, self.index.weigh[...])
         return Own(query, row, raw, index_query, weigh, self.index.compressor.raw(x))
 
@@ -135,6 +136,7 @@ class CompressedAttention(nnx.Module):
         del join
         for weight in (self.query_in, self.query, self.row, self.group, self.out):
             narrow(weight, dtype)
+        turn_across(self.query)
 
 
 def turned(x: jax.Array, positions: jax.Array, shape: CompressedShape) -> jax.Array:

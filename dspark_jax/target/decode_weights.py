@@ -29,7 +29,8 @@ def decode_weights(module: Any, dtype: Any, *, separate_caches: bool = False, co
     - Modules with a method `fuse_weights(dtype, join=...)` hold matrices as `dtype`, and join those that read the same
       rows: fewer and larger products from fewer bytes. Where a mesh splits their columns, nothing is joined: each
       device would have those of one matrix and need some of each.
-    - On a TPU the stacks stay, and nothing is joined.
+    - On a TPU the stacks stay, nothing is joined, and matrices of heads are held the other way round
+      (`platform.reads_heads_across`).
 
     Args:
       module: target or drafter, with stacked layers.

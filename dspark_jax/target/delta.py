@@ -17,7 +17,7 @@ from dspark_jax.sharding import Param, per_device
 from dspark_jax.target.attend import Pass
 from dspark_jax.target.delta_cache import DeltaCache
 from dspark_jax.target.families.family import DeltaShape
-from dspark_jax.target.layers import dense, narrow, normal, ones, rms_norm, zeros
+from dspark_jax.target.layers import dense, linear, narrow, normal, ones, rms_norm, turn_across, zeros
 
 
 class GatedDelta(nnx.Module):
@@ -43,7 +43,7 @@ class GatedDelta(nnx.Module):
     def all(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         """x [B, T, D] -> what is to be convolved [B, T, K, M], decays and rates [B, T, K, R], gates [B, T, K, R W]."""
         if getattr(self, "joint", None) is None:
-            mixed, gate, rate, decay = (dense(x, w[...]) for w in (self.mixed, self.gate, self.rate, self.decay))
+            mixed, gate, rate, decay = (linear(x, w) for w in (self.mixed, self.gate, self.rate, self.decay))
         else:
             m, r = sum(self.shape.pieces), self.shape.values
             w = r * self.shape.value_width
@@ -69,6 +69,7 @@ class GatedDelta(nnx.Module):
         if not join:
             for weight in parts:
                 narrow(weight, dtype)
+                turn_across(weight)
             return
         joint = jnp.concatenate([weight[...].astype(dtype) for weight in parts], axis=-1)
         self.joint = Param(joint, axes=("embed", None, None))

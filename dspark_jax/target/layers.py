@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from dspark_jax import platform
 from dspark_jax.config import TargetArchitecture
 from dspark_jax.ops.product import product
-from dspark_jax.sharding import Param, gather
+from dspark_jax.sharding import Param, constrain, gather
 from dspark_jax.target import families
 from dspark_jax.target.families.family import AttentionShape, LayerShape
 
@@ -66,6 +67,30 @@ def stay_stacked(weight: Param) -> None:
     weight.set_metadata(stays_stacked=True)
 
 
+def turn_across(weight: Param | None) -> None:
+    """Holds a matrix of heads [*stack, D, N, H] as [*stack, N, H, D] from now on, where products want it so.
+
+    `linear` reads either.
+    """
+    if weight is None or not platform.reads_heads_across():
+        return
+    first = int(weight.axes[0] == "layers")
+    axes = (*weight.axes[:first], *weight.axes[first + 1 :], weight.axes[first])
+    value = constrain(jnp.moveaxis(weight[...], first, -1), *axes)
+    weight.set_metadata(axes=axes, across=True)
+    weight.set_value(value)
+
+
+def linear(x: jax.Array, weight: Param, bias: Param | None = None) -> jax.Array:
+    """x [..., D] times a matrix [D, ...], or one that is held across, with a bias if there is one."""
+    if weight.get_metadata().get("across"):
+        matrix = weight[...].astype(x.dtype)
+        out = jnp.tensordot(x, matrix, (-1, -1), preferred_element_type=x.dtype)
+    else:
+        out = dense(x, weight[...])
+    return out if bias is None else out + bias[...].astype(out.dtype)
+
+
 def dense(x: jax.Array, weight: jax.Array, inputs: int = 1) -> jax.Array:
     """Contracts the last `inputs` axes of x with the first ones of weight, as one 2-D product (CPU's fast path).
 
@@ -73,12 +98,6 @@ def dense(x: jax.Array, weight: jax.Array, inputs: int = 1) -> jax.Array:
     """
     lead, width = x.shape[: x.ndim - inputs], math.prod(weight.shape[:inputs])
     return product(x.reshape(-1, width), weight.reshape(width, -1)).reshape(lead + weight.shape[inputs:])
-
-
-def _linear(x: jax.Array, weight: Param, bias: Param | None) -> jax.Array:
-    """`dense` of one input axis, with a bias if there is one."""
-    out = dense(x, weight[...])
-    return out if bias is None else out + bias[...].astype(out.dtype)
 
 
 def rms_norm(x: jax.Array, weight: jax.Array | None, eps: float, *, centred: bool = False) -> jax.Array:
@@ -154,13 +173,13 @@ class Attention(nnx.Module):
 
     def queries(self, x: jax.Array, positions: jax.Array) -> jax.Array:
         """x [B, T, D], positions [B, T] -> normed and rotated queries [B, T, N, H]."""
-        query = _linear(x, self.query, self.query_bias)
+        query = linear(x, self.query, self.query_bias)
         return self._turn(query[..., : self.shape.width], self.query_norm, positions)
 
     def keys_values(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
         """x [B, T, D], positions [B, T] -> normed and rotated keys, and values, both [B, T, K, H]."""
-        key = _linear(x, self.key, self.key_bias)
-        value = key if self.value is None else _linear(x, self.value, self.value_bias)
+        key = linear(x, self.key, self.key_bias)
+        value = key if self.value is None else linear(x, self.value, self.value_bias)
         return self._turn(key, self.key_norm, positions), self._values(value)
 
     def all(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -174,10 +193,10 @@ class Attention(nnx.Module):
         """
         n, k, h = self.shape.heads, self.shape.kv_heads, self.shape.width
         if getattr(self, "joint", None) is None:
-            query = _linear(x, self.query, self.query_bias)
+            query = linear(x, self.query, self.query_bias)
             gate = query[..., h:] if self.shape.gated else None
             return self._turn(query[..., :h], self.query_norm, positions), *self.keys_values(x, positions), gate
-        heads = _linear(x, self.joint, self.joint_bias)
+        heads = linear(x, self.joint, self.joint_bias)
         gate = None
         if self.shape.gated:
             heads, gate = heads[..., :-n, :], heads[..., -n:, :]
@@ -198,6 +217,8 @@ class Attention(nnx.Module):
         for weight in (self.query, self.key, self.value, self.out):
             narrow(weight, dtype)
         if not join:
+            for weight in (self.query, self.key, self.value):
+                turn_across(weight)
             return
         query, key, h = self.query[...], self.key[...], self.shape.width
         parts = [query[..., :h], key] if self.value is None else [query[..., :h], key, self.value[...]]

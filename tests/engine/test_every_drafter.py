@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from dspark_jax import platform
 from dspark_jax.config import Config, DataConfig, DrafterConfig, TargetArchitecture, TargetConfig, resolve
 from dspark_jax.drafter import make_drafter
 from dspark_jax.engine import generate, schedulers
@@ -91,6 +92,25 @@ def test_output_is_the_targets(kind: str) -> None:
     observed, expected = (np.append(x[~rare], x[rare].sum()) for x in (observed, expected))
     statistic, freedom = np.sum((observed - expected) ** 2 / expected), len(expected) - 1
     assert freedom > 10 and statistic < freedom + 6 * np.sqrt(2 * freedom), (statistic, freedom)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [kind if kind == "dspark" else pytest.param(kind, marks=pytest.mark.slow) for kind in names() if kind != "length"],
+)
+def test_the_form_in_which_a_tpu_decodes_drafts_the_same(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers in stacks, matrices of heads the other way round."""
+
+    def run() -> Any:
+        return generate(Models(target(), drafter(kind)), PROMPTS[:4], max_new_tokens=BUDGET, trace=True)
+
+    expected = run()
+    monkeypatch.setattr(platform, "unstacks_layers", lambda: False)
+    monkeypatch.setattr(platform, "reads_heads_across", lambda: True)
+    found = run()
+    for name in ("tokens", "acceptance_lengths", "drafted"):
+        for got, want in zip(getattr(found, name), getattr(expected, name), strict=True):
+            np.testing.assert_array_equal(got, want, err_msg=name)
 
 
 QUESTIONS = [*PROMPTS, [int(t) for t in np.random.default_rng(12).integers(0, VOCAB, 37)]]

@@ -19,7 +19,7 @@ from dspark_jax.convert.hf import read_drafter_config, stored_tensors
 from dspark_jax.convert.targets import fitting, frozen_of_target
 from dspark_jax.drafter import make_drafter
 from dspark_jax.ops.expert_mlp.api import OPERATION
-from dspark_jax.sharding import make_mesh
+from dspark_jax.sharding import Param, make_mesh
 from dspark_jax.target.decode_weights import decode_weights
 from dspark_jax.target.experts import Experts
 from dspark_jax.target.loading import abstract_target, load_target
@@ -65,25 +65,34 @@ def test_shapes_alone_have_the_types_of_loaded_weights(made, case):
     )
 
 
-MIXTURES = [(case, "pallas_tpu") for case in ONE if mixed(case)] + [("moe_all", "xla")]
+FORMS = [*((case, "pallas_tpu") for case in ONE), ("moe_all", "xla")]
 
 
-@pytest.mark.parametrize(("case", "implementation"), MIXTURES)
-def test_experts_that_stay_in_their_stack_are_the_same(made, case, implementation, monkeypatch):
-    """As a TPU decodes, with a kernel that is told the layer, on a mesh that splits the experts."""
+@pytest.mark.parametrize(("case", "implementation"), FORMS)
+def test_the_form_in_which_a_tpu_decodes_gives_the_same(made, case, implementation, monkeypatch):
+    """Matrices of heads the other way round, layers and experts in their stack, of which a kernel is told the layer;
+    on a mesh that splits heads and experts."""
     directory, _, target = made(case)
     tokens = jnp.asarray(np.random.default_rng(2).integers(0, V, (2, 7)))
     positions = jnp.broadcast_to(jnp.arange(7), tokens.shape)
     expected = jax.jit(lambda: target.forward(tokens, positions).last_hidden)()
     monkeypatch.setattr(platform, "unstacks_layers", lambda: False)
+    monkeypatch.setattr(platform, "reads_heads_across", lambda: True)
     monkeypatch.setitem(OPERATION.order, "cpu", [implementation])
     mesh = make_mesh(MeshConfig(1, 1, 2), jax.devices()[:2])
     with jax.set_mesh(mesh):
         decoding = decode_weights(load(directory, mesh), jnp.float32)
-        mixtures = [getattr(decoding, name).mlp for name in decoding.stacks.values()]
-        assert any(isinstance(mlp, Experts) and mlp.number is not None for mlp in mixtures)
+        layers = [getattr(decoding, name) for name in decoding.stacks.values()]
+        mixtures = [layer.mlp for layer in layers if isinstance(layer.mlp, Experts)]
+        assert any(mlp.number is not None for mlp in mixtures) == mixed(case)
         found = jax.jit(lambda: decoding.forward(tokens, positions, decoding.init_cache(2, 8)).last_hidden)()
+    turned = [leaf.axes for leaf in jax.tree.leaves(layers, is_leaf=is_param) if leaf.get_metadata().get("across")]
+    assert len(turned) >= len(layers) and all(axes[0] == "layers" and "head" in axes[-2] for axes in turned)
     assert_close(case, found, np.asarray(expected))
+
+
+def is_param(leaf):
+    return isinstance(leaf, Param)
 
 
 @pytest.mark.parametrize("case", ONE)

@@ -85,7 +85,7 @@ def _chunk(
     out = before[..., None] * said[..., rows:, :] + _product("bkrtj,bkrjw->bkrtw", alike[..., rows:, :] * left, added)
 
     last = left[..., kept - 1, :kept, None] * added[..., :kept, :]
-    state = before[..., kept - 1, None, None] * state + _product("bkth,bkrtw->bkrhw", key[:, :, :kept], last)
+    state = before[..., kept - 1, None, None] * state + _product("bkrtw,bkth->bkrhw", last, key[:, :, :kept])
     return out.transpose(0, 3, 1, 2, 4), state
 
 

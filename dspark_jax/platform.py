@@ -46,10 +46,13 @@ def unstacks_layers() -> bool:
     return current() != "tpu"
 
 
-def reads_heads_across() -> bool:
-    """Whether products of a round's few rows want the matrices of heads with what is summed over last: a TPU lays them
-    out so, and copies them into that order in every round where they are held otherwise."""
-    return current() == "tpu"
+def joins_heads() -> bool:
+    """Whether products want the matrices of heads in two axes, with what is summed over first.
+
+    A TPU wants the heads' axes apart and what is summed over last: of others it copies every layer's matrix, in every
+    round, before it multiplies.
+    """
+    return current() != "tpu"
 
 
 def cache_rows(rows: int) -> int:

@@ -30,7 +30,7 @@ def decode_weights(module: Any, dtype: Any, *, separate_caches: bool = False, co
       rows: fewer and larger products from fewer bytes. Where a mesh splits their columns, nothing is joined: each
       device would have those of one matrix and need some of each.
     - On a TPU the stacks stay, nothing is joined, and matrices of heads are held the other way round
-      (`platform.reads_heads_across`).
+      (`platform.joins_heads`).
 
     Args:
       module: target or drafter, with stacked layers.

@@ -72,7 +72,7 @@ def turn_across(weight: Param | None) -> None:
 
     `linear` reads either.
     """
-    if weight is None or not platform.reads_heads_across():
+    if weight is None or platform.joins_heads():
         return
     first = int(weight.axes[0] == "layers")
     axes = (*weight.axes[:first], *weight.axes[first + 1 :], weight.axes[first])
@@ -96,6 +96,8 @@ def dense(x: jax.Array, weight: jax.Array, inputs: int = 1) -> jax.Array:
 
     See `ops.product`; the result has x's type, its leading axes, and then the weight's remaining ones.
     """
+    if inputs == 2 and not platform.joins_heads():
+        return jnp.tensordot(x, weight.astype(x.dtype), inputs, preferred_element_type=x.dtype)
     lead, width = x.shape[: x.ndim - inputs], math.prod(weight.shape[:inputs])
     return product(x.reshape(-1, width), weight.reshape(width, -1)).reshape(lead + weight.shape[inputs:])
 

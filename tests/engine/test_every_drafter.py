@@ -106,7 +106,7 @@ def test_the_form_in_which_a_tpu_decodes_drafts_the_same(kind: str, monkeypatch:
 
     expected = run()
     monkeypatch.setattr(platform, "unstacks_layers", lambda: False)
-    monkeypatch.setattr(platform, "reads_heads_across", lambda: True)
+    monkeypatch.setattr(platform, "joins_heads", lambda: False)
     found = run()
     for name in ("tokens", "acceptance_lengths", "drafted"):
         for got, want in zip(getattr(found, name), getattr(expected, name), strict=True):

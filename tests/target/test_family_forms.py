@@ -77,7 +77,7 @@ def test_the_form_in_which_a_tpu_decodes_gives_the_same(made, case, implementati
     positions = jnp.broadcast_to(jnp.arange(7), tokens.shape)
     expected = jax.jit(lambda: target.forward(tokens, positions).last_hidden)()
     monkeypatch.setattr(platform, "unstacks_layers", lambda: False)
-    monkeypatch.setattr(platform, "reads_heads_across", lambda: True)
+    monkeypatch.setattr(platform, "joins_heads", lambda: False)
     monkeypatch.setitem(OPERATION.order, "cpu", [implementation])
     mesh = make_mesh(MeshConfig(1, 1, 2), jax.devices()[:2])
     with jax.set_mesh(mesh):

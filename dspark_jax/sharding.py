@@ -32,7 +32,8 @@ RULES: dict[str, tuple[str, ...]] = {
     "head_width": (),
     "taps": (),
     "mlp": ("tensor",),
-    "experts": ("tensor",),
+    "experts": ("tensor", "fsdp"),  # whole ones, where there are enough: they are collected as they lie in memory
+    "collected_experts": ("tensor",),
     "expert_width": (),
     "routes": (),
     "tokens": (),
@@ -73,16 +74,26 @@ def one_device() -> Mesh:
 def spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """PartitionSpec of an array with logical `axes`; an axis that the mesh does not divide stays whole.
 
+    Experts that are too few for all their mesh axes are split over the first one, and their `embed` over `fsdp` then.
+
     Raises:
       KeyError: an axis name is not in `RULES`.
     """
     entries: list[Any] = []
     used: set[str] = set()
+
+    def divides(wanted: Sequence[str], size: int) -> bool:
+        return size % math.prod(mesh.shape[axis] for axis in wanted) == 0
+
     for name, size in zip(axes, shape, strict=True):
         wanted = tuple(axis for axis in (RULES[name] if name else ()) if mesh.shape[axis] > 1)
+        if name == "experts" and not divides(wanted, size):
+            wanted = tuple(axis for axis in wanted if axis == "tensor")
+        if name == "embed" and "experts" in axes and set(wanted) <= used:
+            wanted = ()
         if set(wanted) & used:
             raise ValueError(f"axes {tuple(axes)} use a mesh axis twice")
-        if not wanted or size % math.prod(mesh.shape[axis] for axis in wanted):
+        if not wanted or not divides(wanted, size):
             entries.append(None)
             continue
         used.update(wanted)
@@ -109,8 +120,11 @@ def whole(tree: Any) -> Any:
 
 
 def gather(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Collects the `embed` shards of a weight where it is used (FSDP); its other axes stay split."""
-    return constrain(x, *(None if name == "embed" else name for name in axes))
+    """Collects what `fsdp` splits of a weight where it is used (FSDP); the other mesh axes go on splitting it."""
+    return constrain(x, *(_COLLECTED.get(name, name) if name else None for name in axes))
+
+
+_COLLECTED: dict[str, str | None] = {"embed": None, "experts": "collected_experts"}
 
 
 def devices_here() -> int:

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import pytest
 
 from dspark_jax.config import InputError, MeshConfig
-from dspark_jax.sharding import RULES, Param, constrain, make_mesh, spec, state_shardings
+from dspark_jax.sharding import RULES, Param, constrain, gather, make_mesh, spec, state_shardings
 
 
 def test_mesh_sizes():
@@ -26,6 +26,19 @@ def test_logical_axes_become_mesh_axes():
     with pytest.raises(ValueError, match="twice"):
         spec(("heads", "mlp"), (4, 4), mesh)
     assert spec(tuple(RULES)[:1], (8,), make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])) == jax.P(None)
+
+
+def test_experts_are_held_whole_where_there_are_enough():
+    mesh = make_mesh(MeshConfig(1, 4, 2))
+    axes = ("experts", "embed", "expert_width")
+    assert spec(axes, (8, 12, 3), mesh) == jax.P(("tensor", "fsdp"), None, None)
+    assert spec(axes, (6, 12, 3), mesh) == jax.P("tensor", "fsdp", None)
+    assert spec(axes, (5, 12, 3), mesh) == jax.P(None, "fsdp", None)
+    assert spec(axes, (8, 12, 3), make_mesh(MeshConfig(1, 8, 1))) == jax.P("fsdp", None, None)
+    with jax.set_mesh(mesh):
+        for sizes in ((8, 12, 3), (6, 12, 3)):
+            collected = jax.jit(lambda x: gather(x, *axes))(jnp.zeros(sizes))
+            assert tuple(collected.sharding.spec) in (("tensor",), ("tensor", None, None))
 
 
 def test_parameters_are_laid_out_by_their_axes():

@@ -1,7 +1,8 @@
 """A mixture of experts in the place of an MLP: a router chooses a few of many gated MLPs for every row.
 
 Experts are split over the mesh's `tensor` axis, each whole on one device, which computes what its own experts give to
-all rows that it has (`ops.expert_mlp`); the parts are then added up.
+all rows that it has (`ops.expert_mlp`); the parts are then added up. They are held split over `fsdp` as well, whole
+where there are enough of them, and collected for every layer.
 """
 
 import functools
@@ -65,16 +66,17 @@ class Experts(nnx.Module):
         rows = x.reshape(-1, x.shape[-1])
         chosen, weights = self.route(rows, None if tokens is None else tokens.reshape(-1))
         count = self.shape.count
-        parts = parts_of("experts") if count % parts_of("experts") == 0 else 1
-        whole, bias = ("batch", None), ("experts", None)
-        matrix: tuple[str | None, ...] = ("experts", None, None)
+        parts = parts_of("collected_experts")
+        parts = parts if count % parts == 0 else 1
+        whole, bias = ("batch", None), ("collected_experts", None)
+        matrix: tuple[str | None, ...] = ("collected_experts", None, None)
         matrix = matrix if self.number is None else (None, *matrix)
         number = jnp.zeros(1, jnp.int32) if self.number is None else self.number[...].reshape(1)
         biases = [b[...] for b in (self.gate_bias, self.up_bias, self.down_bias) if b is not None]
         run = per_device(
             functools.partial(_own_part, count=count, inner=_inner(self.shape, self.function), trained=self.trained),
             inputs=(whole, whole, whole, (None,), matrix, matrix, matrix, *(bias for _ in biases)),
-            outputs=(("experts", *whole),),
+            outputs=(("collected_experts", *whole),),
             shapes=((parts, *rows.shape),),
         )
         (out,) = run(rows, chosen, weights, number, self.gate[...], self.up[...], self.down[...], *biases)

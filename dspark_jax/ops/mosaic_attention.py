@@ -13,6 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from dspark_jax.ops.mosaic import MASKED, dot, numbers
+from dspark_jax.ops.sights import sights
 
 ROWS = 1024
 """Rows of a tile that are aimed at."""
@@ -29,26 +30,13 @@ ROW_BYTES = 512
 TABLE = 1 << 15
 """Entries of a table of tiles in scalar memory."""
 
-_FAR = 1 << 30
 _SKIP, _MASK, _WHOLE = 0, 1, 2  # what a tile of rows sees of a tile of keys: nothing, a part, everything
 
 
-def sights(limit: jax.Array, first: jax.Array, keys: int, count: int) -> jax.Array:
-    """What the rows of each tile see of each of `count` tiles of so many `keys`, [..., count].
-
-    Args:
-      limit: [..., rows] a row sees the keys first..limit-1; negative: the row is nobody's.
-      first: [..., rows].
-      keys: of a tile.
-      count: of tiles.
-    """
-    kept = limit >= 0
-    lowest, highest = jnp.min(jnp.where(kept, limit, _FAR), -1), jnp.max(limit, -1)
-    earliest, latest = jnp.min(jnp.where(kept, first, _FAR), -1), jnp.max(jnp.where(kept, first, 0), -1)
-    begin = jnp.arange(count) * keys
-    active = (highest[..., None] > begin) & (earliest[..., None] < begin + keys)
-    whole = (lowest[..., None] >= begin + keys) & (latest[..., None] <= begin)
-    return jnp.where(active, jnp.where(whole, _WHOLE, _MASK), _SKIP).astype(jnp.int32)
+def sights_of_tiles(limit: jax.Array, first: jax.Array, keys: int, count: int) -> jax.Array:
+    """What the rows of each tile see of each of `count` tiles, as numbers for `in_sight`; arguments as in `sights`."""
+    active, full = sights(limit, first, keys, count)
+    return jnp.where(active, jnp.where(full, _WHOLE, _MASK), _SKIP).astype(jnp.int32)
 
 
 def turn_tables(seen: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -21,6 +21,7 @@ from dspark_jax.drafter import make_drafter
 from dspark_jax.engine import schedulers
 from dspark_jax.engine.models import Models
 from dspark_jax.engine.slots import Mode, open_slots, serve_round
+from dspark_jax.ops.attention import attention
 from dspark_jax.ops.block_attention import block_attention
 from dspark_jax.ops.cached_attention import Rows, cached_attention
 from dspark_jax.ops.expert_mlp import Parts, expert_mlp
@@ -77,6 +78,27 @@ def test_block_attention(batch: int, devices: tuple[int, ...]) -> None:
     assert text.count("xla.gpu.triton") >= 4
     assert not re.search(r"= \S+ all-(gather|reduce)", text)
     assert program.memory_analysis().temp_size_in_bytes < 40 << 20  # a dense mask takes 8.4 GB
+
+
+def test_attention_that_cudnn_does_not_take() -> None:
+    """A chunk of a prompt against its cache, heads with sinks, and heads of 512: one kernel, no array of scores."""
+    cases: dict[str, dict[str, Any]] = {
+        "limits": {"t": 256, "limits": True},
+        "sinks": {"heads": 64, "width": 64, "window": 128, "sinks": True},
+        "wide heads": {"heads": 16, "key_heads": 1, "width": 512},
+    }
+    for name, how in cases.items():
+        how = {"t": 4096, "heads": HEADS, "key_heads": KEY_HEADS, "width": WIDTH, "window": 0} | how
+
+        def run(query: Any, key: Any, value: Any, limit: Any, sinks: Any, how: Any = how) -> Any:
+            given = {"limit": limit if "limits" in how else None, "sinks": sinks if "sinks" in how else None}
+            return attention(query, key, value, scale=0.1, window=how["window"], **given)
+
+        query, context = shape(2, how["t"], how["heads"], how["width"]), shape(2, 4096, how["key_heads"], how["width"])
+        rest = shape(2, how["t"], dtype=jnp.int32), shape(how["heads"], dtype=jnp.float32)
+        program = compiled(run, query, context, context, *rest, mesh=mesh_of(1, 1, 1))
+        assert program.as_text().count("xla.gpu.triton") == 1, name
+        assert program.memory_analysis().temp_size_in_bytes < 8 << 20, name  # a head's scores take 67 MB
 
 
 @pytest.mark.parametrize(("batch", "length"), [(1, 1024), (32, 4096)])

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from dspark_jax.config import MeshConfig
-from dspark_jax.ops.attention import attention, cudnn, pallas_tpu, xla
+from dspark_jax.ops.attention import attention, cudnn, pallas_gpu, pallas_tpu, xla
+from dspark_jax.ops.attention.pallas_tpu import Tiles
 from dspark_jax.ops.dispatch import Unsupported
+from dspark_jax.ops.triton_attention import Tile
 from dspark_jax.sharding import make_mesh, sharding
 
 
@@ -26,8 +28,10 @@ IMPLEMENTATIONS = {
     "xla": attention,
     "reference": functools.partial(attention, implementation="reference"),
     "chunks of four rows": directly(xla, chunk=4),
-    "kernel for TPUs": directly(pallas_tpu, tiles=pallas_tpu.Tiles(4, 3)),
+    "kernel for TPUs": directly(pallas_tpu, tiles=Tiles(4, 3)),
+    "kernel for GPUs": directly(pallas_gpu, tile=Tile(4, 4, 4, 1)),
 }
+KERNELS = [name for name in IMPLEMENTATIONS if "kernel" in name]
 
 
 def problem(t=11, s=11, n=6, k=2, h=16, seed=3):
@@ -91,15 +95,21 @@ def test_more_keys_than_rows_and_bfloat16(run):
 SHAPES = {
     "one of everything": {"t": 1, "s": 1, "n": 1, "k": 1},
     "whole tiles, one key head": {"t": 16, "s": 16, "n": 4, "k": 1},
-    "no grouping, wide heads": {"t": 33, "s": 33, "n": 3, "k": 3, "h": 48},
+    "no grouping, wider heads": {"t": 33, "s": 33, "n": 3, "k": 3, "h": 64},
     "more keys than rows": {"t": 5, "s": 40},
 }
 
 
+SIZES = {
+    **{f"TPUs, {tiles}": directly(pallas_tpu, tiles=tiles) for tiles in (Tiles(16, 8), Tiles(4, 16), None)},
+    **{f"GPUs, {tile}": directly(pallas_gpu, tile=tile) for tile in (Tile(16, 8, 4, 1), Tile(8, 32, 4, 1), None)},
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("tiles", [pallas_tpu.Tiles(16, 8), pallas_tpu.Tiles(4, 16), None], ids=str)
+@pytest.mark.parametrize("run", SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_the_kernel_for_tpus_at_hostile_shapes(shape, tiles):
+def test_kernels_at_hostile_shapes(shape, run):
     """Rows with limits and starts of their own, in a window and not, with sinks and not."""
     arrays, rng = problem(**shape)
     t, s = arrays[0].shape[1], arrays[1].shape[1]
@@ -108,7 +118,7 @@ def test_the_kernel_for_tpus_at_hostile_shapes(shape, tiles):
     for window, sinks in ((0, None), (3, rng.normal(size=arrays[0].shape[2]))):
         given = {"limit": jnp.asarray(limit), "starts": jnp.asarray(starts)}
         given |= {"sinks": None if sinks is None else jnp.asarray(sinks, jnp.float32)}
-        got = directly(pallas_tpu, tiles=tiles)(*arrays, scale=0.5, window=window, **given)
+        got = run(*arrays, scale=0.5, window=window, **given)
         first = np.maximum(limit - window, starts) if window else starts
         np.testing.assert_allclose(got, loop(*arrays, limit, first, 0.5, sinks), atol=4e-6)
 
@@ -118,14 +128,15 @@ def test_the_kernel_for_tpus_reads_nothing_that_was_not_written(strict_tpu):
     """Interpreted as a TPU works: unset memory is NaN, reads beyond an array fail, races are found."""
     arrays, _ = problem(t=21, s=21)
     for window in (0, 5):
-        got = directly(pallas_tpu, tiles=pallas_tpu.Tiles(8, 8))(*arrays, scale=0.5, window=window)
+        got = directly(pallas_tpu, tiles=Tiles(8, 8))(*arrays, scale=0.5, window=window)
         limit = np.broadcast_to(np.arange(21) + 1, (2, 21))
         first = np.maximum(limit - window, 0) if window else 0 * limit
         np.testing.assert_allclose(got, loop(*arrays, limit, first, 0.5), atol=4e-6)
         assert not strict_tpu()
 
 
-def test_gradients_of_the_kernel_for_tpus_are_those_of_the_definition():
+@pytest.mark.parametrize("name", KERNELS)
+def test_gradients_of_kernels_are_those_of_the_definition(name):
     arrays, _ = problem()
     documents = jnp.asarray(np.stack([np.repeat([0, 5], [5, 6]), np.zeros(11, np.int64)]))
     sinks = jnp.linspace(-1.0, 2.0, 6)
@@ -136,17 +147,17 @@ def test_gradients_of_the_kernel_for_tpus_are_those_of_the_definition():
 
         return jax.grad(total, argnums=(0, 1, 2, 3))(*arrays, sinks)
 
-    for got, want in zip(slopes(IMPLEMENTATIONS["kernel for TPUs"]), slopes(IMPLEMENTATIONS["reference"]), strict=True):
+    for got, want in zip(slopes(IMPLEMENTATIONS[name]), slopes(IMPLEMENTATIONS["reference"]), strict=True):
         np.testing.assert_allclose(got, want, atol=2e-5)
 
 
-@pytest.mark.parametrize("run", [IMPLEMENTATIONS["xla"], IMPLEMENTATIONS["kernel for TPUs"]], ids=["xla", "kernel"])
-def test_eight_devices_equal_one(run):
+@pytest.mark.parametrize("name", ["xla", *KERNELS])
+def test_eight_devices_equal_one(name):
     rng = np.random.default_rng(0)
     axes = ("batch", None, "heads", None), *2 * (("batch", None, "kv_heads", None),)
     arrays = [jnp.asarray(rng.normal(size=(4, 11, n, 16)), jnp.float32) for n in (4, 2, 2)]
     sinks, starts = jnp.linspace(-1.0, 2.0, 4), jnp.asarray(np.repeat([[0, 5]], [5, 6], axis=1).repeat(4, axis=0))
-    run = jax.jit(functools.partial(run, scale=0.5, window=4))
+    run = jax.jit(functools.partial(IMPLEMENTATIONS[name], scale=0.5, window=4))
     want = run(*arrays, starts=starts, sinks=sinks)
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     with jax.set_mesh(mesh):
@@ -175,6 +186,8 @@ def test_refusals():
     }.items():
         with pytest.raises(Unsupported, match=name):
             attention(*arrays, scale=1.0, implementation="pallas_tpu")
+    with pytest.raises(Unsupported, match="the head width is no power of two"):
+        attention(*problem(h=48)[0], scale=1.0, implementation="pallas_gpu")
     with pytest.raises(Unsupported, match="neither bfloat16 nor float32"):
         attention(*(x.astype(jnp.float16) for x in (query, key, value)), scale=1.0, implementation="pallas_tpu")
     with pytest.raises(Unsupported, match="float32"):

@@ -40,7 +40,7 @@ def test_a_name_is_taken_once_and_given_back(toy):
     with pytest.raises(ValueError, match="an implementation 'toy' already"):
         OPERATION.register("toy", lambda: None, ["cpu"])
     OPERATION.unregister("toy")
-    with pytest.raises(ValueError, match=r"'toy' is not one of \['xla', 'cudnn', 'reference'\]"):
+    with pytest.raises(ValueError, match="'toy' is not one of .*'cudnn'"):
         attention(ROWS, ROWS, ROWS, scale=1.0, implementation="toy")
     OPERATION.register("toy", lambda: None, ["cpu"])
 

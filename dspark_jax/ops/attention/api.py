@@ -5,7 +5,9 @@ import jax
 from dspark_jax.ops.dispatch import Operation
 
 OPERATION = Operation(
-    "attention", {"cpu": ["xla"], "gpu": ["cudnn", "xla"], "tpu": ["pallas_tpu", "xla"]}, others=["reference"]
+    "attention",
+    {"cpu": ["xla"], "gpu": ["cudnn", "pallas_gpu", "xla"], "tpu": ["pallas_tpu", "xla"]},
+    others=["reference"],
 )
 
 
@@ -33,8 +35,8 @@ def attention(
       limit: [B, T] in 1..S; None is t + 1, row t sees the rows up to itself (S = T).
       starts: [B, T] below `limit`, e.g. the first row of a document; None is 0 everywhere.
       sinks: [N] a score of each query head that takes its share of the softmax and gives nothing; None: there are none.
-      implementation: None (the best one here), 'xla' (bounded memory), 'pallas_tpu' (on TPUs), 'cudnn' (on NVIDIA GPUs;
-        without `limit` and `sinks`) or 'reference' (the definition).
+      implementation: None (the best one here), 'xla' (bounded memory), 'cudnn' (on NVIDIA GPUs; without `limit` and
+        `sinks`), 'pallas_gpu', 'pallas_tpu' or 'reference' (the definition).
 
     Returns:
       [B, T, N, H] in the query's type; scores and softmax are float32.

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from dspark_jax.ops import mosaic
-from dspark_jax.ops.attention import xla
+from dspark_jax.ops.attention.frozen import Case, attend
 from dspark_jax.ops.mosaic import LANES, MASKED, dot
 from dspark_jax.ops.mosaic_attention import (
     KEYS,
@@ -28,11 +28,10 @@ from dspark_jax.ops.mosaic_attention import (
     add_softmax,
     in_sight,
     padded,
-    sights,
+    sights_of_tiles,
     turn_tables,
     visible,
 )
-from dspark_jax.sharding import per_device
 
 _MOST_HEADS = 32
 """Query heads of one key head: 128 positions of these, and 128 keys, are the largest tile of scores."""
@@ -79,13 +78,8 @@ def attention(
         there_are_too_many_tiles=b * pl.cdiv(t, tiles.positions) * pl.cdiv(s, tiles.keys) <= TABLE,
     )
     pairs = t * s if limit is not None else _pairs(t, window)
-    end = jnp.broadcast_to(jnp.arange(t) + 1, (b, t)) if limit is None else limit
-    first = jnp.maximum(end - window, 0) if window else jnp.zeros_like(end)
-    first = first if starts is None else jnp.maximum(first, starts)
-    lowest = jnp.full((n,), MASKED) if sinks is None else sinks
-    arrays = query.reshape(b, t, k, n // k, h), key, value, end, first, lowest.reshape(k, n // k)
-    out: Any = _attention(*arrays, _Settings(scale, sinks is not None, pairs, tiles))
-    return out.reshape(query.shape)
+    run = functools.partial(_here, tiles=tiles, pairs=pairs)
+    return attend(Case(query, key, value, limit, starts, scale, window, sinks), run)
 
 
 def _pairs(t: int, window: int) -> int:
@@ -94,67 +88,29 @@ def _pairs(t: int, window: int) -> int:
     return seen * (seen + 1) // 2 + (t - seen) * seen
 
 
-class _Settings(NamedTuple):
-    """What the kernel is specialised to; `pairs` of rows and keys of a sequence and head are an estimate."""
-
-    scale: float
-    sinks: bool
-    pairs: int
-    tiles: Tiles
-
-
-_QUERY, _CONTEXT, _ROWS = ("batch", None, "kv_heads", None, None), ("batch", None, "kv_heads", None), ("batch", None)
-_INPUTS = (_QUERY, _CONTEXT, _CONTEXT, _ROWS, _ROWS, ("kv_heads", None))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _attention(*arguments: Any) -> jax.Array:
-    """Arrays as in `_INPUTS`, and settings; query and result are [B, T, K, R, H]."""
-    arrays, settings = arguments[:6], arguments[6]
-    return per_device(functools.partial(_forward_here, settings=settings), _INPUTS, (_QUERY,))(*arrays)[0]
-
-
-def _forward(*arguments: Any) -> tuple[jax.Array, Any]:
-    return _attention(*arguments), arguments[:6]
-
-
-def _backward(settings: _Settings, kept: Any, d_out: jax.Array) -> tuple[Any, ...]:
-    query, key, value, limit, first, sinks = kept
-    b, t, k, r, h = query.shape
-
-    def again(query: jax.Array, key: jax.Array, value: jax.Array, sinks: jax.Array) -> jax.Array:
-        own = sinks.reshape(-1) if settings.sinks else None
-        rows = query.reshape(b, t, k * r, h)
-        return xla.attention(rows, key, value, limit, first, scale=settings.scale, window=0, sinks=own)
-
-    d_query, d_key, d_value, d_sinks = jax.vjp(again, query, key, value, sinks)[1](d_out.reshape(b, t, k * r, h))
-    return d_query, d_key, d_value, None, None, d_sinks
-
-
-_attention.defvjp(_forward, _backward)
-
-
-def _forward_here(
+def _here(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
     limit: jax.Array,
     first: jax.Array,
-    sinks: jax.Array,
+    sinks: jax.Array | None,
     *,
-    settings: _Settings,
-) -> tuple[jax.Array]:
-    """The heads [B, T, K, R, H] on one device."""
-    (b, t, k, r, h), tiles = query.shape, settings.tiles
+    scale: float,
+    tiles: Tiles,
+    pairs: int,
+) -> jax.Array:
+    """The heads [B, T, K, R, H] on one device; sinks are [K, R]. `pairs` of rows and keys of a sequence and head are an
+    estimate."""
+    b, t, k, r, h = query.shape
     m, keys = tiles
     count, j = pl.cdiv(t, m), pl.cdiv(key.shape[1], keys)
     end = [(0, 0), (0, -t % m)]  # rows that fill up the last tile see what the last row sees
-    lanes = [
-        jnp.tile(jnp.pad(x, end, mode="edge").reshape(b, count, 1, m), r).astype(jnp.int32) for x in (limit, first)
-    ]
+    lanes = [jnp.tile(jnp.pad(x, end, mode="edge").reshape(b, count, 1, m), r) for x in (limit, first)]
     rows = padded(query.transpose(0, 2, 3, 4, 1), 4, m)
     context = [padded(x.swapaxes(1, 2), 2, keys) for x in (key, value)]
-    lowest = jnp.repeat(sinks.astype(jnp.float32), m, axis=1)[:, None]  # [K, 1, R*m]
+    lowest = jnp.full((k, r), MASKED) if sinks is None else sinks.astype(jnp.float32)
+    lowest = jnp.repeat(lowest, m, axis=1)[:, None]  # [K, 1, R*m]
 
     def held(b: Any, i: Any, turn: Any, held_ref: Any) -> Any:
         return held_ref[(b * count + i) * j + turn]
@@ -162,8 +118,8 @@ def _forward_here(
     row_spec = pl.BlockSpec((None, None, r, h, m), lambda b, k, i, turn, *_: (b, k, 0, 0, i))
     lane_spec = pl.BlockSpec((None, None, 1, r * m), lambda b, k, i, turn, *_: (b, i, 0, 0))
     out = mosaic.call(
-        functools.partial(_kernel, tiles=(count, j, keys), scale=settings.scale, sinks=settings.sinks),
-        turn_tables(sights(lanes[0][:, :, 0], lanes[1][:, :, 0], keys, j)),
+        functools.partial(_kernel, tiles=(count, j, keys), scale=scale, sinks=sinks is not None),
+        turn_tables(sights_of_tiles(lanes[0][:, :, 0], lanes[1][:, :, 0], keys, j)),
         [rows, context[0], context[1].swapaxes(2, 3), *lanes, lowest],
         [
             row_spec,
@@ -178,11 +134,11 @@ def _forward_here(
         grid=(b, k, count, j),
         parallel=3,
         scratch=[pltpu.VMEM((size, r * m), jnp.float32) for size in (h, 1, 1)],
-        flops=4 * b * k * r * settings.pairs * h,
-        exponentials=b * k * r * settings.pairs,
-        moved=2 * rows.nbytes + 2 * b * k * pl.cdiv(settings.pairs, m) * h * key.dtype.itemsize,
+        flops=4 * b * k * r * pairs * h,
+        exponentials=b * k * r * pairs,
+        moved=2 * rows.nbytes + 2 * b * k * pl.cdiv(pairs, m) * h * key.dtype.itemsize,
     )
-    return (out[..., :t].transpose(0, 4, 1, 2, 3),)
+    return out[..., :t].transpose(0, 4, 1, 2, 3)
 
 
 def _kernel(

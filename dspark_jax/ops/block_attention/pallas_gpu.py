@@ -25,20 +25,12 @@ from jax.experimental import pallas as pl
 
 from dspark_jax import platform
 from dspark_jax.ops import triton
+from dspark_jax.ops.sights import sights
 from dspark_jax.ops.triton import LOG2E, MASKED, dot, load, numbers, power_of_two, rows_of, store
+from dspark_jax.ops.triton_attention import Tile, add_scores, nothing_seen, runs, sees, tile_of_keys, walk
 from dspark_jax.sharding import per_device
 
 _NOBODY = 1e30  # log-sum of rows that are not there: exp2(score - _NOBODY) is 0
-_FAR = 1 << 30
-
-
-class Tile(NamedTuple):
-    """Sizes of one kernel: query rows and keys of a tile, warps of a program, loads under way at once."""
-
-    rows: int
-    keys: int
-    warps: int
-    stages: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,11 +142,11 @@ def _forward_here(*arrays: jax.Array, scale: float, tile: Tile) -> tuple[jax.Arr
     """(out, log-sums [B, K, A*G*R]) on one device."""
     shape, query, own = _views(arrays)
     limit, first = arrays[5:7]
-    runs, _, end = _tables(limit, first, shape, tile)
+    table, _, end = _tables(limit, first, shape, tile)
     log_sum = jax.ShapeDtypeStruct((len(query), shape.k, shape.rows), jnp.float32)
     kernel = functools.partial(_forward_kernel, shape=shape, tile=tile, factor=scale * LOG2E)
-    inputs = [query, *arrays[1:3], *own, limit, first, runs, end]
-    out, log_sum = _call(kernel, runs.shape[1], tile, inputs, [query, log_sum], shape)
+    inputs = [query, *arrays[1:3], *own, limit, first, table, end]
+    out, log_sum = _call(kernel, table.shape[1], tile, inputs, [query, log_sum], shape)
     return out.reshape(arrays[0].shape), log_sum
 
 
@@ -165,16 +157,16 @@ def _backward_here(*arrays: jax.Array, scale: float, tiles: Tiles) -> tuple[jax.
     out, log_sum, d_out = arrays[7].reshape(query.shape), arrays[8], arrays[9].reshape(query.shape)
     factors = {"shape": shape, "factor": scale * LOG2E, "scale": scale}
 
-    runs, _, end = _tables(limit, first, shape, tiles.dq)
+    table, _, end = _tables(limit, first, shape, tiles.dq)
     kernel = functools.partial(_dq_kernel, tile=tiles.dq, **factors)
-    inputs = [query, *context, *own, limit, first, runs, end, out, d_out, log_sum]
-    dq, delta = _call(kernel, runs.shape[1], tiles.dq, inputs, [query, log_sum], shape)
+    inputs = [query, *context, *own, limit, first, table, end, out, d_out, log_sum]
+    dq, delta = _call(kernel, table.shape[1], tiles.dq, inputs, [query, log_sum], shape)
 
-    _, runs, _ = _tables(limit, first, shape, tiles.dkv)
+    _, table, _ = _tables(limit, first, shape, tiles.dkv)
     last = jnp.concatenate([limit, jnp.max(limit, axis=1, keepdims=True)], axis=1)  # one more: the last kept anchor
     kernel = functools.partial(_dkv_kernel, tile=tiles.dkv, **factors)
-    inputs = [query, *context, last, first, runs, d_out, log_sum, delta]
-    dk, dv = _call(kernel, runs.shape[1], tiles.dkv, inputs, context, shape)
+    inputs = [query, *context, last, first, table, d_out, log_sum, delta]
+    dk, dv = _call(kernel, table.shape[1], tiles.dkv, inputs, context, shape)
 
     rows = power_of_two(shape.per_block, tiles.own.rows)
     blocks = rows // shape.per_block
@@ -209,33 +201,10 @@ def _tables(limit: jax.Array, first: jax.Array, shape: _Shape, tile: Tile) -> tu
     """Runs of key tiles per row tile [B, T, 4] and of row tiles per key tile [B, J, 4], end row per row tile [B, T]."""
     count = pl.cdiv(shape.rows, tile.rows)
     row = jnp.minimum(jnp.arange(count * tile.rows), shape.rows - 1).reshape(count, tile.rows)
-    kept, limit, first = (x[:, row // shape.per_block] for x in (limit >= 0, limit, first))  # [B, T, rows]
-    lowest, highest = jnp.min(jnp.where(kept, limit, _FAR), -1), jnp.max(limit, -1)
-    earliest, latest = jnp.min(jnp.where(kept, first, _FAR), -1), jnp.max(jnp.where(kept, first, 0), -1)
-    begin = jnp.arange(pl.cdiv(shape.s, tile.keys)) * tile.keys
-    active = (highest[..., None] > begin) & (earliest[..., None] < begin + tile.keys)
-    full = active & (lowest[..., None] >= begin + tile.keys) & (latest[..., None] <= begin)
-    return _runs(active, full), _runs(active.swapaxes(1, 2), full.swapaxes(1, 2)), highest.astype(jnp.int32)
-
-
-def _runs(active: jax.Array, full: jax.Array) -> jax.Array:
-    """Four borders [.., 4] int32 of three runs of tiles [.., n]: to be masked, seen whole, to be masked."""
-    n = active.shape[-1]
-    i = jnp.arange(n)
-    low = jnp.min(jnp.where(active, i, n), -1)
-    high = jnp.max(jnp.where(active, i + 1, 0), -1)
-    start = jnp.min(jnp.where(full, i, _FAR), -1)
-    stop = jnp.min(jnp.where(~full & (i > start[..., None]), i, n), -1)
-    start, stop = jnp.minimum(start, high), jnp.where(start < n, stop, high)
-    return jnp.stack([low, jnp.maximum(start, low), stop, high], -1).astype(jnp.int32)
-
-
-def _walk(runs_ref: Any, tile: Any, body: Callable[[bool], Callable[..., Any]], carry: Any) -> Any:
-    """Applies `body(masked)(number, carry)` to the three runs of a table's row."""
-    borders = [runs_ref[tile, i] for i in range(4)]
-    for index, masked in enumerate((True, False, True)):
-        carry = lax.fori_loop(borders[index], borders[index + 1], body(masked), carry)
-    return carry
+    limit, first = (x[:, row // shape.per_block] for x in (limit, first))  # [B, T, rows]
+    active, full = sights(limit, first, tile.keys, pl.cdiv(shape.s, tile.keys))
+    ends = jnp.max(limit, -1).astype(jnp.int32)
+    return runs(active, full), runs(active.swapaxes(1, 2), full.swapaxes(1, 2)), ends
 
 
 # Parts of kernels. References: query, out and d_out [A*G*N, H] of all heads; keys and values [rows, H] of one head;
@@ -279,15 +248,6 @@ class _Rows(NamedTuple):
         return load(ref, rows_of(ref, self.place), mask[:, None], 0.0)
 
 
-def _context(number: Any, size: int, end: Any, refs: Sequence[Any], *, masked: bool) -> tuple[jax.Array, ...]:
-    """Tile of the context: its row numbers, keys and values; rows from `end` on are 0, they may hold NaN."""
-    row, place = numbers(size, number * size), pl.ds(number * size, size)
-    if masked or size > refs[0].shape[0]:  # a tile longer than the context is never seen whole
-        there = (row < end)[:, None]
-        return row, *(load(ref, (place, slice(None)), there, 0.0) for ref in refs)
-    return row, *(ref[place, :] for ref in refs)
-
-
 def _own_range(tile: Any, rows: int, shape: _Shape) -> tuple[Any, int]:
     """Own keys of the blocks of a row tile: the first one, and room for all of them."""
     exact = rows % shape.per_block == 0
@@ -304,11 +264,6 @@ def _own(first: Any, size: int, limit_ref: Any, refs: Sequence[Any], shape: _Sha
     return jnp.where(there, block, -1), *(load(ref, rows_of(ref, index), there[:, None], 0.0) for ref in refs)
 
 
-def _sees(row: jax.Array, first: jax.Array, limit: jax.Array) -> jax.Array:
-    """Which context rows are seen; the arguments broadcast."""
-    return (row >= first) & (row < limit)
-
-
 # Kernels.
 
 
@@ -321,35 +276,24 @@ def _forward_kernel(
     first, end = load(first_ref, rows.block, rows.there), end_ref[number]
     q = rows.take(q_ref, rows.kept)
 
-    def update(scores: jax.Array, value: jax.Array, carry: Any) -> Any:
-        top, total, out = carry
-        new = jnp.maximum(top, jnp.max(scores, axis=1))
-        weights, shrink = jnp.exp2(scores - new[:, None]), jnp.exp2(top - new)
-        out = out * shrink[:, None] + dot(weights.astype(value.dtype), value)
-        return new, total * shrink + jnp.sum(weights, axis=1), out
-
-    carry = (
-        jnp.full((tile.rows,), MASKED, jnp.float32),
-        jnp.zeros((tile.rows,), jnp.float32),
-        jnp.zeros((tile.rows, q_ref.shape[1]), jnp.float32),
-    )
     # The own block comes first: after it every row has a real maximum.
     own_range = _own_range(number, tile.rows, shape)
     key_block, key, value = _own(*own_range, limit_ref, (own_k_ref, own_v_ref), shape)
     same = rows.block[:, None] == key_block
-    carry = update(jnp.where(same, dot(q, key.T) * factor, MASKED), value, carry)
+    carry = nothing_seen(tile.rows, q_ref.shape[1])
+    carry = add_scores(jnp.where(same, dot(q, key.T) * factor, MASKED), value, carry)
 
     def body(masked: bool) -> Callable[..., Any]:
         def step(j: Any, carry: Any) -> Any:
-            row, key, value = _context(j, tile.keys, end, (k_ref, v_ref), masked=masked)
+            row, key, value = tile_of_keys(j, tile.keys, end, (k_ref, v_ref), masked=masked)
             scores = dot(q, key.T) * factor
             if masked:
-                scores = jnp.where(_sees(row, first[:, None], rows.limit[:, None]), scores, MASKED)
-            return update(scores, value, carry)
+                scores = jnp.where(sees(row, first[:, None], rows.limit[:, None]), scores, MASKED)
+            return add_scores(scores, value, carry)
 
         return step
 
-    top, total, out = _walk(runs_ref, number, body, carry)
+    top, total, out = walk(runs_ref, number, body, carry)
     out = jnp.where(rows.kept[:, None], out / total[:, None], 0.0)
     store(out_ref, rows_of(out_ref, rows.place), out, rows.there[:, None])
     log_sum = jnp.where(rows.kept, top + jnp.log2(total), _NOBODY)
@@ -382,12 +326,12 @@ def _dq_kernel(
 
     def body(masked: bool) -> Callable[..., Any]:
         def step(j: Any, dq: jax.Array) -> jax.Array:
-            row, key, value = _context(j, tile.keys, end, (k_ref, v_ref), masked=masked)
-            return add(dq, key, value, _sees(row, first[:, None], rows.limit[:, None]) if masked else None)
+            row, key, value = tile_of_keys(j, tile.keys, end, (k_ref, v_ref), masked=masked)
+            return add(dq, key, value, sees(row, first[:, None], rows.limit[:, None]) if masked else None)
 
         return step
 
-    dq = _walk(runs_ref, number, body, dq) * scale
+    dq = walk(runs_ref, number, body, dq) * scale
     store(dq_ref, rows_of(dq_ref, rows.place), dq, rows.there[:, None])
     store(delta_ref, place, delta, rows.there)
 
@@ -410,7 +354,7 @@ def _dkv_kernel(
     *, shape: _Shape, tile: Tile, factor: float, scale: float,
 ) -> None:  # fmt: skip
     head, number = pl.program_id(0), pl.program_id(1)  # the first key tile is seen by the most rows
-    row, key, value = _context(number, tile.keys, limit_ref[shape.a], (k_ref, v_ref), masked=True)
+    row, key, value = tile_of_keys(number, tile.keys, limit_ref[shape.a], (k_ref, v_ref), masked=True)
 
     def body(masked: bool) -> Callable[..., Any]:
         def step(i: Any, carry: Any) -> Any:
@@ -420,14 +364,14 @@ def _dkv_kernel(
             log_sum, delta = load(log_sum_ref, place, rows.there, _NOBODY), load(delta_ref, place, rows.there, 0.0)
             visible = None
             if masked:
-                visible = _sees(row[:, None], load(first_ref, rows.block, rows.there), rows.limit)
+                visible = sees(row[:, None], load(first_ref, rows.block, rows.there), rows.limit)
             dk, dv = _key_gradients(q, d_out, log_sum, delta, key, value, visible, factor)
             return carry[0] + dk, carry[1] + dv
 
         return step
 
     zero = jnp.zeros(key.shape, jnp.float32)
-    dk, dv = _walk(runs_ref, number, body, (zero, zero))
+    dk, dv = walk(runs_ref, number, body, (zero, zero))
     place, there = (pl.ds(number * tile.keys, tile.keys), slice(None)), (row < shape.s)[:, None]
     store(dk_ref, place, dk * scale, there)
     store(dv_ref, place, dv, there)

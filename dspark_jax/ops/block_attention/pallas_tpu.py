@@ -37,7 +37,7 @@ from dspark_jax.ops.mosaic_attention import (
     put_rows,
     rows_of,
     scores_of,
-    sights,
+    sights_of_tiles,
     turn_tables,
     visible,
 )
@@ -203,7 +203,7 @@ def _transposed(x: jax.Array) -> jax.Array:
 
 def _sights(views: _Views, shape: _Shape) -> jax.Array:
     """What the kept blocks of each group see of each key tile, [B, T, J]."""
-    return sights(views.limit[:, :, 0], views.first[:, :, 0], shape.keys, shape.j)
+    return sights_of_tiles(views.limit[:, :, 0], views.first[:, :, 0], shape.keys, shape.j)
 
 
 class _Specs(NamedTuple):

@@ -104,10 +104,11 @@ def test_attention_that_cudnn_does_not_take() -> None:
 @pytest.mark.parametrize(("batch", "length"), [(1, 1024), (32, 4096)])
 def test_cached_attention(batch: int, length: int) -> None:
     cache = shape(batch, KEY_HEADS, length, WIDTH)
-    for causal, window, front in ((True, 0, 0), (False, 0, 0), (True, 512, 8)):
+    for causal, window, front, sinks in ((True, 0, 0, 0), (False, 0, 0, 0), (True, 512, 8, 0), (True, 512, 8, HEADS)):
+        settings = causal, window, front, jnp.arange(sinks) / 8 if sinks else None
 
-        def run(query: Any, key: Any, value: Any, positions: Any, settings: Any = (causal, window, front)) -> Any:
-            how = dict(zip(("causal", "window", "front"), settings, strict=True))
+        def run(query: Any, key: Any, value: Any, positions: Any, settings: Any = settings) -> Any:
+            how = dict(zip(("causal", "window", "front", "sinks"), settings, strict=True))
             return cached_attention(query, key, value, Rows.whole(positions, 8), scale=0.1, **how)
 
         query, positions = shape(batch * 8, HEADS, WIDTH), shape(batch, dtype=jnp.int32)

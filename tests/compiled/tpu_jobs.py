@@ -118,6 +118,16 @@ DECODING: dict[str, dict[str, Any]] = {
     "a window": {"batch": 32, "length": 4096, "most": 8, "window": 512},
     "a ring": {"batch": 32, "length": 544, "most": 8, "window": 512, "front": 8},
     "5 query heads per key head": {"batch": 8, "length": 1024, "most": 8, "heads": 40},
+    "sinks over a ring": {
+        "batch": 32,
+        "length": 160,
+        "most": 8,
+        "window": 128,
+        "front": 8,
+        "heads": 64,
+        "width": 64,
+        "sinks": True,
+    },
     "one wide key head": {"batch": 8, "length": 1024, "most": 13, "heads": 16, "key_heads": 1, "width": 512},
     "float32": {"batch": 2, "length": 200, "most": 8, "width": 256, "dtype": jnp.float32},
 }
@@ -134,13 +144,14 @@ def decode_attention(
     key_heads: int = KEY_HEADS,
     width: int = WIDTH,
     dtype: Any = jnp.bfloat16,
+    sinks: bool = False,
     **how: Any,
 ) -> dict[str, Any]:
     """`cached_attention` in a loop over the caches of four layers, which are stacked; with `size`, that many rows."""
 
     def run(query: Any, key: Any, value: Any, positions: Any, counts: Any) -> Any:
         rows = Rows.of(counts, positions, size=size, most=most) if size else Rows.whole(positions, most)
-        settings: Any = {"scale": 0.1, "finite": True, **how}
+        settings: Any = {"scale": 0.1, "finite": True, **how, "sinks": jnp.linspace(-1, 2, heads) if sinks else None}
         return jax.lax.fori_loop(0, 4, lambda i, x: cached_attention(x, key, value, rows, layer=i, **settings), query)
 
     cache = (4, batch, key_heads, length, width), dtype, (None, "batch", "kv_heads", None, None)

@@ -16,7 +16,13 @@ from dspark_jax.sharding import make_mesh
 
 
 def loop(
-    query: np.ndarray, key: np.ndarray, value: np.ndarray, counts: list[int], positions: list[int], **how: int
+    query: np.ndarray,
+    key: np.ndarray,
+    value: np.ndarray,
+    counts: list[int],
+    positions: list[int],
+    sinks: np.ndarray | None = None,
+    **how: int,
 ) -> np.ndarray:
     """Row by row in float64; only visible cache rows are ever read."""
     out = np.zeros(query.shape)
@@ -29,7 +35,8 @@ def loop(
                 keys, values = key[b, n // groups, first : last + 1], value[b, n // groups, first : last + 1]
                 scores = [math.fsum(x * y for x, y in zip(query[flat, n], k, strict=True)) * 0.37 for k in keys]
                 weights = np.exp(np.asarray(scores) - max(scores))
-                out[flat, n] = weights @ values / weights.sum()
+                sink = 0.0 if sinks is None else np.exp(float(sinks[n]) - max(scores))
+                out[flat, n] = weights @ values / (weights.sum() + sink)
             flat += 1
     return out
 
@@ -95,34 +102,21 @@ def test_against_a_loop(attention: str, window: int, causal: bool) -> None:
         assert not np.asarray(got)[sum(counts) :].any()
 
 
-SINKS = np.array([-60.0, -1.0, 0.5, 40.0], np.float32)
+SINKS = np.array([-60.0, -1.0, 0.5, 40.0, 2.0, 0.0], np.float32)
 
 
 @pytest.mark.parametrize("attention", ["xla", "reference"])
 def test_sinks_take_their_share_and_give_nothing(attention: str) -> None:
-    """A key that every row sees, with a score of its own and a value of zeros, is what a sink is."""
-    counts, positions, size, most, n, k, h, c = CASES[1]
+    """Some next to nothing, one far above all scores."""
+    counts, positions, size, most, n, k, h, c = KERNEL_CASES[0] if "kernel" in attention else CASES[1]
     rng = np.random.default_rng(1)
     query = rng.normal(size=(size, n, h)).astype(np.float32)
     key, value = rng.normal(size=(2, len(counts), k, c, h)).astype(np.float32)
     rows = Rows.of(jnp.asarray(counts), jnp.asarray(positions), size=size, most=most)
-    got = ATTENTION[attention](*map(jnp.asarray, (query, key, value)), rows, scale=0.37, sinks=jnp.asarray(SINKS))
-    plain = loop(query.astype(np.float64), key, value, counts, positions, window=0, causal=True)
-    flat = 0
-    for b, (count, start) in enumerate(zip(counts, positions, strict=True)):
-        for i in range(count):
-            for head in range(n):
-                scores = np.exp(key[b, head // (n // k), : start + i + 1].astype(np.float64) @ query[flat, head] * 0.37)
-                share = scores.sum() / (scores.sum() + np.exp(float(SINKS[head])))
-                np.testing.assert_allclose(got[flat, head], share * plain[flat, head], rtol=0, atol=3e-5)
-            flat += 1
-
-
-@pytest.mark.parametrize("kernel", ["pallas_gpu", "pallas_tpu"])
-def test_kernels_refuse_sinks(kernel: str) -> None:
-    rows, query, key = Rows.whole(jnp.zeros(2, jnp.int32), 1), jnp.zeros((2, 4, 16)), jnp.zeros((2, 2, 16, 16))
-    with pytest.raises(Unsupported, match="sinks of heads are not read"):
-        cached_attention(query, key, key, rows, scale=1.0, sinks=jnp.zeros(4), implementation=kernel)
+    sinks = SINKS[:n]
+    got = ATTENTION[attention](*map(jnp.asarray, (query, key, value)), rows, scale=0.37, sinks=jnp.asarray(sinks))
+    wanted = loop(query.astype(np.float64), key, value, counts, positions, sinks, window=0, causal=True)
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=3e-5)
 
 
 RINGS = [name if "split" not in name else pytest.param(name, marks=pytest.mark.slow) for name in ATTENTION]
@@ -145,10 +139,12 @@ def test_a_window_over_a_ring(attention: str, window: int, most: int, front: int
             cache[:, b, :, front + position % ring] = keys[b, :, position], values[b, :, position]
     rows = Rows.of(jnp.asarray(counts), jnp.asarray(positions), size=len(query), most=most)
     how = {"scale": 0.37, "window": window, "front": front, "causal": bool(causal)}
+    sinks = SINKS[:n] if window == 4 else None
+    how |= {"sinks": None if sinks is None else jnp.asarray(sinks)}
     got = jax.jit(lambda *given: ATTENTION[attention](*given, **how))(
         jnp.asarray(query), *map(jnp.asarray, cache), rows
     )
-    wanted = loop(query.astype(np.float64), keys, values, counts, positions, window=window, causal=causal)
+    wanted = loop(query.astype(np.float64), keys, values, counts, positions, sinks, window=window, causal=causal)
     np.testing.assert_allclose(got, wanted, rtol=0, atol=3e-6 * h)
 
 
@@ -234,8 +230,9 @@ def test_kernels_on_eight_devices_equal_one(kernel: Callable[..., jax.Array]) ->
     query, (key, value) = rng.normal(size=(12, 4, 16)), rng.normal(size=(2, 4, 2, 40, 16))
     arrays = [jnp.asarray(x, jnp.float32) for x in (query, key, value)]
     rows = Rows.whole(jnp.asarray([0, 9, 20, 37]), 3)
-    run = jax.jit(lambda *given: kernel(*given, scale=0.37))
-    wanted = cached_attention(*arrays, rows, scale=0.37)
+    sinks = jnp.asarray(SINKS[1:5])
+    run = jax.jit(lambda *given: kernel(*given, scale=0.37, sinks=sinks))
+    wanted = cached_attention(*arrays, rows, scale=0.37, sinks=sinks)
     with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
         np.testing.assert_allclose(run(*arrays, rows), wanted, atol=1e-6)
         ragged = Rows.of(jnp.full((4,), 3), rows.positions, size=12, most=3)

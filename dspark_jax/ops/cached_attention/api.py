@@ -52,8 +52,7 @@ def cached_attention(
       front: rows before a ring; 0 = position p is in row p.
       causal: whether a row sees no later row of its own block.
       finite: promise that the whole cache is finite, which saves clearing what nobody sees.
-      sinks: [N] a score of each query head that takes its share of the softmax and gives nothing, in 'xla' and
-        'reference' only; None: no head has one.
+      sinks: [N] a score of each query head that takes its share of the softmax and gives nothing; None: there are none.
       implementation: None (the best one here), 'xla', 'pallas_gpu' and 'pallas_tpu' (which read little that nobody
         sees) or 'reference' (the definition).
 

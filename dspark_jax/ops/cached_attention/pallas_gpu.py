@@ -21,6 +21,7 @@ from dspark_jax.ops import triton
 from dspark_jax.ops.cached_attention.rows import Rows
 from dspark_jax.ops.cached_attention.stack import of_layer
 from dspark_jax.ops.triton import LOG2E, MASKED, dot, load, numbers, power_of_two, rows_of, store
+from dspark_jax.ops.triton_attention import nothing_seen
 from dspark_jax.sharding import devices_here, per_device
 
 _MOST_ROWS = 256
@@ -72,7 +73,6 @@ def cached_attention(
     (t, n, h), (_, k, c, _) = query.shape, key.shape
     rows_here = rows.most * (n // k)
     triton.check(
-        sinks_of_heads_are_not_read=sinks is None,
         the_head_width_is_no_power_of_two_from_16_to_512=h in (16, 32, 64, 128, 256, 512),
         a_request_has_too_many_rows=rows_here <= _MOST_ROWS,
         flat_rows_of_several_devices_are_not_told_apart=rows.full or devices_here() == 1,
@@ -83,13 +83,14 @@ def cached_attention(
     )  # fmt: skip
     run = functools.partial(_attend_here, case=case)
     numbers_of = (rows.offsets, rows.counts, rows.positions)
+    own = () if sinks is None else (sinks.astype(jnp.float32).reshape(k, n // k),)
     if rows.full:  # [B, W, K, R, H], so that requests and key heads can be split over devices
         grouped = query.reshape(-1, rows.most, k, n // k, h)
         axes = ("batch", None, "kv_heads", None, None)
         cache = ("batch", "kv_heads", None, None)
-        split = per_device(run, (axes, cache, cache, *[("batch",)] * 3), (axes,))
-        return split(grouped, key, value, *numbers_of)[0].reshape(query.shape)
-    out = run(query.reshape(t, k, n // k, h), key, value, *numbers_of)[0].reshape(query.shape)
+        split = per_device(run, (axes, cache, cache, *[("batch",)] * 3, *(("kv_heads", None) for _ in own)), (axes,))
+        return split(grouped, key, value, *numbers_of, *own)[0].reshape(query.shape)
+    out = run(query.reshape(t, k, n // k, h), key, value, *numbers_of, *own)[0].reshape(query.shape)
     return jnp.where(rows.real[:, None, None], out, 0)
 
 
@@ -100,10 +101,10 @@ def _attend_here(
     offsets: jax.Array,
     counts: jax.Array,
     positions: jax.Array,
-    *,
+    *sinks: jax.Array,
     case: _Case,
 ) -> tuple[jax.Array]:
-    """Query [.., K, R, H] of all flat rows -> heads in the same shape, on one device."""
+    """Query [.., K, R, H] of all flat rows -> heads in the same shape, on one device; sinks [K, R], or none."""
     b, k, c, h = key.shape
     flat = query.reshape(-1, h)  # [T*N, H]
     if query.ndim == 5:  # the requests of this device: their rows are counted from its first one
@@ -124,8 +125,8 @@ def _attend_here(
     parts = jax.ShapeDtypeStruct((b, k, splits, rows, h), jnp.float32)
     out = triton.call(
         functools.partial(_attend_kernel, case=case),
-        (flat, key, value, offsets, counts, positions),
-        [whole, cache, cache, one, one, one],
+        (flat, key, value, offsets, counts, positions, *sinks),
+        [whole, cache, cache, one, one, one, *(pl.BlockSpec((None, case.r), lambda i, j, b: (j, 0)) for _ in sinks)],
         result if splits == 1 else [parts, sums, sums],
         whole if splits == 1 else [part, number, number],
         grid=(splits, k, b),
@@ -161,9 +162,11 @@ def _places(head: Any, row: jax.Array, offset: Any, case: _Case) -> tuple[jax.Ar
 
 
 def _attend_kernel(
-    q_ref: Any, k_ref: Any, v_ref: Any, offset_ref: Any, count_ref: Any, position_ref: Any, out_ref: Any,
-    top_ref: Any = None, total_ref: Any = None, *, case: _Case,
+    q_ref: Any, k_ref: Any, v_ref: Any, offset_ref: Any, count_ref: Any, position_ref: Any, *rest: Any, case: _Case,
 ) -> None:  # fmt: skip
+    """The rest are sinks [R], if heads have any, and results: out, or parts with their maxima and sums."""
+    results = 1 if case.splits == 1 else 3
+    sinks_ref, (out_ref, *parts) = rest[:-results], rest[-results:]
     split, head = pl.program_id(0), pl.program_id(1)
     position, count = position_ref[0], count_ref[0]
     end = jnp.where(count > 0, position + count, 0)  # after the last position that any row sees
@@ -217,18 +220,19 @@ def _attend_kernel(
 
         return body
 
-    carry = (
-        jnp.full((case.rows,), MASKED, jnp.float32),
-        jnp.zeros((case.rows,), jnp.float32),
-        jnp.zeros((case.rows, q_ref.shape[1]), jnp.float32),
-    )
+    top, total, out = nothing_seen(case.rows, q_ref.shape[1])
+    if sinks_ref:  # they count once
+        group = numbers(case.rows) - step * case.r
+        top = jnp.where(split == 0, load(sinks_ref[0], group, real, 0.0) * LOG2E, top)
+        total = jnp.where(split == 0, 1.0, total)
+    carry = top, total, out
     carry = lax.fori_loop(first, plain, walk(True), carry)
     carry = lax.fori_loop(plain, ragged, walk(False), carry)
     top, total, out = lax.fori_loop(ragged, stop, walk(True), carry)
     if case.splits == 1:
         store(out_ref, rows_of(out_ref, place), out / jnp.maximum(total, 1e-30)[:, None], real[:, None])
     else:
-        out_ref[...], top_ref[...], total_ref[...] = out, top, total
+        out_ref[...], parts[0][...], parts[1][...] = out, top, total
 
 
 def _join_kernel(

@@ -45,6 +45,7 @@ class _Case(NamedTuple):
     heads: int
     keys: int
     length: int
+    sinks: bool
 
     @property
     def rows(self) -> int:
@@ -79,10 +80,9 @@ def cached_attention(
     (b, k, c, h), (_, n, _) = key.shape[-4:], query.shape
     case = _Case(
         w=rows.most, r=n // k, window=window, front=front, causal=causal, clears=not finite, scale=scale, heads=0,
-        keys=keys, length=c,
+        keys=keys, length=c, sinks=sinks is not None,
     )  # fmt: skip
     mosaic.check(
-        sinks_of_heads_are_not_read=sinks is None,
         the_head_width_is_no_multiple_of_16_up_to_512=h % 16 == 0 and h <= 512,
         the_type_is_neither_bfloat16_nor_float32=query.dtype in (jnp.bfloat16, jnp.float32),
         the_arrays_are_of_different_types=query.dtype == key.dtype == value.dtype,
@@ -93,11 +93,11 @@ def cached_attention(
     stacks = (key[None], value[None]) if layer is None else (key, value)
     grouped = rows.pad(query).reshape(b, rows.most, k, n // k, h)
     number = jnp.asarray(0 if layer is None else layer, jnp.int32).reshape(1)
+    lowest = jnp.full((k, n // k), MASKED) if sinks is None else sinks.astype(jnp.float32).reshape(k, n // k)
     axes, cache = ("batch", None, "kv_heads", None, None), (None, "batch", "kv_heads", None, None)
-    split = per_device(
-        functools.partial(_attend_here, case=case), (axes, cache, cache, (None,), ("batch",), ("batch",)), (axes,)
-    )
-    out = split(grouped, *stacks, number, rows.counts, rows.positions)[0].reshape(b, rows.most, n, h)
+    inputs = (axes, cache, cache, ("kv_heads", None), (None,), ("batch",), ("batch",))
+    split = per_device(functools.partial(_attend_here, case=case), inputs, (axes,))
+    out = split(grouped, *stacks, lowest, number, rows.counts, rows.positions)[0].reshape(b, rows.most, n, h)
     flat = rows.flatten(out)
     return flat if rows.full else jnp.where(rows.real[:, None, None], flat, 0)
 
@@ -106,13 +106,14 @@ def _attend_here(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
+    sinks: jax.Array,
     layer: jax.Array,
     counts: jax.Array,
     positions: jax.Array,
     *,
     case: _Case,
 ) -> tuple[jax.Array]:
-    """Query [B, W, K, R, H] -> heads in the same shape, on one device; caches are [L, B, K, C, H]."""
+    """Query [B, W, K, R, H] -> heads in the same shape, on one device; caches are [L, B, K, C, H], sinks [K, R]."""
     b, k, c, h = key.shape[1:]
     heads = k // 2 if b == 1 and k % 2 == 0 else k  # two groups, for the two cores of a v5p
     most = _TILE_BYTES // (heads * h * key.dtype.itemsize) // mosaic.LANES * mosaic.LANES
@@ -122,12 +123,14 @@ def _attend_here(
     rows = pl.BlockSpec((None, heads, case.rows, h), lambda g, i, *refs: (refs[3][i], g, 0, 0))
     tile = pl.BlockSpec((None, None, heads, keys, h), lambda g, i, *refs: (refs[0][0], refs[3][i], g, refs[4][i], 0))
     grouped = query.transpose(0, 2, 3, 1, 4).reshape(b, k, case.rows, h)
+    lowest = jnp.repeat(sinks, case.w, axis=1)[..., None]  # [K, R*W, 1]
+    own = pl.BlockSpec((heads, case.rows, 1), lambda g, i, *refs: (g, 0, 0))
     seen = min(c, case.window + case.w) if case.window else c
     out = mosaic.call(
         functools.partial(_kernel, case=case),
         tables,
-        [grouped, key, value],
-        [rows, tile, tile],
+        [grouped, key, value, lowest],
+        [rows, tile, tile, own],
         jax.ShapeDtypeStruct(grouped.shape, query.dtype),
         rows,
         grid=(k // heads, tables[3].size),
@@ -162,10 +165,11 @@ def _work(counts: jax.Array, positions: jax.Array, case: _Case) -> tuple[jax.Arr
 
 def _kernel(
     layer_ref: Any, counts_ref: Any, positions_ref: Any, requests_ref: Any, tiles_ref: Any, first_ref: Any,
-    last_ref: Any, turns_ref: Any, q_ref: Any, k_ref: Any, v_ref: Any, out_ref: Any, sum_ref: Any, top_ref: Any,
-    total_ref: Any, *, case: _Case,
+    last_ref: Any, turns_ref: Any, q_ref: Any, k_ref: Any, v_ref: Any, sinks_ref: Any, out_ref: Any, sum_ref: Any,
+    top_ref: Any, total_ref: Any, *, case: _Case,
 ) -> None:  # fmt: skip
-    """References: query and out [heads, W*R, H], row r*W + w; keys and values [heads, keys, H]; tables of `_work`."""
+    """References: query and out [heads, W*R, H], row r*W + w; keys and values [heads, keys, H]; sinks [heads, W*R, 1];
+    tables of `_work`."""
     del layer_ref
     turn = pl.program_id(1)
     request, tile = requests_ref[turn], tiles_ref[turn]
@@ -175,8 +179,8 @@ def _kernel(
     @pl.when(real & (tile == first_ref[request]))
     def _() -> None:
         sum_ref[...] = jnp.zeros_like(sum_ref)
-        top_ref[...] = jnp.full_like(top_ref, MASKED)
-        total_ref[...] = jnp.zeros_like(total_ref)
+        top_ref[...] = sinks_ref[...]
+        total_ref[...] = jnp.full_like(total_ref, 1.0 if case.sinks else 0.0)
 
     def add(masked: bool) -> None:
         mask = _seen(position, count, tile * case.keys, case) if masked else None

@@ -47,7 +47,8 @@ def call(
     exponentials: int = 0,
     moved: int | None = None,
     memory: int | None = None,
-    in_place: int | None = None,
+    in_place: Sequence[int] = (),
+    keeps: bool = False,
 ) -> Any:
     """`pallas_call` with the Mosaic backend; interpreted where the program is not for a TPU.
 
@@ -65,15 +66,16 @@ def call(
       exponentials: and of the rest.
       moved: bytes that they are told are read and written; None: inputs and outputs once.
       memory: bytes on the chip that the kernel may take; None: what the compiler gives every kernel.
-      in_place: number of the input whose memory the first output takes, where nobody needs it any more.
+      in_place: numbers of the inputs whose memory the first outputs take, where nobody needs them any more.
+      keeps: these outputs keep what no turn writes, interpreted ones too. (Else those do not take the memory: the
+        interpreter of JAX 0.10.2 cannot do it where blocks do not divide the array.)
     """
     once = sum(x.size * x.dtype.itemsize for x in (*inputs, *jax.tree.leaves(out_shape)))
     told = pl.CostEstimate(
         flops=int(flops), transcendentals=exponentials, bytes_accessed=once if moved is None else moved
     )
     compiled = platform.current() == "tpu"
-    # The interpreter of JAX 0.10.2 cannot do it where blocks do not divide the array.
-    aliases = {len(tables) + in_place: 0} if compiled and in_place is not None else {}
+    aliases = {len(tables) + given: out for out, given in enumerate(in_place)} if compiled or keeps else {}
     order: list[Any] = ["parallel"] * parallel + ["arbitrary"] * (len(grid) - parallel)
     return pl.pallas_call(
         kernel,

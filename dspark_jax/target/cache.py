@@ -9,8 +9,9 @@ import jax.numpy as jnp
 
 from dspark_jax import platform
 from dspark_jax.config import TargetArchitecture
+from dspark_jax.ops.cache_write import cache_write
 from dspark_jax.ops.cached_attention import Rows
-from dspark_jax.sharding import constrain, per_device
+from dspark_jax.sharding import constrain
 from dspark_jax.target.families.family import AttentionShape
 from dspark_jax.target.layers import drafter_layer, layer_at
 
@@ -173,26 +174,28 @@ class KVCache(LayerCache):
 
         The caller leaves room for T rows; a ring takes `front` of them at most.
         """
-        places = (starts,)
+        places = starts[None]
         if self.front:
             assert keys.shape[1] <= self.front, "more rows go in by `write_last`"
             at = starts % self.ring
-            seam = at + keys.shape[1] > self.ring  # else the second place is in front of the ring
-            places = (self.front + at, jnp.where(seam, self.front + at - self.ring, 0))
-
-        def put(cache: Any, rows: jax.Array) -> Any:
-            for place in places:
-                cache = _put(cache, rows, index, place)
-            return cache
-
-        return dataclasses.replace(self, keys=put(self.keys, keys), values=put(self.values, values))
+            seam = at + keys.shape[1] > self.ring
+            places = jnp.stack([self.front + at, jnp.where(seam, self.front + at - self.ring, -1)])
+        new_keys, new_values = (rows.astype(self.dtype).swapaxes(1, 2) for rows in (keys, values))  # [B, K, T, H]
+        if isinstance(self.keys, tuple):
+            assert isinstance(index, int), "separate caches are for lists of layers"
+            stacks = self.keys, self.values
+            one = cache_write(self.keys[index][None], self.values[index][None], new_keys, new_values, places, layer=0)
+            both = [(*stack[:index], x[0], *stack[index + 1 :]) for stack, x in zip(stacks, one, strict=True)]
+        else:
+            both = cache_write(self.keys, self.values, new_keys, new_values, places, layer=index)
+        return dataclasses.replace(self, keys=both[0], values=both[1])
 
     def write_rows(self, index: jax.Array | int, keys: jax.Array, values: jax.Array, rows: Rows) -> "KVCache":
         """Puts flat rows [T, K, H] of layer `index` where `rows` says; those that belong to nobody are dropped."""
         at = self.front + rows.at % self.ring if self.front else rows.at
 
         def put(cache: Any, flat: jax.Array) -> Any:
-            # Head by head: see `_put`.
+            # Head by head: of pieces [K, H] a TPU would transpose the whole cache before it and back again.
             where = (rows.owner[:, None], jnp.arange(flat.shape[1]), at[:, None])
             return _changed(
                 cache, index, lambda stack, number: stack.at[(number, *where)].set(flat.astype(self.dtype), mode="drop")
@@ -269,37 +272,6 @@ def _changed(cache: Any, index: jax.Array | int, change: Callable[[jax.Array, ja
         assert isinstance(index, int), "separate caches are for lists of layers"
         return (*cache[:index], change(cache[index][None], 0)[0], *cache[index + 1 :])
     return change(cache, index)
-
-
-def _put(cache: Any, rows: jax.Array, index: jax.Array | int, starts: jax.Array) -> Any:
-    """Keys or values with rows [B, T, K, H] at starts [B] of layer `index`."""
-
-    def change(stack: jax.Array, number: jax.Array | int) -> jax.Array:
-        new = rows.astype(stack.dtype).swapaxes(1, 2)  # [B, K, T, H]
-        cache, own = (None, "batch", "kv_heads", None, None), ("batch", "kv_heads", None, None)
-        # On every device of a mesh its own requests' rows: the compiler would collect those of all first.
-        put = per_device(lambda *arrays: (here(*arrays),), (cache, own, ("batch",), ()), (cache,))
-        return put(stack, new, starts, jnp.asarray(number, jnp.int32))[0]
-
-    def here(stack: jax.Array, new: jax.Array, starts: jax.Array, number: jax.Array) -> jax.Array:
-        if len(new) == 1:  # updated in place; on a CPU the other way is a slow loop
-            return jax.lax.dynamic_update_slice(stack, new[None], (number, 0, 0, starts[0], 0))
-
-        # One piece [K, T, H] per request. With pieces [K, H], or requests as a batching dimension (`vmap`), a TPU would
-        # transpose the whole cache before it and back again; with indices that are clipped, a mesh would collect it.
-        return jax.lax.scatter(
-            stack,
-            jnp.stack([jnp.full_like(starts, number), jnp.arange(starts.size, dtype=starts.dtype), starts], axis=-1),
-            new,
-            jax.lax.ScatterDimensionNumbers(
-                update_window_dims=(1, 2, 3), inserted_window_dims=(0, 1), scatter_dims_to_operand_dims=(0, 1, 3)
-            ),
-            indices_are_sorted=True,
-            unique_indices=True,
-            mode="drop",
-        )
-
-    return _changed(cache, index, change)
 
 
 def ring_rows(window: int, block: int) -> int:

@@ -12,6 +12,8 @@ from dspark_jax.ops.attention import attention
 from dspark_jax.ops.attention.api import OPERATION as ATTENTION
 from dspark_jax.ops.block_attention import block_attention
 from dspark_jax.ops.block_attention.api import OPERATION as BLOCK_ATTENTION
+from dspark_jax.ops.cache_write import cache_write
+from dspark_jax.ops.cache_write.api import OPERATION as CACHE_WRITE
 from dspark_jax.ops.cached_attention import Rows, cached_attention
 from dspark_jax.ops.cached_attention.api import OPERATION as CACHED_ATTENTION
 from dspark_jax.ops.dispatch import Operation, Unsupported
@@ -45,6 +47,7 @@ def operations(rates: Any, row: Callable[..., Any], best: Callable[..., float], 
         *_attention(rates, row, best, 256 if quick else 4096),
         *_block_attention(rates, row, best, *((8, 256) if quick else (512, 4096))),
         *_cached_attention(rates, row, best, quick),
+        *_cache_write(rates, row, best, quick),
         *_expert_mlp(rates, row, best, quick),
         *_markov_sample(rates, row, best, quick),
         *_speculative_verify(rates, row, best, quick),
@@ -117,6 +120,25 @@ def _cached_attention(rates: Any, row: Any, best: Any, quick: bool) -> list[Any]
             seconds = best(jax.jit(run), query, caches, calls=1) / 40
             floor = rates.floor(caches[0][0].nbytes * 2)
             found.append(row(f"cached_attention {batch} x {length}: {name}", seconds, floor))
+    return found
+
+
+def _cache_write(rates: Any, row: Any, best: Any, quick: bool) -> list[Any]:
+    """A round's eight rows of every request, into each of four layers; the floor reads and writes these rows."""
+    found = []
+    for batch in (2,) if quick else (1, 32, 128):
+        caches = [normal(i, 4, batch, KEY_HEADS, 64 if quick else 1024, WIDTH) for i in (1, 2)]
+        new, places = normal(3, batch, KEY_HEADS, 8, WIDTH), (7 * jnp.arange(batch) % 50)[None]
+        for name in here(CACHE_WRITE):
+
+            def run(new: jax.Array, places: jax.Array, *caches: jax.Array, name: str = name) -> Any:
+                def once(turn: Any, both: Any, name: str = name) -> Any:
+                    return cache_write(*both, new, new, places, layer=turn % 4, implementation=name)
+
+                return jax.lax.fori_loop(0, 40, once, caches)
+
+            seconds = best(jax.jit(run), new, places, *caches, calls=1) / 40
+            found.append(row(f"cache_write {batch} x 8: {name}", seconds, rates.floor(4 * new.nbytes)))
     return found
 
 

@@ -53,6 +53,20 @@ def test_cached_attention(topology: str) -> None:
         assert found["temporary_bytes"] < 8 << 20, name  # a layer's keys of 32 x 1024 are 67 MB
 
 
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_cache_write(topology: str) -> None:
+    """Both caches of a layer in one kernel, in place: a copy of the smallest of them would take 2 MB."""
+    for name, found in compiled_apart("cache_write", topology).items():
+        assert found["kernels"] == 1, name
+        assert found["temporary_bytes"] < 2 << 20, name
+
+
+def test_cache_write_on_a_mesh() -> None:
+    """Requests over fsdp, heads over tensor: no device waits for another."""
+    found = compiled_apart("cache_write on a mesh", "v5e:2x2")
+    assert found["kernels"] == 1 and found["collectives"] == 0
+
+
 def test_cached_attention_on_a_mesh() -> None:
     """Requests over fsdp, heads over tensor: no device waits for another."""
     found = compiled_apart("cached_attention on a mesh", "v5e:2x2")

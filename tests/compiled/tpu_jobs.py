@@ -13,6 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dspark_jax.ops.attention import attention
 from dspark_jax.ops.block_attention import block_attention
+from dspark_jax.ops.cache_write import cache_write
 from dspark_jax.ops.cached_attention import Rows, cached_attention
 from dspark_jax.ops.expert_mlp import Parts, expert_mlp
 from dspark_jax.ops.markov_sample import markov_sample
@@ -29,15 +30,15 @@ Shapes = dict[str, tuple[tuple[int, ...], Any, tuple[str | None, ...]]]
 """Name -> sizes, type and logical axes of an argument."""
 
 
-def figures(run: Any, shapes: Shapes, mesh: Mesh) -> dict[str, Any]:
-    """Compiles `run` and says what is known of it."""
+def figures(run: Any, shapes: Shapes, mesh: Mesh, given_up: tuple[int, ...] = ()) -> dict[str, Any]:
+    """Compiles `run`, to which some arguments are given up, and says what is known of it."""
 
     def placed(sizes: tuple[int, ...], dtype: Any, axes: tuple[str | None, ...]) -> Any:
         cut = spec(axes, sizes, mesh) if mesh.size > 1 else PartitionSpec()
         return jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(mesh, cut))
 
     with jax.set_mesh(mesh):
-        program = jax.jit(run).lower(*(placed(*shape) for shape in shapes.values())).compile()
+        program = jax.jit(run, donate_argnums=given_up).lower(*(placed(*shape) for shape in shapes.values())).compile()
     text = program.as_text()
     return {
         "temporary_bytes": program.memory_analysis().temp_size_in_bytes,
@@ -106,6 +107,42 @@ def full_attention(
 def full_attentions(mesh: Mesh) -> dict[str, Any]:
     """Figures of all of them."""
     return {name: full_attention(mesh, **how) for name, how in PASSES.items()}
+
+
+WRITES: dict[str, dict[str, Any]] = {
+    "rounds": {"batch": 32, "length": 1024, "t": 8},
+    "a ring": {"batch": 16, "length": 1056, "t": 8, "places": 2, "width": 256},
+    "plain steps": {"batch": 32, "length": 1024, "t": 1},
+    "five rows, float32": {"batch": 3, "length": 208, "t": 5, "key_heads": 1, "width": 512, "dtype": jnp.float32},
+    "many rows": {"batch": 2, "length": 1024, "t": 64},
+}
+"""Name -> what `write` is compiled for."""
+
+
+def write(
+    mesh: Mesh,
+    batch: int,
+    length: int,
+    t: int,
+    places: int = 1,
+    key_heads: int = KEY_HEADS,
+    width: int = WIDTH,
+    dtype: Any = jnp.bfloat16,
+) -> dict[str, Any]:
+    """`cache_write` in a loop over the caches of four layers, which are stacked and given up."""
+
+    def run(key: Any, value: Any, new: Any, at: Any) -> Any:
+        return jax.lax.fori_loop(0, 4, lambda i, both: cache_write(*both, new, new + 1, at, layer=i), (key, value))
+
+    cache = (4, batch, key_heads, length, width), dtype, (None, "batch", "kv_heads", None, None)
+    new = (batch, key_heads, t, width), dtype, ("batch", "kv_heads", None, None)
+    shapes: Shapes = {"key": cache, "value": cache, "new": new, "at": ((places, batch), jnp.int32, (None, "batch"))}
+    return figures(run, shapes, mesh, given_up=(0, 1))
+
+
+def writes(mesh: Mesh) -> dict[str, Any]:
+    """Figures of all of them."""
+    return {name: write(mesh, **how) for name, how in WRITES.items()}
 
 
 DECODING: dict[str, dict[str, Any]] = {
@@ -308,6 +345,8 @@ JOBS: dict[str, tuple[Any, tuple[int, int, int]]] = {
     "block_attention": (train_attention, (1, 1, 1)),
     "block_attention on a mesh": (functools.partial(train_attention, batch=2), (1, 2, 2)),
     "block_attention, 5 query heads per key head": (functools.partial(train_attention, heads=40, size=16), (1, 1, 1)),
+    "cache_write": (writes, (1, 1, 1)),
+    "cache_write on a mesh": (functools.partial(write, **WRITES["rounds"]), (1, 2, 2)),
     "cached_attention": (decode_attentions, (1, 1, 1)),
     "cached_attention on a mesh": (functools.partial(decode_attention, **DECODING["rounds"]), (1, 2, 2)),
     "expert_mlp": (experts, (1, 1, 1)),

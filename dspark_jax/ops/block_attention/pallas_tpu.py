@@ -261,7 +261,7 @@ class _Specs(NamedTuple):
         )
 
 
-def _costs(shape: _Shape, products: int) -> dict[str, int]:
+def _costs(shape: _Shape, products: int) -> dict[str, Any]:
     """What the compiler is told: rows see half of the context, as evenly spread anchors do."""
     pairs = shape.b * shape.k * shape.t * shape.rows * (shape.j * shape.keys // 2 + shape.own)
     return {"flops": 2 * products * pairs * shape.h, "exponentials": pairs}

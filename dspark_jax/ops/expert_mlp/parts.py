@@ -1,5 +1,6 @@
 """What experts are made of."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -93,8 +94,10 @@ class Tiles(NamedTuple):
         order, sizes = by_expert(chosen.reshape(-1), count)
         tiles = -(-sizes // rows)
         most, ends = min(pairs, count) + pairs // rows, jnp.cumsum(tiles)
-        expert = jnp.searchsorted(ends, jnp.minimum(jnp.arange(most), ends[-1] - 1), side="right").astype(jnp.int32)
-        whose = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(pairs), side="right")
+        # All compared with all: a search is a loop, of small programs on a TPU.
+        find = functools.partial(jnp.searchsorted, side="right", method="compare_all")
+        expert = find(ends, jnp.minimum(jnp.arange(most), ends[-1] - 1)).astype(jnp.int32)
+        whose = find(jnp.cumsum(sizes), jnp.arange(pairs))
         first = jnp.append((ends - tiles) * rows - (jnp.cumsum(sizes) - sizes), 0)[whose]
         places = jnp.where(whose < count, first + jnp.arange(pairs), most * rows).astype(jnp.int32)
         source = jnp.zeros(most * rows, jnp.int32).at[places].set(order // k, mode="drop")

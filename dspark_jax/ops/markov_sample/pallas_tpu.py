@@ -148,7 +148,7 @@ def _sample_here(
         exponentials=g * b * v if drawn else 0,
         moved=read + 8 * g * b * v,
         memory=case.memory,
-        in_place=0,
+        in_place=(0,),
     )
     return tokens[..., 0], logits
 

@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 
 from dspark_jax import platform
 from dspark_jax.ops import triton
-from dspark_jax.ops.attention.frozen import Case, attend
+from dspark_jax.ops.attention.kernels import Case, attend
 from dspark_jax.ops.sights import sights
 from dspark_jax.ops.triton import LOG2E, MASKED, dot, load, numbers, rows_of, store
 from dspark_jax.ops.triton_attention import Tile, add_scores, nothing_seen, runs, sees, tile_of_keys, walk

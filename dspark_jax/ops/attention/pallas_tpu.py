@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from dspark_jax.ops import mosaic
-from dspark_jax.ops.attention.frozen import Case, attend
+from dspark_jax.ops.attention.kernels import Case, attend
 from dspark_jax.ops.mosaic import LANES, MASKED, dot
 from dspark_jax.ops.mosaic_attention import (
     KEYS,

@@ -55,11 +55,14 @@ class TorchModel:
 
         layers, seen = self._layers(), dict[int, Any]()
 
+        def one(hidden: Any) -> Any:  # of several residual streams [B, S, N, D] the mean, as `HyperTarget.tapped`
+            return hidden.mean(dim=2) if hidden.dim() == 4 else hidden
+
         def before(_: Any, given: tuple[Any, ...], named: dict[str, Any]) -> None:
-            seen[-1] = given[0] if given else named["hidden_states"]
+            seen[-1] = one(given[0] if given else named["hidden_states"])
 
         def after(index: int, _: Any, given: Any, out: Any) -> None:
-            seen[index] = out[0] if isinstance(out, tuple) else out
+            seen[index] = one(out[0] if isinstance(out, tuple) else out)
 
         hooks = [layers[i].register_forward_hook(functools.partial(after, i)) for i in taps if i >= 0]
         hooks += [layers[0].register_forward_pre_hook(before, with_kwargs=True)] if -1 in taps else []

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -234,3 +235,24 @@ def test_a_mesh_of_several_devices_is_refused(made: Any, mesh: Any) -> None:
     cube = make_mesh(MeshConfig(2, 2, 2), jax.devices())
     with pytest.raises(InputError, match="a olmo2 is run by PyTorch, which decodes on one device of one host, and the"):
         load_target(config, cube)
+
+
+@pytest.mark.slow
+def test_a_deepseek_v4_in_pytorch_is_the_one_in_jax(models: Any, mesh: Any, tmp_path: Any) -> None:
+    """Tapped are means over its residual streams, and rejected rows are taken back in a cache of compressed rows."""
+    from tests.target.random_models import V, load, write_model
+
+    write_model("v4", tmp_path)
+    ours, model = load(tmp_path, mesh), load_torch_model(str(tmp_path), "float32")
+    tokens, taps = np.random.default_rng(0).integers(0, V, (2, 17)), (-1, 0, 2)
+    features = np.concatenate([x.numpy() for x in model.run(tokens, taps)[0][:-1]], axis=-1)
+    positions = jnp.broadcast_to(jnp.arange(17), tokens.shape)
+    np.testing.assert_allclose(features, ours.forward(jnp.asarray(tokens), positions, taps=taps).features, atol=1e-5)
+    theirs = in_torch(ours.arch, TorchRequests(model), model.frozen_matrices(), mesh, np.float32)
+    wanted = generate(Models(ours), PROMPTS, max_new_tokens=NEW)
+    drafter = drafter_of(models, ours, wanted.tokens)
+    found = generate(Models(theirs, drafter), PROMPTS, max_new_tokens=NEW)
+    for got, want in zip(found.tokens, wanted.tokens, strict=True):
+        np.testing.assert_array_equal(got, want)
+    lengths = np.concatenate(found.acceptance_lengths)
+    assert lengths.max() > 2 and lengths.min() == 1  # some drafts are accepted, and some are taken back

@@ -69,6 +69,7 @@ PASSES: dict[str, dict[str, Any]] = {
     "packed documents": {"documents": True},
     "a window": {"window": 1024, "heads": 16, "width": 256},
     "wide heads, one key head": {"heads": 16, "key_heads": 1, "width": 512},
+    "32 query heads of one key head": {"heads": 32, "key_heads": 1, "width": 256},
     "narrow heads with sinks": {"heads": 64, "width": 64, "window": 128, "sinks": True},
     "5 query heads per key head": {"heads": 40},
     "a chunk of a prompt": {"t": 256, "limits": True},

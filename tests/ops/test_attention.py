@@ -183,6 +183,7 @@ def test_refusals():
     for name, (arrays, _) in {
         "the head width is no multiple of 16": problem(h=8),
         "a key head has too many query heads": problem(n=33, k=1),
+        "a tile of rows is too large": problem(n=16, k=1, h=512),
     }.items():
         with pytest.raises(Unsupported, match=name):
             attention(*arrays, scale=1.0, implementation="pallas_tpu")

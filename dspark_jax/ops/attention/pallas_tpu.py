@@ -37,6 +37,10 @@ _MOST_HEADS = 32
 """Query heads of one key head: 128 positions of these, and 128 keys, are the largest tile of scores."""
 
 
+_ROW_TILE = 13 << 20
+"""Bytes of a tile of rows: queries and results twice, since the next ones move meanwhile, and sums in float32."""
+
+
 class Tiles(NamedTuple):
     """Sizes: positions of a tile of rows, and keys of a tile."""
 
@@ -75,6 +79,7 @@ def attention(
         the_type_is_neither_bfloat16_nor_float32=query.dtype in (jnp.bfloat16, jnp.float32),
         the_arrays_are_of_different_types=query.dtype == key.dtype == value.dtype,
         a_key_head_has_too_many_query_heads=n // k <= _MOST_HEADS,
+        a_tile_of_rows_is_too_large=tiles.positions * n // k * h * (4 * query.dtype.itemsize + 4) <= _ROW_TILE,
         there_are_too_many_tiles=b * pl.cdiv(t, tiles.positions) * pl.cdiv(s, tiles.keys) <= TABLE,
     )
     pairs = t * s if limit is not None else _pairs(t, window)

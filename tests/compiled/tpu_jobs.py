@@ -163,7 +163,6 @@ DECODING: dict[str, dict[str, Any]] = {
         "window": 128,
         "front": 8,
         "heads": 64,
-        "width": 64,
         "sinks": True,
     },
     "one wide key head": {"batch": 8, "length": 1024, "most": 13, "heads": 16, "key_heads": 1, "width": 512},

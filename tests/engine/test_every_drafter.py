@@ -17,6 +17,7 @@ from dspark_jax.engine import generate, schedulers
 from dspark_jax.engine.models import Models
 from dspark_jax.engine.serving import Engine
 from dspark_jax.kinds import as_kind, names
+from dspark_jax.sharding import Param
 from dspark_jax.target.model import Target
 from dspark_jax.vocabulary import encode_vocabulary
 
@@ -102,12 +103,20 @@ def test_the_form_in_which_a_tpu_decodes_drafts_the_same(kind: str, monkeypatch:
     """Layers in stacks, matrices of heads the other way round."""
 
     def run() -> Any:
-        return generate(Models(target(), drafter(kind)), PROMPTS[:4], max_new_tokens=BUDGET, trace=True)
+        jax.clear_caches()  # a form that was traced is remembered
+        models = Models(target(), drafter(kind)).for_decoding(batch_size=4)  # which `generate` asks for again
+        leaves = jax.tree.leaves(models, is_leaf=lambda leaf: isinstance(leaf, Param))
+        across = [leaf for leaf in leaves if isinstance(leaf, Param) and leaf.get_metadata().get("across")]
+        return generate(models, PROMPTS[:4], max_new_tokens=BUDGET, trace=True), len(across)
 
-    expected = run()
-    monkeypatch.setattr(platform, "unstacks_layers", lambda: False)
-    monkeypatch.setattr(platform, "joins_heads", lambda: False)
-    found = run()
+    expected, turned = run()
+    assert not turned
+    with monkeypatch.context() as patch:
+        patch.setattr(platform, "unstacks_layers", lambda: False)
+        patch.setattr(platform, "joins_heads", lambda: False)
+        found, turned = run()
+    jax.clear_caches()
+    assert turned >= 3
     for name in ("tokens", "acceptance_lengths", "drafted"):
         for got, want in zip(getattr(found, name), getattr(expected, name), strict=True):
             np.testing.assert_array_equal(got, want, err_msg=name)

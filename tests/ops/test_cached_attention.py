@@ -105,7 +105,7 @@ def test_against_a_loop(attention: str, window: int, causal: bool) -> None:
 SINKS = np.array([-60.0, -1.0, 0.5, 40.0, 2.0, 0.0], np.float32)
 
 
-@pytest.mark.parametrize("attention", ["xla", "reference"])
+@pytest.mark.parametrize("attention", ATTENTION)
 def test_sinks_take_their_share_and_give_nothing(attention: str) -> None:
     """Some next to nothing, one far above all scores."""
     counts, positions, size, most, n, k, h, c = KERNEL_CASES[0] if "kernel" in attention else CASES[1]

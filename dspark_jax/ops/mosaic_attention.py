@@ -63,9 +63,11 @@ def visible(begin: Any, limit_ref: Any, first_ref: Any, keys: int) -> jax.Array:
     return (row >= first_ref[...]) & (row < limit_ref[...])
 
 
-def scores_of(key: jax.Array, query: jax.Array, mask: jax.Array | None, scale: float) -> jax.Array:
-    """[keys, rows] of keys [keys, H] and rows [rows, H]."""
-    found = dot(key, query, transposed=True) * scale
+def scores_of(
+    key: jax.Array, query: jax.Array, mask: jax.Array | None, scale: float, *, across: bool = False
+) -> jax.Array:
+    """[keys, rows] of keys [keys, H] and rows [rows, H], or [H, rows] if they lie across."""
+    found = dot(key, query, transposed=not across) * scale
     return found if mask is None else jnp.where(mask, found, MASKED)
 
 

@@ -22,6 +22,9 @@ except ImportError:
 MASKED = -1e30
 """Score of what is not visible: finite, so that a tile of nothing else stays free of NaN."""
 
+HEAD_WIDTHS = (16, 32, 64, 128, 256, 512)
+"""Of attention: sizes of Triton's tiles are powers of two."""
+
 LOG2E = 1.4426950408889634
 """Kernels take powers of two instead of e."""
 

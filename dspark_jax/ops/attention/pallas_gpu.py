@@ -46,7 +46,7 @@ def attention(
     """See `api.attention`. Over a mesh, devices split the sequences and the key heads. `tile` is for tests."""
     h = query.shape[-1]
     triton.check(
-        the_head_width_is_no_power_of_two_from_16_to_512=h in (16, 32, 64, 128, 256, 512),
+        the_head_width_is_no_power_of_two_from_16_to_512=h in triton.HEAD_WIDTHS,
         the_arrays_are_of_different_types=query.dtype == key.dtype == value.dtype,
     )
     tile = tile or fitting(h * query.dtype.itemsize)

@@ -18,7 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from dspark_jax.ops import mosaic
 from dspark_jax.ops.attention.kernels import Case, attend
-from dspark_jax.ops.mosaic import LANES, MASKED, dot
+from dspark_jax.ops.mosaic import LANES, MASKED
 from dspark_jax.ops.mosaic_attention import (
     KEYS,
     ROW_BYTES,
@@ -28,6 +28,7 @@ from dspark_jax.ops.mosaic_attention import (
     add_softmax,
     in_sight,
     padded,
+    scores_of,
     sights_of_tiles,
     turn_tables,
     visible,
@@ -164,8 +165,7 @@ def _kernel(
 
     def add(mask: jax.Array | None) -> None:
         query = jnp.concatenate([q_ref[head] for head in range(heads)], axis=1)
-        found = dot(k_ref[...], query) * scale
-        found = found if mask is None else jnp.where(mask, found, MASKED)
+        found = scores_of(k_ref[...], query, mask, scale, across=True)
         add_softmax(found, v_ref[...], sum_ref, top_ref, total_ref)
 
     sight = sights_ref[(b * count + i) * j + turn]

@@ -90,7 +90,7 @@ def block_attention(
     """See `api.block_attention`. Over a mesh, devices split the sequences and the key heads."""
     (b, a, g, n, h), k = query.shape, context_key.shape[2]
     triton.check(
-        the_head_width_is_no_power_of_two_from_16_to_512=h in (16, 32, 64, 128, 256, 512),
+        the_head_width_is_no_power_of_two_from_16_to_512=h in triton.HEAD_WIDTHS,
         the_arrays_are_of_different_types=len({x.dtype for x in (query, context_key, context_value, block_key)}) == 1,
     )
     tiles = tiles or Tiles.fitting(h * query.dtype.itemsize)

@@ -73,7 +73,7 @@ def cached_attention(
     (t, n, h), (_, k, c, _) = query.shape, key.shape
     rows_here = rows.most * (n // k)
     triton.check(
-        the_head_width_is_no_power_of_two_from_16_to_512=h in (16, 32, 64, 128, 256, 512),
+        the_head_width_is_no_power_of_two_from_16_to_512=h in triton.HEAD_WIDTHS,
         a_request_has_too_many_rows=rows_here <= _MOST_ROWS,
         flat_rows_of_several_devices_are_not_told_apart=rows.full or devices_here() == 1,
     )

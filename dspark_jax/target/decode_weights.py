@@ -1,7 +1,7 @@
 """The form of a model's weights that decoding wants, made once: where decoding lives, in the type that products read,
 and, but on a TPU, layers one by one and matrices fused.
 
-A model in this form is a model like any other: what runs it looks at the weights, and no flag travels with it.
+A model in this form is a model like any other: what runs it looks at the weights and at nothing else.
 """
 
 from collections.abc import Callable
@@ -44,6 +44,7 @@ def decode_weights(module: Any, dtype: Any, *, separate_caches: bool = False, co
     unstack = platform.unstacks_layers()
     join = unstack and parts_of("heads") == 1
     copy: Any = unstacked(module, consume=consume) if unstack else jax.tree.map(lambda leaf: leaf, module)
+    copy.separate_caches = False  # its mark, where nothing is unstacked as well
     for _, part in nnx.iter_modules(copy):
         if any(isinstance(value, nnx.List) for value in vars(part).values()):
             holder: Any = part
@@ -63,9 +64,8 @@ def moved(module: Any, mesh: Mesh) -> Any:
 
 
 def has_decode_weights(module: Any) -> bool:
-    """Whether `decode_weights` made this module, of lists of layers."""
-    parts = [part for _, part in nnx.iter_modules(module)] if isinstance(module, nnx.Module) else []
-    return any("separate_caches" in vars(part) for part in parts)
+    """Whether `decode_weights` made this module."""
+    return isinstance(module, nnx.Module) and "separate_caches" in vars(module)
 
 
 def training_weights(target: Any) -> Any:

@@ -245,6 +245,9 @@ class TrainConfig:
     keep_checkpoints: int = 2
     vocab_chunk: int = 1024
     """Block positions whose logits are in memory at once, per sequence batch (see ops/vocab_loss)."""
+    recompute: str = "nothing"
+    """What the backward pass computes again of the drafter's layers: nothing (the fastest), cheap (all but products of
+    matrices and attention) or layers (all of it: the least memory)."""
     evaluate: bool = True
     """Run `evaluate` on the last checkpoint when training has ended."""
     evaluate_every: int = 0

@@ -140,6 +140,8 @@ def problems(config: Config) -> Iterator[str]:
     yield from range_problems(config)
     if train.accumulate > 0 and train.batch_size % train.accumulate:
         yield f"train.batch_size={train.batch_size} is not divisible by train.accumulate={train.accumulate}"
+    if train.recompute not in ("nothing", "cheap", "layers"):
+        yield f"train.recompute={train.recompute!r} is unknown; use nothing, cheap or layers"
     if train.checkpoint_every > 0 and train.evaluate_every % train.checkpoint_every:
         yield (
             f"train.evaluate_every={train.evaluate_every} is no multiple of train.checkpoint_every="

@@ -59,7 +59,10 @@ def is_full_disk(error: Exception) -> bool:
     return getattr(error, "errno", None) in _FULL or any(os.strerror(number) in str(error) for number in _FULL)
 
 
-_SMALLER = "lower train.batch_size, eval.batch_size or data.decode_batch_size, or use more devices"
+_SMALLER = (
+    "lower train.batch_size, eval.batch_size or data.decode_batch_size, use more devices, or train with "
+    "train.recompute=layers"
+)
 
 
 @contextlib.contextmanager

@@ -181,12 +181,14 @@ def verdict(found: dict[str, Any], config: Config, mesh: jax.sharding.Mesh, part
         return f"does not fit ({used}): {fewer}"
     if held > 0.9 * available:
         return f"does not fit ({used}): weights and optimizer alone take {held / GIB:.2f} GiB; use a larger slice"
+    keeping_less = " or train.recompute=layers" if config.train.recompute != "layers" else ""
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     each = config.train.batch_size // (config.train.accumulate * ways)
     for rows in range(each - 1, 0, -1):
         if each % rows == 0 and memory["activations_bytes"] * rows / each <= 0.9 * (available - held):
-            return f"does not fit ({used}): set train.accumulate={config.train.accumulate * each // rows}"
-    return f"does not fit ({used}) even with one sequence per chip: lower data.max_length, or use a larger slice"
+            return f"does not fit ({used}): set train.accumulate={config.train.accumulate * each // rows}{keeping_less}"
+    less = "set train.recompute=layers, " if keeping_less else ""
+    return f"does not fit ({used}) even with one sequence per chip: {less}lower data.max_length, or use a larger slice"
 
 
 def describe(name: str, found: dict[str, Any]) -> Iterator[str]:

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dspark_jax import recompute
 from dspark_jax.config import DrafterConfig, TargetArchitecture
 from dspark_jax.drafter.blocks import Anchors, anchor_candidates
 from dspark_jax.drafter.interface import BlockOutputs, DrafterModule, Proposal
@@ -142,7 +143,7 @@ class Autoregressive(DrafterModule):
 
         carry, outputs = (at(fused, 0), [], []), []
         for k in range(self.block_size):
-            carry = jax.checkpoint(step, static_argnums=1)(carry, k)
+            carry = recompute.layer(step, static_argnums=1)(carry, k)
             outputs.append(rms_norm(carry[0], self.norm[...], self.arch.rms_norm_eps))
             if self.feeds_normed:
                 carry = outputs[-1], *carry[1:]

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from dspark_jax import recompute
 from dspark_jax.config import DrafterConfig, TargetArchitecture
 from dspark_jax.drafter.convolution import BlockConvolution
 from dspark_jax.ops.block_attention import block_attention
@@ -85,9 +86,9 @@ class Backbone(nnx.Module):
             return self._layer(at, x, at.attention.keys_values(context, positions), anchors, keep, first, since)
 
         x = embedded
-        # Few layers, and one by one they save a loop's stacking of residuals; the backward recomputes each.
+        # Few layers, and one by one they save a loop's stacking of residuals.
         for index in range(self.num_layers):
-            x = jax.checkpoint(layer, static_argnums=1)(x, index)
+            x = recompute.layer(layer, static_argnums=1)(x, index)
         return rms_norm(x, self.norm[...], self.arch.rms_norm_eps)
 
     def _layer(

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from dspark_jax import recompute
 from dspark_jax.config import DrafterConfig, TargetArchitecture
 from dspark_jax.drafter.dspark import DSpark
 from dspark_jax.drafter.heads import ConfidenceHead
@@ -135,8 +136,8 @@ class StreamBackbone(nnx.Module):
             return constrain(one(streams, window, seen, positions), "batch", *(None,) * 4)
 
         streams = streams_of(embedded, self.streams)
-        for index in range(self.num_layers):  # few layers; the backward recomputes each
-            streams = jax.checkpoint(layer, static_argnums=1)(streams, index)
+        for index in range(self.num_layers):
+            streams = recompute.layer(layer, static_argnums=1)(streams, index)
         return self.collapse(streams)
 
     def init_cache(self, batch: int, length: int, dtype: Any) -> jax.Array:

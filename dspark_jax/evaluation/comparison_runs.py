@@ -27,7 +27,15 @@ GROUPS = ("target", "drafter", "data", "loss", "optim", "train")
 FREE = {
     "target": ("path", "architecture"),  # files are compared by content
     "data": ("prompts", "decode_batch_size", "workers"),
-    "train": ("accumulate", "log_every", "checkpoint_every", "keep_checkpoints", "vocab_chunk", "evaluate"),
+    "train": (
+        "accumulate",
+        "log_every",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "vocab_chunk",
+        "recompute",
+        "evaluate",
+    ),
 }
 """Fields that change nothing but the order of sums, or how a run is kept and shown."""
 

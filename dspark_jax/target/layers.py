@@ -18,6 +18,7 @@ from flax import nnx
 from dspark_jax import platform
 from dspark_jax.config import TargetArchitecture
 from dspark_jax.ops.product import product
+from dspark_jax.recompute import dear
 from dspark_jax.sharding import Param, constrain, gather
 from dspark_jax.target import families
 from dspark_jax.target.families.family import AttentionShape, LayerShape
@@ -97,9 +98,10 @@ def dense(x: jax.Array, weight: jax.Array, inputs: int = 1) -> jax.Array:
     See `ops.product`; the result has x's type, its leading axes, and then the weight's remaining ones.
     """
     if inputs == 2 and not platform.joins_heads():
-        return jnp.tensordot(x, weight.astype(x.dtype), inputs, preferred_element_type=x.dtype)
+        return dear(jnp.tensordot(x, weight.astype(x.dtype), inputs, preferred_element_type=x.dtype))
     lead, width = x.shape[: x.ndim - inputs], math.prod(weight.shape[:inputs])
-    return product(x.reshape(-1, width), weight.reshape(width, -1)).reshape(lead + weight.shape[inputs:])
+    out = product(x.reshape(-1, width), weight.reshape(width, -1))
+    return dear(out.reshape(lead + weight.shape[inputs:]))
 
 
 def rms_norm(x: jax.Array, weight: jax.Array | None, eps: float, *, centred: bool = False) -> jax.Array:

@@ -18,6 +18,7 @@ from dspark_jax.drafter.interface import DrafterModule
 from dspark_jax.kinds import KINDS
 from dspark_jax.metrics import Ratio
 from dspark_jax.platform import train_step_options
+from dspark_jax.recompute import recomputing
 from dspark_jax.sharding import constrain, replicated, sharding
 from dspark_jax.target.model import Target
 from dspark_jax.training.loss import EPSILON, LossSums, drafter_loss
@@ -123,7 +124,8 @@ def loss_sums(
     keys = anchor_keys(config.train.seed, step, batch["sample_id"])
     anchors = sample_anchors(keys, loss_mask, config.train.num_anchors)
     model = to_module(drafter, params)
-    outputs = model(target, features, tokens, loss_mask, anchors, starts)
+    with recomputing(config.train.recompute):
+        outputs = model(target, features, tokens, loss_mask, anchors, starts)
     sums = drafter_loss(model, target, outputs, last_hidden, config.loss, vocab_chunk=config.train.vocab_chunk)
     return sums.total, (sums, jnp.isfinite(last_hidden).all())
 

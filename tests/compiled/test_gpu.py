@@ -28,9 +28,11 @@ from dspark_jax.ops.expert_mlp import Parts, expert_mlp
 from dspark_jax.ops.markov_sample import markov_sample
 from dspark_jax.ops.sampling import Sampling
 from dspark_jax.ops.speculative_verify import speculative_verify
+from dspark_jax.ops.vocab_loss import vocab_loss
 from dspark_jax.sharding import MESH_AXES
 from dspark_jax.target.decode_weights import training_weights
 from dspark_jax.target.model import Target
+from dspark_jax.training.losses import vocab_terms
 from dspark_jax.training.optim import make_optimizer
 from dspark_jax.training.state import abstract_drafter, state_layout, to_params
 from dspark_jax.training.step import batch_layout, make_train_step
@@ -141,6 +143,36 @@ def test_the_sequential_head_and_the_acceptance_rule(greedy: bool) -> None:
     assert program.as_text().count("xla.gpu.triton") >= 2 * size + 1
     logits = size * batch * VOCABULARY * 4  # one copy, since the argument is not given up
     assert program.memory_analysis().temp_size_in_bytes < 1.2 * logits
+
+
+@pytest.mark.parametrize(("terms", "softcap", "devices"), [
+    ({"ce": 0.1, "l1": 0.9}, 0.0, (1, 1, 1)),
+    ({"ce": 0.1, "l1": 0.9}, 30.0, (2, 2, 1)),
+    ({"kl": 0.1, "soft_ce": 0.1, "reverse_kl": 0.1, "jsd": 0.1, "nla": 0.1, "lk_hybrid": 0.1}, 0.0, (1, 1, 1)),
+    ({"length": 0.5, "dpace": 0.5}, 0.0, (1, 1, 1)),
+])  # fmt: skip
+def test_the_vocabulary_loss(terms: dict[str, float], softcap: float, devices: tuple[int, ...]) -> None:
+    """Kernels from the logits to their slopes: no array of logits but the two that are read, and the slopes."""
+    blocks, chunk, d, batch = 256, 896, 2560, 4 if np.prod(devices) > 1 else 1
+
+    def run(hidden: Any, prev: Any, w2: Any, teacher: Any, head: Any, labels: Any, weights: Any) -> Any:
+        def loss(hidden: Any, prev: Any, w2: Any) -> Any:
+            arrays, settings = (hidden, prev, teacher, head, w2, labels, weights), {"block": 7, "softcap": softcap}
+            return vocab_loss(*arrays, terms=vocab_terms(terms), chunk=chunk, **settings).loss
+
+        return jax.grad(loss, argnums=(0, 1, 2))(hidden, prev, w2)
+
+    rows = shape(batch, blocks * 7, d)
+    narrow = [shape(batch, blocks * 7, dtype=dtype) for dtype in (jnp.int32, jnp.float32)]
+    head, w2 = shape(VOCABULARY, d), shape(VOCABULARY, 256, dtype=jnp.float32)
+    program = compiled(run, rows, shape(batch, blocks * 7, 256), w2, rows, head, *narrow, mesh=mesh_of(*devices))
+    text, logits = program.as_text(), chunk * VOCABULARY * 4
+    assert text.count("xla.gpu.triton") >= 3
+    added = re.findall(rf"= f32\[(?:1,)?{chunk},{VOCABULARY}\]\S* add\(", text)
+    assert len(added) == (softcap > 0)  # the bias comes after the cap
+    joined = 0 if softcap else VOCABULARY * (d + 256) * 2
+    arrays = logits * (4.5 if softcap else 2.5) + 4 * VOCABULARY * 256 * 4  # and sums of W2's gradient
+    assert program.memory_analysis().temp_size_in_bytes < joined + arrays
 
 
 @pytest.mark.parametrize("rows", [32, 1024])

@@ -39,7 +39,7 @@ def loss64(x: dict[str, np.ndarray], ce: float, l1: float) -> float:
     return total
 
 
-@pytest.mark.parametrize("implementation", ["xla", "reference", "pallas_tpu"])
+@pytest.mark.parametrize("implementation", ["xla", "reference", "pallas_tpu", "pallas_gpu"])
 def test_value_and_gradients(implementation):
     x = problem()
 

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dspark_jax.ops.vocab_loss import vocab_loss
+from dspark_jax.ops.dispatch import Unsupported
+from dspark_jax.ops.vocab_loss import VocabTerm, vocab_loss
 from dspark_jax.training.losses import vocab_terms
 
 B, T, G, V, D, R = 2, 12, 4, 23, 6, 3
@@ -68,6 +69,7 @@ def run(args, implementation, chunk, **terms):
     [
         *((name, terms) for terms in ((1.0, 0.0), (0.0, 1.0), (0.3, 0.7)) for name in ("xla", "reference")),
         ("pallas_tpu", (1.0, 0.0)),
+        ("pallas_gpu", (0.3, 0.7)),
     ],
 )
 def test_equals_the_float64_definition(implementation, terms):
@@ -196,7 +198,9 @@ def loops(args, name):
 
 @pytest.mark.parametrize(
     ("name", "implementation"),
-    [(name, "xla") for name in (*ROWWISE, "dpace")] + [("dpace", "reference"), ("kl", "pallas_tpu")],
+    [(name, "xla") for name in (*ROWWISE, "dpace")]
+    + [(name, "pallas_gpu") for name in (*ROWWISE, "dpace") if name != "greedy_ce"]
+    + [("dpace", "reference"), ("kl", "pallas_tpu")],
 )
 def test_losses_of_the_field_equal_loops(name, implementation):
     args = problem(4)
@@ -208,12 +212,55 @@ def test_losses_of_the_field_equal_loops(name, implementation):
     np.testing.assert_allclose(grads["hidden"], 0.7 * want_grad, atol=1e-5 * np.abs(want_grad).max())
 
 
-def test_losses_of_the_field_are_finite_where_nothing_is_accepted():
+@pytest.mark.parametrize("implementation", ["xla", "pallas_gpu"])
+def test_losses_of_the_field_are_finite_where_nothing_is_accepted(implementation):
     """And where single probabilities are too small for float32, as those of a vocabulary's padding are."""
     args = problem(5)
     args["hidden"], args["teacher"] = -30 * args["hidden"], 30 * args["hidden"]
     args["hidden"][0, 0] = args["teacher"][0, 0]
     args |= {key: np.where(MASK[..., None], args[key], np.nan) for key in ("hidden", "teacher")}
-    value, out, grads = run(args, "xla", 5, **dict.fromkeys((*ROWWISE, "dpace"), 1.0))
+    names = [name for name in (*ROWWISE, "dpace") if implementation == "xla" or name != "greedy_ce"]
+    value, out, grads = run(args, implementation, 5, **dict.fromkeys(names, 1.0))
     assert np.isfinite(value) and all(np.isfinite(grad).all() for grad in grads.values())
     assert all(np.isfinite(np.asarray(values)[MASK]).all() for values in out.values.values())
+
+
+class Largest(VocabTerm):
+    """The draft's largest probability: a maximum of what needs a sum, differentiated automatically."""
+
+    def value(self, rows):
+        """See `VocabTerm.value`."""
+        return jnp.max(rows.draft, axis=-1) * rows.draft_scale[..., 0] * jnp.sum(rows.teacher * rows.is_label, axis=-1)
+
+
+class Sorted(VocabTerm):
+    """Something that needs a whole row at once."""
+
+    def value(self, rows):
+        """See `VocabTerm.value`."""
+        return jnp.sort(rows.draft, axis=-1)[..., 0]
+
+
+def test_a_term_of_ones_own_is_split_into_passes_or_left_to_xla():
+    args = problem(6)
+
+    def both(term, implementation):
+        settings = {"terms": {"own": (term, 0.5)}, "chunk": 5, "implementation": implementation}
+
+        def loss(hidden):
+            out = vocab_loss(**{**args, "hidden": hidden}, **settings)
+            return out.loss, out.values["own"]
+
+        return jax.value_and_grad(loss, has_aux=True)(jnp.asarray(args["hidden"]))
+
+    (value, values), grad = both(Largest(), "pallas_gpu")
+    (want, want_values), want_grad = both(Largest(), "xla")
+    np.testing.assert_allclose(value, want, rtol=1e-6)
+    np.testing.assert_allclose(np.asarray(values)[MASK], np.asarray(want_values)[MASK], rtol=1e-6)
+    np.testing.assert_allclose(grad, want_grad, atol=2e-6 * np.abs(want_grad).max())
+    assert np.abs(want_grad).max() > 1e-3
+    for term in (Sorted(), vocab_terms({"greedy_ce": 1.0})["greedy_ce"][0]):
+        with pytest.raises(Unsupported, match="a term of the loss takes (sort|argmax) of whole rows"):
+            jax.eval_shape(
+                lambda term=term: vocab_loss(**args, terms={"own": (term, 1.0)}, chunk=5, implementation="pallas_gpu")
+            )

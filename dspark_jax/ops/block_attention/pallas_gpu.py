@@ -28,6 +28,7 @@ from dspark_jax.ops import triton
 from dspark_jax.ops.sights import sights
 from dspark_jax.ops.triton import LOG2E, MASKED, dot, load, numbers, power_of_two, rows_of, store
 from dspark_jax.ops.triton_attention import Tile, add_scores, nothing_seen, runs, sees, tile_of_keys, walk
+from dspark_jax.recompute import dear
 from dspark_jax.sharding import per_device
 
 _NOBODY = 1e30  # log-sum of rows that are not there: exp2(score - _NOBODY) is 0
@@ -115,7 +116,7 @@ def _attention(*arguments: Any) -> jax.Array:
 def _forward(*arguments: Any) -> tuple[jax.Array, Any]:
     arrays, (scale, tiles) = arguments[:7], arguments[7:]
     run = functools.partial(_forward_here, scale=scale, tile=tiles.forward)
-    out, log_sum = per_device(run, _INPUTS, (_QUERY, _ROWS))(*arrays)
+    out, log_sum = map(dear, per_device(run, _INPUTS, (_QUERY, _ROWS))(*arrays))
     return out, (arrays, out, log_sum)
 
 

@@ -41,6 +41,7 @@ from dspark_jax.ops.mosaic_attention import (
     turn_tables,
     visible,
 )
+from dspark_jax.recompute import dear
 from dspark_jax.sharding import per_device
 
 
@@ -133,7 +134,7 @@ def _attention(*arguments: Any) -> jax.Array:
 def _forward(*arguments: Any) -> tuple[jax.Array, Any]:
     arrays, (scale, tiles) = arguments[:7], arguments[7:]
     run = functools.partial(_forward_here, scale=scale, tiles=tiles)
-    out, log_sum = per_device(run, _INPUTS, (_QUERY, _LOG_SUM))(*arrays)
+    out, log_sum = map(dear, per_device(run, _INPUTS, (_QUERY, _LOG_SUM))(*arrays))
     return out, (arrays, out, log_sum)
 
 

@@ -12,7 +12,7 @@ from dspark_jax.ops.vocab_loss.term import VocabTerm
 __all__ = ["VocabLoss", "vocab_loss"]
 
 OPERATION = Operation(
-    "vocab_loss", {"cpu": ["xla"], "gpu": ["xla"], "tpu": ["pallas_tpu", "xla"]}, others=["reference"]
+    "vocab_loss", {"cpu": ["xla"], "gpu": ["pallas_gpu", "xla"], "tpu": ["pallas_tpu", "xla"]}, others=["reference"]
 )
 
 

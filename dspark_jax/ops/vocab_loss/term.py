@@ -2,10 +2,28 @@
 
 import dataclasses
 import functools
-from typing import ClassVar, Self
+from typing import ClassVar, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
+
+
+class Exponentials(NamedTuple):
+    """Of logits [.., V].
+
+    Attributes:
+      top: [.., 1] the largest logit.
+      total: [.., 1] sum of exp(logits - top).
+    """
+
+    top: jax.Array
+    total: jax.Array
+
+    @classmethod
+    def of(cls, logits: jax.Array) -> Self:
+        """Of whole rows."""
+        top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+        return cls(top, jnp.sum(jnp.exp(logits - top), axis=-1, keepdims=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +38,8 @@ class Distributions:
       draft: [.., m, V] exp(logits - top); the probabilities are draft * draft_scale.
       draft_sum: [.., m, 1] their sum.
       teacher_logits: [.., m, V] of the target.
-      teacher: [.., m, V] exp(teacher_logits - their largest); the probabilities are teacher * teacher_scale.
+      teacher_top: [.., m, 1] the largest of them.
+      teacher: [.., m, V] exp(teacher_logits - teacher_top); the probabilities are teacher * teacher_scale.
       teacher_sum: [.., m, 1] their sum.
       label_logit: [.., m] the draft's logit of the label.
       labels: [.., m].
@@ -33,6 +52,7 @@ class Distributions:
     draft: jax.Array
     draft_sum: jax.Array
     teacher_logits: jax.Array
+    teacher_top: jax.Array
     teacher: jax.Array
     teacher_sum: jax.Array
     label_logit: jax.Array
@@ -49,18 +69,27 @@ class Distributions:
         labels: jax.Array,
         weights: jax.Array,
         block: int,
+        known: tuple[Exponentials, Exponentials] | None = None,
     ) -> Self:
-        """From the logits, see the attributes."""
-        draft, teacher = _exponentials(logits), _exponentials(teacher_logits)
-        top, exponentials, total = draft
-        return cls(logits, top, exponentials, total, teacher_logits, *teacher[1:], label_logit, labels, weights, block)
+        """From the logits, see the attributes; `known` are the draft's and the teacher's, if they are."""
+        (top, total), (teacher_top, teacher_total) = known or (Exponentials.of(logits), Exponentials.of(teacher_logits))
+        both = (
+            logits,
+            top,
+            jnp.exp(logits - top),
+            total,
+            teacher_logits,
+            teacher_top,
+            jnp.exp(teacher_logits - teacher_top),
+        )
+        return cls(*both, teacher_total, label_logit, labels, weights, block)
 
     def at(self, logits: jax.Array) -> Self:
         """The same with other logits of the draft, to differentiate in."""
         label_logit = jnp.sum(jnp.where(self.is_label, logits, 0.0), axis=-1)
-        top, draft, draft_sum = _exponentials(logits)
+        top, total = Exponentials.of(logits)
         return dataclasses.replace(
-            self, logits=logits, top=top, draft=draft, draft_sum=draft_sum, label_logit=label_logit
+            self, logits=logits, top=top, draft=jnp.exp(logits - top), draft_sum=total, label_logit=label_logit
         )
 
     @functools.cached_property
@@ -81,8 +110,7 @@ class Distributions:
     @functools.cached_property
     def log_teacher(self) -> jax.Array:
         """log p_target, [.., m, V]."""
-        top = jnp.max(self.teacher_logits, axis=-1, keepdims=True)
-        return self.teacher_logits - top - jnp.log(self.teacher_sum)
+        return self.teacher_logits - self.teacher_top - jnp.log(self.teacher_sum)
 
     @functools.cached_property
     def is_label(self) -> jax.Array:
@@ -136,10 +164,3 @@ class VocabTerm:
     def slope(self, rows: Distributions, scale: jax.Array) -> jax.Array:
         """Gradient of sum(scale * value) in `rows.logits`, [.., m, V]; scale is [.., m, 1]."""
         return jax.grad(lambda logits: jnp.sum(scale[..., 0] * self.value(rows.at(logits))))(rows.logits)
-
-
-def _exponentials(logits: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Largest logit [.., 1], exp(logits - it) [.., V] and the sum of the exponentials [.., 1]."""
-    top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
-    exponentials = jnp.exp(logits - top)
-    return top, exponentials, jnp.sum(exponentials, axis=-1, keepdims=True)

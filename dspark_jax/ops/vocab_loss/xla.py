@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from dspark_jax import sharding
 from dspark_jax.ops.vocab_loss.result import Favourites, VocabLoss
-from dspark_jax.ops.vocab_loss.term import Distributions, VocabTerm
+from dspark_jax.ops.vocab_loss.term import Distributions, Exponentials, VocabTerm
 
 
 class Settings(NamedTuple):
@@ -33,6 +33,7 @@ class Settings(NamedTuple):
     chunk: int
     rowwise: "Rowwise"
     candidates: int = 0
+    join: bool = False
 
 
 class Logits(NamedTuple):
@@ -86,12 +87,20 @@ class _Rows(NamedTuple):
         return self.prev.dtype if self.hidden is None and self.prev is not None else cast(jax.Array, self.hidden).dtype
 
 
+class _Matrices(NamedTuple):
+    """What rows are multiplied with, in their type."""
+
+    head: jax.Array  # [V, D]
+    w2: jax.Array | None  # [V, R]
+    joined: jax.Array | None  # [V, D + R] both of them, for the draft's logits
+
+
 class _Gradients(NamedTuple):
     """Gradients of the loss of one chunk, or of all of it."""
 
     hidden: jax.Array | None
     prev: jax.Array | None
-    w2: jax.Array | None  # [P, R, V] while it is summed up, the other way round from W2: the faster product on CPU
+    w2: jax.Array | None
 
 
 def vocab_loss(
@@ -109,10 +118,17 @@ def vocab_loss(
     chunk: int,
     candidates: int = 0,
     by_row: Rowwise | None = None,
+    join: bool = False,
 ) -> VocabLoss:
-    """See `api.vocab_loss`; `by_row` is another way from logits to slopes than `rowwise`."""
+    """See `api.vocab_loss`.
+
+    `by_row` is another way from logits to slopes than `rowwise`. `join` puts the head and W2 beside each other, where
+    no cap comes between them: one product in the place of two, and no pass over [rows, V] to add their results, for a
+    copy of the head.
+    """
     named = tuple((name, *term) for name, term in terms.items())
-    settings = Settings(named, block, softcap, chunk, by_row or rowwise, candidates)
+    join = join and hidden is not None and markov_w2 is not None and not softcap
+    settings = Settings(named, block, softcap, chunk, by_row or rowwise, candidates, join)
     head, teacher, weights = jax.lax.stop_gradient((head, teacher, weights))
     rows = _Rows(hidden, prev_embedding, teacher, labels, weights.astype(jnp.float32))
     out = cast(VocabLoss, _loss(rows, head, markov_w2, settings))
@@ -155,6 +171,7 @@ def _run(
     # Gathered here once, where they are split over more than the vocabulary, and not in every chunk.
     head = sharding.constrain(head.astype(dtype), "vocab", None)
     w2 = None if w2 is None else sharding.constrain(w2.astype(dtype), "vocab", None)
+    matrices = _Matrices(head, w2, jnp.concatenate([head, w2], axis=1) if settings.join and w2 is not None else None)
 
     def split(x: jax.Array) -> jax.Array:
         """[B, T, ..] -> [count, P, size, ..]; every shard's own rows are cut up, so that no row changes device."""
@@ -167,22 +184,23 @@ def _run(
         x = x.swapaxes(0, 1).reshape(shards, count * size, *x.shape[3:])[:, :local]
         return x.reshape(b, t, *x.shape[2:])
 
-    def compute(w2_sum: jax.Array | None, chunk_rows: _Rows) -> tuple[jax.Array | None, tuple]:
-        metrics, gradients = _chunk(chunk_rows, head, w2, settings, with_gradients=with_gradients)
-        if gradients is not None and gradients.w2 is not None and w2_sum is not None:
-            w2_sum = w2_sum + gradients.w2
-            gradients = gradients._replace(w2=None)
-        return w2_sum, (metrics, gradients)
+    compute = functools.partial(_chunk, matrices=matrices, settings=settings, with_gradients=with_gradients)
 
     def body(w2_sum: jax.Array | None, chunk_rows: _Rows) -> tuple[jax.Array | None, tuple]:
         if shards > 1 or count == 1:  # several devices would have to agree about every chunk
-            return compute(w2_sum, chunk_rows)
-        _, outputs = jax.eval_shape(compute, w2_sum, chunk_rows)
-        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), outputs)
-        supervised = jnp.any(chunk_rows.weights > 0)
-        return jax.lax.cond(supervised, compute, lambda w2_sum, _: (w2_sum, nothing), w2_sum, chunk_rows)
+            metrics, gradients, slope = compute(chunk_rows)
+        else:
+            nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(compute, chunk_rows))
+            supervised = jnp.any(chunk_rows.weights > 0)
+            metrics, gradients, slope = jax.lax.cond(supervised, compute, lambda _: nothing, chunk_rows)
+        if slope is not None and w2_sum is not None and chunk_rows.prev is not None:
+            # Not in the branch: what goes through one is copied.
+            previous = jnp.where(chunk_rows.weights[..., None] > 0, chunk_rows.prev, 0).astype(slope.dtype)
+            w2_sum = w2_sum + _product("pmr,pmv->prv", previous, slope)
+        return w2_sum, (metrics, gradients)
 
-    # One sum [P, R, V] per batch shard: a single one would be reduced over the devices after every chunk.
+    # One sum [P, R, V] per batch shard: a single one would be reduced over the devices after every chunk. It lies the
+    # other way round from W2: the faster product on CPU.
     start = None
     if with_gradients and w2 is not None:
         start = sharding.constrain(jnp.zeros((shards, *w2.shape[::-1]), jnp.float32), "batch", None, "vocab")
@@ -207,41 +225,63 @@ def _total(values: Mapping[str, jax.Array], weights: jax.Array, settings: Settin
 
 
 def _chunk(
-    rows: _Rows, head: jax.Array, w2: jax.Array | None, settings: Settings, *, with_gradients: bool
-) -> tuple[tuple[dict[str, jax.Array], jax.Array, Favourites | None], _Gradients | None]:
-    """Values by term, acceptance and favourites, all [P, m, ..], and gradients of the rows of one chunk."""
-    capped = draft = label = None
-    if rows.hidden is not None:
-        capped = draft = _capped(_logits(rows.hidden, head), settings.softcap)
-        label = _capped(_label_logit(rows.hidden, head, rows.labels), settings.softcap)
-    if rows.prev is not None and w2 is not None:
-        bias, bias_of_label = _logits(rows.prev, w2), _label_logit(rows.prev, w2, rows.labels)
-        draft = bias if draft is None else draft + bias
-        label = bias_of_label if label is None else label + bias_of_label
-    assert draft is not None and label is not None
+    rows: _Rows, matrices: _Matrices, settings: Settings, *, with_gradients: bool
+) -> tuple[tuple[dict[str, jax.Array], jax.Array, Favourites | None], _Gradients | None, jax.Array | None]:
+    """Values by term, acceptance and favourites, all [P, m, ..], gradients of the rows of one chunk, and the slopes
+    [P, m, V] of which those of W2 are made."""
+    head, w2, joined = matrices
+    if joined is not None and rows.hidden is not None and rows.prev is not None:
+        both = jnp.concatenate([rows.hidden, rows.prev.astype(rows.dtype)], axis=-1)
+        capped, draft, label = None, _logits(both, joined), _label_logit(both, joined, rows.labels)
+    else:
+        capped, draft, label = _draft_logits(rows, head, w2, settings.softcap)
     teacher = _capped(_logits(rows.teacher, head), settings.softcap)
     logits = Logits(draft, teacher, capped if settings.softcap and capped is not draft else None, label)
     favourites = Favourites.of(draft, teacher, settings.candidates)
     if not with_gradients:
         both = Distributions.of(draft, teacher, label, rows.labels, rows.weights, settings.block)
-        return ({name: term.value(both) for name, term, _ in settings.terms}, both.accept, favourites), None
+        return ({name: term.value(both) for name, term, _ in settings.terms}, both.accept, favourites), None, None
     dtype = rows.dtype
     values, accept, slope, bent = settings.rowwise(logits, rows.labels, rows.weights, settings, dtype)
-    metrics = values, accept, favourites
-    hidden = None if rows.hidden is None else _product("pmv,vd->pmd", bent, head).astype(dtype)
-    gradients = _Gradients(hidden, None, None)
+    if joined is not None:
+        hidden, prev = jnp.split(_product("pmv,vd->pmd", slope, joined), [head.shape[1]], axis=-1)
+    else:
+        hidden = None if rows.hidden is None else _product("pmv,vd->pmd", bent, head)
+        prev = None if w2 is None else _product("pmv,vr->pmr", slope, w2)
+    hidden = None if hidden is None else hidden.astype(dtype)
+    prev = None if prev is None or rows.prev is None else prev.astype(rows.prev.dtype)
+    return (values, accept, favourites), _Gradients(hidden, prev, None), slope if rows.prev is not None else None
+
+
+def _draft_logits(
+    rows: _Rows, head: jax.Array, w2: jax.Array | None, softcap: float
+) -> tuple[jax.Array | None, jax.Array, jax.Array]:
+    """What the head gives [P, m, V], the draft's logits, and that of the label [P, m]."""
+    capped = draft = label = None
+    if rows.hidden is not None:
+        capped = draft = _capped(_logits(rows.hidden, head), softcap)
+        label = _capped(_label_logit(rows.hidden, head, rows.labels), softcap)
     if rows.prev is not None and w2 is not None:
-        prev = jnp.where(rows.weights[..., None] > 0, rows.prev, 0).astype(slope.dtype)
-        gradients = gradients._replace(
-            prev=_product("pmv,vr->pmr", slope, w2).astype(rows.prev.dtype),
-            w2=_product("pmr,pmv->prv", prev, slope),
-        )
-    return metrics, gradients
+        bias, bias_of_label = _logits(rows.prev, w2), _label_logit(rows.prev, w2, rows.labels)
+        draft = bias if draft is None else draft + bias
+        label = bias_of_label if label is None else label + bias_of_label
+    assert draft is not None and label is not None
+    return capped, draft, label
 
 
-def rowwise(logits: Logits, labels: jax.Array, weights: jax.Array, settings: Settings, dtype: Any) -> RowResults:
-    """See `Rowwise`. It is a function of single rows but for `blockwise` terms: kernels call it on a few of them."""
-    both = Distributions.of(logits.draft, logits.teacher, logits.label, labels, weights, settings.block)
+def rowwise(
+    logits: Logits,
+    labels: jax.Array,
+    weights: jax.Array,
+    settings: Settings,
+    dtype: Any,
+    known: tuple[Exponentials, Exponentials] | None = None,
+) -> RowResults:
+    """See `Rowwise`. It is a function of single rows but for `blockwise` terms: kernels call it on a few of them.
+
+    `known` are the sums of exponentials of the draft's and the teacher's logits, where they have been added up.
+    """
+    both = Distributions.of(logits.draft, logits.teacher, logits.label, labels, weights, settings.block, known)
     values, accept = {name: term.value(both) for name, term, _ in settings.terms}, both.accept
     weight = weights[..., None]
     slopes = [

@@ -128,6 +128,11 @@ def rope(x: jax.Array, positions: jax.Array, theta: float, turns: tuple[float, .
         frequency = frequency * jnp.asarray(turns, jnp.float32)
     phase = positions.astype(jnp.float32)[..., None, None] * frequency
     sin, cos = jnp.sin(phase), jnp.cos(phase)
+    if x.dtype == jnp.bfloat16 and platform.swaps_by_product():  # other types would be rounded to it
+        swap = jnp.roll(jnp.eye(2 * half, dtype=x.dtype), half, axis=1)
+        swapped = jnp.einsum("...h,hg->...g", x, swap, preferred_element_type=x.dtype).astype(jnp.float32)
+        sin, cos = jnp.concatenate([-sin, sin], axis=-1), jnp.concatenate([cos, cos], axis=-1)
+        return (x.astype(jnp.float32) * cos + swapped * sin).astype(x.dtype)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x.dtype)

@@ -5,10 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dspark_jax import platform
 from dspark_jax.config import MeshConfig, TargetArchitecture, TargetConfig
 from dspark_jax.ops.cached_attention import Rows
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target.decode_weights import decode_weights, has_decode_weights, unstacked
+from dspark_jax.target.layers import rope
 from dspark_jax.target.loading import load_target
 
 torch = pytest.importorskip("torch")
@@ -193,3 +195,25 @@ def test_rows_of_requests_one_behind_the_other(pair):
         for got, wanted in zip(found, (whole.features, whole.last_hidden), strict=True):
             wanted = np.concatenate([wanted[0, 3:7], wanted[2, 8:9]])
             np.testing.assert_allclose(got[:5], wanted, atol=2e-5 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("turns", [(), (1.0, 0.5, 0.25, 0.0)])
+def test_halves_that_swap_by_a_product_rotate_the_same(turns, monkeypatch):
+    """As on a TPU, values and gradients: a product with ones and zeros rounds nothing; float32 goes the other way."""
+    rng = np.random.default_rng(0)
+    positions = jnp.asarray(rng.integers(0, 4096, (2, 5)), jnp.int32)
+    for dtype, product in ((jnp.bfloat16, True), (jnp.float32, False)):
+        x, cotangent = (jnp.asarray(rng.normal(size=(2, 5, 3, 8)), dtype) for _ in range(2))
+
+        def both(x, cotangent=cotangent):
+            out, pull = jax.vjp(lambda x: rope(x, positions, 100.0, turns), x)
+            return out, pull(cotangent)[0]
+
+        want = both(x)
+        with monkeypatch.context() as patch:
+            patch.setattr(platform, "swaps_by_product", lambda: True)
+            assert ("dot_general" in str(jax.make_jaxpr(lambda x: rope(x, positions, 100.0, turns))(x))) == product
+            got = both(x)
+        np.testing.assert_array_equal(*(np.asarray(out[0], np.float32) for out in (got, want)))
+        tolerance = 2**-7 * float(jnp.abs(want[1]).max())  # both parts of a gradient are rounded first
+        np.testing.assert_allclose(*(np.asarray(out[1], np.float32) for out in (got, want)), rtol=0, atol=tolerance)

@@ -239,7 +239,7 @@ def large_slices(text: str, least: int) -> list[str]:
     return [dims for dims in found if np.prod([int(x) for x in dims.split(",")]) >= least]
 
 
-def test_a_train_step_copies_no_layer_of_the_target() -> None:
+def test_a_train_step_copies_no_layer_of_the_target_and_keeps_attention() -> None:
     """Of a stack it would copy every matrix before a product reads it."""
     arch = TargetArchitecture("qwen3", 3000, 512, 4, 8, 4, 64, 1024, 1e-6, 1e6, True, 2048)
     drafting = DrafterConfig(
@@ -253,18 +253,23 @@ def test_a_train_step_copies_no_layer_of_the_target() -> None:
     )
     mesh, optimizer, drafter = mesh_of(1, 1, 1), make_optimizer(config.optim, 1), abstract_drafter(config)
 
-    def program(form: Callable[[Target], Target]) -> str:
+    def program(form: Callable[[Target], Target], recompute: str = "nothing") -> str:
+        chosen = dataclasses.replace(config, train=dataclasses.replace(config.train, recompute=recompute))
+
         def made() -> Target:
             target = Target(arch, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
             return form(jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.ndim > 1 else x, target))
 
         target, whole = jax.eval_shape(made), NamedSharding(mesh, PartitionSpec())
         frozen = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole) for name, x in to_params(target).items()}
-        step = make_train_step(config, drafter, target, optimizer, mesh)
+        step = make_train_step(chosen, drafter, target, optimizer, mesh)
         return (
             step.lower(state_layout(drafter, optimizer, mesh), frozen, batch_layout(config, mesh)).compile().as_text()
         )
 
     with jax.set_mesh(mesh):
         assert len(large_slices(program(lambda target: target), 100_000)) >= 7  # those of attention and MLP
-        assert not large_slices(program(training_weights), 100_000)
+        plain = program(training_weights)
+        assert not large_slices(plain, 100_000)
+        kernels = {how: program(training_weights, how).count("xla.gpu.triton") for how in ("cheap", "layers")}
+    assert kernels["layers"] > kernels["cheap"] == plain.count("xla.gpu.triton")  # attention, once more

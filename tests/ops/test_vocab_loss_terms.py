@@ -233,6 +233,14 @@ class Largest(VocabTerm):
         return jnp.max(rows.draft, axis=-1) * rows.draft_scale[..., 0] * jnp.sum(rows.teacher * rows.is_label, axis=-1)
 
 
+class Spread(VocabTerm):
+    """Something that is not 0 where a probability is: a tile that sticks out of the vocabulary must not count."""
+
+    def value(self, rows):
+        """See `VocabTerm.value`."""
+        return jnp.sum(jnp.exp(-rows.draft * rows.draft_scale), axis=-1)
+
+
 class Sorted(VocabTerm):
     """Something that needs a whole row at once."""
 
@@ -253,12 +261,13 @@ def test_a_term_of_ones_own_is_split_into_passes_or_left_to_xla():
 
         return jax.value_and_grad(loss, has_aux=True)(jnp.asarray(args["hidden"]))
 
-    (value, values), grad = both(Largest(), "pallas_gpu")
-    (want, want_values), want_grad = both(Largest(), "xla")
-    np.testing.assert_allclose(value, want, rtol=1e-6)
-    np.testing.assert_allclose(np.asarray(values)[MASK], np.asarray(want_values)[MASK], rtol=1e-6)
-    np.testing.assert_allclose(grad, want_grad, atol=2e-6 * np.abs(want_grad).max())
-    assert np.abs(want_grad).max() > 1e-3
+    for term in (Largest(), Spread()):
+        (value, values), grad = both(term, "pallas_gpu")
+        (want, want_values), want_grad = both(term, "xla")
+        np.testing.assert_allclose(value, want, rtol=1e-6)
+        np.testing.assert_allclose(np.asarray(values)[MASK], np.asarray(want_values)[MASK], rtol=1e-6)
+        np.testing.assert_allclose(grad, want_grad, atol=2e-6 * np.abs(want_grad).max())
+        assert np.abs(want_grad).max() > 1e-3
     for term in (Sorted(), vocab_terms({"greedy_ce": 1.0})["greedy_ce"][0]):
         with pytest.raises(Unsupported, match="a term of the loss takes (sort|argmax) of whole rows"):
             jax.eval_shape(

@@ -24,7 +24,7 @@ from tests.quickstart.builder.build import parse
 
 OTHER_FIELDS = {
     "data.answers.endpoints", "data.answers.model", "data.answers.mode", "data.answers.key_variable",
-    "train.wandb_project",
+    "train.recompute", "train.wandb_project",
     "data.supervised",
     "data.thinking",
     "imports",

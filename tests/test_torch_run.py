@@ -83,7 +83,8 @@ def single_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """`make_mesh` over one of the eight host devices."""
     one = lambda config, devices=None: make_mesh(config, devices or jax.devices()[:1])  # noqa: E731
     monkeypatch.setattr("dspark_jax.run.make_mesh", one)
-    monkeypatch.setattr("dspark_jax.convert.__main__.make_mesh", one)
+    for module in ("__main__", "sources"):
+        monkeypatch.setattr(f"dspark_jax.convert.{module}.make_mesh", one)
     monkeypatch.setattr("dspark_jax.evaluation.plots.Plot.svg", lambda self, theme: "<svg/>")
 
 

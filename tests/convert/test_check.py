@@ -14,10 +14,9 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from dspark_jax.config import DrafterConfig, InputError, MeshConfig, TargetArchitecture, TargetConfig
-from dspark_jax.convert import __main__ as convert
-from dspark_jax.convert import dialect
+from dspark_jax.convert import check_command, dialect
 from dspark_jax.convert.__main__ import main, parser
-from dspark_jax.convert.check import UNKNOWN, WRONG, Report, check_directory, frozen_problems
+from dspark_jax.convert.check import UNKNOWN, VERDICTS, WRONG, Report, check_directory, frozen_problems
 from dspark_jax.convert.dialect import Answer, Score, find_dialect, readings
 from dspark_jax.convert.drafter_files import Verdict
 from dspark_jax.convert.export import Source, frozen_tensors, write_export
@@ -402,7 +401,7 @@ def test_what_is_merely_unknown_here_is_not_wrong(world, copy, settings, part):
     assert verdicts(found)["vLLM"][0] == "loads" and "it reads anchor-first blocks of 4" in verdicts(found)["vLLM"][1]
     with pytest.raises(InputError, match="is not supported; "):
         read_drafter_config(directory)
-    assert convert.VERDICTS == {"works": 0, "wrong": 1, "not known here": 3}
+    assert VERDICTS == {"works": 0, "wrong": 1, "not known here": 3}
     change_tensors(directory, **{"fc.weight": np.full((32, 64), np.nan, np.float32)})
     assert report(world, directory).verdict == "wrong"  # whatever else is unknown
 
@@ -440,8 +439,8 @@ def test_command_ends_with_status_1_on_a_wrong_dialect(world, copy, tmp_path, ca
     """The target's answers are replaced by those that the drafter knows."""
     prompts = [one.tokens[:4].tolist() for one in world.answers]
     written = SimpleNamespace(tokens=[one.tokens[4:] for one in world.answers])
-    monkeypatch.setattr(convert, "check_prompts", lambda *_: (prompts, list(MASKS)))
-    monkeypatch.setattr(convert, "generate", lambda *_, **__: written)
+    monkeypatch.setattr(check_command, "check_prompts", lambda *_: (prompts, list(MASKS)))
+    monkeypatch.setattr(check_command, "generate", lambda *_, **__: written)
     with pytest.raises(SystemExit) as exit_:
         main(["check", f"--drafter={copy('fill-in')}", f"--target={world.path}", f"--json={tmp_path / 'r.json'}"])
     assert exit_.value.code == 1
@@ -454,13 +453,13 @@ def test_command_ends_with_status_1_on_a_wrong_dialect(world, copy, tmp_path, ca
 
 def test_prompts_of_the_check(world, tiny_target, tmp_path):
     options = parser().parse_args(["check", "--drafter=x", f"--target={tiny_target}", "--limit=2"])
-    prompts, masks = convert.check_prompts(options, 320)
+    prompts, masks = check_command.check_prompts(options, 320)
     assert len(prompts) == 2 and {319, 151669, 4} <= set(masks)
     options.prompts = [str(tmp_path / "p.jsonl")]
     (tmp_path / "p.jsonl").write_text('{"turns": ["the sum", "of"]}\n')
-    assert len(convert.check_prompts(options, 320)[0]) == 1
+    assert len(check_command.check_prompts(options, 320)[0]) == 1
     options.target = str(world.path)
-    assert [len(prompt) for prompt in convert.check_prompts(options, 48)[0]] == [12, 12]
+    assert [len(prompt) for prompt in check_command.check_prompts(options, 48)[0]] == [12, 12]
 
 
 @pytest.mark.parametrize("norms", [False, True], ids=["llama", "tensors of qwen3"])

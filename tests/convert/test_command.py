@@ -25,9 +25,10 @@ from dspark_jax.config import (
     TrainConfig,
     resolve,
 )
-from dspark_jax.convert import __main__ as entry
-from dspark_jax.convert.__main__ import check_prompts, main, parser
+from dspark_jax.convert import check_command, sources
+from dspark_jax.convert.__main__ import main, parser
 from dspark_jax.convert.check import Report
+from dspark_jax.convert.check_command import check_prompts
 from dspark_jax.convert.export import Source, frozen_tensors, write_export
 from dspark_jax.convert.hf import drafter_tensors, expected_tensors, import_drafter, read_drafter_config
 from dspark_jax.convert.hub import push
@@ -82,7 +83,7 @@ def test_export_of_a_run_and_import_of_it(run, tiny_target, tmp_path, monkeypatc
     assert "--speculative-dspark-confidence-sts-path DIR/calibration.json" in card
     assert "vllm serve org/base --speculative-config" in card and "convert_hf_to_gguf.py DIR" in card
 
-    monkeypatch.setattr(entry, "log", lines.append)
+    monkeypatch.setattr(sources, "log", lines.append)
     for file, step in {"calibration.json": 0, "eval/metrics.json": 2, "data/report.json": 1}.items():
         figures[file] = (run / file).read_text()
         (run / file).write_text(json.dumps(json.loads(figures[file]) | {"step": step}))
@@ -219,7 +220,7 @@ def test_a_directory_is_converted(run, tiny_target, tmp_path):
 def test_a_drafter_for_other_weights_is_said_to_be_one(run, tiny_target, tmp_path, monkeypatch):
     """It may be meant, for a target that was fine-tuned from its own; what is written is right for the target."""
     lines = list[str]()
-    monkeypatch.setattr(entry, "log", lines.append)
+    monkeypatch.setattr(sources, "log", lines.append)
     main(["export", f"--workdir={run}", f"--output={tmp_path / 'a'}"])
     shutil.copytree(tiny_target, tmp_path / "tuned")
     file = tmp_path / "tuned" / "model.safetensors"
@@ -381,9 +382,9 @@ def test_a_report_is_shown_even_if_its_file_cannot_be_written(tmp_path, capsys):
     stated = Layout("deepspec", "block", 7, (1, 9), 45, anchor_first=True, num_layers=5)
     report = Report(stated, ("it is broken",), (), None, ())
     with pytest.raises(InputError, match=r"^--json .*none/r.json: cannot be written \(No such file or directory\)"):
-        entry.show(report, str(tmp_path / "none" / "r.json"))
+        check_command.show(report, str(tmp_path / "none" / "r.json"))
     assert "WRONG: it is broken" in capsys.readouterr().out
-    entry.show(report, str(tmp_path / "r.json"))
+    check_command.show(report, str(tmp_path / "r.json"))
     assert json.loads((tmp_path / "r.json").read_text())["problems"] == ["it is broken"]
 
 

@@ -182,7 +182,7 @@ def decoding(config: Config, rates: Rates, quick: bool, show: bool) -> list[dict
 
 
 def training(config: Config, rates: Rates, show: bool) -> list[dict[str, Any]]:
-    """One sequence of 4096 tokens, 512 anchors; and four, with the target in the step."""
+    """One sequence of 4096 tokens, 512 anchors, by what is computed again; and four, with the target in the step."""
     from tests.benchmarks.train_step import floor_flops
 
     config = dataclasses.replace(
@@ -192,12 +192,14 @@ def training(config: Config, rates: Rates, show: bool) -> list[dict[str, Any]]:
         mesh=MeshConfig(1, 1, 1),
     )
     found = []
-    for name, batch, online in (
-        ("train step, features given", 1, False),
-        ("train step, online target", 1, True),
-        ("train step, online target, 4 sequences", 4, True),
+    for name, batch, online, recompute in (
+        ("train step, features given", 1, False, "nothing"),
+        ("the same, cheap parts computed again", 1, False, "cheap"),
+        ("the same, layers computed again", 1, False, "layers"),
+        ("train step, online target", 1, True, "nothing"),
+        ("train step, online target, 4 sequences", 4, True, "nothing"),
     ):
-        train = dataclasses.replace(config.train, steps=1000, batch_size=batch, accumulate=1)
+        train = dataclasses.replace(config.train, steps=1000, batch_size=batch, accumulate=1, recompute=recompute)
         case = dataclasses.replace(config, train=train)
         seconds, memory, compiled, run = train_step(case, online)
         floor = rates.floor(0, sum(floor_flops(case, online).values()))

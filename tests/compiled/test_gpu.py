@@ -28,7 +28,7 @@ from dspark_jax.ops.expert_mlp import Parts, expert_mlp
 from dspark_jax.ops.markov_sample import markov_sample
 from dspark_jax.ops.sampling import Sampling
 from dspark_jax.ops.speculative_verify import speculative_verify
-from dspark_jax.ops.vocab_loss import vocab_loss
+from dspark_jax.ops.vocab_loss import passes, vocab_loss
 from dspark_jax.sharding import MESH_AXES
 from dspark_jax.target.decode_weights import training_weights
 from dspark_jax.target.model import Target
@@ -37,6 +37,7 @@ from dspark_jax.training.optim import make_optimizer
 from dspark_jax.training.state import abstract_drafter, state_layout, to_params
 from dspark_jax.training.step import batch_layout, make_train_step
 from tests.compiled import h100
+from tests.ops.test_vocab_loss_terms import Everything
 
 pytestmark = pytest.mark.slow
 
@@ -173,6 +174,24 @@ def test_the_vocabulary_loss(terms: dict[str, float], softcap: float, devices: t
     joined = 0 if softcap else VOCABULARY * (d + 256) * 2
     arrays = logits * (4.5 if softcap else 2.5) + 4 * VOCABULARY * 256 * 4  # and sums of W2's gradient
     assert program.memory_analysis().temp_size_in_bytes < joined + arrays
+
+
+def test_a_term_with_every_known_step() -> None:
+    """What `passes` takes apart, the compiler puts together, gradients that are derived automatically as well."""
+
+    def run(hidden: Any, teacher: Any, head: Any, labels: Any, weights: Any) -> Any:
+        def loss(hidden: Any) -> Any:
+            terms = {"own": (Everything(), 1.0)}
+            arrays = hidden, None, teacher, head, None, labels, weights
+            return vocab_loss(*arrays, terms=terms, chunk=64, implementation="pallas_gpu").loss
+
+        return jax.grad(loss)(hidden)
+
+    arrays = shape(1, 64, 64), shape(1, 64, 64), shape(4000, 64), shape(1, 64, dtype=jnp.int32)
+    arrays += (shape(1, 64, dtype=jnp.float32),)
+    steps = set(re.findall(r" = (\w+)", str(jax.make_jaxpr(run)(*arrays))))
+    assert not passes.ELEMENTWISE - steps
+    assert compiled(run, *arrays, mesh=mesh_of(1, 1, 1)).as_text().count("xla.gpu.triton") >= 3
 
 
 @pytest.mark.parametrize("rows", [32, 1024])

@@ -281,13 +281,21 @@ def test_the_kernel_leaves_other_terms_and_split_vocabularies_to_xla():
     args, length = problem(t=6), vocab_terms({"length": 1.0})
     with pytest.raises(Unsupported, match="a term is not known to run in kernels"):
         vocab_loss(**args, terms=length, block=3, chunk=6, implementation="pallas_tpu")
-    with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))), pytest.raises(Unsupported, match="is split"):
-        run(args, implementation="pallas_tpu")
+    for kernels in ("pallas_tpu", "pallas_gpu"):
+        with (
+            jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))),
+            pytest.raises(Unsupported, match="is split"),
+        ):
+            run(args, implementation=kernels)
     big = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args)
     big |= {
         "head": jax.ShapeDtypeStruct((1 << 19, 8), jnp.float32),
         "markov_w2": jax.ShapeDtypeStruct((1 << 19, 3), jnp.float32),
     }
+    rows = {name: jax.ShapeDtypeStruct((1, 1 << 13, *args[name].shape[2:]), args[name].dtype) for name in args}
+    with pytest.raises(Unsupported, match="a chunk has over 2 to 31 logits"):
+        whole = big | {name: rows[name] for name in rows if name not in ("head", "markov_w2")}
+        jax.eval_shape(lambda args: vocab_loss(**args, terms=TERMS, chunk=5000, implementation="pallas_gpu"), whole)
     with pytest.raises(Unsupported, match="eight rows do not fit on the chip"):
         jax.eval_shape(lambda args: vocab_loss(**args, terms=TERMS, chunk=6, implementation="pallas_tpu"), big)
 

@@ -241,6 +241,20 @@ class Spread(VocabTerm):
         return jnp.sum(jnp.exp(-rows.draft * rows.draft_scale), axis=-1)
 
 
+class Everything(VocabTerm):
+    """Every step that a pass over the vocabulary may take."""
+
+    def value(self, rows):
+        """See `VocabTerm.value`."""
+        p, q, one = rows.draft * rows.draft_scale, jnp.copy(rows.teacher * rows.teacher_scale), jax.lax
+        some = [jnp.exp(-p), one.exp2(p), one.expm1(p), one.log(1 + p), one.log1p(q - p / 2)]
+        some += [one.sqrt(1 + p), one.rsqrt(1 + p), one.square(p), p**3, one.pow(1 + p, 1 + q), one.tanh(p)]
+        some += [one.logistic(-p), jnp.abs(p - q), jnp.maximum(p, q), jnp.minimum(p, 0.1), one.sign(q - p) * p]
+        some += [p.astype(jnp.bfloat16).astype(jnp.float32) * q]
+        chosen = ((p > 0.05) & ~(q >= 0.2)) | (p < q) | ((p <= 0.01) & (p != q)) | (p == 0.5)
+        return jnp.sum(jnp.where(chosen, sum(some), q), axis=-1)
+
+
 class Sorted(VocabTerm):
     """Something that needs a whole row at once."""
 
@@ -261,7 +275,7 @@ def test_a_term_of_ones_own_is_split_into_passes_or_left_to_xla():
 
         return jax.value_and_grad(loss, has_aux=True)(jnp.asarray(args["hidden"]))
 
-    for term in (Largest(), Spread()):
+    for term in (Largest(), Spread(), Everything()):
         (value, values), grad = both(term, "pallas_gpu")
         (want, want_values), want_grad = both(term, "xla")
         np.testing.assert_allclose(value, want, rtol=1e-6)

@@ -45,7 +45,10 @@ def vocab_loss(
     candidates: int = 0,
 ) -> VocabLoss:
     """See `api.vocab_loss`. Over a mesh, devices split the sequences."""
-    triton.check(the_vocabulary_is_split_over_devices=parts_of("vocab") == 1)
+    triton.check(
+        the_vocabulary_is_split_over_devices=parts_of("vocab") == 1,
+        a_chunk_has_over_2_to_31_logits=min(chunk + block, labels.size) * head.shape[0] < 1 << 31,
+    )
     arrays = hidden, prev_embedding, teacher, head, markov_w2, labels, weights
     settings: Any = {"terms": terms, "block": block, "softcap": softcap, "chunk": chunk, "candidates": candidates}
     _check_terms(terms, block, head.shape[0])

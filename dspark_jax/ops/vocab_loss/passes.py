@@ -17,9 +17,9 @@ from jax.extend.core import Literal
 from dspark_jax.ops.dispatch import Unsupported
 
 _SUMS = ("reduce_sum", "reduce_max")
-_VIEWS = ("broadcast_in_dim", "reshape", "squeeze")
-_ELEMENTWISE = {
-    "abs", "add", "add_any", "and", "convert_element_type", "copy", "div", "eq", "exp", "exp2", "expm1", "ge", "gt",
+_VIEWS = ("broadcast_in_dim", "copy", "reshape", "reshard", "sharding_constraint", "squeeze")
+ELEMENTWISE = {
+    "abs", "add", "add_any", "and", "convert_element_type", "div", "eq", "exp", "exp2", "expm1", "ge", "gt",
     "integer_pow", "le", "log", "log1p", "logistic", "lt", "max", "min", "mul", "ne", "neg", "not", "or", "pow",
     "rsqrt", "select_n", "sign", "sqrt", "square", "sub", "tanh",
 }  # fmt: skip
@@ -61,7 +61,7 @@ class Pass(NamedTuple):
 
     Attributes:
       steps: in their order.
-      arrays: names of those of the function's arrays [P, m, V] that it reads.
+      arrays: names of those of the function's arrays [P, m, V] that it reads; at least one.
       rows: names of the numbers [P, m] that it needs.
       sums: steps whose operands are summed over all tiles, or none; `wanted` then.
       wanted: names of what is written for every token.
@@ -140,10 +140,12 @@ class Passes:
         if sums:
             last = equation.invars[0].aval.ndim - 1
             known = tuple(equation.params["axes"]) == (last,)
+        elif primitive.name == "broadcast_in_dim" and any(map(self._is_wide, operands)):
+            known = equation.params["broadcast_dimensions"][-1] == len(shape) - 1
         elif primitive.name == "iota":
             known = not wide or equation.params["dimension"] == len(shape) - 1
         else:
-            known = not wide or (self._has_tokens(shape) and primitive.name in {*_ELEMENTWISE, *_VIEWS})
+            known = not wide or (self._has_tokens(shape) and primitive.name in {*ELEMENTWISE, *_VIEWS})
         if not known:
             raise Unsupported(f"a term of the loss takes {primitive.name} of whole rows")
         results = tuple(next(self._names) for _ in equation.outvars)
@@ -208,7 +210,7 @@ class Passes:
             needed.add(name)
             todo += self._made[name].operands if name in self._made else ()
         steps = tuple(step for step in self._steps if step.results[0] in needed)
-        arrays = tuple(name for name in self.inputs if name in needed)
+        arrays = tuple(name for name in self.inputs if name in needed) or tuple(self.inputs[:1])
         return Pass(steps, arrays, tuple(rows), tuple(sums), wanted)
 
 

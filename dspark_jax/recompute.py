@@ -26,18 +26,13 @@ def recomputing(what: str) -> Iterator[None]:
         _chosen.reset(before)
 
 
-def layer(function: Callable[..., Any], **how: Any) -> Callable[..., Any]:
-    """`function`, which is a layer, with a backward pass that computes again what was chosen.
-
-    Args:
-      function: of arrays.
-      **how: `static_argnums` of `jax.checkpoint`.
-    """
+def layer(function: Callable[[Any, int], Any]) -> Callable[[Any, int], Any]:
+    """`function`, of arrays and the number of a layer, with a backward pass that computes again what was chosen."""
     chosen = _chosen.get()
     if chosen == "nothing":
         return function
     keep = jax.checkpoint_policies.save_only_these_names(_DEAR) if chosen == "cheap" else None
-    return jax.checkpoint(function, policy=keep, **how)
+    return jax.checkpoint(function, policy=keep, static_argnums=1)
 
 
 def dear(x: jax.Array) -> jax.Array:

@@ -143,7 +143,7 @@ class Autoregressive(DrafterModule):
 
         carry, outputs = (at(fused, 0), [], []), []
         for k in range(self.block_size):
-            carry = recompute.layer(step, static_argnums=1)(carry, k)
+            carry = recompute.layer(step)(carry, k)
             outputs.append(rms_norm(carry[0], self.norm[...], self.arch.rms_norm_eps))
             if self.feeds_normed:
                 carry = outputs[-1], *carry[1:]

@@ -88,7 +88,7 @@ class Backbone(nnx.Module):
         x = embedded
         # Few layers, and one by one they save a loop's stacking of residuals.
         for index in range(self.num_layers):
-            x = recompute.layer(layer, static_argnums=1)(x, index)
+            x = recompute.layer(layer)(x, index)
         return rms_norm(x, self.norm[...], self.arch.rms_norm_eps)
 
     def _layer(

@@ -137,7 +137,7 @@ class StreamBackbone(nnx.Module):
 
         streams = streams_of(embedded, self.streams)
         for index in range(self.num_layers):
-            streams = recompute.layer(layer, static_argnums=1)(streams, index)
+            streams = recompute.layer(layer)(streams, index)
         return self.collapse(streams)
 
     def init_cache(self, batch: int, length: int, dtype: Any) -> jax.Array:

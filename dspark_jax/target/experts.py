@@ -113,7 +113,7 @@ class Experts(nnx.Module):
         self.trained = False
         for weight in (self.router, self.gate, self.up, self.down, self.shared_gate):
             narrow(weight, dtype)
-        stacked = self.gate[...].ndim == 4 and self.number is None
+        stacked = self.gate[...].ndim == 4
         if stacked and not platform.unstacks_layers() and parts_of("embed") == 1:
             self.number = Param(jnp.arange(self.gate[...].shape[0], dtype=jnp.int32), axes=("layers",))
             for weight in (self.gate, self.up, self.down):

@@ -71,9 +71,9 @@ def stay_stacked(weight: Param) -> None:
 def turn_across(weight: Param | None) -> None:
     """Holds a matrix of heads [*stack, D, N, H] as [*stack, N, H, D] from now on, where products want it so.
 
-    `linear` reads either. One that is held so already stays as it is.
+    `linear` reads either.
     """
-    if weight is None or platform.joins_heads() or weight.get_metadata().get("across"):
+    if weight is None or platform.joins_heads():
         return
     first = int(weight.axes[0] == "layers")
     axes = (*weight.axes[:first], *weight.axes[first + 1 :], weight.axes[first])

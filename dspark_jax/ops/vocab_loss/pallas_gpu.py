@@ -67,14 +67,17 @@ def _check_terms(terms: Mapping[str, tuple[VocabTerm, float]], block: int, v: in
 def _rowwise(logits: Logits, labels: jax.Array, weights: jax.Array, settings: Settings, dtype: Any) -> RowResults:
     """See `xla.Rowwise`."""
     v, wide = logits.draft.shape[-1], [logits.draft, logits.teacher]
-    sums = _on_rows(functools.partial(_exponentials_kernel, v=v), wide, [weights], 4)
+    exponentials = functools.partial(_exponentials_kernel, v=v)
+    sums = _go_over(exponentials, wide, [weights], [jnp.float32] * 4, sums=True)
     wide += [] if logits.capped is None else [logits.capped]
     narrow = [logits.label, labels, weights, *(x[..., None] for x in sums)]
 
     def one_pass(part: Pass, arrays: list[jax.Array], rows: list[jax.Array]) -> Sequence[jax.Array]:
         if part.sums:
-            return _on_rows(functools.partial(_sums_kernel, part=part, v=v), arrays, [weights, *rows], len(part.sums))
-        return _on_tiles(functools.partial(_tokens_kernel, part=part, v=v), arrays, rows, [dtype] * len(part.wanted))
+            kernel, dtypes = functools.partial(_sums_kernel, part=part, v=v), [jnp.float32] * len(part.sums)
+            return _go_over(kernel, arrays, [*rows, weights], dtypes, sums=True)
+        kernel = functools.partial(_tokens_kernel, part=part, v=v)
+        return _go_over(kernel, arrays, rows, [dtype] * len(part.wanted), sums=False)
 
     of_rows = functools.partial(_of_rows, settings=settings, dtype=dtype)
     return Passes(of_rows, wide, narrow).run([*wide, *narrow], one_pass)
@@ -90,38 +93,28 @@ def _of_rows(*arrays: jax.Array, settings: Settings, dtype: Any) -> RowResults:
     return found if capped else found._replace(slope=found.bent)  # they are the same then
 
 
-def _on_rows(kernel: Any, wide: Sequence[jax.Array], narrow: Sequence[jax.Array], count: int) -> list[jax.Array]:
-    """A kernel from rows [V] and numbers of them to `count` numbers: [P, m, V] and [P, m] -> [P, m] each."""
-
-    def here(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-        p, m, v = arrays[0].shape
-        row, one = pl.BlockSpec((None, v), lambda i: (i, 0)), pl.BlockSpec((1,), lambda i: (i,))
-        inputs = [x.reshape(p * m, *x.shape[2:]) for x in arrays]
-        out = [jax.ShapeDtypeStruct((p * m,), jnp.float32)] * count
-        specs = [row] * len(wide) + [one] * len(narrow)
-        found = triton.call(kernel, inputs, specs, out, [one] * count, grid=(p * m,), warps=_WARPS, stages=_STAGES)
-        return tuple(x.reshape(p, m) for x in found)
-
-    axes = [("batch", None, None)] * len(wide) + [("batch", None)] * len(narrow)
-    return list(per_device(here, axes, [("batch", None)] * count)(*wide, *narrow))
-
-
-def _on_tiles(
-    kernel: Any, wide: Sequence[jax.Array], narrow: Sequence[jax.Array], dtypes: Sequence[Any]
+def _go_over(
+    kernel: Any, wide: Sequence[jax.Array], narrow: Sequence[jax.Array], dtypes: Sequence[Any], *, sums: bool
 ) -> list[jax.Array]:
-    """A kernel from tiles of rows and numbers of them to tiles of rows: [P, m, V] and [P, m] -> [P, m, V] each."""
+    """A kernel from rows [V] and numbers of them, [P, m, V] and [P, m], to one result of each type.
+
+    With `sums` a program has a row, and gives numbers [P, m]; otherwise a tile of one, and gives a part of [P, m, V].
+    """
 
     def here(*arrays: jax.Array) -> tuple[jax.Array, ...]:
         p, m, v = arrays[0].shape
-        row, one = pl.BlockSpec((None, v), lambda i, j: (i, 0)), pl.BlockSpec((1,), lambda i, j: (i,))
+        row, one = pl.BlockSpec((None, v), lambda i, *_: (i, 0)), pl.BlockSpec((1,), lambda i, *_: (i,))
         inputs = [x.reshape(p * m, *x.shape[2:]) for x in arrays]
-        out = [jax.ShapeDtypeStruct((p * m, v), dtype) for dtype in dtypes]
-        specs, grid = [row] * len(wide) + [one] * len(narrow), (p * m, pl.cdiv(v, _tile(v)))
-        found = triton.call(kernel, inputs, specs, out, [row] * len(out), grid=grid, warps=_WARPS, stages=_STAGES)
-        return tuple(x.reshape(p, m, v) for x in found)
+        shape = (p * m,) if sums else (p * m, v)
+        out = [jax.ShapeDtypeStruct(shape, dtype) for dtype in dtypes]
+        specs, grid = [row] * len(wide) + [one] * len(narrow), (p * m,) if sums else (p * m, pl.cdiv(v, _tile(v)))
+        out_specs = [one if sums else row] * len(out)
+        found = triton.call(kernel, inputs, specs, out, out_specs, grid=grid, warps=_WARPS, stages=_STAGES)
+        return tuple(x.reshape(p, m, *shape[1:]) for x in found)
 
-    axes = [("batch", None, None)] * len(wide) + [("batch", None)] * len(narrow)
-    return list(per_device(here, axes, [("batch", None, None)] * len(dtypes))(*wide, *narrow))
+    of_rows, of_tokens = ("batch", None), ("batch", None, None)
+    axes = [of_tokens] * len(wide) + [of_rows] * len(narrow)
+    return list(per_device(here, axes, [of_rows if sums else of_tokens] * len(dtypes))(*wide, *narrow))
 
 
 def _tile(v: int) -> int:
@@ -151,8 +144,8 @@ def _exponentials_kernel(draft_ref: Any, teacher_ref: Any, weight_ref: Any, *out
 
 
 def _sums_kernel(*refs: Any, part: Pass, v: int) -> None:
-    """References: rows [V] and numbers that the pass needs, between them the row's weight; its sums."""
-    wide, (weight, *rows, outs) = refs[: len(part.arrays)], _parted(refs[len(part.arrays) :], 1 + len(part.rows))
+    """References: rows [V] and numbers that the pass needs, the row's weight; its sums."""
+    wide, rows, (weight, *outs) = _parted(refs, part)
     tile, most = _tile(v), [step.primitive.name == "reduce_max" for step in part.sums]
     numbers_of_row = [ref[0] for ref in rows]
 
@@ -170,16 +163,17 @@ def _sums_kernel(*refs: Any, part: Pass, v: int) -> None:
 
 def _tokens_kernel(*refs: Any, part: Pass, v: int) -> None:
     """References: rows [V] and numbers that the pass needs; rows [V] of what it writes."""
-    wide, (*rows, outs) = refs[: len(part.arrays)], _parted(refs[len(part.arrays) :], len(part.rows))
+    wide, rows, outs = _parted(refs, part)
     tokens = numbers(_tile(v), pl.program_id(1) * _tile(v))
     found = part.of_tile(_tiles(wide, tokens, v), [ref[0] for ref in rows], tokens)
     for ref, x in zip(outs, found, strict=True):
         store(ref, tokens, x, tokens < v)
 
 
-def _parted(refs: Sequence[Any], count: int) -> tuple[Any, ...]:
-    """The first ones, and after them all others together."""
-    return *refs[:count], refs[count:]
+def _parted(refs: Sequence[Any], part: Pass) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
+    """Those of the arrays that a pass reads, those of its numbers, and all others."""
+    first, second = len(part.arrays), len(part.arrays) + len(part.rows)
+    return refs[:first], refs[first:second], refs[second:]
 
 
 def _tiles(refs: Sequence[Any], tokens: jax.Array, v: int) -> list[jax.Array]:

@@ -7,6 +7,7 @@ import pytest
 
 from dspark_jax.ops.dispatch import Unsupported
 from dspark_jax.ops.vocab_loss import VocabTerm, vocab_loss
+from dspark_jax.ops.vocab_loss.api import OPERATION
 from dspark_jax.training.losses import vocab_terms
 
 B, T, G, V, D, R = 2, 12, 4, 23, 6, 3
@@ -261,6 +262,39 @@ class Sorted(VocabTerm):
     def value(self, rows):
         """See `VocabTerm.value`."""
         return jnp.sort(rows.draft, axis=-1)[..., 0]
+
+
+class Priced(VocabTerm):
+    """Something with an array of its own over the vocabulary, which no kernel is given."""
+
+    def value(self, rows):
+        """See `VocabTerm.value`."""
+        return jnp.sum(rows.draft * rows.draft_scale * np.linspace(1.0, 2.0, V, dtype=np.float32), axis=-1)
+
+
+class Counted(VocabTerm):
+    """Something that adds up whole numbers: tokens that are likelier than the target says."""
+
+    def value(self, rows):
+        """See `VocabTerm.value`."""
+        above = rows.draft * rows.draft_scale > rows.teacher * rows.teacher_scale
+        return rows.distance * jnp.sum(above, axis=-1).astype(jnp.float32)
+
+
+@pytest.mark.parametrize(
+    ("term", "reason"), [(Priced(), "has an array of its own over the vocabulary"), (Counted(), "sums int32")]
+)
+def test_what_kernels_are_not_given_is_left_to_xla(term, reason, monkeypatch):
+    args, settings = problem(6), {"terms": {"own": (term, 0.5)}, "chunk": 5}
+
+    def gradient(hidden):
+        return jax.grad(lambda hidden: vocab_loss(**{**args, "hidden": hidden}, **settings).loss)(hidden)
+
+    want = gradient(jnp.asarray(args["hidden"]))
+    with pytest.raises(Unsupported, match=f"a term of the loss {reason}"):
+        vocab_loss(**args, **settings, implementation="pallas_gpu")
+    monkeypatch.setattr(OPERATION, "order", {"cpu": ["pallas_gpu", "xla"]})
+    np.testing.assert_array_equal(gradient(jnp.asarray(args["hidden"])), want)
 
 
 def test_a_term_of_ones_own_is_split_into_passes_or_left_to_xla():

@@ -121,11 +121,14 @@ class Passes:
         """Adds the steps of a program and of those that it calls; gives the names of its results."""
         jaxpr, known = getattr(program, "jaxpr", program), {}
         for variable, value in zip(jaxpr.constvars, getattr(program, "consts", ()), strict=True):
+            self._check_own(value)
             known[variable] = name = next(self._names)
             self._constants[name], self._before[name] = value, 0
         known.update(zip(jaxpr.invars, operands, strict=True))
         for equation in jaxpr.eqns:
             given = tuple(x if isinstance(x, Literal) else known[x] for x in equation.invars)
+            for literal in (x for x in given if isinstance(x, Literal)):
+                self._check_own(literal.val)
             wide = any(map(self._is_wide, given)) or any(self._has_tokens(x.aval.shape) for x in equation.outvars)
             called = next((equation.params[key] for key in _CALLS if key in equation.params), None)
             results = self._add_all(called, given) if wide and called is not None else self._add(equation, given, wide)
@@ -138,8 +141,10 @@ class Passes:
         before = max((self._before[x] for x in operands if not isinstance(x, Literal)), default=0)
         sums = wide and primitive.name in _SUMS
         if sums:
-            last = equation.invars[0].aval.ndim - 1
-            known = tuple(equation.params["axes"]) == (last,)
+            summed = equation.invars[0].aval
+            known = tuple(equation.params["axes"]) == (summed.ndim - 1,)
+            if summed.dtype != jnp.float32:
+                raise Unsupported(f"a term of the loss sums {summed.dtype}")
         elif primitive.name == "broadcast_in_dim" and any(map(self._is_wide, operands)):
             known = equation.params["broadcast_dimensions"][-1] == len(shape) - 1
         elif primitive.name == "iota":
@@ -154,6 +159,11 @@ class Passes:
             self._wide.update(results)
         self._steps.append(Step(primitive, operands, results, equation.params, before, wide, sums))
         return results
+
+    def _check_own(self, value: Any) -> None:
+        """Refuses a constant that kernels would have to read tile by tile."""
+        if self._has_tokens(jnp.shape(value)):
+            raise Unsupported("a term of the loss has an array of its own over the vocabulary")
 
     def _is_wide(self, name: Any) -> bool:
         return not isinstance(name, Literal) and name in self._wide

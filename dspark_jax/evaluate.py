@@ -15,7 +15,8 @@ the same target and kind of drafter.
 From the rounds at the first temperature it also draws, as PNG with the data as JSON: acceptance by position, the
 sweep of the confidence threshold, the reliability of the confidences before and after calibration, and, replayed on a
 cost table, throughput against per-user speed and verification budget against concurrency (`eval/load.json`). The table
-has the shape of a saturating accelerator, or is that of `--cost_table`. `eval/report.html` shows all of it on one page.
+is that of `--cost_table`, or what was measured on an H100 with Qwen3-4B where such a drafter was measured there, or has
+the shape of a saturating accelerator. `eval/report.html` shows all of it on one page.
 
 `--traffic=2,4,8` also drives the serving engine of this machine, if it is the only one, with open-loop traffic at so
 many requests per second, with plain decoding, fixed lengths and schedulers in turn (`eval/traffic.json`).
@@ -44,15 +45,13 @@ from dspark_jax.data.samples import Tally
 from dspark_jax.evaluation.acceptance import count_rounds
 from dspark_jax.evaluation.decoding import Decoder, Requests, answer, compare_greedy
 from dspark_jax.evaluation.load import (
-    CONCURRENCIES,
     CostTable,
     contenders,
     load_curves,
     load_data,
     load_table,
-    read_cost_table,
-    saturating,
 )
+from dspark_jax.evaluation.measured_costs import INVENTED, costs_for
 from dspark_jax.evaluation.plots import (
     budget_plot,
     conditional_plot,
@@ -121,7 +120,7 @@ def evaluate_run(
     Args:
       run: see `evaluate`.
       decoder: models that are loaded already, or None to load the newest checkpoint.
-      cost_table: file in SGLang's layout to replay load on, or None for a saturating accelerator.
+      cost_table: what to replay load on, see `evaluation.measured_costs.costs_for`.
       traffic: rates in requests per second at which the serving engine is driven, e.g. "2,4,8"; empty for none.
       traffic_requests: at every rate.
       traffic_slots: requests decoded together.
@@ -144,8 +143,7 @@ def evaluate_run(
     check_prompt_files(config.eval.prompts, "eval.prompts")
     if not config.eval.temperatures:
         raise InputError("eval.temperatures is empty; give at least one, e.g. (1.0, 0.0)")
-    most = max(CONCURRENCIES) * (config.drafter.block_size + 1)
-    costs = read_cost_table(Path(cost_table)) if cost_table else saturating(most)
+    costs = costs_for(cost_table, config.drafter.kind, config.drafter.block_size)
     rates = parse_rates(traffic) if traffic else ()
     if rates and min(traffic_requests, traffic_slots) < 1:
         raise InputError(f"--traffic_requests={traffic_requests} and --traffic_slots={traffic_slots} must be positive")
@@ -173,7 +171,7 @@ def evaluate_run(
                 slots=traffic_slots,
                 count=traffic_requests,
                 temperature=measured[0].temperature,
-                steps_per_second=costs.speculative if cost_table else None,
+                steps_per_second=costs.speculative if cost_table and not costs.invented else None,
             )
     metrics["seconds"] = round(time.monotonic() - started, 1)
     if primary:
@@ -213,7 +211,7 @@ def show(
             parts += [calibration_table(predicted, title), load_table(load)]
     if traffic:
         parts.append(traffic_table(traffic))
-    print("\n\n".join([*parts, as_given(overview(metrics, page))]), flush=True)
+    print("\n\n".join([*parts, as_given(overview(metrics, page, load))]), flush=True)
 
 
 def measure(run: Run, decoder: Decoder, tally: Tally) -> tuple[dict[str, Any], list[Measured]]:
@@ -350,8 +348,9 @@ def _define(values: flags.FlagValues) -> None:
     command.define_path(
         values,
         "cost_table",
-        "JSON file with steps per second against tokens in the batch (SGLang's layout, as `profile` writes it). "
-        "Default: a saturating accelerator.",
+        "JSON file with steps per second against tokens in the batch (SGLang's layout, as `profile` writes it), or "
+        f"{INVENTED}, the shape of an accelerator under any load. Default: for dspark and dflash with blocks of 7 an "
+        f"H100 with Qwen3-4B, up to 32 users; for others {INVENTED}.",
     )
     flags.DEFINE_string(
         "traffic",

@@ -205,6 +205,11 @@ def test_load_is_replayed_on_the_given_table(run: Run):
     assert full["tokens_per_second"][1] == pytest.approx(2 * 5 * full["accepted_length"][1])
 
 
+def _gains(load: dict[str, Any]) -> list[float]:
+    plain, full = (load["curves"][name]["tokens_per_second"] for name in ("plain", f"fixed {BLOCK}"))
+    return [one / other for one, other in zip(full, plain, strict=True)]
+
+
 def test_calibration_halves_cover_all_rounds(run: Run):
     data = json.loads((run.workdir / "eval/calibration.json").read_text())
     assert data["fitted_rounds"] + data["scored_rounds"] == run.metrics["rounds"]
@@ -221,7 +226,8 @@ def test_report_shows_the_run(run: Run):
 def test_the_command_ends_in_twenty_lines(run: Run):
     """Accepted length with intervals by prompt set, speed, losslessness and the report, and the traffic asked for."""
     page = run.workdir / "eval/report.html"
-    shown = overview(run.metrics, page)
+    load = json.loads((run.workdir / "eval/load.json").read_text())
+    shown = overview(run.metrics, page, load)
     before = run.printed.removesuffix(shown)
     assert len(before) < len(run.printed) and before.count("open-loop traffic") == 1
     assert not any(word in before for word in ("ECE", "load, replayed", "macro average"))
@@ -236,6 +242,8 @@ def test_the_command_ends_in_twenty_lines(run: Run):
         assert f"{one['baseline_tokens_per_second']:.0f} tokens/s" in shown
     assert "all 9 answers are token-identical" in shown
     unmeasured = dict.fromkeys(("tokens_per_second", "baseline_tokens_per_second"))
+    assert "these rounds at the times of costs.json" in shown and f"x {_gains(load)[0]:.2f}" in shown
+    lines = overview(run.metrics, page).splitlines()
     silent = overview(run.metrics | unmeasured | {"temperatures": {"0.0": greedy | unmeasured}}, page)
     assert len(silent.splitlines()) == len(lines) - 4 and "tokens/s" not in silent
 
@@ -246,7 +254,7 @@ def test_every_table_is_printed_where_details_are_wanted(run: Run, capsys: pytes
     show(run.metrics, predicted, load, {}, folder / "report.html", details=True)
     printed = capsys.readouterr().out
     assert printed.startswith(table(run.metrics)) and printed.endswith(
-        overview(run.metrics, folder / "report.html") + "\n"
+        overview(run.metrics, folder / "report.html", load) + "\n"
     )
     assert "tiny, temperature 1: fitted on" in printed and "load, replayed on costs.json" in printed
     for temperature in ("1.0", "0.0"):

@@ -50,12 +50,16 @@ class CostTable:
       steps_per_second: [N + 1] for 0..N tokens; the entry of 0 is never used.
       draft_seconds: what drafting adds to a step. Plain decoding does not spend it. 0 where the table includes it.
       plain: [M + 1] steps per second of rounds without drafts, where they were measured separately.
+      invented: whether it is the shape of an accelerator and not the times of one.
+      about: how it was measured, and what it says nothing about, if that is known.
     """
 
     name: str
     steps_per_second: np.ndarray
     draft_seconds: float = 0.0
     plain: np.ndarray | None = None
+    invented: bool = False
+    about: str = ""
 
     @property
     def most_tokens(self) -> int:
@@ -66,6 +70,15 @@ class CostTable:
     def speculative(self) -> np.ndarray:
         """[N + 1] steps per second with drafting; what a scheduler reads."""
         return 1.0 / (1.0 / self.steps_per_second + self.draft_seconds)
+
+    @property
+    def without_drafts(self) -> np.ndarray:
+        """Steps per second of plain decoding, by the number of requests."""
+        return self.steps_per_second if self.plain is None else self.plain
+
+    def covers(self, users: int, rows: int) -> bool:
+        """Whether it has rounds of so many requests, with `rows` each in the verified batch and without drafts."""
+        return users * rows <= self.most_tokens and users < len(self.without_drafts)
 
 
 def saturating(tokens: int, *, knee: int = 256, steps_per_second: float = 50.0, draft_share: float = 0.0) -> CostTable:
@@ -80,7 +93,8 @@ def saturating(tokens: int, *, knee: int = 256, steps_per_second: float = 50.0, 
     batch = np.arange(tokens + 1)
     name = f"saturating accelerator: {steps_per_second:g} steps/s up to {knee} tokens, then time in proportion"
     name += f", drafting {draft_share:.0%} of a step" if draft_share else ""
-    return CostTable(name, steps_per_second / np.maximum(1.0, batch / knee), draft_share / steps_per_second)
+    rates = steps_per_second / np.maximum(1.0, batch / knee)
+    return CostTable(name, rates, draft_share / steps_per_second, invented=True)
 
 
 def read_cost_table(path: Path) -> CostTable:
@@ -216,7 +230,7 @@ def load_curves(
       advance: called with 1 after each contender.
     """
     width = calibration.traces.block_size + 1
-    covered = [users for users in concurrencies if users * width <= table.most_tokens]
+    covered = [users for users in concurrencies if table.covers(users, width)]
     curves = {}
     for name, contender in contenders(calibration).items():
         curves[name] = [replay(calibration.traces, contender, table, users, seed=seed) for users in covered]
@@ -241,7 +255,8 @@ def load_data(curves: Mapping[str, Sequence[LoadPoint]], table: CostTable, block
                 "least_ratio_to_fixed": float(to_fixed.min()),
                 "ratio_to_fixed_at_most_users": float(to_fixed[-1]),
             }
-    return {"cost_table": table.name, "curves": columns, "checks": checks}
+    said = {"cost_table": table.name, "about": table.about, "invented": table.invented}
+    return {**said, "curves": columns, "checks": checks}
 
 
 def load_table(data: Mapping[str, Any]) -> str:
@@ -286,7 +301,7 @@ def replay(
     """
     steps = steps or int(np.clip(8192 // concurrency, 96, 1024))
     warm_up = steps // 4
-    rates = table.speculative if contender.drafts else table.steps_per_second
+    rates = table.speculative if contender.drafts else table.without_drafts
     scheduled = rates.astype(np.float32)
     users = Users(traces, concurrency, np.random.default_rng(seed))
     forecasts = Forecasts(traces, contender.predicted, concurrency)

@@ -149,6 +149,7 @@ def _load(load: Mapping[str, Any]) -> dict[str, Any]:
     )
     return {
         "cost_table": load["cost_table"],
+        "about": load["about"],
         "users": [str(count) for count in next(iter(curves.values()))["concurrency"]],
         "tables": [
             (caption, [[name, *(number(value, form) for value in row[key])] for name, row in curves.items()])

@@ -1,7 +1,7 @@
 """From decoded answers to the numbers of `eval/metrics.json` and what is printed of them."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -216,12 +216,13 @@ def greedy_metrics(
     }
 
 
-def overview(metrics: Mapping[str, Any], report: Path) -> str:
+def overview(metrics: Mapping[str, Any], report: Path, load: Mapping[str, Any] | None = None) -> str:
     """What `evaluate` ends in: accepted length, speed, losslessness, and where the rest is.
 
     Args:
       metrics: content of `eval/metrics.json`.
       report: the page with everything.
+      load: content of `eval/load.json`, if there is one; shown where it was replayed on times that were measured.
     """
     every = [metrics, *metrics["temperatures"].values()]
     width = max(23, *(len(name) for name in metrics["prompt_sets"]))
@@ -250,7 +251,32 @@ def overview(metrics: Mapping[str, Any], report: Path) -> str:
             lines.append(row(what, ["x " + cell(one[name], one[f"{name}_ci95"]) for one in every]))
     elif metrics.get("target_runs_in"):
         lines += ["", f"speed is not measured, as the target runs in {metrics['target_runs_in']}"]
+    if load is not None and not load["invented"] and load["curves"]["plain"]["concurrency"]:
+        lines += ["", *_load_lines(load, metrics, row)]
     return "\n".join([*lines, "", _greedy_line(metrics), f"in brackets: 95 % intervals; everything else: {report}"])
+
+
+def _load_lines(
+    load: Mapping[str, Any], metrics: Mapping[str, Any], row: Callable[[str, Sequence[str]], str]
+) -> list[str]:
+    """What the recorded rounds would bring at the times of the cost table, with the fewest and with the most users."""
+    plain, drafted = (load["curves"][name] for name in ("plain", f"fixed {metrics['block_size']}"))
+    users: Sequence[int] = plain["concurrency"]
+    ends = [0, len(users) - 1] if len(users) > 1 else [0]
+
+    def cell(curve: Mapping[str, Any], at: int, unit: str = "") -> str:
+        each = f", {curve['per_user'][at]:.0f} each" if users[at] > 1 else ""
+        return f"{curve['tokens_per_second'][at]:.0f}{unit}{each}"
+
+    def gain(at: int) -> str:
+        return f"x {drafted['tokens_per_second'][at] / plain['tokens_per_second'][at]:.2f}"
+
+    return [
+        f"these rounds at the times of {load['cost_table']} (temperature {metrics['temperature']:g})",
+        row("", [f"{users[at]} user{'s' if users[at] > 1 else ''}" for at in ends]),
+        row("plain", [cell(plain, at, " tokens/s") for at in ends]),
+        row("drafting every round", [f"{cell(drafted, at)}, {gain(at)}" for at in ends]),
+    ]
 
 
 def tau_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:

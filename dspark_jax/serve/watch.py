@@ -3,11 +3,9 @@
 import contextlib
 import dataclasses
 import functools
-import json
 import os
 import threading
 from collections.abc import Iterator
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from dspark_jax.data.samples import Tally
 from dspark_jax.engine.request import Request
 from dspark_jax.engine.schedulers import SCHEDULERS
 from dspark_jax.engine.serving import Engine
+from dspark_jax.evaluation.measured_costs import cost_tables
 from dspark_jax.evaluation.setup import first_questions
 from dspark_jax.kinds import KINDS
 from dspark_jax.ops.sampling import GREEDY_BELOW
@@ -162,13 +161,6 @@ class Watch:
     def events(self, request: Request) -> Iterator[Event]:
         """`rounds.events` of a request."""
         return events(request, self.text_of)
-
-
-def cost_tables() -> list[dict[str, Any]]:
-    """Measured step times of accelerators that come with the package; each says how it was measured."""
-    folder = resources.files("dspark_jax.serve") / "costs"
-    files = sorted((one for one in folder.iterdir() if one.name.endswith(".json")), key=lambda one: one.name)
-    return [json.loads(one.read_text("utf-8")) for one in files]
 
 
 def _described(member: Member) -> dict[str, Any]:

@@ -164,6 +164,16 @@ def test_concurrencies_beyond_the_table_are_left_out(calibration):
     assert [point.concurrency for point in curves["plain"]] == [1, 2]
 
 
+def test_plain_decoding_has_its_own_times_where_they_were_measured(calibration):
+    """Not those of a round with drafts that verifies as many tokens, nor more users than were measured."""
+    table = CostTable("x", np.full(51, 5.0), plain=np.array([0.0, 20.0, 10.0, 8.0]))
+    curves = load_curves(calibration, table, concurrencies=(1, 2, 3, 4))
+    assert [point.concurrency for point in curves["plain"]] == [1, 2, 3]
+    assert [point.tokens_per_second for point in curves["plain"]] == pytest.approx([20, 20, 24])
+    point = curves["fixed 4"][1]
+    assert point.tokens_per_second == pytest.approx(2 * 5 * point.accepted_length)
+
+
 def test_threshold_policy():
     live = np.array([[0.9, 0.6, 0.2, 0.19], [0.4, 0.39, 0.3, 0.2], [0.0, 0.0, 0.0, 0.0]])
     active = np.array([True, True, False])
@@ -174,6 +184,7 @@ def test_threshold_policy():
 
 def test_saturating_shape():
     table = saturating(40, knee=10, steps_per_second=5)
+    assert table.invented and not CostTable("x", table.steps_per_second).invented
     assert table.most_tokens == 40
     np.testing.assert_allclose(table.steps_per_second[[1, 10, 20, 40]], [5, 5, 2.5, 1.25])
 

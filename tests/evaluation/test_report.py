@@ -92,7 +92,7 @@ def make_load() -> dict[str, Any]:
     row = {"concurrency": [1, 2], "tokens_per_second": [51.4, 99.6], "budget": [1.0, 2.5]}
     ratios = ("least_ratio_to_plain", "least_ratio_to_fixed", "ratio_to_fixed_at_most_users")
     checks = {"early stop, head": dict(zip(ratios, (1.0625, 0.9375, 6.54), strict=True))}
-    return {"cost_table": "table & co", "curves": {"plain": row}, "checks": checks}
+    return {"cost_table": "table & co", "about": "how <it> was measured", "curves": {"plain": row}, "checks": checks}
 
 
 def make_traffic() -> dict[str, list[TrafficPoint]]:

@@ -65,6 +65,34 @@ def test_the_overview_has_the_paper_s_figures_beside_ours():
     assert "paper" not in silent and len(re.findall(r"\(\S+ to \S+\)", silent)) == 2
 
 
+def load(users: list[int], **other: Any) -> dict[str, Any]:
+    """Two users get 100 tokens per second each, four 75 each; with drafts a quarter more and a tenth less."""
+    plain = np.asarray([{2: 200.0, 4: 300.0}[count] for count in users])
+    drafted = plain * [{2: 1.25, 4: 0.9}[count] for count in users]
+    curves = {
+        name: {"concurrency": users, "tokens_per_second": [*rates], "per_user": [*(rates / users)]}
+        for name, rates in (("plain", plain), ("fixed 1", drafted))
+    }
+    return {"cost_table": "a card", "invented": False, "curves": curves, **other}
+
+
+def test_the_overview_says_what_the_rounds_would_bring_on_a_card_that_was_measured():
+    lines = overview(metrics(None), Path("report.html"), load([2, 4])).splitlines()
+    at = lines.index("these rounds at the times of a card (temperature 1)")
+    assert [line.split("  ") for line in (re.sub("  +", "  ", one) for one in lines[at + 1 : at + 5])] == [
+        ["", "2 users", "4 users"],
+        ["plain", "200 tokens/s, 100 each", "300 tokens/s, 75 each"],
+        ["drafting every round", "250, 125 each, x 1.25", "270, 68 each, x 0.90"],
+        [""],
+    ]
+    assert max(map(len, lines)) <= 80
+    (alone,) = (line for line in overview(metrics(None), Path("x"), load([2])).splitlines() if line.startswith("plain"))
+    assert alone.split("  ")[-1] == "200 tokens/s, 100 each"
+    without = overview(metrics(None), Path("report.html"))
+    for none in (load([2, 4], invented=True), load([])):
+        assert overview(metrics(None), Path("report.html"), none) == without
+
+
 def test_table_and_report_show_domains_and_the_paper():
     found = metrics(paper_metrics("Qwen/Qwen3-4B", "dspark", TAUS))
     assert any(line.startswith("math ") and "3.500" in line for line in table(found).splitlines())

@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 
 from dspark_jax.demo import Wanted, record
+from dspark_jax.evaluation.measured_costs import cost_tables
 from dspark_jax.serve.document import document
 from dspark_jax.serve.pool import Pool
 from dspark_jax.serve.server import running
-from dspark_jax.serve.watch import Ask, Watch, cost_tables
+from dspark_jax.serve.watch import Ask, Watch
 from tests.serve.live import PROMPTS, Client, Make, with_prompts
 from tests.serve.test_answers import paused, until
 

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 
 from dspark_jax.demo import demo
+from dspark_jax.evaluation.measured_costs import cost_tables
 from dspark_jax.serve import background
 from dspark_jax.serve.pool import Pool
 from dspark_jax.serve.server import running
 from dspark_jax.serve.service import Limits
-from dspark_jax.serve.watch import Ask, Watch, cost_tables
+from dspark_jax.serve.watch import Ask, Watch
 from tests.serve.live import PROMPTS, Client, Make, events, with_prompts
 from tests.serve.test_answers import paused, until
 from tests.serve.test_page import Elements

@@ -9,7 +9,6 @@ from html.parser import HTMLParser
 import pytest
 
 from dspark_jax.serve.document import SCRIPTS, document, parts, policy
-from dspark_jax.serve.watch import cost_tables
 
 NAMESPACE = "http://www.w3.org/2000/svg"  # a name that is never fetched
 
@@ -88,11 +87,3 @@ def test_the_script_finds_what_it_looks_for(page: Elements) -> None:
     for fate in re.findall(r"^  (\w+): \{sign:", script, re.M):
         assert f".chip.{fate}" in style
     assert len(SCRIPTS) == len(set(SCRIPTS))
-
-
-def test_cost_tables_say_how_they_were_measured() -> None:
-    (table,) = cost_tables()
-    assert {"name", "source", "limits", "versions"} <= set(table)
-    for points, key in ((table["drafted_rounds"], "rows"), (table["plain_rounds"], "requests")):
-        assert [one[key] for one in points] == sorted({one[key] for one in points})
-        assert all(one["milliseconds"] > 0 for one in points)

@@ -45,6 +45,7 @@ from dspark_jax.data.samples import Tally
 from dspark_jax.evaluation.acceptance import count_rounds
 from dspark_jax.evaluation.decoding import Decoder, Requests, answer, compare_greedy
 from dspark_jax.evaluation.load import (
+    Costs,
     CostTable,
     contenders,
     load_curves,
@@ -171,7 +172,7 @@ def evaluate_run(
                 slots=traffic_slots,
                 count=traffic_requests,
                 temperature=measured[0].temperature,
-                steps_per_second=costs.speculative if cost_table and not costs.invented else None,
+                steps_per_second=costs.speculative if isinstance(costs, CostTable) and not costs.invented else None,
             )
     metrics["seconds"] = round(time.monotonic() - started, 1)
     if primary:
@@ -286,7 +287,7 @@ def write_analysis(
     config: Config,
     metrics: Mapping[str, Any],
     headline: Measured,
-    costs: CostTable,
+    costs: Costs,
     folder: Path,
     traffic: Mapping[str, Sequence[TrafficPoint]],
 ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:

@@ -17,7 +17,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -39,6 +39,33 @@ LAG = 2
 """Rounds after which `lagged` knows confidences."""
 
 _WIDTHS = (16, 64, 256)  # arrays of requests are padded to one of these, so that few executables are compiled
+
+
+class Costs(Protocol):
+    """What rounds cost on a device."""
+
+    @property
+    def name(self) -> str:
+        """What it was measured on."""
+        ...
+
+    @property
+    def about(self) -> str:
+        """How it was measured, and what it says nothing about, if that is known."""
+        ...
+
+    @property
+    def invented(self) -> bool:
+        """Whether it is the shape of an accelerator and not the times of one."""
+        ...
+
+    def covers(self, users: int, rows: int) -> bool:
+        """Whether it has rounds of so many requests, with `rows` each in the verified batch and without drafts."""
+        ...
+
+    def at(self, users: int) -> "CostTable":
+        """Costs of rounds of so many requests."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,8 +104,13 @@ class CostTable:
         return self.steps_per_second if self.plain is None else self.plain
 
     def covers(self, users: int, rows: int) -> bool:
-        """Whether it has rounds of so many requests, with `rows` each in the verified batch and without drafts."""
+        """See `Costs`."""
         return users * rows <= self.most_tokens and users < len(self.without_drafts)
+
+    def at(self, users: int) -> "CostTable":
+        """See `Costs`; the number of requests does not matter."""
+        del users
+        return self
 
 
 def saturating(tokens: int, *, knee: int = 256, steps_per_second: float = 50.0, draft_share: float = 0.0) -> CostTable:
@@ -214,7 +246,7 @@ def contenders(calibration: Calibration) -> dict[str, Contender]:
 
 def load_curves(
     calibration: Calibration,
-    table: CostTable,
+    costs: Costs,
     *,
     concurrencies: Sequence[int] = CONCURRENCIES,
     seed: int = 0,
@@ -224,22 +256,22 @@ def load_curves(
 
     Args:
       calibration: the traces that are replayed, and what was predicted on them.
-      table: cost of a step.
+      costs: of rounds.
       concurrencies: users, at most 256.
       seed: of the requests.
       advance: called with 1 after each contender.
     """
     width = calibration.traces.block_size + 1
-    covered = [users for users in concurrencies if table.covers(users, width)]
+    covered = [users for users in concurrencies if costs.covers(users, width)]
     curves = {}
     for name, contender in contenders(calibration).items():
-        curves[name] = [replay(calibration.traces, contender, table, users, seed=seed) for users in covered]
+        curves[name] = [replay(calibration.traces, contender, costs.at(users), users, seed=seed) for users in covered]
         if advance is not None:
             advance(1)
     return curves
 
 
-def load_data(curves: Mapping[str, Sequence[LoadPoint]], table: CostTable, block_size: int) -> dict[str, Any]:
+def load_data(curves: Mapping[str, Sequence[LoadPoint]], costs: Costs, block_size: int) -> dict[str, Any]:
     """Curves as columns, and for every scheduler that knows the load its least ratio to plain decoding, and its ratio
     to verifying everything with the fewest and with the most users."""
     names = [field.name for field in dataclasses.fields(LoadPoint)]
@@ -255,7 +287,7 @@ def load_data(curves: Mapping[str, Sequence[LoadPoint]], table: CostTable, block
                 "least_ratio_to_fixed": float(to_fixed.min()),
                 "ratio_to_fixed_at_most_users": float(to_fixed[-1]),
             }
-    said = {"cost_table": table.name, "about": table.about, "invented": table.invented}
+    said = {"cost_table": costs.name, "about": costs.about, "invented": costs.invented}
     return {**said, "curves": columns, "checks": checks}
 
 

@@ -2,30 +2,96 @@
 
 A file says what was measured on which device with which versions, for which drafters, and what it says nothing about.
 A further accelerator is a file: `tests/benchmarks/released.py` measures what stands in one.
+
+Few rounds are measured, so what lies between follows from a rule. A round with drafts takes what a plain round of as
+many requests takes (on straight lines between those that were measured), the time to draft, and a time for every
+drafted token that is verified; the last two are fitted to the rounds with drafts. That holds the caches' share, which
+the requests make, apart from that of the verified rows.
 """
 
+import dataclasses
+import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dspark_jax.evaluation.load import CONCURRENCIES, CostTable, read_cost_table, saturating
+from dspark_jax.evaluation.load import CONCURRENCIES, Costs, CostTable, read_cost_table, saturating
 
 INVENTED = "saturating"
 """In the place of a file: the shape of an accelerator, under any load."""
 
 
-def cost_tables() -> list[dict[str, Any]]:
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """Round times of an accelerator.
+
+    Attributes:
+      name: what was measured.
+      about: how, and what is not known.
+      plain: [M + 1] seconds of plain rounds of 0..M requests; the entry of 0 is never used.
+      draft: seconds that drafting adds to a round.
+      row: seconds that every verified draft adds.
+      most_rows: of a verified batch; more were not measured.
+    """
+
+    name: str
+    about: str
+    plain: np.ndarray
+    draft: float
+    row: float
+    most_rows: int
+    invented: bool = False
+
+    def covers(self, users: int, rows: int) -> bool:
+        """See `Costs`."""
+        return users < len(self.plain) and users * rows <= self.most_rows
+
+    def at(self, users: int) -> CostTable:
+        """See `Costs`."""
+        drafts = np.maximum(np.arange(self.most_rows + 1) - users, 0)
+        seconds = self.plain[users] + self.row * drafts
+        return CostTable(self.name, 1.0 / seconds, self.draft, about=self.about)
+
+
+def as_card(content: Mapping[str, Any]) -> Card:
+    """A file's round times.
+
+    Args:
+      content: `plain_rounds` by `requests`, ascending from 1, and `drafted_rounds` by `requests` and `rows` of the
+        verified batch, two or more, each in `milliseconds`; `name`, `source` and `limits`.
+    """
+    sizes, times = ([one[key] for one in content["plain_rounds"]] for key in ("requests", "milliseconds"))
+    plain = np.interp(np.arange(sizes[-1] + 1), sizes, times)
+    drafted = content["drafted_rounds"]
+    verified = [[1.0, one["rows"] - one["requests"]] for one in drafted]
+    more = [one["milliseconds"] - plain[one["requests"]] for one in drafted]
+    draft, row = np.linalg.lstsq(np.asarray(verified), np.asarray(more))[0] / 1e3
+    about = f"{content['source']} {content['limits']}"
+    return Card(content["name"], about, plain / 1e3, float(draft), float(row), max(one["rows"] for one in drafted))
+
+
+@functools.cache
+def cost_files() -> tuple[dict[str, Any], ...]:
     """The contents of all files, in the order of their names."""
     folder = resources.files("dspark_jax.evaluation") / "costs"
     files = sorted((one for one in folder.iterdir() if one.name.endswith(".json")), key=lambda one: one.name)
-    return [json.loads(one.read_text("utf-8")) for one in files]
+    return tuple(json.loads(one.read_text("utf-8")) for one in files)
 
 
-def costs_for(given: str | None, kind: str, block_size: int) -> CostTable:
+def shown_costs() -> list[dict[str, Any]]:
+    """The same for the page of `serve`: with `draft_milliseconds` and `row_milliseconds` of the rule besides."""
+    cards = [(content, as_card(content)) for content in cost_files()]
+    return [
+        {**content, "draft_milliseconds": 1e3 * card.draft, "row_milliseconds": 1e3 * card.row}
+        for content, card in cards
+    ]
+
+
+def costs_for(given: str | None, kind: str, block_size: int) -> Costs:
     """What load is replayed on.
 
     Args:
@@ -39,36 +105,8 @@ def costs_for(given: str | None, kind: str, block_size: int) -> CostTable:
     """
     if given and given != INVENTED:
         return read_cost_table(Path(given))
-    measured = None if given else measured_with(kind, block_size)
-    return measured or saturating(max(CONCURRENCIES) * (block_size + 1))
-
-
-def measured_with(kind: str, block_size: int) -> CostTable | None:
-    """The first table that was measured with such a drafter, or None.
-
-    Args:
-      kind: of drafter.
-      block_size: drafts per round.
-    """
-    for content in cost_tables():
-        if kind in content["kinds"] and block_size == content["block_size"]:
-            return as_cost_table(content)
-    return None
-
-
-def as_cost_table(content: Mapping[str, Any]) -> CostTable:
-    """A file's round times, on straight lines between what was measured; less than the least costs as much as that.
-
-    Args:
-      content: `drafted_rounds` by `rows` in the verified batch, `plain_rounds` by `requests`, each ascending, in
-        `milliseconds`; its `name`, `source` and `limits`.
-    """
-    drafted = _rates(content["drafted_rounds"], "rows")
-    plain = _rates(content["plain_rounds"], "requests")
-    return CostTable(content["name"], drafted, plain=plain, about=f"{content['source']} {content['limits']}")
-
-
-def _rates(measured: Sequence[Mapping[str, float]], size: str) -> np.ndarray:
-    """Rounds per second [N + 1] for 0..N."""
-    sizes, times = ([point[key] for point in measured] for key in (size, "milliseconds"))
-    return 1e3 / np.interp(np.arange(sizes[-1] + 1), sizes, times)
+    if not given:
+        for content in cost_files():
+            if kind in content["kinds"] and block_size == content["block_size"]:
+                return as_card(content)
+    return saturating(max(CONCURRENCIES) * (block_size + 1))

@@ -14,7 +14,7 @@ from dspark_jax.data.samples import Tally
 from dspark_jax.engine.request import Request
 from dspark_jax.engine.schedulers import SCHEDULERS
 from dspark_jax.engine.serving import Engine
-from dspark_jax.evaluation.measured_costs import cost_tables
+from dspark_jax.evaluation.measured_costs import shown_costs
 from dspark_jax.evaluation.setup import first_questions
 from dspark_jax.kinds import KINDS
 from dspark_jax.ops.sampling import GREEDY_BELOW
@@ -107,7 +107,7 @@ class Watch:
             "scheduler": pool.sizes.scheduler,
             "slots": pool.sizes.slots,
             "device": pool.device,
-            "costs": cost_tables(),
+            "costs": shown_costs(),
             "limits": {"users": MOST_USERS, "max_tokens": min(MOST_TOKENS, pool.sizes.capacity - 1)},
         }
 

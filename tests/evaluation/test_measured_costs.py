@@ -8,10 +8,10 @@ import pytest
 
 from dspark_jax.config import InputError
 from dspark_jax.evaluation.load import CONCURRENCIES
-from dspark_jax.evaluation.measured_costs import INVENTED, as_cost_table, cost_tables, costs_for, measured_with
+from dspark_jax.evaluation.measured_costs import INVENTED, as_card, cost_files, costs_for, shown_costs
 from dspark_jax.kinds import KINDS
 
-FILES = cost_tables()
+FILES = cost_files()
 
 
 def content(**other: object) -> dict:
@@ -19,8 +19,13 @@ def content(**other: object) -> dict:
         "name": "a card",
         "source": "Measured.",
         "limits": "Nothing else.",
-        "drafted_rounds": [{"rows": 4, "milliseconds": 2.0}, {"rows": 8, "milliseconds": 4.0}],
-        "plain_rounds": [{"requests": 1, "milliseconds": 1.0}, {"requests": 3, "milliseconds": 2.0}],
+        "kinds": ["mtp"],
+        "block_size": 3,
+        "drafted_rounds": [
+            {"requests": 1, "rows": 4, "milliseconds": 2.3},
+            {"requests": 3, "rows": 12, "milliseconds": 4.9},
+        ],
+        "plain_rounds": [{"requests": 1, "milliseconds": 1.0}, {"requests": 3, "milliseconds": 3.0}],
         **other,
     }
 
@@ -35,22 +40,33 @@ def test_files_say_how_they_were_measured(file: dict) -> None:
 
 
 @pytest.mark.parametrize("file", FILES, ids=[one["name"] for one in FILES])
-def test_what_was_measured_stands_in_the_table(file: dict) -> None:
-    table = as_cost_table(file)
+def test_what_was_measured_is_what_a_card_says(file: dict) -> None:
+    card = as_card(file)
     for one in file["drafted_rounds"]:
-        assert table.speculative[one["rows"]] == pytest.approx(1e3 / one["milliseconds"])
+        rate = card.at(one["requests"]).speculative[one["rows"]]
+        assert rate == pytest.approx(1e3 / one["milliseconds"], rel=1e-3)
     for one in file["plain_rounds"]:
+        table = card.at(one["requests"])
         assert table.without_drafts[one["requests"]] == pytest.approx(1e3 / one["milliseconds"])
-    rows = file["block_size"] + 1
-    requests = file["plain_rounds"][-1]["requests"]
-    assert table.covers(requests, rows) and not table.covers(requests + 1, rows)
-    assert file["limits"] in table.about and not table.invented
+    rows, requests = file["block_size"] + 1, file["plain_rounds"][-1]["requests"]
+    assert card.covers(requests, rows) and not card.covers(requests + 1, rows) and not card.covers(requests, rows + 1)
+    assert file["limits"] in card.about and not card.invented
 
 
-def test_times_between_are_on_a_line() -> None:
-    table = as_cost_table(content())
-    np.testing.assert_allclose(1e3 / table.speculative, [2, 2, 2, 2, 2, 2.5, 3, 3.5, 4])
-    np.testing.assert_allclose(1e3 / table.without_drafts, [1, 1, 1.5, 2])
+def test_what_lies_between_follows_from_the_rule() -> None:
+    """Plain rounds of 1, 2, 3 ms; drafting takes 1 ms and a draft 0.1: 1 + 1 + 3 x 0.1, and 3 + 1 + 9 x 0.1."""
+    card = as_card(content())
+    assert (card.draft, card.row) == (pytest.approx(1e-3), pytest.approx(1e-4))
+    two = card.at(2)
+    np.testing.assert_allclose(1e3 / two.speculative[2:9], 3 + 0.1 * np.arange(7))
+    assert 1e3 / two.without_drafts[2] == pytest.approx(2)
+    assert len(two.speculative) == 13
+
+
+def test_the_page_replays_by_the_same_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dspark_jax.evaluation.measured_costs.cost_files", lambda: (content(),))
+    (shown,) = shown_costs()
+    assert shown == content(draft_milliseconds=pytest.approx(1.0), row_milliseconds=pytest.approx(0.1))
 
 
 def test_load_is_replayed_on_what_was_measured_with_such_drafters_or_on_what_is_asked_for(tmp_path: Path) -> None:
@@ -67,11 +83,9 @@ def test_load_is_replayed_on_what_was_measured_with_such_drafters_or_on_what_is_
         costs_for(str(tmp_path / "missing.json"), "dspark", 7)
 
 
-def test_a_table_is_of_the_kind_that_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_costs_are_of_the_drafter_that_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """EAGLE-3 drafts token by token, and longer blocks in other times: nothing measured says in which."""
-    assert measured_with("dspark", 7) is not None and measured_with("dflash", 7) is not None
-    assert measured_with("eagle3", 7) is None and measured_with("dspark", 16) is None
-    files = [content(kinds=["mtp"], block_size=3, name=name) for name in ("first", "second")]
-    monkeypatch.setattr("dspark_jax.evaluation.measured_costs.cost_tables", lambda: files)
-    table = measured_with("mtp", 3)
-    assert table is not None and table.name == "first"
+    assert not costs_for(None, "dflash", 7).invented and costs_for(None, "dspark", 16).invented
+    files = tuple(content(name=name) for name in ("first", "second"))
+    monkeypatch.setattr("dspark_jax.evaluation.measured_costs.cost_files", lambda: files)
+    assert costs_for(None, "mtp", 3).name == "first"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dspark_jax.demo import demo
-from dspark_jax.evaluation.measured_costs import cost_tables
+from dspark_jax.evaluation.measured_costs import shown_costs
 from dspark_jax.serve import background
 from dspark_jax.serve.pool import Pool
 from dspark_jax.serve.server import running
@@ -48,7 +48,7 @@ def test_state(client: Client, pool: Pool) -> None:
     assert "early_stop" in tiny["schedulers"] and plain["schedulers"] == ["fixed"] and plain["block_size"] == 0
     assert (state["default"], state["plain"], state["slots"]) == ("tiny", "plain", pool.sizes.slots)
     assert state["device"] == pool.device and state["limits"]["users"] == 64
-    assert state["costs"] == cost_tables()
+    assert state["costs"] == shown_costs()
 
 
 def test_a_run_is_the_engines_trace(client: Client, pool: Pool) -> None:

@@ -128,19 +128,23 @@ class RecordedSource {
 // What a recorded run is found by.
 const RECORDED_BY = ["model", "scheduler", "domain", "index", "temperature", "users"];
 
-// Seconds of a round by a measured cost table; null where nothing like it was measured. Between measured points a
-// straight line; fewer rows than the fewest measured take as long as those.
+// Seconds of a round by a measured cost table; null where nothing like it was measured. A plain round by the number of
+// requests, on straight lines; one with drafts takes the time to draft more, and a time for every verified draft.
 function replayedSeconds(table, event) {
-  const drafted = event.drafted.length > 0;
-  const points = drafted ? table.drafted_rounds : table.plain_rounds;
-  const at = drafted ? event.rows : event.running;
-  const x = (point) => (drafted ? point.rows : point.requests);
-  if (at <= x(points[0])) return points[0].milliseconds / 1e3;
+  const plain = plainMilliseconds(table.plain_rounds, event.running);
+  if (plain === null || event.drafted.length === 0) return plain === null ? null : plain / 1e3;
+  if (event.rows > Math.max(...table.drafted_rounds.map((point) => point.rows))) return null;
+  const verified = Math.max(event.rows - event.running, 0);
+  return (plain + table.draft_milliseconds + table.row_milliseconds * verified) / 1e3;
+}
+
+function plainMilliseconds(points, requests) {
+  if (requests <= points[0].requests) return points[0].milliseconds;
   for (let i = 1; i < points.length; i++) {
     const [low, high] = [points[i - 1], points[i]];
-    if (at > x(high)) continue;
-    const share = (at - x(low)) / (x(high) - x(low));
-    return (low.milliseconds + share * (high.milliseconds - low.milliseconds)) / 1e3;
+    if (requests > high.requests) continue;
+    const share = (requests - low.requests) / (high.requests - low.requests);
+    return low.milliseconds + share * (high.milliseconds - low.milliseconds);
   }
   return null;
 }

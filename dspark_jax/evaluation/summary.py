@@ -244,15 +244,15 @@ def overview(metrics: Mapping[str, Any], report: Path, load: Mapping[str, Any] |
         rows = [one[group][name] if group else one for one in every]
         paper = _number(paper_cell(metrics, group, name), ".2f", 0) if metrics.get("paper") else ""
         lines.append(row(name, [*(cell(one["tau"], one["tau_ci95"]) for one in rows), paper]))
+    if load is not None and not load["invented"] and load["curves"]["plain"]["concurrency"]:
+        lines += ["", *_load_lines(load, metrics, row)]
     if metrics["tokens_per_second"] is not None:
         plain = [f"{one['baseline_tokens_per_second']:.0f} tokens/s" for one in every]
-        lines += ["", row("plain, one at a time", plain)]
+        lines += ["", row("plain here, one request", plain)]
         for name, what in (("speedup", "drafting every round"), ("adaptive_speedup", "drafting where it pays")):
             lines.append(row(what, ["x " + cell(one[name], one[f"{name}_ci95"]) for one in every]))
     elif metrics.get("target_runs_in"):
         lines += ["", f"speed is not measured, as the target runs in {metrics['target_runs_in']}"]
-    if load is not None and not load["invented"] and load["curves"]["plain"]["concurrency"]:
-        lines += ["", *_load_lines(load, metrics, row)]
     return "\n".join([*lines, "", _greedy_line(metrics), f"in brackets: 95 % intervals; everything else: {report}"])
 
 

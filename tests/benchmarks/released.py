@@ -6,6 +6,10 @@ For one accelerator, in under ten minutes. Every line gives the time, the floor 
 read at the rate of a copy and of the operations at the rate of a large product, both measured here first), their ratio,
 and what the PyTorch reference took on an H100 where that was measured. `--profile` adds the kernels that take the time.
 Without `--parts` all parts run; `--quick` is a tiny model, to try this file on any machine.
+
+    python tests/benchmarks/released.py --model qwen3_4b --parts "" --card dspark_jax/evaluation/costs/CARD_MODEL.json
+
+measures the round times of DSpark on this card, on which `evaluate` replays load then.
 """
 
 import argparse
@@ -15,6 +19,7 @@ import glob
 import gzip
 import json
 import os
+import platform
 import statistics
 import sys
 import tempfile
@@ -181,6 +186,38 @@ def decoding(config: Config, rates: Rates, quick: bool, show: bool) -> list[dict
     return found
 
 
+def card(config: Config, model: str, quick: bool) -> dict[str, Any]:
+    """Round times by the number of requests and of verified rows, as a file of `dspark_jax/evaluation/costs/`."""
+    context, block = 32 if quick else 1024, config.drafter.block_size
+    both = Models(*models(config)).for_decoding(batch_size=1, consume=True)
+    plain, drafted = [], []
+    for requests in (1, 2) if quick else (1, 4, 16, 32, 64):
+        seconds = round_seconds(both.plain(), RoundShape(requests, context, 0), rounds=16)
+        plain.append({"requests": requests, "milliseconds": round(1e3 * seconds, 3)})
+        for drafts in (2, block):
+            rows = requests * (drafts + 1)
+            seconds = round_seconds(both, RoundShape(requests, context, rows), rounds=16)
+            drafted.append({"requests": requests, "rows": rows, "milliseconds": round(1e3 * seconds, 3)})
+    device, name = jax.devices()[0].device_kind, os.path.basename(config.target.path)
+    return {
+        "name": f"one {device} with {name} and DSpark",
+        "source": f"Measured with JAX {jax.__version__} on {jax.default_backend()}: random weights in bfloat16, "
+        f"greedy, every request with {context} tokens of context, blocks of {block} drafts "
+        f"(tests/benchmarks/released.py --model {model} --card).",
+        "limits": f"Rounds of {', '.join(str(one['requests']) for one in plain)} requests, with 2 and with {block} "
+        "drafts of each verified, were measured. Between them it is assumed that a round takes what a plain one of as "
+        "many requests takes, the time to draft, and a time for each draft that is verified. Other kinds of drafters "
+        "draft in other times.",
+        "kinds": ["dspark", "dflash"],
+        "block_size": block,
+        "device": device,
+        "versions": {"jax": jax.__version__, "python": platform.python_version()},
+        "context": context,
+        "drafted_rounds": drafted,
+        "plain_rounds": plain,
+    }
+
+
 def training(config: Config, rates: Rates, show: bool) -> list[dict[str, Any]]:
     """One sequence of 4096 tokens, 512 anchors, by what is computed again; and four, with the target in the step."""
     from tests.benchmarks.train_step import floor_flops
@@ -262,6 +299,7 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="the kernels that take the time")
     parser.add_argument("--quick", action="store_true", help="a tiny model")
     parser.add_argument("--json", help="file for the figures")
+    parser.add_argument("--card", help="file for the round times of this card")
     options = parser.parse_args()
     device = jax.devices()[0]
     rates = Rates.measured(options.quick)
@@ -280,6 +318,10 @@ def main() -> None:
         found += decoding(config, rates, options.quick, options.profile)
     if "train" in parts:
         found += training(config, rates, options.profile)
+    if options.card:
+        content = card(config, options.model, options.quick)
+        Path(options.card).write_text(json.dumps(content, indent=1) + "\n")
+        print(f"round times: {options.card}")
     if options.json:
         about = {"device": device.device_kind, "jax": jax.__version__, **dataclasses.asdict(rates)}
         Path(options.json).write_text(json.dumps({**about, "model": options.model, "figures": found}, indent=1))

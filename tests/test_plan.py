@@ -147,6 +147,15 @@ def test_a_fusion_reads_what_it_uses():
     assert program_cost(SLICED).hbm_bytes == 8 * 100 * 4 + 400 + 400
 
 
+def test_a_slice_of_what_is_converted_reads_the_slice():
+    """Of a stack of float32 that is used in bfloat16, a layer's float32."""
+    text = SLICED.replace(
+        "  %row = f32[1,100]{1,0:T(8,128)} slice(%param_1)",
+        "  %narrow = bf16[8,100]{1,0} convert(%param_1)\n  %row = bf16[1,100]{1,0} slice(%narrow)",
+    )
+    assert text != SLICED and program_cost(text).hbm_bytes == program_cost(SLICED).hbm_bytes
+
+
 def test_what_is_fetched_ahead_counts_once():
     """A part of an array that is brought onto the chip is read; an array that is put back is written."""
     text = SLICED.replace(

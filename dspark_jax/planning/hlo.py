@@ -244,11 +244,13 @@ def _bytes(program: _Program, computation: str, instruction: _Instruction) -> fl
 
 
 def _users(program: _Program, inner: dict[str, _Instruction], name: str) -> list[tuple[_Instruction, str]]:
-    """(user, name that it uses) of a value of a fusion, looking through changes of shape."""
+    """(user, name that it uses) of a value of a fusion, looking through changes of shape and type."""
     found = []
     for user in inner.values():
         if name in user.operands:
-            view = user.operation in _VIEWS or (user.operation == "fusion" and _is_view(program, user, name))
+            view = user.operation in (*_VIEWS, "convert") or (
+                user.operation == "fusion" and _is_view(program, user, name)
+            )
             found += _users(program, inner, user.name) if view else [(user, name)]
     return found
 
@@ -274,7 +276,8 @@ def _read(program: _Program, inner: dict[str, _Instruction], parameter: _Instruc
     size, total = _size(_shapes(parameter.type), hbm=True), 0.0
     for user, name in _users(program, inner, parameter.name):
         if user.operation in (*_SLICES, "gather") and user.operands[0] == name:
-            total += _size(_shapes(user.type))
+            read, used = (_width(one.type.partition("[")[0]) for one in (parameter, user))
+            total += _size(_shapes(user.type)) * read / used
         elif user.operation == "fusion":
             nested = program[user.called("calls")[0]]
             total += sum(_read(program, nested, one) for one in _parameters(program, user, name))
@@ -292,12 +295,16 @@ def _written(inner: dict[str, _Instruction], whole: float) -> float:
     return max(whole, 0.0)
 
 
+def _width(kind: str) -> float:
+    """Bytes of an element: of `bf16`, 2."""
+    return _WIDTHS.get(kind) or (int(re.sub(r"\D", "", kind) or 0) / 8)
+
+
 def _shapes(text: str) -> Iterator[tuple[float, bool]]:
     """(bytes, whether in HBM) of the arrays of a type."""
     for kind, dimensions, layout in _SHAPE.findall(text):
-        width = _WIDTHS.get(kind) or (int(re.sub(r"\D", "", kind) or 0) / 8)
         count = math.prod(int(size) for size in dimensions.split(",") if size)
-        yield width * count, not re.search(r"S\([1-9]\d*\)", layout or "")
+        yield _width(kind) * count, not re.search(r"S\([1-9]\d*\)", layout or "")
 
 
 def _size(shapes: Iterator[tuple[float, bool]] | list[tuple[float, bool]], *, hbm: bool = False) -> float:

@@ -19,6 +19,7 @@ COMMANDS = (
     "demo",
     "convert",
     "plan",
+    "kernels",
 )
 
 

@@ -73,7 +73,7 @@ ALLOWED = {
     "serve": BASE | {"ops", "data", "target", "drafter", "run", "training", "engine", "evaluation", "serve"},
     "__main__": BASE,
 }
-COMMANDS = {"prepare", "train", "evaluate", "calibrate", "compare", "demo", "generate", "plan", "profile"}
+COMMANDS = {"prepare", "train", "evaluate", "calibrate", "compare", "demo", "generate", "kernels", "plan", "profile"}
 FOLDERS = {"convert": {"__main__", "check_command", "sources"}, "serve": {"__main__"}}  # of commands that are a package
 CALLS = {"train": {"prepare", "evaluate"}}  # the data it needs, and the checkpoint it has just written
 

@@ -85,7 +85,7 @@ def test_every_flag_and_option_that_is_text_is_known_to_be_a_path_or_not() -> No
         found |= {flag: values[flag].parser for flag in values if not flag.startswith("config")}
     local = {flag for flag, kind in found.items() if isinstance(kind, command._LocalPath)}
     numbers = (flags.BooleanParser, flags.IntegerParser, flags.FloatParser)
-    assert local == {"workdir", "cost_table", "out"}
+    assert local == {"workdir", "cost_table", "json", "out"}
     assert {flag for flag in local if isinstance(found[flag], command._Path)} == {"workdir"}
     assert {flag for flag, kind in found.items() if not isinstance(kind, numbers)} == OTHER_FLAGS | local
     options = {action.dest for action in actions(parser()) if action.nargs != 0 and action.type is None}

@@ -72,7 +72,7 @@ class Operation:
             return self._function(implementation)(*arrays, **settings)
         refusals = []
         for name in self.order[platform.current()]:
-            if self._switched_off(name):
+            if self.switched_off(name):
                 refusals.append(f"{name}: switched off by {SWITCHED_OFF}")
                 continue
             try:
@@ -81,7 +81,8 @@ class Operation:
                 refusals.append(f"{name}: {refusal}")
         raise Unsupported(f"{self.name}: no implementation can do this here; {'; '.join(refusals)}")
 
-    def _switched_off(self, name: str) -> bool:
+    def switched_off(self, name: str) -> bool:
+        """Whether the environment says to do without an implementation."""
         listed = {entry.strip() for entry in os.environ.get(SWITCHED_OFF, "").split(",")}
         return name in listed or f"{self.name}.{name}" in listed
 

@@ -1,0 +1,171 @@
+"""Tries every kernel of this device at the shapes of an experiment: whether it runs, is right, and is worth it.
+
+    python -m dspark_jax.kernels --config dspark_qwen3_4b
+
+calls every implementation of every operation that this platform asks (docs/kernels.md), with random arrays of the
+sizes of the config's target and drafter, and compares what it gives, gradients too, with the plain definition in
+float32 on the same arrays. No weights are needed. Most kernels have never run on a card or a TPU: this is the first
+thing to do on a new one.
+
+A line for each has the time of a call (the best of several, one device), how many times as fast it is as XLA, and how
+far it is from the definition: of numbers the norm of the difference over that of the definition, of tokens the share
+that differs. It ends in the setting that goes without those that fail (`DSPARK_JAX_WITHOUT`), and in status 1 if there
+are some. `--json FILE` writes the lines.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+
+from dspark_jax import command, platform
+from dspark_jax.config import Config
+from dspark_jax.json_file import write_json
+from dspark_jax.ops.dispatch import SWITCHED_OFF, Unsupported
+from dspark_jax.planning.cases import Case, cases
+from dspark_jax.progress import log
+
+FAR = 0.02
+"""Of numbers in bfloat16, further from the definition than this is wrong."""
+
+TOKENS = 0.05
+"""Of drawn tokens; sums in another order draw another one where two lie close together, and then what follows it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tried:
+    """What an implementation did in a case.
+
+    Attributes:
+      operation: its name.
+      case: what the arguments were like.
+      implementation: its name.
+      milliseconds: of a call, None where it did not run.
+      error: from the definition, None where it did not run.
+      refused: why it leaves the case to the next one, if it does.
+      failed: why it must not be used, if so.
+    """
+
+    operation: str
+    case: str
+    implementation: str
+    milliseconds: float | None = None
+    error: float | None = None
+    refused: str = ""
+    failed: str = ""
+
+
+def kernels(
+    config: Config, workdir: Path, *, requests: int = 32, context: int = 1024, json: str | None = None
+) -> list[Tried]:
+    """Tries them and prints what came of it.
+
+    Args:
+      config: resolved; its target's weights are not read.
+      workdir: not used.
+      requests: of decoding rounds.
+      context: tokens of each.
+      json: file for the lines, if any.
+
+    Raises:
+      SystemExit: with status 1, after everything else, if one fails.
+    """
+    del workdir
+    device = jax.devices()[0]
+    print(f"{device.device_kind}, jax {jax.__version__}, shapes of {config.name}", flush=True)
+    found: list[Tried] = []
+    for case in cases(config, requests=requests, context=context):
+        print(f"{case.operation.name}: {case.label}", flush=True)
+        lines = [*tried(case, _implementations(case))]
+        plain = next((one.milliseconds for one in lines if one.implementation == "xla"), None)
+        for one in lines:
+            print(_line(one, plain), flush=True)
+        found += lines
+    if json is not None:
+        lines = [dataclasses.asdict(one) for one in found]
+        write_json(Path(json), {"device": device.device_kind, "jax": jax.__version__, "tried": lines})
+        log(f"kernels: wrote {json}")
+    failed = dict.fromkeys(f"{one.operation}.{one.implementation}" for one in found if one.failed)
+    if failed:
+        print(f"{len(failed)} must not be used here; go without: {SWITCHED_OFF}={','.join(failed)}", flush=True)
+        raise SystemExit(1)
+    own = {f"{one.operation}.{one.implementation}" for one in found if one.implementation != "xla" and not one.refused}
+    print(f"{len(own)} kernels agree with the definition" if own else f"{platform.current()}: XLA alone, no kernels")
+    return found
+
+
+def _implementations(case: Case) -> list[str]:
+    """Those that this platform asks, but for what the environment switches off."""
+    operation = case.operation
+    return [name for name in operation.order[platform.current()] if not operation.switched_off(name)]
+
+
+def tried(case: Case, names: Sequence[str], *, timed: bool = True) -> Iterator[Tried]:
+    """Every implementation of a case, one after the other; `timed` or called once."""
+    arrays = case.arrays()
+    with jax.default_matmul_precision("highest"):
+        wide = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, arrays)
+        expected = jax.jit(lambda *x: case.function(*x, implementation="xla"))(*wide)
+    del wide
+    for name in names:
+        one = Tried(case.operation.name, case.label, name)
+        call = jax.jit(lambda *x, name=name: case.function(*x, implementation=name))
+        try:
+            error, wrong = distance(jax.block_until_ready(call(*arrays)), expected)
+            taken = 1e3 * seconds(call, arrays) if timed else None
+            yield dataclasses.replace(one, milliseconds=taken, error=error, failed=wrong)
+        except Unsupported as refusal:
+            yield dataclasses.replace(one, refused=str(refusal))
+        except Exception as error:  # whatever a compiler or a device raises: the others are tried all the same
+            text = (str(error).strip() or type(error).__name__).splitlines()[0]
+            yield dataclasses.replace(one, failed=f"{type(error).__name__}: {text[:200]}")
+
+
+def distance(found: Any, expected: Any) -> tuple[float, str]:
+    """How far arrays are from others of the same structure, the largest of all, and why that is too far, if it is."""
+    worst, wrong = 0.0, ""
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        if jnp.issubdtype(other.dtype, jnp.integer):
+            far, most = float(jnp.mean(one != other)), TOKENS
+        else:
+            one, other = one.astype(jnp.float32), other.astype(jnp.float32)
+            far, most = float(jnp.linalg.norm(one - other) / jnp.maximum(jnp.linalg.norm(other), 1e-30)), FAR
+        if not far <= most:  # NaN, too
+            wrong = f"differs from the definition by {far:.2g}, more than {most:g}"
+        worst = max(worst, far) if far == far else far
+    return worst, wrong
+
+
+def seconds(call: Callable[..., Any], arrays: Sequence[Any], *, repeats: int = 3, calls: int = 5) -> float:
+    """Of one of several calls in a row, the best of several times."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        for _ in range(calls):
+            out = call(*arrays)
+        jax.block_until_ready(out)
+        times.append((time.perf_counter() - start) / calls)
+    return min(times)
+
+
+def _line(one: Tried, plain: float | None) -> str:
+    if one.milliseconds is None or one.error is None:
+        return f"  {one.implementation:12} " + (f"FAILS: {one.failed}" if one.failed else f"leaves it: {one.refused}")
+    ratio = f"{plain / one.milliseconds:6.2f} x XLA" if plain is not None else " " * 12
+    text = f"  {one.implementation:12} {one.milliseconds:9.3f} ms  {ratio}  differs by {one.error:.1e}"
+    return text + (f"  FAILS: {one.failed}" if one.failed else "")
+
+
+def _define(values: flags.FlagValues) -> None:
+    flags.DEFINE_integer("requests", 32, "Of decoding rounds.", flag_values=values)
+    flags.DEFINE_integer("context", 1024, "Tokens of each of them.", flag_values=values)
+    command.define_path(values, "json", "File for the lines. Default: none.")
+
+
+if __name__ == "__main__":
+    command.run(kernels, define=_define, writes=False, distributed=False)

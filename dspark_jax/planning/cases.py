@@ -1,0 +1,248 @@
+"""Every operation at the shapes of an experiment, with random arrays: what `kernels` tries on a device."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dspark_jax import platform
+from dspark_jax.config import Config
+from dspark_jax.kinds import KINDS
+from dspark_jax.ops.attention import attention
+from dspark_jax.ops.attention.api import OPERATION as ATTENTION
+from dspark_jax.ops.block_attention import block_attention
+from dspark_jax.ops.block_attention.api import OPERATION as BLOCK_ATTENTION
+from dspark_jax.ops.cache_write import cache_write
+from dspark_jax.ops.cache_write.api import OPERATION as CACHE_WRITE
+from dspark_jax.ops.cached_attention import Rows, cached_attention
+from dspark_jax.ops.cached_attention.api import OPERATION as CACHED_ATTENTION
+from dspark_jax.ops.dispatch import Operation
+from dspark_jax.ops.expert_mlp import Parts, expert_mlp
+from dspark_jax.ops.expert_mlp.api import OPERATION as EXPERT_MLP
+from dspark_jax.ops.markov_sample import markov_sample
+from dspark_jax.ops.markov_sample.api import OPERATION as MARKOV_SAMPLE
+from dspark_jax.ops.sampling import Sampling
+from dspark_jax.ops.speculative_verify import speculative_verify
+from dspark_jax.ops.speculative_verify.api import OPERATION as SPECULATIVE_VERIFY
+from dspark_jax.ops.vocab_loss import vocab_loss
+from dspark_jax.ops.vocab_loss.api import OPERATION as VOCAB_LOSS
+from dspark_jax.target import families
+from dspark_jax.target.families.family import AttentionShape, ExpertShape
+from dspark_jax.target.layers import drafter_layer
+from dspark_jax.training.losses import vocab_terms
+
+Arrays = tuple[Any, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """An operation with one kind of arguments.
+
+    Attributes:
+      operation: which.
+      label: what the arguments are like.
+      function: (*arrays, implementation) -> arrays in any structure, with gradients where training needs some.
+      arrays: makes the arguments; matrices and rows are in bfloat16.
+    """
+
+    operation: Operation
+    label: str
+    function: Callable[..., Any]
+    arrays: Callable[[], Arrays]
+
+
+def cases(config: Config, *, requests: int = 32, context: int = 1024) -> Iterator[Case]:
+    """All operations of the experiment's target and drafter.
+
+    Args:
+      config: resolved; `target.architecture`, `drafter`, `loss`, `data.max_length`, `train.num_anchors`.
+      requests: of a decoding round.
+      context: tokens of each.
+    """
+    arch, rows = config.target.architecture, config.drafter.block_size + 1
+    family = families.of_shape(arch)
+    layers = [family.layer(arch, kind) for kind in family.stacks_of(arch)]
+    plain = [one.attention for one in layers if one.delta is None and one.compressed is None]
+    drafts = drafter_layer(arch)[1].attention
+    for shape in dict.fromkeys(plain):
+        yield from _attention(shape, config.data.max_length)
+    yield _block_attention(drafts, config)
+    for shape in dict.fromkeys([*plain, drafts]):
+        yield _cached_attention(shape, requests, rows, context)
+    yield _cache_write(drafts, requests, rows, context)
+    for shape in dict.fromkeys(one.experts for one in layers if one.experts is not None):
+        yield _expert_mlp(shape, arch.hidden_size, requests * rows)
+    for heat in (0.0, 1.0) if _markov(config) else ():
+        yield _markov_sample(config, requests, heat)
+    for heat in (0.0, 1.0):
+        yield _speculative_verify(config, requests, heat)
+    yield _vocab_loss(config)
+
+
+def _normal(seed: int, *shape: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
+
+
+def _logits(seed: int, *shape: int) -> jax.Array:
+    return 2 * jax.random.normal(jax.random.key(seed), shape, jnp.float32)
+
+
+def _uniforms(*shape: int) -> jax.Array:
+    return jax.random.randint(jax.random.key(6), (*shape, 2), 0, 1 << 30)
+
+
+def _markov(config: Config) -> int:
+    """Rank of the sequential head, 0 without one."""
+    return config.drafter.markov_rank if KINDS[config.drafter.kind].has_heads else 0
+
+
+def _called(operation: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
+    """`operation(*arrays, implementation=…)` with these settings."""
+    return lambda *arrays, implementation: operation(*arrays, **settings, implementation=implementation)
+
+
+def _with_gradients(operation: Callable[..., Any], first: int, **settings: Any) -> Callable[..., Any]:
+    """The result, and the gradients in the first arrays of its sum, weighted unevenly."""
+
+    def run(*arrays: jax.Array, implementation: str) -> Any:
+        rest = arrays[first:]
+        out, pull = jax.vjp(
+            lambda *trained: operation(*trained, *rest, **settings, implementation=implementation), *arrays[:first]
+        )
+        return out, pull(jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape).astype(out.dtype))
+
+    return run
+
+
+def _attention(shape: AttentionShape, length: int) -> Iterator[Case]:
+    n, k, h = shape.heads, shape.kv_heads, shape.width
+    size = f"{n}/{k} heads of {h}, {length} rows"
+    settings: dict[str, Any] = {"scale": shape.scale, "window": shape.window}
+    settings |= {"sinks": jnp.linspace(-1, 1, n)} if shape.sinks else {}
+    window = f", a window of {shape.window}" if shape.window else ""
+
+    def arrays() -> Arrays:
+        return _normal(0, 1, length, n, h), _normal(1, 1, length, k, h), _normal(2, 1, length, k, h)
+
+    yield Case(ATTENTION, size + window, _called(attention, **settings), arrays)
+    starts = (jnp.arange(length) // -(-length // 4) * -(-length // 4))[None]
+    packed = _called(attention, **settings, starts=starts)
+    yield Case(ATTENTION, f"{size}{window}, four documents", packed, arrays)
+    rows = min(256, length // 2)
+    last = _called(attention, **settings, limit=length - rows + 1 + jnp.arange(rows)[None])
+
+    def chunk() -> Arrays:
+        query, *context = arrays()
+        return query[:, -rows:], *context
+
+    yield Case(ATTENTION, f"{size}{window}, a prompt's last {rows}", last, chunk)
+
+
+def _block_attention(shape: AttentionShape, config: Config) -> Case:
+    length, blocks, size = config.data.max_length, config.train.num_anchors, config.drafter.block_size
+    blocks = min(blocks, length // 2)
+    n, k, h = shape.heads, shape.kv_heads, shape.width
+
+    def arrays() -> Arrays:
+        context = [_normal(i, 1, length, k, h) for i in (1, 2)]
+        own = [_normal(i, 1, blocks, size, k, h) for i in (3, 4)]
+        anchors = jnp.sort(jax.random.randint(jax.random.key(5), (1, blocks), 1, length), axis=1).astype(jnp.int32)
+        return _normal(0, 1, blocks, size, n, h), *context, *own, anchors, jnp.arange(blocks)[None] % 9 != 4
+
+    label = f"{n}/{k} heads of {h}, {blocks} blocks of {size} over {length} rows, and gradients"
+    return Case(BLOCK_ATTENTION, label, _with_gradients(block_attention, 5, scale=shape.scale), arrays)
+
+
+def _cached_attention(shape: AttentionShape, requests: int, rows: int, context: int) -> Case:
+    n, k, h, length = shape.heads, shape.kv_heads, shape.width, platform.cache_rows(context + rows)
+
+    def arrays() -> Arrays:
+        caches = [_normal(i, requests, k, length, h) for i in (1, 2)]
+        return _normal(0, requests * rows, n, h), *caches, jnp.full((requests,), context) - jnp.arange(requests)
+
+    def run(query: jax.Array, key: jax.Array, value: jax.Array, positions: jax.Array, *, implementation: str) -> Any:
+        settings: dict[str, Any] = {"sinks": jnp.linspace(-1, 1, n)} if shape.sinks else {}
+        settings |= {"scale": shape.scale, "window": shape.window, "finite": True}
+        return cached_attention(
+            query, key, value, Rows.whole(positions, rows), **settings, implementation=implementation
+        )
+
+    window = f", a window of {shape.window}" if shape.window else ""
+    return Case(CACHED_ATTENTION, f"{n}/{k} heads of {h}, {requests} x {rows} rows over {context}{window}", run, arrays)
+
+
+def _cache_write(shape: AttentionShape, requests: int, rows: int, context: int) -> Case:
+    k, h, length = shape.kv_heads, shape.width, platform.cache_rows(context + rows)
+
+    def arrays() -> Arrays:
+        new = [_normal(i, requests, k, rows, h) for i in (3, 4)]
+        places = (7 * jnp.arange(requests, dtype=jnp.int32) % (length - rows))[None]
+        return *(_normal(i, 2, requests, k, length, h) for i in (1, 2)), *new, places
+
+    return Case(CACHE_WRITE, f"{rows} rows of {requests} requests", _called(cache_write, layer=1), arrays)
+
+
+def _expert_mlp(shape: ExpertShape, d: int, rows: int) -> Case:
+    e, f = shape.count, shape.width
+
+    def arrays() -> Arrays:
+        parts = Parts(_normal(1, e, d, f) / d**0.5, _normal(2, e, d, f) / d**0.5, _normal(3, e, f, d) / f**0.5)
+        chosen = jax.lax.top_k(_logits(4, rows, e), shape.chosen)[1]
+        return _normal(0, rows, d), chosen, jnp.full((rows, shape.chosen), 1 / shape.chosen, jnp.bfloat16), parts
+
+    inner = functools.partial(expert_mlp, inner=lambda gate, up: jax.nn.silu(gate) * up)
+    return Case(EXPERT_MLP, f"{rows} rows, {shape.chosen} of {e} experts of {f}", _called(inner), arrays)
+
+
+def _how(heat: float) -> str:
+    return "sampled" if heat else "greedy"
+
+
+def _markov_sample(config: Config, requests: int, heat: float) -> Case:
+    v, rank, size = config.target.architecture.vocab_size, _markov(config), config.drafter.block_size
+
+    def arrays() -> Arrays:
+        heads = _normal(1, v, rank), _normal(2, v, rank) / rank**0.5
+        return _logits(0, size, requests, v), *heads, jnp.arange(requests, dtype=jnp.int32), _uniforms(size, requests)
+
+    run = _called(markov_sample, sampling=Sampling.constant(heat, requests))
+    return Case(MARKOV_SAMPLE, f"{size} drafts of {requests} requests, {_how(heat)}", run, arrays)
+
+
+def _speculative_verify(config: Config, requests: int, heat: float) -> Case:
+    v, size = config.target.architecture.vocab_size, config.drafter.block_size
+
+    def arrays() -> Arrays:
+        target = _logits(1, requests * (size + 1), v)
+        draft = target.reshape(requests, size + 1, v)[:, :size] + 0.3 * _logits(2, requests, size, v)
+        tokens = jnp.argmax(draft, axis=-1).astype(jnp.int32)
+        lengths = jnp.arange(requests, dtype=jnp.int32) % (size + 1)
+        return target, draft, None, tokens, lengths, _uniforms(requests, size), _uniforms(requests)
+
+    run = _called(speculative_verify, sampling=Sampling.constant(heat, requests))
+    return Case(SPECULATIVE_VERIFY, f"{size} drafts of {requests} requests, {_how(heat)}", run, arrays)
+
+
+def _vocab_loss(config: Config) -> Case:
+    arch, rank, size = config.target.architecture, _markov(config), config.drafter.block_size
+    rows = min(config.train.num_anchors, config.data.max_length // 2) * size
+    v, d = arch.vocab_size, arch.hidden_size
+    settings = {"terms": vocab_terms(config.loss.coefficients()), "block": size, "chunk": config.train.vocab_chunk}
+    settings |= {"softcap": arch.final_logit_softcapping}
+
+    def arrays() -> Arrays:
+        prev, w2 = (_normal(1, 1, rows, rank), _logits(4, v, rank) / rank**0.5) if rank else (None, None)
+        labels, weights = jnp.arange(rows)[None] * 11 % v, (jnp.arange(rows)[None] % 5 != 0).astype(jnp.float32)
+        return _normal(0, 1, rows, d), prev, w2, _normal(2, 1, rows, d), _normal(3, v, d) / d**0.5, labels, weights
+
+    def run(hidden: Any, prev: Any, w2: Any, teacher: Any, head: Any, *rest: jax.Array, implementation: str) -> Any:
+        def loss(hidden: Any, prev: Any, w2: Any) -> jax.Array:
+            arrays: Arrays = (hidden, prev, teacher, head, w2, *rest)
+            return _called(vocab_loss, **settings)(*arrays, implementation=implementation).loss
+
+        return jax.value_and_grad(loss, argnums=(0, 1, 2) if rank else 0)(hidden, prev, w2)
+
+    return Case(VOCAB_LOSS, f"{rows} rows over {v} tokens, and gradients", run, arrays)

@@ -1,0 +1,159 @@
+"""`kernels`: every operation is tried, interpreted kernels agree, and what fails is named for the environment."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dspark_jax.config import Config
+from dspark_jax.kernels import distance, kernels, tried
+from dspark_jax.ops.dispatch import Operation, Unsupported
+from dspark_jax.planning.cases import Case, cases
+from dspark_jax.presets import deepseek_v4, released
+
+HERE = Path()
+OPERATIONS = {
+    path.parent.name for path in (Path(__file__).parents[1] / "dspark_jax/ops").glob("*/api.py")
+}  # all that there are
+
+
+def small(model: str, target: str, kind: str = "dspark", **sizes: Any) -> Config:
+    """A released config with everything small."""
+    config = released(model, target, kind)
+    few = {"vocab_size": 1024, "hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
+    arch = dataclasses.replace(config.target.architecture, **(few | sizes))
+    drafter = dataclasses.replace(config.drafter, block_size=3, markov_rank=config.drafter.markov_rank and 128)
+    return dataclasses.replace(
+        config,
+        target=dataclasses.replace(config.target, architecture=arch),
+        drafter=drafter,
+        data=dataclasses.replace(config.data, max_length=64),
+        train=dataclasses.replace(config.train, num_anchors=8, vocab_chunk=64),
+    )
+
+
+QWEN3 = small("qwen3_4b", "Qwen/Qwen3-4B")
+
+
+def of(config: Config) -> list[Case]:
+    return [*cases(config, requests=2, context=28)]  # with four rows of each, whole tiles
+
+
+def test_every_operation_is_there() -> None:
+    """Of a mixture all but linear attention, which has no kernel."""
+    moe = small("qwen3_30b_a3b", "Qwen/Qwen3-30B-A3B", own={**_MOE, "num_experts": 4, "moe_intermediate_size": 32})
+    assert {case.operation.name for case in of(moe)} == OPERATIONS - {"delta_rule"}
+    assert {case.operation.name for case in of(QWEN3)} == OPERATIONS - {"delta_rule", "expert_mlp"}
+    dflash = {case.operation.name for case in of(small("qwen3_4b", "Qwen/Qwen3-4B", "dflash"))}
+    assert dflash == OPERATIONS - {"delta_rule", "expert_mlp", "markov_sample"}
+
+
+_MOE = released("qwen3_30b_a3b", "Qwen/Qwen3-30B-A3B", "dspark").target.architecture.own
+
+
+def test_shapes_are_those_of_every_kind_of_layer() -> None:
+    """Gemma's windows and wide heads, and its drafter's; of DeepSeek-V4, whose attention is its own, what is left."""
+    gemma = released("gemma4_12b", "google/gemma-4-12B-it", "dspark")
+    labels = [f"{case.operation.name}: {case.label}" for case in cases(gemma)]
+    for shape in ("16/8 heads of 256, 4096 rows, a window of 1024", "16/1 heads of 512, 4096 rows"):
+        assert f"attention: {shape}" in labels
+    assert "cached_attention: 16/8 heads of 256, 32 x 8 rows over 1024, a window of 1024" in labels
+    assert "block_attention: 16/1 heads of 512, 512 blocks of 7 over 4096 rows, and gradients" in labels
+    v4 = [case.operation.name for case in cases(deepseek_v4("v4", "deepseek-ai/DeepSeek-V4-Flash-0731", "dspark5"))]
+    assert "attention" not in v4 and "expert_mlp" in v4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["pallas_gpu", "pallas_tpu"])
+def test_interpreted_kernels_agree_with_the_definition(which: str) -> None:
+    found = [one for case in of(QWEN3) if which in case.operation.names for one in tried(case, [which], timed=False)]
+    assert len({one.operation for one in found}) == {"pallas_gpu": 6, "pallas_tpu": 7}[which]
+    for one in found:
+        assert not one.failed and not one.refused and one.error is not None, one
+
+
+def right(x: jax.Array) -> jax.Array:
+    return x + 1
+
+
+def refuses(x: jax.Array) -> jax.Array:
+    raise Unsupported("odd sizes")
+
+
+def breaks(x: jax.Array) -> jax.Array:
+    raise RuntimeError("no such instruction\nsecond line")
+
+
+WRONG: dict[str, tuple[Callable[..., jax.Array], str]] = {
+    "far": (lambda x: x + 1.5, "differs from the definition by"),
+    "nan": (lambda x: x * jnp.nan, "differs from the definition by nan"),
+    "breaks": (breaks, "RuntimeError: no such instruction"),
+}
+
+
+@pytest.fixture
+def toy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Operation]:
+    """An operation that adds 1, as the only case."""
+    operation = Operation("toy", {"cpu": ["xla"]})
+    operation._functions["xla"] = right
+    run = lambda x, *, implementation: operation(implementation, x)  # noqa: E731
+    case = Case(operation, "four numbers", run, lambda: (jnp.arange(4, dtype=jnp.bfloat16),))
+    monkeypatch.setattr("dspark_jax.kernels.cases", lambda *_, **__: [case])
+    yield operation
+
+
+def test_what_agrees_is_timed_against_xla(toy: Operation, capsys: Any, tmp_path: Path) -> None:
+    toy.register("mine", right, ["cpu"])
+    toy.register("shy", refuses, ["cpu"])
+    found = kernels(QWEN3, HERE, json=str(tmp_path / "tried.json"))
+    assert [(one.implementation, one.error, one.failed) for one in found] == [
+        ("shy", None, ""),
+        ("mine", 0.0, ""),
+        ("xla", 0.0, ""),
+    ]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("cpu, jax ") and lines[1] == "toy: four numbers"
+    assert lines[2].split(maxsplit=1) == ["shy", "leaves it: odd sizes"]
+    assert " x XLA  differs by 0.0e+00" in lines[3] and lines[-1] == "1 kernels agree with the definition"
+    written = json.loads((tmp_path / "tried.json").read_text())
+    assert written["tried"] == [dataclasses.asdict(one) for one in found]
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_fails_is_named_for_the_environment(toy: Operation, name: str, capsys: Any, monkeypatch: Any) -> None:
+    function, said = WRONG[name]
+    toy.register("mine", right, ["cpu"])
+    toy.register(name, function, ["cpu"])
+    with pytest.raises(SystemExit) as ended:
+        kernels(QWEN3, HERE)
+    assert ended.value.code == 1
+    printed = capsys.readouterr().out
+    assert f"FAILS: {said}" in printed and "second line" not in printed
+    setting = printed.splitlines()[-1].split()[-1]
+    assert setting == f"DSPARK_JAX_WITHOUT=toy.{name}"
+    monkeypatch.setenv(*setting.split("="))
+    assert [one.implementation for one in kernels(QWEN3, HERE)] == ["mine", "xla"]
+
+
+def test_without_kernels_it_says_so(toy: Operation, capsys: Any) -> None:
+    kernels(QWEN3, HERE)
+    assert capsys.readouterr().out.splitlines()[-1] == "cpu: XLA alone, no kernels"
+
+
+def test_how_far_results_are() -> None:
+    """The worst of all arrays: numbers by their norm, tokens by the share that differs."""
+    numbers, tokens = jnp.array([3.0, 4.0]), jnp.arange(100)
+    assert distance({"a": numbers, "b": tokens}, {"a": numbers, "b": tokens}) == (0.0, "")
+    far, wrong = distance((numbers + jnp.array([0.0, 0.05]), tokens), (numbers, tokens))
+    assert far == pytest.approx(0.01, rel=1e-4) and not wrong
+    assert distance(1.04 * numbers, numbers)[1] == "differs from the definition by 0.04, more than 0.02"
+    assert not distance(tokens.at[:5].add(1), tokens)[1] and distance(tokens.at[:6].add(1), tokens)[1]
+    both = (jnp.array([1.0, jnp.nan]), tokens), (jnp.ones(2), tokens)
+    far, wrong = distance(*both)
+    assert np.isnan(far) and wrong

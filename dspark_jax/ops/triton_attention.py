@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from dspark_jax import platform
 from dspark_jax.ops.sights import FAR
 from dspark_jax.ops.triton import MASKED, dot, load, numbers
 
@@ -23,6 +24,17 @@ class Tile(NamedTuple):
     keys: int
     warps: int
     stages: int
+
+    @classmethod
+    def forward(cls, row_bytes: int) -> "Tile":
+        """Of a forward pass, for heads of so many bytes on this card."""
+        if row_bytes <= 256:
+            return cls(128, 64, 8, 3) if platform.gpu_shared_memory() >= ROOMY else cls(64, 64, 4, 2)
+        return cls(64, 32, 8, 2) if row_bytes <= 512 else cls(32, 32, 8, 2)
+
+
+ROOMY = 160 << 10
+"""Bytes of shared memory that the sizes of an H100 take; an A100 has as much, the cards for workstations do not."""
 
 
 def runs(active: jax.Array, full: jax.Array) -> jax.Array:

@@ -70,8 +70,8 @@ def cases(config: Config, *, requests: int = 32, context: int = 1024) -> Iterato
     for shape in dict.fromkeys(plain):
         yield from _attention(shape, config.data.max_length)
     yield _block_attention(drafts, config)
-    for shape in dict.fromkeys([*plain, drafts]):
-        yield _cached_attention(shape, requests, rows, context)
+    cached = [_cached_attention(shape, requests, rows, context) for shape in (*plain, drafts)]
+    yield from {case.label: case for case in cached}.values()
     yield _cache_write(drafts, requests, rows, context)
     for shape in dict.fromkeys(one.experts for one in layers if one.experts is not None):
         yield _expert_mlp(shape, arch.hidden_size, requests * rows)

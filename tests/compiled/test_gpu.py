@@ -24,11 +24,14 @@ from dspark_jax.engine.slots import Mode, open_slots, serve_round
 from dspark_jax.ops.attention import attention
 from dspark_jax.ops.block_attention import block_attention
 from dspark_jax.ops.cached_attention import Rows, cached_attention
+from dspark_jax.ops.dispatch import Unsupported
 from dspark_jax.ops.expert_mlp import Parts, expert_mlp
 from dspark_jax.ops.markov_sample import markov_sample
 from dspark_jax.ops.sampling import Sampling
 from dspark_jax.ops.speculative_verify import speculative_verify
 from dspark_jax.ops.vocab_loss import passes, vocab_loss
+from dspark_jax.planning.cases import Case, cases
+from dspark_jax.presets import released
 from dspark_jax.sharding import MESH_AXES
 from dspark_jax.target.decode_weights import training_weights
 from dspark_jax.target.model import Target
@@ -36,7 +39,7 @@ from dspark_jax.training.losses import vocab_terms
 from dspark_jax.training.optim import make_optimizer
 from dspark_jax.training.state import abstract_drafter, state_layout, to_params
 from dspark_jax.training.step import batch_layout, make_train_step
-from tests.compiled import h100
+from tests.compiled import cards
 from tests.ops.test_vocab_loss_terms import Everything
 
 pytestmark = pytest.mark.slow
@@ -44,9 +47,9 @@ pytestmark = pytest.mark.slow
 HEADS, KEY_HEADS, WIDTH, VOCABULARY = 32, 8, 128, 151936  # Qwen3-4B
 
 
-def mesh_of(*shape: int) -> Mesh:
-    """H100s as a mesh (data, fsdp, tensor)."""
-    devices = np.asarray(h100.devices()[: int(np.prod(shape))]).reshape(shape)
+def mesh_of(*shape: int, card: str = "h100") -> Mesh:
+    """Cards as a mesh (data, fsdp, tensor)."""
+    devices = np.asarray(cards.devices(card)[: int(np.prod(shape))]).reshape(shape)
     return Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
@@ -208,6 +211,34 @@ def test_the_experts_of_a_mixture(e: int, k: int, d: int, f: int, biases: bool, 
     text = compiled(run, *given, *matrices, *added, mesh=mesh_of(1, 1, 1)).as_text()
     assert text.count("xla.gpu.triton") == 2
     assert not large_copies(text, e * d * f)
+
+
+@pytest.mark.parametrize(
+    ("card", "target", "requests"),
+    [
+        ("h100", "Qwen/Qwen3-4B", 256),
+        ("h100", "google/gemma-4-12B-it", 32),
+        ("h100", "Qwen/Qwen3-30B-A3B", 32),
+        ("a100", "google/gemma-4-12B-it", 128),
+        ("ada", "Qwen/Qwen3-4B", 64),
+        ("ada", "google/gemma-4-12B-it", 32),
+    ],
+)
+def test_what_the_command_kernels_tries(card: str, target: str, requests: int, monkeypatch: Any) -> None:
+    """At the sizes of released configs, also where there is less shared memory; none is left to another one."""
+    cards.has_shared_memory_of(card, monkeypatch)
+    config, left = released("", target, "dspark"), []
+    for case in cases(config, requests=requests):
+        for name in {*case.operation.order["gpu"]} - {"xla", "cudnn"}:
+
+            def run(*arrays: Any, name: str = name, case: Case = case) -> Any:
+                return case.function(*arrays, implementation=name)
+
+            try:
+                compiled(run, *jax.eval_shape(case.arrays), mesh=mesh_of(1, 1, 1, card=card))
+            except Unsupported as refusal:
+                left.append(f"{case.operation.name}.{name}, {case.label}: {refusal}")
+    assert not left
 
 
 def large_copies(text: str, least: int) -> list[str]:

@@ -53,12 +53,14 @@ KERNEL_CASES = [
     # of which tiles of 16 rows are seen whole, in part and not at all
     ([3, 0, 1, 4, 2], [5, 2, 0, 37, 60], 11, 4, 6, 2, 16, 70),
     ([1, 0], [3, 0], 1, 1, 1, 1, 16, 9),
+    ([6, 2], [30, 0], 8, 6, 4, 1, 16, 40),  # 24 rows of a request
 ]
 
 
-def kernels(splits: int) -> Callable[..., jax.Array]:
+def kernels(splits: int, most: int = 0) -> Callable[..., jax.Array]:
     """The kernels for GPUs, interpreted, with the api's defaults."""
-    defaults = {"layer": None, "window": 0, "front": 0, "causal": True, "finite": False, "keys": 16, "splits": splits}
+    defaults = {"layer": None, "window": 0, "front": 0, "causal": True, "finite": False}
+    defaults |= {"keys": 16, "splits": splits, "most": most}
     return lambda *arrays, **how: pallas_gpu.cached_attention(*arrays, **{**defaults, **how})
 
 
@@ -73,6 +75,7 @@ ATTENTION = {
     "reference": functools.partial(cached_attention, implementation="reference"),
     "kernels for GPUs": kernels(1),
     "kernels for GPUs, split": kernels(4),
+    "kernels for GPUs, split, in tiles of 16 rows": kernels(2, 16),
     "kernel for TPUs": tpu_kernel(8),
 }
 

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dspark_jax import platform
 from dspark_jax.config import MeshConfig
 from dspark_jax.ops.dispatch import Unsupported
 from dspark_jax.ops.markov_sample import markov_sample, pallas_gpu, pallas_tpu
@@ -120,9 +121,10 @@ def test_the_kernel_for_tpus_on_eight_devices_equals_one():
     [
         (markov_sample, 640),
         (functools.partial(pallas_gpu.markov_sample, parts=3, tile=128), 640),
+        (functools.partial(pallas_gpu.markov_sample, parts=2, tile=128), 5000),  # in three parts: two are too long
         (TPU_KERNEL, 640),
     ],
-    ids=["xla", "gpu", "tpu"],
+    ids=["xla", "gpu", "gpu, many tokens", "tpu"],
 )
 def test_both_words_of_a_uniform_count(run, v):
     """Of three tokens the second begins at 1/3 = 357913941.33 / 2^30; the first uniform is just below, the next above.
@@ -151,8 +153,22 @@ def test_kernels_refuse_other_sizes():
             markov_sample(base[:, :, :v], w1[:v, :r], w2[:v, :r], *rest, implementation="pallas_tpu")
     with pytest.raises(Unsupported, match="neither both bfloat16 nor both float32"):
         TPU_KERNEL(base, w1.astype(jnp.float32), w2, *rest)
-    with pytest.raises(Unsupported, match="part of the vocabulary is too long"):
-        pallas_gpu.markov_sample(jnp.zeros((1, 1, 5000)), jnp.zeros((5000, 16)), jnp.zeros((5000, 16)), *rest, parts=2)
+
+
+@pytest.mark.parametrize(("shared", "requests", "fits"), [(227, 256, True), (163, 256, False), (99, 64, True)])
+def test_a_step_fits_into_a_card_s_shared_memory(shared, requests, fits, monkeypatch):
+    """Rank 256 in bfloat16: rows of W1 for all requests, W2 as often as it is fetched ahead, and a tile's logits."""
+    monkeypatch.setattr(platform, "gpu_shared_memory", lambda: shared << 10)
+    sizes = pallas_gpu._fitting(requests * 512, 512, requests)
+    assert bool(sizes) == fits
+    for tile, stages in sizes:
+        assert requests * 512 + (stages - 1) * tile * 512 + 4 * requests * tile < shared << 10
+    assert not fits or sizes[0] == max(sizes)
+    if not fits:
+        arrays = jnp.zeros((1, requests, 640)), *[jnp.zeros((640, 256), jnp.bfloat16)] * 2, jnp.zeros(requests, int)
+        heat = Sampling.constant(1.0, requests)
+        with pytest.raises(Unsupported, match="requests and rank are too many for this card"):
+            pallas_gpu.markov_sample(*arrays, jnp.zeros((1, requests, 2), int), heat)
 
 
 def test_filters_cut_the_biased_distribution():

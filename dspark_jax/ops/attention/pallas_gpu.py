@@ -16,19 +16,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from dspark_jax import platform
 from dspark_jax.ops import triton
 from dspark_jax.ops.attention.kernels import Case, attend
 from dspark_jax.ops.sights import sights
 from dspark_jax.ops.triton import LOG2E, MASKED, dot, load, numbers, rows_of, store
 from dspark_jax.ops.triton_attention import Tile, add_scores, nothing_seen, runs, sees, tile_of_keys, walk
-
-
-def fitting(row_bytes: int) -> Tile:
-    """Sizes for heads of so many bytes on this card; those of `block_attention`'s forward kernel."""
-    if row_bytes <= 256:
-        return Tile(128, 64, 8, 3) if platform.gpu_shared_memory() >= 160 << 10 else Tile(64, 64, 4, 2)
-    return Tile(64, 32, 8, 2) if row_bytes <= 512 else Tile(32, 32, 8, 2)
 
 
 def attention(
@@ -49,7 +41,7 @@ def attention(
         the_head_width_is_no_power_of_two_from_16_to_512=h in triton.HEAD_WIDTHS,
         the_arrays_are_of_different_types=query.dtype == key.dtype == value.dtype,
     )
-    tile = tile or fitting(h * query.dtype.itemsize)
+    tile = tile or Tile.forward(h * query.dtype.itemsize)
     return attend(Case(query, key, value, limit, starts, scale, window, sinks), functools.partial(_here, tile=tile))
 
 

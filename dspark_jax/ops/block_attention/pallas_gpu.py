@@ -27,7 +27,7 @@ from dspark_jax import platform
 from dspark_jax.ops import triton
 from dspark_jax.ops.sights import sights
 from dspark_jax.ops.triton import LOG2E, MASKED, dot, load, numbers, power_of_two, rows_of, store
-from dspark_jax.ops.triton_attention import Tile, add_scores, nothing_seen, runs, sees, tile_of_keys, walk
+from dspark_jax.ops.triton_attention import ROOMY, Tile, add_scores, nothing_seen, runs, sees, tile_of_keys, walk
 from dspark_jax.recompute import dear
 from dspark_jax.sharding import per_device
 
@@ -46,11 +46,14 @@ class Tiles:
     @classmethod
     def fitting(cls, row_bytes: int) -> "Tiles":
         """The sizes for heads of so many bytes on this card."""
-        if row_bytes <= 256 and platform.gpu_shared_memory() >= 160 << 10:
-            return cls()
+        forward = Tile.forward(row_bytes)
+        if row_bytes <= 256 and platform.gpu_shared_memory() >= ROOMY:
+            return cls(forward)
         if row_bytes <= 256:
-            return cls(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(32, 64, 4, 2), Tile(64, 0, 4, 1))
-        return cls(Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 0, 8, 1))
+            return cls(forward, Tile(64, 64, 4, 2), Tile(32, 64, 4, 2), Tile(64, 0, 4, 1))
+        if row_bytes <= 512 or platform.gpu_shared_memory() >= ROOMY:
+            return cls(forward, Tile(32, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 0, 8, 1))
+        return cls(forward, Tile(16, 16, 8, 2), Tile(16, 16, 8, 2), Tile(16, 0, 8, 1))
 
 
 class _Shape(NamedTuple):
@@ -169,8 +172,8 @@ def _backward_here(*arrays: jax.Array, scale: float, tiles: Tiles) -> tuple[jax.
     inputs = [query, *context, last, first, table, d_out, log_sum, delta]
     dk, dv = _call(kernel, table.shape[1], tiles.dkv, inputs, context, shape)
 
-    rows = power_of_two(shape.per_block, tiles.own.rows)
-    blocks = rows // shape.per_block
+    rows = tiles.own.rows  # of several blocks, or a part of one
+    blocks = max(1, rows // shape.per_block)
     kernel = functools.partial(_own_kernel, blocks=blocks, rows=rows, keys=power_of_two(blocks * shape.e), **factors)
     inputs = [query, *own, limit, d_out, log_sum, delta]
     d_own = _call(kernel, pl.cdiv(shape.a, blocks), tiles.own, inputs, own, shape)
@@ -383,12 +386,20 @@ def _own_kernel(
     dk_ref: Any, dv_ref: Any, *, shape: _Shape, blocks: int, rows: int, keys: int, factor: float, scale: float,
 ) -> None:  # fmt: skip
     head, first = pl.program_id(0), pl.program_id(1) * blocks
-    own_rows = _Rows.of(head, first * shape.per_block, rows, limit_ref, shape)
-    mine = own_rows.kept & (own_rows.block < first + blocks)
-    q, d_out = (own_rows.take(ref, mine) for ref in (q_ref, d_out_ref))
-    log_sum, delta = load(log_sum_ref, own_rows.number, mine, _NOBODY), load(delta_ref, own_rows.number, mine, 0.0)
     key_block, key, value = _own(first * shape.e, keys, limit_ref, (own_k_ref, own_v_ref), shape)
-    dk, dv = _key_gradients(q, d_out, log_sum, delta, key, value, key_block[:, None] == own_rows.block, factor)
+
+    def part(i: Any, carry: Any) -> Any:
+        own_rows = _Rows.of(head, first * shape.per_block + i * rows, rows, limit_ref, shape)
+        mine = own_rows.kept & (own_rows.block < first + blocks)
+        q, d_out = (own_rows.take(ref, mine) for ref in (q_ref, d_out_ref))
+        log_sum, delta = load(log_sum_ref, own_rows.number, mine, _NOBODY), load(delta_ref, own_rows.number, mine, 0.0)
+        same = key_block[:, None] == own_rows.block
+        dk, dv = _key_gradients(q, d_out, log_sum, delta, key, value, same, factor)
+        return carry[0] + dk, carry[1] + dv
+
+    zero = jnp.zeros(key.shape, jnp.float32)
+    parts = pl.cdiv(shape.per_block, rows)
+    dk, dv = part(0, (zero, zero)) if parts == 1 else lax.fori_loop(0, parts, part, (zero, zero))
     index = numbers(keys, first * shape.e)
     there = (index < jnp.minimum((first + blocks) * shape.e, shape.a * shape.e))[:, None]
     store(dk_ref, rows_of(dk_ref, index), dk * scale, there)

@@ -1,12 +1,12 @@
 """`cached_attention` as Pallas kernels for NVIDIA GPUs: the visible rows of a cache are read once, and no others.
 
-For one request and key head, its W*R query rows (R query heads read a key head) are one tile. What they see is shared
-out evenly to `splits` programs, so that few requests fill a card as well: each walks over its part in tiles with an
-online softmax, and a second kernel joins the parts. Only tiles at the ends of what is seen need a mask. Flat rows are
-read and written where they are.
+For one request and key head, its W*R query rows (R query heads read a key head) are one tile, or a few where heads are
+so wide that they do not fit. What they see is shared out evenly to `splits` programs, so that few requests fill a card
+as well: each walks over its part in tiles with an online softmax, and a second kernel joins the parts. Only tiles at
+the ends of what is seen need a mask. Flat rows are read and written where they are.
 
-    attend    grid (splits, K, B)         out; or parts of it with their maxima and sums, float32
-    join      grid (rows / some, K, B)    out
+    attend    grid (splits * row tiles, K, B)    out; or parts of it with their maxima and sums, float32
+    join      grid (rows / some, K, B)           out
 """
 
 import functools
@@ -17,15 +17,19 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from dspark_jax import platform
 from dspark_jax.ops import triton
 from dspark_jax.ops.cached_attention.rows import Rows
 from dspark_jax.ops.cached_attention.stack import of_layer
 from dspark_jax.ops.triton import LOG2E, MASKED, dot, load, numbers, power_of_two, rows_of, store
-from dspark_jax.ops.triton_attention import nothing_seen
+from dspark_jax.ops.triton_attention import ROOMY, nothing_seen
 from dspark_jax.sharding import devices_here, per_device
 
 _MOST_ROWS = 256
-"""Query rows of a request and key head in one tile."""
+"""Query rows of a request and key head."""
+
+_ROW_BYTES = 64 << 10
+"""Of the query rows in a tile, on cards with much shared memory; half of it on the others."""
 
 _PROGRAMS = 528
 """Programs that fill a card: four on each of an H100's 132 multiprocessors."""
@@ -44,6 +48,7 @@ class _Case(NamedTuple):
     causal: bool
     factor: float
     rows: int
+    tiles: int
     keys: int
     splits: int
 
@@ -63,23 +68,28 @@ def cached_attention(
     sinks: jax.Array | None = None,
     keys: int = 0,
     splits: int = 0,
+    most: int = 0,
 ) -> jax.Array:
     """See `api.cached_attention`. Over a mesh, devices split the requests and the key heads.
 
-    `keys` of a tile and `splits` (a power of two) are for tests; 0 = what suits the shapes.
+    `keys` of a tile, `splits` and the `most` query rows of a tile (powers of two) are for tests; 0 = what suits the
+    shapes.
     """
     del finite  # nothing that nobody sees is read
     key, value = of_layer(key, value, layer)
     (t, n, h), (_, k, c, _) = query.shape, key.shape
-    rows_here = rows.most * (n // k)
+    rows_here, row_bytes = rows.most * (n // k), h * query.dtype.itemsize
     triton.check(
         the_head_width_is_no_power_of_two_from_16_to_512=h in triton.HEAD_WIDTHS,
         a_request_has_too_many_rows=rows_here <= _MOST_ROWS,
         flat_rows_of_several_devices_are_not_told_apart=rows.full or devices_here() == 1,
     )
+    most = most or max(16, (_ROW_BYTES if platform.gpu_shared_memory() >= ROOMY else _ROW_BYTES // 2) // row_bytes)
+    size = min(power_of_two(rows_here), most)
     case = _Case(
         t=t, w=rows.most, n=n, r=n // k, window=window, front=front, ring=c - 2 * front + 1, causal=causal,
-        factor=scale * LOG2E, rows=power_of_two(rows_here), keys=keys or max(16, min(64, 8192 // h)), splits=splits,
+        factor=scale * LOG2E, rows=size, tiles=pl.cdiv(rows_here, size), keys=keys or max(16, min(64, 8192 // h)),
+        splits=splits,
     )  # fmt: skip
     run = functools.partial(_attend_here, case=case)
     numbers_of = (rows.offsets, rows.counts, rows.positions)
@@ -109,32 +119,30 @@ def _attend_here(
     flat = query.reshape(-1, h)  # [T*N, H]
     if query.ndim == 5:  # the requests of this device: their rows are counted from its first one
         offsets = offsets - offsets[0]
-    case = case._replace(
-        n=k * case.r,
-        t=flat.shape[0] // (k * case.r),
-        splits=case.splits or _splits(b * k, min(c, case.window + case.w) if case.window else c, case.keys),
-    )
+    length = min(c, case.window + case.w) if case.window else c
+    splits = case.splits or _splits(b * k * case.tiles, length, case.keys)
+    case = case._replace(n=k * case.r, t=flat.shape[0] // (k * case.r), splits=splits)
     one = pl.BlockSpec((1,), lambda i, j, b: (b,))
     cache = pl.BlockSpec((None, None, c, h), lambda i, j, b: (b, j, 0, 0))
     whole = pl.BlockSpec(flat.shape, lambda i, j, b: (0, 0))
     result = jax.ShapeDtypeStruct(flat.shape, flat.dtype)
-    rows, splits = case.rows, case.splits
-    number = pl.BlockSpec((None, None, None, rows), lambda i, j, b: (b, j, i, 0))
-    part = pl.BlockSpec((None, None, None, rows, h), lambda i, j, b: (b, j, i, 0, 0))
-    sums = jax.ShapeDtypeStruct((b, k, splits, rows), jnp.float32)
-    parts = jax.ShapeDtypeStruct((b, k, splits, rows, h), jnp.float32)
+    rows, all_rows = case.rows, case.rows * case.tiles
+    number = pl.BlockSpec((None, None, None, rows), lambda i, j, b: (b, j, i % splits, i // splits))
+    part = pl.BlockSpec((None, None, None, rows, h), lambda i, j, b: (b, j, i % splits, i // splits, 0))
+    sums = jax.ShapeDtypeStruct((b, k, splits, all_rows), jnp.float32)
+    parts = jax.ShapeDtypeStruct((b, k, splits, all_rows, h), jnp.float32)
     out = triton.call(
         functools.partial(_attend_kernel, case=case),
         (flat, key, value, offsets, counts, positions, *sinks),
         [whole, cache, cache, one, one, one, *(pl.BlockSpec((None, case.r), lambda i, j, b: (j, 0)) for _ in sinks)],
         result if splits == 1 else [parts, sums, sums],
         whole if splits == 1 else [part, number, number],
-        grid=(splits, k, b),
+        grid=(splits * case.tiles, k, b),
         warps=4 if rows * h <= 64 * 128 else 8,
         stages=3 if h <= 128 else 2,
     )
     if splits > 1:
-        some = max(1, min(rows, 64 // splits))
+        some = max(1, min(rows, 64 // splits, 8192 // (splits * h)))
         number = pl.BlockSpec((None, None, splits, some), lambda i, j, b: (b, j, 0, i))
         part = pl.BlockSpec((None, None, splits, some, h), lambda i, j, b: (b, j, 0, i, 0))
         out = triton.call(
@@ -143,7 +151,7 @@ def _attend_here(
             [part, number, number, one, one],
             result,
             whole,
-            grid=(rows // some, k, b),
+            grid=(all_rows // some, k, b),
             warps=4,
             stages=1,
         )
@@ -167,10 +175,11 @@ def _attend_kernel(
     """The rest are sinks [R], if heads have any, and results: out, or parts with their maxima and sums."""
     results = 1 if case.splits == 1 else 3
     sinks_ref, (out_ref, *parts) = rest[:-results], rest[-results:]
-    split, head = pl.program_id(0), pl.program_id(1)
+    split, head = lax.rem(pl.program_id(0), case.splits), pl.program_id(1)
     position, count = position_ref[0], count_ref[0]
     end = jnp.where(count > 0, position + count, 0)  # after the last position that any row sees
-    step, place = _places(head, numbers(case.rows), offset_ref[0], case)
+    row = numbers(case.rows, lax.div(pl.program_id(0), case.splits) * case.rows)
+    step, place = _places(head, row, offset_ref[0], case)
     real = step < count
     q = load(q_ref, rows_of(q_ref, place), real[:, None], 0.0)
     last = jnp.where(real, position + step if case.causal else end - 1, -1)  # that each row sees
@@ -222,7 +231,7 @@ def _attend_kernel(
 
     top, total, out = nothing_seen(case.rows, q_ref.shape[1])
     if sinks_ref:  # they count once
-        group = numbers(case.rows) - step * case.r
+        group = row - step * case.r
         top = jnp.where(split == 0, load(sinks_ref[0], group, real, 0.0) * LOG2E, top)
         total = jnp.where(split == 0, 1.0, total)
     carry = top, total, out

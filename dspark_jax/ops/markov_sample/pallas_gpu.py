@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from dspark_jax import platform
 from dspark_jax.ops import triton
 from dspark_jax.ops.sampling import FAR, GREEDY_BELOW, Sampling
 from dspark_jax.ops.triton import MASKED, dot, load, numbers, power_of_two, rows_of, store
@@ -24,9 +25,15 @@ from dspark_jax.ops.triton_sampling import draw_inside, draw_part, exponents, me
 from dspark_jax.sharding import devices_here
 
 _PARTS = 132
-"""Parts of the vocabulary: multiprocessors of an H100. A part has up to 2047 tokens (`ops.sampling.draw`)."""
+"""Parts of the vocabulary: multiprocessors of an H100."""
+
+_MOST_TOKENS = 2047
+"""Of a part (`ops.sampling.draw`); there are more parts where it takes more."""
 
 _MOST_REQUESTS = 256
+
+_SPARE_BYTES = 8 << 10
+"""Of shared memory, that are left free."""
 
 
 class _Case(NamedTuple):
@@ -38,6 +45,7 @@ class _Case(NamedTuple):
     tile: int
     tiles: int
     parts: int
+    stages: int
 
 
 def markov_sample(
@@ -54,14 +62,16 @@ def markov_sample(
     """See `api.markov_sample`. `parts` and `tile` are for tests."""
     (g, b, v), r = base_logits.shape, w2.shape[1]
     rows = power_of_two(b)
-    tile = tile or (128 if rows <= 32 else 64)
-    parts = min(parts, pl.cdiv(v, tile))
-    case = _Case(b, rows, v, tile, pl.cdiv(pl.cdiv(v, tile), parts), parts)
+    sizes = [(tile, 3)] if tile else _fitting(rows * r * w1.dtype.itemsize, r * w2.dtype.itemsize, rows)
+    tile, stages = sizes[0] if sizes else (32, 1)
+    whole = pl.cdiv(v, tile)  # tiles of the vocabulary
+    parts = max(min(parts, whole), pl.cdiv(whole, _MOST_TOKENS // tile))
+    case = _Case(b, rows, v, tile, pl.cdiv(whole, parts), parts, stages)
     triton.check(
         the_rank_is_no_power_of_two_from_16_to_512=r in (16, 32, 64, 128, 256, 512),
         there_are_filters=not sampling.filtered,
         there_are_too_many_requests=b <= _MOST_REQUESTS,
-        a_part_of_the_vocabulary_is_too_long=case.tiles * tile <= 2047,
+        requests_and_rank_are_too_many_for_this_card=bool(sizes),
         logits_of_several_devices_are_not_told_apart=devices_here() == 1,
     )
     factor = exponents(sampling.temperature)
@@ -73,6 +83,15 @@ def markov_sample(
         previous = _pick(case, k, stats, logits, uniforms[k], factor, greedy, drawn=not sampling.greedy)
         tokens.append(previous)
     return jnp.stack(tokens), logits
+
+
+def _fitting(latent: int, column: int, rows: int) -> list[tuple[int, int]]:
+    """(tile, stages) for which this card has room, the best first: `latent` bytes of W1's rows, and of W2 `column` for
+    each token of a tile, as often as tiles are fetched ahead."""
+    room = platform.gpu_shared_memory() - _SPARE_BYTES - latent
+    order = [(tile, stages) for tile in (128, 64, 32) for stages in (3, 2) if tile < 128 or rows <= 32]
+    # A tile's logits change their order in shared memory; up to half as much again was seen.
+    return [(tile, stages) for tile, stages in order if ((stages - 1) * column + 6 * rows) * tile <= room]
 
 
 def _step(
@@ -90,7 +109,7 @@ def _step(
         [slab, *[whole_spec(b, case.parts)] * 3],
         grid=(case.parts,),
         warps=8,
-        stages=3,
+        stages=case.stages,
         aliases={0: 0},
     )
 

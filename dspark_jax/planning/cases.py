@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dspark_jax import platform
 from dspark_jax.config import Config
@@ -104,6 +105,13 @@ def _called(operation: Callable[..., Any], **settings: Any) -> Callable[..., Any
     return lambda *arrays, implementation: operation(*arrays, **settings, implementation=implementation)
 
 
+def _sampling(operation: Callable[..., Any], heat: float, requests: int) -> Callable[..., Any]:
+    """The same at a temperature."""
+    return lambda *arrays, implementation: operation(
+        *arrays, sampling=Sampling.constant(heat, requests), implementation=implementation
+    )
+
+
 def _with_gradients(operation: Callable[..., Any], first: int, **settings: Any) -> Callable[..., Any]:
     """The result, and the gradients in the first arrays of its sum, weighted unevenly."""
 
@@ -121,18 +129,18 @@ def _attention(shape: AttentionShape, length: int) -> Iterator[Case]:
     n, k, h = shape.heads, shape.kv_heads, shape.width
     size = f"{n}/{k} heads of {h}, {length} rows"
     settings: dict[str, Any] = {"scale": shape.scale, "window": shape.window}
-    settings |= {"sinks": jnp.linspace(-1, 1, n)} if shape.sinks else {}
+    settings |= {"sinks": np.linspace(-1, 1, n, dtype=np.float32)} if shape.sinks else {}
     window = f", a window of {shape.window}" if shape.window else ""
 
     def arrays() -> Arrays:
         return _normal(0, 1, length, n, h), _normal(1, 1, length, k, h), _normal(2, 1, length, k, h)
 
     yield Case(ATTENTION, size + window, _called(attention, **settings), arrays)
-    starts = (jnp.arange(length) // -(-length // 4) * -(-length // 4))[None]
+    starts = (np.arange(length) // -(-length // 4) * -(-length // 4))[None]
     packed = _called(attention, **settings, starts=starts)
     yield Case(ATTENTION, f"{size}{window}, four documents", packed, arrays)
     rows = min(256, length // 2)
-    last = _called(attention, **settings, limit=length - rows + 1 + jnp.arange(rows)[None])
+    last = _called(attention, **settings, limit=length - rows + 1 + np.arange(rows)[None])
 
     def chunk() -> Arrays:
         query, *context = arrays()
@@ -208,7 +216,7 @@ def _markov_sample(config: Config, requests: int, heat: float) -> Case:
         heads = _normal(1, v, rank), _normal(2, v, rank) / rank**0.5
         return _logits(0, size, requests, v), *heads, jnp.arange(requests, dtype=jnp.int32), _uniforms(size, requests)
 
-    run = _called(markov_sample, sampling=Sampling.constant(heat, requests))
+    run = _sampling(markov_sample, heat, requests)
     return Case(MARKOV_SAMPLE, f"{size} drafts of {requests} requests, {_how(heat)}", run, arrays)
 
 
@@ -222,7 +230,7 @@ def _speculative_verify(config: Config, requests: int, heat: float) -> Case:
         lengths = jnp.arange(requests, dtype=jnp.int32) % (size + 1)
         return target, draft, None, tokens, lengths, _uniforms(requests, size), _uniforms(requests)
 
-    run = _called(speculative_verify, sampling=Sampling.constant(heat, requests))
+    run = _sampling(speculative_verify, heat, requests)
     return Case(SPECULATIVE_VERIFY, f"{size} drafts of {requests} requests, {_how(heat)}", run, arrays)
 
 

@@ -224,6 +224,19 @@ def test_kernels_for_tpus_at_hostile_shapes(shape):
 
 
 @pytest.mark.slow
+def test_kernels_for_tpus_cut_the_heads_that_do_not_fit_together():
+    """Of sixteen query heads of 512 for one key head, four at a time; their keys' gradients are added up."""
+    assert pallas_tpu._parts(16, 4, 4 * 512) == 4 and pallas_tpu._parts(16, 7, 2 * 512) == 2
+    assert pallas_tpu._parts(4, 7, 2 * 128) == 1 and pallas_tpu._parts(3, 999, 2 * 128) == 3
+    data = problem(b=1, a=3, g=4, s=16, n=16, k=1, h=512)
+    out, grads = run(*data, 0.04, pallas_tpu.block_attention)
+    want, want_grads = loops(*data, 0.04)
+    np.testing.assert_allclose(out, want, atol=1e-5)
+    for name, got, grad in zip(NAMES, grads, want_grads, strict=True):
+        np.testing.assert_allclose(got, grad, atol=1e-5 * np.abs(grad).max(), err_msg=name)
+
+
+@pytest.mark.slow
 def test_kernels_for_tpus_in_bfloat16():
     data = problem(dtype=jnp.bfloat16)
     out, grads = run(*data, 0.3, tpu_kernels)

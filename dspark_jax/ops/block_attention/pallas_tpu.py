@@ -103,10 +103,15 @@ def block_attention(
 ) -> jax.Array:
     """See `api.block_attention`. Over a mesh, devices split the sequences and the key heads."""
     (b, a, g, n, h), (s, k), e = query.shape, context_key.shape[1:3], block_key.shape[2]
+    if tiles is None and (more := _parts(n // k, g, h * query.dtype.itemsize)) > 1:
+        # Each part of a key head's query heads gets a copy of it; the gradient of copying adds the parts up.
+        context_key, context_value = (jnp.repeat(x, more, axis=2) for x in (context_key, context_value))
+        block_key, block_value = (jnp.repeat(x, more, axis=3) for x in (block_key, block_value))
+        k *= more
     rows = g * n // k
     tiles = tiles or Tiles.fitting(rows, e, a, h * query.dtype.itemsize)
     mosaic.check(
-        the_head_width_is_no_multiple_of_16_up_to_256=h % 16 == 0 and h <= 256,
+        the_head_width_is_no_multiple_of_16_up_to_512=h % 16 == 0 and h <= 512,
         the_type_is_neither_bfloat16_nor_float32=query.dtype in (jnp.bfloat16, jnp.float32),
         the_arrays_are_of_different_types=len({x.dtype for x in (query, context_key, context_value, block_key)}) == 1,
         a_block_has_too_many_rows_or_keys=tiles.blocks * max(rows * tiles.keys, rows * e) <= SCORES,
@@ -117,6 +122,12 @@ def block_attention(
     arrays = (grouped, context_key, context_value, block_key, block_value, limit, jnp.asarray(starts, jnp.int32))
     out: Any = _attention(*arrays, scale, tiles)
     return out.reshape(query.shape)
+
+
+def _parts(heads: int, g: int, row_bytes: int) -> int:
+    """Into how many parts the R query heads of a key head are cut, so that a group of the fewest blocks fits."""
+    most = SCORES // pl.cdiv(row_bytes, ROW_BYTES) ** 2 // (mosaic.LANES * 16)  # rows of a block
+    return next((parts for parts in range(1, heads) if heads % parts == 0 and heads // parts * g <= most), heads)
 
 
 _CONTEXT, _BLOCKS = ("batch", None, "kv_heads", None), ("batch", None, None, "kv_heads", None)

@@ -34,6 +34,7 @@ from dspark_jax.data.sources import SampleReader
 from dspark_jax.drafter.interface import Drafter
 from dspark_jax.evaluation.held_out import HeldOutPrompts, check_held_out
 from dspark_jax.evaluation.setup import check_questions
+from dspark_jax.json_file import read_ours
 from dspark_jax.metrics import values
 from dspark_jax.prepare import prepare_run
 from dspark_jax.progress import MetricsWriter, Progress, check_wandb, log
@@ -51,6 +52,7 @@ from dspark_jax.training.host_memory import check_host_memory, describe_feature_
 from dspark_jax.training.layer_start import TARGET
 from dspark_jax.training.micro_steps import MicroSteps
 from dspark_jax.training.optim import learning_rate, make_optimizer
+from dspark_jax.training.padding import describe_padding
 from dspark_jax.training.preemption import Preemption
 from dspark_jax.training.state import abstract_drafter, init_state, state_layout, to_module, to_params
 from dspark_jax.training.step import (
@@ -234,8 +236,11 @@ def _open_data(run: Run) -> Any:
         return GrowingBatches(run.workdir, lambda samples, seed: make(samples, seed=seed), config.train.seed)
     samples = open_features(run) if config.data.features != "online" else SampleReader(run.data_folder)
     data = make(samples, seed=config.train.seed)
+    report, mesh = read_ours(run.data_folder / "report.json"), run.mesh.shape
+    if padding := describe_padding(config, report["samples"], report["tokens"], mesh["data"] * mesh["fsdp"]):
+        log(padding)
     if isinstance(samples, CachedSamples):
-        log(describe_feature_memory(config, run.mesh, samples.lengths))
+        log(describe_feature_memory(config, run.mesh))
         return MicroBatches(data, config.train.accumulate, config.data.workers)
     return data
 

@@ -3,7 +3,6 @@
 import ctypes
 import math
 import sys
-from collections.abc import Sequence
 
 import jax
 from jax.sharding import Mesh
@@ -32,15 +31,11 @@ def feature_memory(config: Config, mesh: Mesh) -> int:
     return ON_HOST * each // jax.process_count()
 
 
-def describe_feature_memory(config: Config, mesh: Mesh, lengths: Sequence[int]) -> str:
-    """What training from disk takes of this host, in one line; `lengths` are the samples' numbers of tokens."""
+def describe_feature_memory(config: Config, mesh: Mesh) -> str:
+    """What training from disk takes of this host, in one line."""
     size = feature_memory(config, mesh)
     amount = f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.2f} MB"
-    line = f"features: {ON_HOST} micro-batches take at most {amount} of host memory"
-    full = sum(lengths) / (len(lengths) * config.data.max_length)
-    if config.data.pack or full > 0.5:
-        return line
-    return f"{line}; {1 - full:.0%} of the rows are padding, which data.pack=True would fill"
+    return f"features: {ON_HOST} micro-batches take at most {amount} of host memory"
 
 
 def check_host_memory(config: Config, mesh: Mesh) -> None:

@@ -1,0 +1,28 @@
+"""What padding takes of a step, and how packing spends it on samples (`data.pack`)."""
+
+from dspark_jax.config import Config
+from dspark_jax.kinds import KINDS
+
+
+def describe_padding(config: Config, samples: int, tokens: int, ways: int) -> str:
+    """One line where sequences could hold two samples or more on average; empty otherwise, or where they are packed.
+
+    Packed sequences with so many more anchors, and so many fewer of them in a batch, hold the same samples and blocks
+    in a step (docs/results.md has what that gained).
+
+    Args:
+      config: of the run.
+      samples: that there are.
+      tokens: of all of them.
+      ways: devices that the sequences of a micro-batch are split over.
+    """
+    each = config.data.max_length * samples // max(tokens, 1)
+    if config.data.pack or each < 2:
+        return ""
+    train, multiple = config.train, config.train.accumulate * ways
+    batch = max(1, round(train.batch_size / each / multiple)) * multiple
+    settings = f"data.pack=True train.batch_size={batch}"
+    if not KINDS[config.drafter.kind].token_by_token:
+        settings += f" train.num_anchors={train.num_anchors * each}"
+    share = 1 - tokens / (config.data.max_length * samples)
+    return f"padding: {share:.0%} of the rows; {settings} would train on about as many samples and blocks in a step"

@@ -1,0 +1,36 @@
+"""What is said about padding: how to train on the same with less of it."""
+
+import dataclasses
+
+import pytest
+
+from dspark_jax.config import Config
+from dspark_jax.presets import released
+from dspark_jax.training.padding import describe_padding
+
+
+def of(kind: str = "dspark") -> Config:
+    return released("qwen3_4b", "Qwen/Qwen3-4B", kind)  # 512 sequences of 4096 with 512 anchors, in 8 micro-batches
+
+
+def test_settings_that_keep_samples_and_blocks() -> None:
+    """Samples of 700 tokens: five to a sequence; 102 sequences are no whole number of micro-batches of four."""
+    said = describe_padding(of(), samples=1000, tokens=700_000, ways=4)
+    assert said.startswith("padding: 83% of the rows; data.pack=True train.batch_size=96 train.num_anchors=2560 would")
+
+
+def test_a_batch_divides_over_devices_and_micro_batches() -> None:
+    """32 devices and 8 micro-batches take 256 sequences at least."""
+    assert "batch_size=256 " in describe_padding(of(), samples=10, tokens=1000, ways=32)
+
+
+def test_drafters_that_learn_from_every_row_have_no_anchors() -> None:
+    said = describe_padding(of("eagle3"), samples=1000, tokens=700_000, ways=1)
+    assert "train.batch_size=96 would" in said and "anchors" not in said
+
+
+@pytest.mark.parametrize(("tokens", "pack"), [(2049 * 10, False), (700 * 10, True)])
+def test_nothing_is_said_where_nothing_is_gained(tokens: int, pack: bool) -> None:
+    config = of()
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, pack=pack))
+    assert not describe_padding(config, samples=10, tokens=tokens, ways=1)

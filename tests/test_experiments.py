@@ -82,6 +82,7 @@ def test_a_wheel_is_built_installed_and_used(tmp_path: Path) -> None:
         "import dspark_jax; from dspark_jax.command import load_config; from dspark_jax.config import resolve\n"
         "config = resolve(load_config('quickstart:eagle3'))\n"
         "from dspark_jax.convert.servers import servers; assert servers()\n"
+        "from dspark_jax.evaluation.measured_costs import cost_files; assert cost_files()\n"
         "print(dspark_jax.__file__, config.name, config.target.architecture.vocab_size)"
     )
     done = subprocess.run([python, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True)

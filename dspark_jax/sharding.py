@@ -139,6 +139,12 @@ def parts_of(name: str) -> int:
     return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in RULES[name])
 
 
+def share(name: str, size: int) -> int:
+    """What a device has of a logical axis of this size; all of it where the mesh that is set does not divide it."""
+    parts = parts_of(name)
+    return size // parts if size % parts == 0 else size
+
+
 def per_device(
     run: Callable[..., Any],
     inputs: Sequence[Sequence[str | None]],

@@ -33,6 +33,7 @@ from dspark_jax.ops.mosaic_attention import (
     turn_tables,
     visible,
 )
+from dspark_jax.sharding import share
 
 _MOST_HEADS = 32
 """Query heads of one key head: 128 positions of these, and 128 keys, are the largest tile of scores."""
@@ -81,7 +82,7 @@ def attention(
         the_arrays_are_of_different_types=query.dtype == key.dtype == value.dtype,
         a_key_head_has_too_many_query_heads=n // k <= _MOST_HEADS,
         a_tile_of_rows_is_too_large=tiles.positions * n // k * h * (4 * query.dtype.itemsize + 4) <= _ROW_TILE,
-        there_are_too_many_tiles=b * pl.cdiv(t, tiles.positions) * pl.cdiv(s, tiles.keys) <= TABLE,
+        there_are_too_many_tiles=share("batch", b) * pl.cdiv(t, tiles.positions) * pl.cdiv(s, tiles.keys) <= TABLE,
     )
     pairs = t * s if limit is not None else _pairs(t, window)
     run = functools.partial(_here, tiles=tiles, pairs=pairs)

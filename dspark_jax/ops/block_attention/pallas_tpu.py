@@ -42,7 +42,7 @@ from dspark_jax.ops.mosaic_attention import (
     visible,
 )
 from dspark_jax.recompute import dear
-from dspark_jax.sharding import per_device
+from dspark_jax.sharding import per_device, share
 
 
 class Tiles(NamedTuple):
@@ -115,7 +115,7 @@ def block_attention(
         the_type_is_neither_bfloat16_nor_float32=query.dtype in (jnp.bfloat16, jnp.float32),
         the_arrays_are_of_different_types=len({x.dtype for x in (query, context_key, context_value, block_key)}) == 1,
         a_block_has_too_many_rows_or_keys=tiles.blocks * max(rows * tiles.keys, rows * e) <= SCORES,
-        there_are_too_many_tiles=b * pl.cdiv(a, tiles.blocks) * pl.cdiv(s, tiles.keys) <= TABLE,
+        there_are_too_many_tiles=share("batch", b) * pl.cdiv(a, tiles.blocks) * pl.cdiv(s, tiles.keys) <= TABLE,
     )
     limit = jnp.where(keep, anchors, -1).astype(jnp.int32)  # -1: the block is nobody's
     grouped = query.reshape(b, a, g, k, n // k, h)

@@ -20,7 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 from dspark_jax.ops import mosaic
 from dspark_jax.ops.cached_attention.rows import Rows
 from dspark_jax.ops.mosaic import MASKED, dot, numbers
-from dspark_jax.sharding import devices_here, per_device
+from dspark_jax.sharding import devices_here, per_device, share
 
 _MOST_ROWS = 256
 """Query rows of a request and key head."""
@@ -87,7 +87,7 @@ def cached_attention(
         the_type_is_neither_bfloat16_nor_float32=query.dtype in (jnp.bfloat16, jnp.float32),
         the_arrays_are_of_different_types=query.dtype == key.dtype == value.dtype,
         a_request_has_too_many_rows=case.rows <= _MOST_ROWS,
-        there_are_too_many_tiles=b * pl.cdiv(c, keys or mosaic.LANES) <= _WORK,
+        there_are_too_many_tiles=share("batch", b) * pl.cdiv(c, keys or mosaic.LANES) <= _WORK,
         flat_rows_of_several_devices_are_not_told_apart=rows.full or devices_here() == 1,
     )
     stacks = (key[None], value[None]) if layer is None else (key, value)

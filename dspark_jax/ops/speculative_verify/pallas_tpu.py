@@ -24,7 +24,7 @@ from dspark_jax.ops import mosaic
 from dspark_jax.ops.mosaic import LANES, MASKED, numbers
 from dspark_jax.ops.sampling import FAR, GREEDY_BELOW, Sampling, draw_inside, draw_part, is_below
 from dspark_jax.ops.speculative_verify.rule import FLOOR, acceptance_probabilities, accepted_prefix
-from dspark_jax.sharding import parts_of, per_device
+from dspark_jax.sharding import parts_of, per_device, share
 
 _ROWS = 8
 """Of a group: what a register holds of one lane."""
@@ -69,7 +69,7 @@ def speculative_verify(
         there_are_filters=not sampling.filtered,
         the_vocabulary_is_no_multiple_of_128_up_to_524288=v % LANES == 0 and v <= _ROWS * LANES * sizes.part,
         the_logits_are_not_float32=target_logits.dtype == draft_logits.dtype == jnp.float32,
-        there_are_too_many_requests=b <= 1024,
+        there_are_too_many_requests=share("batch", b) <= 1024,
         the_vocabulary_is_split_over_devices=parts_of("vocab") == 1,
         requests_or_flat_rows_are_not_split_evenly=parts_of("batch") == 1
         or (first_rows is None and b % parts_of("batch") == 0),

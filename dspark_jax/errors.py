@@ -59,6 +59,14 @@ def is_full_disk(error: Exception) -> bool:
     return getattr(error, "errno", None) in _FULL or any(os.strerror(number) in str(error) for number in _FULL)
 
 
+_ON_CHIP = ("Shared memory size limit exceeded", "memory space vmem")
+"""What the compilers for GPUs and TPUs say of a kernel that does not fit, in an error of the same kind."""
+
+_WITHOUT_KERNELS = (
+    "set DSPARK_JAX_WITHOUT=pallas_gpu (on a TPU pallas_tpu) to go without all kernels, or run "
+    "python -m dspark_jax.kernels with this config, which names the one"
+)
+
 _SMALLER = (
     "lower train.batch_size, eval.batch_size or data.decode_batch_size, use more devices, or train with "
     "train.recompute=layers"
@@ -94,10 +102,10 @@ def reporting_errors() -> Iterator[None]:
         if not (device or isinstance(error, MemoryError)):
             raise
         why = str(error).split("\n")[0][:200] or "no message"
-        print(
-            f"error: the memory of {'a device' if device else 'this machine'} is full ({why}); {_SMALLER}",
-            file=sys.stderr,
-        )
+        what, remedy = f"the memory of {'a device' if device else 'this machine'} is full", _SMALLER
+        if device and any(sign in str(error) for sign in _ON_CHIP):
+            what, remedy = "a kernel takes more memory than there is on the chip", _WITHOUT_KERNELS
+        print(f"error: {what} ({why}); {remedy}", file=sys.stderr)
         raise SystemExit(2) from error
     except KeyboardInterrupt as error:
         print(interrupt.INTERRUPTED, end="", file=sys.stderr)

@@ -209,6 +209,15 @@ def test_errors_of_the_command_itself_are_reported_alike(config_file, capsys):
             RuntimeError("RESOURCE_EXHAUSTED: Out of memory\nmore"),
             "the memory of a device is full (RESOURCE_EXHAUSTED: ",
         ),
+        (
+            RuntimeError("RESOURCE_EXHAUSTED: Shared memory size limit exceeded: requested 327680, available: 232448"),
+            "a kernel takes more memory than there is on the chip (RESOURCE_EXHAUSTED: Shared memory size limit "
+            "exceeded: requested 327680, available: 232448); set DSPARK_JAX_WITHOUT=pallas_gpu",
+        ),
+        (
+            RuntimeError("RESOURCE_EXHAUSTED: E1001: CompileTimeScopedVmemOom: Ran out of memory in memory space vmem"),
+            "a kernel takes more memory than there is on the chip (RESOURCE_EXHAUSTED: E1001",
+        ),
     ],
 )
 def test_memory_that_does_not_suffice_is_one_line(config_file, capsys, error, expected):

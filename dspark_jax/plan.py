@@ -205,6 +205,9 @@ def describe(name: str, found: dict[str, Any]) -> Iterator[str]:
         yield f"  {'memory traffic':<20} {found['hbm_bytes_per_chip'] / 1e9:8.1f} GB per chip"
     for kind, traffic in (found.get("collectives") or {}).items():
         yield f"  {kind:<20} {traffic['bytes'] / 1e9:8.2f} GB per chip in {traffic['count']}"
+    for one in found.get("operations", ()):
+        if one["refusals"]:
+            yield f"  {'left to ' + one['implementation']:<20} {one['operation']} ({'; '.join(one['refusals'])})"
     if "roofline" not in found:
         return
     if "compiler_seconds" in found:

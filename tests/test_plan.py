@@ -16,6 +16,7 @@ import pytest
 
 from dspark_jax import jobs, plan
 from dspark_jax.config import InputError, MeshConfig, TargetArchitecture, resolve, to_json
+from dspark_jax.ops.dispatch import Operation, Unsupported
 from dspark_jax.planning import compile_job
 from dspark_jax.planning.estimate import _times, compile_and_estimate
 from dspark_jax.planning.flops import matmul_flops
@@ -420,6 +421,27 @@ def test_a_crash_of_the_compiler_costs_one_program_only(config, tmp_path, monkey
             part in crashed
         )
     assert "train step: not known" in said and ("decoding round: fits" in said) == ("decode" not in crashed)
+
+
+def test_what_kernels_leave_to_xla_is_said(config, monkeypatch):
+    """Once for each reason, however often it was traced; what a kernel takes needs no line."""
+    operation = Operation("toy", {"cpu": []})
+    operation.register("xla", lambda size: size, ["cpu"])
+
+    def kernel(size):
+        if size > 2:
+            raise Unsupported("too many tiles")
+
+    operation.register("pallas", kernel, ["cpu"])
+    program = lambda *_: estimated(Compiled()) | {"devices": [operation(None, size) for size in (1, 5, 6)]}  # noqa: E731
+    monkeypatch.setitem(compile_job.PROGRAMS, "train", program)
+    monkeypatch.setattr(compile_job, "devices_of", lambda topology: (CHIPS["v5e"], jax.devices()))
+    found = compile_job.work({"config": to_json(config), "topology": "v5e:2x4", "part": "train"})
+    found = json.loads(json.dumps(found))
+    refused = {"operation": "toy", "implementation": "xla", "refusals": ["pallas: too many tiles"], "traced": 2}
+    assert found["operations"] == [{**refused, "implementation": "pallas", "refusals": [], "traced": 1}, refused]
+    said = [line for line in plan.describe("train step", found | {"verdict": ""}) if "left to" in line]
+    assert said == ["  left to xla          toy (pallas: too many tiles)"]
 
 
 def test_bad_input_of_the_compiling_process_is_told_as_such(config, tmp_path, monkeypatch):

@@ -1,9 +1,12 @@
 """Which implementation of an operation runs: the first one, in the platform's order, that can do the case."""
 
+import collections
+import contextlib
+import contextvars
 import importlib
 import os
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from dspark_jax import platform
 
@@ -14,6 +17,28 @@ SWITCHED_OFF = "DSPARK_JAX_WITHOUT"
 
 class Unsupported(NotImplementedError):
     """Raised by an implementation, before it computes anything, for a case that it cannot do; says which."""
+
+
+class Choice(NamedTuple):
+    """Which implementation of an operation was taken, and why those before it were not."""
+
+    operation: str
+    implementation: str
+    refusals: tuple[str, ...]
+
+
+_watching: contextvars.ContextVar[collections.Counter[Choice] | None] = contextvars.ContextVar("watching", default=None)
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[collections.Counter[Choice]]:
+    """Counts the choices of what is traced inside; a loop's body is traced once, and what was traced before is not."""
+    counted: collections.Counter[Choice] = collections.Counter()
+    before = _watching.set(counted)
+    try:
+        yield counted
+    finally:
+        _watching.reset(before)
 
 
 class Operation:
@@ -76,9 +101,13 @@ class Operation:
                 refusals.append(f"{name}: switched off by {SWITCHED_OFF}")
                 continue
             try:
-                return self._function(name)(*arrays, **settings)
+                result = self._function(name)(*arrays, **settings)
             except Unsupported as refusal:
                 refusals.append(f"{name}: {refusal}")
+                continue
+            if (counted := _watching.get()) is not None:
+                counted[Choice(self.name, name, tuple(refusals))] += 1
+            return result
         raise Unsupported(f"{self.name}: no implementation can do this here; {'; '.join(refusals)}")
 
     def switched_off(self, name: str) -> bool:

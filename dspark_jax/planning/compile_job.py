@@ -11,6 +11,7 @@ import jax
 from dspark_jax import jobs
 from dspark_jax.config import Config, from_json, to_json
 from dspark_jax.engine.placement import answering_load, evaluation_load, place
+from dspark_jax.ops.dispatch import watched
 from dspark_jax.planning.estimate import compile_and_estimate
 from dspark_jax.planning.programs import answering_programs, decode_program, train_program
 from dspark_jax.planning.topology import Chip, devices_of
@@ -76,7 +77,9 @@ def estimate_in_process(config: Config, topology: str, part: str, **more: int) -
 def work(job: dict[str, Any]) -> dict[str, Any]:
     """A job of `estimate_in_process`."""
     config = from_json(job["config"])
-    return PROGRAMS[job["part"]](job, config, *devices_of(job["topology"]))
+    with watched() as choices:
+        found = PROGRAMS[job["part"]](job, config, *devices_of(job["topology"]))
+    return found | {"operations": [{**choice._asdict(), "traced": count} for choice, count in choices.items()]}
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import pytest
 
 from dspark_jax import platform
 from dspark_jax.ops.attention.api import OPERATION, attention
-from dspark_jax.ops.dispatch import Operation, Unsupported
+from dspark_jax.ops.dispatch import Choice, Operation, Unsupported, watched
 
 ROWS = jnp.ones((1, 2, 1, 4))
 
@@ -55,6 +55,20 @@ def test_an_implementation_can_be_switched_off(toy, monkeypatch, listed):
     monkeypatch.setenv("DSPARK_JAX_WITHOUT", "toy,xla")
     with pytest.raises(Unsupported, match="xla: switched off by DSPARK_JAX_WITHOUT"):
         attention(ROWS, ROWS, ROWS, scale=1.0)
+
+
+def test_choices_are_counted_with_what_was_refused(toy):
+    two = jnp.ones((1, 2, 2, 4))
+    with watched() as outer:
+        attention(ROWS, ROWS, ROWS, scale=1.0)
+        with watched() as inner:
+            attention(two, two, two, scale=1.0)
+        attention(two, two, two, scale=1.0)
+        attention(two, two, two, scale=1.0)
+        attention(two, two, two, scale=1.0, implementation="xla")  # no choice
+    attention(ROWS, ROWS, ROWS, scale=1.0)
+    refused = Choice("attention", "xla", ("toy: more than one head",))
+    assert outer == {Choice("attention", "toy", ()): 1, refused: 2} and inner == {refused: 1}
 
 
 def test_nobody_can_do_it():

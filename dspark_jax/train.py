@@ -237,7 +237,8 @@ def _open_data(run: Run) -> Any:
     samples = open_features(run) if config.data.features != "online" else SampleReader(run.data_folder)
     data = make(samples, seed=config.train.seed)
     report, mesh = read_ours(run.data_folder / "report.json"), run.mesh.shape
-    if padding := describe_padding(config, report["samples"], report["tokens"], mesh["data"] * mesh["fsdp"]):
+    ways = mesh["data"] * mesh["fsdp"]
+    if padding := describe_padding(config, report.get("samples", 0), report.get("tokens", 0), ways):
         log(padding)
     if isinstance(samples, CachedSamples):
         log(describe_feature_memory(config, run.mesh))

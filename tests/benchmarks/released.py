@@ -40,6 +40,7 @@ from dspark_jax.config import Config, DrafterConfig, MeshConfig, TargetArchitect
 from dspark_jax.drafter import make_drafter
 from dspark_jax.engine.cost import RoundShape, round_seconds, rounds_of
 from dspark_jax.engine.models import Models
+from dspark_jax.kernels import seconds as seconds_of
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target.model import Target
 from dspark_jax.training.optim import make_optimizer
@@ -75,14 +76,7 @@ class Rates:
 def best(run: Callable[..., Any], *args: Any, repeats: int = 5, calls: int = 10) -> float:
     """Seconds of one of several calls in a row (so that the device does not wait for the host), the best of several."""
     jax.block_until_ready(run(*args))
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        for _ in range(calls):
-            out = run(*args)
-        jax.block_until_ready(out)
-        times.append((time.perf_counter() - start) / calls)
-    return min(times)
+    return seconds_of(run, args, repeats=repeats, calls=calls)
 
 
 def released(model: str) -> Config:

@@ -88,7 +88,7 @@ class Checkpoints:
           heldout: what `state` was measured at, if it was.
 
         Raises:
-          InputError: the disk is full, now or during the save before this one.
+          InputError: the disk is full, now or during the save before this one, or the directory cannot be written in.
         """
         arrays = {"params": state.params, "optimizer": {"step": state.step, "state": state.optimizer}}
         about = self.about | {"sums": array_sums(arrays), "position": digest(data)}

@@ -22,9 +22,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import thread as threads
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -60,7 +63,7 @@ class Outcome:
       said: the last line on stderr, or of the traceback.
       good: see the module.
       warned: it worked, and said what is damaged or what is done instead.
-      left: files that a command which refused has left half-written.
+      left: files that a command which refused has left half-written, and threads that would hold the process.
     """
 
     status: int | None
@@ -216,7 +219,7 @@ def outcome(name: str, world: Path, opened: set[str] | None = None) -> Outcome:
     clear = status == 0 or (status == 2 and 1 <= len(errors) <= most) or status in VERDICTS.get(name, ())
     warnings = [line for line in lines if any(word in line for word in WARNINGS)]
     told = errors[-1] if errors else next(iter(warnings), lines[-1] if lines else "")
-    left = half_written(world) if status else ()
+    left = (*half_written(world), *held_by()) if status else held_by()
     good = clear and not left and "Traceback" not in err.getvalue()
     return Outcome(status, told, good, bool(warnings), left)
 
@@ -229,6 +232,25 @@ def half_written(world: Path) -> tuple[str, ...]:
     """Files that nobody would take for whole, but for those that `prepare` goes on with (`data.partial`)."""
     found = [path for ending in ("*.tmp", ".*", "*.tmp.npz", "*orbax-checkpoint-tmp*") for path in world.rglob(ending)]
     return tuple(str(one.relative_to(world)) for one in found if "data.partial" not in str(one))
+
+
+def held_by() -> tuple[str, ...]:
+    """Names of threads that a process would wait for at its end, and that do not end by themselves in some seconds."""
+
+    def found() -> set[threading.Thread]:
+        pooled = set(threads._threads_queues)  # of executors: they end with the process
+        alive = {one for one in threading.enumerate() if one is not threading.main_thread() and not one.daemon}
+        return alive - pooled - _reported
+
+    until = time.monotonic() + 5
+    while found() and time.monotonic() < until:
+        time.sleep(0.1)
+    left = found()
+    _reported.update(left)
+    return tuple(sorted(f"thread {one.name}" for one in left))
+
+
+_reported = set[threading.Thread]()
 
 
 def build(world: Path, target: Path) -> None:

@@ -1,13 +1,16 @@
 """Checkpoints: what is saved comes back, on any mesh; wrong targets, changed drafters and full disks are refused."""
 
 import dataclasses
+import errno
 import gc
 import json
 import logging
+import os
 import re
 import resource
 import shutil
 import sys
+import threading
 from pathlib import Path
 
 import jax
@@ -218,6 +221,26 @@ def test_a_save_without_room_is_not_started(config, saved, tmp_path, monkeypatch
     message = r"the disk is full, a checkpoint takes 0\.\d MB and 0.0 MB are free; the checkpoint of step 3 is intact"
     with pytest.raises(InputError, match=message), Checkpoints(Run(config, tmp_path)) as checkpoints:
         checkpoints.save(6, saved, {})
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["3"]
+
+
+def test_where_no_directory_can_be_made_nothing_is_left_waiting(config, saved, tmp_path, monkeypatch):
+    """One line at once: threads of Orbax that wait for such a directory would hold the process for five minutes."""
+    with Checkpoints(Run(config, tmp_path)) as checkpoints:
+        checkpoints.save(3, saved, {})
+    before = set(threading.enumerate())
+    make = os.mkdir
+
+    def refuse(path, *arguments, **options):
+        if Path(path).parent.name == "checkpoints":
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        make(path, *arguments, **options)
+
+    message = "checkpoints: cannot be written in .Read-only file system.; the checkpoint of step 3 is intact; change"
+    with Checkpoints(Run(config, tmp_path)) as checkpoints, pytest.raises(InputError, match=message):
+        monkeypatch.setattr(os, "mkdir", refuse)
+        checkpoints.save(6, saved, {})
+    assert not [one for one in set(threading.enumerate()) - before if "commit" in one.name]
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["3"]
 
 

@@ -201,6 +201,18 @@ def define_checkpoint(values: flags.FlagValues) -> None:
     )
 
 
+def positive_integers(name: str, given: Sequence[str | int]) -> list[int]:
+    """What a flag that is a list of them has, each once, in the order given. Raises InputError for anything else."""
+    found: dict[int, None] = {}
+    for one in given:
+        if not str(one).strip().isdigit() or int(one) < 1:
+            raise InputError(f"--{name} has {one!r}; give positive integers, e.g. --{name}=1,8,32")
+        found[int(one)] = None
+    if not found:
+        raise InputError(f"--{name} is empty; give positive integers, e.g. --{name}=1,8,32")
+    return list(found)
+
+
 class _LocalPath(flags.ArgumentParser):
     """Reads a flag that is a path."""
 

@@ -61,7 +61,7 @@ def profile(
     Raises:
       InputError: there is no checkpoint for this target, or a number is out of range.
     """
-    sizes, lengths = _numbers("slots", slots), _numbers("contexts", contexts)
+    sizes, lengths = command.positive_integers("slots", slots), command.positive_integers("contexts", contexts)
     if rounds < 1:
         raise InputError(f"--rounds={rounds} times nothing; use 1 or more")
     refuse_timing(config, "profile")
@@ -135,18 +135,6 @@ def describe(measured: Sequence[dict[str, Any]]) -> str:
             lines.append(f"{slots:>3} slots  " + "".join(f"{name:>14}" for name in names))
             lines.append(" " * 11 + "".join(f"{row['milliseconds']:>14.2f}" for row in own))
     return "\n".join(lines[1:])
-
-
-def _numbers(name: str, given: Sequence[str | int]) -> list[int]:
-    """Positive integers, each once, in the order given."""
-    found: dict[int, None] = {}
-    for one in given:
-        if not str(one).strip().isdigit() or int(one) < 1:
-            raise InputError(f"--{name} has {one!r}; give positive integers, e.g. --{name}=1,8,32")
-        found[int(one)] = None
-    if not found:
-        raise InputError(f"--{name} is empty; give positive integers, e.g. --{name}=1,8,32")
-    return list(found)
 
 
 def _define(values: flags.FlagValues) -> None:

@@ -10,11 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import io_callback
 
-from dspark_jax.config import Config
+from dspark_jax.config import Config, InputError
 from dspark_jax.kernels import distance, kernels, tried
 from dspark_jax.ops.dispatch import Operation, Unsupported
 from dspark_jax.planning.cases import Case, cases
+from dspark_jax.planning.timing import TURNS, Rates, device_seconds
 from dspark_jax.presets import deepseek_v4, released
 
 HERE = Path()
@@ -72,7 +74,7 @@ def test_shapes_are_those_of_every_kind_of_layer() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("which", ["pallas_gpu", "pallas_tpu"])
 def test_interpreted_kernels_agree_with_the_definition(which: str) -> None:
-    found = [one for case in of(QWEN3) if which in case.operation.names for one in tried(case, [which], timed=False)]
+    found = [one for case in of(QWEN3) if which in case.operation.names for one in tried(case, [which])]
     assert len({one.operation for one in found}) == {"pallas_gpu": 6, "pallas_tpu": 7}[which]
     for one in found:
         assert not one.failed and not one.refused and one.error is not None, one
@@ -97,14 +99,20 @@ WRONG: dict[str, tuple[Callable[..., jax.Array], str]] = {
 }
 
 
+def four_numbers(operation: Operation) -> Case:
+    def run(x: jax.Array, *, implementation: str) -> jax.Array:
+        return operation(implementation, x)
+
+    return Case(operation, "four numbers", run, lambda: (jnp.arange(4, dtype=jnp.bfloat16),), lambda x: (16.0, 4.0))
+
+
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Operation]:
     """An operation that adds 1, as the only case."""
     operation = Operation("toy", {"cpu": ["xla"]})
     operation._functions["xla"] = right
-    run = lambda x, *, implementation: operation(implementation, x)  # noqa: E731
-    case = Case(operation, "four numbers", run, lambda: (jnp.arange(4, dtype=jnp.bfloat16),))
-    monkeypatch.setattr("dspark_jax.kernels.cases", lambda *_, **__: [case])
+    monkeypatch.setattr("dspark_jax.kernels.cases", lambda *_, **__: [four_numbers(operation)])
+    monkeypatch.setattr(Rates, "measured", lambda: Rates(1e15, 1e15))
     yield operation
 
 
@@ -118,9 +126,14 @@ def test_what_agrees_is_timed_against_xla(toy: Operation, capsys: Any, tmp_path:
         ("xla", 0.0, ""),
     ]
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("cpu, jax ") and lines[1] == "toy: four numbers"
+    assert lines[0].startswith("cpu, jax ") and " GB/s, product " in lines[0] and lines[1] == "toy: four numbers"
     assert lines[2].split(maxsplit=1) == ["shy", "leaves it: odd sizes"]
-    assert " x XLA  differs by 0.0e+00" in lines[3] and lines[-1] == "1 kernels agree with the definition"
+    assert (
+        " x floor" in lines[3]
+        and " x XLA  differs by 0.0e+00" in lines[3]
+        and lines[-1] == "1 kernels agree with the definition"
+    )
+    assert found[1].floor == pytest.approx(1e3 * 16 / 1e15)
     written = json.loads((tmp_path / "tried.json").read_text())
     assert written["tried"] == [dataclasses.asdict(one) for one in found]
 
@@ -144,6 +157,68 @@ def test_what_fails_is_named_for_the_environment(toy: Operation, name: str, caps
 def test_without_kernels_it_says_so(toy: Operation, capsys: Any) -> None:
     kernels(QWEN3, HERE)
     assert capsys.readouterr().out.splitlines()[-1] == "cpu: XLA alone, no kernels"
+
+
+def test_several_sizes_of_rounds(toy: Operation, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each case once, and those that do not depend on the size not again."""
+    case = four_numbers(toy)
+    label = "{} requests of {}".format
+
+    def of_size(_: Config, requests: int, context: int) -> list[Case]:
+        return [case, dataclasses.replace(case, label=label(requests, context))]
+
+    monkeypatch.setattr("dspark_jax.kernels.cases", of_size)
+    found = kernels(QWEN3, HERE, requests=["1", "8"], context=["64", "128"])
+    assert [one.case for one in found] == ["four numbers", *(label(i, j) for i in (1, 8) for j in (64, 128))]
+    with pytest.raises(InputError, match="--requests has '0'; give positive integers"):
+        kernels(QWEN3, HERE, requests=["0"])
+
+
+def test_what_a_call_takes_is_that_of_calls_on_the_device() -> None:
+    """Small ones are made many at a time, each of them; what is written in place goes from call to call."""
+    seen: list[float] = []
+
+    def count(x: jax.Array, by: jax.Array) -> tuple[jax.Array, jax.Array]:
+        io_callback(lambda one: seen.append(float(one)), None, x)
+        return x + by, by * 2
+
+    one = jnp.ones(())
+    assert device_seconds(count, (0 * one, one)) > 0
+    assert len(seen) == 3 + 6 * 4 * TURNS and set(seen) == {0.0}
+    seen.clear()
+    device_seconds(count, (0 * one, one), in_place=1)
+    assert len(seen) == 3 + 6 * 4 * TURNS and set(seen) == set(map(float, range(6 * TURNS)))
+
+
+def test_floors_count_what_is_seen() -> None:
+    """Against masks drawn by hand: windows, documents, a prompt's last rows, rows over caches."""
+    window = 16
+    gemma = small("gemma4_12b", "google/gemma-4-12B-it", sliding_window=window)
+    found = {
+        f"{case.operation.name} {case.label}": case for case in of(gemma) if case.operation.name.endswith("attention")
+    }
+    rows, keys = np.arange(64)[:, None], np.arange(64)[None]
+    for label, case in found.items():
+        arrays = case.arrays()
+        n, h = arrays[0].shape[-2:]
+        mask = keys <= rows
+        if case.operation.name == "attention":
+            mask = mask & (keys > rows - window) if "window" in label else mask
+            mask = mask & (keys // 16 == rows // 16) if "documents" in label else mask
+            mask = mask[-32:] if "last" in label else mask
+            moved = sum(x.nbytes for x in arrays) + arrays[0].nbytes
+            assert case.work(*arrays) == (moved, 4 * n * h * mask.sum()), label
+        elif case.operation.name == "cached_attention":
+            positions = np.asarray(arrays[-1])
+            last = (positions[:, None] + np.arange(4)).max(1)
+            first = np.maximum(positions - window + 1, 0) if "window" in label else 0 * positions
+            read = int((last - first + 1).sum()) * 2 * arrays[1].shape[1] * h * 2
+            assert case.work(*arrays)[0] == pytest.approx(read + 2 * arrays[0].nbytes), label
+        else:
+            anchors, keep = arrays[-2:]
+            pairs = sum(3 * (int(a) + 3) for a, k in zip(anchors[0], keep[0], strict=True) if k)
+            assert case.work(*arrays)[1] == 7 * 2 * n * h * pairs
+    assert len(found) == 9 and sum("window" in label for label in found) == 4
 
 
 def test_how_far_results_are() -> None:

@@ -47,12 +47,16 @@ class Case:
       label: what the arguments are like.
       function: (*arrays, implementation) -> arrays in any structure, with gradients where training needs some.
       arrays: makes the arguments; matrices and rows are in bfloat16.
+      work: (*arrays) -> bytes that must be read and written, and floating point operations, of any implementation.
+      in_place: how many of the first arrays it writes into and returns first.
     """
 
     operation: Operation
     label: str
     function: Callable[..., Any]
     arrays: Callable[[], Arrays]
+    work: Callable[..., tuple[float, float]]
+    in_place: int = 0
 
 
 def cases(config: Config, *, requests: int = 32, context: int = 1024) -> Iterator[Case]:
@@ -95,6 +99,16 @@ def _uniforms(*shape: int) -> jax.Array:
     return jax.random.randint(jax.random.key(6), (*shape, 2), 0, 1 << 30)
 
 
+def _size(*arrays: Any) -> int:
+    """Bytes of all of them."""
+    return sum(x.nbytes for x in jax.tree.leaves(arrays))
+
+
+def _window(shape: AttentionShape) -> str:
+    """The end of a label."""
+    return f", a window of {shape.window}" if shape.window else ""
+
+
 def _markov(config: Config) -> int:
     """Rank of the sequential head, 0 without one."""
     return config.drafter.markov_rank if KINDS[config.drafter.kind].has_heads else 0
@@ -130,23 +144,30 @@ def _attention(shape: AttentionShape, length: int) -> Iterator[Case]:
     size = f"{n}/{k} heads of {h}, {length} rows"
     settings: dict[str, Any] = {"scale": shape.scale, "window": shape.window}
     settings |= {"sinks": np.linspace(-1, 1, n, dtype=np.float32)} if shape.sinks else {}
-    window = f", a window of {shape.window}" if shape.window else ""
+    end = 1 + np.arange(length)
 
     def arrays() -> Arrays:
         return _normal(0, 1, length, n, h), _normal(1, 1, length, k, h), _normal(2, 1, length, k, h)
 
-    yield Case(ATTENTION, size + window, _called(attention, **settings), arrays)
-    starts = (np.arange(length) // -(-length // 4) * -(-length // 4))[None]
-    packed = _called(attention, **settings, starts=starts)
-    yield Case(ATTENTION, f"{size}{window}, four documents", packed, arrays)
+    def case(label: str, arrays: Callable[[], Arrays], seen: np.ndarray, **more: Any) -> Case:
+        """Of rows that see so many keys, if no window ends before."""
+        pairs = int(np.minimum(seen, shape.window or length).sum())
+
+        def work(*arrays: Any) -> tuple[float, float]:
+            return _size(arrays) + _size(arrays[0]), 4 * n * h * pairs
+
+        return Case(ATTENTION, f"{size}{_window(shape)}{label}", _called(attention, **settings, **more), arrays, work)
+
+    yield case("", arrays, end)
+    starts = np.arange(length) // -(-length // 4) * -(-length // 4)
+    yield case(", four documents", arrays, end - starts, starts=starts[None])
     rows = min(256, length // 2)
-    last = _called(attention, **settings, limit=length - rows + 1 + np.arange(rows)[None])
 
     def chunk() -> Arrays:
         query, *context = arrays()
         return query[:, -rows:], *context
 
-    yield Case(ATTENTION, f"{size}{window}, a prompt's last {rows}", last, chunk)
+    yield case(f", a prompt's last {rows}", chunk, end[-rows:], limit=end[None, -rows:])
 
 
 def _block_attention(shape: AttentionShape, config: Config) -> Case:
@@ -160,8 +181,14 @@ def _block_attention(shape: AttentionShape, config: Config) -> Case:
         anchors = jnp.sort(jax.random.randint(jax.random.key(5), (1, blocks), 1, length), axis=1).astype(jnp.int32)
         return _normal(0, 1, blocks, size, n, h), *context, *own, anchors, jnp.arange(blocks)[None] % 9 != 4
 
+    def work(*arrays: Any) -> tuple[float, float]:
+        """Two products of what blocks see forward, five backward; arrays, the result and gradients once."""
+        anchors, keep = arrays[-2:]
+        seen = int(jnp.sum(jnp.where(keep, anchors + size, 0))) * size
+        return 2 * _size(arrays[:5]) + _size(arrays[0]), 7 * 2 * n * h * seen
+
     label = f"{n}/{k} heads of {h}, {blocks} blocks of {size} over {length} rows, and gradients"
-    return Case(BLOCK_ATTENTION, label, _with_gradients(block_attention, 5, scale=shape.scale), arrays)
+    return Case(BLOCK_ATTENTION, label, _with_gradients(block_attention, 5, scale=shape.scale), arrays, work)
 
 
 def _cached_attention(shape: AttentionShape, requests: int, rows: int, context: int) -> Case:
@@ -178,8 +205,13 @@ def _cached_attention(shape: AttentionShape, requests: int, rows: int, context: 
             query, key, value, Rows.whole(positions, rows), **settings, implementation=implementation
         )
 
-    window = f", a window of {shape.window}" if shape.window else ""
-    return Case(CACHED_ATTENTION, f"{n}/{k} heads of {h}, {requests} x {rows} rows over {context}{window}", run, arrays)
+    def work(query: jax.Array, key: jax.Array, value: jax.Array, positions: jax.Array) -> tuple[float, float]:
+        """What rows see of the caches once, query and result."""
+        seen = np.minimum(np.asarray(positions) + rows, (shape.window or length) + rows - 1).sum() / (requests * length)
+        return seen * _size(key, value) + 2 * _size(query), 4 * rows * n * h * requests * length * seen
+
+    label = f"{n}/{k} heads of {h}, {requests} x {rows} rows over {context}{_window(shape)}"
+    return Case(CACHED_ATTENTION, label, run, arrays, work)
 
 
 def _cache_write(shape: AttentionShape, requests: int, rows: int, context: int) -> Case:
@@ -190,7 +222,11 @@ def _cache_write(shape: AttentionShape, requests: int, rows: int, context: int) 
         places = (7 * jnp.arange(requests, dtype=jnp.int32) % (length - rows))[None]
         return *(_normal(i, 2, requests, k, length, h) for i in (1, 2)), *new, places
 
-    return Case(CACHE_WRITE, f"{rows} rows of {requests} requests", _called(cache_write, layer=1), arrays)
+    def work(*arrays: Any) -> tuple[float, float]:
+        return 2 * _size(arrays[2:4]), 0.0
+
+    label = f"{rows} rows of {requests} requests"
+    return Case(CACHE_WRITE, label, _called(cache_write, layer=1), arrays, work, in_place=2)
 
 
 def _expert_mlp(shape: ExpertShape, d: int, rows: int) -> Case:
@@ -201,8 +237,12 @@ def _expert_mlp(shape: ExpertShape, d: int, rows: int) -> Case:
         chosen = jax.lax.top_k(_logits(4, rows, e), shape.chosen)[1]
         return _normal(0, rows, d), chosen, jnp.full((rows, shape.chosen), 1 / shape.chosen, jnp.bfloat16), parts
 
+    def work(hidden: jax.Array, chosen: jax.Array, *_: Any) -> tuple[float, float]:
+        """Each expert that is chosen once."""
+        return len(np.unique(chosen)) * 3 * d * f * 2 + 2 * _size(hidden), 6 * chosen.size * d * f
+
     inner = functools.partial(expert_mlp, inner=lambda gate, up: jax.nn.silu(gate) * up)
-    return Case(EXPERT_MLP, f"{rows} rows, {shape.chosen} of {e} experts of {f}", _called(inner), arrays)
+    return Case(EXPERT_MLP, f"{rows} rows, {shape.chosen} of {e} experts of {f}", _called(inner), arrays, work)
 
 
 def _how(heat: float) -> str:
@@ -216,8 +256,12 @@ def _markov_sample(config: Config, requests: int, heat: float) -> Case:
         heads = _normal(1, v, rank), _normal(2, v, rank) / rank**0.5
         return _logits(0, size, requests, v), *heads, jnp.arange(requests, dtype=jnp.int32), _uniforms(size, requests)
 
+    def work(base: jax.Array, w1: jax.Array, w2: jax.Array, *_: Any) -> tuple[float, float]:
+        """W2 for every draft, logits read and, where the verification needs them, written."""
+        return size * _size(w2) + (2 if heat else 1) * _size(base), 2 * base.size * rank
+
     run = _sampling(markov_sample, heat, requests)
-    return Case(MARKOV_SAMPLE, f"{size} drafts of {requests} requests, {_how(heat)}", run, arrays)
+    return Case(MARKOV_SAMPLE, f"{size} drafts of {requests} requests, {_how(heat)}", run, arrays, work)
 
 
 def _speculative_verify(config: Config, requests: int, heat: float) -> Case:
@@ -230,8 +274,12 @@ def _speculative_verify(config: Config, requests: int, heat: float) -> Case:
         lengths = jnp.arange(requests, dtype=jnp.int32) % (size + 1)
         return target, draft, None, tokens, lengths, _uniforms(requests, size), _uniforms(requests)
 
+    def work(target: jax.Array, draft: jax.Array, *_: Any) -> tuple[float, float]:
+        """Both logits once; greedy, the target's alone."""
+        return _size(target) + (_size(draft) if heat else 0), 0.0
+
     run = _sampling(speculative_verify, heat, requests)
-    return Case(SPECULATIVE_VERIFY, f"{size} drafts of {requests} requests, {_how(heat)}", run, arrays)
+    return Case(SPECULATIVE_VERIFY, f"{size} drafts of {requests} requests, {_how(heat)}", run, arrays, work)
 
 
 def _vocab_loss(config: Config) -> Case:
@@ -253,4 +301,8 @@ def _vocab_loss(config: Config) -> Case:
 
         return jax.value_and_grad(loss, argnums=(0, 1, 2) if rank else 0)(hidden, prev, w2)
 
-    return Case(VOCAB_LOSS, f"{rows} rows over {v} tokens, and gradients", run, arrays)
+    def work(*arrays: Any) -> tuple[float, float]:
+        """The drafter's logits and two products for the slopes of each, the teacher's logits; matrices once."""
+        return 2 * _size(arrays), 2.0 * rows * v * (3 * (d + rank) + d)
+
+    return Case(VOCAB_LOSS, f"{rows} rows over {v} tokens, and gradients", run, arrays, work)

@@ -1,11 +1,11 @@
-"""Decoding rounds, train steps and operations at the released shapes, with random weights built on the device.
+"""Decoding rounds and train steps at the released shapes, with random weights built on the device.
 
-    python tests/benchmarks/released.py --model qwen3_4b --parts decode,train,ops --json released.json
+    python tests/benchmarks/released.py --model qwen3_4b --parts decode,train --json released.json
 
 For one accelerator, in under ten minutes. Every line gives the time, the floor (the larger of the bytes that must be
 read at the rate of a copy and of the operations at the rate of a large product, both measured here first), their ratio,
 and what the PyTorch reference took on an H100 where that was measured. `--profile` adds the kernels that take the time.
-Without `--parts` all parts run; `--quick` is a tiny model, to try this file on any machine.
+`--quick` is a tiny model, to try this file on any machine. `python -m dspark_jax.kernels` times single operations.
 
     python tests/benchmarks/released.py --model qwen3_4b --parts "" --card dspark_jax/evaluation/costs/CARD_MODEL.json
 
@@ -40,7 +40,7 @@ from dspark_jax.config import Config, DrafterConfig, MeshConfig, TargetArchitect
 from dspark_jax.drafter import make_drafter
 from dspark_jax.engine.cost import RoundShape, round_seconds, rounds_of
 from dspark_jax.engine.models import Models
-from dspark_jax.kernels import seconds as seconds_of
+from dspark_jax.planning.timing import Rates
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target.model import Target
 from dspark_jax.training.optim import make_optimizer
@@ -49,34 +49,6 @@ from dspark_jax.training.step import make_train_step, place_batch
 
 REFERENCE = {"train step, features given": 0.1137}
 """Seconds of the PyTorch reference (compiled, flex attention) on one H100 80GB HBM3, Qwen3-4B, 1 x 4096 tokens."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Rates:
-    """What this device reaches: bytes read or written per second in a copy, operations per second in a product."""
-
-    bytes: float
-    flops: float
-
-    @classmethod
-    def measured(cls, quick: bool) -> "Rates":
-        """Of a large copy and a large bfloat16 product."""
-        size, side = (1 << 24, 512) if quick else (1 << 30, 8192)
-        row = jnp.ones((size,), jnp.bfloat16)
-        square = jnp.ones((side, side), jnp.bfloat16)
-        copy = best(jax.jit(lambda x: x + 1), row)
-        product = best(jax.jit(lambda x: x @ x), square)
-        return cls(4 * size / copy, 2 * side**3 / product)
-
-    def floor(self, moved: float, operations: float = 0.0) -> float:
-        """Seconds."""
-        return max(moved / self.bytes, operations / self.flops)
-
-
-def best(run: Callable[..., Any], *args: Any, repeats: int = 5, calls: int = 10) -> float:
-    """Seconds of one of several calls in a row (so that the device does not wait for the host), the best of several."""
-    jax.block_until_ready(run(*args))
-    return seconds_of(run, args, repeats=repeats, calls=calls)
 
 
 def released(model: str) -> Config:
@@ -289,25 +261,21 @@ def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="qwen3_4b", help="qwen3_4b, qwen3_8b or qwen3_14b")
-    parser.add_argument("--parts", default="decode,train,ops", help="some of decode, train, ops")
+    parser.add_argument("--parts", default="decode,train", help="some of decode, train")
     parser.add_argument("--profile", action="store_true", help="the kernels that take the time")
     parser.add_argument("--quick", action="store_true", help="a tiny model")
     parser.add_argument("--json", help="file for the figures")
     parser.add_argument("--card", help="file for the round times of this card")
     options = parser.parse_args()
     device = jax.devices()[0]
-    rates = Rates.measured(options.quick)
+    rates = Rates.measured()
     print(
-        f"{device.device_kind}, jax {jax.__version__}: copy {rates.bytes / 1e12:.2f} TB/s, "
-        f"product {rates.flops / 1e12:.0f} TFLOP/s",
+        f"{device.device_kind}, jax {jax.__version__}: copy {rates.bytes / 1e9:.0f} GB/s, "
+        f"product {rates.operations / 1e12:.2f} TFLOP/s",
         flush=True,
     )
     config, found = released("quick" if options.quick else options.model), []
     parts = options.parts.split(",")
-    if "ops" in parts:
-        from tests.benchmarks.operations import operations
-
-        found += operations(rates, row, best, options.quick)
     if "decode" in parts:
         found += decoding(config, rates, options.quick, options.profile)
     if "train" in parts:

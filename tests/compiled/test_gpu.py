@@ -214,18 +214,19 @@ def test_the_experts_of_a_mixture(e: int, k: int, d: int, f: int, biases: bool, 
 
 
 @pytest.mark.parametrize(
-    ("card", "target", "requests"),
+    ("card", "target", "requests", "drafts"),
     [
-        ("h100", "google/gemma-4-12B-it", 32),
-        ("h100", "Qwen/Qwen3-30B-A3B", 256),
-        ("ada", "Qwen/Qwen3-4B", 64),
-        ("ada", "google/gemma-4-12B-it", 32),
+        ("h100", "google/gemma-4-12B-it", 32, 16),
+        ("h100", "Qwen/Qwen3-30B-A3B", 256, 7),
+        ("ada", "Qwen/Qwen3-4B", 64, 7),
+        ("ada", "google/gemma-4-12B-it", 32, 7),
     ],
 )
-def test_what_the_command_kernels_tries(card: str, target: str, requests: int, monkeypatch: Any) -> None:
+def test_what_the_command_kernels_tries(card: str, target: str, requests: int, drafts: int, monkeypatch: Any) -> None:
     """At the sizes of released configs, also where there is less shared memory; none is left to another one."""
     cards.has_shared_memory_of(card, monkeypatch)
     config, left = released("", target, "dspark"), []
+    config = dataclasses.replace(config, drafter=dataclasses.replace(config.drafter, block_size=drafts))
     for case in cases(config, requests=requests):
         for name in {*case.operation.order["gpu"]} - {"xla", "cudnn"}:
 

@@ -165,7 +165,8 @@ DECODING: dict[str, dict[str, Any]] = {
         "heads": 64,
         "sinks": True,
     },
-    "one wide key head": {"batch": 8, "length": 1024, "most": 13, "heads": 16, "key_heads": 1, "width": 512},
+    "one wide key head": {"batch": 4, "length": 1024, "most": 32, "heads": 16, "key_heads": 1, "width": 512},
+    "blocks of 127": {"batch": 2, "length": 1024, "most": 128},
     "float32": {"batch": 2, "length": 200, "most": 8, "width": 256, "dtype": jnp.float32},
 }
 """Name -> what `decode_attention` is compiled for."""

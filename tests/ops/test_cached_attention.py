@@ -247,12 +247,24 @@ def test_the_kernel_for_tpus_refuses_what_it_cannot_do() -> None:
     for width, most, dtype, message in (
         (8, 2, jnp.float32, "the head width is no multiple of 16"),
         (16, 2, jnp.float16, "neither bfloat16 nor float32"),
-        (16, 300, jnp.float32, "a request has too many rows"),
+        (16, 513, jnp.float32, "a request has too many rows"),
     ):
         query, key = jnp.zeros((most, 1, width), dtype), jnp.zeros((1, 1, 512, width), dtype)
         rows = Rows.whole(jnp.zeros((1,), jnp.int32), most)
         with pytest.raises(Unsupported, match=message):
             cached_attention(query, key, key, rows, scale=1.0, implementation="pallas_tpu")
+
+
+@pytest.mark.parametrize("kernel", [kernels(0), tpu_kernel(0)], ids=["GPUs", "TPUs"])
+@pytest.mark.parametrize(("most", "n", "k", "h"), [(17, 16, 1, 512), (64, 16, 2, 32)])
+def test_long_blocks(kernel: Callable[..., jax.Array], most: int, n: int, k: int, h: int) -> None:
+    """Hundreds of rows for one key head, in tiles of the kernels' own sizes: 16 drafts of Gemma 4 are 272."""
+    rng = np.random.default_rng(6)
+    query, key, value = (rng.normal(size=size) for size in ((2 * most, n, h), (2, k, 200, h), (2, k, 200, h)))
+    arrays = [jnp.asarray(x, jnp.float32) for x in (query, key, value)]
+    rows = Rows.whole(jnp.asarray([130, 3]), most)
+    got = jax.jit(functools.partial(kernel, scale=0.1))(*arrays, rows)
+    np.testing.assert_allclose(got, cached_attention(*arrays, rows, scale=0.1), rtol=0, atol=5e-5)
 
 
 def test_rows_of_requests() -> None:

@@ -25,7 +25,7 @@ from dspark_jax.ops.triton import LOG2E, MASKED, dot, load, numbers, power_of_tw
 from dspark_jax.ops.triton_attention import ROOMY, nothing_seen
 from dspark_jax.sharding import devices_here, per_device
 
-_MOST_ROWS = 256
+_MOST_ROWS = 512
 """Query rows of a request and key head."""
 
 _ROW_BYTES = 64 << 10

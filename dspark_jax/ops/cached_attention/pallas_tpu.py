@@ -22,11 +22,14 @@ from dspark_jax.ops.cached_attention.rows import Rows
 from dspark_jax.ops.mosaic import MASKED, dot, numbers
 from dspark_jax.sharding import devices_here, per_device, share
 
-_MOST_ROWS = 256
+_MOST_ROWS = 512
 """Query rows of a request and key head."""
 
 _TILE_BYTES = 1 << 20
 """Of a tile of keys, and one of values; each is held twice, since the next one is fetched meanwhile."""
+
+_SCORES = 1 << 20
+"""Of all key heads and rows over a tile; as many fit beside it with heads of 128."""
 
 _WORK = 1 << 14
 """Tiles of all requests: entries of a table in scalar memory."""
@@ -116,7 +119,8 @@ def _attend_here(
     """Query [B, W, K, R, H] -> heads in the same shape, on one device; caches are [L, B, K, C, H], sinks [K, R]."""
     b, k, c, h = key.shape[1:]
     heads = k // 2 if b == 1 and k % 2 == 0 else k  # two groups, for the two cores of a v5p
-    most = _TILE_BYTES // (heads * h * key.dtype.itemsize) // mosaic.LANES * mosaic.LANES
+    most = min(_TILE_BYTES // (heads * h * key.dtype.itemsize), _SCORES // (heads * case.rows))
+    most = most // mosaic.LANES * mosaic.LANES
     keys = case.keys or min(max(most, mosaic.LANES), 2048, pl.cdiv(c, mosaic.LANES) * mosaic.LANES)
     case = case._replace(heads=heads, keys=keys, clears=case.clears or c % keys > 0)
     tables = layer, counts, positions, *_work(counts, positions, case)

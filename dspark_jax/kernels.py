@@ -2,10 +2,10 @@
 
     python -m dspark_jax.kernels --config dspark_qwen3_4b
 
-calls every implementation of every operation that this platform asks (docs/kernels.md), with random arrays of the
-sizes of the config's target and drafter, and compares what it gives, gradients too, with the plain definition in
-float32 on the same arrays. No weights are needed. Most kernels have never run on a card or a TPU: this is the first
-thing to do on a new one.
+calls every implementation that this platform asks of every operation that the config's target and drafter use and that
+has kernels (docs/kernels.md), with random arrays of their sizes, and compares what it gives, gradients too, with what
+XLA gives in float32 for the same arrays. No weights are needed. Most kernels have never run on a card or a TPU: this is
+the first thing to do on a new one.
 
 A line for each has the time of a call (the best of several, one device), its ratio to the floor (what the bytes and the
 operations that no implementation can do without take, at the rates of a large copy and of a large product, both

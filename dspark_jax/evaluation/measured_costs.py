@@ -17,8 +17,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
+from dspark_jax.config import InputError
 from dspark_jax.evaluation.load import CONCURRENCIES, Costs, CostTable, read_cost_table, saturating
 
 INVENTED = "saturating"
@@ -91,12 +93,34 @@ def shown_costs() -> list[dict[str, Any]]:
     ]
 
 
+def _card_of(path: Path) -> Card | None:
+    """What a file in the layout of `costs/` says; None if it is in another one, or cannot be read.
+
+    Raises:
+      InputError: it is in this layout, and wrong.
+    """
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(content, dict) or "plain_rounds" not in content:
+        return None
+    try:
+        card = as_card(content)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        cause = f"no round times of a card ({type(error).__name__}: {error})"
+        raise InputError(f"{path}: {cause}; measure it again with released.py --card") from None
+    if not (card.plain[1:] > 0).all() or card.draft + card.row <= 0:
+        raise InputError(f"{path}: times are not positive; measure it again with released.py --card")
+    return card
+
+
 def costs_for(given: str | None, kind: str, block_size: int) -> Costs:
     """What load is replayed on.
 
     Args:
-      given: a file in SGLang's layout, `INVENTED`, or None: what was measured with such a drafter, and if there is
-        nothing, what `INVENTED` gives.
+      given: a file in SGLang's layout or in that of `costs/`, `INVENTED`, or None: what was measured with such a
+        drafter, on this device if it was, and if there is nothing, what `INVENTED` gives.
       kind: of drafter.
       block_size: drafts per round.
 
@@ -104,9 +128,10 @@ def costs_for(given: str | None, kind: str, block_size: int) -> Costs:
       InputError: the file cannot be read, or is no cost table.
     """
     if given and given != INVENTED:
-        return read_cost_table(Path(given))
+        return _card_of(Path(given)) or read_cost_table(Path(given))
     if not given:
-        for content in cost_files():
+        here = jax.devices()[0].device_kind
+        for content in sorted(cost_files(), key=lambda one: one["device"] != here):  # and by their names, as before
             if kind in content["kinds"] and block_size == content["block_size"]:
                 return as_card(content)
     return saturating(max(CONCURRENCIES) * (block_size + 1))

@@ -46,7 +46,7 @@ class Case:
       operation: which.
       label: what the arguments are like.
       function: (*arrays, implementation) -> arrays in any structure, with gradients where training needs some.
-      arrays: makes the arguments; matrices and rows are in bfloat16.
+      arrays: makes the arguments; matrices and rows are in bfloat16, logits and the loss's W2 in float32.
       work: (*arrays) -> bytes that must be read and written, and floating point operations, of any implementation.
       in_place: how many of the first arrays it writes into and returns first.
     """
@@ -60,10 +60,11 @@ class Case:
 
 
 def cases(config: Config, *, requests: int = 32, context: int = 1024) -> Iterator[Case]:
-    """All operations of the experiment's target and drafter.
+    """All operations with kernels that the experiment's target and drafter use.
 
     Args:
-      config: resolved; `target.architecture`, `drafter`, `loss`, `data.max_length`, `train.num_anchors`.
+      config: resolved; `target.architecture`, `drafter`, `loss`, `data.max_length`, `train.num_anchors` and
+        `train.vocab_chunk`.
       requests: of a decoding round.
       context: tokens of each.
     """

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from dspark_jax import platform
 
 TURNS = 10
-"""Calls inside one program, so that what the host needs to start it does not count."""
+"""Of the loop inside one program, so that what the host needs to start it does not count."""
 
 LONG = 0.02
 """Seconds of a call beside which that does not matter."""

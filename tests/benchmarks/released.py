@@ -2,10 +2,11 @@
 
     python tests/benchmarks/released.py --model qwen3_4b --parts decode,train --json released.json
 
-For one accelerator, in under ten minutes. Every line gives the time, the floor (the larger of the bytes that must be
-read at the rate of a copy and of the operations at the rate of a large product, both measured here first), their ratio,
-and what the PyTorch reference took on an H100 where that was measured. `--profile` adds the kernels that take the time.
-`--quick` is a tiny model, to try this file on any machine. `python -m dspark_jax.kernels` times single operations.
+For one accelerator, in under ten minutes. Every line gives the time, the floor (of plain steps the bytes that must be
+read at the rate of a copy, of train steps the operations at the rate of a large product, of drafted rounds the larger;
+both rates are measured here first), their ratio, and what the PyTorch reference took on an H100 for Qwen3-4B.
+`--profile` adds the kernels that take the time. `--quick` is a tiny model, to try this file on any machine.
+`python -m dspark_jax.kernels` times single operations.
 
     python tests/benchmarks/released.py --model qwen3_4b --parts "" --card dspark_jax/evaluation/costs/CARD_MODEL.json
 
@@ -179,7 +180,7 @@ def card(config: Config, model: str, quick: bool) -> dict[str, Any]:
         "device": device,
         "versions": {"jax": jax.__version__, "python": platform.python_version()},
         "context": context,
-        "drafted_rounds": drafted,
+        "drafted_rounds": sorted(drafted, key=lambda one: one["rows"]),
         "plain_rounds": plain,
     }
 

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -21,6 +22,7 @@ def content(**other: object) -> dict:
         "limits": "Nothing else.",
         "kinds": ["mtp"],
         "block_size": 3,
+        "device": "another one",
         "drafted_rounds": [
             {"requests": 1, "rows": 4, "milliseconds": 2.3},
             {"requests": 3, "rows": 12, "milliseconds": 4.9},
@@ -41,10 +43,11 @@ def test_files_say_how_they_were_measured(file: dict) -> None:
 
 @pytest.mark.parametrize("file", FILES, ids=[one["name"] for one in FILES])
 def test_what_was_measured_is_what_a_card_says(file: dict) -> None:
-    card = as_card(file)
+    """Two rounds with drafts exactly; more of them are fitted."""
+    card, most = as_card(file), 1e-3 if len(file["drafted_rounds"]) == 2 else 0.25
     for one in file["drafted_rounds"]:
         rate = card.at(one["requests"]).speculative[one["rows"]]
-        assert rate == pytest.approx(1e3 / one["milliseconds"], rel=1e-3)
+        assert rate == pytest.approx(1e3 / one["milliseconds"], rel=most)
     for one in file["plain_rounds"]:
         table = card.at(one["requests"])
         assert table.without_drafts[one["requests"]] == pytest.approx(1e3 / one["milliseconds"])
@@ -89,3 +92,17 @@ def test_costs_are_of_the_drafter_that_was_measured(monkeypatch: pytest.MonkeyPa
     files = tuple(content(name=name) for name in ("first", "second"))
     monkeypatch.setattr("dspark_jax.evaluation.measured_costs.cost_files", lambda: files)
     assert costs_for(None, "mtp", 3).name == "first"
+    files = (*files, content(name="of this machine", device=jax.devices()[0].device_kind))
+    assert costs_for(None, "mtp", 3).name == "of this machine"
+
+
+def test_a_card_of_ones_own(tmp_path: Path) -> None:
+    """As `released.py --card` writes it, wherever it lies; what is wrong in it is one line."""
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps(content(name="mine")))
+    assert (card := costs_for(str(file), "dspark", 7)).name == "mine" and card.at(2).draft_seconds > 0
+    wrong = content(drafted_rounds=[{"requests": 1}]), content(plain_rounds=[]), content(plain_rounds=3)
+    for one in (*wrong, content(plain_rounds=[{"requests": 1, "milliseconds": -2}])):
+        file.write_text(json.dumps(one))
+        with pytest.raises(InputError, match="mine.json: .*; measure it again with released.py --card"):
+            costs_for(str(file), "dspark", 7)

@@ -205,7 +205,7 @@ def positive_integers(name: str, given: Sequence[str | int]) -> list[int]:
     """What a flag that is a list of them has, each once, in the order given. Raises InputError for anything else."""
     found: dict[int, None] = {}
     for one in given:
-        if not str(one).strip().isdigit() or int(one) < 1:
+        if not re.fullmatch("[0-9]{1,9}", str(one).strip()) or int(one) < 1:
             raise InputError(f"--{name} has {one!r}; give positive integers, e.g. --{name}=1,8,32")
         found[int(one)] = None
     if not found:

@@ -132,12 +132,17 @@ def _implementations(case: Case) -> list[str]:
 
 def tried(case: Case, names: Sequence[str], rates: Rates | None = None) -> Iterator[Tried]:
     """Every implementation of a case, one after the other; timed if the device's rates are given."""
-    arrays = case.arrays()
-    floor = None if rates is None else 1e3 * rates.floor(*case.work(*arrays))
-    with jax.default_matmul_precision("highest"):
-        wide = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, arrays)
-        expected = jax.jit(lambda *x: case.function(*x, implementation="xla"))(*wide)
-    del wide
+    try:
+        arrays = case.arrays()
+        floor = None if rates is None else 1e3 * rates.floor(*case.work(*arrays))
+        with jax.default_matmul_precision("highest"):
+            wide = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, arrays)
+            expected = jax.block_until_ready(jax.jit(lambda *x: case.function(*x, implementation="xla"))(*wide))
+        del wide
+    except jax.errors.JaxRuntimeError as error:  # it does not fit: smaller ones are tried all the same
+        left = f"XLA in float32 did not run ({_first_line(error)})"
+        yield from (Tried(case.operation.name, case.label, name, refused=left) for name in names)
+        return
     for name in names:
         one = Tried(case.operation.name, case.label, name)
         call = functools.partial(case.function, implementation=name)
@@ -148,8 +153,11 @@ def tried(case: Case, names: Sequence[str], rates: Rates | None = None) -> Itera
         except Unsupported as refusal:
             yield dataclasses.replace(one, refused=str(refusal))
         except Exception as error:  # whatever a compiler or a device raises: the others are tried all the same
-            text = (str(error).strip() or type(error).__name__).splitlines()[0]
-            yield dataclasses.replace(one, failed=f"{type(error).__name__}: {text[:200]}")
+            yield dataclasses.replace(one, failed=f"{type(error).__name__}: {_first_line(error)}")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def distance(found: Any, expected: Any) -> tuple[float, str]:

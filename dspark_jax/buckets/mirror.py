@@ -227,6 +227,8 @@ class Mirror:
             try:
                 self.put_lines()
                 self.put_files(growing=True)
+            except FileNotFoundError:
+                pass  # of what was listed something has been renamed or removed; the next turn sees it
             except InputError as error:
                 print(f"warning: {error}; it is tried again", file=sys.stderr, flush=True)
             pause = max(INTERVAL, 20 * (time.monotonic() - began))

@@ -105,9 +105,9 @@ def _size(*arrays: Any) -> int:
     return sum(x.nbytes for x in jax.tree.leaves(arrays))
 
 
-def _window(shape: AttentionShape) -> str:
+def _kind(shape: AttentionShape) -> str:
     """The end of a label."""
-    return f", a window of {shape.window}" if shape.window else ""
+    return (f", a window of {shape.window}" if shape.window else "") + (", sinks" if shape.sinks else "")
 
 
 def _markov(config: Config) -> int:
@@ -153,11 +153,12 @@ def _attention(shape: AttentionShape, length: int) -> Iterator[Case]:
     def case(label: str, arrays: Callable[[], Arrays], seen: np.ndarray, **more: Any) -> Case:
         """Of rows that see so many keys, if no window ends before."""
         pairs = int(np.minimum(seen, shape.window or length).sum())
+        keys = min(length, (shape.window or length) + len(seen) - 1)
 
-        def work(*arrays: Any) -> tuple[float, float]:
-            return _size(arrays) + _size(arrays[0]), 4 * n * h * pairs
+        def work(query: jax.Array, *context: jax.Array) -> tuple[float, float]:
+            return 2 * _size(query) + keys / length * _size(context), 4 * n * h * pairs
 
-        return Case(ATTENTION, f"{size}{_window(shape)}{label}", _called(attention, **settings, **more), arrays, work)
+        return Case(ATTENTION, f"{size}{_kind(shape)}{label}", _called(attention, **settings, **more), arrays, work)
 
     yield case("", arrays, end)
     starts = np.arange(length) // -(-length // 4) * -(-length // 4)
@@ -175,20 +176,23 @@ def _block_attention(shape: AttentionShape, config: Config) -> Case:
     length, blocks, size = config.data.max_length, config.train.num_anchors, config.drafter.block_size
     blocks = min(blocks, length // 2)
     n, k, h = shape.heads, shape.kv_heads, shape.width
+    document = -(-length // 4) if config.data.pack else length
 
     def arrays() -> Arrays:
         context = [_normal(i, 1, length, k, h) for i in (1, 2)]
         own = [_normal(i, 1, blocks, size, k, h) for i in (3, 4)]
         anchors = jnp.sort(jax.random.randint(jax.random.key(5), (1, blocks), 1, length), axis=1).astype(jnp.int32)
-        return _normal(0, 1, blocks, size, n, h), *context, *own, anchors, jnp.arange(blocks)[None] % 9 != 4
+        keep, starts = jnp.arange(blocks)[None] % 9 != 4, anchors // document * document
+        return _normal(0, 1, blocks, size, n, h), *context, *own, anchors, keep, starts
 
     def work(*arrays: Any) -> tuple[float, float]:
         """Two products of what blocks see forward, five backward; arrays, the result and gradients once."""
-        anchors, keep = arrays[-2:]
-        seen = int(jnp.sum(jnp.where(keep, anchors + size, 0))) * size
+        anchors, keep, starts = arrays[-3:]
+        seen = int(jnp.sum(jnp.where(keep, anchors - starts + size, 0))) * size
         return 2 * _size(arrays[:5]) + _size(arrays[0]), 7 * 2 * n * h * seen
 
-    label = f"{n}/{k} heads of {h}, {blocks} blocks of {size} over {length} rows, and gradients"
+    packed = ", four documents" if config.data.pack else ""
+    label = f"{n}/{k} heads of {h}, {blocks} blocks of {size} over {length} rows{packed}, and gradients"
     return Case(BLOCK_ATTENTION, label, _with_gradients(block_attention, 5, scale=shape.scale), arrays, work)
 
 
@@ -197,7 +201,7 @@ def _cached_attention(shape: AttentionShape, requests: int, rows: int, context: 
 
     def arrays() -> Arrays:
         caches = [_normal(i, requests, k, length, h) for i in (1, 2)]
-        return _normal(0, requests * rows, n, h), *caches, jnp.full((requests,), context) - jnp.arange(requests)
+        return _normal(0, requests * rows, n, h), *caches, jnp.maximum(context - jnp.arange(requests), 0)
 
     def run(query: jax.Array, key: jax.Array, value: jax.Array, positions: jax.Array, *, implementation: str) -> Any:
         settings: dict[str, Any] = {"sinks": jnp.linspace(-1, 1, n)} if shape.sinks else {}
@@ -211,7 +215,7 @@ def _cached_attention(shape: AttentionShape, requests: int, rows: int, context: 
         seen = np.minimum(np.asarray(positions) + rows, (shape.window or length) + rows - 1).sum() / (requests * length)
         return seen * _size(key, value) + 2 * _size(query), 4 * rows * n * h * requests * length * seen
 
-    label = f"{n}/{k} heads of {h}, {requests} x {rows} rows over {context}{_window(shape)}"
+    label = f"{n}/{k} heads of {h}, {requests} x {rows} rows over {context}{_kind(shape)}"
     return Case(CACHED_ATTENTION, label, run, arrays, work)
 
 
@@ -226,7 +230,7 @@ def _cache_write(shape: AttentionShape, requests: int, rows: int, context: int) 
     def work(*arrays: Any) -> tuple[float, float]:
         return 2 * _size(arrays[2:4]), 0.0
 
-    label = f"{rows} rows of {requests} requests"
+    label = f"{rows} rows of {requests} requests into {length}"
     return Case(CACHE_WRITE, label, _called(cache_write, layer=1), arrays, work, in_place=2)
 
 
@@ -258,11 +262,14 @@ def _markov_sample(config: Config, requests: int, heat: float) -> Case:
         return _logits(0, size, requests, v), *heads, jnp.arange(requests, dtype=jnp.int32), _uniforms(size, requests)
 
     def work(base: jax.Array, w1: jax.Array, w2: jax.Array, *_: Any) -> tuple[float, float]:
-        """W2 for every draft, logits read and, where the verification needs them, written."""
-        return size * _size(w2) + (2 if heat else 1) * _size(base), 2 * base.size * rank
+        """W2 for every draft, logits read and written."""
+        return size * _size(w2) + 2 * _size(base), 2 * base.size * rank
 
-    run = _sampling(markov_sample, heat, requests)
-    return Case(MARKOV_SAMPLE, f"{size} drafts of {requests} requests, {_how(heat)}", run, arrays, work)
+    def run(*arrays: Any, implementation: str) -> Any:
+        return _sampling(markov_sample, heat, requests)(*arrays, implementation=implementation)[::-1]
+
+    label = f"{size} drafts of {requests} requests, {_how(heat)}"
+    return Case(MARKOV_SAMPLE, label, run, arrays, work, in_place=1)  # the biased logits take the base's place
 
 
 def _speculative_verify(config: Config, requests: int, heat: float) -> Case:
@@ -272,7 +279,7 @@ def _speculative_verify(config: Config, requests: int, heat: float) -> Case:
         target = _logits(1, requests * (size + 1), v)
         draft = target.reshape(requests, size + 1, v)[:, :size] + 0.3 * _logits(2, requests, size, v)
         tokens = jnp.argmax(draft, axis=-1).astype(jnp.int32)
-        lengths = jnp.arange(requests, dtype=jnp.int32) % (size + 1)
+        lengths = jnp.full((requests,), size, jnp.int32)
         return target, draft, None, tokens, lengths, _uniforms(requests, size), _uniforms(requests)
 
     def work(target: jax.Array, draft: jax.Array, *_: Any) -> tuple[float, float]:
@@ -303,7 +310,8 @@ def _vocab_loss(config: Config) -> Case:
         return jax.value_and_grad(loss, argnums=(0, 1, 2) if rank else 0)(hidden, prev, w2)
 
     def work(*arrays: Any) -> tuple[float, float]:
-        """The drafter's logits and two products for the slopes of each, the teacher's logits; matrices once."""
-        return 2 * _size(arrays), 2.0 * rows * v * (3 * (d + rank) + d)
+        """Both logits, the slopes of rows, and of W2 with those of its rows; arrays once, and gradients."""
+        hidden, prev, w2 = arrays[:3]
+        return _size(arrays) + _size(hidden, prev, w2), 2.0 * rows * v * 3 * (d + rank)
 
     return Case(VOCAB_LOSS, f"{rows} rows over {v} tokens, and gradients", run, arrays, work)

@@ -17,8 +17,11 @@ TURNS = 10
 LONG = 0.02
 """Seconds of a call beside which that does not matter."""
 
-SMALL = 64 << 20
-"""Bytes that a second-level cache may hold: of arrays as small as this, several copies are read in turn."""
+CACHE = 128 << 20
+"""Bytes that no second-level cache holds: of smaller arrays several copies are read in turn, up to 16."""
+
+TINY = 1 << 20
+"""Bytes of arrays that what runs before them leaves in the cache anyway."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,11 +71,11 @@ def device_seconds(function: Callable[..., Any], arrays: Sequence[Any], *, in_pl
       arrays: small ones are copied, and the copies read in turn, so that they come from memory.
       in_place: the first of them that the function writes into and returns first; the next call gets them.
     """
-    alone = seconds(jax.jit(function), arrays, repeats=1, calls=2)
-    if alone > LONG:
+    if not in_place and seconds(jax.jit(function), arrays, repeats=1, calls=2) > LONG:
         return seconds(jax.jit(function), arrays, repeats=3, calls=2)
     size = sum(x.nbytes for x in jax.tree.leaves(arrays))
-    copies = [tuple(arrays), *(jax.tree.map(jnp.copy, tuple(arrays)) for _ in range(3 if size < SMALL else 0))]
+    more = min(15, CACHE // size) if size > TINY else 0
+    copies = [tuple(arrays), *(jax.tree.map(jnp.copy, tuple(arrays)) for _ in range(more))]
     like = jax.eval_shape(function, *arrays)
     written = [jax.tree.map(jnp.copy, one[:in_place]) for one in copies]
     rest = [jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.tree.leaves(like)[in_place:]) for _ in copies]
@@ -89,9 +92,12 @@ def device_seconds(function: Callable[..., Any], arrays: Sequence[Any], *, in_pl
 def _in_turn(function: Callable[..., Any], in_place: int, carried: Any, read: Any) -> Any:
     """What the last calls return. All of it is carried, so that the compiler leaves out nothing of any call."""
 
-    def once(_: Any, carried: Any) -> Any:
-        # The barrier keeps it from calling once for all: arguments depend on what was called before.
-        arguments = [jax.lax.optimization_barrier((one, others)) for one, others in zip(carried, read, strict=True)]
-        return [jax.tree.leaves(function(*one[:in_place], *others)) for one, others in arguments]
+    def once(_: Any, state: Any) -> Any:
+        (turn, carried), found = state, []
+        for one, others in zip(carried, read, strict=True):
+            # The barrier keeps it from calling once for all: the arguments depend on the turn.
+            turn, one, others = jax.lax.optimization_barrier((turn + 1, one, others))
+            found.append(jax.tree.leaves(function(*one[:in_place], *others)))
+        return turn, found
 
-    return jax.lax.fori_loop(0, TURNS, once, carried)
+    return jax.lax.fori_loop(0, TURNS, once, (jnp.int32(0), carried))[1]

@@ -28,6 +28,9 @@ from dspark_jax.sharding import devices_here, per_device
 _MOST_ROWS = 512
 """Query rows of a request and key head."""
 
+_TILE_ROWS = 256
+"""Of them in a tile: more take more registers than a program has."""
+
 _ROW_BYTES = 64 << 10
 """Of the query rows in a tile, on cards with much shared memory; half of it on the others."""
 
@@ -84,8 +87,8 @@ def cached_attention(
         a_request_has_too_many_rows=rows_here <= _MOST_ROWS,
         flat_rows_of_several_devices_are_not_told_apart=rows.full or devices_here() == 1,
     )
-    most = most or max(16, (_ROW_BYTES if platform.gpu_shared_memory() >= ROOMY else _ROW_BYTES // 2) // row_bytes)
-    size = min(power_of_two(rows_here), most)
+    room = _ROW_BYTES if platform.gpu_shared_memory() >= ROOMY else _ROW_BYTES // 2
+    size = min(power_of_two(rows_here), most or max(16, min(_TILE_ROWS, room // row_bytes)))
     case = _Case(
         t=t, w=rows.most, n=n, r=n // k, window=window, front=front, ring=c - 2 * front + 1, causal=causal,
         factor=scale * LOG2E, rows=size, tiles=pl.cdiv(rows_here, size), keys=keys or max(16, min(64, 8192 // h)),

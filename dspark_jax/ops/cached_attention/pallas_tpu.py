@@ -17,6 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from dspark_jax import platform
 from dspark_jax.ops import mosaic
 from dspark_jax.ops.cached_attention.rows import Rows
 from dspark_jax.ops.mosaic import MASKED, dot, numbers
@@ -30,6 +31,9 @@ _TILE_BYTES = 1 << 20
 
 _SCORES = 1 << 20
 """Of all key heads and rows over a tile; as many fit beside it with heads of 128."""
+
+_USUAL = 12 << 20
+"""Bytes on the chip for which no kernel has to ask."""
 
 _WORK = 1 << 14
 """Tiles of all requests: entries of a table in scalar memory."""
@@ -123,6 +127,8 @@ def _attend_here(
     most = most // mosaic.LANES * mosaic.LANES
     keys = case.keys or min(max(most, mosaic.LANES), 2048, pl.cdiv(c, mosaic.LANES) * mosaic.LANES)
     case = case._replace(heads=heads, keys=keys, clears=case.clears or c % keys > 0)
+    needed = _memory(case, h, key.dtype.itemsize)
+    mosaic.check(its_rows_do_not_fit_on_the_chip=needed <= platform.tpu_kernel_memory())
     tables = layer, counts, positions, *_work(counts, positions, case)
     rows = pl.BlockSpec((None, heads, case.rows, h), lambda g, i, *refs: (refs[3][i], g, 0, 0))
     tile = pl.BlockSpec((None, None, heads, keys, h), lambda g, i, *refs: (refs[0][0], refs[3][i], g, refs[4][i], 0))
@@ -143,8 +149,16 @@ def _attend_here(
         flops=4 * b * k * case.rows * seen * h,
         exponentials=b * k * case.rows * seen,
         moved=2 * grouped.nbytes + 2 * b * k * seen * h * key.dtype.itemsize,
+        memory=None if needed <= _USUAL else min(needed * 5 // 4, platform.tpu_kernel_memory()),
     )
     return (out.reshape(b, k, case.r, case.w, h).transpose(0, 3, 1, 2, 4),)
+
+
+def _memory(case: _Case, h: int, itemsize: int) -> int:
+    """Bytes on the chip: query and result twice, sums and two columns as wide as a register of all rows, tiles twice,
+    and scores with their exponentials."""
+    rows, tiles = case.heads * case.rows, case.heads * case.keys
+    return rows * (4 * h * itemsize + 4 * h + 8 * mosaic.LANES) + 4 * tiles * h * itemsize + 8 * rows * case.keys
 
 
 def _work(counts: jax.Array, positions: jax.Array, case: _Case) -> tuple[jax.Array, ...]:

@@ -159,7 +159,7 @@ def deepseek_v4(name: str, target: str, kind: str) -> Config:
         num_layers=3, block_size=5, target_layer_ids=(last - 3, last - 2, last - 1), mask_token_id=128799,
         markov_rank=raw["dspark_markov_rank"],
     )  # fmt: skip
-    config = _experiment(f"{kind}_{name}", target, shape, drafter, accumulate=8)
+    config = _experiment(f"{kind}_{name}", target, shape, drafter, together=1)  # its layers need the memory
     # All experts of a layer are 13 GB in Flash. Of a v5p:4x4x4 a step takes half as long as with fsdp alone (`plan`).
     return as_kind(dataclasses.replace(config, mesh=MeshConfig(tensor=4)), kind)
 
@@ -209,25 +209,26 @@ def released(name: str, target: str, kind: str) -> Config:
     kind = kind or "dspark"
     shape, taps, mask = (TARGETS | OTHER_TARGETS)[target]
     drafter = DrafterConfig(num_layers=5, block_size=7, target_layer_ids=taps, mask_token_id=mask, markov_rank=256)
-    accumulate = 32 if kind == "eagle3" else 8  # EAGLE-3 learns from every row, not from 512 anchors
-    return as_kind(_experiment(f"{kind}_{name}", target, shape, drafter, accumulate=accumulate), kind)
+    return as_kind(_experiment(f"{kind}_{name}", target, shape, drafter, together=4), kind)
 
 
-def _experiment(
-    name: str, target: str, shape: TargetArchitecture, drafter: DrafterConfig, *, accumulate: int
-) -> Config:
-    """Ten epochs of 1.3 M answers with a dspark drafter."""
+def _experiment(name: str, target: str, shape: TargetArchitecture, drafter: DrafterConfig, *, together: int) -> Config:
+    """Ten epochs of 1.3 M answers with a dspark drafter: 512 of them in a step, with 512 blocks of each.
+
+    Answers of Qwen3-4B take 950 tokens with their prompts (DeepSeek's features of them, 31 kB a token, are 38 TB), so
+    that `together` of them share a sequence of 4096. `train` says how many of one's own do.
+    """
     return Config(
         name=name,
         target=TargetConfig(path=target, architecture=shape),
         drafter=drafter,
-        data=DataConfig(prompts=("open-perfectblend",), max_prompt_length=2048, max_length=4096),
+        data=DataConfig(prompts=("open-perfectblend",), max_prompt_length=2048, max_length=4096, pack=together > 1),
         optim=OptimConfig(learning_rate=6e-4, warmup_ratio=0.04),
         train=TrainConfig(
             steps=25390,
-            batch_size=512,
-            accumulate=accumulate,
-            num_anchors=512,
+            batch_size=512 // together,
+            accumulate=8,
+            num_anchors=512 * together,
             checkpoint_every=1000,
         ),
         eval=EvalConfig(

@@ -5,7 +5,7 @@ from dspark_jax.kinds import KINDS
 
 
 def describe_padding(config: Config, samples: int, tokens: int, ways: int) -> str:
-    """One line where sequences could hold two samples or more on average; empty otherwise, or where they are packed.
+    """One line where sequences hold, or could hold, two samples or more on average; empty otherwise.
 
     Packed sequences with so many more anchors, and so many fewer of them in a batch, hold the same samples and blocks
     in a step (docs/results.md has what that gained).
@@ -17,12 +17,19 @@ def describe_padding(config: Config, samples: int, tokens: int, ways: int) -> st
       ways: devices that the sequences of a micro-batch are split over.
     """
     each = config.data.max_length * samples // max(tokens, 1)
-    if config.data.pack or each < 2:
+    if each < 2:
         return ""
     train, multiple = config.train, config.train.accumulate * ways
+    anchors = not KINDS[config.drafter.kind].token_by_token
+    if config.data.pack:
+        together = config.data.max_length * samples / tokens
+        blocks = f", {train.num_anchors / together:.0f} blocks of each" if anchors else ""
+        return (
+            f"packing: about {together:.1f} samples in a sequence, {train.batch_size * together:.0f} in a step{blocks}"
+        )
     batch = max(1, round(train.batch_size / each / multiple)) * multiple
     settings = f"data.pack=True train.batch_size={batch}"
-    if not KINDS[config.drafter.kind].token_by_token:
+    if anchors:
         settings += f" train.num_anchors={train.num_anchors * each}"
     share = 1 - tokens / (config.data.max_length * samples)
     return f"padding: {share:.0%} of the rows; {settings} would train on about as many samples and blocks in a step"

@@ -1,6 +1,6 @@
 """The train step where features come from disk: micro-batch by micro-batch, so that no more are in memory at once.
 
-The features of an optimizer batch of the released configs are 33 GB (512 sequences x 4096 tokens x 15.6 kB of Qwen3-4B
+The features of an optimizer batch of the released configs are 8 GB (128 sequences x 4096 tokens x 15.6 kB of Qwen3-4B
 as int8). So the loop over micro-batches, which is inside the program where the target runs in it, is on the host here:
 one program adds a micro-batch to the sums, another one ends the step. What they compute is defined in `training.step`.
 """

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from dspark_jax.config import Config, InputError
+from dspark_jax.config import Config
 from dspark_jax.engine import schedulers
 from dspark_jax.engine.models import Models
 from dspark_jax.engine.placement import answering_load, evaluation_load
@@ -23,7 +23,7 @@ from dspark_jax.target.loading import abstract_target, compute_dtype
 from dspark_jax.training.micro_steps import ON_DEVICE, MicroSteps
 from dspark_jax.training.optim import make_optimizer
 from dspark_jax.training.state import abstract_drafter, param_shardings, state_layout, to_params
-from dspark_jax.training.step import batch_layout, make_train_step
+from dspark_jax.training.step import batch_layout, check_micro_steps, make_train_step
 
 STOP_TOKENS = 4
 """Room for stop tokens in every slot."""
@@ -68,12 +68,8 @@ def train_program(config: Config, mesh: Mesh) -> Program:
     Raises:
       InputError: the batch cannot be divided over the mesh.
     """
-    train, ways = config.train, mesh.shape["data"] * mesh.shape["fsdp"]
-    if train.batch_size % (train.accumulate * ways):
-        raise InputError(
-            f"train.batch_size={train.batch_size} is not divisible by train.accumulate={train.accumulate} x {ways} "
-            f"ways of the mesh (data x fsdp); use a multiple of {train.accumulate * ways}, or another mesh"
-        )
+    train = config.train
+    check_micro_steps(config, mesh)
     arch, dtype = config.target.architecture, compute_dtype(config.target.dtype)
     online = config.data.features == "online"
     target: Any = abstract_target(arch, dtype) if online else abstract_frozen(arch, dtype, arch.final_logit_softcapping)

@@ -237,17 +237,29 @@ def check_batch(config: Config, mesh: Mesh) -> None:
             f"train.num_anchors={config.train.num_anchors}: {kind} is trained on every row of a sequence of "
             f"data.max_length={rows}; set train.num_anchors={rows}"
         )
-    train, ways = config.train, mesh.shape["data"] * mesh.shape["fsdp"]
-    if train.batch_size % (train.accumulate * ways):
-        raise InputError(
-            f"train.batch_size={train.batch_size} is not divisible by train.accumulate={train.accumulate} x "
-            f"{ways} ways of the mesh (data x fsdp); use a multiple of {train.accumulate * ways}"
-        )
+    check_micro_steps(config, mesh)
     if jax.local_device_count() % mesh.shape["tensor"]:
         raise InputError(
             f"mesh.tensor={mesh.shape['tensor']} spans hosts of {jax.local_device_count()} devices, which would need "
             f"the same batch; use a divisor of {jax.local_device_count()}"
         )
+
+
+def check_micro_steps(config: Config, mesh: Mesh) -> None:
+    """Refuses a batch of which the mesh cannot divide the micro-steps.
+
+    Raises:
+      InputError: sequences per micro-step are no multiple of data x fsdp.
+    """
+    train, ways = config.train, mesh.shape["data"] * mesh.shape["fsdp"]
+    if not train.batch_size % (train.accumulate * ways):
+        return
+    fewer = [parts for parts in range(1, train.accumulate) if train.batch_size % (parts * ways) == 0]
+    raise InputError(
+        f"train.batch_size={train.batch_size} is not divisible by train.accumulate={train.accumulate} x {ways} ways of "
+        f"the mesh (data x fsdp); use a multiple of {train.accumulate * ways}, "
+        + (f"train.accumulate={fewer[-1]}" if fewer else "or fewer ways and more of mesh.tensor")
+    )
 
 
 def batch_layout(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:

@@ -265,7 +265,8 @@ def _constants(text):
 @pytest.mark.parametrize(
     "mesh, batch_size, accumulate, expected",
     [
-        ("cube", 6, 1, "train.batch_size=6 is not divisible by train.accumulate=1 x 4 ways"),
+        ("cube", 6, 1, "train.batch_size=6 is not divisible by train.accumulate=1 x 4 ways.*of 4, or fewer ways"),
+        ("cube", 8, 8, "not divisible by train.accumulate=8 x 4 ways.*use a multiple of 32, train.accumulate=2$"),
         ("cube", 8, 4, "use a multiple of 16"),
     ],
 )

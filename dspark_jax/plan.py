@@ -23,6 +23,7 @@ from dspark_jax import command
 from dspark_jax.answering import capacity_for, chunk_for
 from dspark_jax.config import Config, InputError
 from dspark_jax.json_file import write_json
+from dspark_jax.kinds import KINDS
 from dspark_jax.planning.compile_job import PROGRAMS, estimate_in_process
 from dspark_jax.planning.programs import with_dtypes
 from dspark_jax.planning.topology import GIB, devices_of, listing
@@ -188,7 +189,9 @@ def verdict(found: dict[str, Any], config: Config, mesh: jax.sharding.Mesh, part
         if each % rows == 0 and memory["activations_bytes"] * rows / each <= 0.9 * (available - held):
             return f"does not fit ({used}): set train.accumulate={config.train.accumulate * each // rows}{keeping_less}"
     less = "set train.recompute=layers, " if keeping_less else ""
-    return f"does not fit ({used}) even with one sequence per chip: {less}lower data.max_length, or use a larger slice"
+    less += "lower " + ("" if KINDS[config.drafter.kind].token_by_token else "train.num_anchors, ")
+    less += "train.vocab_chunk or data.max_length"
+    return f"does not fit ({used}) even with one sequence per chip: {less}, or use a larger slice"
 
 
 def describe(name: str, found: dict[str, Any]) -> Iterator[str]:

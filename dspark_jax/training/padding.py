@@ -5,7 +5,7 @@ from dspark_jax.kinds import KINDS
 
 
 def describe_padding(config: Config, samples: int, tokens: int, ways: int) -> str:
-    """One line where sequences hold, or could hold, two samples or more on average; empty otherwise.
+    """One line where samples share sequences, or two of them could on average; empty otherwise.
 
     Packed sequences with so many more anchors, and so many fewer of them in a batch, hold the same samples and blocks
     in a step (docs/results.md has what that gained).
@@ -16,17 +16,16 @@ def describe_padding(config: Config, samples: int, tokens: int, ways: int) -> st
       tokens: of all of them.
       ways: devices that the sequences of a micro-batch are split over.
     """
-    each = config.data.max_length * samples // max(tokens, 1)
-    if each < 2:
-        return ""
-    train, multiple = config.train, config.train.accumulate * ways
-    anchors = not KINDS[config.drafter.kind].token_by_token
-    if config.data.pack:
-        together = config.data.max_length * samples / tokens
+    together = config.data.max_length * samples / max(tokens, 1)
+    train, anchors = config.train, not KINDS[config.drafter.kind].token_by_token
+    if config.data.pack and samples:
         blocks = f", {train.num_anchors / together:.0f} blocks of each" if anchors else ""
         return (
             f"packing: about {together:.1f} samples in a sequence, {train.batch_size * together:.0f} in a step{blocks}"
         )
+    each, multiple = int(together), train.accumulate * ways
+    if each < 2:
+        return ""
     batch = max(1, round(train.batch_size / each / multiple)) * multiple
     settings = f"data.pack=True train.batch_size={batch}"
     if anchors:

@@ -2,8 +2,6 @@
 
 import dataclasses
 
-import pytest
-
 from dspark_jax.config import Config
 from dspark_jax.presets import released
 from dspark_jax.training.padding import describe_padding
@@ -43,8 +41,12 @@ def test_what_is_packed_is_said() -> None:
         assert said == f"packing: about 4.3 samples in a sequence, 552 in a step{blocks}"
 
 
-@pytest.mark.parametrize("pack", [True, False])
-def test_nothing_is_said_where_nothing_is_gained(pack: bool) -> None:
-    config = of()
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, pack=pack))
-    assert not describe_padding(config, samples=10, tokens=2049 * 10, ways=1)
+def test_nothing_is_said_where_nothing_is_gained() -> None:
+    assert not describe_padding(of(), samples=10, tokens=2049 * 10, ways=1)
+
+
+def test_what_is_packed_is_said_of_long_samples_too() -> None:
+    """A step has fewer of them than the recipe then, which is for its owner to see."""
+    said = describe_padding(released("", "Qwen/Qwen3-4B", "dspark"), samples=10, tokens=32_000, ways=1)
+    assert said == "packing: about 1.3 samples in a sequence, 164 in a step, 1600 blocks of each"
+    assert not describe_padding(released("", "Qwen/Qwen3-4B", "dspark"), samples=0, tokens=0, ways=1)

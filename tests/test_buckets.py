@@ -213,6 +213,24 @@ def test_what_grows_is_put_into_the_bucket_while_a_command_runs(monkeypatch: Any
     assert "bucket/run/eval/half.json" in fake_bucket.objects()
 
 
+def test_what_is_gone_while_it_is_listed_is_no_end_of_it(monkeypatch: Any) -> None:
+    """A directory that is made and removed between two looks: what grows goes on into the bucket."""
+    monkeypatch.setattr(mirror_module, "INTERVAL", 0.02)
+    listed = mirror_module._files_below
+    vanishing = iter([FileNotFoundError("probe"), FileNotFoundError("probe")])
+
+    def files_below(folder: Path) -> Any:
+        if threading.current_thread() is not threading.main_thread() and (error := next(vanishing, None)):
+            raise error
+        return listed(folder)
+
+    monkeypatch.setattr(mirror_module, "_files_below", files_below)
+    with places.working_directory(Path(URL), "train") as folder:
+        write(folder / "tensorboard" / "events", "...")
+        fake_bucket.wait_for("bucket/run/tensorboard/events")
+    assert next(vanishing, None) is None
+
+
 def test_a_set_is_published_when_it_has_its_name(monkeypatch: Any) -> None:
     with places.working_directory(Path(URL), "train") as folder:
         final = folder / "checkpoints" / "1"

@@ -35,20 +35,8 @@ OTHER_FIELDS = {
     "data.system_prompt", "data.features", "data.feature_dtype", "optim.kind", "compare.drafters",
     "compare.depth_drafters", "compare.length_drafters",
 }  # fmt: skip
-OTHER_FLAGS = {
-    "traffic",
-    "temperatures",
-    "fit_on",
-    "slots",
-    "contexts",
-    "requests",
-    "context",
-    "studies",
-    "prompt",
-    "scheduler",
-    "topology",
-}
-OTHER_FLAGS |= {"parts", "benchmarks", "beam", "checkpoint", "drafter", "schedulers", "users"}
+OTHER_FLAGS = {"traffic", "temperatures", "fit_on", "slots", "contexts", "studies", "prompt", "scheduler", "topology"}
+OTHER_FLAGS |= {"parts", "benchmarks", "beam", "checkpoint", "drafter", "schedulers", "users", "requests", "context"}
 OTHER_OPTIONS = {"checkpoint", "format", "dtype", "name", "target_name", "push", "config"}
 
 

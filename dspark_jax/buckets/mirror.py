@@ -17,6 +17,7 @@ command begins with what is there, and what the local folder has besides is remo
 The local folder keeps what was fetched for the next command on this machine, and can be removed when none runs.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -225,10 +226,9 @@ class Mirror:
         while not self._ended.wait(pause):
             began = time.monotonic()
             try:
-                self.put_lines()
-                self.put_files(growing=True)
-            except FileNotFoundError:
-                pass  # of what was listed something has been renamed or removed; the next turn sees it
+                with contextlib.suppress(FileNotFoundError):  # what was listed is renamed or removed: the next turn's
+                    self.put_lines()
+                    self.put_files(growing=True)
             except InputError as error:
                 print(f"warning: {error}; it is tried again", file=sys.stderr, flush=True)
             pause = max(INTERVAL, 20 * (time.monotonic() - began))

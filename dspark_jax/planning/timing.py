@@ -71,8 +71,9 @@ def device_seconds(function: Callable[..., Any], arrays: Sequence[Any], *, in_pl
       arrays: small ones are copied, and the copies read in turn, so that they come from memory.
       in_place: the first of them that the function writes into and returns first; the next call gets them.
     """
-    if not in_place and seconds(jax.jit(function), arrays, repeats=1, calls=2) > LONG:
-        return seconds(jax.jit(function), arrays, repeats=3, calls=2)
+    call = jax.jit(function)
+    if not in_place and seconds(call, arrays, repeats=1, calls=2) > LONG:
+        return seconds(call, arrays, repeats=3, calls=2)
     size = sum(x.nbytes for x in jax.tree.leaves(arrays))
     more = min(15, CACHE // size) if size > TINY else 0
     copies = [tuple(arrays), *(jax.tree.map(jnp.copy, tuple(arrays)) for _ in range(more))]

@@ -32,10 +32,9 @@ def check_space(directory: Path, state: Any) -> None:
         cause = f"a checkpoint takes {needed / 1e6:.1f} MB and {free / 1e6:.1f} MB are free"
         raise InputError(_line(directory, f"the disk is full, {cause}"))
     try:
-        tempfile.TemporaryDirectory(dir=directory, prefix="probe.").cleanup()
+        with reported_in_one_line(directory):
+            tempfile.TemporaryDirectory(dir=directory, prefix="probe.").cleanup()
     except OSError as error:
-        if is_full_disk(error):
-            raise InputError(_line(directory, "the disk is full, a checkpoint could not be written")) from error
         raise InputError(_line(directory, f"cannot be written in ({error.strerror})", _FORBIDDEN)) from error
 
 

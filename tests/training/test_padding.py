@@ -10,11 +10,10 @@ from dspark_jax.training.padding import describe_padding
 def of(kind: str = "dspark") -> Config:
     """512 sequences of 4096 with 512 anchors, in 8 micro-batches."""
     config = released("qwen3_4b", "Qwen/Qwen3-4B", kind)
-    anchors = 512 if config.train.num_anchors == 2048 else config.train.num_anchors
     return dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, pack=False),
-        train=dataclasses.replace(config.train, batch_size=512, num_anchors=anchors),
+        train=dataclasses.replace(config.train, batch_size=512, num_anchors=512),
     )
 
 

@@ -227,7 +227,7 @@ def test_what_is_gone_while_it_is_listed_is_no_end_of_it(monkeypatch: Any) -> No
     monkeypatch.setattr(mirror_module, "_files_below", files_below)
     with places.working_directory(Path(URL), "train") as folder:
         write(folder / "tensorboard" / "events", "...")
-        fake_bucket.wait_for("bucket/run/tensorboard/events")
+        fake_bucket.wait_for("bucket/run/tensorboard/events", seconds=10)
     assert next(vanishing, None) is None
 
 

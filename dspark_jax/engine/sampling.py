@@ -74,7 +74,8 @@ def fold_keys(keys: jax.Array, numbers: jax.Array) -> jax.Array:
 def round_uniforms(keys: jax.Array, positions: jax.Array, block_size: int) -> Uniforms:
     """The uniforms of the round whose anchor is at `positions`.
 
-    No two rounds of a request share an anchor position, so every round draws afresh.
+    No two rounds of a request share an anchor position, so every round draws afresh. `next` is the same for every G: a
+    round without drafts gives the token that plain decoding gives with the same key.
 
     Args:
       keys: [B] request keys.
@@ -83,8 +84,8 @@ def round_uniforms(keys: jax.Array, positions: jax.Array, block_size: int) -> Un
     """
     folded = jax.vmap(jax.random.fold_in)(keys, positions)
     bits = jax.vmap(lambda key: jax.random.bits(key, (2 * block_size + 1, 2), jnp.uint32))(folded)
-    rows = (bits >> 2).astype(jnp.int32)
-    return Uniforms(rows[:, :block_size], rows[:, block_size : 2 * block_size], rows[:, -1])
+    rows = (bits >> 2).astype(jnp.int32)  # a row depends on its number, not on how many there are
+    return Uniforms(rows[:, 1 : block_size + 1], rows[:, block_size + 1 :], rows[:, 0])
 
 
 def request_sampling(

@@ -1,9 +1,14 @@
 """Per-request randomness: fresh in every round, the same whatever is beside it."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from dspark_jax.engine import generate, schedulers
+from dspark_jax.engine.models import Models
 from dspark_jax.engine.sampling import request_keys, round_uniforms
 from dspark_jax.ops.sampling import UNIT
 
@@ -15,6 +20,26 @@ def test_draws_depend_on_key_and_position_alone() -> None:
         alone = round_uniforms(request_keys(3, jnp.asarray([i])), jnp.asarray([i + 10]), 4)
         for name in ("draft", "accept", "next"):
             np.testing.assert_array_equal(getattr(alone, name)[0], getattr(together, name)[i])
+
+
+def test_a_round_without_drafts_draws_as_plain_decoding_does() -> None:
+    keys, positions = request_keys(3, jnp.arange(6)), jnp.arange(6) + 10
+    alone = round_uniforms(keys, positions, 0).next
+    for size in (1, 7, 16):
+        np.testing.assert_array_equal(round_uniforms(keys, positions, size).next, alone)
+
+
+@pytest.mark.parametrize(
+    "scheduler", [schedulers.adaptive(1 / 1000, probe=0), schedulers.fixed(0)], ids=lambda s: s.name
+)
+def test_answers_without_drafts_are_those_of_plain_decoding(models: Any, scheduler: Any) -> None:
+    """Token for token, at any temperature, in rounds that draft nothing and in those that verify nothing."""
+    target, prompts = models.bigram_target(models.table(8, 1)), [[1, 2], [3], [2, 0, 1]]
+    both = Models(target, models.bigram_drafter(models.table(8, 2), 3))
+    options: dict[str, Any] = {"max_new_tokens": 24, "temperature": (1.0, 0.7, 0.0), "seed": 5}
+    expected = generate(Models(target), prompts, **options).tokens
+    for got, want in zip(generate(both, prompts, scheduler=scheduler, **options).tokens, expected, strict=True):
+        np.testing.assert_array_equal(got, want)
 
 
 def test_no_two_draws_are_the_same() -> None:

@@ -115,7 +115,7 @@ class Models:
                 separate, dtype = batch_size > 1, _weight_type(self.target, batch_size * self.rows)
                 return dataclasses.replace(
                     self,
-                    target=_on_cpu(self.target, dtype=dtype, separate_caches=separate),
+                    target=_on_cpu(self.target, dtype=dtype, separate_caches=separate, drafts=self._head_rows()),
                     drafter=_on_cpu(self.drafter, dtype=self.drafter.dtype, separate_caches=separate),
                 )
             target, drafter = (
@@ -123,6 +123,11 @@ class Models:
                 for model in (self.target, self.drafter)
             )
         return dataclasses.replace(self, target=target, drafter=drafter)
+
+    def _head_rows(self) -> Any:
+        """Type of the rows by which the drafter reads the target's LM head; None where it has its own, or none."""
+        own = getattr(self.drafter, "vocabulary", None) is not None
+        return None if own or not self.drafts else self.drafter.dtype
 
     def decoding_on(self, mesh: Mesh, *, batch_size: int) -> Self:
         """The models of a run that trains, as they decode on `mesh`; themselves where they lie there anyway."""
@@ -146,14 +151,14 @@ def when_loaded(model: Loaded) -> Loaded:
         return decode_weights(model, model.dtype, separate_caches=True, consume=True)
 
 
-def _on_cpu(model: Any, *, dtype: Any, separate_caches: bool) -> Any:
+def _on_cpu(model: Any, **form: Any) -> Any:
     """The form for a CPU; one that has it is not gone through, since jit would copy its weights."""
-    return model if has_decode_weights(model) else _converted(model, dtype=dtype, separate_caches=separate_caches)
+    return model if has_decode_weights(model) else _converted(model, **form)
 
 
-@functools.partial(jax.jit, static_argnames=("dtype", "separate_caches"))
-def _converted(model: Any, *, dtype: Any, separate_caches: bool) -> Any:
-    return decode_weights(model, dtype, separate_caches=separate_caches)
+@functools.partial(jax.jit, static_argnames=("dtype", "separate_caches", "drafts"))
+def _converted(model: Any, *, dtype: Any, separate_caches: bool, drafts: Any = None) -> Any:
+    return decode_weights(model, dtype, separate_caches=separate_caches, drafts=drafts)
 
 
 def _weight_type(target: LanguageModel, rows: int) -> Any:

@@ -19,7 +19,9 @@ from dspark_jax.sharding import Param, constrain, mesh_of, parts_of, state_shard
 from dspark_jax.target.layers import layer_at
 
 
-def decode_weights(module: Any, dtype: Any, *, separate_caches: bool = False, consume: bool = False) -> Any:
+def decode_weights(
+    module: Any, dtype: Any, *, separate_caches: bool = False, consume: bool = False, drafts: Any = None
+) -> Any:
     """A target or drafter whose weights have the form that decoding wants; a model that has it is returned as it is.
 
     - Stacks of layers become lists (`platform.unstacks_layers` says why).
@@ -38,6 +40,8 @@ def decode_weights(module: Any, dtype: Any, *, separate_caches: bool = False, co
       separate_caches: one array of keys and one of values per layer.
       consume: delete the stacks as they are unstacked, so that there are never two copies of all weights. The given
         module cannot be used any more.
+      drafts: type of the rows of a drafter that reads this target's LM head, or None. Where products read an
+        LM head by columns, it is held as that type as well.
     """
     if not isinstance(module, nnx.Module) or has_decode_weights(module):
         return module
@@ -53,6 +57,8 @@ def decode_weights(module: Any, dtype: Any, *, separate_caches: bool = False, co
         fuse = getattr(part, "fuse_weights", None)
         if fuse is not None:
             fuse(dtype, join=join)
+    if drafts is not None and drafts != dtype and hasattr(copy, "hold_head"):
+        copy.hold_head(drafts)
     return copy
 
 
@@ -104,12 +110,17 @@ def _unstacked(layers: Any, *, consume: bool) -> list[Any]:
     return [jax.tree.unflatten(structure, [row[index] for row in rows]) for index in range(depth)]
 
 
-def head_logits(hidden: jax.Array, head: Callable[[], jax.Array], columns: Param | None) -> jax.Array:
-    """hidden [..., D] -> float32 logits [..., V], by an LM head [V, D] or, where there are any, its `head_columns`."""
-    if columns is None:
+def head_logits(hidden: jax.Array, head: Callable[[], jax.Array], *columns: Param | None) -> jax.Array:
+    """hidden [..., D] -> float32 logits [..., V], by an LM head [V, D] or, where there are any, its `head_columns`.
+
+    Of several columns those are read that have the type of `hidden`, or else the first ones.
+    """
+    held = [each[...] for each in columns if each is not None]
+    if not held:
         weight = head().astype(hidden.dtype)
         return jnp.einsum("...d,vd->...v", hidden, weight, preferred_element_type=jnp.float32)
-    logits = product(hidden.reshape(-1, hidden.shape[-1]), columns[...], jnp.float32)
+    chosen = next((each for each in held if each.dtype == hidden.dtype), held[0])
+    logits = product(hidden.reshape(-1, hidden.shape[-1]), chosen, jnp.float32)
     return logits.reshape(*hidden.shape[:-1], -1)
 
 

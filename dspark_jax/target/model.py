@@ -102,13 +102,18 @@ class Target(nnx.Module):
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """hidden [..., D] -> float32 logits [..., V], soft-capped, padded vocabulary rows included."""
-        logits = head_logits(hidden, lambda: self.head, getattr(self, "columns", None))
+        columns = getattr(self, "columns", None), getattr(self, "draft_columns", None)
+        logits = head_logits(hidden, lambda: self.head, *columns)
         return self.softcap * jnp.tanh(logits / self.softcap) if self.softcap else logits
 
     def fuse_weights(self, dtype: Any, *, join: bool) -> None:
         """See `decode_weights`."""
         del join
         self.columns = head_columns(self.head, dtype)
+
+    def hold_head(self, dtype: Any) -> None:
+        """Holds the LM head for rows of type `dtype` as well, see `decode_weights`."""
+        self.draft_columns = head_columns(self.head, dtype)
 
     def init_cache(self, batch: int, length: int, block: int = 1) -> Cache:
         """An empty cache for `length` positions of `batch` requests.

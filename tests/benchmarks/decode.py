@@ -268,6 +268,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="PyTorch's threads")
     parser.add_argument("--workdir", type=Path, help="a training run: its target, drafter and held-out prompts")
     parser.add_argument("--prompts", type=int, default=2, help="prompts of every set with --workdir (default 2)")
+    parser.add_argument("--round-cost", type=float, default=2.1, help="plain steps of a drafted round (default 2.1)")
     parser.add_argument("--parts", type=int, nargs="+", metavar="BATCH", help="split the time of rounds instead")
     parser.add_argument("--heads", type=int, nargs="+", metavar="POSITIONS", help="time the sequential heads instead")
     parser.add_argument("--json", metavar="FILE", help="also write the figures there")
@@ -317,13 +318,14 @@ def compare(
             **settings,
         )
 
+    adaptive = schedulers.adaptive(1 / arguments.round_cost, confident=both.confident)
     runs: dict[str, Callable[[], Any]] = {
         "plain, greedy": ours(False, 0.0),
         "plain, temperature 1": ours(False, 1.0),
         "speculative, greedy": ours(True, 0.0),
         "speculative, temperature 1": ours(True, 1.0),
-        "adaptive, greedy": ours(True, 0.0, schedulers.adaptive(1 / 2.1)),
-        "adaptive, temperature 1": ours(True, 1.0, schedulers.adaptive(1 / 2.1)),
+        "adaptive, greedy": ours(True, 0.0, adaptive),
+        "adaptive, temperature 1": ours(True, 1.0, adaptive),
     }
     if arguments.batch == 1:
         import torch

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from dspark_jax import platform
 from dspark_jax.config import DrafterConfig, TargetArchitecture
 from dspark_jax.ops.markov_sample import sample_chain
 from dspark_jax.ops.sampling import Sampling
@@ -62,10 +63,16 @@ class SequentialHead(nnx.Module):
         raise NotImplementedError
 
     def fuse_weights(self, dtype: Any, *, join: bool) -> None:
-        """See `target.decode_weights`: W2 is read again for every draft."""
+        """See `target.decode_weights`: W2 is read again for every draft.
+
+        A CPU multiplies these rows as float32 whatever their type, and would convert the tables at every call: it holds
+        the numbers of `dtype` as float32.
+        """
         del join
-        narrow(self.w1, dtype)
-        narrow(self.w2, dtype)
+        for table in (self.w1, self.w2):
+            narrow(table, dtype)
+            if platform.current() == "cpu":
+                narrow(table, jnp.float32)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """Previous tokens [...] -> W1 rows [..., R] in the weights' type."""

@@ -1,5 +1,6 @@
 """What the tests of `prepare` share: prompts of which some cannot be used, and a target that can be killed."""
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -51,3 +52,11 @@ class Decoder:
             stream = question.conversation.sample_id
             self.asked.append((stream, question.turn))
             yield question, [STOP] if stream == 3 else [*range(65, 71 + stream), STOP]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def changed(config: Config, **fields: Any) -> Config:
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, **fields))

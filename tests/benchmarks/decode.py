@@ -8,8 +8,9 @@
 Without `--workdir` the problem is part B of the reference figures: a Qwen3 of 6 layers x 256 (5.8 M parameters), a
 drafter of 2 layers and block 7, random weights, batch 1, a prompt of 64 tokens and 256 new ones. An untrained drafter
 is accepted almost never under greedy decoding: what is measured there is the cost of a round, not the gain from
-drafting. Machines drift, so the methods take turns and every figure is the best of its runs; only ratios within one
-table mean anything.
+drafting. Machines drift, so the methods take turns and every figure is the best of its runs, of several prompts the
+sum of each one's best; only ratios within one table mean anything, and those of one process by some 2 %: where arrays
+happen to lie makes the same program faster or slower.
 
 With `--workdir` the target and the newest drafter of a training run answer held-out prompts of all its sets. With
 `--parts` the time of a round is split instead, at several batch sizes: drafting, scheduling, verifying, committing;
@@ -49,6 +50,7 @@ from dspark_jax.engine.sampling import Requests, round_uniforms
 from dspark_jax.engine.schedulers import Scheduler
 from dspark_jax.engine.state import DecodeState
 from dspark_jax.engine.verify import verify
+from dspark_jax.evaluation.decoding import join
 from dspark_jax.ops.sampling import Sampling
 from dspark_jax.target.loading import compute_dtype
 from dspark_jax.target.model import Target
@@ -82,24 +84,21 @@ def hugging_face(target: Target, threads: int) -> Any:
     return model
 
 
-def hugging_face_run(
+def hugging_face_runs(
     model: Any, prompts: list[list[int]], new: int, stops: list[int], **options: Any
-) -> Callable[[], list[int]]:
-    """Greedy decoding by Hugging Face's `generate`, one prompt after the other; all new tokens."""
+) -> list[Callable[[], list[int]]]:
+    """Greedy decoding by Hugging Face's `generate`, each prompt by itself; its new tokens."""
     import torch
 
-    def run() -> list[int]:
-        found = []
+    def run(prompt: list[int]) -> list[int]:
         with torch.inference_mode():
-            for prompt in prompts:
-                inputs = torch.tensor([prompt])
-                limits = {"max_new_tokens": new, "eos_token_id": stops or None, "pad_token_id": 0}
-                mask = torch.ones_like(inputs)
-                output = model.generate(inputs, attention_mask=mask, do_sample=False, **limits, **options)
-                found += output[0, len(prompt) :].tolist()
-        return found
+            inputs = torch.tensor([prompt])
+            limits = {"max_new_tokens": new, "eos_token_id": stops or None, "pad_token_id": 0}
+            mask = torch.ones_like(inputs)
+            output = model.generate(inputs, attention_mask=mask, do_sample=False, **limits, **options)
+            return output[0, len(prompt) :].tolist()
 
-    return run
+    return [functools.partial(run, prompt) for prompt in prompts]
 
 
 def trained(workdir: Path, count: int) -> tuple[Any, Any, Any, list[list[int]], list[int]]:
@@ -120,21 +119,26 @@ def trained(workdir: Path, count: int) -> tuple[Any, Any, Any, list[list[int]], 
     return models.target, models.drafter, model, [item.prompt for item in requests.items], list(decoder.stop_tokens)
 
 
-def measure(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, dict[str, Any]]:
-    """Best wall and CPU seconds of every run, taking turns after one warm-up each; and its last result."""
+def measure(runs: dict[str, list[Callable[[], Any]]], repeats: int) -> dict[str, dict[str, Any]]:
+    """Of every method its last results, and the sum of each call's best wall and CPU seconds, after one warm-up.
+
+    The methods take turns call by call.
+    """
     figures: dict[str, dict[str, Any]] = {}
-    for name, run in runs.items():
+    for name, calls in runs.items():
         start = time.perf_counter()
-        figures[name] = {"result": run(), "seconds": np.inf, "cpu": np.inf}
-        figures[name]["first_call_seconds"] = time.perf_counter() - start
-        print(f"{name}: {figures[name]['first_call_seconds']:.1f} s for the first call", file=sys.stderr, flush=True)
+        figures[name] = {"results": [call() for call in calls], "first_call_seconds": time.perf_counter() - start}
+        print(f"{name}: {figures[name]['first_call_seconds']:.1f} s for the first calls", file=sys.stderr, flush=True)
+    best = {name: np.full((len(calls), 2), np.inf) for name, calls in runs.items()}
     for _ in range(repeats):
-        for name, run in runs.items():
-            wall, cpu = time.perf_counter(), time.process_time()
-            run()
-            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-            figures[name]["seconds"] = min(figures[name]["seconds"], wall)
-            figures[name]["cpu"] = min(figures[name]["cpu"], cpu)
+        for number in range(max(map(len, runs.values()))):
+            for name, calls in runs.items():
+                wall, cpu = time.perf_counter(), time.process_time()
+                calls[number]()
+                spent = time.perf_counter() - wall, time.process_time() - cpu
+                best[name][number] = np.minimum(best[name][number], spent)
+    for name, figure in figures.items():
+        figure["seconds"], figure["cpu"] = best[name].sum(axis=0).tolist()
     return figures
 
 
@@ -297,6 +301,11 @@ def main() -> None:
             json.dump({"figures": figures, "peak_megabytes": peak, "arguments": options}, file, indent=1)
 
 
+def answers(results: list[Any]) -> list[Any]:
+    """The tokens of every prompt, by Hugging Face's `generate` or ours."""
+    return [tokens for one in results for tokens in ([one] if isinstance(one, list) else one.tokens)]
+
+
 def compare(
     target: Any, drafter: Any, model: Any, prompts: list[list[int]], stops: list[int], arguments: argparse.Namespace
 ) -> dict[str, dict[str, Any]]:
@@ -306,20 +315,14 @@ def compare(
     forms = {True: both.for_decoding(batch_size=arguments.batch)}
     forms[False] = both.plain().for_decoding(batch_size=arguments.batch)
 
-    def ours(drafts: bool, temperature: float, scheduler: Scheduler | None = None) -> Callable[[], Any]:
-        models = forms[drafts]
+    def ours(drafts: bool, temperature: float, scheduler: Scheduler | None = None) -> list[Callable[[], Any]]:
         settings: Any = {"temperature": temperature, "prompt_width": width, "batch_size": arguments.batch}
-        return lambda: generate(
-            models,
-            prompts,
-            max_new_tokens=arguments.new,
-            stop_tokens=stops,
-            scheduler=scheduler,
-            **settings,
-        )
+        settings |= {"max_new_tokens": arguments.new, "stop_tokens": stops, "scheduler": scheduler}
+        together = [[prompt] for prompt in prompts] if arguments.batch == 1 else [prompts]
+        return [functools.partial(generate, forms[drafts], some, **settings) for some in together]
 
     adaptive = schedulers.adaptive(1 / arguments.round_cost, confident=both.confident)
-    runs: dict[str, Callable[[], Any]] = {
+    runs: dict[str, list[Callable[[], Any]]] = {
         "plain, greedy": ours(False, 0.0),
         "plain, temperature 1": ours(False, 1.0),
         "speculative, greedy": ours(True, 0.0),
@@ -333,22 +336,22 @@ def compare(
         torch.set_num_threads(arguments.threads)
         model = hugging_face(target, arguments.threads) if model is None else model
         model.generation_config.eos_token_id = None  # said for every call
-        runs["Hugging Face, greedy"] = hugging_face_run(model, prompts, arguments.new, stops)
-        lookup = hugging_face_run(model, prompts, arguments.new, stops, prompt_lookup_num_tokens=7)
+        runs["Hugging Face, greedy"] = hugging_face_runs(model, prompts, arguments.new, stops)
+        lookup = hugging_face_runs(model, prompts, arguments.new, stops, prompt_lookup_num_tokens=7)
         runs["Hugging Face, prompt lookup"] = lookup
     figures = measure(runs, arguments.repeats)
     baseline = figures.get("Hugging Face, greedy", figures["plain, greedy"])
-    slow = baseline["result"]
-    count = len(slow) if isinstance(slow, list) else sum(map(len, slow.tokens))
+    count = sum(len(tokens) for tokens in answers(baseline["results"]))
     for figure in figures.values():
-        result, seconds = figure.pop("result"), figure["seconds"]
-        hub = isinstance(result, list)
-        tokens = len(result) if hub else sum(map(len, result.tokens))
+        results, seconds = figure.pop("results"), figure["seconds"]
+        tokens = sum(len(one) for one in answers(results))
+        decoded = None if isinstance(results[0], list) else join(results)
         # Requests of one batch share their rounds.
-        rounds = tokens if hub else int(np.sum(result.rounds) if arguments.batch == 1 else np.max(result.rounds))
+        shared = np.sum if arguments.batch == 1 else np.max
+        rounds = tokens if decoded is None else int(shared(decoded.rounds))
         figure |= {
             "rounds": rounds,
-            "tau": 1.0 if hub else result.tau,
+            "tau": 1.0 if decoded is None else decoded.tau,
             "milliseconds_per_round": 1e3 * seconds / rounds,
             "rounds_per_second": rounds / seconds,
             "tokens_per_second": tokens / seconds,

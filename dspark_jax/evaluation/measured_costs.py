@@ -110,7 +110,8 @@ def _card_of(path: Path) -> Card | None:
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         cause = f"no round times of a card ({type(error).__name__}: {error})"
         raise InputError(f"{path}: {cause}; measure it again with released.py --card") from None
-    if not (card.plain[1:] > 0).all() or card.draft + card.row <= 0:
+    most_drafts = np.maximum(card.most_rows - np.arange(1, len(card.plain)), 0)
+    if not (card.plain[1:] + np.minimum(card.row * most_drafts, 0) + min(card.draft, 0) > 0).all():
         raise InputError(f"{path}: times are not positive; measure it again with released.py --card")
     return card
 

@@ -102,7 +102,10 @@ def test_a_card_of_ones_own(tmp_path: Path) -> None:
     file.write_text(json.dumps(content(name="mine")))
     assert (card := costs_for(str(file), "dspark", 7)).name == "mine" and card.at(2).draft_seconds > 0
     wrong = content(drafted_rounds=[{"requests": 1}]), content(plain_rounds=[]), content(plain_rounds=3)
-    for one in (*wrong, content(plain_rounds=[{"requests": 1, "milliseconds": -2}])):
+    plain = [{"requests": count, "milliseconds": time} for count, time in ((1, 1.0), (2, -1.0), (3, 3.0))]
+    slow = [{"requests": count, "milliseconds": time} for count, time in ((1, 1.0), (3, 9.0))]  # more rows, less time
+    fast = [{"requests": count, "rows": 4 * count, "milliseconds": time} for count, time in ((1, 0.1), (3, 4.9))]
+    for one in (*wrong, content(plain_rounds=plain), content(plain_rounds=slow), content(drafted_rounds=fast)):
         file.write_text(json.dumps(one))
         with pytest.raises(InputError, match="mine.json: .*; measure it again with released.py --card"):
             costs_for(str(file), "dspark", 7)

@@ -3,7 +3,8 @@
 One CPU is no accelerator: what a scheduler is worth where the target's step time saturates is found by replaying what
 drafts were accepted, and what had been predicted, with step times from a table.
 
-The model: R users in a closed loop, each with one request at a time, taken at random from the recorded ones. A step
+The model: R users in a closed loop, each with one request at a time, dealt from the recorded ones: all of them come
+once, in a random order, before any comes again, so that a single user's speed is not that of some prompts. A step
 verifies the anchor and the scheduled drafts of every request and lasts as long as the table says for that many tokens.
 A request that is given l drafts in a recorded round with a accepted ones commits min(a, l) + 1 tokens and goes on with
 its next recorded round; it ends when it has committed as many tokens as it had, and starts over with its first round
@@ -249,6 +250,7 @@ def load_curves(
     costs: Costs,
     *,
     concurrencies: Sequence[int] = CONCURRENCIES,
+    steps: int = 0,
     seed: int = 0,
     advance: Callable[[int], None] | None = None,
 ) -> dict[str, list[LoadPoint]]:
@@ -258,6 +260,7 @@ def load_curves(
       calibration: the traces that are replayed, and what was predicted on them.
       costs: of rounds.
       concurrencies: users, at most 256.
+      steps: see `replay`.
       seed: of the requests.
       advance: called with 1 after each contender.
     """
@@ -265,7 +268,9 @@ def load_curves(
     covered = [users for users in concurrencies if costs.covers(users, width)]
     curves = {}
     for name, contender in contenders(calibration).items():
-        curves[name] = [replay(calibration.traces, contender, costs.at(users), users, seed=seed) for users in covered]
+        curves[name] = [
+            replay(calibration.traces, contender, costs.at(users), users, steps=steps, seed=seed) for users in covered
+        ]
         if advance is not None:
             advance(1)
     return curves
@@ -328,10 +333,10 @@ def replay(
       contender: chooses the lengths.
       table: covers R * (G + 1) tokens.
       concurrency: R, at most 256.
-      steps: that are measured, after a quarter as many that are not; 0 = as many as give 8192 rounds, 96 to 1024.
-      seed: of the requests, which are the same for every contender as far as they come to be asked.
+      steps: that are measured, after a quarter as many that are not; 0 = as many as give 8192 rounds, 96 to 4096.
+      seed: of the requests' order, which is the same for every contender as far as they come to be asked.
     """
-    steps = steps or int(np.clip(8192 // concurrency, 96, 1024))
+    steps = steps or int(np.clip(8192 // concurrency, 96, 4096))
     warm_up = steps // 4
     rates = table.speculative if contender.drafts else table.without_drafts
     scheduled = rates.astype(np.float32)
@@ -358,19 +363,27 @@ class Users:
     """R users and how far their requests are."""
 
     def __init__(self, traces: Traces, concurrency: int, rng: np.random.Generator):
-        """Everybody starts somewhere in a random request, so that they do not end together."""
+        """Everybody starts somewhere in a request, so that they do not end together."""
         bounds = traces.rounds_of
         pool = np.flatnonzero(np.diff(bounds))
         assert len(pool), "no request has a round"
         self.traces, self.rng, self.pool = traces, rng, pool
         self.first, self.end = bounds[:-1], bounds[1:]
         self.total = np.add.reduceat(np.append(traces.emitted, 0), bounds[:-1])
-        self.request = rng.choice(pool, concurrency)
+        self.dealt = self.pool[:0]
+        self.request = self.deal(concurrency)
         lengths = self.end[self.request] - self.first[self.request]
         self.round = self.first[self.request] + rng.integers(0, lengths)
         done = np.concatenate([[0], np.cumsum(traces.emitted)])
         self.remaining = self.total[self.request] - (done[self.round] - done[self.first[self.request]])
         self.fresh = np.ones(concurrency, bool)
+
+    def deal(self, count: int) -> np.ndarray:
+        """The next requests [count]: every one of the pool before any comes again."""
+        while len(self.dealt) < count:
+            self.dealt = np.concatenate([self.dealt, self.rng.permutation(self.pool)])
+        taken, self.dealt = self.dealt[:count], self.dealt[count:]
+        return taken
 
     def step(self, lengths: np.ndarray) -> int:
         """Commits what the lengths [R] allow and returns the number of tokens; ended requests are replaced."""
@@ -381,7 +394,7 @@ class Users:
         self.round = np.where(following == self.end[self.request], self.first[self.request], following)
         self.fresh = self.remaining <= 0
         if self.fresh.any():
-            started = self.rng.choice(self.pool, int(self.fresh.sum()))
+            started = self.deal(int(self.fresh.sum()))
             self.request[self.fresh] = started
             self.round[self.fresh] = self.first[started]
             self.remaining[self.fresh] = self.total[started]

@@ -119,11 +119,28 @@ def calibration():
     return compare_predictors(make_traces(300, 1), make_traces(300, 2))
 
 
+def test_one_user_has_the_speed_of_all_requests(calibration):
+    """Not that of those that happen to come, however much they differ."""
+    everything = contenders(calibration)["fixed 4"]
+    for seed in range(3):
+        found = replay(calibration.traces, everything, saturating(50), 1, seed=seed)
+        assert found.accepted_length == pytest.approx(calibration.traces.emitted.mean(), rel=0.015)
+
+
+def test_every_request_is_dealt_before_any_comes_again():
+    traces = make_traces(10)
+    users = Users(traces, 4, np.random.default_rng(0))
+    dealt = np.concatenate([users.request, *(users.deal(count) for count in (3, 1, 2, 9, 1))])
+    for start in (0, 10):
+        assert sorted(dealt[start : start + 10]) == list(range(10))
+    assert dealt[:10].tolist() != dealt[10:].tolist()
+
+
 def test_schedulers_lose_to_nobody_on_a_saturating_table(calibration):
     """A knee at 16 tokens: from 1 to 20 users both regimes occur. A scheduler that verifies nothing extra is plain
     decoding and one that verifies all is `fixed`, with the same random requests, so equality is exact at the ends."""
     table = saturating(100, knee=16, steps_per_second=10)
-    curves = load_curves(calibration, table, concurrencies=(1, 2, 4, 8, 12, 20))
+    curves = load_curves(calibration, table, concurrencies=(1, 2, 4, 8, 12, 20), steps=500)
     assert list(curves) == [
         "plain", "fixed 2", "fixed 4", f"early stop, {HEAD}", f"early stop, {CALIBRATED}", f"early stop, {SHIFTED}",
         f"early stop, {ONLINE}", f"lagged, {SHIFTED}", f"threshold 0.5, {SHIFTED}",
@@ -160,14 +177,14 @@ def test_drafting_costs_only_those_who_draft(calibration):
 
 
 def test_concurrencies_beyond_the_table_are_left_out(calibration):
-    curves = load_curves(calibration, saturating(10), concurrencies=(1, 2, 3))
+    curves = load_curves(calibration, saturating(10), concurrencies=(1, 2, 3), steps=40)
     assert [point.concurrency for point in curves["plain"]] == [1, 2]
 
 
 def test_plain_decoding_has_its_own_times_where_they_were_measured(calibration):
     """Not those of a round with drafts that verifies as many tokens, nor more users than were measured."""
     table = CostTable("x", np.full(51, 5.0), plain=np.array([0.0, 20.0, 10.0, 8.0]))
-    curves = load_curves(calibration, table, concurrencies=(1, 2, 3, 4))
+    curves = load_curves(calibration, table, concurrencies=(1, 2, 3, 4), steps=40)
     assert [point.concurrency for point in curves["plain"]] == [1, 2, 3]
     assert [point.tokens_per_second for point in curves["plain"]] == pytest.approx([20, 20, 24])
     point = curves["fixed 4"][1]

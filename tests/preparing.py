@@ -55,8 +55,10 @@ class Decoder:
 
 
 def files(folder: Path) -> dict[str, bytes]:
+    """Everything in a folder, by relative path."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def changed(config: Config, **fields: Any) -> Config:
+    """The config with other settings of `data`."""
     return dataclasses.replace(config, data=dataclasses.replace(config.data, **fields))

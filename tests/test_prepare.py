@@ -11,18 +11,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dspark_jax import (
-    answering,
-)
+from dspark_jax import answering
 from dspark_jax import prepare as command
-from dspark_jax.config import (
-    AnswersConfig,
-    Config,
-    DecodeMeshConfig,
-    EvalConfig,
-    InputError,
-    MeshConfig,
-)
+from dspark_jax.config import AnswersConfig, Config, DecodeMeshConfig, EvalConfig, InputError, MeshConfig
 from dspark_jax.data import chat
 from dspark_jax.data.inputs import FIELDS
 from dspark_jax.data.sources import SampleReader

@@ -11,15 +11,9 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
-from dspark_jax import (
-    evaluate,
-    train,
-)
+from dspark_jax import evaluate, train
 from dspark_jax.buckets.places import working_directory
-from dspark_jax.config import (
-    Config,
-    InputError,
-)
+from dspark_jax.config import Config, InputError
 from dspark_jax.data.sources import SampleReader
 from dspark_jax.evaluation.setup import open_drafter
 from dspark_jax.prepare import prepare, prepare_run

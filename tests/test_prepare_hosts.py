@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import dataclasses
 import json
 import os
 import subprocess
@@ -25,7 +24,7 @@ from dspark_jax.prepare import prepare_run
 from dspark_jax.run import Run
 from tests.compiling import QUICKLY
 from tests.data.openai_server import Behaviour, OpenAIServer, by_seed
-from tests.preparing import STOP, Decoder, prompts_config
+from tests.preparing import STOP, Decoder, changed, prompts_config
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -94,7 +93,7 @@ def test_hosts_make_what_one_makes(config: Config, tmp_path: Path, alone: Decode
 def test_one_host_writes_the_features_and_the_others_wait(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, written = dataclasses.replace(config, data=dataclasses.replace(config.data, features="cache")), []
+    config, written = changed(config, features="cache"), []
 
     def prepare_features(run: Run) -> None:
         assert (run.data_folder / "report.json").exists()
@@ -157,7 +156,7 @@ def test_a_line_that_a_dead_host_was_writing_does_not_count(config: Config, tmp_
 
 
 def test_hosts_that_do_not_read_the_same_are_one_line(config: Config, tmp_path: Path) -> None:
-    other = dataclasses.replace(config, data=dataclasses.replace(config.data, seed=1))
+    other = changed(config, seed=1)
     found = on_hosts(tmp_path / "run", [Decoder(), Decoder()], config, other)
     assert all(isinstance(error, InputError) for error in found)
     assert str(found[1]) == "host 1 reads another data than host 0; give all hosts the same config, target and files"

@@ -261,7 +261,7 @@ def load_curves(
       costs: of rounds.
       concurrencies: users, at most 256.
       steps: see `replay`.
-      seed: of the requests.
+      seed: see `replay`.
       advance: called with 1 after each contender.
     """
     width = calibration.traces.block_size + 1

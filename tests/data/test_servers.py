@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import dataclasses
 import json
 import signal
 import subprocess
@@ -35,6 +34,7 @@ from dspark_jax.run import Run
 from dspark_jax.sharding import make_mesh
 from dspark_jax.target.loading import load_target
 from tests.data.openai_server import Behaviour, OpenAIServer, by_seed
+from tests.preparing import changed
 
 pytest.importorskip("openai", reason="the package openai is not installed (.[answers])")
 
@@ -91,10 +91,6 @@ def asking(config: Config, *servers: OpenAIServer, **answers: Any) -> Config:
     urls = tuple(server.url for server in servers)
     settings = AnswersConfig(**({"endpoints": urls, "concurrency": 4, "retry_wait": 0.01} | answers))
     return changed(config, answers=settings)
-
-
-def changed(config: Config, **fields: Any) -> Config:
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, **fields))
 
 
 def samples(workdir: Path) -> list[tuple[int, list[int], list[int]]]:

@@ -15,6 +15,7 @@ from dspark_jax.engine.generate import Prompts, decode, decode_shape, padded_sto
 from dspark_jax.engine.models import Models
 from dspark_jax.engine.sampling import request_keys, request_sampling
 from dspark_jax.target.model import Target
+from dspark_jax.vocabulary import encode_vocabulary
 
 VOCAB, WIDTH, RANK = 96, 32, 8
 ARCH = TargetArchitecture("qwen3", VOCAB, WIDTH, 3, 2, 1, 16, 48, 1e-6, 1e4, True, 256)
@@ -65,3 +66,12 @@ def test_the_head_is_held_twice_only_for_a_drafter_that_reads_it() -> None:
     alike = Models(both.target, models().drafter)
     alike.drafter.dtype = jnp.float32
     assert not hasattr(alike.for_decoding(batch_size=1).target, "draft_columns")
+    plain = models().plain()
+    plain.target.dtype = jnp.bfloat16  # plain decoding has a type, but no rows of it
+    assert not hasattr(plain.for_decoding(batch_size=1).target, "draft_columns")
+    own = DrafterConfig(
+        kind="eagle3", num_layers=1, block_size=3, target_layer_ids=(0, 1, 2), initializer_range=0.5,
+        draft_vocab_size=3, draft_vocabulary=encode_vocabulary(np.array([0, 2, 3]), VOCAB),
+    )  # fmt: skip
+    some = Models(models().target, make_drafter(ARCH, own, dtype=jnp.bfloat16, rngs=nnx.Rngs(3)))
+    assert not hasattr(some.for_decoding(batch_size=1).target, "draft_columns")
